@@ -14,4 +14,5 @@ setup(
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
     packages=find_packages(include=['phoque*']), python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
-    entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False)
+    entry_points={'console_scripts': cfg['console_scripts'].split(),
+                  'nbdev': ['{0}={0}._modidx:d'.format(cfg['lib_name'])]}, zip_safe=False)
