@@ -237,14 +237,15 @@ def data_report(
     "Say what a dataset holds, before anything is pushed or trained."
     return DataReport(ds)
 
-# %% ../nbs/00_data.ipynb #cb341c7a
+# %% ../nbs/00_data.ipynb #904d1e27
 @patch
 def plot(self:DataReport):
     "Histograms of turn lengths and of scores."
     import matplotlib.pyplot as plt
     fig,axs = plt.subplots(1, 2, figsize=(7,2.2), layout='constrained')
     rows = [r for v in self.splits.values() for r in v]
-    axs[0].hist([len(_words(t)) for r in rows for t in _replies(r)], bins=20)
+    lens = [len(_words(t)) for r in rows for t in _replies(r)]
+    axs[0].hist(lens, bins=min(40, max(lens)-min(lens)+1), range=(min(lens)-.5, max(lens)+.5))
     axs[1].hist([s for r in rows if (s:=r['toxicity_score']) is not None], bins=20, range=(0,1))
     axs[0].set(xlabel='words an assistant turn', ylabel='turns'); axs[1].set(xlabel='toxicity_score', ylabel='conversations')
     return fig
