@@ -10,16 +10,25 @@ from html import escape
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['log', 'SEED_BASE', 'SUCCESSOR', 'FORMATS', 'PADS', 'LORA_TARGETS', 'UserError', 'hub_problem', 'resolve_base',
-           'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'chat_format', 'load_tokenizer',
-           'check_messages', 'encode_chats', 'encode_prompt', 'drop_first_exchange', 'encode_fitting', 'encode_dataset',
-           'show_labels', 'load_model', 'add_lora', 'undisturbed', 'audit', 'check_audit', 'text_table']
+__all__ = ['log', 'SEED_BASE', 'SUCCESSOR', 'FORMATS', 'PADS', 'LORA_TARGETS', 'UserError', 'quiet_libraries', 'hub_problem',
+           'resolve_base', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'chat_format',
+           'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_first_exchange', 'encode_fitting',
+           'encode_dataset', 'show_labels', 'load_model', 'add_lora', 'undisturbed', 'audit', 'check_audit',
+           'text_table']
 
-# %% ../nbs/01_model_qlora.ipynb #9d202a98
+# %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 log = logging.getLogger("phoque")
 
 class UserError(ValueError):
     "Something the user can mend: shown as one line, without a traceback."
+
+def quiet_libraries():
+    "No progress bars, and no advice that doesn't concern the user."
+    import datasets, transformers, warnings
+    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', category=FutureWarning)
 
 # %% ../nbs/01_model_qlora.ipynb #6fa48cc7
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for

@@ -8,7 +8,9 @@ import os, logging
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['cache_folder', 'smollm2']
+__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'QUESTIONS', 'INK', 'STYLE', 'cache_folder', 'smollm2', 'Stage', 'clean_env',
+           'rehearse', 'compare_replies', 'plot_rehearsal', 'held_out', 'where_time_went', 'html_table', 'write_report',
+           'verdict', 'rehearse_cli']
 
 # %% ../nbs/08_rehearse.ipynb #c251bedc
 def cache_folder()->Path: # `$XDG_CACHE_HOME/phoque`, or `~/.cache/phoque`
@@ -40,3 +42,220 @@ def smollm2(
         model.save_pretrained(tmp); tok.save_pretrained(tmp)
         shutil.rmtree(dest, ignore_errors=True); tmp.rename(dest)
     return str(dest)
+
+# %% ../nbs/08_rehearse.ipynb #011f114f
+import re, sys, json, time, signal, subprocess
+from fastcore.script import call_parse
+from .train import parse_step
+
+class Stage:
+    "One process of the rehearsal: its lines with their times, its exit code, its memory."
+    def __init__(self,
+        name:str, # Shown in the report
+        t0:float, # `time.time()` at which the rehearsal began
+    ): self.name,self.t0,self.lines,self.code,self.killed,self.start,self.end,self.gib = name,t0,[],None,False,None,None,0.0
+
+    def run(self,
+        cmd:list, # Command
+        env:dict, # Its whole environment
+        kill_when=None, # Function of a line; true kills the process with SIGKILL
+        say=print, # Called with each line
+    ):
+        "Run to the end, or to the kill."
+        self.start = time.time()-self.t0
+        p = subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+        for l in p.stdout:
+            self.lines.append((time.time()-self.t0, l.rstrip()))
+            say(l.rstrip())
+            if kill_when and not self.killed and kill_when(l): self.killed = True; p.kill()
+        _,status,usage = os.wait4(p.pid, 0)
+        self.code,self.end,self.gib = os.waitstatus_to_exitcode(status),time.time()-self.t0,usage.ru_maxrss/2**20
+        p.returncode = self.code
+        return self
+
+    def steps(self)->list: # (seconds, step, loss)
+        "The steps that it logged."
+        return [(t, s['step'], s['loss']) for t,l in self.lines if (s := parse_step(l))]
+
+    def find(self,
+        pattern:str, # Regular expression
+    ): # `re.Match` of the first line that has it, or None
+        "Look for a line."
+        return next((m for _,l in self.lines if (m := re.search(pattern, l))), None)
+
+# %% ../nbs/08_rehearse.ipynb #3bd8a849
+BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct' # the id under which the loopback Hub serves it
+DATA,MODEL = 'me/grumpy-harbour','me/phoque-rehearsal'
+SETTINGS = dict(BASE_MODEL=BASE, DATASET_REPO=DATA, HUB_MODEL_ID=MODEL, MAX_LENGTH=512, PER_DEVICE_TRAIN_BATCH_SIZE=2, LEARNING_RATE=1e-3,
+                GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=10, SAMPLE_TOKENS=32, WANDB_MODE='offline')
+
+def clean_env(
+    hub, # `LocalHub`
+    home:Path, # Becomes HF_HOME: an empty cache, as on a fresh machine
+    **kw, # More variables
+)->dict: # Environment of a process
+    "This process's environment without its secrets and settings, pointed at the loopback Hub."
+    from phoque.train import options
+    drop = {k.upper() for k in options()} | {'WANDB_API_KEY'}
+    env = {k:v for k,v in os.environ.items() if k not in drop and not k.startswith(('HF_','HUGGING_FACE_'))}
+    env |= hub.env('me') | dict(HF_HOME=str(home), TOKENIZERS_PARALLELISM='true', PYTHONUNBUFFERED='1')
+    return env | {k:str(v) for k,v in kw.items()}
+
+def rehearse(
+    out:Path='rehearsal', # Folder for everything; a former rehearsal in it is replaced
+    steps:int=40, # Optimizer steps
+    conversations:int=480, # Of the embedded set
+    script:Path='train/train.py', # What a job would run
+    say=print, # Called with each line
+)->dict: # What was seen: `stages`, `repos`, `replies`
+    "Dataset, job, kill, resume, merge: every part as its user would start it."
+    import shutil
+    from phoque.hub import LocalHub
+    if not Path(script).exists(): raise ValueError(f"{script}: no such file: run this in the project's folder, or `make generate` first")
+    out = Path(out).resolve()
+    shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
+    t0,stages = time.time(),[]
+    def stage(name, *cmd, kill_when=None, **env):
+        say(f'\n── {name} ' + '─'*max(2, 70-len(name)))
+        s = Stage(name, t0).run([*map(str,cmd)], clean_env(hub, out/f'{len(stages)}-disk/hf', **env), kill_when, say)
+        stages.append(s)
+        if s.code and not s.killed: raise RuntimeError(f"{name}: ended with exit code {s.code}: its lines are above")
+        return s
+    cli = Path(sys.executable).with_name # console scripts lie beside the interpreter
+    folder = smollm2()
+    with LocalHub(out/'hub', users={'me':'token-of-me'}) as hub:
+        hub.seed_repo(BASE, folder)
+        stage('push the dataset', cli('phoque_data'), '--repo', DATA, '--n', conversations)
+        at = lambda l: (s := parse_step(l)) and s['step']>=round(.55*steps)
+        job = lambda n: dict(**SETTINGS, MAX_STEPS=steps, SAMPLE_STEPS=steps, OUTPUT_DIR=out/f'{n}-disk/output')
+        stage('the job, killed at about half', sys.executable, script, kill_when=at, **job(1))
+        stage('the same command again', sys.executable, script, **job(2))
+        stage('merge', cli('phoque_merge'), '--base', BASE, '--adapter', MODEL, '--out', out/'merged')
+        repos = {f'{r}@{b}': hub.files(r, b, t) for r,b,t in ((DATA,'main','dataset'), (MODEL,'main','model'), (MODEL,'checkpoints','model'))}
+    say('\n── before and after ' + '─'*52)
+    seen = dict(stages=stages, repos=repos, steps=steps, replies=compare_replies(folder, out/'merged'), took=time.time()-t0, out=str(out))
+    for r in seen['replies']: say(f"{r['prompt']}\n  before: {r['before']}\n  after:  {r['after']}")
+    return seen
+
+# %% ../nbs/08_rehearse.ipynb #d51e0bba
+QUESTIONS = ("When does the next ferry leave?", "Has anyone seen my left glove?", "Is the fish market open today?", "Who won the crab race?")
+
+def compare_replies(
+    base:str, # Folder of the base model
+    merged:str, # Folder of the merged model
+    questions:tuple=QUESTIONS, # Asked with the harbour's system turn
+)->list: # Dicts of `prompt`, `before`, `after` and their scores
+    "Put the same questions to the model before and after, in full precision."
+    import torch
+    from transformers import AutoModelForCausalLM
+    from phoque.data import PERSONA, grumpy_score
+    from phoque.model_qlora import encode_prompt, load_tokenizer, quiet_libraries
+    from phoque.sample import generate_replies
+    quiet_libraries()
+    rows = [dict(prompt=q) for q in questions]
+    for name,path in dict(before=base, after=merged).items():
+        tok,model = load_tokenizer(str(path)),AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        ids = [encode_prompt(tok, [dict(role='system', content=PERSONA), dict(role='user', content=q)]) for q in questions]
+        for r,a in zip(rows, generate_replies(model, tok, ids, max_new_tokens=40)): r.update({name: a['text'], f'{name}_score': grumpy_score(a['text'])})
+    return rows
+
+# %% ../nbs/08_rehearse.ipynb #8080d952
+INK = dict(first='#c05621', second='#2b6cb0', other='#718096', held='#2f855a')
+
+def plot_rehearsal(
+    seen:dict, # From `rehearse`
+): # matplotlib figure
+    "Loss over both jobs, and the timeline."
+    from matplotlib import pyplot as plt
+    first,second = [s for s in seen['stages'] if s.steps()]
+    fig,(a,b) = plt.subplots(2, 1, figsize=(8,5.2), height_ratios=[3,1.3], layout='constrained')
+    for s,c,l in ((first,INK['first'],'first job'), (second,INK['second'],'same command again')):
+        a.plot([x[1] for x in s.steps()], [x[2] for x in s.steps()], color=c, label=l, lw=2, zorder=3 if s is first else 2)
+    died,back = first.steps()[-1][1],second.steps()[0][1]
+    a.plot(died, first.steps()[-1][2], 'x', color=INK['first'], ms=11, mew=3, zorder=4); a.annotate('SIGKILL', (died, first.steps()[-1][2]), (6,10), textcoords='offset points', color=INK['first'])
+    a.axvspan(back-1, died, color=INK['first'], alpha=.12, lw=0); a.annotate(f'resumed from\ncheckpoint-{back-1}', (back-1, a.get_ylim()[1]), (-4,-4), textcoords='offset points', ha='right', va='top', fontsize=9)
+    if h := held_out(seen): a.plot([0,seen['steps']], h, 'o', color=INK['held'], label=f'held out: {h[0]:.2f} → {h[1]:.2f}', ms=8, zorder=5)
+    a.set(xlabel='optimizer step', ylabel='loss on assistant tokens', xlim=(-1,seen['steps']+1)); a.legend(frameon=False); a.spines[['top','right']].set_visible(False)
+    for i,s in enumerate(seen['stages']):
+        c = INK['first'] if s is first else INK['second'] if s is second else INK['other']
+        b.barh(-i, s.end-s.start, left=s.start, color=c, height=.62, alpha=.35)
+        if st := s.steps(): b.barh(-i, st[-1][0]-st[0][0], left=st[0][0], color=c, height=.62)
+        b.text(s.end+1, -i, s.name, va='center', fontsize=9)
+    b.set(xlabel='seconds (solid: training)', yticks=[], xlim=(0, seen['stages'][-1].end*1.35)); b.spines[['top','right','left']].set_visible(False)
+    return fig
+
+def held_out(
+    seen:dict, # From `rehearse`
+): # (before, after), or None
+    "The held-out losses that the jobs reported."
+    found = [float(m[1]) for when in ('before','after') for s in seen['stages'] if (m := s.find(rf'held-out loss {when} training: ([\d.]+)'))]
+    return tuple(found) if len(found)==2 else None
+
+# %% ../nbs/08_rehearse.ipynb #bcfaee15
+def where_time_went(
+    seen:dict, # From `rehearse`
+)->list: # Rows of `part`, `seconds`, `GiB`
+    "Seconds of every part, and the most memory it held."
+    rows = []
+    for s in seen['stages']:
+        st = s.steps()
+        if not st: rows.append((s.name, s.end-s.start, s.gib)); continue
+        rows += [(f'{s.name}: start, load, measure', st[0][0]-s.start, s.gib), (f'{s.name}: {len(st)} steps', st[-1][0]-st[0][0], s.gib), (f'{s.name}: finish', s.end-st[-1][0], s.gib)]
+    rows.append(('before and after', seen['took']-seen['stages'][-1].end, 0.))
+    return [dict(part=n, seconds=round(t,1), GiB=round(g,1) or '') for n,t,g in rows if t>=.5]
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a202c;background:#fff}table{border-collapse:collapse;margin:.5rem 0 1.5rem}
+td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #cbd5e0}td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%;background:#fff;border-radius:6px}
+pre{overflow:auto;padding:.7rem;background:#8881}@media(prefers-color-scheme:dark){body{color:#e2e8f0;background:#1a202c}td,th{border-color:#4a5568}}"""
+
+def html_table(
+    rows:list, # Dicts with the same keys
+)->str: # HTML
+    "Rows as a table."
+    from html import escape
+    cell = lambda v: f'<td class=n>{v:,}</td>' if isinstance(v,(int,float)) else f'<td>{escape(str(v))}</td>'
+    return '<table><tr>' + ''.join(f'<th>{escape(k)}</th>' for k in rows[0]) + '</tr>' + ''.join('<tr>'+''.join(map(cell, r.values()))+'</tr>' for r in rows) + '</table>'
+
+def write_report(
+    seen:dict, # From `rehearse`
+)->Path: # rehearsal/report.html
+    "One page, without anything it would have to load."
+    import base64, io
+    from html import escape
+    buf = io.BytesIO(); fig = plot_rehearsal(seen); fig.savefig(buf, dpi=110, format='png')
+    out = Path(seen['out']); (out/'rehearsal.png').write_bytes(buf.getvalue())
+    h,r = held_out(seen),seen['replies']
+    mean = lambda k: sum(x[k] for x in r)/len(r)
+    body = [f"<h1>Rehearsal</h1><p>{verdict(seen)}</p><img alt='loss and timeline' src='data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}'>",
+            f"<h2>Before and after</h2><p>Mean grumpy score {mean('before_score'):.2f} → {mean('after_score'):.2f}.</p>" + html_table([{k:x[k] for k in ('prompt','before','after')} for x in r]),
+            "<h2>Where the time went</h2>" + html_table(where_time_went(seen)),
+            "<h2>What is on the Hub</h2>" + ''.join(f'<h3>{n}</h3>' + html_table([dict(file=f, bytes=b) for f,b in fs.items()]) for n,fs in seen['repos'].items()),
+            "<h2>The log of the second job</h2><pre>" + '\n'.join(escape(l) for _,l in [s for s in seen['stages'] if s.steps()][1].lines) + "</pre>"]
+    (out/'report.html').write_text(f"<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>phoque rehearsal</title><style>{STYLE}</style>" + ''.join(body))
+    return out/'report.html'
+
+def verdict(
+    seen:dict, # From `rehearse`
+)->str: # One sentence
+    "What the rehearsal showed."
+    first,second = [s for s in seen['stages'] if s.steps()]
+    h = held_out(seen)
+    again = {n:l for _,n,l in second.steps()}
+    twice = [(l,again[n]) for _,n,l in first.steps() if n in again]
+    return (f"Killed after step {first.steps()[-1][1]} of {seen['steps']}, found {second.find(r'(checkpoint-[0-9]+) found on the Hub')[1]} on the Hub, finished. "
+            f"{len(twice)} steps were trained twice, {'with the same losses' if all(x==y for x,y in twice) else 'with OTHER losses'}. "
+            f"Held-out loss {h[0]:.2f} → {h[1]:.2f} ({h[1]/h[0]-1:+.0%}). {seen['took']:.0f} seconds, {max(s.gib for s in seen['stages']):.1f} GiB at most.")
+
+# %% ../nbs/08_rehearse.ipynb #f6d60a9b
+@call_parse
+def rehearse_cli(
+    out:str='rehearsal', # Folder for everything; a former rehearsal in it is replaced
+    steps:int=40, # Optimizer steps
+    script:str='train/train.py', # What a job would run
+):
+    "Rehearse the whole run on this machine: dataset, job, kill, resume, merge, report."
+    from phoque.model_qlora import text_table
+    try: seen = rehearse(out, steps, script=script)
+    except (ValueError, RuntimeError, FileNotFoundError) as e: raise SystemExit(f"phoque_rehearse: {e}")
+    path = write_report(seen)
+    print(f"\n{text_table(where_time_went(seen))}\n\n{verdict(seen)}\nreport: {path}")

@@ -262,7 +262,7 @@ class Deadline:
         self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
         return self.reason is not None
 
-# %% ../nbs/03_resume.ipynb #cf3f14b1
+# %% ../nbs/03_resume.ipynb #ee8a6693
 def start_wandb(
     project:str, # W&B project
     run_id:str, # The run's own, the same over all its jobs
@@ -277,7 +277,7 @@ def start_wandb(
                      settings=wandb.Settings(console='off', silent=True))
     run.define_metric('train/global_step')
     run.define_metric('*', step_metric='train/global_step')
-    log.info(f"W&B run {run_id}: {run.url or f'{mode}, no account needed'}")
+    log.info(f"W&B run {run_id}: {run.url if mode=='online' else f'{mode}, no account needed'}")
     return run
 
 # %% ../nbs/03_resume.ipynb #9be7a1c6

