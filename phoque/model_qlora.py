@@ -13,8 +13,8 @@ from pathlib import Path
 __all__ = ['log', 'SEED_BASE', 'SUCCESSOR', 'FORMATS', 'PADS', 'LORA_TARGETS', 'UserError', 'quiet_libraries', 'hub_problem',
            'resolve_base', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'chat_format',
            'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_first_exchange', 'encode_fitting',
-           'encode_dataset', 'show_labels', 'load_model', 'add_lora', 'undisturbed', 'audit', 'check_audit',
-           'text_table']
+           'encode_dataset', 'show_labels', 'load_model', 'add_lora', 'register_varlen', 'choose_attention',
+           'undisturbed', 'audit', 'check_audit', 'text_table']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 log = logging.getLogger("phoque")
@@ -348,6 +348,29 @@ def add_lora(
     return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
         target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"))
 
+# %% ../nbs/01_model_qlora.ipynb #0cb86054
+def register_varlen():
+    "Register torch's variable-length flash attention with transformers, as `varlen`."
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface, AttentionMaskInterface
+    gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
+    def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+        b,h,t,d = query.shape
+        q,k,v = (x.transpose(1,2).reshape(b*t,-1,d) for x in (query,key,value))
+        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1,0), **gqa) # causal
+        return o.view(b,t,h,d),None
+    AttentionInterface.register('varlen', varlen)
+    AttentionMaskInterface.register('varlen', lambda *args, **kwargs: None)
+
+def choose_attention()->tuple: # Name in transformers' `AttentionInterface`, and why
+    "The attention kernel for packed rows that this machine can run."
+    import torch
+    if not torch.cuda.is_available(): return 'sdpa',"there is no CUDA device"
+    if torch.cuda.get_device_capability()<(8,0): return 'sdpa',f"{torch.cuda.get_device_name()} is older than Ampere"
+    register_varlen()
+    return 'varlen',"flash attention, conversation by conversation"
+
 # %% ../nbs/01_model_qlora.ipynb #1a326f3f
 def _take_rng(devices):
     import random, numpy as np, torch
@@ -361,7 +384,7 @@ def _put_rng(states):
     torch.set_rng_state(states['torch'])
     for d,s in states['cuda'].items(): torch.cuda.set_rng_state(s, d)
 
-# %% ../nbs/01_model_qlora.ipynb #166bd04b
+# %% ../nbs/01_model_qlora.ipynb #c09b8af1
 def _packable(model): # 4-bit layers that bitsandbytes repacks for good when they first run in eval mode on a CPU with AVX512-BF16
     return [m for m in model.modules() if getattr(m, 'support_avx512bf16_for_cpu', False) and m.weight.device.type=='cpu']
 
@@ -372,19 +395,21 @@ def undisturbed(
 ):
     "Evaluation mode, cache, left padding and no gradients inside; all of it, and every random state, put back after."
     import torch
-    modes,use_cache,side = [(m,m.training) for m in model.modules()],model.config.use_cache,tok.padding_side
+    text = model.config.get_text_config()
+    modes,use_cache,side,attn = [(m,m.training) for m in model.modules()],model.config.use_cache,tok.padding_side,text._attn_implementation
     rng = _take_rng({p.device for p in model.parameters() if p.device.type=='cuda'})
     packs = [(m.weight, m.weight.data, m.weight.quant_state, copy.copy(vars(m.weight.quant_state))) for m in _packable(model)]
     try:
         model.eval()
         model.config.use_cache,tok.padding_side = True,'left'
-        with torch.inference_mode(): yield
+        if attn=='varlen': text._attn_implementation = 'sdpa' # it knows neither caches nor padding
+        with torch.inference_mode(), torch.compiler.set_stance('force_eager'): yield # compiled layers were made for training's shapes
     finally:
         for w,data,qs,state in packs:
             w.data = data
             vars(qs).clear(); vars(qs).update(state)
         for m,t in modes: m.training = t
-        model.config.use_cache,tok.padding_side = use_cache,side
+        model.config.use_cache,tok.padding_side,text._attn_implementation = use_cache,side,attn
         _put_rng(rng)
 
 # %% ../nbs/01_model_qlora.ipynb #35a599fd

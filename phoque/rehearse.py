@@ -91,11 +91,11 @@ class Stage:
         "Look for a line."
         return next((m for _,l in self.lines if (m := re.search(pattern, l))), None)
 
-# %% ../nbs/08_rehearse.ipynb #a39d28e3
+# %% ../nbs/08_rehearse.ipynb #f53a639b
 BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct' # the id under which the loopback Hub serves it
 DATA,MODEL = 'me/grumpy-harbour','me/phoque-rehearsal'
 SETTINGS = dict(BASE_MODEL=BASE, DATASET_REPO=DATA, HUB_MODEL_ID=MODEL, MAX_LENGTH=512, PER_DEVICE_TRAIN_BATCH_SIZE=2, LEARNING_RATE=1e-3,
-                GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=10, SAMPLE_TOKENS=32, WANDB_MODE='offline')
+                LOGGING_STEPS=1, SAVE_STEPS=10, SAMPLE_TOKENS=32, WANDB_MODE='offline')
 
 def clean_env(
     hub, # `LocalHub`
@@ -122,6 +122,7 @@ def rehearse(
     if not Path(script).exists(): raise ValueError(f"{script}: no such file: run this in the project's folder, or `make generate` first")
     out = Path(out).resolve()
     shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # as the job does, for the merge too
     t0,stages = time.time(),[]
     def stage(name, *cmd, kill_when=None, **env):
         say(f'\n── {name} ' + '─'*max(2, 70-len(name)))

@@ -15,10 +15,10 @@ from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, undisturbed
 
 # %% auto #0
 __all__ = ['STEP_LINE', 'TrainConfig', 'options', 'env_options', 'read_config', 'check_config', 'pack_lengths', 'pack_dataset',
-           'draw_order', 'collate_packed', 'run_steps', 'events_callback', 'make_trainer', 'step_line', 'parse_step',
-           'held_out_loss']
+           'draw_order', 'collate_packed', 'run_steps', 'events_callback', 'compile_layers', 'make_trainer',
+           'step_line', 'parse_step', 'held_out_loss']
 
-# %% ../nbs/02_train.ipynb #7c4674d9
+# %% ../nbs/02_train.ipynb #661e8618
 class TrainConfig:
     "Every option of a run."
     def __init__(self,
@@ -32,7 +32,9 @@ class TrainConfig:
         max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have
         per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
         gradient_accumulation_steps:int=1, # Batches that make one optimizer step
-        gradient_checkpointing:bool=True, # Recompute activations to save memory? (a 24 GB card needs it)
+        torch_compile:bool=True, # Compile the decoder's layers? (on CUDA only)
+        activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
+        gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
         learning_rate:float=2e-4, # Peak, after the warm-up
         warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
         weight_decay:float=0.001, # Of AdamW
@@ -160,17 +162,24 @@ def draw_order(
     epochs = -(-n_draws//n_rows)
     return np.concatenate([np.random.default_rng([seed,e]).permutation(n_rows) for e in range(epochs)])[:n_draws]
 
-# %% ../nbs/02_train.ipynb #654cc2e5
+# %% ../nbs/02_train.ipynb #026d0183
 def collate_packed(
     rows:list, # Rows of `pack_dataset`
     max_length:int, # Every batch has this width, so that compiled code sees one shape
     pad_id:int, # Token that fills up a row
+    max_docs:int=0, # Most documents in a row; if given, the flash kernel's list of document starts is made, always equally long
 )->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length)
     "Stack packed rows; what fills a row up is one more document, without labels."
     import torch
+    from itertools import accumulate
     fill = lambda k, v: torch.tensor([r[k]+[v]*(max_length-len(r[k])) for r in rows])
-    pos = [[i for n in [*r['seq_lengths'], max_length-len(r['input_ids'])] for i in range(n)] for r in rows]
-    return dict(input_ids=fill('input_ids', pad_id), labels=fill('labels', -100), position_ids=torch.tensor(pos))
+    docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
+    batch = dict(input_ids=fill('input_ids', pad_id), labels=fill('labels', -100), position_ids=torch.tensor([[i for n in d for i in range(n)] for d in docs]))
+    if not max_docs: return batch
+    starts = list(accumulate((n for d in docs for n in d), initial=0))
+    starts += starts[-1:]*(len(rows)*(max_docs+1)+1-len(starts)) # empty documents at the end
+    cu = torch.tensor(starts, dtype=torch.int32)
+    return dict(**batch, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max_length, max_length_k=max_length)
 
 # %% ../nbs/02_train.ipynb #53ac6d6c
 def run_steps(
@@ -196,7 +205,17 @@ def events_callback(
         def on_save(self, args, state, control, **kw): call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
     return Events()
 
-# %% ../nbs/02_train.ipynb #00906b3c
+# %% ../nbs/02_train.ipynb #319e9792
+def compile_layers(
+    model, # From `add_lora`
+    budget:float=0.7, # Share of activations that is kept
+):
+    "Compile every decoder layer on its own."
+    import torch._functorch.config
+    torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
+    for layer in model.get_base_model().get_decoder().layers: layer.compile()
+
+# %% ../nbs/02_train.ipynb #9fb906d9
 def make_trainer(
     cfg:TrainConfig, # Of the run
     model, # From `add_lora`
@@ -211,6 +230,9 @@ def make_trainer(
     from trl import SFTConfig, SFTTrainer
     cuda = torch.cuda.is_available()
     world = int(os.environ.get('WORLD_SIZE', 1))
+    varlen = model.config.get_text_config()._attn_implementation=='varlen'
+    max_docs = max(map(len, packed['seq_lengths'])) if varlen else 0
+    if cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
     steps = run_steps(cfg, len(packed), world)
     draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps*world
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=cfg.per_device_train_batch_size,
@@ -221,7 +243,7 @@ def make_trainer(
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None,
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
     trainer = SFTTrainer(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
-        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id), callbacks=[events_callback(events)])
+        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float() # TRL made it bf16, from where no run resumes exactly
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
@@ -248,7 +270,7 @@ def parse_step(
     "Read back what `step_line` wrote."
     if m := STEP_LINE.search(line): return dict(step=int(m[1]), total=int(m[2]), loss=float(m[3]))
 
-# %% ../nbs/02_train.ipynb #b531c59b
+# %% ../nbs/02_train.ipynb #4b062ecc
 def held_out_loss(
     trainer, # From `make_trainer`
     packed, # Packed held-out rows
@@ -257,7 +279,7 @@ def held_out_loss(
     model,nll,n = trainer.model,0.,0
     with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager():
         for row in packed:
-            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items()}
+            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items() if k in ('input_ids','labels','position_ids')}
             out = model(**batch, use_cache=False, fused_lm_head=True)
             nll -= out.log_probs.double().sum().item(); n += int(out.label_mask.sum())
     return nll/max(n,1)

@@ -370,6 +370,28 @@ def add_lora(
     return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
         target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"))
 
+def register_varlen():
+    "Register torch's variable-length flash attention with transformers, as `varlen`."
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface, AttentionMaskInterface
+    gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
+    def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+        b,h,t,d = query.shape
+        q,k,v = (x.transpose(1,2).reshape(b*t,-1,d) for x in (query,key,value))
+        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1,0), **gqa) # causal
+        return o.view(b,t,h,d),None
+    AttentionInterface.register('varlen', varlen)
+    AttentionMaskInterface.register('varlen', lambda *args, **kwargs: None)
+
+def choose_attention()->tuple: # Name in transformers' `AttentionInterface`, and why
+    "The attention kernel for packed rows that this machine can run."
+    import torch
+    if not torch.cuda.is_available(): return 'sdpa',"there is no CUDA device"
+    if torch.cuda.get_device_capability()<(8,0): return 'sdpa',f"{torch.cuda.get_device_name()} is older than Ampere"
+    register_varlen()
+    return 'varlen',"flash attention, conversation by conversation"
+
 def _take_rng(devices):
     import random, numpy as np, torch
     return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
@@ -392,19 +414,21 @@ def undisturbed(
 ):
     "Evaluation mode, cache, left padding and no gradients inside; all of it, and every random state, put back after."
     import torch
-    modes,use_cache,side = [(m,m.training) for m in model.modules()],model.config.use_cache,tok.padding_side
+    text = model.config.get_text_config()
+    modes,use_cache,side,attn = [(m,m.training) for m in model.modules()],model.config.use_cache,tok.padding_side,text._attn_implementation
     rng = _take_rng({p.device for p in model.parameters() if p.device.type=='cuda'})
     packs = [(m.weight, m.weight.data, m.weight.quant_state, copy.copy(vars(m.weight.quant_state))) for m in _packable(model)]
     try:
         model.eval()
         model.config.use_cache,tok.padding_side = True,'left'
-        with torch.inference_mode(): yield
+        if attn=='varlen': text._attn_implementation = 'sdpa' # it knows neither caches nor padding
+        with torch.inference_mode(), torch.compiler.set_stance('force_eager'): yield # compiled layers were made for training's shapes
     finally:
         for w,data,qs,state in packs:
             w.data = data
             vars(qs).clear(); vars(qs).update(state)
         for m,t in modes: m.training = t
-        model.config.use_cache,tok.padding_side = use_cache,side
+        model.config.use_cache,tok.padding_side,text._attn_implementation = use_cache,side,attn
         _put_rng(rng)
 
 def audit(
@@ -468,7 +492,9 @@ class TrainConfig:
         max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have
         per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
         gradient_accumulation_steps:int=1, # Batches that make one optimizer step
-        gradient_checkpointing:bool=True, # Recompute activations to save memory? (a 24 GB card needs it)
+        torch_compile:bool=True, # Compile the decoder's layers? (on CUDA only)
+        activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
+        gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
         learning_rate:float=2e-4, # Peak, after the warm-up
         warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
         weight_decay:float=0.001, # Of AdamW
@@ -596,12 +622,19 @@ def collate_packed(
     rows:list, # Rows of `pack_dataset`
     max_length:int, # Every batch has this width, so that compiled code sees one shape
     pad_id:int, # Token that fills up a row
+    max_docs:int=0, # Most documents in a row; if given, the flash kernel's list of document starts is made, always equally long
 )->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length)
     "Stack packed rows; what fills a row up is one more document, without labels."
     import torch
+    from itertools import accumulate
     fill = lambda k, v: torch.tensor([r[k]+[v]*(max_length-len(r[k])) for r in rows])
-    pos = [[i for n in [*r['seq_lengths'], max_length-len(r['input_ids'])] for i in range(n)] for r in rows]
-    return dict(input_ids=fill('input_ids', pad_id), labels=fill('labels', -100), position_ids=torch.tensor(pos))
+    docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
+    batch = dict(input_ids=fill('input_ids', pad_id), labels=fill('labels', -100), position_ids=torch.tensor([[i for n in d for i in range(n)] for d in docs]))
+    if not max_docs: return batch
+    starts = list(accumulate((n for d in docs for n in d), initial=0))
+    starts += starts[-1:]*(len(rows)*(max_docs+1)+1-len(starts)) # empty documents at the end
+    cu = torch.tensor(starts, dtype=torch.int32)
+    return dict(**batch, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max_length, max_length_k=max_length)
 
 def run_steps(
     cfg:TrainConfig, # Of the run
@@ -626,6 +659,15 @@ def events_callback(
         def on_save(self, args, state, control, **kw): call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
     return Events()
 
+def compile_layers(
+    model, # From `add_lora`
+    budget:float=0.7, # Share of activations that is kept
+):
+    "Compile every decoder layer on its own."
+    import torch._functorch.config
+    torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
+    for layer in model.get_base_model().get_decoder().layers: layer.compile()
+
 def make_trainer(
     cfg:TrainConfig, # Of the run
     model, # From `add_lora`
@@ -640,6 +682,9 @@ def make_trainer(
     from trl import SFTConfig, SFTTrainer
     cuda = torch.cuda.is_available()
     world = int(os.environ.get('WORLD_SIZE', 1))
+    varlen = model.config.get_text_config()._attn_implementation=='varlen'
+    max_docs = max(map(len, packed['seq_lengths'])) if varlen else 0
+    if cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
     steps = run_steps(cfg, len(packed), world)
     draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps*world
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=cfg.per_device_train_batch_size,
@@ -650,7 +695,7 @@ def make_trainer(
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None,
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
     trainer = SFTTrainer(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
-        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id), callbacks=[events_callback(events)])
+        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float() # TRL made it bf16, from where no run resumes exactly
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
@@ -684,7 +729,7 @@ def held_out_loss(
     model,nll,n = trainer.model,0.,0
     with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager():
         for row in packed:
-            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items()}
+            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items() if k in ('input_ids','labels','position_ids')}
             out = model(**batch, use_cache=False, fused_lm_head=True)
             nll -= out.log_probs.double().sum().item(); n += int(out.label_mask.sum())
     return nll/max(n,1)
@@ -1116,7 +1161,7 @@ def samples_table(
 # ------------------------------------------------------------------------------
 
 COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','gradient_checkpointing','hub_model_id')
+            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','hub_model_id')
 
 def run_identity(
     cfg:TrainConfig, # Options
@@ -1255,9 +1300,11 @@ class Job:
         packed = pack_dataset(rows, cfg.max_length, cfg.seed)
         self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
         targets = tuple(cfg.lora_target_modules.split(','))
-        model = add_lora(load_model(run['base'], cfg.load_in_4bit), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+        attn,why = choose_attention()
+        log.info(f"attention: {attn}, {why}")
+        model = add_lora(load_model(run['base'], cfg.load_in_4bit, attn), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
         self.trainer = make_trainer(cfg, model, self.tok, packed, self)
-        rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, lora_target_modules=targets)
+        rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets)
         log.info("audit:\n"+text_table(rows)); check_audit(rows)
         self.total = run_steps(cfg, len(packed))
         batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
@@ -1368,6 +1415,7 @@ def run_job(
 
 def main():
     "The job as a command: flags and environment in, exit code out."
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # read when torch loads: threads that spin are ten times slower on a CPU with other work
     setup_logging()
     try: code = run_job(read_config())
     except UserError as e:
