@@ -45,7 +45,7 @@ def smollm2(
         shutil.rmtree(dest, ignore_errors=True); tmp.rename(dest)
     return str(dest)
 
-# %% ../nbs/08_rehearse.ipynb #5cda4625
+# %% ../nbs/08_rehearse.ipynb #aefd0cf4
 import re, sys, json, time, signal, subprocess
 from fastcore.script import call_parse
 from .train import parse_step
@@ -72,10 +72,12 @@ class Stage:
         "Run to the end, or to the kill."
         self.start = time.time()-self.t0
         p = subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
-        for l in p.stdout:
-            self.lines.append((time.time()-self.t0, l.rstrip()))
-            say(l.rstrip())
-            if kill_when and not self.killed and kill_when(l): self.killed = True; p.kill()
+        try:
+            for l in p.stdout:
+                self.lines.append((time.time()-self.t0, l.rstrip()))
+                say(l.rstrip())
+                if kill_when and not self.killed and kill_when(l): self.killed = True; p.kill()
+        except BaseException: p.kill(); raise # Ctrl-C leaves nothing running
         _,status,usage = os.wait4(p.pid, 0)
         self.code,self.end,self.gib = os.waitstatus_to_exitcode(status),time.time()-self.t0,usage.ru_maxrss/2**20
         p.returncode = self.code
@@ -255,7 +257,7 @@ def verdict(
             f"{len(twice)} steps were trained twice, {'with the same losses' if all(x==y for x,y in twice) else 'with OTHER losses'}. "
             f"Held-out loss {h[0]:.2f} → {h[1]:.2f} ({h[1]/h[0]-1:+.0%}). {seen['took']:.0f} seconds, {max(s.gib for s in seen['stages']):.1f} GiB at most.")
 
-# %% ../nbs/08_rehearse.ipynb #f6d60a9b
+# %% ../nbs/08_rehearse.ipynb #686b4cc7
 @call_parse
 def rehearse_cli(
     out:str='rehearsal', # Folder for everything; a former rehearsal in it is replaced
@@ -264,7 +266,9 @@ def rehearse_cli(
 ):
     "Rehearse the whole run on this machine: dataset, job, kill, resume, merge, report."
     from phoque.model_qlora import text_table
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try: seen = rehearse(out, steps, script=script)
     except (ValueError, RuntimeError, FileNotFoundError) as e: raise SystemExit(f"phoque_rehearse: {e}")
+    except KeyboardInterrupt: raise SystemExit("phoque_rehearse: stopped; nothing is left running")
     path = write_report(seen)
     print(f"\n{text_table(where_time_went(seen))}\n\n{verdict(seen)}\nreport: {path}")
