@@ -39,11 +39,11 @@ Generated from the notebooks in nbs/ by `make generate`: edit those, not this fi
 
 from __future__ import annotations
 import copy, hashlib, html, inspect, json, logging, os, re, shutil, signal, struct, sys, threading, time, traceback, uuid
-from contextlib import contextmanager
-from fastcore.basics import patch, store_attr, str2bool
+from contextlib import contextmanager, nullcontext
+from fastcore.basics import chunked, patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
-from fastcore.script import anno_parser
+from fastcore.script import Param, anno_parser, call_parse
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -418,18 +418,72 @@ def encode_dataset(
     return out.remove_columns('lost'),dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped,
         tokens=int(n.sum()), supervised=sup, supervised_share=round(sup/int(n.sum()),3), **dict(zip(('p50','p95','max'), np.percentile(n, [50,95,100]).astype(int).tolist())))
 
+def control_ids(
+    tok, # Tokenizer
+)->set: # Ids of all tokens that text can't become
+    "The control tokens of a tokenizer."
+    return {i for i,t in tok.added_tokens_decoder.items() if t.special}
+
 def show_labels(
     tok, # Tokenizer from `load_tokenizer`
     ids:list, # `input_ids` of one conversation
     mask:list, # 1 where the loss looks
 )->str: # HTML that needs no style sheet
     "One conversation as coloured tokens."
-    special = set(tok.all_special_ids) | set(tok.convert_tokens_to_ids(list(FORMATS[chat_format(tok)][1])))
+    special,sp = control_ids(tok),getattr(tok.backend_tokenizer.model, 'byte_fallback', False)
     def span(i, m):
-        text = escape(tok.decode([i])).replace('\n','⏎<br>')
+        text = escape(tok.convert_ids_to_tokens(i).replace('▁',' ') if sp else tok.decode([i])).replace('\n','⏎<br>')
         style = f"background:{'#9be3a8' if m else '#e4e4e4' if i in special else 'none'};color:{'#111' if m or i in special else 'inherit'};border-radius:3px;padding:0 1px;white-space:pre-wrap"
         return f'<span style="{style}" title="{i}{" · supervised" if m else ""}">{text}</span>'
     return '<div style="font-family:monospace;line-height:1.7">' + ''.join(span(i,m) for i,m in zip(ids,mask)) + '</div>'
+
+def label_invariants(
+    tok, # Tokenizer from `load_tokenizer`
+    rows:list, # Pairs of `input_ids` and mask, one a conversation
+    answers:int=None, # Assistant turns that they have, where it is known
+)->list: # Dicts of `what`, `asked`, `actual`, `ok`
+    "Count what must hold for the labels of a whole dataset."
+    import numpy as np
+    ids,mask = (np.concatenate([np.asarray(r[i], dtype=np.int64) for r in rows]) for i in (0,1))
+    first = np.zeros(len(ids), bool); first[np.cumsum([0]+[len(r[0]) for r in rows[:-1]])] = True
+    sup,eos = mask==1,ids==tok.eos_token_id
+    ends = sup & ~np.append(sup[1:] & ~first[1:], False)
+    begins = sup & (first | ~np.insert(sup[:-1], 0, False))
+    n = int(begins.sum())
+    checks = [('conversations', len(rows), len(rows)), ('answers', n if answers is None else answers, n),
+        ('answers that end in EOS', n, int((ends & eos).sum())), ('supervised EOS tokens', n, int((sup & eos).sum())),
+        ('other control tokens supervised', 0, int((sup & ~eos & np.isin(ids, list(control_ids(tok)))).sum())),
+        ('pad tokens', 0, int((ids==tok.pad_token_id).sum())), ('first tokens supervised', 0, int((sup & first).sum())),
+        ('conversations without an answer', 0, int((np.add.reduceat(sup, np.flatnonzero(first))==0).sum()))]
+    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in checks] + [dict(what='share of tokens supervised', asked='', actual=f'{sup.mean():.1%}', ok='')]
+
+def read_chats(
+    lines, # Lines of JSONL, as bytes or text
+)->list: # Checked conversations
+    "Read conversations; a bad line is an error that names it."
+    chats = []
+    for n,line in enumerate(lines, 1):
+        if not line.strip(): continue
+        try: row = json.loads(line)
+        except (ValueError, RecursionError) as e: raise UserError(f"line {n}: this is no JSON ({str(e)[:80]}): write one conversation a line") from None
+        chats.append(check_messages(row.get('messages') if isinstance(row, dict) else row, f'line {n}'))
+    return chats
+
+def write_labels(
+    tok, # Tokenizer from `load_tokenizer`
+    lines, # Lines of JSONL
+    out, # Text file to write to
+    html:bool=False, # A page to look at instead of JSONL?
+):
+    "Write the labels of conversations."
+    rows = []
+    for batch in chunked(read_chats(lines), 256):
+        for ids,mask in encode_chats(tok, batch):
+            if html: rows.append((ids,mask))
+            else: out.write(json.dumps(dict(input_ids=ids, assistant_mask=mask))+'\n')
+    if not html: return
+    table = text_table(label_invariants(tok, rows)) if rows else 'no conversations'
+    out.write(f'<!doctype html><meta charset=utf-8><title>labels</title><pre>{escape(table)}</pre>' + '<hr>'.join(show_labels(tok, *r) for r in rows))
 
 def _blind(cls): # The same model class, built without a vision tower
     def __init__(self, config):
@@ -453,7 +507,7 @@ def load_model(
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation,
         quantization_config=nf4 if load_in_4bit else None, device_map={'': 0 if torch.cuda.is_available() else 'cpu'})
-    model.config.use_cache = False
+    model.config.get_text_config().use_cache = False
     return model
 
 LORA_TARGETS = ('q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj')
@@ -499,20 +553,35 @@ def undisturbed(
 ):
     "Evaluation mode, cache, left padding and no gradients inside; all of it, and every random state, put back after."
     import torch
-    modes,use_cache,side = [(m,m.training) for m in model.modules()],model.config.use_cache,tok.padding_side
+    cfg = model.config.get_text_config() # a multimodal config has no cache of its own
+    modes,use_cache,side = [(m,m.training) for m in model.modules()],cfg.use_cache,tok.padding_side
     rng = _take_rng({p.device for p in model.parameters() if p.device.type=='cuda'})
     packs = [(m.weight, m.weight.data, m.weight.quant_state, copy.copy(vars(m.weight.quant_state))) for m in _packable(model)]
     try:
         model.eval()
-        model.config.use_cache,tok.padding_side = True,'left'
+        cfg.use_cache,tok.padding_side = True,'left'
         with torch.inference_mode(): yield
     finally:
         for w,data,qs,state in packs:
             w.data = data
             vars(qs).clear(); vars(qs).update(state)
         for m,t in modes: m.training = t
-        model.config.use_cache,tok.padding_side = use_cache,side
+        cfg.use_cache,tok.padding_side = use_cache,side
         _put_rng(rng)
+
+def sanity_line(
+    model, # Any causal language model
+    tok, # From `load_tokenizer`
+)->tuple: # What it replies, greedily, and the perplexity of the right answer
+    "Ask for the capital of France."
+    import torch
+    q,a = dict(role='user', content='What is the capital of France?'),dict(role='assistant', content='The capital of France is Paris.')
+    ids,mask = (torch.tensor([x], device=model.device) for x in encode_chats(tok, [[q,a]])[0])
+    p = torch.tensor([encode_prompt(tok, [q])], device=model.device)
+    with undisturbed(model, tok):
+        out = model.generate(input_ids=p, attention_mask=torch.ones_like(p), max_new_tokens=12, do_sample=False, pad_token_id=tok.pad_token_id)
+        nll = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0,:-1].float(), ids[0,1:], reduction='none')[mask[0,1:]==1].mean()
+    return tok.decode(out[0, p.shape[1]:], skip_special_tokens=True),nll.exp().item()
 
 def audit(
     model, # From `add_lora`
@@ -520,6 +589,7 @@ def audit(
     load_in_4bit:bool=True, # Was NF4 asked for?
     attn_implementation:str='sdpa', # Attention kernel asked for
     lora_target_modules:tuple=LORA_TARGETS, # Layers asked for
+    ask:bool=True, # Ask it something?
 )->list: # Dicts of `what`, `asked`, `actual`, `ok`
     "Compare what was asked for with what is there."
     mods = list(model.named_modules())
@@ -540,14 +610,55 @@ def audit(
             ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
             ('vocabulary fits', True, len(tok)<=emb.shape[0]),
             ('vision tower', 'none', 'loaded' if any('vision_tower' in k for k,_ in model.named_parameters()) else 'none')]
-    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows]
+    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in lora_target_modules}
+    facts = {'base model': f"{type(model.get_base_model()).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}",
+             'trained parameters': f"{sum(by.values()):,}: " + ', '.join(f'{k} {v:,}' for k,v in by.items()),
+             'tokenizer': f"{type(tok).__name__}, {chat_format(tok)}, EOS {tok.eos_token_id}, pad {tok.pad_token_id}"}
+    if ask: facts['it says'] = '{!r}; perplexity of the right answer {:,.1f}'.format(*sanity_line(model, tok))
+    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows] + [dict(what=w, asked='', actual=b, ok='') for w,b in facts.items()]
 
 def check_audit(
     rows:list, # From `audit`
 ):
     "Refuse to train on anything but what was asked for."
-    if bad := [r for r in rows if not r['ok']]:
+    if bad := [r for r in rows if r['ok'] is False]:
         raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
+
+TILE = (4096, 32768) # trl.kernels.chunked_logprob: tokens and vocabulary entries that the head takes at once
+
+def _bare_model(config): # A language model on the meta device, which has shapes and no storage
+    import torch
+    from transformers import AutoModelForCausalLM
+    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
+
+def memory_plan(
+    config, # Of the base model, from `AutoConfig`
+    per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
+    max_length:int=2048, # Tokens of a row
+    gradient_checkpointing:bool=True, # Recompute activations?
+    optim:str='adamw_torch_fused', # Name in transformers
+    load_in_4bit:bool=True, # NF4 with double quantisation?
+    lora_r:int=16, # Rank of the adapter
+    lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
+    supervised:float=0.5, # Share of tokens that the loss looks at
+)->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
+    "Predict the memory of a GPU in training."
+    import torch
+    c,m = config.get_text_config(),_bare_model(config)
+    linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
+    four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
+    load = four*(1/2+1/64+4/64/256) + 2*(sum(p.numel() for p in m.parameters())-four)
+    targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
+    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))
+    h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
+    width = heads*(getattr(c, 'head_dim', None) or h//heads)
+    layer = 8*h + 8*width+4*heads + 6*f + sum(2*l.in_features+2*lora_r for l in targets)/n_layers
+    tokens = per_device_train_batch_size*max_length
+    acts = tokens*(layer+2*h*n_layers if gradient_checkpointing else layer*n_layers)
+    sup = supervised*tokens
+    turn = max(2*min(sup,TILE[0])*min(c.vocab_size,TILE[1]) + sup*8*h, tokens*10*f)
+    gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
+    return {k:v/2**30 for k,v in gib.items()}
 
 # ------------------------------------------------------------------------------
 # train: Every option of a run, packed rows in an order that can be computed, and TRL's `SFTTrainer`
