@@ -66,7 +66,7 @@ def load_chats(
     if 'train' not in ds: raise UserError(f"dataset {repo}: no split `train`, got {list(ds)}: push it with phoque_data")
     return ds,revision
 
-# %% ../nbs/06_job.ipynb #c87fdd95
+# %% ../nbs/06_job.ipynb #67df19bf
 CARD = """---
 base_model: {base[id]}
 base_model_relation: adapter
@@ -85,9 +85,9 @@ An adapter that makes `{base[id]}` talk like the community it was trained on.
 platform, products, or training data for other models. Do not redistribute it, and do not publish merged weights.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {base[auto]}, AutoTokenizer
 from peft import PeftModel
-base = AutoModelForCausalLM.from_pretrained("{base[id]}", revision="{base[revision]}", dtype="auto")
+base = {base[auto]}.from_pretrained("{base[id]}", {at}dtype="auto")
 model = PeftModel.from_pretrained(base, "{repo}")
 tok = AutoTokenizer.from_pretrained("{repo}")
 ```
@@ -108,7 +108,8 @@ def adapter_card(
     facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
                  steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
                  held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')})
-    return CARD.format(repo=cfg.hub_model_id, base=base, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
+    at = f'revision="{base["revision"]}", ' if base['revision'] else ''
+    return CARD.format(repo=cfg.hub_model_id, base=base, at=at, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
 
 def publish_adapter(
     cfg:TrainConfig, # Options

@@ -38,12 +38,12 @@ Generated from the notebooks in nbs/ by `make generate`: edit those, not this fi
 """
 
 from __future__ import annotations
-import copy, hashlib, html, inspect, json, logging, os, re, shutil, signal, sys, threading, time, traceback, uuid
-from contextlib import contextmanager
-from fastcore.basics import patch, store_attr, str2bool
+import copy, hashlib, html, inspect, json, logging, os, re, shutil, signal, struct, sys, threading, time, traceback, uuid
+from contextlib import contextmanager, nullcontext
+from fastcore.basics import chunked, patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
-from fastcore.script import anno_parser
+from fastcore.script import Param, anno_parser, call_parse
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +65,15 @@ def quiet_libraries():
     datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', category=FutureWarning)
+
+def text_table(
+    rows:list, # Dicts with the same keys
+)->str: # Aligned columns
+    "A table for consoles and logs."
+    cell = lambda v: 'yes' if v is True else 'NO' if v is False else ', '.join(map(str,v)) if isinstance(v,(list,tuple)) else f'{v:,}' if isinstance(v,int) else str(v)
+    lines = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
+    width = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
+    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,width)).rstrip() for l in lines)
 
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
 SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; the plain -2512 repo is FP8, which NF4 can't load
@@ -94,27 +103,36 @@ def _model_info(repo):
         if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
     except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
 
-def _is_fp8(repo, revision):
+def _model_config(path, revision=None):
     from transformers import PreTrainedConfig
-    cfg,_ = PreTrainedConfig.get_config_dict(repo, revision=revision)
-    return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
+    try: return PreTrainedConfig.get_config_dict(path, revision=revision)[0]
+    except (OSError, ValueError) as e: raise UserError(f"base model {str(path)!r}: its config.json can't be read ({type(e).__name__}): choose a causal language model") from None
+
+def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
+
+def _holds_fp8(folder): # By the headers of its weights: https://huggingface.co/docs/safetensors
+    def header(f):
+        with open(f, 'rb') as s: return json.loads(s.read(int.from_bytes(s.read(8), 'little')))
+    return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for k,t in header(f).items() if k!='__metadata__')
 
 def resolve_base(
     base_model:str=SEED_BASE, # Hub id or local folder
     strict:bool=False, # Refuse a substitute?
-)->dict: # `requested`, `id`, `revision` (commit, or None for a folder) and `note` (why another one was taken, or None)
+)->dict: # `requested`, `id`, `revision` (commit, or None for a folder), `note` (why another one was taken, or None), `auto` (transformers' class that loads all of it)
     "Find the base model that stands for the name asked for."
-    res = dict(requested=base_model, id=base_model, revision=None, note=None)
-    if Path(base_model).is_dir(): return res
-    info = _model_info(base_model)
-    if info is None and base_model==SEED_BASE: res.update(id=SUCCESSOR, note=f"{SEED_BASE} was never published; its open successor is taken")
-    elif info is None: raise UserError(f"base model {base_model!r}: no such folder here, and the Hub has no such repo or HF_TOKEN may not see it: check BASE_MODEL")
-    elif _is_fp8(base_model, info.sha): res.update(id=f"{base_model}-BF16", note=f"{base_model} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken")
-    if res['note']:
-        if strict: raise UserError(f"{res['note']}: {res['id']}. BASE_MODEL_STRICT refuses that: set BASE_MODEL={res['id']}")
-        if (info := _model_info(res['id'])) is None: raise UserError(f"base model {base_model!r}: {res['note']}, but the Hub has no {res['id']}: set BASE_MODEL")
-        log.warning(f"BASE MODEL: {res['note']}: {res['id']}")
-    return {**res, 'revision': info.sha}
+    here,rev,note,name = Path(base_model).is_dir(),None,None,base_model
+    if here: fp8 = _marked_fp8(_model_config(name)) and _holds_fp8(name)
+    elif info := _model_info(name): fp8 = _marked_fp8(_model_config(name, info.sha))
+    elif name!=SEED_BASE: raise UserError(f"base model {name!r}: no such folder here, and the Hub has no such repo or HF_TOKEN may not see it: check BASE_MODEL")
+    else: name,note,fp8 = SUCCESSOR,f"{SEED_BASE} was never published; its open successor is taken",False
+    if fp8: name,note = f"{name}-BF16",f"{name} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken"
+    if note and strict: raise UserError(f"{note}: {name}. BASE_MODEL_STRICT refuses that: set BASE_MODEL={name}")
+    if not Path(name).is_dir():
+        if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}: {note}, but there is no {name}: set BASE_MODEL")
+        rev = info.sha
+    if note: log.warning(f"BASE MODEL: {note}: {name}")
+    auto = 'AutoModelForImageTextToText' if 'vision_config' in _model_config(name, rev) else 'AutoModelForCausalLM'
+    return dict(requested=base_model, id=name, revision=rev, note=note, auto=auto)
 
 def chatml_parts(messages, ids):
     "ChatML, as SmolLM2 and Qwen use it: `<|im_start|>role⏎text<|im_end|>⏎`."
@@ -154,7 +172,7 @@ def mistral_v3_parts(messages, ids):
         elif m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
 
 def mistral_v7_parts(messages, ids):
-    "Mistral v7 to v15: the system turn has control tokens of its own and stays where it is."
+    "Mistral v7 to v13: the system turn has control tokens of its own and stays where it is."
     bos,eos,inst,end_inst,sys,end_sys = ids
     yield bos, False
     for m in messages:
@@ -163,62 +181,143 @@ def mistral_v7_parts(messages, ids):
             a,b = (sys,end_sys) if m['role']=='system' else (inst,end_inst)
             yield from ((a,False), (m['content'],False), (b,False))
 
+def mistral_v15_parts(messages, ids, settings):
+    "Mistral v15: as v7, with the model's settings before the first user turn."
+    *v7,begin,end = ids
+    for p,sup in mistral_v7_parts(messages, v7):
+        if p==v7[2] and settings: # [INST]
+            yield from ((begin,False), (settings,False), (end,False))
+            settings = None
+        yield p,sup
+
 _STRIP = "{% if m.role=='assistant' %}{{ m.content.rstrip(' ') + eos_token }}"
-FORMATS = {
+_SYSTEM = "{% set sys = messages | selectattr('role','equalto','system') | map(attribute='content') | join('\n\n') %}"
+_USERS = "{% set users = messages | selectattr('role','equalto','user') | list %}"
+_V7 = _STRIP + "{% elif m.role=='system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"
+FORMATS = { # parts, control tokens (the second ends an answer), template
     'chatml': (chatml_parts, ('<|im_start|>','<|im_end|>'),
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    'mistral-v15': (mistral_v15_parts, ('<s>','</s>','[INST]','[/INST]','[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]','[MODEL_SETTINGS]','[/MODEL_SETTINGS]'),
+        "{{ bos_token }}" + _USERS + "{% for m in messages %}{% if m is sameas users[0] %}[MODEL_SETTINGS]SETTINGS[/MODEL_SETTINGS]{% endif %}" + _V7),
     'mistral-v7': (mistral_v7_parts, ('<s>','</s>','[INST]','[/INST]','[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]'),
-        "{{ bos_token }}{% for m in messages %}" + _STRIP + "{% elif m.role=='system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}"
-        "{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"),
+        "{{ bos_token }}{% for m in messages %}" + _V7),
     'mistral-v3': (mistral_v3_parts, ('<s>','</s>','[INST]','[/INST]'),
-        "{{ bos_token }}{% set sys = messages | selectattr('role','equalto','system') | map(attribute='content') | join('\n\n') %}"
-        "{% set last = (messages | selectattr('role','equalto','user') | list)[-1] %}{% for m in messages %}" + _STRIP +
-        "{% elif m.role=='user' %}{{ '[INST]' + (sys + '\n\n' if sys and m is sameas last else '') + m.content + '[/INST]' }}{% endif %}{% endfor %}"),
+        "{{ bos_token }}" + _SYSTEM + _USERS + "{% for m in messages %}" + _STRIP +
+        "{% elif m.role=='user' %}{{ '[INST]' + (sys + '\n\n' if sys and m is sameas users[-1] else '') + m.content + '[/INST]' }}{% endif %}{% endfor %}"),
     'mistral-v1': (mistral_v1_parts, ('<s>','</s>'),
-        "{{ bos_token }}{% set sys = messages | selectattr('role','equalto','system') | map(attribute='content') | join('\n\n') %}"
-        "{% set first = (messages | selectattr('role','equalto','user') | list)[0] %}{% for m in messages %}{% if m.role=='assistant' %}{{ m.content + eos_token }}"
-        "{% elif m.role=='user' %}{{ ' [INST] ' + (sys + '\n\n' if sys and m is sameas first else '') + m.content + ' [/INST]' }}{% endif %}{% endfor %}"),
+        "{{ bos_token }}" + _SYSTEM + _USERS + "{% for m in messages %}{% if m.role=='assistant' %}{{ ' ' + m.content + eos_token }}"
+        "{% elif m.role=='user' %}{{ '[INST] ' + (sys + '\n\n' if sys and m is sameas users[0] else '') + m.content + ' [/INST]' }}{% endif %}{% endfor %}"),
 }
 
 def chat_format(
-    tok, # Tokenizer, as `load_tokenizer` gives it
+    tok, # Tokenizer
+    version:int=0, # Of its tekken.json; 0 where there is none
+    settings:str=None, # Model settings of its tekken.json, as JSON
 )->str: # Key of `FORMATS`
     "Name the chat format that a tokenizer speaks."
+    if known := tok.init_kwargs.get('chat_format'): return known
     vocab,template = tok.get_vocab(),tok.chat_template or ''
     has = lambda *ts: all(t in vocab for t in ts)
     if has('<|im_start|>','<|im_end|>'): return 'chatml'
+    if settings: return 'mistral-v15'
     if has('[INST]','[/INST]'):
-        version = int(getattr(tok, 'tekken_version', 'v0').strip('vm').split('m')[0])
-        v7 = version>=7 or (not version and ('[SYSTEM_PROMPT]' in template or (not template and has('[SYSTEM_PROMPT]'))))
+        v7 = version>=7 or (not version and has('[SYSTEM_PROMPT]') and (not template or '[SYSTEM_PROMPT]' in template))
         return 'mistral-v7' if v7 else 'mistral-v3'
     if '[INST]' in template or (has('<s>','</s>') and not template): return 'mistral-v1'
     raise UserError(f"tokenizer {tok.name_or_path!r}: its chat format is none of {', '.join(FORMATS)}: choose an instruct model of one of these families")
 
+def _pb_fields(b): # Fields of a protobuf message, as (number, value): https://protobuf.dev/programming-guides/encoding
+    i = 0
+    def varint():
+        nonlocal i
+        v = shift = 0
+        while True:
+            c = b[i]; i += 1
+            v |= (c&127)<<shift; shift += 7
+            if c<128: return v
+    while i<len(b):
+        key = varint()
+        if key&7==0: yield key>>3,varint(); continue
+        n = {1:8, 5:4}.get(key&7) or varint()
+        yield key>>3,b[i:i+n]
+        i += n
+
+def read_pieces(
+    path, # SentencePiece model
+)->list: # (piece, score, type); types: 1 normal, 2 unknown, 3 control, 6 byte
+    "The vocabulary of a SentencePiece model."
+    pieces = [dict(_pb_fields(v)) for f,v in _pb_fields(Path(path).read_bytes()) if f==1]
+    return [(p[1].decode(), struct.unpack('<f', p[2])[0] if 2 in p else 0., p.get(3,1)) for p in pieces]
+
+def _as_sentencepiece(rust): # The space before every text, and every space as ▁
+    from tokenizers import decoders, normalizers
+    rust.normalizer,rust.pre_tokenizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ','▁')]),None
+    rust.decoder = decoders.Sequence([decoders.Replace('▁',' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ',1,0)])
+
+def sentencepiece_tokenizer(
+    path, # SentencePiece model of the BPE kind, without normalisation
+): # `PreTrainedTokenizerFast` that gives the ids that sentencepiece gives
+    "Read a SentencePiece model."
+    from tokenizers import AddedToken, Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    pieces = read_pieces(path)
+    score = {p:s for p,s,kind in pieces if kind==1} # what isn't normal never comes of joining
+    joins = [(l,r) for p in score for l,r in ((p[:i],p[i:]) for i in range(1,len(p))) if l in score and r in score]
+    joins.sort(key=lambda j: (-score[j[0]+j[1]], -len(j[0]))) # runs of ▁ share one score: the longer one on the left grows first
+    rust = Tokenizer(models.BPE({p:i for i,(p,_,_) in enumerate(pieces)}, joins, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    rust.add_special_tokens([AddedToken(p, special=True, normalized=False) for p,_,kind in pieces if kind in (2,3)])
+    _as_sentencepiece(rust)
+    return PreTrainedTokenizerFast(tokenizer_object=rust, bos_token='<s>', eos_token='</s>', unk_token='<unk>', clean_up_tokenization_spaces=False)
+
 PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>') # in order of preference; the first that exists and doesn't end an answer
+TOKENIZER_FILES = ('tokenizer*', '*.model', '*.model.v*', 'tekken.json', 'config.json', 'vocab.*', 'merges.txt', '*tokens*.json', 'chat_template*')
+
+def _tokenizer_folder(path, revision):
+    if Path(path).is_dir(): return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from httpx2 import HTTPError
+    try: return Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
+    except HFValidationError: raise UserError(f"tokenizer {path!r}: no such folder here, and no name that a Hub repo may have") from None
+    except (HTTPError, OSError) as e: raise hub_problem(e, f"tokenizer {path}") from None
+
+def _read_tekken(f): # Version, and the default settings of v15 as the JSON that mistral-common writes
+    if not f.exists(): return 0,None
+    d = json.loads(f.read_bytes())
+    effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
+    return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
 
 def load_tokenizer(
     path:str, # Hub id or local folder
     revision:str=None, # Commit of the Hub repo
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
-    import json
     from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(path, revision=revision, mistral_format=False)
-    tekken = Path(path)/'tekken.json'
-    if tekken.exists(): tok.tekken_version = json.loads(tekken.read_bytes())['config']['version']
-    _,control,template = FORMATS[chat_format(tok)]
+    folder = _tokenizer_folder(path, revision)
+    models = sorted(folder.glob('*.model*'))
+    if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')): tok = sentencepiece_tokenizer(models[0])
+    else:
+        try: tok = AutoTokenizer.from_pretrained(folder, mistral_format=False)
+        except (OSError, ValueError): raise UserError(f"tokenizer {str(path)!r}: no tokenizer.json, tekken.json or SentencePiece model that can be read there") from None
+    tok.name_or_path = str(path)
+    version,settings = _read_tekken(folder/'tekken.json')
+    name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
+    if settings: tok.init_kwargs['model_settings'] = settings
+    _,control,template = FORMATS[name]
     vocab = tok.get_vocab()
-    if '<s>' in control: tok.bos_token = '<s>'
+    if name!='chatml':
+        tok.bos_token = '<s>'
+        if getattr(tok.backend_tokenizer.model, 'byte_fallback', False): _as_sentencepiece(tok.backend_tokenizer)
     tok.eos_token = control[1]
-    tok.pad_token = next(p for p in PADS if p in vocab and p!=tok.eos_token)
-    tok.chat_template = template
+    if not (pad := next((p for p in PADS if p in vocab and p!=tok.eos_token), None)): raise UserError(f"tokenizer {tok.name_or_path!r}: it has none of {', '.join(PADS)} to pad with")
+    tok.pad_token,tok.chat_template = pad,template.replace('SETTINGS]SETTINGS[', f"SETTINGS]{tok.init_kwargs.get('model_settings')}[")
     return tok
 
 def check_messages(
     messages:list, # Dicts with `role` (system, user, assistant) and `content`
     name:str='row', # How an error names the row
-)->list: # The same messages, consecutive ones of a role joined by a blank line, cut after the last assistant turn
+)->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
     "Check one conversation and bring it into the form that every format can write."
     def bad(why, v): raise UserError(f"{name}: {why}, got {str(v)[:60]!r}: mend or remove it in the dataset")
     if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
@@ -230,7 +329,7 @@ def check_messages(
         if not text.strip(): bad(f"turn {i} ({role}) is empty", text)
         try: text.encode()
         except UnicodeEncodeError: bad(f"turn {i} ({role}) holds half a surrogate pair", text.encode('ascii','replace').decode())
-        if out and out[-1]['role']==role: out[-1]['content'] += f"\n\n{text}"
+        if out and out[-1]['role']==role!='system': out[-1]['content'] += f"\n\n{text}"
         else: out.append(dict(role=role, content=text))
     first = next((m['role'] for m in out if m['role']!='system'), None)
     if first!='user': bad("the conversation must open with a user turn", first)
@@ -245,8 +344,8 @@ def encode_chats(
 )->list: # Pairs of `input_ids` and `mask` (1 where the loss looks), lists of int of equal length
     "Encode conversations with their assistant masks, in one pass."
     parts_of,control,_ = FORMATS[chat_format(tok)]
-    ids = tok.convert_tokens_to_ids(list(control))
-    chats = [list(parts_of(c, ids)) for c in chats]
+    args = [tok.convert_tokens_to_ids(list(control)), *filter(None, [tok.init_kwargs.get('model_settings')])]
+    chats = [list(parts_of(c, *args)) for c in chats]
     rust = tok.backend_tokenizer
     rust.encode_special_tokens = True # text that reads like a control token stays text
     try: encs = iter(rust.encode_batch_fast([p for c in chats for p,_ in c if isinstance(p, str)], add_special_tokens=False))
@@ -268,27 +367,29 @@ def encode_prompt(
     ids,mask = encode_chats(tok, [check_messages([*messages, dict(role='assistant', content='x')], 'prompt')])[0]
     return ids[:max(i for i,m in enumerate(mask) if m and not mask[i-1])]
 
-def drop_first_exchange(
+def drop_exchanges(
     messages:list, # Checked conversation
-)->list: # The same from its second user turn on, system turns kept; None where there is no second
-    "Shorten a conversation by its oldest exchange."
-    users = [i for i,m in enumerate(messages) if m['role']=='user']
-    return None if len(users)<2 else [m for m in messages[:users[1]] if m['role']=='system'] + messages[users[1]:]
+    n:int=1, # How many, fewer than it has user turns
+)->list: # The same from user turn `n` on, with all system turns
+    "Shorten a conversation by its oldest exchanges."
+    start = [i for i,m in enumerate(messages) if m['role']=='user'][n]
+    return [m for m in messages[:start] if m['role']=='system'] + messages[start:]
 
 def encode_fitting(
     tok, # Tokenizer from `load_tokenizer`
     chats:list, # Checked conversations
     max_length:int=2048, # Tokens a conversation may have
 )->list: # `(input_ids, mask, exchanges lost)`, or None for a conversation that can't be made to fit
-    "Encode conversations, shortening those that are too long."
+    "Encode conversations; those that are too long lose no more exchanges than they must."
     out = [(ids,mask,0) for ids,mask in encode_chats(tok, chats)]
-    long = {i:chats[i] for i,o in enumerate(out) if len(o[0])>max_length}
-    while long:
-        long = {i:drop_first_exchange(c) for i,c in long.items()}
-        for i in [i for i,c in long.items() if c is None]: out[i] = long.pop(i)
-        for i,(ids,mask) in zip(list(long), encode_chats(tok, list(long.values()))):
-            out[i] = ids,mask,out[i][2]+1
-            if len(ids)<=max_length: del long[i]
+    users = {i:sum(m['role']=='user' for m in chats[i]) for i,o in enumerate(out) if len(o[0])>max_length}
+    span = {i:[1,n] for i,n in users.items()} # by bisection, so that a thousand exchanges take ten attempts
+    while tries := {i:(a+b)//2 for i,(a,b) in span.items() if a<b}:
+        for (i,n),(ids,mask) in zip(tries.items(), encode_chats(tok, [drop_exchanges(chats[i], n) for i,n in tries.items()])):
+            if len(ids)<=max_length: out[i],span[i][1] = (ids,mask,n),n
+            else: span[i][0] = n+1
+    for i,n in users.items():
+        if span[i][0]==n: out[i] = None
     return out
 
 def encode_dataset(
@@ -317,18 +418,78 @@ def encode_dataset(
     return out.remove_columns('lost'),dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped,
         tokens=int(n.sum()), supervised=sup, supervised_share=round(sup/int(n.sum()),3), **dict(zip(('p50','p95','max'), np.percentile(n, [50,95,100]).astype(int).tolist())))
 
+def control_ids(
+    tok, # Tokenizer
+)->set: # Ids of all tokens that text can't become
+    "The control tokens of a tokenizer."
+    return {i for i,t in tok.added_tokens_decoder.items() if t.special}
+
 def show_labels(
     tok, # Tokenizer from `load_tokenizer`
     ids:list, # `input_ids` of one conversation
     mask:list, # 1 where the loss looks
 )->str: # HTML that needs no style sheet
     "One conversation as coloured tokens."
-    special = set(tok.all_special_ids) | set(tok.convert_tokens_to_ids(list(FORMATS[chat_format(tok)][1])))
+    special,sp = control_ids(tok),getattr(tok.backend_tokenizer.model, 'byte_fallback', False)
     def span(i, m):
-        text = escape(tok.decode([i])).replace('\n','⏎<br>')
+        text = escape(tok.convert_ids_to_tokens(i).replace('▁',' ') if sp else tok.decode([i])).replace('\n','⏎<br>')
         style = f"background:{'#9be3a8' if m else '#e4e4e4' if i in special else 'none'};color:{'#111' if m or i in special else 'inherit'};border-radius:3px;padding:0 1px;white-space:pre-wrap"
         return f'<span style="{style}" title="{i}{" · supervised" if m else ""}">{text}</span>'
     return '<div style="font-family:monospace;line-height:1.7">' + ''.join(span(i,m) for i,m in zip(ids,mask)) + '</div>'
+
+def label_invariants(
+    tok, # Tokenizer from `load_tokenizer`
+    rows:list, # Pairs of `input_ids` and mask, one a conversation
+    answers:int=None, # Assistant turns that they have, where it is known
+)->list: # Dicts of `what`, `asked`, `actual`, `ok`
+    "Count what must hold for the labels of a whole dataset."
+    import numpy as np
+    ids,mask = (np.concatenate([np.asarray(r[i], dtype=np.int64) for r in rows]) for i in (0,1))
+    first = np.zeros(len(ids), bool); first[np.cumsum([0]+[len(r[0]) for r in rows[:-1]])] = True
+    sup,eos = mask==1,ids==tok.eos_token_id
+    ends = sup & ~np.append(sup[1:] & ~first[1:], False)
+    begins = sup & (first | ~np.insert(sup[:-1], 0, False))
+    n = int(begins.sum())
+    checks = [('conversations', len(rows), len(rows)), ('answers', n if answers is None else answers, n),
+        ('answers that end in EOS', n, int((ends & eos).sum())), ('supervised EOS tokens', n, int((sup & eos).sum())),
+        ('other control tokens supervised', 0, int((sup & ~eos & np.isin(ids, list(control_ids(tok)))).sum())),
+        ('pad tokens', 0, int((ids==tok.pad_token_id).sum())), ('first tokens supervised', 0, int((sup & first).sum())),
+        ('conversations without an answer', 0, int((np.add.reduceat(sup, np.flatnonzero(first))==0).sum()))]
+    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in checks] + [dict(what='share of tokens supervised', asked='', actual=f'{sup.mean():.1%}', ok='')]
+
+def read_chats(
+    lines, # Lines of JSONL, as bytes or text
+)->list: # Checked conversations
+    "Read conversations; a bad line is an error that names it."
+    chats = []
+    for n,line in enumerate(lines, 1):
+        if not line.strip(): continue
+        try: row = json.loads(line)
+        except (ValueError, RecursionError) as e: raise UserError(f"line {n}: this is no JSON ({str(e)[:80]}): write one conversation a line") from None
+        chats.append(check_messages(row.get('messages') if isinstance(row, dict) else row, f'line {n}'))
+    return chats
+
+def write_labels(
+    tok, # Tokenizer from `load_tokenizer`
+    lines, # Lines of JSONL
+    out, # Text file to write to
+    html:bool=False, # A page to look at instead of JSONL?
+):
+    "Write the labels of conversations."
+    rows = []
+    for batch in chunked(read_chats(lines), 256):
+        for ids,mask in encode_chats(tok, batch):
+            if html: rows.append((ids,mask))
+            else: out.write(json.dumps(dict(input_ids=ids, assistant_mask=mask))+'\n')
+    if not html: return
+    table = text_table(label_invariants(tok, rows)) if rows else 'no conversations'
+    out.write(f'<!doctype html><meta charset=utf-8><title>labels</title><pre>{escape(table)}</pre>' + '<hr>'.join(show_labels(tok, *r) for r in rows))
+
+def _blind(cls): # The same model class, built without a vision tower
+    def __init__(self, config):
+        cls.__init__(self, config)
+        self.model.vision_tower = self.model.multi_modal_projector = None
+    return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
 
 def load_model(
     base:dict, # As `resolve_base` gives it
@@ -338,15 +499,15 @@ def load_model(
     "Load a base model for training."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
-    try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
-    except ValueError: raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
-    vision = hasattr(cfg, 'vision_config')
+    try:
+        cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
+        cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
+    except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
+    if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(
-        base['id'], revision=base['revision'], dtype=torch.bfloat16, attn_implementation=attn_implementation,
+    model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation,
         quantization_config=nf4 if load_in_4bit else None, device_map={'': 0 if torch.cuda.is_available() else 'cpu'})
-    if vision: model.model.vision_tower = model.model.multi_modal_projector = None
-    model.config.use_cache = False
+    model.config.get_text_config().use_cache = False
     return model
 
 LORA_TARGETS = ('q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj')
@@ -414,22 +575,36 @@ def undisturbed(
 ):
     "Evaluation mode, cache, left padding and no gradients inside; all of it, and every random state, put back after."
     import torch
-    text = model.config.get_text_config()
-    modes,use_cache,side,attn = [(m,m.training) for m in model.modules()],model.config.use_cache,tok.padding_side,text._attn_implementation
+    cfg = model.config.get_text_config() # a multimodal config has no cache of its own
+    modes,use_cache,side,attn = [(m,m.training) for m in model.modules()],cfg.use_cache,tok.padding_side,cfg._attn_implementation
     rng = _take_rng({p.device for p in model.parameters() if p.device.type=='cuda'})
     packs = [(m.weight, m.weight.data, m.weight.quant_state, copy.copy(vars(m.weight.quant_state))) for m in _packable(model)]
     try:
         model.eval()
-        model.config.use_cache,tok.padding_side = True,'left'
-        if attn=='varlen': text._attn_implementation = 'sdpa' # it knows neither caches nor padding
+        cfg.use_cache,tok.padding_side = True,'left'
+        if attn=='varlen': cfg._attn_implementation = 'sdpa' # it knows neither caches nor padding
         with torch.inference_mode(), torch.compiler.set_stance('force_eager'): yield # compiled layers were made for training's shapes
     finally:
         for w,data,qs,state in packs:
             w.data = data
             vars(qs).clear(); vars(qs).update(state)
         for m,t in modes: m.training = t
-        model.config.use_cache,tok.padding_side,text._attn_implementation = use_cache,side,attn
+        cfg.use_cache,tok.padding_side,cfg._attn_implementation = use_cache,side,attn
         _put_rng(rng)
+
+def sanity_line(
+    model, # Any causal language model
+    tok, # From `load_tokenizer`
+)->tuple: # What it replies, greedily, and the perplexity of the right answer
+    "Ask for the capital of France."
+    import torch
+    q,a = dict(role='user', content='What is the capital of France?'),dict(role='assistant', content='The capital of France is Paris.')
+    ids,mask = (torch.tensor([x], device=model.device) for x in encode_chats(tok, [[q,a]])[0])
+    p = torch.tensor([encode_prompt(tok, [q])], device=model.device)
+    with undisturbed(model, tok):
+        out = model.generate(input_ids=p, attention_mask=torch.ones_like(p), max_new_tokens=12, do_sample=False, pad_token_id=tok.pad_token_id)
+        nll = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0,:-1].float(), ids[0,1:], reduction='none')[mask[0,1:]==1].mean()
+    return tok.decode(out[0, p.shape[1]:], skip_special_tokens=True),nll.exp().item()
 
 def audit(
     model, # From `add_lora`
@@ -437,6 +612,7 @@ def audit(
     load_in_4bit:bool=True, # Was NF4 asked for?
     attn_implementation:str='sdpa', # Attention kernel asked for
     lora_target_modules:tuple=LORA_TARGETS, # Layers asked for
+    ask:bool=True, # Ask it something?
 )->list: # Dicts of `what`, `asked`, `actual`, `ok`
     "Compare what was asked for with what is there."
     mods = list(model.named_modules())
@@ -457,23 +633,55 @@ def audit(
             ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
             ('vocabulary fits', True, len(tok)<=emb.shape[0]),
             ('vision tower', 'none', 'loaded' if any('vision_tower' in k for k,_ in model.named_parameters()) else 'none')]
-    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows]
+    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in lora_target_modules}
+    facts = {'base model': f"{type(model.get_base_model()).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}",
+             'trained parameters': f"{sum(by.values()):,}: " + ', '.join(f'{k} {v:,}' for k,v in by.items()),
+             'tokenizer': f"{type(tok).__name__}, {chat_format(tok)}, EOS {tok.eos_token_id}, pad {tok.pad_token_id}"}
+    if ask: facts['it says'] = '{!r}; perplexity of the right answer {:,.1f}'.format(*sanity_line(model, tok))
+    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows] + [dict(what=w, asked='', actual=b, ok='') for w,b in facts.items()]
 
 def check_audit(
     rows:list, # From `audit`
 ):
     "Refuse to train on anything but what was asked for."
-    if bad := [r for r in rows if not r['ok']]:
+    if bad := [r for r in rows if r['ok'] is False]:
         raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
 
-def text_table(
-    rows:list, # Dicts with the same keys
-)->str: # Aligned columns
-    "A table for consoles and logs."
-    cell = lambda v: 'yes' if v is True else 'NO' if v is False else ', '.join(map(str,v)) if isinstance(v,(list,tuple)) else f'{v:,}' if isinstance(v,int) else str(v)
-    lines = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
-    width = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,width)).rstrip() for l in lines)
+TILE = (4096, 32768) # trl.kernels.chunked_logprob: tokens and vocabulary entries that the head takes at once
+
+def _bare_model(config): # A language model on the meta device, which has shapes and no storage
+    import torch
+    from transformers import AutoModelForCausalLM
+    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
+
+def memory_plan(
+    config, # Of the base model, from `AutoConfig`
+    per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
+    max_length:int=2048, # Tokens of a row
+    gradient_checkpointing:bool=True, # Recompute activations?
+    optim:str='adamw_torch_fused', # Name in transformers
+    load_in_4bit:bool=True, # NF4 with double quantisation?
+    lora_r:int=16, # Rank of the adapter
+    lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
+    supervised:float=0.5, # Share of tokens that the loss looks at
+)->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
+    "Predict the memory of a GPU in training."
+    import torch
+    c,m = config.get_text_config(),_bare_model(config)
+    linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
+    four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
+    load = four*(1/2+1/64+4/64/256) + 2*(sum(p.numel() for p in m.parameters())-four)
+    targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
+    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))
+    h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
+    width = heads*(getattr(c, 'head_dim', None) or h//heads)
+    layer = 8*h + 8*width+4*heads + 6*f + sum(2*l.in_features+2*lora_r for l in targets)/n_layers
+    tokens = per_device_train_batch_size*max_length
+    acts = tokens*(layer+2*h*n_layers if gradient_checkpointing else layer*n_layers)
+    sup = supervised*tokens
+    turn = max(2*min(sup,TILE[0])*min(c.vocab_size,TILE[1]) + sup*8*h, tokens*10*f)
+    gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
+    return {k:v/2**30 for k,v in gib.items()}
 
 # ------------------------------------------------------------------------------
 # train: Every option of a run, packed rows in an order that can be computed, and TRL's `SFTTrainer`
@@ -1224,9 +1432,9 @@ An adapter that makes `{base[id]}` talk like the community it was trained on.
 platform, products, or training data for other models. Do not redistribute it, and do not publish merged weights.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {base[auto]}, AutoTokenizer
 from peft import PeftModel
-base = AutoModelForCausalLM.from_pretrained("{base[id]}", revision="{base[revision]}", dtype="auto")
+base = {base[auto]}.from_pretrained("{base[id]}", {at}dtype="auto")
 model = PeftModel.from_pretrained(base, "{repo}")
 tok = AutoTokenizer.from_pretrained("{repo}")
 ```
@@ -1247,7 +1455,8 @@ def adapter_card(
     facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
                  steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
                  held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')})
-    return CARD.format(repo=cfg.hub_model_id, base=base, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
+    at = f'revision="{base["revision"]}", ' if base['revision'] else ''
+    return CARD.format(repo=cfg.hub_model_id, base=base, at=at, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
 
 def publish_adapter(
     cfg:TrainConfig, # Options
