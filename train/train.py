@@ -346,15 +346,16 @@ def encode_chats(
     parts_of,control,_ = FORMATS[chat_format(tok)]
     args = [tok.convert_tokens_to_ids(list(control)), *filter(None, [tok.init_kwargs.get('model_settings')])]
     chats = [list(parts_of(c, *args)) for c in chats]
+    texts = list({p for c in chats for p,_ in c if isinstance(p, str)}) # each once: headers and system turns come back all the time
     rust = tok.backend_tokenizer
     rust.encode_special_tokens = True # text that reads like a control token stays text
-    try: encs = iter(rust.encode_batch_fast([p for c in chats for p,_ in c if isinstance(p, str)], add_special_tokens=False))
+    try: ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
     finally: rust.encode_special_tokens = False
     out = []
     for c in chats:
         seq,mask = [],[]
         for p,sup in c:
-            new = [p] if isinstance(p, int) else next(encs).ids
+            new = [p] if isinstance(p, int) else ids_of[p]
             seq += new; mask += [int(sup)]*len(new)
         out.append((seq,mask))
     return out
