@@ -318,7 +318,7 @@ def check_messages(
         if not out: bad("no assistant turn to learn from", [m['role'] for m in messages if isinstance(m, dict)])
     return out
 
-# %% ../nbs/01_model_qlora.ipynb #7afa763e
+# %% ../nbs/01_model_qlora.ipynb #9b4dff8d
 def encode_chats(
     tok, # Tokenizer from `load_tokenizer`
     chats:list, # Conversations that passed `check_messages`
@@ -327,15 +327,16 @@ def encode_chats(
     parts_of,control,_ = FORMATS[chat_format(tok)]
     args = [tok.convert_tokens_to_ids(list(control)), *filter(None, [tok.init_kwargs.get('model_settings')])]
     chats = [list(parts_of(c, *args)) for c in chats]
+    texts = list({p for c in chats for p,_ in c if isinstance(p, str)}) # each once: headers and system turns come back all the time
     rust = tok.backend_tokenizer
     rust.encode_special_tokens = True # text that reads like a control token stays text
-    try: encs = iter(rust.encode_batch_fast([p for c in chats for p,_ in c if isinstance(p, str)], add_special_tokens=False))
+    try: ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
     finally: rust.encode_special_tokens = False
     out = []
     for c in chats:
         seq,mask = [],[]
         for p,sup in c:
-            new = [p] if isinstance(p, int) else next(encs).ids
+            new = [p] if isinstance(p, int) else ids_of[p]
             seq += new; mask += [int(sup)]*len(new)
         out.append((seq,mask))
     return out
@@ -655,7 +656,7 @@ def check_audit(
     if bad := [r for r in rows if r['ok'] is False]:
         raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
 
-# %% ../nbs/01_model_qlora.ipynb #68614b7c
+# %% ../nbs/01_model_qlora.ipynb #37fcbcdd
 TILE = (4096, 32768) # trl.kernels.chunked_logprob: tokens and vocabulary entries that the head takes at once
 
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
@@ -667,8 +668,9 @@ def memory_plan(
     config, # Of the base model, from `AutoConfig`
     per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
     max_length:int=2048, # Tokens of a row
-    gradient_checkpointing:bool=True, # Recompute activations?
+    gradient_checkpointing:bool=False, # Recompute whole layers?
     optim:str='adamw_torch_fused', # Name in transformers
+    torch_compile:bool=True, # Are the layers compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation?
     lora_r:int=16, # Rank of the adapter
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
@@ -683,10 +685,11 @@ def memory_plan(
     targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
     adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
-    width = heads*(getattr(c, 'head_dim', None) or h//heads)
-    layer = 8*h + 8*width+4*heads + 6*f + sum(2*l.in_features+2*lora_r for l in targets)/n_layers
+    attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
+    lora = 2*lora_r*len(targets)/n_layers
+    eager,compiled = 12*h+attention+8*f+lora, 4*h+attention+4*f+lora
     tokens = per_device_train_batch_size*max_length
-    acts = tokens*(layer+2*h*n_layers if gradient_checkpointing else layer*n_layers)
+    acts = tokens*(eager+2*h*n_layers if gradient_checkpointing else (compiled if torch_compile else eager)*n_layers)
     sup = supervised*tokens
     turn = max(2*min(sup,TILE[0])*min(c.vocab_size,TILE[1]) + sup*8*h, tokens*10*f)
     gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
