@@ -10,7 +10,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'QUESTIONS', 'INK', 'STYLE', 'cache_folder', 'smollm2', 'Stage', 'clean_env',
            'rehearse', 'compare_replies', 'plot_rehearsal', 'held_out', 'where_time_went', 'html_table', 'write_report',
-           'verdict', 'rehearse_cli']
+           'verdict', 'rehearse_cli', 'serve_forks', 'WarmJobs', 'ForkedJob', 'wandb_records']
 
 # %% ../nbs/08_rehearse.ipynb #c251bedc
 def cache_folder()->Path: # `$XDG_CACHE_HOME/phoque`, or `~/.cache/phoque`
@@ -259,3 +259,110 @@ def rehearse_cli(
     except (ValueError, RuntimeError, FileNotFoundError) as e: raise SystemExit(f"phoque_rehearse: {e}")
     path = write_report(seen)
     print(f"\n{text_table(where_time_went(seen))}\n\n{verdict(seen)}\nreport: {path}")
+
+# %% ../nbs/08_rehearse.ipynb #8aef3dd9
+def serve_forks():
+    "Fork a job for each line of JSON on stdin; what `WarmJobs` starts."
+    import torch, datasets, peft, bitsandbytes, trl.trainer.sft_trainer, transformers.models.llama.modeling_llama
+    from phoque import job
+    alive = set()
+    print('ready', flush=True)
+    for line in sys.stdin:
+        ask = json.loads(line)
+        if 'poll' in ask:
+            pid,status = os.waitpid(ask['poll'], os.WNOHANG)
+            if pid: alive.discard(pid)
+            print(os.waitstatus_to_exitcode(status) if pid else 'alive', flush=True)
+        elif (pid := os.fork()): alive.add(pid); print(pid, flush=True)
+        else: _be_job(ask['env'], ask['out'], job)
+    for pid in alive: os.kill(pid, signal.SIGKILL)
+
+def _be_job(env, out, job):
+    "Become a job that writes down which batches it trains on."
+    import hashlib
+    from trl import SFTTrainer
+    os.environ.update(env)
+    sys.stdin.close(); os.dup2(os.open(out, os.O_WRONLY|os.O_CREAT|os.O_APPEND), 1); os.dup2(1, 2)
+    step,batches = SFTTrainer.training_step,open(f'{out}.batches', 'a', buffering=1)
+    def noted(self, model, inputs, *a, **kw):
+        batches.write(f"{self.state.global_step} {hashlib.sha256(inputs['input_ids'].cpu().numpy().tobytes()).hexdigest()[:16]}\n")
+        return step(self, model, inputs, *a, **kw)
+    SFTTrainer.training_step = noted
+    job.main()
+
+class WarmJobs:
+    "Starts jobs as forks of a process that has imported what they need."
+    def __init__(self,
+        env:dict, # Environment of that process; the Hub's address and HF_HOME can't be changed after it
+    ):
+        self.proc = subprocess.Popen([sys.executable, '-c', 'from phoque.rehearse import serve_forks; serve_forks()'], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if (said := self.proc.stdout.readline())!='ready\n': raise RuntimeError(f"the libraries can't be imported: {said!r}")
+    def __enter__(self): return self
+    def __exit__(self, *_): self.proc.communicate()
+
+    def ask(self, **kw):
+        self.proc.stdin.write(json.dumps(kw)+'\n'); self.proc.stdin.flush()
+        return self.proc.stdout.readline().strip()
+
+    def start(self,
+        out:Path, # File for its lines
+        **env, # Options
+    )->ForkedJob:
+        "Start a job."
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        return ForkedJob(self, Path(out), int(self.ask(out=str(out), env={k:str(v) for k,v in env.items()})))
+
+class ForkedJob:
+    "A job that `WarmJobs` has started."
+    def __init__(self, jobs, out, pid): self.jobs,self.out,self.pid,self.code = jobs,out,pid,None
+    def kill(self, sig=signal.SIGKILL): os.kill(self.pid, sig)
+
+    def poll(self)->int: # Exit code, or None while it lives
+        "Has it ended?"
+        if self.code is None and (said := self.jobs.ask(poll=self.pid))!='alive': self.code = int(said)
+        return self.code
+
+    def lines(self)->list: # Without the clock
+        "What it has said so far."
+        said = self.out.read_text(errors='replace').splitlines() if self.out.exists() else []
+        return [re.sub(r'^\d\d:\d\d:\d\d ', '', l) for l in said]
+
+    def wait(self,
+        text:str=None, # Return as soon as a line has it
+        timeout:float=120., # Seconds
+    )->int: # Exit code
+        "Wait for a line, or for the end."
+        end = time.monotonic()+timeout
+        while self.poll() is None and not (text and any(text in l for l in self.lines())):
+            if time.monotonic()>end: raise TimeoutError(f"{self.out.name}: nothing of {text!r} in {timeout} s: {self.lines()[-3:]}")
+            time.sleep(.01)
+        return self.code
+
+# %% ../nbs/08_rehearse.ipynb #3b971d61
+def _frames(data):
+    "The records of a LevelDB log; what a kill cut off at its end is left out."
+    import struct
+    pos,part = 7,b'' # after W&B's own mark
+    while pos+7<=len(data):
+        if (left := 32768-pos%32768)<7: pos += left; continue # no record's head is split between two blocks
+        n,kind = struct.unpack('<HB', data[pos+4:pos+7])
+        if not kind or pos+7+n>len(data): return
+        part += data[pos+7:pos+7+n]; pos += 7+n
+        if kind in (1,4): yield part; part = b'' # whole, or its last part
+
+def wandb_records(
+    folder:str, # Searched for `.wandb` files
+)->list: # One dict a job, in their order: `id`, `axes` (metric → step metric), `rows` (what was logged), `artifacts`
+    "What the jobs of a run logged to W&B, as its files hold it."
+    from wandb.proto.wandb_internal_pb2 import Record
+    jobs = []
+    for f in sorted(Path(folder).rglob('*.wandb'), key=lambda f: f.stat().st_ctime):
+        job = dict(id=None, axes={}, rows=[], artifacts=[])
+        for r in map(Record.FromString, _frames(f.read_bytes())):
+            kind = r.WhichOneof('record_type')
+            if kind=='run': job['id'] = r.run.run_id
+            if kind=='metric': job['axes'][r.metric.name or r.metric.glob_name] = r.metric.step_metric
+            if kind=='history': job['rows'].append({i.key or '.'.join(i.nested_key): json.loads(i.value_json) for i in r.history.item})
+            if kind=='artifact': job['artifacts'].append((r.artifact.name, *r.artifact.aliases))
+        jobs.append(job)
+    return jobs
