@@ -10,7 +10,7 @@ from pathlib import Path
 from .model_qlora import UserError, hub_problem, log
 
 # %% auto #0
-__all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'file_sha256', 'write_manifest', 'read_manifest', 'check_plain',
+__all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'WANDB_FLUSH', 'file_sha256', 'write_manifest', 'read_manifest', 'check_plain',
            'read_checkpoint', 'hub_answer', 'bound_requests', 'patiently', 'HubBranch', 'Checkpoints', 'local_steps',
            'check_same_run', 'Publisher', 'parse_duration', 'container_age', 'Stopped', 'Deadline', 'start_wandb',
            'log_adapter']
@@ -389,7 +389,9 @@ class Deadline:
         self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
         return self.reason is not None
 
-# %% ../nbs/03_resume.ipynb #2914e02e
+# %% ../nbs/03_resume.ipynb #479ffbe8
+WANDB_FLUSH = 1.0 # seconds after which W&B has written down what it was told; it would take 15, and a kill loses what isn't
+
 def start_wandb(
     project:str, # W&B project
     run_id:str, # The run's own, the same over all its jobs
@@ -401,7 +403,7 @@ def start_wandb(
     mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
     Path(folder).mkdir(parents=True, exist_ok=True)
     def init(mode): return wandb.init(project=project, id=run_id, resume='allow' if mode=='online' else None, mode=mode, dir=folder, config=config,
-                                      settings=wandb.Settings(console='off', silent=True, finish_timeout=120))
+                                      settings=wandb.Settings(console='off', silent=True, finish_timeout=120, x_transaction_log_flush_interval=WANDB_FLUSH))
     try: run = init(mode)
     except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({str(e).splitlines()[0][:100]}): correct it, or set WANDB_MODE=offline") from None
     except wandb.errors.CommError as e:
