@@ -8,9 +8,11 @@ import os, logging
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'QUESTIONS', 'INK', 'STYLE', 'cache_folder', 'smollm2', 'say_line', 'Stage',
-           'clean_env', 'rehearse', 'compare_replies', 'plot_rehearsal', 'held_out', 'where_time_went', 'html_table',
-           'write_report', 'verdict', 'rehearse_cli']
+__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'cache_folder', 'smollm2',
+           'say_line', 'Stage', 'clean_env', 'rehearse', 'compare_replies', 'plot_rehearsal', 'held_out',
+           'where_time_went', 'html_table', 'write_report', 'verdict', 'rehearse_cli', 'serve_forks', 'WarmJobs',
+           'ForkedJob', 'tiny_model', 'hub_state', 'Killer', 'prove', 'batches_of', 'compare_runs', 'proof_table',
+           'plot_proof', 'proof_verdict', 'prove_cli', 'wandb_records']
 
 # %% ../nbs/08_rehearse.ipynb #3e9af119
 def cache_folder()->Path: # `$XDG_CACHE_HOME/phoque`, or `~/.cache/phoque`
@@ -272,3 +274,320 @@ def rehearse_cli(
     except KeyboardInterrupt: raise SystemExit("phoque_rehearse: stopped; nothing is left running")
     path = write_report(seen)
     print(f"\n{text_table(where_time_went(seen))}\n\n{verdict(seen)}\nreport: {path}")
+
+# %% ../nbs/08_rehearse.ipynb #1d4bf293
+def serve_forks():
+    "Fork a job for each line of JSON on stdin; what `WarmJobs` starts."
+    import torch, datasets, peft, bitsandbytes, trl.trainer.sft_trainer, transformers.models.llama.modeling_llama
+    from phoque import job
+    alive = set()
+    print('ready', flush=True)
+    for line in sys.stdin:
+        ask = json.loads(line)
+        if 'poll' in ask:
+            pid,status = os.waitpid(ask['poll'], os.WNOHANG)
+            if pid: alive.discard(pid)
+            print(os.waitstatus_to_exitcode(status) if pid else 'alive', flush=True)
+        elif (pid := os.fork()): alive.add(pid); print(pid, flush=True)
+        else: _be_job(ask['env'], ask['out'], job)
+    for pid in alive: os.kill(pid, signal.SIGKILL)
+
+def _be_job(env, out, job):
+    "Become a job that writes down which batches it trains on."
+    import hashlib
+    from trl import SFTTrainer
+    os.environ.update(env)
+    sys.stdin.close(); os.dup2(os.open(out, os.O_WRONLY|os.O_CREAT|os.O_APPEND), 1); os.dup2(1, 2)
+    step,batches = SFTTrainer.training_step,open(f'{out}.batches', 'a', buffering=1)
+    def noted(self, model, inputs, *a, **kw):
+        batches.write(f"{self.state.global_step} {hashlib.sha256(inputs['input_ids'].cpu().numpy().tobytes()).hexdigest()[:16]}\n")
+        return step(self, model, inputs, *a, **kw)
+    SFTTrainer.training_step = noted
+    job.main()
+
+class WarmJobs:
+    "Starts jobs as forks of a process that has imported what they need."
+    def __init__(self,
+        env:dict, # Environment of that process; the Hub's address and HF_HOME can't be changed after it
+    ):
+        self.proc = subprocess.Popen([sys.executable, '-c', 'from phoque.rehearse import serve_forks; serve_forks()'], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if (said := self.proc.stdout.readline())!='ready\n': raise RuntimeError(f"the libraries can't be imported: {said!r}")
+    def __enter__(self): return self
+    def __exit__(self, *_): self.proc.communicate()
+
+    def ask(self, **kw):
+        self.proc.stdin.write(json.dumps(kw)+'\n'); self.proc.stdin.flush()
+        return self.proc.stdout.readline().strip()
+
+    def start(self,
+        out:Path, # File for its lines
+        **env, # Options
+    )->'ForkedJob':
+        "Start a job."
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        return ForkedJob(self, Path(out), int(self.ask(out=str(out), env={k:str(v) for k,v in env.items()})))
+
+class ForkedJob:
+    "A job that `WarmJobs` has started."
+    def __init__(self, jobs, out, pid): self.jobs,self.out,self.pid,self.code = jobs,out,pid,None
+    def kill(self, sig=signal.SIGKILL): os.kill(self.pid, sig)
+
+    def poll(self)->int: # Exit code, or None while it lives
+        "Has it ended?"
+        if self.code is None and (said := self.jobs.ask(poll=self.pid))!='alive': self.code = int(said)
+        return self.code
+
+    def lines(self)->list: # Without the clock
+        "What it has said so far."
+        said = self.out.read_text(errors='replace').splitlines() if self.out.exists() else []
+        return [re.sub(r'^\d\d:\d\d:\d\d ', '', l) for l in said]
+
+    def wait(self,
+        text:str=None, # Return as soon as a line has it
+        timeout:float=120., # Seconds
+    )->int: # Exit code
+        "Wait for a line, or for the end."
+        end = time.monotonic()+timeout
+        while self.poll() is None and not (text and any(text in l for l in self.lines())):
+            if time.monotonic()>end: raise TimeoutError(f"{self.out.name}: nothing of {text!r} in {timeout} s: {self.lines()[-3:]}")
+            time.sleep(.01)
+        return self.code
+
+# %% ../nbs/08_rehearse.ipynb #19e6662a
+PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=2, LORA_DROPOUT=.1, GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=4, SAMPLE_STEPS=0, REPORT_TO='none')
+FAULTS = (dict(match='POST .*/commit/', kind='500'), dict(match='POST .*/commit/', kind='429', seconds=0), dict(match='POST .*/commit/', kind='lost_answer'),
+          dict(match='POST .*/commit/', kind='reset'), dict(match='POST .*/commit/', kind='hang', seconds=2), dict(match='POST .*/commit/', kind='kill'),
+          dict(match='PUT /_lfs/', kind='reset'), dict(match='GET', kind='500', skip=3), dict(match='HEAD', kind='reset'), dict(match='GET /_lfs/', kind='cut'))
+
+def tiny_model(
+    folder:Path, # Made
+    seed:int=0, # Of its weights
+)->str: # The folder: two layers of random weights, with SmolLM2's tokenizer
+    "A model small enough for a hundred starts."
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    tok = AutoTokenizer.from_pretrained(smollm2())
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                 max_position_embeddings=512, tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return str(folder)
+
+def hub_state(
+    hub, # Its disk is looked at, not its answers
+    repo:str=MODEL, # With a branch `checkpoints`
+)->list: # Steps of its checkpoints; a `RuntimeError` if one of them isn't whole
+    "What is on the Hub, every file held against its manifest."
+    try: files = hub.files(repo, 'checkpoints')
+    except Exception: return [] # nothing yet
+    steps = sorted({int(f.split('/')[0].split('-')[1]) for f in files if '/' in f})
+    for s in steps:
+        m = json.loads(hub.path(repo, f'checkpoint-{s}/manifest.json', 'checkpoints').read_text())
+        bad = [n for n,f in m['files'].items() if hub.path(repo, f'checkpoint-{s}/{n}', 'checkpoints').name!=f['sha256']] # the store names files by their sha256
+        if bad: raise RuntimeError(f"checkpoint-{s} on the Hub is not whole: {bad}")
+    return steps
+
+# %% ../nbs/08_rehearse.ipynb #265c2076
+class Killer:
+    "Ends a job at a moment of a kind, chosen by chance."
+    def __init__(self,
+        job, # `ForkedJob`
+        kind:str, # `start`, `step`, `save` or `commit`
+        at:int, # Step after which it may happen
+        rng, # `random.Random`
+        disk:Path, # The job's OUTPUT_DIR
+        log:Path, # The Hub's log of requests
+    ): self.job,self.kind,self.at,self.rng,self.disk,self.log,self.seen,self.rows = job,kind,at,rng,disk,log,0,log.stat().st_size if log.exists() else 0
+
+    def step(self)->int: # The last that the job has logged, or 0
+        for l in self.job.lines():
+            if s := parse_step(l): self.seen = max(self.seen, s['step'])
+        return self.seen
+
+    def ready(self)->bool: # Is this the moment?
+        if self.kind=='start': return self.job.out.exists() and self.rng.random()<.02
+        if self.step()<self.at: return False
+        if self.kind=='save': return any(not (p/'manifest.json').exists() for p in self.disk.glob('checkpoint-*'))
+        if self.kind=='commit': return '/preupload/' in self.log.read_text()[self.rows:] if self.log.exists() else False
+        return True
+
+    def strike(self,
+        revive, # Called again and again: the Hub may have died
+    )->str: # Where it struck: `start`, `step`, `save`, `commit`; None if the job ended before
+        "Wait for the moment, and kill."
+        while self.job.poll() is None and not self.ready(): revive(); time.sleep(.002)
+        time.sleep(self.rng.random()*dict(start=.5, step=.3, save=.02, commit=.05)[self.kind])
+        if self.job.poll() is not None: return
+        self.job.kill()
+        while self.job.poll() is None: time.sleep(.005)
+        if self.kind=='save' and not any(not (p/'manifest.json').exists() for p in self.disk.glob('checkpoint-*')): return 'step'
+        if self.kind=='commit' and any('published' in l for l in self.job.lines()[-1:]): return 'step'
+        return self.kind
+
+# %% ../nbs/08_rehearse.ipynb #4037e4a9
+def prove(
+    out:Path='proof', # Folder for everything; a former proof in it is replaced
+    steps:int=60, # Optimizer steps
+    kills:int=8, # At least as many `SIGKILL`s
+    seed:int=0, # Of the moments, the faults and the disks
+    base:str='', # Folder of another model than the tiny one
+    say=print, # Called with a line a kill
+    **settings, # Options other than `PROOF`
+)->dict: # What was seen
+    "Run straight and killed, and compare."
+    import random, shutil
+    from phoque.data import grumpy_harbour
+    from phoque.hub import hub_process
+    out,rng,t0 = Path(out).resolve(),random.Random(seed),time.time()
+    shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
+    (out/'talk').mkdir()
+    (out/'talk/train.jsonl').write_text('\n'.join(json.dumps(dict(messages=[dict(role='user', content=f'Who takes berth {i}?'), dict(role='assistant', content=f'The gull with {i} hats.')])) for i in range(40)))
+    hub = hub_process(out/'hub', users={'me':'token-of-me'}, log=str(out/'hub.log'))
+    hub.seed_repo(BASE, base or tiny_model(out/'tiny')); hub.seed_repo(DATA, out/'talk', repo_type='dataset', private=True)
+    env = PROOF | dict(BASE_MODEL=BASE, DATASET_REPO=DATA, MAX_STEPS=steps) | settings
+    def revive():
+        if not hub.alive: time.sleep(rng.random()); hub.start()
+    seen,published,disk,struck = [],0,0,[]
+    with WarmJobs(clean_env(hub, out/'hf')) as jobs:
+        straight = jobs.start(out/'straight/log', **env, HUB_MODEL_ID='me/straight', OUTPUT_DIR=out/'straight/out')
+        if straight.wait(timeout=3600): raise RuntimeError(f"the straight run ended with {straight.code}: {straight.lines()[-1]}")
+        while True:
+            left,n = kills-len(struck),len(seen)
+            if n and rng.random()<.5: disk += 1 # a machine that is new
+            folder = out/f'disk{disk}/out'
+            job = jobs.start(out/f'killed/{n:03}', **env, HUB_MODEL_ID=MODEL, OUTPUT_DIR=folder)
+            fault = rng.choice(FAULTS) if rng.random()<.7 and left>0 else None
+            if fault: hub.fault(**fault)
+            at = (hub_state(hub) or [0])[-1]
+            kind = rng.choices(('start','step','save','commit'), (1,4,3,3))[0] if left>0 else None
+            if kind: where = Killer(job, kind, at+rng.randint(0, max(1, 2*(steps-at)//(left+1))), rng, folder, out/'hub.log').strike(revive)
+            else:
+                while job.poll() is None: revive(); time.sleep(.02)
+                where = None
+            revive(); hub.clear_faults(); time.sleep(.1) # what the Hub was doing for it, it finishes
+            lines,on_hub = job.lines(),hub_state(hub)
+            found = next((int(m[1]) for l in lines if (m := re.match(r'checkpoint-(\d+) found', l))), 0)
+            if any('continuing' in l or 'starting' in l for l in lines) and found<published: raise RuntimeError(f"attempt {n} began at {found}, but checkpoint-{published} was reported as published")
+            published = max([published, *(int(m[1]) for l in lines if (m := re.match(r'checkpoint-(\d+) published', l)))])
+            if published and max(on_hub, default=0)<published: raise RuntimeError(f"checkpoint-{published} was reported as published, the Hub has {on_hub}")
+            logged = [s for l in lines if (s := parse_step(l))]
+            seen.append(dict(attempt=n, disk=disk, found=found, last=max([found, *(s['step'] for s in logged)]), fault=fault['kind'] if fault else '', killed=where or '', code=job.code, on_hub=on_hub))
+            say(f"{n:>4} disk {disk:<3} from {found:>4} to {seen[-1]['last']:>4}  {seen[-1]['fault']:<12} {('killed: '+where) if where else f'exit {job.code}'}")
+            if where: struck.append(where)
+            elif job.code: raise RuntimeError(f"attempt {n} ended with exit code {job.code}: {lines[-1] if lines else 'it said nothing'}")
+            else: break
+        res = compare_runs(hub, out)
+    hub.stop()
+    return res | dict(out=str(out), steps=steps, kills=len(struck), where={k:struck.count(k) for k in ('start','step','save','commit')}, faults={k:sum(s['fault']==k for s in seen) for k in sorted({s['fault'] for s in seen}-{''})},
+                      attempts=seen, published=published, took=time.time()-t0)
+
+# %% ../nbs/08_rehearse.ipynb #5964c59a
+def batches_of(
+    files:list, # That forked jobs have written
+)->dict: # (step, number in the step) → the digests of what was trained on there, over all attempts
+    "Which batch was used where."
+    seen = {}
+    for f in files:
+        rows,at = [l.split() for l in Path(f).read_text().splitlines() if len(l.split())==2 and len(l.split()[1])==16],{}
+        for s,d in rows: at[s] = at.get(s, -1)+1; seen.setdefault((int(s), at[s]), set()).add(d)
+    return seen
+
+def compare_runs(
+    hub, # That both runs have published to
+    out:Path, # As given to `prove`
+    a:str='me/straight', # Repo of the one
+    b:str=MODEL, # Repo of the other
+)->dict: # Largest differences, and how much was compared
+    "Hold two finished runs against each other."
+    from safetensors.torch import load_file
+    last = lambda r: max(int(f.split('/')[0].split('-')[1]) for f in hub.files(r, 'checkpoints') if '/' in f)
+    state = lambda r: json.loads(hub.path(r, f'checkpoint-{last(r)}/trainer_state.json', 'checkpoints').read_text())
+    loss = lambda r: {h['step']:h['loss'] for h in state(r)['log_history'] if 'loss' in h}
+    x,y = (load_file(hub.path(r, 'adapter_model.safetensors')) for r in (a,b))
+    la,lb,ba,bb = loss(a),loss(b),batches_of([out/'straight/log.batches']),batches_of(sorted((out/'killed').glob('*.batches')))
+    return dict(weights=max((x[k].double()-y[k].double()).abs().max().item() for k in {*x, *y}), tensors=len(x), moved=max(v.abs().max().item() for k,v in x.items() if 'lora_B' in k),
+                losses=max(abs(la.get(k, 9e9)-lb.get(k, 9e9)) for k in {*la, *lb}), n_losses=len(la),
+                batches=sum(bb.get(k)!=v for k,v in ba.items())+len({*bb}-{*ba}), n_batches=len(ba))
+
+# %% ../nbs/08_rehearse.ipynb #deab3d33
+def proof_table(
+    p:dict, # From `prove`
+)->list: # Rows of `compared`, `over`, `max |Δ|`
+    "What was compared, and how it differs."
+    again = sum(s['last']-s['found'] for s in p['attempts'])-p['steps']
+    return [{'compared':'data order', 'over':f"{p['n_batches']} batches", 'max |Δ|':f"{p['batches']} differ"}, {'compared':'losses', 'over':f"{p['n_losses']} steps", 'max |Δ|':f"{p['losses']:g}"},
+            {'compared':'final weights', 'over':f"{p['tensors']} tensors, up to {p['moved']:.1e}", 'max |Δ|':f"{p['weights']:g}"},
+            {'compared':'kills', 'over':' · '.join(f'{v} in a {k}' for k,v in p['where'].items()), 'max |Δ|':f"{p['kills']} in all"},
+            {'compared':'faults', 'over':' · '.join(f'{v} {k}' for k,v in p['faults'].items()) or 'none', 'max |Δ|':f"{again} steps trained twice"}]
+
+def plot_proof(
+    p:dict, # From `prove`
+): # matplotlib figure
+    "Every attempt, from where it began to where it was killed."
+    from matplotlib import pyplot as plt
+    colors = dict(start='#718096', step='#c05621', save='#b83280', commit='#2b6cb0') | {'':'#2f855a'}
+    fig,ax = plt.subplots(figsize=(8, 4), layout='constrained')
+    for s in p['attempts']:
+        ax.plot([s['found'], s['last']], [-s['attempt']]*2, color=colors[s['killed']], lw=2, solid_capstyle='butt')
+        ax.plot(s['last'], -s['attempt'], 'o' if not s['killed'] else 'x', color=colors[s['killed']], ms=5)
+    for k,n in p['where'].items(): ax.plot([], [], 'x-', color=colors[k], label=f'killed in a {k}: {n}')
+    ax.plot([], [], 'o-', color=colors[''], label='ended by itself')
+    ax.set(xlabel='optimizer step', ylabel='attempt', yticks=[], xlim=(-.5, p['steps']+.5)); ax.legend(frameon=False, loc='lower left'); ax.spines[['top','right']].set_visible(False)
+    return fig
+
+def proof_verdict(
+    p:dict, # From `prove`
+)->str: # One sentence
+    "What the proof showed."
+    same = not (p['weights'] or p['losses'] or p['batches'])
+    return (f"{p['steps']} steps straight, and the same with {p['kills']} kills: max |Δ| of the weights {p['weights']:g}, of the losses {p['losses']:g}; "
+            f"{p['batches']} of {p['n_batches']} batches differ. The killed run is {'the same to the bit' if same else 'NOT THE SAME'}.")
+
+@call_parse
+def prove_cli(
+    out:str='proof', # Folder for everything; a former proof in it is replaced
+    steps:int=60, # Optimizer steps
+    kills:int=8, # At least as many kills
+    seed:int=0, # Of the moments, the faults and the disks
+    base:str='', # Folder of a model; a tiny random one if empty
+):
+    "Prove on this machine that a killed and continued run gives the same model; options of a run come from the environment."
+    from phoque.model_qlora import text_table
+    from phoque.train import env_options
+    own = {k.upper():v for k,v in env_options().items() if k.upper() in {*PROOF, 'OPTIM','LORA_R','LORA_TARGET_MODULES','LEARNING_RATE','LOAD_IN_4BIT'}}
+    try: p = prove(out, steps, kills, seed, base, **own)
+    except (ValueError, RuntimeError, FileNotFoundError) as e: raise SystemExit(f"phoque_prove: {e}")
+    text = text_table(proof_table(p))+'\n\n'+proof_verdict(p)
+    plot_proof(p).savefig(Path(out)/'proof.png', dpi=110)
+    (Path(out)/'proof.txt').write_text(text+'\n'); (Path(out)/'proof.json').write_text(json.dumps(p, indent=1))
+    print(f"\n{text}\n{p['took']:.0f} seconds; {Path(out)/'proof.png'}")
+    raise SystemExit(int('NOT' in proof_verdict(p)))
+
+# %% ../nbs/08_rehearse.ipynb #3b971d61
+def _frames(data):
+    "The records of a LevelDB log; what a kill cut off at its end is left out."
+    import struct
+    pos,part = 7,b'' # after W&B's own mark
+    while pos+7<=len(data):
+        if (left := 32768-pos%32768)<7: pos += left; continue # no record's head is split between two blocks
+        n,kind = struct.unpack('<HB', data[pos+4:pos+7])
+        if not kind or pos+7+n>len(data): return
+        part += data[pos+7:pos+7+n]; pos += 7+n
+        if kind in (1,4): yield part; part = b'' # whole, or its last part
+
+def wandb_records(
+    folder:str, # Searched for `.wandb` files
+)->list: # One dict a job, in their order: `id`, `axes` (metric → step metric), `rows` (what was logged), `artifacts`
+    "What the jobs of a run logged to W&B, as its files hold it."
+    from wandb.proto.wandb_internal_pb2 import Record
+    jobs = []
+    for f in sorted(Path(folder).rglob('*.wandb'), key=lambda f: f.stat().st_ctime):
+        job = dict(id=None, axes={}, rows=[], artifacts=[])
+        for r in map(Record.FromString, _frames(f.read_bytes())):
+            kind = r.WhichOneof('record_type')
+            if kind=='run': job['id'] = r.run.run_id
+            if kind=='metric': job['axes'][r.metric.name or r.metric.glob_name] = r.metric.step_metric
+            if kind=='history': job['rows'].append({i.key or '.'.join(i.nested_key): json.loads(i.value_json) for i in r.history.item})
+            if kind=='artifact': job['artifacts'].append((r.artifact.name, *r.artifact.aliases))
+        jobs.append(job)
+    return jobs
