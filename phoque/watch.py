@@ -60,7 +60,7 @@ def follow_log(
             time.sleep(waits[failed])
             failed += 1
 
-# %% ../nbs/07c_watch.ipynb #685a3d42
+# %% ../nbs/07c_watch.ipynb #857fff4e
 def ran_seconds(
     job, # `JobInfo`
 )->float: # From its start until its end, or until now
@@ -82,7 +82,7 @@ def how_ended(
     stage,said = str(job.status.stage),job.status.message or ''
     if stage=='COMPLETED': return 'complete'
     if stage in ('CANCELED', 'DELETED'): return 'canceled'
-    if any(re.search(rf'exit code:? {RESUBMIT}\b', s) for s in (said, *lines[-20:])): return 'again'
+    if any(re.search(rf'exit code:? {RESUBMIT}\b|run the same command again', s) for s in (said, *lines[-20:])): return 'again'
     if any(re.match(r'([\d:]+ )?error: ', l) for l in lines[-20:]): return 'error'
     return 'again' if re.search('time.?out', said, re.I) or ran_seconds(job)>=job_timeout(job) else 'error'
 
@@ -131,7 +131,7 @@ def status_line(
     until = '' if left==float('inf') else f' · {clock(left)} left'
     return f"job {n}/{budget} {bar} {done:.0%} · {line[line.index('step '):]}{until} · ${dollars:.2f}"
 
-# %% ../nbs/07c_watch.ipynb #dff634ca
+# %% ../nbs/07c_watch.ipynb #4b1fbf1f
 def watch_job(
     api, # `HfApi`
     job, # `JobInfo`
@@ -149,6 +149,7 @@ def watch_job(
     for l in follow_log(api, job, waits):
         if not job.started_at: job = inspect()
         if p := parse_step(l): metrics,step = l,p['step']
+        if m := re.search(r'checkpoint-(\d+) of \d+ is on', l): step = int(m[1])
         lines = [*lines[-99:], l]
         if not (p and view.live): view.say(l)
         ran = ran_seconds(job)
@@ -184,7 +185,7 @@ def watch_run(
         if why: view.say(f"{why} reached after {total}, at step {step}; to continue: phoque_watch --job {ref} --again"); return RESUBMIT
         n,before,job = n+1,step,patiently(lambda: api.rerun_job(job_id=job.id, namespace=job.owner.name), f'running job {ref} again', waits)
 
-# %% ../nbs/07c_watch.ipynb #aff94b5a
+# %% ../nbs/07c_watch.ipynb #47976801
 def find_job(
     api, # `HfApi`
     ref:str='', # `id` or `namespace/id`; the newest of phoque's jobs where empty
@@ -194,7 +195,8 @@ def find_job(
         ns,_,id = ref.rpartition('/')
         return patiently(lambda: api.inspect_job(job_id=id, namespace=ns or None), f'job {ref}')
     key,value = JOB_LABEL
-    job = patiently(lambda: next(iter(api.list_jobs(labels={key:value})), None), 'list of jobs')
+    ns = patiently(api.whoami, 'HF_TOKEN')['name'] # named, as the client would ask for it at the default endpoint
+    job = patiently(lambda: next(iter(api.list_jobs(labels={key:value}, namespace=ns)), None), 'list of jobs')
     if not job: raise UserError("no job of phoque on this account: submit one with phoque_submit, or name it with --job")
     return job
 
