@@ -16,8 +16,9 @@ from fastcore.script import call_parse
 from fastcore.xtras import modified_env
 
 # %% auto #0
-__all__ = ['project', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'write_readme', 'generate',
-           'check_generated', 'check_site', 'build_site', 'check_job', 'run_tests', 'docs_cli']
+__all__ = ['HEAVY', 'project', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'write_readme', 'generate',
+           'check_generated', 'check_site', 'build_site', 'screenshots', 'page_texts', 'command_help', 'check_commands',
+           'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'docs_cli']
 
 # %% ../nbs/10_docs.ipynb #e7430943
 @contextmanager
@@ -326,6 +327,110 @@ def build_site(
     for o in bad: print(o)
     return dest
 
+# %% ../nbs/10_docs.ipynb #3fe0435e
+def screenshots(
+    site:str|Path, # The folder of the built site
+    pages:tuple=('index', 'tutorial', 'errors', 'design', 'watch'), # Names of pages
+)->list[Path]: # Pictures, four a page
+    "Pages as they look on a phone and on a desktop, light and dark."
+    dest = Path(site).resolve()/'screenshots'
+    dest.mkdir(exist_ok=True)
+    chrome = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if not chrome: raise ValueError("No chromium or google-chrome on this machine: install one to take screenshots.")
+    for page in pages:
+        phone = dest/f'{page}.html' # a window can't be as narrow as a phone, a frame can
+        phone.write_text(f'<body style="margin:0"><iframe src="../{page}.html" style="width:390px;height:1500px;border:0"></iframe>')
+        for name,url,width in (('desktop', dest.parent/f'{page}.html', 1280), ('phone', phone, 500)):
+            for i,scheme in enumerate(('dark', 'light')):
+                subprocess.run([chrome, '--headless', '--no-sandbox', '--disable-gpu', '--hide-scrollbars', '--allow-file-access-from-files', f'--window-size={width},1500',
+                    f'--blink-settings=preferredColorScheme={i}', f'--screenshot={dest/f"{page}-{name}-{scheme}.png"}', url.as_uri()], capture_output=True, timeout=60)
+        phone.unlink()
+    return sorted(dest.glob('*.png'))
+
+# %% ../nbs/10_docs.ipynb #8f4f65b5
+def page_texts(
+    path:str|Path='.', # A folder of the project
+)->dict[str,str]: # {notebook: its prose}
+    "What the notebooks say outside their code."
+    from execnb.nbio import read_nb
+    return {fn.name:'\n\n'.join(c.source for c in read_nb(fn).cells if c.cell_type=='markdown') for fn in notebooks(path=path)}
+
+_HELP = '''import sys
+from importlib import import_module
+mod,func = sys.argv.pop(1).split(':')
+sys.argv[1:] = ['--help']
+getattr(import_module(mod), func)()'''
+
+def command_help(
+    path:str|Path='.', # A folder of the project
+)->dict[str,tuple]: # {command: (its --help, seconds it took)}
+    "What each console script says of itself."
+    with project(path) as cfg: lines,root = cfg.d.get('console_scripts', '').split(),cfg.config_path
+    def ask(target):
+        file = Path(tempfile.mkdtemp())/'ask.py' # fastcore's commands read flags only where a file was started
+        file.write_text(_HELP)
+        start = time.time()
+        p = subprocess.run([sys.executable, file, target], capture_output=True, text=True, cwd=root, env=os.environ|dict(PYTHONPATH=str(root), COLUMNS='200'))
+        return p.stdout+p.stderr,time.time()-start
+    return {k:ask(v) for k,v in (l.split('=', 1) for l in lines)}
+
+def check_commands(
+    path:str|Path='.', # A folder of the project
+):
+    "Every command that a page shows exists, and has the flags it is shown with."
+    helps,bad = command_help(path),[]
+    for name,text in page_texts(path).items():
+        code = [b for b in re.findall(r'^```sh\n(.*?)^```', text, flags=re.M|re.S)] + re.findall(r'`([^`\n]+)`', text) + re.findall(r'(?<=\n)    (.*)', text)
+        for c in re.findall(r'(?:^|[ /])(phoque_\w+)((?: [^\n#|&;]*)?)', '\n'.join(code).replace('\\\n', ' '), flags=re.M):
+            if c[0] not in helps: bad.append(f'{name}: no command {c[0]}'); continue
+            said = helps[c[0]][0].replace('-', '_')
+            bad += [f'{name}: {c[0]} has no {f}' for f in re.findall(r'--[\w-]+', c[1]) if f.replace('-', '_') not in said]
+    if bad: raise ValueError('\n'.join(bad))
+
+# %% ../nbs/10_docs.ipynb #db7ceb2b
+HEAVY = 'torch transformers trl peft datasets wandb matplotlib pandas huggingface_hub bitsandbytes nbdev'.split()
+
+def check_light(
+    path:str|Path='.', # A folder of the project
+):
+    "Importing a module imports nothing heavy."
+    with project(path) as cfg: root,lib,names = cfg.config_path,cfg.lib_name,sorted(p.stem for p in cfg.lib_path.glob('[a-z]*.py'))
+    for n in names:
+        ok,out = _in_process(f'import sys, {lib}.{n}; print(*[m for m in {HEAVY} if m in sys.modules])', cwd=root)
+        if not ok or out.strip(): raise ValueError(f"{lib}.{n} imports {out.strip()} when it is imported: put that inside the functions that use it")
+
+# %% ../nbs/10_docs.ipynb #d6438b21
+def check_words(
+    path:str|Path='.', # A folder of the project
+):
+    "No common misspelling in a notebook, in prose or code."
+    from execnb.nbio import read_nb
+    with tempfile.TemporaryDirectory() as tmp:
+        for fn in notebooks(path=path): (Path(tmp)/f'{fn.stem}.txt').write_text('\n\n'.join(c.source for c in read_nb(fn).cells))
+        p = subprocess.run([sys.executable, '-m', 'codespell_lib', '--ignore-words-list', 'docment,docments,ans,ot', tmp], capture_output=True, text=True)
+        if p.returncode: raise ValueError((p.stdout+p.stderr).replace(f'{tmp}/', ''))
+
+# %% ../nbs/10_docs.ipynb #9a15049a
+def _template(node):
+    "A message as it is written, with … for what is filled in."
+    import ast
+    if isinstance(node, ast.Constant): return str(node.value)
+    if isinstance(node, ast.JoinedStr): return re.sub(r'…+', '…', ''.join(map(_template, node.values)))
+    if isinstance(node, ast.FormattedValue): return '…'
+    return _template(node.left)+_template(node.right) if isinstance(node, ast.BinOp) else '…'
+
+def error_messages(
+    path:str|Path='.', # A folder of the project
+    kinds:tuple=('UserError', 'ValueError'), # Exceptions to look for
+)->list: # Dicts of `room`, `message`, `remedy`
+    "What a user may be told, from the modules' source."
+    import ast
+    with project(path) as cfg: files = sorted(cfg.lib_path.glob('*.py'))
+    calls = ((f.stem,o.args[0]) for f in files for o in ast.walk(ast.parse(f.read_text())) if isinstance(o, ast.Call) and getattr(o.func, 'id', '') in kinds and o.args)
+    def parts(said): return (re.fullmatch(r'(.*)(?:[:;] |\. (?=[A-Z]))(.*)', said, re.S) or re.fullmatch('(.*)()', said, re.S)).groups()
+    rows = [dict(zip(('room', 'message', 'remedy'), (m, *parts(_template(a))))) for m,a in calls]
+    return sorted((r for r in rows if r['message'].strip('… :')), key=lambda r: (r['room'], r['message']))
+
 # %% ../nbs/10_docs.ipynb #27ada392
 def check_job(
     path:str|Path='.', # A folder of the project
@@ -348,7 +453,7 @@ def _try(
     except Exception: res = False,traceback.format_exc()
     return *(res if isinstance(res, tuple) else (True, '')), time.time()-start
 
-# %% ../nbs/10_docs.ipynb #3a37df6c
+# %% ../nbs/10_docs.ipynb #610f8020
 def run_tests(
     names:str='', # Notebooks such as "00_data 02_train"; '' for all of them and the checks of the whole project
     n_workers:int=2, # Notebooks tested at a time
@@ -363,29 +468,34 @@ def run_tests(
     if not names: report('generated files', *_try(check_generated, root))
     with ThreadPoolExecutor(n_workers) as pool:
         for fn,res in zip(fns, pool.map(lambda fn: _try(test_notebook, fn), fns)): report(fn.name, *res)
-    if not names: report('site', *_try(build_site, root))
+    if not names:
+        for name,check in (('imports', check_light), ('commands on the pages', check_commands), ('spelling', check_words), ('site', build_site)): report(name, *_try(check, root))
     if not names and (root/'train/train.py').exists(): report('dry run of train/train.py', *_try(check_job, root))
     failed = results.count(False)
     print(f'{len(results)-failed} passed, {failed} failed')
     return failed
 
-# %% ../nbs/10_docs.ipynb #4a407850
+# %% ../nbs/10_docs.ipynb #1db8f0f6
 @call_parse
 def docs_cli(
     outputs:bool=False, # Run notebooks and keep their outputs?
     generate:bool=False, # Write the modules, README.md and train/ from the notebooks?
     check:bool=False, # Fail when a generated file is not up to date?
     site:bool=False, # Build the site?
+    shots:bool=False, # Add pictures of five pages to the built site? (needs Chromium)
     test:bool=False, # Do what CI does: everything generated, every notebook, the site, the job's dry run?
     names:str='', # Notebooks for --outputs and --test, such as "00_data 02_train"; all when empty
     n_workers:int=2, # Notebooks tested at a time
 ):
     "Keep modules, README, job script and site in step with the notebooks."
-    if not (outputs or generate or check or site or test): sys.exit("phoque_docs: say what to do: --outputs --generate --check --site --test")
+    if not (outputs or generate or check or site or shots or test): sys.exit("phoque_docs: say what to do: --outputs --generate --check --site --shots --test")
     try:
         if outputs: run_notebooks(names)
         if generate: globals()['generate']()
         if check: check_generated()
         if site: print(f'open {build_site()}/index.html')
+        if shots:
+            with project() as cfg: where = cfg.config_path/cfg.doc_path
+            print(f'{len(screenshots(where))} pictures')
         if test and run_tests(names, n_workers): sys.exit(1)
     except ValueError as e: sys.exit(f'phoque_docs: {e}')
