@@ -407,7 +407,7 @@ def check_words(
     from execnb.nbio import read_nb
     with tempfile.TemporaryDirectory() as tmp:
         for fn in notebooks(path=path): (Path(tmp)/f'{fn.stem}.txt').write_text('\n\n'.join(c.source for c in read_nb(fn).cells))
-        p = subprocess.run([sys.executable, '-m', 'codespell_lib', '--ignore-words-list', 'docment,docments,ans,ot', tmp], capture_output=True, text=True)
+        p = subprocess.run([sys.executable, '-m', 'codespell_lib', '--ignore-words-list', 'docment,docments,ans,ot,te', tmp], capture_output=True, text=True)
         if p.returncode: raise ValueError((p.stdout+p.stderr).replace(f'{tmp}/', ''))
 
 # %% ../nbs/10_docs.ipynb #9a15049a
