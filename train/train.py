@@ -38,7 +38,8 @@ Generated from the notebooks in nbs/ by `make generate`: edit those, not this fi
 """
 
 from __future__ import annotations
-import copy, hashlib, html, inspect, json, logging, os, re, shutil, signal, sys, threading, time, traceback, uuid
+import copy, hashlib, html, inspect, json, logging, math, os, re, shlex, shutil, signal, statistics, sys, tempfile, threading, time, traceback, uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
@@ -695,6 +696,7 @@ def held_out_loss(
 
 MANIFEST = 'manifest.json'
 STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth')
+NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # without its optimizer `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
     path:Path, # Of a file
@@ -704,7 +706,7 @@ def file_sha256(
 
 def write_manifest(
     folder:Path, # A finished `checkpoint-N`
-    run:dict, # What the run is: identity, W&B run id, commits
+    run:dict, # What the run is: its id, identity and commits
 )->dict: # The manifest
     "Seal a checkpoint: list its files with size and hash, beside what the run is."
     files = {p.name: dict(size=p.stat().st_size, sha256=file_sha256(p)) for p in sorted(Path(folder).iterdir()) if STATE_FILES.fullmatch(p.name)}
@@ -713,24 +715,90 @@ def write_manifest(
     tmp.write_text(json.dumps(m, indent=1)); tmp.rename(Path(folder)/MANIFEST)
     return m
 
+def read_manifest(
+    path:Path, # A `checkpoint-N/manifest.json`
+)->dict: # With `step`, `files` and `run`
+    "Read a manifest; a `ValueError` says what is wrong with it."
+    try:
+        m = json.loads(path.read_text())
+        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
+    except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
+    except (ValueError, TypeError, KeyError, AttributeError): good = False
+    if not good: raise ValueError("its manifest is damaged")
+    return m
+
+def check_plain(
+    path:Path, # Written by `torch.save`
+):
+    "Refuse a file that holds anything but tensors and plain values."
+    import torch
+    from transformers.trainer_pt_utils import safe_globals # what `Trainer` itself allows: numpy's random state
+    try:
+        with safe_globals(): torch.load(path, map_location='cpu', weights_only=True)
+    except Exception: raise ValueError(f"{path.name} holds something other than tensors: it is not opened") from None
+
 def read_checkpoint(
     folder:Path, # A `checkpoint-N`
 )->dict: # Its manifest
-    "Read a checkpoint's manifest and hold every file against it; a `ValueError` says what is wrong."
-    try: m = json.loads((Path(folder)/MANIFEST).read_text())
-    except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
-    except json.JSONDecodeError: raise ValueError("its manifest is damaged") from None
+    "Hold a checkpoint against its manifest; a `ValueError` says what is wrong."
+    m = read_manifest(Path(folder)/MANIFEST)
     for name,f in m['files'].items():
         p = Path(folder)/name
-        if not STATE_FILES.fullmatch(name) or not p.is_file(): raise ValueError(f"{name} is missing")
+        if not p.is_file(): raise ValueError(f"{name} is missing")
         if p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
+    for name in m['files']:
+        if name.endswith(('.pt','.pth')): check_plain(Path(folder)/name)
+    for p in Path(folder).iterdir(): # `Trainer` takes more than these where it finds more
+        if p.name not in {*m['files'], MANIFEST}: shutil.rmtree(p) if p.is_dir() else p.unlink()
     return m
+
+def _inner(e): return e.__cause__ or e.__context__
+
+def hub_answer(
+    e:Exception, # What a client raised
+)->Exception: # The innermost reason where the Hub gave no answer
+    "The Hub's own answer inside what a client made of it."
+    while getattr(e, 'response', None) is None and _inner(e): e = _inner(e)
+    return e
 
 def _passing(e):
     "Could the same call succeed later?"
+    from httpx2 import HTTPError
     status = getattr(getattr(e, 'response', None), 'status_code', None)
-    if isinstance(e, RuntimeError) and e.__cause__ is not None: return _passing(e.__cause__) # how the client reports a failed upload
-    return status is None or status in (408,409,429) or status>=500
+    if m := re.search(r'HTTP status client error \((\d+)', str(e)): status = int(m[1]) # hf_xet's ConnectionError
+    if status: return status in (408,409,412,425,429) or status>=500
+    if isinstance(e, (HTTPError, ConnectionError, TimeoutError)): return True
+    if _inner(e): return _passing(_inner(e)) # an upload's RuntimeError, transformers' OSError, one of our own lines
+    return type(e) is RuntimeError or str(e).startswith('Consistency check failed') # hf_xet's; a download that is too short
+
+def bound_requests(
+    seconds:float=120.0, # Of silence
+):
+    "End requests to the Hub that have gone silent; its client would wait for ever."
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+    def client():
+        c = default_client_factory()
+        c.timeout = httpx2.Timeout(seconds)
+        return c
+    set_client_factory(client)
+
+def patiently(
+    call, # Function without arguments that asks something of the Hub
+    what:str, # What it is about, such as "model repo org/name"
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat; doubles up to a minute
+): # What `call` returns
+    "Repeat a call to the Hub until it succeeds or can't."
+    from httpx2 import HTTPError
+    while True:
+        try: return call()
+        except (HTTPError, OSError, RuntimeError, UserError) as e: err = e
+        known = isinstance(err, UserError) or getattr(hub_answer(err), 'response', None) is None and not _passing(err) # says itself what it is
+        if not _passing(err) or time.monotonic()+wait>until: raise (err if known else hub_problem(hub_answer(err), what)) from None
+        log.warning(f"{what}: {hub_problem(hub_answer(err), 'the Hub')}; trying again in {wait:.0f} s")
+        time.sleep(wait); wait = min(2*wait, 60)
 
 class HubBranch:
     "One branch of a Hub repo, and commits to it that happen once or not at all."
@@ -742,63 +810,69 @@ class HubBranch:
     ):
         from huggingface_hub import HfApi
         self.api,self.repo,self.branch,self.head = HfApi(endpoint=endpoint, token=token),repo,branch,None
+        self.name = f"model repo {repo}"
 
-    def prepare(self):
+    def prepare(self,
+        until:float=float('inf'), # `time.monotonic()` after which to give up
+    ):
         "Make the repo (private) and the branch when missing, and read where the branch is."
-        from httpx2 import HTTPError
-        try:
-            self.api.create_repo(self.repo, private=True, exist_ok=True)
+        def make():
+            if not self.api.repo_exists(self.repo): self.api.create_repo(self.repo, private=True, exist_ok=True)
             if self.branch!='main': self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
             self.head = self.newest().commit_id
-        except (HTTPError, OSError) as e: raise hub_problem(e, f"model repo {self.repo}") from None
+        patiently(make, self.name, until)
         return self
 
     def newest(self):
         "The branch's newest commit."
         return self.api.list_repo_commits(self.repo, revision=self.branch)[0]
 
-    def files(self)->list: # Paths
-        "What the branch holds at its newest known commit."
-        return self.api.list_repo_files(self.repo, revision=self.head)
+    def moved(self)->bool: # Has someone written since we looked?
+        "Compare the branch with what we know of it."
+        return patiently(self.newest, self.name).commit_id!=self.head
 
 @patch
 def commit(self:HubBranch,
     operations:list, # Of huggingface_hub: what to add and delete
     title:str, # Must be different for every commit: it tells whether an unanswered one landed
     until:float=float('inf'), # `time.monotonic()` after which to give up
-    wait:float=1.0, # Seconds before the first repeat; doubles up to a minute
+    wait:float=1.0, # Seconds before the first repeat
 )->str: # The commit's id
     "One atomic commit, repeated until it has landed or can't."
     from httpx2 import HTTPError
-    while True:
-        try:
-            self.head = self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
-            return self.head
+    def once():
+        try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
         except (HTTPError, RuntimeError, OSError) as e: err = e
-        try: now = self.newest()
-        except (HTTPError, OSError) as e: err,now = e,None # the Hub is away altogether: nothing is known yet
-        if now and now.commit_id!=self.head:
-            if now.title!=title: raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there: let it finish, or choose another HUB_MODEL_ID") from None
-            self.head = now.commit_id # it had landed; only the answer was lost
-            return self.head
-        if not _passing(err): raise hub_problem(err, f"model repo {self.repo}") from None
-        if time.monotonic()+wait>until: raise hub_problem(err, f"model repo {self.repo}: {title!r} has not landed in time") from None
-        log.warning(f"{title}: {type(err).__name__}; trying again in {wait:.0f} s")
-        time.sleep(wait); wait = min(2*wait, 60)
+        now = self.newest()
+        if now.commit_id==self.head: raise err
+        if now.title==title: return now.commit_id # it had landed; only the answer was lost
+        raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there: let it finish, or choose another HUB_MODEL_ID")
+    self.head = patiently(once, f"{self.name}: {title!r}", until, wait)
+    return self.head
+
+@patch
+def check_write(self:HubBranch,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Write to the repo and take it back."
+    name = f"write-check-{os.urandom(4).hex()}"
+    patiently(lambda: self.api.create_branch(self.repo, branch=name, exist_ok=True), self.name, until)
+    patiently(lambda: self.api.delete_branch(self.repo, branch=name), self.name, until)
 
 class Checkpoints:
     "The checkpoints of a run, on a branch of its Hub repo."
     def __init__(self,
         branch:HubBranch, # Prepared
         keep:int=2, # Newest checkpoints that stay
-    ):
-        self.branch,self.keep = branch,keep
-        self.stale = [] # folders of an abandoned run, removed with the next commit
+    ): self.branch,self.keep,self.found,self.stale = branch,keep,None,[] # stale: an abandoned run's, removed with the next commit
 
     def steps(self)->list: # Ascending
         "Steps that have a folder with a manifest on the branch."
-        rx = re.compile(rf'checkpoint-(\d+)/{re.escape(MANIFEST)}')
-        return sorted(int(m[1]) for f in self.branch.files() if (m := rx.fullmatch(f)))
+        if self.found is None: # from here on only our own commits change it
+            rx = re.compile(rf'checkpoint-(0|[1-9]\d*)/{re.escape(MANIFEST)}')
+            files = patiently(lambda: self.branch.api.list_repo_files(self.branch.repo, revision=self.branch.head), self.branch.name)
+            self.found = sorted(int(m[1]) for f in files if (m := rx.fullmatch(f)))
+        return self.found
 
     def publish(self,
         folder:Path, # Sealed `checkpoint-N`
@@ -808,44 +882,70 @@ class Checkpoints:
         "One commit: this checkpoint in, old ones out."
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
         m = json.loads((folder/MANIFEST).read_text())
-        old = [f'checkpoint-{s}' for s in self.steps() if s!=m['step']]
-        drop = {*old[:len(old)+1-self.keep], *self.stale} if len(old)>=self.keep else set(self.stale)
+        below = [s for s in self.steps() if s<m['step']]
+        stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
         ops = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
-        ops += [CommitOperationDelete(f'{d}/', is_folder=True) for d in sorted(drop)]
+        ops += [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found, *self.stale}-{*stay})]
         self.branch.commit(ops, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait)
-        self.stale = []
+        self.found,self.stale = stay,[]
 
     def start_fresh(self):
         "Put what exists aside under a branch of its own name, and begin again."
         if not (steps := self.steps()): return
         aside = f"{self.branch.branch}-{self.branch.head[:8]}"
-        self.branch.api.create_branch(self.branch.repo, branch=aside, revision=self.branch.head, exist_ok=True)
-        self.stale = [f'checkpoint-{s}' for s in steps]
+        patiently(lambda: self.branch.api.create_branch(self.branch.repo, branch=aside, revision=self.branch.head, exist_ok=True), self.branch.name)
+        self.stale,self.found = steps,[]
         log.info(f"FRESH_START: {len(steps)} checkpoints of an earlier run are kept on branch {aside}")
 
 def local_steps(
     folder:Path, # Output folder
 )->list: # Ascending
     "Steps that have a checkpoint folder on this disk."
-    return sorted(int(p.name.split('-')[1]) for p in Path(folder).glob('checkpoint-*') if p.name.split('-')[1].isdigit())
+    return sorted(int(m[1]) for p in Path(folder).glob('checkpoint-*') if p.is_dir() and (m := re.fullmatch(r'checkpoint-(0|[1-9]\d*)', p.name)))
+
+@patch
+def fetch(self:Checkpoints,
+    name:str, # Path in the repo
+    folder:Path, # Where it comes to lie under the same path
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+)->Path: # The file
+    "Download one file of the newest known commit; a `ValueError` if it isn't there."
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+    b = self.branch
+    def get():
+        try: return Path(b.api.hf_hub_download(b.repo, name, revision=b.head, local_dir=folder))
+        except RemoteEntryNotFoundError: raise ValueError(f"{Path(name).name} is missing") from None
+    return patiently(get, f"{name} of {b.repo}", until)
+
+@patch
+def run_id(self:Checkpoints)->str: # None where there is no checkpoint
+    "The run that the branch belongs to."
+    for s in reversed(self.steps()):
+        with tempfile.TemporaryDirectory() as d:
+            try: return read_manifest(self.fetch(f'checkpoint-{s}/{MANIFEST}', d))['run']['id']
+            except UserError: raise
+            except ValueError: continue
 
 @patch
 def restore(self:Checkpoints,
     folder:Path, # Output folder; `checkpoint-N` comes to lie in it
+    until:float=float('inf'), # `time.monotonic()` after which to give up
 )->tuple: # Its path and manifest, or (None, None) where there is none
     "Find the newest checkpoint that can be trusted."
-    from huggingface_hub import snapshot_download
-    from httpx2 import HTTPError
     folder,here,there = Path(folder),set(local_steps(folder)),set(self.steps())
+    owner = self.run_id() if here else None
+    def take(path, where):
+        if where=='the Hub':
+            shutil.rmtree(path, ignore_errors=True)
+            for f in read_manifest(self.fetch(f'{path.name}/{MANIFEST}', folder, until))['files']: self.fetch(f'{path.name}/{f}', folder, until)
+        m = read_checkpoint(path)
+        if where=='this disk' and (m['run'].get('repo')!=self.branch.repo or owner not in (None, m['run']['id'])): raise ValueError("it belongs to another run")
+        return m
     for step in sorted(here|there, reverse=True):
         path = folder/f'checkpoint-{step}'
         for where in ['this disk']*(step in here) + ['the Hub']*(step in there):
-            if where=='the Hub':
-                shutil.rmtree(path, ignore_errors=True)
-                try: snapshot_download(self.branch.repo, revision=self.branch.head, allow_patterns=f'{path.name}/*', local_dir=folder,
-                                       endpoint=self.branch.api.endpoint, token=self.branch.api.token)
-                except (HTTPError, OSError) as e: raise hub_problem(e, f"{path.name} of {self.branch.repo}") from None
-            try: m = read_checkpoint(path)
+            try: m = take(path, where)
+            except UserError: raise # the Hub is away: that says nothing about the checkpoint
             except ValueError as e: log.warning(f"{path.name} on {where} is stepped over: {e}")
             else:
                 log.info(f"{path.name} found on {where}, every file verified")
@@ -861,42 +961,50 @@ def check_same_run(
         raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START=1 to begin again")
 
 class Publisher:
-    "Publishes checkpoints in a thread of its own, the newest first."
+    "Seals checkpoints and publishes the newest, in threads of its own."
     def __init__(self,
         publish, # Function of (folder, until) that returns once the folder is on the Hub
+        seal=lambda folder: None, # Function that finishes a folder on this disk
+        seconds:list=(), # What earlier publications took
     ):
-        self.send,self.waiting,self.done,self.error,self.seconds = publish,None,[],None,0.0
-        self.until,self.closing,self.busy = float('inf'),False,False
-        self.changed = threading.Condition()
-        self.thread = threading.Thread(target=self._work, name='publisher', daemon=True)
+        self.publish,self.seal,self.times,self.done,self.error = publish,seal,list(seconds),[],None
+        self.waiting,self.sending,self.until,self.closing = None,None,float('inf'),False
+        self.changed,self.sealer = threading.Condition(),ThreadPoolExecutor(1, 'sealer')
+        self.thread = threading.Thread(target=self._send, name='publisher', daemon=True)
         self.thread.start()
 
+    @property
+    def seconds(self): # the median, so that one outage doesn't make all later ones look slow
+        return statistics.median(self.times) if self.times else 0.0
+
     def submit(self,
-        folder:Path, # Sealed `checkpoint-N`
+        folder:Path, # `checkpoint-N`, every file written
     ):
         "Hand over a checkpoint; returns at once."
-        with self.changed: self.waiting = Path(folder); self.changed.notify()
+        self.sealer.submit(self._seal, Path(folder), time.monotonic())
 
-    def _work(self):
+    def _seal(self, folder, start):
+        try: self.seal(folder)
+        except Exception as e: self.error = e; return
+        with self.changed: self.waiting = folder,start; self.changed.notify()
+
+    def _send(self):
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.closing)
                 if not self.waiting: return
-                folder,self.waiting = self.waiting,None
-            start = time.monotonic()
-            try: self.send(folder, self.until)
-            except Exception as e: # reported by `close`, and by whoever looks at `error`
-                self.error = e
-                log.error(f"{folder.name} is not on the Hub: {e}")
-                return
-            self.seconds = time.monotonic()-start
-            self.done.append(int(folder.name.split('-')[1]))
-            log.info(f"{folder.name} published in {self.seconds:.1f} s")
+                (self.sending,start),self.waiting = self.waiting,None
+            try: self.publish(self.sending, self.until)
+            except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
+            self.times.append(time.monotonic()-start); self.done.append(int(self.sending.name.split('-')[1]))
+            log.info(f"{self.sending.name} published in {self.times[-1]:.1f} s")
+            self.sending = None
 
     def close(self,
         until:float=float('inf'), # `time.monotonic()` after which to give up
     )->bool: # Is everything that was handed over on the Hub?
         "Wait for what is under way."
+        self.sealer.shutdown()
         with self.changed: self.closing,self.until = True,until; self.changed.notify()
         self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
         return not self.thread.is_alive() and self.error is None
@@ -910,18 +1018,31 @@ def parse_duration(
     if not m: raise UserError(f"JOB_TIMEOUT: must be a number of seconds or such as 4h, 90m, got {s!r}")
     return float(m[1])*dict(s=1, m=60, h=3600, d=86400)[m[2] or 's']
 
+def container_age()->float: # Seconds; 0 outside of a job
+    "How long this job's container has been running."
+    if not os.environ.get('JOB_ID'): return 0. # set by HF Jobs
+    started = int(Path('/proc/1/stat').read_text().rsplit(')',1)[1].split()[19])/os.sysconf('SC_CLK_TCK') # proc(5): field 22, in ticks since boot
+    return float(Path('/proc/uptime').read_text().split()[0])-started
+
+class Stopped(BaseException):
+    "`SIGTERM` came while there was nothing to save."
+
 class Deadline:
     "When to stop: in time for the job's timeout, or at once on SIGTERM."
     def __init__(self,
         timeout:str='', # `JOB_TIMEOUT`
+        age:float=0.0, # Seconds of it that have passed
         margin:float=60.0, # Seconds kept for what can't be measured
     ):
-        self.end,self.margin,self.signalled = time.monotonic()+parse_duration(timeout),margin,False
-        self.reason = None
+        total = parse_duration(timeout)
+        self.end = time.monotonic()+total-(age if age<total else 0) # an older container than could be alive isn't ours
+        self.margin,self.signalled,self.idle,self.reason = margin,False,False,None
 
     def watch_sigterm(self):
-        "Take SIGTERM as the deadline; a second one ends the process as usual."
-        def handler(sig, frame): self.signalled = True; signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        "Take SIGTERM as the deadline; while `idle` it ends what is going on at once."
+        def handler(sig, frame):
+            self.signalled = True
+            if self.idle: self.idle = False; raise Stopped
         signal.signal(signal.SIGTERM, handler)
         return self
 
@@ -933,6 +1054,8 @@ class Deadline:
         self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
         return self.reason is not None
 
+WANDB_FLUSH = 1.0 # seconds after which W&B has written down what it was told; it would take 15, and a kill loses what isn't
+
 def start_wandb(
     project:str, # W&B project
     run_id:str, # The run's own, the same over all its jobs
@@ -943,8 +1066,13 @@ def start_wandb(
     import wandb
     mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
     Path(folder).mkdir(parents=True, exist_ok=True)
-    run = wandb.init(project=project, id=run_id, resume='allow' if mode=='online' else None, mode=mode, dir=folder, config=config,
-                     settings=wandb.Settings(console='off', silent=True))
+    def init(mode): return wandb.init(project=project, id=run_id, resume='allow' if mode=='online' else None, mode=mode, dir=folder, config=config,
+                                      settings=wandb.Settings(console='off', silent=True, finish_timeout=120, x_transaction_log_flush_interval=WANDB_FLUSH))
+    try: run = init(mode)
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({str(e).splitlines()[0][:100]}): correct it, or set WANDB_MODE=offline") from None
+    except wandb.errors.CommError as e:
+        log.warning(f"W&B can't be reached: this job's part of the curve is kept in {folder}/wandb; send it with `wandb sync`")
+        wandb.teardown(); mode = 'offline'; run = init(mode) # without that the id is taken
     run.define_metric('train/global_step')
     run.define_metric('*', step_metric='train/global_step')
     log.info(f"W&B run {run_id}: {run.url if mode=='online' else f'{mode}, no account needed'}")
@@ -958,7 +1086,8 @@ def log_adapter(
     "Log a checkpoint's adapter as a version of the run's model artifact."
     import wandb
     a = wandb.Artifact(f'adapter-{run.id}', type='model', metadata=dict(step=step))
-    for f in ('adapter_model.safetensors','adapter_config.json'): a.add_file(str(Path(folder)/f), policy='immutable')
+    copy = 'immutable' if run.settings.mode=='online' else 'mutable' # offline it is sent when the folder may be gone: W&B keeps a copy
+    for f in ('adapter_model.safetensors','adapter_config.json'): a.add_file(str(Path(folder)/f), policy=copy)
     run.log_artifact(a, aliases=['latest', f'step-{step}'])
 
 # ------------------------------------------------------------------------------
@@ -1144,10 +1273,12 @@ def setup_logging():
     h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
     log.setLevel(logging.INFO)
+    threading.excepthook = lambda a: log.error(''.join(traceback.format_exception(a.exc_value)).rstrip()) # a library's thread would print it unmasked
 
 def load_chats(
     repo:str, # Hub dataset
     revision:str=None, # Commit; the newest where None
+    began:str='', # What an error adds about it
 )->tuple: # `DatasetDict` with `train` and perhaps `test`, and the commit it is from
     "Load the conversations, at a commit that is known from then on."
     import datasets
@@ -1156,7 +1287,8 @@ def load_chats(
     try:
         revision = revision or HfApi().dataset_info(repo).sha
         ds = datasets.load_dataset(repo, revision=revision)
-    except (HTTPError, OSError) as e: raise hub_problem(e, f"dataset {repo}") from None
+    except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
+    except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
     except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({mask_secrets(str(e)).splitlines()[0][:150]}): push it with phoque_data") from None
     if 'train' not in ds: raise UserError(f"dataset {repo}: no split `train`, got {list(ds)}: push it with phoque_data")
     return ds,revision
@@ -1213,15 +1345,14 @@ def publish_adapter(
 ):
     "Put the finished adapter on `main`, in one commit, and gate the repo."
     from huggingface_hub import CommitOperationAdd
-    from httpx2 import HTTPError
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
     model.save_pretrained(out); tok.save_pretrained(out)
     (out/'README.md').write_text(card)
-    main = HubBranch(cfg.hub_model_id).prepare()
+    main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
-    try: main.api.update_repo_settings(cfg.hub_model_id, gated='manual')
-    except HTTPError as e: log.warning(f"{cfg.hub_model_id} is private but not gated: {type(e).__name__}")
+    try: patiently(lambda: main.api.update_repo_settings(cfg.hub_model_id, gated='manual'), main.name, until)
+    except UserError as e: log.warning(f"{cfg.hub_model_id} is private but not gated: {e}")
 
 COMPLETE,RESUBMIT = 0,75 # exit codes; 75 is EX_TEMPFAIL: the same command again continues
 
@@ -1230,46 +1361,85 @@ class Job:
     def __init__(self,
         cfg:TrainConfig, # Options
     ):
-        self.cfg,self.deadline = cfg,Deadline(cfg.job_timeout).watch_sigterm()
-        self.wandb,self.save_seconds = None,0.0
+        self.cfg,self.deadline = cfg,Deadline(cfg.job_timeout, container_age()).watch_sigterm()
+        self.deadline.idle = True # nothing to save before the first step
+        self.wandb,self.publisher,self.step = None,None,0
+
+    def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
 
     def restore(self):
         "Check what can be checked before anything is downloaded, and find where the run stands."
-        cfg = self.cfg
+        cfg,until = self.cfg,self.patience()
         if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN: not set: pass it with `--secrets HF_TOKEN`, or export it here")
-        self.checkpoints = Checkpoints(HubBranch(cfg.hub_model_id, 'checkpoints').prepare(), cfg.keep_checkpoints)
-        base = resolve_base(cfg.base_model, cfg.base_model_strict)
-        if cfg.fresh_start: self.checkpoints.start_fresh(); shutil.rmtree(cfg.output_dir, ignore_errors=True)
-        self.resume_from,m = self.checkpoints.restore(cfg.output_dir)
-        if m: self.run = m['run']; check_same_run(self.run['identity'], run_identity(cfg, base))
-        else: self.run = dict(id=uuid.uuid4().hex[:8], identity=run_identity(cfg, base), base=base, dataset_revision=None)
+        branch = HubBranch(cfg.hub_model_id, 'checkpoints').prepare(until)
+        branch.check_write(until)
+        self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
+        base = patiently(lambda: resolve_base(cfg.base_model, cfg.base_model_strict), f"base model {cfg.base_model}", until)
+        if cfg.fresh_start: self.checkpoints.start_fresh(); set_aside(cfg.output_dir)
+        self.resume_from,m = self.checkpoints.restore(cfg.output_dir, until)
+        identity = run_identity(cfg, base)
+        if m: self.run = m['run']; check_same_run(self.run['identity'], identity)
+        else: self.run = dict(id=uuid.uuid4().hex[:8], repo=cfg.hub_model_id, identity=identity, base=base, dataset_revision=None, seconds=[])
         self.step = m['step'] if m else 0
 
     def build(self):
         "Data, model and trainer, from the commits the run began with."
-        cfg,run = self.cfg,self.run
-        ds,run['dataset_revision'] = load_chats(cfg.dataset_repo, run['dataset_revision'])
-        self.tok = load_tokenizer(run['base']['id'], run['base']['revision'])
+        cfg,run,until,self.trainer = self.cfg,self.run,self.patience(),None
+        began = lambda rev: f" at {rev}, with which this run began (FRESH_START=1 begins again with the newest)" if self.resume_from else ''
+        ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began(run['dataset_revision'])), f"dataset {cfg.dataset_repo}", until)
+        base,name = run['base'],f"base model {run['base']['id']}{began(run['base']['revision'])}"
+        self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision']), name, until)
         rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length)
         log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
         packed = pack_dataset(rows, cfg.max_length, cfg.seed)
         self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
+        self.total = run_steps(cfg, len(packed))
+        if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START=1 to begin again")
         targets = tuple(cfg.lora_target_modules.split(','))
-        model = add_lora(load_model(run['base'], cfg.load_in_4bit), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+        model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
         self.trainer = make_trainer(cfg, model, self.tok, packed, self)
         rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, lora_target_modules=targets)
         log.info("audit:\n"+text_table(rows)); check_audit(rows)
-        self.total = run_steps(cfg, len(packed))
         batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
         log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
-        self.publisher = Publisher(self.publish)
+
+    def open(self):
+        "The publisher, W&B and the sampler."
+        cfg,run = self.cfg,self.run
+        self.save_seconds,*sent = run['seconds'] or [0.]
+        self.publisher = Publisher(self.publish, self.seal, sent)
         if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
         self.sampler = Sampler(encode_prompt, SAMPLE_PROMPTS, max_new_tokens=cfg.sample_tokens, seed=cfg.seed)
 
-    def publish(self, folder, until):
-        "Runs in the publisher's thread."
-        self.checkpoints.publish(folder, until)
-        for s in local_steps(self.cfg.output_dir)[:-self.cfg.keep_checkpoints]: shutil.rmtree(Path(self.cfg.output_dir)/f'checkpoint-{s}', ignore_errors=True)
+def set_aside(
+    folder:str, # Output folder
+):
+    "Move an abandoned run's checkpoints out of the way."
+    if steps := local_steps(folder):
+        to = Path(folder)/f'earlier-{uuid.uuid4().hex[:8]}'; to.mkdir()
+        for s in steps: (Path(folder)/f'checkpoint-{s}').rename(to/f'checkpoint-{s}')
+
+@patch
+def seal(self:Job, folder):
+    "Runs in the sealing thread."
+    if self.wandb and self.cfg.wandb_log_model=='checkpoint': log_adapter(self.wandb, folder, int(folder.name.split('-')[1]))
+    if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
+    write_manifest(folder, self.run)
+    self.prune()
+
+@patch
+def publish(self:Job, folder, until):
+    "Runs in the publisher's thread."
+    self.checkpoints.publish(folder, until)
+    self.prune()
+
+@patch
+def prune(self:Job):
+    "Keep the newest checkpoints on this disk, and those that are on their way."
+    under_way = (self.publisher.waiting or [None])[0],self.publisher.sending # in this order: that is how they move
+    for s in local_steps(self.cfg.output_dir)[:-self.cfg.keep_checkpoints]:
+        p = Path(self.cfg.output_dir)/f'checkpoint-{s}'
+        if p not in under_way: shutil.rmtree(p, ignore_errors=True)
 
 @patch
 def log_metrics(self:Job,
@@ -1285,6 +1455,11 @@ def on_start(self:Job, model, step):
     if step==0:
         self.measure_held_out('before', 0)
         if self.cfg.sample_steps: self.sample(model, 0)
+    self.deadline.idle = False
+
+@patch
+def diverged(self:Job, what, step):
+    return UserError(f"{what} at step {step}: begin again with FRESH_START=1 and a lower LEARNING_RATE (now {self.cfg.learning_rate}); nothing of this state was published")
 
 @patch
 def on_log(self:Job, step, metrics):
@@ -1296,25 +1471,32 @@ def on_log(self:Job, step, metrics):
     if torch.cuda.is_available(): m['gpu_gib'] = torch.cuda.max_memory_allocated()/2**30
     log.info(step_line(step, self.total, m))
     self.log_metrics(step, {f'train/{k}':v for k,v in m.items()})
-    if m['loss']!=m['loss'] or m['loss']==float('inf'):
-        raise UserError(f"the loss is {m['loss']} at step {step}: lower LEARNING_RATE; checkpoint-{max(self.publisher.done, default=self.step)} is kept")
-
-@patch
-def on_save(self:Job, folder, step):
-    start = time.monotonic()
-    write_manifest(folder, self.run)
-    self.publisher.submit(folder)
-    if self.wandb and self.cfg.wandb_log_model=='checkpoint': log_adapter(self.wandb, folder, step)
-    self.save_seconds = time.monotonic()-start
+    if not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
 @patch
 def on_step(self:Job, model, step):
-    self.step = step
+    self.step,control = step,self.trainer.control
     if self.publisher.error: raise self.publisher.error
-    if self.cfg.sample_steps and (step%self.cfg.sample_steps==0 or step==self.total): self.sample(model, step)
-    if step<self.total and self.deadline.due(2*(self.save_seconds+self.publisher.seconds)):
-        log.info(f"stopping at step {step}: {self.deadline.reason}")
-        return True
+    if step==1 and math.isfinite(self.deadline.end): control.should_save = True
+    stop = self.time_to_stop()
+    if not stop and self.cfg.sample_steps and (step%self.cfg.sample_steps==0 or step==self.total):
+        self.sample(model, step)
+        stop = self.time_to_stop()
+    if stop: log.info(f"stopping at step {step}: {self.deadline.reason}")
+    if stop or control.should_save: control.should_log = True # no loss is averaged over a checkpoint, or lost at a stop
+    self.stepped = time.monotonic()
+    return stop
+
+@patch
+def time_to_stop(self:Job): return self.step<self.total and self.deadline.due(2*(self.save_seconds+self.publisher.seconds))
+
+@patch
+def on_save(self:Job, folder, step):
+    import torch
+    if not all(p.isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad): raise self.diverged("the adapter is not finite", step)
+    self.save_seconds = time.monotonic()-self.stepped
+    self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
+    self.publisher.submit(folder)
 
 @patch
 def sample(self:Job, model, step):
@@ -1336,35 +1518,86 @@ def measure_held_out(self:Job, when, step):
     self.log_metrics(step, {'eval/loss': loss})
     self.clock = time.monotonic(),step
 
+def resubmit_command(
+    cfg:TrainConfig, # Options
+)->str: # For a shell
+    "The command that continues a run: every option that isn't at its default, but never FRESH_START."
+    job = bool(os.environ.get('JOB_ID'))
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',)+('output_dir','job_timeout')*job} # a job's disk is gone, its timeout is in the script
+    sets = [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
+    return ' '.join(['hf jobs uv run', *(f'-e {s}' for s in sets), 'train/train.py'] if job else [*sets, 'python', sys.argv[0]])
+
 @patch
 def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
-    cfg,until = self.cfg,self.deadline.end-10
-    landed = self.publisher.close(until)
-    if not landed: raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
-    if self.step<self.total:
-        log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: run the same command again to continue (exit code {RESUBMIT})")
+    cfg,until = self.cfg,self.patience(1800)
+    if not self.publisher.close(until):
+        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
+    self.deadline.idle = True # all there is lies on the Hub
+    if self.step<self.total or self.deadline.due():
+        log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
         return RESUBMIT
     self.measure_held_out('after', self.step)
     publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until)
-    self.checkpoints.branch.api.super_squash_history(cfg.hub_model_id, branch='checkpoints')
+    self.deadline.idle = False
+    try: patiently(lambda: self.checkpoints.branch.api.super_squash_history(cfg.hub_model_id, branch='checkpoints'), 'squashing', self.patience(60))
+    except UserError as e: log.warning(f"the history of branch checkpoints is not squashed: {e}")
     log.info(f"complete: the adapter is at {cfg.hub_model_id}")
     return COMPLETE
+
+def explain_error(
+    e:Exception, # What ended the run
+    cfg:TrainConfig, # Options
+)->Exception: # A `UserError` where there is something to say; else the same
+    "Say in one line what went wrong and what to do."
+    import torch
+    chain = [e]
+    while chain[-1].__cause__ or chain[-1].__context__: chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    said = ' '.join(map(str, chain))
+    if isinstance(e, UserError): return e
+    if isinstance(e, torch.OutOfMemoryError):
+        first = "set GRADIENT_CHECKPOINTING=1, or " if not cfg.gradient_checkpointing else ""
+        return UserError(f"out of GPU memory: {first}begin again with FRESH_START=1 and a lower PER_DEVICE_TRAIN_BATCH_SIZE (now {cfg.per_device_train_batch_size}; "
+                         f"raise GRADIENT_ACCUMULATION_STEPS as much) or MAX_LENGTH (now {cfg.max_length})")
+    if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed')):
+        free = shutil.disk_usage(cfg.output_dir).free
+        return UserError(f"OUTPUT_DIR {Path(cfg.output_dir).resolve()}: its disk is full ({free/2**20:,.0f} MiB free): make room, or choose another folder")
+    if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
+    return e
+
+@patch
+def salvage(self:Job):
+    "Publish what was saved before an error, and say where the run stands."
+    if not self.publisher or self.publisher.closing: return
+    self.deadline.idle = False
+    self.publisher.close(self.patience(600))
+    kept = self.checkpoints.steps()
+    log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
+    if (more := local_steps(self.cfg.output_dir)) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
 
 def run_job(
     cfg:TrainConfig, # Options
 )->int: # Exit code: 0 complete, 75 resubmit
     "Do what is left of a run."
-    job = Job(cfg)
-    job.restore()
-    quiet_libraries()
-    job.build()
-    log.info(f"continuing after step {job.step} of {job.total}" if job.resume_from else "starting at step 0")
+    bound_requests()
+    job,code = Job(cfg),1
     try:
+        for _ in range(2):
+            job.restore(); quiet_libraries(); job.build()
+            if not job.checkpoints.branch.moved(): break # the last commit of a job that was killed may land after it
+        job.open()
+        log.info(f"continuing after step {job.step} of {job.total}" if job.resume_from else "starting at step 0")
         job.trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
-        return job.finish()
+        code = job.finish()
+    except Stopped:
+        code = RESUBMIT
+        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command(cfg)}` (exit code {code})")
+    except Exception as e:
+        job.salvage()
+        raise explain_error(e, cfg) from e
     finally:
-        if job.wandb: job.wandb.finish()
+        if job.wandb: job.wandb.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code)
+    return code
 
 def main():
     "The job as a command: flags and environment in, exit code out."
@@ -1376,7 +1609,7 @@ def main():
     except Exception:
         print(mask_secrets(traceback.format_exc()), flush=True)
         code = 1
-    logging.shutdown()
-    sys.exit(code)
+    logging.shutdown(); sys.stdout.flush()
+    os._exit(code) # the threads of an upload that hangs would hold `sys.exit`
 
 if __name__=='__main__': main()
