@@ -134,7 +134,7 @@ def publish_adapter(
     try: patiently(lambda: main.api.update_repo_settings(cfg.hub_model_id, gated='manual'), main.name, until)
     except UserError as e: log.warning(f"{cfg.hub_model_id} is private but not gated: {e}")
 
-# %% ../nbs/06_job.ipynb #095f583f
+# %% ../nbs/06_job.ipynb #321d5c09
 COMPLETE,RESUBMIT = 0,75 # exit codes; 75 is EX_TEMPFAIL: the same command again continues
 
 class Job:
@@ -163,40 +163,43 @@ class Job:
         else: self.run = dict(id=uuid.uuid4().hex[:8], repo=cfg.hub_model_id, identity=identity, base=base, dataset_revision=None, seconds=[])
         self.step = m['step'] if m else 0
 
-    def build(self):
-        "Data, model and trainer, from the commits the run began with."
-        cfg,run,until,self.trainer = self.cfg,self.run,self.patience(),None
-        began = lambda rev: f" at {rev}, with which this run began (FRESH_START=1 begins again with the newest)" if self.resume_from else ''
-        ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began(run['dataset_revision'])), f"dataset {cfg.dataset_repo}", until)
-        base,name = run['base'],f"base model {run['base']['id']}{began(run['base']['revision'])}"
-        self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision']), name, until)
-        rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length)
-        log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
-        packed = pack_dataset(rows, cfg.max_length, cfg.seed)
-        self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
-        self.total = run_steps(cfg, len(packed))
-        if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START=1 to begin again")
-        targets = tuple(cfg.lora_target_modules.split(','))
-        attn,why = choose_attention()
-        log.info(f"attention: {attn}, {why}")
-        model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
-        self.trainer = make_trainer(cfg, model, self.tok, packed, self)
-        rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets)
-        log.info("audit:\n"+text_table(rows)); check_audit(rows)
-        batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
-        log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
-
-    def open(self):
-        "The publisher, W&B and the sampler."
-        cfg,run = self.cfg,self.run
-        self.save_seconds,*sent = run['seconds'] or [0.]
-        self.publisher = Publisher(self.publish, self.seal, sent)
-        if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
-        self.sampler = Sampler(encode_prompt, SAMPLE_PROMPTS, max_new_tokens=cfg.sample_tokens, seed=cfg.seed)
-
-# %% ../nbs/06_job.ipynb #73de81da
+# %% ../nbs/06_job.ipynb #f47e81f4
 from fastcore.basics import patch
 
+@patch
+def build(self:Job):
+    "Data, model and trainer, from the commits the run began with."
+    cfg,run,until,self.trainer = self.cfg,self.run,self.patience(),None
+    began = lambda rev: f" at {rev}, with which this run began (FRESH_START=1 begins again with the newest)" if self.resume_from else ''
+    ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began(run['dataset_revision'])), f"dataset {cfg.dataset_repo}", until)
+    base,name = run['base'],f"base model {run['base']['id']}{began(run['base']['revision'])}"
+    self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision']), name, until)
+    rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length)
+    log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
+    packed = pack_dataset(rows, cfg.max_length, cfg.seed)
+    self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
+    self.total = run_steps(cfg, len(packed))
+    if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START=1 to begin again")
+    targets = tuple(cfg.lora_target_modules.split(','))
+    attn,why = choose_attention()
+    log.info(f"attention: {attn}, {why}")
+    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+    self.trainer = make_trainer(cfg, model, self.tok, packed, self)
+    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets)
+    log.info("audit:\n"+text_table(rows)); check_audit(rows)
+    batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+    log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
+
+@patch
+def begin(self:Job):
+    "The publisher, W&B and the sampler."
+    cfg,run = self.cfg,self.run
+    self.save_seconds,*sent = run['seconds'] or [0.]
+    self.publisher = Publisher(self.publish, self.seal, sent)
+    if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
+    self.sampler = Sampler(encode_prompt, SAMPLE_PROMPTS, max_new_tokens=cfg.sample_tokens, seed=cfg.seed)
+
+# %% ../nbs/06_job.ipynb #d966afff
 def set_aside(
     folder:str, # Output folder
 ):
@@ -334,7 +337,7 @@ def finish(self:Job)->int: # Exit code
     log.info(f"complete: the adapter is at {cfg.hub_model_id}")
     return COMPLETE
 
-# %% ../nbs/06_job.ipynb #c9b7fc91
+# %% ../nbs/06_job.ipynb #36db4dd5
 def explain_error(
     e:Exception, # What ended the run
     cfg:TrainConfig, # Options
@@ -375,7 +378,7 @@ def run_job(
         for _ in range(2):
             job.restore(); quiet_libraries(); job.build()
             if not job.checkpoints.branch.moved(): break # the last commit of a job that was killed may land after it
-        job.open()
+        job.begin()
         log.info(f"continuing after step {job.step} of {job.total}" if job.resume_from else "starting at step 0")
         job.trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
         code = job.finish()

@@ -509,7 +509,7 @@ def compare_runs(
                 losses=max(abs(la.get(k, 9e9)-lb.get(k, 9e9)) for k in {*la, *lb}), n_losses=len(la),
                 batches=sum(bb.get(k)!=v for k,v in ba.items())+len({*bb}-{*ba}), n_batches=len(ba))
 
-# %% ../nbs/08_rehearse.ipynb #deab3d33
+# %% ../nbs/08_rehearse.ipynb #3ba0af98
 def proof_table(
     p:dict, # From `prove`
 )->list: # Rows of `compared`, `over`, `max |Δ|`
@@ -532,7 +532,7 @@ def plot_proof(
         ax.plot(s['last'], -s['attempt'], 'o' if not s['killed'] else 'x', color=colors[s['killed']], ms=5)
     for k,n in p['where'].items(): ax.plot([], [], 'x-', color=colors[k], label=f'killed in a {k}: {n}')
     ax.plot([], [], 'o-', color=colors[''], label='ended by itself')
-    ax.set(xlabel='optimizer step', ylabel='attempt', yticks=[], xlim=(-.5, p['steps']+.5)); ax.legend(frameon=False, loc='lower left'); ax.spines[['top','right']].set_visible(False)
+    ax.set(xlabel='optimizer step', ylabel='attempt', yticks=[], xlim=(-.5, p['steps']+.5)); ax.legend(frameon=False, loc='upper right'); ax.spines[['top','right']].set_visible(False)
     return fig
 
 def proof_verdict(

@@ -389,7 +389,7 @@ class Deadline:
         self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
         return self.reason is not None
 
-# %% ../nbs/03_resume.ipynb #479ffbe8
+# %% ../nbs/03_resume.ipynb #211b0b55
 WANDB_FLUSH = 1.0 # seconds after which W&B has written down what it was told; it would take 15, and a kill loses what isn't
 
 def start_wandb(
@@ -408,7 +408,7 @@ def start_wandb(
     except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({str(e).splitlines()[0][:100]}): correct it, or set WANDB_MODE=offline") from None
     except wandb.errors.CommError as e:
         log.warning(f"W&B can't be reached: this job's part of the curve is kept in {folder}/wandb; send it with `wandb sync`")
-        mode = 'offline'; run = init(mode)
+        wandb.teardown(); mode = 'offline'; run = init(mode) # without that the id is taken
     run.define_metric('train/global_step')
     run.define_metric('*', step_metric='train/global_step')
     log.info(f"W&B run {run_id}: {run.url if mode=='online' else f'{mode}, no account needed'}")
