@@ -199,7 +199,7 @@ def begin(self:Job):
     if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
     self.sampler = Sampler(encode_prompt, SAMPLE_PROMPTS, max_new_tokens=cfg.sample_tokens, seed=cfg.seed)
 
-# %% ../nbs/06_job.ipynb #d966afff
+# %% ../nbs/06_job.ipynb #0dc1815f
 def set_aside(
     folder:str, # Output folder
 ):
@@ -225,10 +225,9 @@ def publish(self:Job, folder, until):
 @patch
 def prune(self:Job):
     "Keep the newest checkpoints on this disk, and those that are on their way."
-    under_way = (self.publisher.waiting or [None])[0],self.publisher.sending # in this order: that is how they move
     for s in local_steps(self.cfg.output_dir)[:-self.cfg.keep_checkpoints]:
         p = Path(self.cfg.output_dir)/f'checkpoint-{s}'
-        if p not in under_way: shutil.rmtree(p, ignore_errors=True)
+        if p not in self.publisher.pending: shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/06_job.ipynb #e078ce0e
 @patch

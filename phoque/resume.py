@@ -293,7 +293,7 @@ def check_same_run(
     if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
         raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START=1 to begin again")
 
-# %% ../nbs/03_resume.ipynb #34af2a13
+# %% ../nbs/03_resume.ipynb #6227a5da
 class Publisher:
     "Seals checkpoints and publishes the newest, in threads of its own."
     def __init__(self,
@@ -302,7 +302,7 @@ class Publisher:
         seconds:list=(), # What earlier publications took
     ):
         self.publish,self.seal,self.times,self.done,self.error = publish,seal,list(seconds),[],None
-        self.waiting,self.sending,self.until,self.closing = None,None,float('inf'),False
+        self.pending,self.waiting,self.until,self.closing = set(),None,float('inf'),False # pending: folders that are still needed here
         self.changed,self.sealer = threading.Condition(),ThreadPoolExecutor(1, 'sealer')
         self.thread = threading.Thread(target=self._send, name='publisher', daemon=True)
         self.thread.start()
@@ -315,24 +315,28 @@ class Publisher:
         folder:Path, # `checkpoint-N`, every file written
     ):
         "Hand over a checkpoint; returns at once."
+        self.pending.add(Path(folder))
         self.sealer.submit(self._seal, Path(folder), time.monotonic())
 
     def _seal(self, folder, start):
         try: self.seal(folder)
         except Exception as e: self.error = e; return
-        with self.changed: self.waiting = folder,start; self.changed.notify()
+        with self.changed:
+            if self.waiting: self.pending.discard(self.waiting[0])
+            self.waiting = folder,start
+            self.changed.notify()
 
     def _send(self):
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.closing)
                 if not self.waiting: return
-                (self.sending,start),self.waiting = self.waiting,None
-            try: self.publish(self.sending, self.until)
+                (folder,start),self.waiting = self.waiting,None
+            try: self.publish(folder, self.until)
             except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
-            self.times.append(time.monotonic()-start); self.done.append(int(self.sending.name.split('-')[1]))
-            log.info(f"{self.sending.name} published in {self.times[-1]:.1f} s")
-            self.sending = None
+            self.times.append(time.monotonic()-start); self.done.append(int(folder.name.split('-')[1]))
+            log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
+            self.pending.discard(folder)
 
     def close(self,
         until:float=float('inf'), # `time.monotonic()` after which to give up
