@@ -219,7 +219,7 @@ def compile_layers(
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
-# %% ../nbs/02_train.ipynb #c0822b3c
+# %% ../nbs/02_train.ipynb #2ef801e2
 def _trainer_class():
     import trl
     class Trainer(trl.SFTTrainer):
@@ -227,6 +227,11 @@ def _trainer_class():
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
             return nll/num_items_in_batch.clamp(min=1)
+
+        def _save(self, *args, **kwargs):
+            tok,self.processing_class = self.processing_class,None # it doesn't change, and writing it takes as long as the optimizer's state
+            try: super()._save(*args, **kwargs)
+            finally: self.processing_class = tok
 
         def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
     return Trainer
