@@ -15,10 +15,10 @@ from .train import TrainConfig, check_config, env_options, options
 
 # %% auto #0
 __all__ = ['JOB_FLAVOR', 'JOB_TIMEOUT', 'JOB_LABEL', 'JOB_NEEDS', 'JOB_SECRETS', 'JOB_ENV', 'JOB_MODULES', 'FLAVORS_READ',
-           'FLAVORS', 'SMOKE', 'parse_module', 'mk_script', 'project_root', 'job_pins', 'job_header', 'hf_jobs',
-           'train_files', 'write_train', 'check_train', 'usable_gib', 'price_per_hour', 'job_plan', 'show_plan',
-           'run_memory', 'run_plan', 'job_args', 'unused_secrets', 'check_secrets', 'check_dataset', 'preflight',
-           'submit', 'submit_cli']
+           'FLAVORS', 'JOB_PYTHON', 'SMOKE', 'parse_module', 'mk_script', 'project_root', 'job_pins', 'job_header',
+           'hf_jobs', 'train_files', 'write_train', 'check_train', 'usable_gib', 'price_per_hour', 'job_plan',
+           'show_plan', 'run_memory', 'run_plan', 'job_args', 'unused_secrets', 'check_secrets', 'check_dataset',
+           'check_wandb', 'check_installable', 'preflight', 'submit', 'submit_cli']
 
 # %% ../nbs/07_submit.ipynb #c234a2e7
 def _lines(
@@ -367,7 +367,35 @@ def check_dataset(
     if not any(m.get('role')=='assistant' for m in turns): raise UserError(f"dataset {repo}: its first row has no assistant turn in `messages`: push it with phoque_data")
     return f"first row has {len(turns)} turns"
 
-# %% ../nbs/07_submit.ipynb #47f096e8
+# %% ../nbs/07_submit.ipynb #e1e0e2c8
+JOB_PYTHON = '3.12' # of the image in which `hf jobs uv run` starts a script
+
+def check_wandb(
+    c:TrainConfig, # The run
+)->str: # What was seen
+    "W&B knows the key."
+    import httpx2
+    if c.report_to!='wandb': return 'not used'
+    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
+    try: r = httpx2.post(f'{url}/graphql', json=dict(query='{ viewer { username } }'), auth=('api', os.environ['WANDB_API_KEY']), timeout=10)
+    except httpx2.HTTPError: return f'key is set, and not checked: {url} cannot be reached'
+    viewer = (r.json().get('data') or {}).get('viewer') if r.status_code==200 else None
+    if not viewer: raise UserError(f"WANDB_API_KEY: {url} doesn't know it: copy it from {url.replace('api.', '')}/authorize, or submit with --report_to none")
+    return f"key of {viewer['username']}"
+
+def check_installable(
+    requirements:str|Path, # train/requirements.txt
+)->str: # What was seen
+    "There is a package for every pin, for Linux and the job's Python."
+    uv = shutil.which('uv', path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    p = subprocess.run([uv, 'pip', 'compile', '-q', str(requirements), '--python-version', JOB_PYTHON, '--python-platform', 'x86_64-manylinux_2_28', '--no-header', '--no-annotate'],
+        capture_output=True, text=True)
+    if not p.returncode: return f'{len(p.stdout.splitlines())} packages for Python {JOB_PYTHON}'
+    why = ' '.join(p.stderr.split())
+    if 'unsatisfiable' not in why or 'network was disabled' in why: return 'not checked: the package index cannot be reached'
+    raise UserError(f"{requirements}: {why.split('cause: ')[-1][:200]}: correct the pin in settings.ini and run `make generate`")
+
+# %% ../nbs/07_submit.ipynb #3c9d50be
 def preflight(
     c:TrainConfig, # The run
 )->list: # Rows of a table: what, which, and how it is
@@ -393,7 +421,8 @@ def preflight(
     rows = [('token', me['name'], role), ('base model', base['id'], (base['revision'] or 'folder')[:8]),
             ('dataset', c.dataset_repo, f"{'private' if ds.private else 'PUBLIC'}, {check_dataset(c.dataset_repo, ds.sha)}"),
             ('model repo', c.hub_model_id, 'private, writable' if model else 'will be made, private'),
-            ('W&B', c.wandb_project if c.report_to=='wandb' else '-', 'key is set' if c.report_to=='wandb' else 'not used')]
+            ('W&B', c.wandb_project if c.report_to=='wandb' else '-', check_wandb(c)),
+            ('packages', 'train/requirements.txt', check_installable(project_root()/'train/requirements.txt'))]
     return [dict(zip(('check', 'which', 'is'), r)) for r in rows]
 
 # %% ../nbs/07_submit.ipynb #10708e6b
@@ -426,8 +455,8 @@ def _agreed(question):
     try: return input(question).strip().lower() in ('y', 'yes')
     except EOFError: return False
 
-# %% ../nbs/07_submit.ipynb #3524e5bf
-SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m') # install and download take most of it
+# %% ../nbs/07_submit.ipynb #7c0dde87
+SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m') # about five minutes, most of them for installing and downloading; the rest is for a slow day
 
 def submit_cli(
     argv:list=None, # Flags; `sys.argv[1:]` where None
