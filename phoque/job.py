@@ -199,7 +199,7 @@ def begin(self:Job):
     if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
     self.sampler = Sampler(encode_prompt, SAMPLE_PROMPTS, max_new_tokens=cfg.sample_tokens, seed=cfg.seed)
 
-# %% ../nbs/06_job.ipynb #0dc1815f
+# %% ../nbs/06_job.ipynb #fa0cf119
 def set_aside(
     folder:str, # Output folder
 ):
@@ -211,6 +211,7 @@ def set_aside(
 @patch
 def seal(self:Job, folder):
     "Runs in the sealing thread."
+    self.trainer.written()
     if self.wandb and self.cfg.wandb_log_model=='checkpoint': log_adapter(self.wandb, folder, int(folder.name.split('-')[1]))
     if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
     write_manifest(folder, self.run)

@@ -219,14 +219,34 @@ def compile_layers(
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
-# %% ../nbs/02_train.ipynb #2ef801e2
+# %% ../nbs/02_train.ipynb #8dcaf461
 def _trainer_class():
-    import trl
+    import torch, trl
+    from concurrent.futures import ThreadPoolExecutor
+    from torch.utils._pytree import tree_map
     class Trainer(trl.SFTTrainer):
-        "TRL's, with the loss of `fast`."
+        "TRL's, with the loss of `fast`, and checkpoints that training hardly waits for."
+        writer,writes = ThreadPoolExecutor(1, 'checkpoint'),()
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
             return nll/num_items_in_batch.clamp(min=1)
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if not self.args.should_save: return
+            self.written()
+            states = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict())
+            copies = tree_map(lambda t: t.detach().to('cpu', copy=True) if torch.is_tensor(t) else t, states) # training waits for these, and not for the disk
+            self.writes = [self.writer.submit(torch.save, v, f'{output_dir}/{k}.pt') for k,v in copies.items()]
+
+        def written(self):
+            "Wait until all of the newest checkpoint lies on the disk."
+            for w in self.writes: w.result()
+
+        def train(self, *args, **kwargs):
+            out = super().train(*args, **kwargs)
+            self.written()
+            return out
 
         def _save(self, *args, **kwargs):
             tok,self.processing_class = self.processing_class,None # it doesn't change, and writing it takes as long as the optimizer's state
