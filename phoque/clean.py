@@ -10,7 +10,7 @@ from functools import lru_cache
 
 # %% auto #0
 __all__ = ['REGIONS', 'KINDS', 'FOUND', 'mend', 'scrub', 'unname', 'policy', 'words', 'Prompts', 'language', 'text_key',
-           'clean_one', 'sketches', 'clean_batch', 'first_ones', 'near_doubles']
+           'clean_one', 'sketches', 'clean_batch', 'same_ones', 'worn_lines', 'near_ones']
 
 # %% ../nbs/00b_clean.ipynb #3eb53ff0
 _UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]')
@@ -184,10 +184,10 @@ def clean_one(c, prompts=None):
     return dict(who=pick(c['who']), texts=texts, t=pick(c['t']), scores=pick(c['scores']), keys=keys, key=text_key(repr(keys)),
         why=policy('\n'.join(texts), c['cats'], n) if texts else 'nothing left', lang=lang, lang_score=score, found=[n[k] for k in FOUND]),all_words
 
-# %% ../nbs/00b_clean.ipynb #f99c4360
+# %% ../nbs/00b_clean.ipynb #9a11dac7
 def sketches(
     docs:list[list[str]], # Words of each conversation
-    n:int=3, # Words in a shingle
+    n:int=2, # Words in a shingle
     perms:int=128, # Hash functions
 )->list[bytes]: # A byte of each minimum, which is enough to compare (b-bit MinHash)
     "MinHash of conversations; of ten words or fewer there is none."
@@ -208,46 +208,43 @@ def clean_batch(
     rows = [clean_one(dict(zip(batch, xs)), prompts) for xs in zip(*batch.values())]
     return {k: [r[k] for r,_ in rows] for k in rows[0][0]} | dict(sketch=sketches([ws for _,ws in rows]))
 
-# %% ../nbs/00b_clean.ipynb #b2b2c403
-def first_ones(
-    keys, # uint64 array
-    cap:int=1, # How many of each to keep
-)->'numpy.ndarray': # Bool: is it among the first `cap` of its key?
-    "Which of equal keys come first."
-    import numpy as np
-    if (parts := len(keys)>>22): # sort four million at a time
-        res = np.empty(len(keys), bool)
-        for p in range(parts+1): i = np.flatnonzero((keys>>1)%(parts+1)==p); res[i] = first_ones(keys[i], cap)
-        return res
-    order = np.argsort(keys, kind='stable')
-    s = keys[order]
-    new = np.r_[True, s[1:]!=s[:-1]] if len(s) else np.zeros(0, bool)
-    start = np.maximum.accumulate(np.where(new, np.arange(len(s)), 0))
-    res = np.empty(len(s), bool)
-    res[order] = np.arange(len(s))-start<cap
-    return res
+# %% ../nbs/00b_clean.ipynb #2ae3130f
+def same_ones(
+    db, # DuckDB with `conv`: n, id, key, why, keys, mine, sketch; the lower n came first
+):
+    "Table `gone`: what is read twice or said twice; view `live`: the rest."
+    db.execute("""create table gone as select n, why from conv where why<>'';
+        create view live as select * from conv anti join gone using (n)""")
+    for why,key in (('read twice','id'), ('same conversation','key')):
+        db.execute(f"insert into gone select n, '{why}' from live qualify row_number() over (partition by {key} order by n)>1")
 
-# %% ../nbs/00b_clean.ipynb #5a78cf11
-def near_doubles(
-    sketch, # uint8 array, a row a conversation that has a sketch
-    drop:float=0.8, # Similarity from which the later one goes
-    link:float=0.6, # Similarity from which both stay on one side
-    rows:int=8, # Bytes in a band; 16 bands of 8 find 0.8 with 95 %, 0.6 with 24 %
-)->tuple: # Bool: is it a double?; and linked pairs of row numbers
-    "Near doubles, by locality-sensitive hashing."
-    import numpy as np
-    n = len(sketch)
-    double,links = np.zeros(n, bool),[np.zeros((0,2), np.int64)]
-    bands = np.ascontiguousarray(sketch).view(np.uint64).reshape(n, -1) if n else np.zeros((0,0), np.uint64)
-    for b in range(bands.shape[1]):
-        order = np.argsort(bands[:,b], kind='stable')
-        s = bands[order,b]
-        new = np.r_[True, s[1:]!=s[:-1]]
-        first = order[np.maximum.accumulate(np.where(new, np.arange(n), 0))]
-        i,j = first[~new],order[~new]
-        for k in range(0, len(i), 2**16):
-            a,z = i[k:k+2**16],j[k:k+2**16]
-            sim = (sketch[a]==sketch[z]).mean(1)
-            double[z[sim>=drop]] = True
-            links.append(np.c_[a,z][(sim>=link)&(sim<drop)])
-    return double,np.unique(np.concatenate(links), axis=0)
+def worn_lines(
+    db, # As after `same_ones`
+    cap:int=3, # How often a learnt line of four words or more is kept
+):
+    "Table `cut`: conversation and place of each line beyond the cap."
+    db.execute(f"""create table cut as select n, i from (select n, unnest(keys) as key, unnest(mine) as mine, generate_subscripts(keys, 1)-1 as i from live)
+        where mine and key%2=1 qualify row_number() over (partition by key order by n, i)>{cap}""")
+
+# %% ../nbs/00b_clean.ipynb #e68f42a9
+def _alike(a, z):
+    "Similarity of sketches, an Arrow column each."
+    import numpy as np, pyarrow as pa
+    a,z = (np.frombuffer(b''.join(x.to_pylist()), np.uint8).reshape(len(x), -1) for x in (a, z))
+    return pa.array((a==z).mean(1))
+
+def near_ones(
+    db, # As after `same_ones`
+    drop:float=0.75, # Similarity from which the later one goes
+    link:float=0.5, # Similarity from which both stay on one side of the split
+    rows:int=4, # Bytes in a band; with 128 bytes, 32 bands of 4 meet at 0.75 always, at 0.5 with 87 %
+):
+    "Adds near doubles to `gone`; table `link`: pairs that must stay together."
+    db.create_function('alike', _alike, ['BLOB','BLOB'], 'DOUBLE', type='arrow')
+    db.execute(f"""create temp table pair as select a, z, alike(x.sketch, y.sketch) as sim from (
+            select distinct unnest([first_value(n) over w, lag(n) over w]) as a, n as z from (
+                select n, b, sketch[b*{rows}+1:b*{rows}+{rows}] as band from live, range(octet_length(sketch)//{rows}) r(b))
+            window w as (partition by b, band order by n))
+        join live x on x.n=a join live y on y.n=z where a<z;
+        insert into gone select distinct z, 'nearly the same' from pair where sim>={drop};
+        create table link as select a, z from pair semi join live x on x.n=a semi join live y on y.n=z where sim>={link} and sim<{drop}""")

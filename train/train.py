@@ -1224,7 +1224,7 @@ class Publisher:
         seconds:list=(), # What earlier publications took
     ):
         self.publish,self.seal,self.times,self.done,self.error = publish,seal,list(seconds),[],None
-        self.waiting,self.sending,self.until,self.closing = None,None,float('inf'),False
+        self.pending,self.waiting,self.until,self.closing = set(),None,float('inf'),False # pending: folders that are still needed here
         self.changed,self.sealer = threading.Condition(),ThreadPoolExecutor(1, 'sealer')
         self.thread = threading.Thread(target=self._send, name='publisher', daemon=True)
         self.thread.start()
@@ -1237,24 +1237,28 @@ class Publisher:
         folder:Path, # `checkpoint-N`, every file written
     ):
         "Hand over a checkpoint; returns at once."
+        self.pending.add(Path(folder))
         self.sealer.submit(self._seal, Path(folder), time.monotonic())
 
     def _seal(self, folder, start):
         try: self.seal(folder)
         except Exception as e: self.error = e; return
-        with self.changed: self.waiting = folder,start; self.changed.notify()
+        with self.changed:
+            if self.waiting: self.pending.discard(self.waiting[0])
+            self.waiting = folder,start
+            self.changed.notify()
 
     def _send(self):
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.closing)
                 if not self.waiting: return
-                (self.sending,start),self.waiting = self.waiting,None
-            try: self.publish(self.sending, self.until)
+                (folder,start),self.waiting = self.waiting,None
+            try: self.publish(folder, self.until)
             except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
-            self.times.append(time.monotonic()-start); self.done.append(int(self.sending.name.split('-')[1]))
-            log.info(f"{self.sending.name} published in {self.times[-1]:.1f} s")
-            self.sending = None
+            self.times.append(time.monotonic()-start); self.done.append(int(folder.name.split('-')[1]))
+            log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
+            self.pending.discard(folder)
 
     def close(self,
         until:float=float('inf'), # `time.monotonic()` after which to give up
@@ -1697,10 +1701,9 @@ def publish(self:Job, folder, until):
 @patch
 def prune(self:Job):
     "Keep the newest checkpoints on this disk, and those that are on their way."
-    under_way = (self.publisher.waiting or [None])[0],self.publisher.sending # in this order: that is how they move
     for s in local_steps(self.cfg.output_dir)[:-self.cfg.keep_checkpoints]:
         p = Path(self.cfg.output_dir)/f'checkpoint-{s}'
-        if p not in under_way: shutil.rmtree(p, ignore_errors=True)
+        if p not in self.publisher.pending: shutil.rmtree(p, ignore_errors=True)
 
 @patch
 def log_metrics(self:Job,
