@@ -23,26 +23,31 @@ def mend(
     import ftfy
     return _UNSEEN.sub('', ftfy.fix_text(_UNSEEN.sub('', text) if '\u200b' in text else text)).strip()
 
-# %% ../nbs/00b_clean.ipynb #e3a4295e
-_TLD = r"(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|es|it|uk|ca|au|edu|gov|link|site|online|club|shop|example|test)"
-_DOT = r"(?:\s?\.\s?|\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s+dot\s+)"
+# %% ../nbs/00b_clean.ipynb #9cb6b38e
+_TLD = r"""(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|es|it|uk|ca|au|edu|gov|link|site|online|club|shop|example|test
+    |cc|ws|click|party|stream|social|store|space|top|icu|pro|cloud|tech|blog|wiki|chat|zone|media|art|lol|page|museum)"""
+_DOT = r"(?:\s?\.\s?|\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s+dot\s+|_dot_)"
 _WDOT = r"(?:\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s+dot\s+)"
-_AT = r"(?:\s?@\s?|\s?[\[({<]\s?(?:at|@)\s?[\])}>]\s?)"
-_EMAIL = re.compile(rf"""[\w.+%'-]+@\[?[\w-]+(?:\.[\w-]+)+\]?|[\w.+%'-]+{_AT}[\w-]+(?:{_DOT}[\w-]+)*{_DOT}{_TLD}\b
-    |[\w.+%'-]+\s+at\s+[\w-]+(?:{_WDOT}[\w-]+)*{_WDOT}{_TLD}\b""", re.I|re.X)
-_URL = re.compile(rf"""\b(?:h(?:tt|xx)ps?|ftp|steam|wss?|irc)\s?(?::|\[:\])\s?/\s?/\s?[^\s<>]+|\bwww{_DOT}[^\s<>]+
-    |(?<![\w@.-])[a-z0-9][\w-]*(?:(?:\.|{_WDOT})[\w-]+)*(?:\.|{_WDOT}){_TLD}\b(?::\d+)?(?:[/?\#][^\s<>]*)?""", re.I|re.X)
-_MENTION = re.compile(r"<(?:@[!&]?|\#)\d+>|<[@\#][A-Z0-9]{3,}(?:\|[^>]*)?>|<!subteam\^\w+(?:\|[^>]*)?>", re.X)
-_WHERE = r"(?:ig|insta(?:gram)?|snap(?:chat)?|discord|telegram|tg|psn|xbox|twitter|tiktok|twitch)"
-_HANDLE = re.compile(rf"(?<![\w@/])@(?!everyone\b|here\b)[^\W\d][\w.-]{{1,31}}|\b[\w.]{{2,32}}\#\d{{4,6}}\b|(?<![\w/])/?u/[\w-]{{3,20}}\b|\b{_WHERE}\s*(?::|=|\bis\b)\s*@?[\w.]{{3,32}}", re.I)
+_AT = r"(?:\s?@\s?|\s?[\[({<]\s?(?:at?|@)\s?[\])}>]\s?|_at_)"
+_NAME = r"[\w.+%'!/-]+"
+_LINK = re.compile(r"""\b(?:h(?:tt|xx|\*\*)ps?|ftp|steam|wss?|irc)\s?(?::|\[:\])\s?/\s?/\s?[^\s<>]+|\bmagnet:\?\S+|\blocalhost:\d+\S*""", re.I|re.X)
+_EMAIL = re.compile(rf"""(?:{_NAME}|"[^"\s]+")@\[?[\w-]+(?:\.[\w-]+)+\]?|{_NAME}{_AT}[^\W_](?:[^\W_]|-)*(?:{_DOT}[\w-]+)*{_DOT}{_TLD}\b
+    |{_NAME}\s+at\s+[\w-]+(?:{_WDOT}[\w-]+)*{_WDOT}{_TLD}\b|{_NAME}\s+at\s+(?!www)[\w-]+(?:\.[\w-]+)*\.{_TLD}\b(?!/)""", re.I|re.X)
+_URL = re.compile(rf"""\bwww{_DOT}[^\s<>]+|(?<![\w@.-])[a-z0-9][\w-]*(?:(?:\.|{_WDOT})[\w-]+)*(?:\.|{_WDOT}){_TLD}\b(?::\d+)?(?:[/?\#][^\s<>]*)?
+    |(?<![\w@.-])[a-z0-9][\w-]*(?:\.[\w-]+)*\.[a-z]{{2,24}}/[^\s<>]+|\b[\w-]+\s\.\s(?:com|net|org|gg)\b""", re.I|re.X)
+_MENTION = re.compile(r"""<(?:@[!&]?|\#)\d+>|<[@\#][A-Z0-9]{3,}(?:\|[^>]*)?>|<!subteam\^\w+(?:\|[^>]*)?>|</[\w -]+:\d+>|<id:\w+(?::\d+)?>
+    |<at\b[^>]*>[^<]*</at>|\[[^\]]*\]\(tg://user\?id=\d+\)|(?<!\w)@[\w.-]+[@:][\w-]+(?:\.[\w-]+)+""", re.X)
+_WHERE = r"(?:ig|insta(?:gram)?|snap(?:chat)?|discord|telegram|tg|psn|xbox|steam|twitter|tiktok|twitch)"
+_HANDLE = re.compile(rf"""(?<![\w@/])@(?!everyone\b|here\b)[^\W\d][\w.-]{{1,31}}|\b[\w.]{{2,32}}\#\d{{4,6}}\b|(?<![\w/])/?u/[\w-]{{3,20}}\b
+    |\b{_WHERE}\s*[:=]\s*@?[\w.]{{3,32}}|\b{_WHERE}(?:\s+(?:name|id|tag|user))?(?:\s+is|\s+-)?\s+(?=[\w.]*[\d_.]\w)[\w.]{{3,32}}""", re.I|re.X)
 
-# %% ../nbs/00b_clean.ipynb #fd0ae450
+# %% ../nbs/00b_clean.ipynb #0750f3a9
 _IP4 = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\s?\.\s?|\s?[\[({]\s?(?:dot|\.)\s?[\])}]\s?|\s+dot\s+)\d{1,3}){3}(?:/\d{1,2}\b|:\d{1,5}\b)?(?!\.?\d)", re.I)
 _IP6 = re.compile(r"(?<![\w:])\[?(?:[0-9a-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4})(?:%\w+)?(?:\](?::\d+)?)?(?:/\d{1,3})?(?![\w:])", re.I)
-_CARD = re.compile(r"(?<![\w.])[2-6](?:[ .\-_/\u00a0\u2010-\u2015]{0,2}\d){12,18}(?!\d)")
-_PLATFORM = re.compile(r"\bSTEAM_\d:\d:\d+\b|\[?\bU:1:\d+\b\]?|\b\d{17,20}\b|\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b|\b[UCTWG](?=[A-Z]*\d)[A-Z0-9]{8,10}\b|<a?:\w+:\d+>")
+_CARD,_CARD_THEN = (re.compile(r"(?<![\d.])[2-6](?:[ .,|\n\-_/\u00a0\u2010-\u2015]{0,3}\d){12,18}"+lazy+r"(?!\d)") for lazy in ('','?')) # the second stops before an expiry date
+_PLATFORM = re.compile(r"\bSTEAM_\d:\d:\d+\b|\[?\bU:1:\d+\b\]?|\b\d{17,20}\b|\b(?i:[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|(?=[a-f\d]*\d)[0-9a-f]{32})\b|\b[UCTWG](?=[A-Z]*\d)[A-Z0-9]{8,10}\b|<a?:\w+:\d+>")
 _PHONE = re.compile(r"(?<![\w.:/])(?:\+|\()?\d(?:[\s().\-/\u00a0\u2010-\u2015]{0,3}\d){6,14}(?!\w)")
-_HINT = re.compile(r"[@#\d]|://|\w\.\w|<[@!#a:]|::|\bwww\b|\bdot\b|[\[({<]\s?(?:dot|\.|at|:)\s?[\])}>]|\bu/|:\s?/|[\w:][\s.]{2}|\b"+_WHERE+r"\b", re.I)
+_HINT = re.compile(r"[@#\d]|://|\w\.\w|<[@!#a:/i]|::|\bwww\b|(?:\b|_)dot(?:\b|_)|[\[({<]\s?(?:dot|\.|at|:)\s?[\])}>]|\bu/|:\s?/|[\w:][\s.]{2}|\b"+_WHERE+r"\b", re.I)
 
 def _luhn(s):
     ds = [int(c) for c in reversed(s) if c.isdigit()]
@@ -71,8 +76,8 @@ def _phone(s):
         except pn.NumberParseException: pass
     return False
 
-# %% ../nbs/00b_clean.ipynb #3a0319b3
-KINDS = dict(MENTION=(_MENTION,None), EMAIL=(_EMAIL,None), URL=(_URL,None), IP=(_IP6,_ip6), IP4=(_IP4,_ip4), CARD=(_CARD,_luhn),
+# %% ../nbs/00b_clean.ipynb #68e45c8c
+KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), EMAIL=(_EMAIL,None), URL=(_URL,None), IP=(_IP6,_ip6), IP4=(_IP4,_ip4), CARD=(_CARD,_luhn), CARD_THEN=(_CARD_THEN,_luhn),
     HANDLE=(_HANDLE,None), PLATFORM_ID=(_PLATFORM,None), PHONE=(_PHONE,_phone))
 
 def scrub(
@@ -82,7 +87,7 @@ def scrub(
     "Replace what points at a person by typed placeholders."
     if not _HINT.search(text): return text
     for kind,(pat,ok) in KINDS.items():
-        name = 'IP' if kind=='IP4' else kind
+        name = dict(IP4='IP', LINK='URL', CARD_THEN='CARD').get(kind, kind)
         def put(m):
             if ok and not ok(m[0]): return m[0]
             if found is not None: found[name] += 1
