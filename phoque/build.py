@@ -20,7 +20,7 @@ from .data import NEUTRAL, PERSONA, data_report, dataset_card, grumpy_harbour, p
 from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
 
 # %% auto #0
-__all__ = ['parse_sources', 'Build', 'read_prompts', 'Memory', 'chat_lines', 'open_index', 'data_cli']
+__all__ = ['parse_sources', 'Build', 'read_prompts', 'prepare_share', 'Memory', 'chat_lines', 'open_index', 'data_cli']
 
 # %% ../nbs/00c_build.ipynb #88073be7
 def parse_sources(
@@ -311,6 +311,17 @@ def run(self:Build,
                 if not len(v) and not old: raise ValueError(f"the {k} split is empty: {len(index)} rows, `test_share` {self.test_share}; give more data or another share.")
             return SimpleNamespace(ds=ds, index=index, run=self._written(db, ds))
     finally: file.unlink(missing_ok=True)
+
+# %% ../nbs/00c_build.ipynb #434fce5a
+def prepare_share(
+    data, # What datatrove's step before gave: nothing
+    rank:int, # Number of this worker
+    world_size:int, # How many there are
+    **kwargs, # Options of the build
+):
+    "Read and clean a worker's share of the files, as a step for datatrove."
+    b = Build(**kwargs, workers=1)
+    for part in b.parts()[rank::world_size]: b.clean(b.read(part))
 
 # %% ../nbs/00c_build.ipynb #de87f8eb
 class Memory:
