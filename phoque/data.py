@@ -172,7 +172,7 @@ def distinct_share(
     xs = [tuple(ws[i:i+(n or len(ws))]) for ws in map(_words, texts) for i in range(len(ws)-n+1 if n else 1)]
     return len(set(xs))/len(xs) if xs else 0.
 
-# %% ../nbs/00_data.ipynb #f433caef
+# %% ../nbs/00_data.ipynb #ef57b4bd
 def tables(
     path:str|Path=':memory:', # File of the tables
     **given, # Arrow tables, or readers of batches, by name
@@ -180,7 +180,7 @@ def tables(
     "Tables that may be larger than memory."
     import duckdb
     spill = tempfile.gettempdir() if path==':memory:' else f'{path}.spill'
-    db = duckdb.connect(str(path), config=dict(memory_limit='256MiB', threads=2, temp_directory=spill))
+    db = duckdb.connect(str(path), config=dict(memory_limit='256MiB', threads=2, preserve_insertion_order=False, temp_directory=spill))
     for name,t in given.items(): db.register(name, t)
     return db
 
