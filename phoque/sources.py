@@ -95,7 +95,7 @@ def _hub(name, bad):
     name,_,config = name.partition(':')
     for n,row in enumerate(load_dataset(name, config or None, split='train', streaming=True), 1): yield f'{name} row {n}',row
 
-# %% ../nbs/00a_sources.ipynb #92e078b3
+# %% ../nbs/00a_sources.ipynb #be38a79d
 EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'}, 'ToxicChat': {'user_input','model_output','jailbreaking'},
     'WildGuardMix': {'prompt','prompt_harm_label','response_refusal_label'}}
 
@@ -103,6 +103,7 @@ def _keep_out(columns, where):
     for name,sign in EVAL_ONLY.items():
         if sign<=set(columns): raise ValueError(f"{where}: this is {name}, which is for evaluation only; give it to --prompts to keep it out of the training data.")
 
+# %% ../nbs/00a_sources.ipynb #b6975238
 def records(
     path:str, # CSV, JSONL, their .gz, Parquet, or `hub:OWNER/NAME` (`:CONFIG`)
     bad=refuse, # Called with place, reason and row
@@ -127,7 +128,7 @@ def records(
         if isinstance(bad, Quarantine): bad.rows += 1
         yield where,row
 
-# %% ../nbs/00a_sources.ipynb #f2608011
+# %% ../nbs/00a_sources.ipynb #ffc2b59b
 SOURCES = {}
 
 def source(
@@ -147,6 +148,7 @@ def source(
         return f
     return _inner
 
+# %% ../nbs/00a_sources.ipynb #21a24a92
 def line(
     room, # Channel, match or thread
     who, # Speaker
@@ -226,7 +228,7 @@ def chats(r, **_):
     return [line(room, m['role'], m['content'], group=r.get('group'), score=s if m['role']=='assistant' else None, by=by,
         system=system, persona='assistant') for m in ms if m['role']!='system']
 
-# %% ../nbs/00a_sources.ipynb #dc02c77a
+# %% ../nbs/00a_sources.ipynb #cefc0718
 class _Broken(Exception): pass
 
 def _items(f, key, size=2**16):
@@ -247,6 +249,7 @@ def _items(f, key, size=2**16):
         buf = buf[i:]
         yield head,row
 
+# %% ../nbs/00a_sources.ipynb #f0c5412e
 def _when(s): return datetime.fromisoformat(s).timestamp()
 
 def read_discord(path, bad=refuse, **_):
@@ -329,7 +332,7 @@ class Thread:
             who=self.who, texts=self.texts, t=self.t, scores=self.scores, cats=sorted(self.cats), label_source=self.by,
             persona=persona, benign=bool(f.get('benign')), system=f.get('system') or '')
 
-# %% ../nbs/00a_sources.ipynb #4ee5ab4c
+# %% ../nbs/00a_sources.ipynb #5faa9f52
 def _home(l, live, gap):
     "The conversation a line belongs to, or None."
     if (to := l.get('reply_to')) is not None:
@@ -339,6 +342,7 @@ def _home(l, live, gap):
     near = [c for c in live if t is None or c.last is None or abs(t-c.last)<=gap]
     return next((c for c in reversed(near) if l['who'] in c.names), near[-1] if near else None)
 
+# %% ../nbs/00a_sources.ipynb #af6b1eb3
 def threads(
     lines, # Lines, in the order they were said within a room
     source:str, # Name of their source
@@ -361,7 +365,7 @@ def threads(
         if len(rooms)>max_open: yield from (c.done(source, license) for c in rooms.popitem(last=False)[1])
     for live in rooms.values(): yield from (c.done(source, license) for c in live)
 
-# %% ../nbs/00a_sources.ipynb #1d2aeab9
+# %% ../nbs/00a_sources.ipynb #41da9d07
 def pick_persona(
     c:dict, # Conversation, from `threads`
     persona:str='', # Speaker to learn; '' goes by score
@@ -377,6 +381,7 @@ def pick_persona(
     if best and best[0]>=min_score: return c['who'][-best[1]],False
     return c['who'][-1],best is not None
 
+# %% ../nbs/00a_sources.ipynb #ec7671c8
 def turns(
     c:dict, # Conversation
     k:int, # Number of the speaker to learn
