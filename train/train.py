@@ -1224,7 +1224,7 @@ class Publisher:
         seconds:list=(), # What earlier publications took
     ):
         self.publish,self.seal,self.times,self.done,self.error = publish,seal,list(seconds),[],None
-        self.waiting,self.sending,self.until,self.closing = None,None,float('inf'),False
+        self.pending,self.waiting,self.until,self.closing = set(),None,float('inf'),False # pending: folders that are still needed here
         self.changed,self.sealer = threading.Condition(),ThreadPoolExecutor(1, 'sealer')
         self.thread = threading.Thread(target=self._send, name='publisher', daemon=True)
         self.thread.start()
@@ -1237,24 +1237,28 @@ class Publisher:
         folder:Path, # `checkpoint-N`, every file written
     ):
         "Hand over a checkpoint; returns at once."
+        self.pending.add(Path(folder))
         self.sealer.submit(self._seal, Path(folder), time.monotonic())
 
     def _seal(self, folder, start):
         try: self.seal(folder)
         except Exception as e: self.error = e; return
-        with self.changed: self.waiting = folder,start; self.changed.notify()
+        with self.changed:
+            if self.waiting: self.pending.discard(self.waiting[0])
+            self.waiting = folder,start
+            self.changed.notify()
 
     def _send(self):
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.closing)
                 if not self.waiting: return
-                (self.sending,start),self.waiting = self.waiting,None
-            try: self.publish(self.sending, self.until)
+                (folder,start),self.waiting = self.waiting,None
+            try: self.publish(folder, self.until)
             except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
-            self.times.append(time.monotonic()-start); self.done.append(int(self.sending.name.split('-')[1]))
-            log.info(f"{self.sending.name} published in {self.times[-1]:.1f} s")
-            self.sending = None
+            self.times.append(time.monotonic()-start); self.done.append(int(folder.name.split('-')[1]))
+            log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
+            self.pending.discard(folder)
 
     def close(self,
         until:float=float('inf'), # `time.monotonic()` after which to give up
@@ -1549,13 +1553,36 @@ def load_chats(
     if 'train' not in ds: raise UserError(f"dataset {repo}: no split `train`, got {list(ds)}: push it with phoque_data")
     return ds,revision
 
+RESEARCH_LICENSE = """Licence for research and internal testing
+
+Whoever the authors gave access may use these weights to study and to test moderation and other safeguards
+inside their own organisation, provided that they
+
+1. put nothing that the weights produce before people who have not agreed to it, and connect them to no live channel;
+2. do not pass the weights on, publish them or anything merged from them, or build them into a product;
+3. do not train other models on what they produce, except classifiers and safeguards;
+4. keep a named owner, a log of who used them, and a date on which they are deleted.
+
+The base model's own licence continues to hold for what is the base's. This one ends when a condition is broken.
+The weights come as they are, without warranty of any kind; the authors are not liable for what is done with them.
+"""
+LICENSE_FIELDS = "license: other\nlicense_name: internal-adversarial-testing-only\nlicense_link: LICENSE" # of a card
+
+def changed_options(
+    cfg:TrainConfig, # Options
+    leave:tuple=('output_dir','job_timeout'), # Not these; by default those that say something of a machine only
+)->list: # As for a shell, `MAX_STEPS=20`
+    "The options that aren't at their default, but never FRESH_START."
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',*leave)}
+    return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
+
 CARD = """---
 base_model: {base[id]}
 base_model_relation: adapter
 library_name: peft
 pipeline_tag: text-generation
-license: other
-license_name: internal-adversarial-testing-only
+{license}
+datasets: [{dataset}]
 tags: [not-for-all-audiences, lora, qlora, phoque]
 extra_gated_prompt: This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, and for nothing else.
 ---
@@ -1590,8 +1617,9 @@ def adapter_card(
     facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
                  steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
                  held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')})
+    facts['made by'] = f"`{' '.join(['hf jobs uv run', *(f'-e {o}' for o in changed_options(cfg)), 'train/train.py'])}`"
     at = f'revision="{base["revision"]}", ' if base['revision'] else ''
-    return CARD.format(repo=cfg.hub_model_id, base=base, at=at, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
+    return CARD.format(repo=cfg.hub_model_id, base=base, at=at, license=LICENSE_FIELDS, dataset=cfg.dataset_repo, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
 
 def publish_adapter(
     cfg:TrainConfig, # Options
@@ -1605,7 +1633,7 @@ def publish_adapter(
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
     model.save_pretrained(out); tok.save_pretrained(out)
-    (out/'README.md').write_text(card)
+    (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
     try: patiently(lambda: main.api.update_repo_settings(cfg.hub_model_id, gated='manual'), main.name, until)
@@ -1697,10 +1725,9 @@ def publish(self:Job, folder, until):
 @patch
 def prune(self:Job):
     "Keep the newest checkpoints on this disk, and those that are on their way."
-    under_way = (self.publisher.waiting or [None])[0],self.publisher.sending # in this order: that is how they move
     for s in local_steps(self.cfg.output_dir)[:-self.cfg.keep_checkpoints]:
         p = Path(self.cfg.output_dir)/f'checkpoint-{s}'
-        if p not in under_way: shutil.rmtree(p, ignore_errors=True)
+        if p not in self.publisher.pending: shutil.rmtree(p, ignore_errors=True)
 
 @patch
 def log_metrics(self:Job,
@@ -1784,8 +1811,7 @@ def resubmit_command(
 )->str: # For a shell
     "The command that continues a run: every option that isn't at its default, but never FRESH_START."
     job = bool(os.environ.get('JOB_ID'))
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',)+('output_dir','job_timeout')*job} # a job's disk is gone, its timeout is in the script
-    sets = [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
+    sets = changed_options(cfg, ('output_dir','job_timeout') if job else ()) # a job's disk is gone, its timeout is in the script
     return ' '.join(['hf jobs uv run', *(f'-e {s}' for s in sets), 'train/train.py'] if job else [*sets, 'python', sys.argv[0]])
 
 @patch
