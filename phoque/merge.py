@@ -443,12 +443,12 @@ def fidelity(
     got,stop2 = look(load_plain(merged, dtype))
     return compare_logits(ref, got) | (dict(stop_adapter=stop, stop_merged=stop2) if new_tokens else {})
 
-# %% ../nbs/05_merge.ipynb #e37f05a3
+# %% ../nbs/05_merge.ipynb #2d7ad2b0
 def check_fidelity(
     report:dict, # What `fidelity` returned
     kl:float=1e-3, # Largest mean divergence, nats a token
 )->dict: # The report
     "Refuse a merge that is further from its adapter than `kl`."
     if not report['kl']<=kl: # `not <=` so that NaN fails
-        raise ValueError(f"merged and adapter-on-base differ by {report['kl']:.2g} nats a token (bound {kl:g}): not the same model, nothing is published. If the change is small, rounding may have lost it: merge with dither (--dither).")
+        raise ValueError(f"merged and adapter-on-base differ by {report['kl']:.3g} nats a token (bound {kl:g}): not the same model, nothing is published. If the change is small, rounding may have lost it: merge with dither (--dither).")
     return report
