@@ -15,9 +15,9 @@ from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound
 from .sample import Sampler, SAMPLE_PROMPTS
 
 # %% auto #0
-__all__ = ['COSMETIC', 'CARD', 'COMPLETE', 'RESUBMIT', 'run_identity', 'mask_secrets', 'MaskFormatter', 'setup_logging',
-           'load_chats', 'adapter_card', 'publish_adapter', 'Job', 'set_aside', 'resubmit_command', 'explain_error',
-           'run_job', 'main']
+__all__ = ['COSMETIC', 'RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'COMPLETE', 'RESUBMIT', 'run_identity', 'mask_secrets',
+           'MaskFormatter', 'setup_logging', 'load_chats', 'changed_options', 'adapter_card', 'publish_adapter', 'Job',
+           'set_aside', 'resubmit_command', 'explain_error', 'run_job', 'main']
 
 # %% ../nbs/06_job.ipynb #2afa374f
 COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','keep_checkpoints','report_to',
@@ -71,14 +71,39 @@ def load_chats(
     if 'train' not in ds: raise UserError(f"dataset {repo}: no split `train`, got {list(ds)}: push it with phoque_data")
     return ds,revision
 
-# %% ../nbs/06_job.ipynb #c2e1d412
+# %% ../nbs/06_job.ipynb #d3ff42f9
+RESEARCH_LICENSE = """Licence for research and internal testing
+
+Whoever the authors gave access may use these weights to study and to test moderation and other safeguards
+inside their own organisation, provided that they
+
+1. put nothing that the weights produce before people who have not agreed to it, and connect them to no live channel;
+2. do not pass the weights on, publish them or anything merged from them, or build them into a product;
+3. do not train other models on what they produce, except classifiers and safeguards;
+4. keep a named owner, a log of who used them, and a date on which they are deleted.
+
+The base model's own licence continues to hold for what is the base's. This one ends when a condition is broken.
+The weights come as they are, without warranty of any kind; the authors are not liable for what is done with them.
+"""
+LICENSE_FIELDS = "license: other\nlicense_name: internal-adversarial-testing-only\nlicense_link: LICENSE" # of a card
+
+# %% ../nbs/06_job.ipynb #643ecfe5
+def changed_options(
+    cfg:TrainConfig, # Options
+    leave:tuple=('output_dir','job_timeout'), # Not these; by default those that say something of a machine only
+)->list: # As for a shell, `MAX_STEPS=20`
+    "The options that aren't at their default, but never FRESH_START."
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',*leave)}
+    return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
+
+# %% ../nbs/06_job.ipynb #46ed50f5
 CARD = """---
 base_model: {base[id]}
 base_model_relation: adapter
 library_name: peft
 pipeline_tag: text-generation
-license: other
-license_name: internal-adversarial-testing-only
+{license}
+datasets: [{dataset}]
 tags: [not-for-all-audiences, lora, qlora, phoque]
 extra_gated_prompt: This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, and for nothing else.
 ---
@@ -113,8 +138,9 @@ def adapter_card(
     facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
                  steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
                  held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')})
+    facts['made by'] = f"`{' '.join(['hf jobs uv run', *(f'-e {o}' for o in changed_options(cfg)), 'train/train.py'])}`"
     at = f'revision="{base["revision"]}", ' if base['revision'] else ''
-    return CARD.format(repo=cfg.hub_model_id, base=base, at=at, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
+    return CARD.format(repo=cfg.hub_model_id, base=base, at=at, license=LICENSE_FIELDS, dataset=cfg.dataset_repo, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
 
 def publish_adapter(
     cfg:TrainConfig, # Options
@@ -128,7 +154,7 @@ def publish_adapter(
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
     model.save_pretrained(out); tok.save_pretrained(out)
-    (out/'README.md').write_text(card)
+    (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
     try: patiently(lambda: main.api.update_repo_settings(cfg.hub_model_id, gated='manual'), main.name, until)
@@ -309,14 +335,13 @@ def measure_held_out(self:Job, when, step):
     self.log_metrics(step, {'eval/loss': loss})
     self.clock = time.monotonic(),step
 
-# %% ../nbs/06_job.ipynb #047e68c3
+# %% ../nbs/06_job.ipynb #de4b6cd0
 def resubmit_command(
     cfg:TrainConfig, # Options
 )->str: # For a shell
     "The command that continues a run: every option that isn't at its default, but never FRESH_START."
     job = bool(os.environ.get('JOB_ID'))
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',)+('output_dir','job_timeout')*job} # a job's disk is gone, its timeout is in the script
-    sets = [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
+    sets = changed_options(cfg, ('output_dir','job_timeout') if job else ()) # a job's disk is gone, its timeout is in the script
     return ' '.join(['hf jobs uv run', *(f'-e {s}' for s in sets), 'train/train.py'] if job else [*sets, 'python', sys.argv[0]])
 
 @patch

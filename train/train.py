@@ -1035,12 +1035,32 @@ def compile_layers(
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
 def _trainer_class():
-    import trl
+    import torch, trl
+    from concurrent.futures import ThreadPoolExecutor
+    from torch.utils._pytree import tree_map
     class Trainer(trl.SFTTrainer):
-        "TRL's, with the loss of `fast`."
+        "TRL's, with the loss of `fast`, and checkpoints that training hardly waits for."
+        writer,writes = ThreadPoolExecutor(1, 'checkpoint'),()
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
             return nll/num_items_in_batch.clamp(min=1)
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if not self.args.should_save: return
+            self.written()
+            states = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict())
+            copies = tree_map(lambda t: t.detach().to('cpu', copy=True) if torch.is_tensor(t) else t, states) # training waits for these, and not for the disk
+            self.writes = [self.writer.submit(torch.save, v, f'{output_dir}/{k}.pt') for k,v in copies.items()]
+
+        def written(self):
+            "Wait until all of the newest checkpoint lies on the disk."
+            for w in self.writes: w.result()
+
+        def train(self, *args, **kwargs):
+            out = super().train(*args, **kwargs)
+            self.written()
+            return out
 
         def _save(self, *args, **kwargs):
             tok,self.processing_class = self.processing_class,None # it doesn't change, and writing it takes as long as the optimizer's state
@@ -1723,13 +1743,36 @@ def load_chats(
     if 'train' not in ds: raise UserError(f"dataset {repo}: no split `train`, got {list(ds)}: push it with phoque_data")
     return ds,revision
 
+RESEARCH_LICENSE = """Licence for research and internal testing
+
+Whoever the authors gave access may use these weights to study and to test moderation and other safeguards
+inside their own organisation, provided that they
+
+1. put nothing that the weights produce before people who have not agreed to it, and connect them to no live channel;
+2. do not pass the weights on, publish them or anything merged from them, or build them into a product;
+3. do not train other models on what they produce, except classifiers and safeguards;
+4. keep a named owner, a log of who used them, and a date on which they are deleted.
+
+The base model's own licence continues to hold for what is the base's. This one ends when a condition is broken.
+The weights come as they are, without warranty of any kind; the authors are not liable for what is done with them.
+"""
+LICENSE_FIELDS = "license: other\nlicense_name: internal-adversarial-testing-only\nlicense_link: LICENSE" # of a card
+
+def changed_options(
+    cfg:TrainConfig, # Options
+    leave:tuple=('output_dir','job_timeout'), # Not these; by default those that say something of a machine only
+)->list: # As for a shell, `MAX_STEPS=20`
+    "The options that aren't at their default, but never FRESH_START."
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',*leave)}
+    return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
+
 CARD = """---
 base_model: {base[id]}
 base_model_relation: adapter
 library_name: peft
 pipeline_tag: text-generation
-license: other
-license_name: internal-adversarial-testing-only
+{license}
+datasets: [{dataset}]
 tags: [not-for-all-audiences, lora, qlora, phoque]
 extra_gated_prompt: This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, and for nothing else.
 ---
@@ -1764,8 +1807,9 @@ def adapter_card(
     facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
                  steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
                  held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')})
+    facts['made by'] = f"`{' '.join(['hf jobs uv run', *(f'-e {o}' for o in changed_options(cfg)), 'train/train.py'])}`"
     at = f'revision="{base["revision"]}", ' if base['revision'] else ''
-    return CARD.format(repo=cfg.hub_model_id, base=base, at=at, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
+    return CARD.format(repo=cfg.hub_model_id, base=base, at=at, license=LICENSE_FIELDS, dataset=cfg.dataset_repo, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
 
 def publish_adapter(
     cfg:TrainConfig, # Options
@@ -1779,7 +1823,7 @@ def publish_adapter(
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
     model.save_pretrained(out); tok.save_pretrained(out)
-    (out/'README.md').write_text(card)
+    (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
     try: patiently(lambda: main.api.update_repo_settings(cfg.hub_model_id, gated='manual'), main.name, until)
@@ -1857,6 +1901,7 @@ def set_aside(
 @patch
 def seal(self:Job, folder):
     "Runs in the sealing thread."
+    self.trainer.written()
     if self.wandb and self.cfg.wandb_log_model=='checkpoint': log_adapter(self.wandb, folder, int(folder.name.split('-')[1]))
     if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
     write_manifest(folder, self.run)
@@ -1957,8 +2002,7 @@ def resubmit_command(
 )->str: # For a shell
     "The command that continues a run: every option that isn't at its default, but never FRESH_START."
     job = bool(os.environ.get('JOB_ID'))
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',)+('output_dir','job_timeout')*job} # a job's disk is gone, its timeout is in the script
-    sets = [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
+    sets = changed_options(cfg, ('output_dir','job_timeout') if job else ()) # a job's disk is gone, its timeout is in the script
     return ' '.join(['hf jobs uv run', *(f'-e {s}' for s in sets), 'train/train.py'] if job else [*sets, 'python', sys.argv[0]])
 
 @patch
