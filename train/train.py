@@ -1492,12 +1492,14 @@ class HubScorer:
     ):
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import cached_file
-        try: cfg,file = AutoConfig.from_pretrained(repo, revision=revision),Path(cached_file(repo, 'config.json', revision=revision))
-        except (OSError, ValueError) as e: raise UserError(f"scorer {repo}: it can't be loaded ({str(e).strip().splitlines()[0][:100]}): name a text classifier, or none") from None
+        def load(f):
+            try: return f(repo, revision=revision)
+            except (OSError, ValueError) as e: raise UserError(f"scorer {repo}: it can't be loaded ({str(e).strip().splitlines()[0][:100]}): name a text classifier, or none") from None
+        cfg,file = load(AutoConfig.from_pretrained),Path(load(lambda r, revision: cached_file(r, 'config.json', revision=revision)))
         if not any('SequenceClassification' in a for a in cfg.architectures or []): raise UserError(f"scorer {repo}: no text classifier but {(cfg.architectures or ['?'])[0]}: name one that is, or none")
         names = [cfg.id2label[i] for i in range(len(cfg.id2label))]
         if label not in names and (label or len(names)>2): raise UserError(f"scorer {repo}: its labels are {', '.join(names)}, got {label!r}: name one of them")
-        self.tok,self.model = AutoTokenizer.from_pretrained(repo, revision=revision),AutoModelForSequenceClassification.from_pretrained(repo, revision=revision).eval()
+        self.tok,self.model = load(AutoTokenizer.from_pretrained),load(AutoModelForSequenceClassification.from_pretrained).eval()
         self.at,self.each = names.index(label) if label else -1,len(names)==1 or cfg.problem_type=='multi_label_classification'
         self.name,self.version,self.weights_hash = repo + f'/{label}'*bool(label),file.parent.name if file.parent.parent.name=='snapshots' else 'folder',tensors_hash(self.model.state_dict())
 
