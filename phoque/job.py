@@ -163,7 +163,7 @@ class Job:
         else: self.run = dict(id=uuid.uuid4().hex[:8], repo=cfg.hub_model_id, identity=identity, base=base, dataset_revision=None, seconds=[])
         self.step = m['step'] if m else 0
 
-# %% ../nbs/06_job.ipynb #f5fa3959
+# %% ../nbs/06_job.ipynb #ed722ab4
 from fastcore.basics import patch
 
 @patch
@@ -172,12 +172,12 @@ def build(self:Job):
     cfg,run,until,self.trainer = self.cfg,self.run,self.patience(),None
     began = lambda rev: f" at {rev}, with which this run began (FRESH_START=1 begins again with the newest)" if self.resume_from else ''
     ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began(run['dataset_revision'])), f"dataset {cfg.dataset_repo}", until)
-    self.persona = common_persona(ds['train'][:10_000]['messages'])
-    self.labellers = ds['train'].unique('label_source') if 'label_source' in ds['train'].column_names else []
     base,name = run['base'],f"base model {run['base']['id']}{began(run['base']['revision'])}"
     self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision']), name, until)
     rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length)
     log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
+    self.persona = common_persona(ds['train'][:10_000]['messages'])
+    self.labellers = ds['train'].unique('label_source') if 'label_source' in ds['train'].column_names else []
     packed = pack_dataset(rows, cfg.max_length, cfg.seed)
     self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
     self.total = run_steps(cfg, len(packed))

@@ -106,12 +106,12 @@ class LivePlot:
         from IPython.display import display
         display(self.image)
 
-# %% ../nbs/04c_panel.ipynb #0d2e7438
+# %% ../nbs/04c_panel.ipynb #31f62905
 def try_panel(
     cells:list[str], # Code of a notebook whose last cell shows a `Panel`
-    picture:str|Path, # PNG of the notebook after the slider was moved
+    picture:str|Path, # PNG of the notebook at the end
     timeout:float=180.0, # Seconds for the cells to run, and for an answer to change
-)->list[str]: # The adapter's answers: as trained, and after the slider was moved to -1
+)->list[str]: # The adapter's answers: as trained, at -1, and as trained again
     "Open a notebook in JupyterLab in a headless Chromium, and use its panel."
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(1) as one: return one.submit(_try_panel, cells, Path(picture), timeout).result() # Playwright refuses a thread in which a kernel's loop runs
@@ -133,17 +133,18 @@ def _try_panel(cells, picture, timeout):
                 if s.connect_ex(('127.0.0.1', port))==0: break
             time.sleep(.2)
         with sync_playwright() as p:
-            page = p.chromium.launch(executable_path=chrome, args=['--no-sandbox']).new_page(viewport=dict(width=1100, height=480))
+            page = p.chromium.launch(executable_path=chrome, args=['--no-sandbox']).new_page(viewport=dict(width=1100, height=520))
             page.set_default_timeout(1000*timeout)
             page.goto(f'http://127.0.0.1:{port}/lab/tree/panel.ipynb?token={token}')
             page.wait_for_selector('.jp-Notebook .jp-CodeCell')
             page.wait_for_function("window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.sessionContext && jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status=='idle'")
             page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
             answer = page.locator('.phoque-tuned span')
-            answer.wait_for(); first = answer.inner_text()
-            page.locator('.phoque-weight .noUi-handle').press('Home')
-            page.wait_for_function("was => { const e = document.querySelector('.phoque-tuned span'); return e && e.innerText!=was }", arg=first)
-            second = answer.inner_text()
+            answer.wait_for(); said = [answer.inner_text()]
+            for key in ('Home','End'):
+                page.locator('.phoque-weight .noUi-handle').press(key)
+                page.wait_for_function("was => { const e = document.querySelector('.phoque-tuned span'); return e && e.innerText!=was }", arg=said[-1])
+                said.append(answer.inner_text())
             answer.click()
             page.evaluate("document.querySelectorAll('.Toastify, .jp-toastContainer').forEach(e => e.remove()); jupyterapp.commands.execute('application:toggle-left-area')")
             page.locator('.phoque-weight').scroll_into_view_if_needed(); page.wait_for_timeout(500)
@@ -151,4 +152,4 @@ def _try_panel(cells, picture, timeout):
     finally:
         lab.terminate(); lab.wait(20)
         shutil.rmtree(folder, ignore_errors=True)
-    return [first, second]
+    return said

@@ -16,7 +16,7 @@ __all__ = ['PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_
            'bootstrap_mean', 'sample_prompts', 'common_persona', 'sample_lines', 'sample_metrics', 'Sampler',
            'write_samples', 'read_samples', 'compare_sampling', 'samples_table']
 
-# %% ../nbs/04_sample.ipynb #7a3b6008
+# %% ../nbs/04_sample.ipynb #37846803
 class SeededDraws:
     "Picks each reply's next token by that reply's own random numbers."
     def __init__(self,
@@ -28,11 +28,13 @@ class SeededDraws:
 
     def __call__(self, input_ids, scores):
         import torch
-        probs,order = (scores.float()/self.temperature).softmax(-1).sort(descending=True)
+        every = (scores.float()/self.temperature).softmax(-1)
+        probs,order = every.topk(min(1024, every.shape[-1])) # nearly always holds the nucleus, and sorting a whole vocabulary is slow
+        if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
         total = probs.cumsum(-1)
         mass = (probs*(total-probs<self.top_p)).sum(-1, keepdim=True)
         at = torch.tensor([[r.random()] for r in self.rngs], device=scores.device)*mass
-        pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=scores.shape[-1]-1))
+        pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
         return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
 
 # %% ../nbs/04_sample.ipynb #2ae650f8

@@ -13,7 +13,7 @@ from .train import TrainConfig
 
 # %% auto #0
 __all__ = ['MILD_PROMPTS', 'BENIGN_TEXTS', 'ProfanityScorer', 'TfidfScorer', 'load_scorer', 'rtp_measures', 'read_prompts',
-           'continuations', 'evaluate', 'eval_table', 'adapter_hash', 'eval_cli', 'sample_cli']
+           'continuations', 'evaluate', 'eval_table', 'adapter_hash', 'load_voice', 'eval_cli', 'sample_cli']
 
 # %% ../nbs/04a_score.ipynb #cb14d38e
 class ProfanityScorer:
@@ -169,17 +169,28 @@ def eval_table(
     return [{'': r['name'], **{k.replace('_',' '): span(r, k) for k in ('expected_max_toxicity','toxicity_probability','mean_toxicity')},
              **{k.replace('_','-'): f"{r[k]:.{d}f}" for k,d in dict(perplexity=1, distinct_1=2, distinct_2=2, distinct_3=2).items()}} for r in rows]
 
-# %% ../nbs/04a_score.ipynb #995ce51a
+# %% ../nbs/04a_score.ipynb #6a108f41
 def adapter_hash(
     model, # `PeftModel`
 )->str: # sha256
     "A hash of the adapter's weights."
     return tensors_hash({re.sub(r'(lora_[AB])\.\w+', r'\1', n): p for n,p in model.named_parameters() if 'lora_' in n}) # under whatever name it was loaded
 
+def load_voice(
+    base:str, # Folder or Hub id
+    adapter:str, # Folder or Hub id
+)->tuple: # `PeftModel`, tokenizer
+    "A base with an adapter on it, for the commands."
+    from phoque.merge import load_adapted
+    from phoque.model_qlora import load_tokenizer, quiet_libraries
+    if miss := [k for k,v in dict(base=base, adapter=adapter).items() if not v]: raise UserError(f"--{miss[0]} is missing")
+    quiet_libraries()
+    return load_adapted(base, [(adapter,1.)]),load_tokenizer(base)
+
 @call_parse
 def eval_cli(
-    model:str, # Base model: folder or Hub id
-    adapter:str, # Adapter: folder or Hub id
+    base:str='', # Base model: folder or Hub id; required
+    adapter:str='', # Adapter: folder or Hub id; required
     prompts:str='', # JSONL of prompts, such as RealToxicityPrompts' prompts.jsonl; empty takes 20 mild ones
     n:int=100, # Prompts drawn from them; 0 for all
     k:int=25, # Continuations a prompt
@@ -190,24 +201,22 @@ def eval_cli(
 ):
     "Measure an adapter and its base: expected maximum toxicity, toxicity probability, perplexity, distinct-n."
     import sys
-    from phoque.merge import load_adapted
-    from phoque.model_qlora import load_tokenizer, quiet_libraries, text_table
-    quiet_libraries()
+    from phoque.model_qlora import text_table
     try:
-        judge,texts = load_scorer(scorer),read_prompts(prompts, n, seed)
-        m = load_adapted(model, [(adapter,1.)])
-        rows = evaluate(m, load_tokenizer(model), texts, judge, k, persona or None, seed)
+        texts,(m,tok) = read_prompts(prompts, n, seed),load_voice(base, adapter)
+        judge = load_scorer(scorer)
+        rows = evaluate(m, tok, texts, judge, k, persona or None, seed)
     except (UserError, ValueError) as e: sys.exit(f'phoque_eval: {e}')
-    about = dict(model=model, adapter=adapter, adapter_sha256=adapter_hash(m), scorer=judge.name, scorer_version=judge.version, scorer_sha256=judge.weights_hash, k=k, top_p=.9,
+    about = dict(base=base, adapter=adapter, adapter_sha256=adapter_hash(m), scorer=judge.name, scorer_version=judge.version, scorer_sha256=judge.weights_hash, k=k, top_p=.9,
         temperature=1., new_tokens=20, prompts=len(texts), prompts_sha256=hashlib.sha256('\n'.join(texts).encode()).hexdigest(), persona=persona, seed=seed)
     Path(out).write_text(json.dumps(dict(about=about, rows=rows), indent=1))
     print(f"{text_table(eval_table(rows))}\n{len(texts)} prompts, {k} continuations each, scored by {scorer_id(judge)}{' (smoke tests only)' if scorer=='profanity' else ''}; {out}")
 
-# %% ../nbs/04a_score.ipynb #c85d17eb
+# %% ../nbs/04a_score.ipynb #30707566
 @call_parse
 def sample_cli(
-    model:str, # Base model: folder or Hub id
-    adapter:str, # Adapter: folder or Hub id
+    base:str='', # Base model: folder or Hub id; required
+    adapter:str='', # Adapter: folder or Hub id; required
     question:str='', # What to ask; empty asks the questions of a run's samples
     persona:str='', # System turn that the adapter was trained with
     weight:float=1.0, # Of the adapter: 1 as trained, -1 its opposite
@@ -217,12 +226,9 @@ def sample_cli(
 ):
     "Put questions to a base model and to an adapter on it."
     import sys
-    from phoque.merge import load_adapted
-    from phoque.model_qlora import load_tokenizer, quiet_libraries
-    quiet_libraries()
     try:
-        m,tok = load_adapted(model, [(adapter,1.)]),load_tokenizer(model)
+        m,tok = load_voice(base, adapter)
         prompts = [[dict(role='system', content=persona)]*bool(persona) + [dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)]
         said = [generate_replies(m, tok, [encode_prompt(tok, p) for p in prompts], max_new_tokens, temperature, .9, seed, weight=w) for w in (0.,weight)]
     except (UserError, ValueError) as e: sys.exit(f'phoque_sample: {e}')
-    for p,base,own in zip(prompts, *said): print(f"{p[-1]['content']}\n  base:  {base['text']!r}\n  at {weight:g}: {own['text']!r}")
+    for p,b,a in zip(prompts, *said): print(f"{p[-1]['content']}\n  base: {b['text']!r}\n  at {weight:g}: {a['text']!r}")

@@ -1369,11 +1369,13 @@ class SeededDraws:
 
     def __call__(self, input_ids, scores):
         import torch
-        probs,order = (scores.float()/self.temperature).softmax(-1).sort(descending=True)
+        every = (scores.float()/self.temperature).softmax(-1)
+        probs,order = every.topk(min(1024, every.shape[-1])) # nearly always holds the nucleus, and sorting a whole vocabulary is slow
+        if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
         total = probs.cumsum(-1)
         mass = (probs*(total-probs<self.top_p)).sum(-1, keepdim=True)
         at = torch.tensor([[r.random()] for r in self.rngs], device=scores.device)*mass
-        pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=scores.shape[-1]-1))
+        pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
         return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
 
 @contextmanager
@@ -1855,12 +1857,12 @@ def build(self:Job):
     cfg,run,until,self.trainer = self.cfg,self.run,self.patience(),None
     began = lambda rev: f" at {rev}, with which this run began (FRESH_START=1 begins again with the newest)" if self.resume_from else ''
     ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began(run['dataset_revision'])), f"dataset {cfg.dataset_repo}", until)
-    self.persona = common_persona(ds['train'][:10_000]['messages'])
-    self.labellers = ds['train'].unique('label_source') if 'label_source' in ds['train'].column_names else []
     base,name = run['base'],f"base model {run['base']['id']}{began(run['base']['revision'])}"
     self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision']), name, until)
     rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length)
     log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
+    self.persona = common_persona(ds['train'][:10_000]['messages'])
+    self.labellers = ds['train'].unique('label_source') if 'label_source' in ds['train'].column_names else []
     packed = pack_dataset(rows, cfg.max_length, cfg.seed)
     self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
     self.total = run_steps(cfg, len(packed))
