@@ -14,7 +14,7 @@ from .model_qlora import UserError, undisturbed
 __all__ = ['PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'generate_replies', 'distinct_n',
            'repetition_share', 'Scorer', 'scorer_id', 'LexiconScorer', 'tensors_hash', 'HubScorer', 'check_scorer',
            'bootstrap_mean', 'sample_prompts', 'common_persona', 'sample_lines', 'sample_metrics', 'Sampler',
-           'write_samples', 'read_samples', 'compare_sampling', 'samples_table']
+           'write_samples', 'read_samples', 'samples_table']
 
 # %% ../nbs/04_sample.ipynb #37846803
 class SeededDraws:
@@ -349,27 +349,6 @@ def read_samples(
     import pyarrow.parquet as pq
     file = Path(folder)/'samples.parquet'
     return pq.read_table(file).to_pylist() if file.exists() else []
-
-# %% ../nbs/04_sample.ipynb #f90ec3ee
-def compare_sampling(
-    model, # On any device
-    tok, # Its tokenizer
-    encode, # (tokenizer, messages) → ids up to where the assistant begins
-    persona:str=None, # System turn
-    step_seconds:float=None, # Of a training step, for the share of the time of a sample every 100 steps
-)->list[dict]: # A row a way
-    "Seconds of five serial generations and of one batch of sixteen."
-    import torch
-    ids = [encode(tok, p) for p in sample_prompts(persona)]
-    def timed(name, n, calls):
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        start = time.monotonic()
-        made = sum(r['n_tokens'] for c in calls for r in generate_replies(model, tok, c, n, temperature=.8, top_p=.9, eos_ids=[-1]))
-        took = time.monotonic()-start
-        share = {'share of the time': f'{took/(took+100*step_seconds):.1%}'} if step_seconds else {}
-        return {'way': name, 'replies': sum(map(len, calls)), 'tokens each': n, 'seconds': round(took, 2), 'tokens/s': round(made/took)} | share
-    timed('warm-up', 8, [ids])
-    return [timed('five, one after another', 150, [[i] for i in ids[:5]]), timed('sixteen in one batch', 48, [ids]), timed('the same, shortened', LEAST_TOKENS, [ids])]
 
 # %% ../nbs/04_sample.ipynb #3f3395c1
 def samples_table(
