@@ -1677,26 +1677,6 @@ def read_samples(
     file = Path(folder)/'samples.parquet'
     return pq.read_table(file).to_pylist() if file.exists() else []
 
-def compare_sampling(
-    model, # On any device
-    tok, # Its tokenizer
-    encode, # (tokenizer, messages) → ids up to where the assistant begins
-    persona:str=None, # System turn
-    step_seconds:float=None, # Of a training step, for the share of the time of a sample every 100 steps
-)->list[dict]: # A row a way
-    "Seconds of five serial generations and of one batch of sixteen."
-    import torch
-    ids = [encode(tok, p) for p in sample_prompts(persona)]
-    def timed(name, n, calls):
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        start = time.monotonic()
-        made = sum(r['n_tokens'] for c in calls for r in generate_replies(model, tok, c, n, temperature=.8, top_p=.9, eos_ids=[-1]))
-        took = time.monotonic()-start
-        share = {'share of the time': f'{took/(took+100*step_seconds):.1%}'} if step_seconds else {}
-        return {'way': name, 'replies': sum(map(len, calls)), 'tokens each': n, 'seconds': round(took, 2), 'tokens/s': round(made/took)} | share
-    timed('warm-up', 8, [ids])
-    return [timed('five, one after another', 150, [[i] for i in ids[:5]]), timed('sixteen in one batch', 48, [ids]), timed('the same, shortened', LEAST_TOKENS, [ids])]
-
 def samples_table(
     rows:list[dict], # What a `Sampler` returned
 )->'IPython.display.HTML': # A table whose replies open on a click
