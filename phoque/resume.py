@@ -15,9 +15,9 @@ __all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'WANDB_FLUSH', 'file_sha256', 'w
            'check_same_run', 'Publisher', 'parse_duration', 'container_age', 'Stopped', 'Deadline', 'start_wandb',
            'log_adapter']
 
-# %% ../nbs/03_resume.ipynb #a79516aa
+# %% ../nbs/03_resume.ipynb #5a626d29
 MANIFEST = 'manifest.json'
-STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth')
+STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet')
 NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # without its optimizer `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
@@ -188,7 +188,7 @@ def check_write(self:HubBranch,
     patiently(lambda: self.api.create_branch(self.repo, branch=name, exist_ok=True), self.name, until)
     patiently(lambda: self.api.delete_branch(self.repo, branch=name), self.name, until)
 
-# %% ../nbs/03_resume.ipynb #f3322570
+# %% ../nbs/03_resume.ipynb #021d2573
 class Checkpoints:
     "The checkpoints of a run, on a branch of its Hub repo."
     def __init__(self,
@@ -215,6 +215,7 @@ class Checkpoints:
         below = [s for s in self.steps() if s<m['step']]
         stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
         ops = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
+        if 'samples.parquet' in m['files']: ops.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
         ops += [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found, *self.stale}-{*stay})]
         self.branch.commit(ops, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait)
         self.found,self.stale = stay,[]

@@ -19,7 +19,7 @@ __all__ = ['STEP_LINE', 'TrainConfig', 'options', 'env_options', 'read_config', 
            'draw_order', 'collate_packed', 'run_steps', 'events_callback', 'compile_layers', 'make_trainer',
            'step_line', 'parse_step', 'held_out_loss']
 
-# %% ../nbs/02_train.ipynb #661e8618
+# %% ../nbs/02_train.ipynb #4c17d709
 class TrainConfig:
     "Every option of a run."
     def __init__(self,
@@ -50,6 +50,8 @@ class TrainConfig:
         save_steps:int=100, # Steps between two checkpoints
         sample_steps:int=100, # Steps between two sets of sample replies; 0 for none
         sample_tokens:int=48, # Longest sample reply
+        sample_share:float=0.01, # Most of the time that sampling may take: replies are shortened, or left out, to keep it; 1 for no limit
+        scorer:str='ibm-granite/granite-guardian-hap-38m', # Hub text classifier that scores the samples; `none` for no scores
         keep_checkpoints:int=2, # Newest checkpoints that stay on the Hub
         seed:int=0, # Of the order, the adapter's start and dropout
         report_to:str='wandb', # `wandb`, or `none`
@@ -65,7 +67,7 @@ class TrainConfig:
 
     def __repr__(self): return '\n'.join(f'{k}={v!r}' for k,v in self.asdict().items())
 
-# %% ../nbs/02_train.ipynb #2a42675d
+# %% ../nbs/02_train.ipynb #44e34e0b
 def options()->dict: # name → `docment`, `anno` (type), `default`
     "The options of `TrainConfig`, as read from its source."
     return {k:v for k,v in docments(TrainConfig.__init__, full=True).items() if k not in ('self','return')}
@@ -105,6 +107,7 @@ def check_config(
     for k in ('max_length','per_device_train_batch_size','gradient_accumulation_steps','lora_r','logging_steps','save_steps','keep_checkpoints'):
         if getattr(c,k)<1: bad(k, "must be at least 1")
     if c.max_steps<0: bad('max_steps', "must be 0 (train num_train_epochs) or more")
+    if not c.sample_share>0: bad('sample_share', "must be positive (SAMPLE_STEPS=0 for no samples)")
     if not 0<=c.lora_dropout<1: bad('lora_dropout', "must be from 0 up to 1")
     if not c.learning_rate>0: bad('learning_rate', "must be positive")
     if c.report_to not in ('wandb','none'): bad('report_to', "must be wandb or none")
