@@ -135,7 +135,7 @@ def publish_adapter(
     try: patiently(lambda: main.api.update_repo_settings(cfg.hub_model_id, gated='manual'), main.name, until)
     except UserError as e: log.warning(f"{cfg.hub_model_id} is private but not gated: {e}")
 
-# %% ../nbs/06_job.ipynb #4655285f
+# %% ../nbs/06_job.ipynb #693cf51f
 COMPLETE,RESUBMIT = 0,75 # exit codes; 75 is EX_TEMPFAIL: the same command again continues
 
 class Job:
@@ -146,6 +146,7 @@ class Job:
         self.cfg,self.deadline = cfg,Deadline(cfg.job_timeout, container_age()).watch_sigterm()
         self.deadline.idle = True # nothing to save before the first step
         self.ranks = Ranks()
+        share_batch(cfg, self.ranks.n) # or say that they can't
         self.wandb,self.publisher,self.step = None,None,0
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
@@ -346,7 +347,7 @@ def collect(self:Job, folder, step):
         if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
 
-# %% ../nbs/06_job.ipynb #abf23100
+# %% ../nbs/06_job.ipynb #94e74645
 def resubmit_command(
     cfg:TrainConfig, # Options
 )->str: # For a shell
@@ -367,6 +368,7 @@ def finish(self:Job)->int: # Exit code
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
         return RESUBMIT
     self.measure_held_out('after', self.step)
+    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
     if not self.ranks.first: return COMPLETE
     publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until)
     self.deadline.idle = False

@@ -181,7 +181,7 @@ def collate_packed(
     cu = torch.tensor(starts, dtype=torch.int32)
     return dict(**batch, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max_length, max_length_k=max_length)
 
-# %% ../nbs/02_train.ipynb #2472713e
+# %% ../nbs/02_train.ipynb #9526859c
 def run_steps(
     cfg:TrainConfig, # Of the run
     n_rows:int, # Rows of the packed training set
@@ -201,6 +201,7 @@ def share_batch(
     at_once = max(b for b in range(1, at_once+1) if each%b==0)
     return at_once,each//at_once
 
+# %% ../nbs/02_train.ipynb #be5119ca
 def events_callback(
     events, # Namespace with any of `on_start`, `on_step`, `on_log`, `on_save`
 ): # `TrainerCallback`
@@ -226,7 +227,7 @@ def compile_layers(
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
-# %% ../nbs/02_train.ipynb #c4061745
+# %% ../nbs/02_train.ipynb #742a2602
 def make_trainer(
     cfg:TrainConfig, # Of the run
     model, # From `add_lora`
@@ -252,7 +253,7 @@ def make_trainer(
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None, learning_rate=cfg.learning_rate,
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
-        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None,
+        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
     trainer = SFTTrainer(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs), callbacks=[events_callback(events)])

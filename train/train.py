@@ -916,7 +916,7 @@ def make_trainer(
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None, learning_rate=cfg.learning_rate,
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
-        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None,
+        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
     trainer = SFTTrainer(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs), callbacks=[events_callback(events)])
@@ -1628,11 +1628,11 @@ def needs_launch()->bool: # Is this the process that must start the ranks?
 
 def launch_ranks()->int: # Exit code
     "Start this script again, once for each GPU, and wait for the end of all."
-    os.environ['LOGLEVEL'] = 'CRITICAL' # of torchrun's own lines
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     import psutil
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
+    logging.getLogger('torch.distributed.elastic.multiprocessing.api').setLevel(logging.CRITICAL) # we say it in one line
     told = []
     def pass_on(sig, frame):
         told.append(sig)
@@ -1802,6 +1802,7 @@ class Job:
         self.cfg,self.deadline = cfg,Deadline(cfg.job_timeout, container_age()).watch_sigterm()
         self.deadline.idle = True # nothing to save before the first step
         self.ranks = Ranks()
+        share_batch(cfg, self.ranks.n) # or say that they can't
         self.wandb,self.publisher,self.step = None,None,0
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
@@ -1992,7 +1993,7 @@ def collect(self:Job, folder, step):
         if p.requires_grad: h.update(p.detach().cpu().numpy().tobytes())
     seen = self.ranks.gather((rng.name, rng.read_bytes(), h.hexdigest()))
     for name,state,digest in seen:
-        if digest!=seen[0][2]: raise UserError(f"{name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
+        if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
 
 def resubmit_command(
@@ -2015,6 +2016,7 @@ def finish(self:Job)->int: # Exit code
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
         return RESUBMIT
     self.measure_held_out('after', self.step)
+    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
     if not self.ranks.first: return COMPLETE
     publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until)
     self.deadline.idle = False
