@@ -114,7 +114,7 @@ def explain_ranks(
     log.error(f"error: {why}")
     return 1
 
-# %% ../nbs/06a_ranks.ipynb #7afa8a0a
+# %% ../nbs/06a_ranks.ipynb #40f303ff
 GRACE = 30 # seconds that ranks have once another one has failed: what was saved is published meanwhile
 
 def needs_launch()->bool: # Is this the process that must start the ranks?
@@ -128,6 +128,7 @@ def launch_ranks()->int: # Exit code
     "Start this script again, once for each GPU, and wait for the end of all."
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
     logging.getLogger('torch.distributed.elastic.multiprocessing.api').setLevel(logging.CRITICAL) # we say it in one line
@@ -143,6 +144,7 @@ def launch_ranks()->int: # Exit code
     except ChildFailedError as e:
         if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
         return explain_ranks(e.failures)
+    except SignalException as e: raise UserError(f"ended by {e.sigval.name}: run the same command again to continue") from None
     return 0
 
 # %% ../nbs/06a_ranks.ipynb #29801fea

@@ -216,14 +216,13 @@ def events_callback(
         def on_save(self, args, state, control, **kw): call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
     return Events()
 
-# %% ../nbs/02_train.ipynb #2012be23
+# %% ../nbs/02_train.ipynb #6630e472
 def compile_layers(
     model, # From `add_lora`
     budget:float=0.7, # Share of activations that is kept
 ):
     "Compile every decoder layer on its own."
-    import torch._dynamo.config, torch._functorch.config
-    torch._dynamo.config.optimize_ddp = False # it would cut each layer's graph in pieces, so as to send gradients of a whole model's graph early
+    import torch._functorch.config
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 

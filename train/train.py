@@ -886,8 +886,7 @@ def compile_layers(
     budget:float=0.7, # Share of activations that is kept
 ):
     "Compile every decoder layer on its own."
-    import torch._dynamo.config, torch._functorch.config
-    torch._dynamo.config.optimize_ddp = False # it would cut each layer's graph in pieces, so as to send gradients of a whole model's graph early
+    import torch._functorch.config
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
@@ -1630,6 +1629,7 @@ def launch_ranks()->int: # Exit code
     "Start this script again, once for each GPU, and wait for the end of all."
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
     logging.getLogger('torch.distributed.elastic.multiprocessing.api').setLevel(logging.CRITICAL) # we say it in one line
@@ -1645,6 +1645,7 @@ def launch_ranks()->int: # Exit code
     except ChildFailedError as e:
         if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
         return explain_ranks(e.failures)
+    except SignalException as e: raise UserError(f"ended by {e.sigval.name}: run the same command again to continue") from None
     return 0
 
 def group_addresses(
