@@ -377,7 +377,7 @@ def finish(self:Job)->int: # Exit code
     log.info(f"complete: the adapter is at {cfg.hub_model_id}")
     return COMPLETE
 
-# %% ../nbs/06_job.ipynb #18582377
+# %% ../nbs/06_job.ipynb #e4558ea7
 def explain_error(
     e:Exception, # What ended the run
     cfg:TrainConfig, # Options
@@ -446,6 +446,7 @@ def main():
         code = RESUBMIT
         log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command(cfg)}` (exit code {code})")
     except UserError as e: report_error(mask_secrets(str(e)))
+    except KeyboardInterrupt: report_error("ended by SIGINT: run the same command again to continue")
     except Exception: print(mask_secrets(traceback.format_exc()), flush=True)
     logging.shutdown(); sys.stdout.flush()
     os._exit(code) # the threads of an upload that hangs would hold `sys.exit`

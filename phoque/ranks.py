@@ -114,7 +114,7 @@ def explain_ranks(
     log.error(f"error: {why}")
     return 1
 
-# %% ../nbs/06a_ranks.ipynb #40f303ff
+# %% ../nbs/06a_ranks.ipynb #6e74e2ec
 GRACE = 30 # seconds that ranks have once another one has failed: what was saved is published meanwhile
 
 def needs_launch()->bool: # Is this the process that must start the ranks?
@@ -131,7 +131,7 @@ def launch_ranks()->int: # Exit code
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
-    logging.getLogger('torch.distributed.elastic.multiprocessing.api').setLevel(logging.CRITICAL) # we say it in one line
+    for part in ('multiprocessing.api','agent.server.api'): logging.getLogger(f'torch.distributed.elastic.{part}').setLevel(logging.CRITICAL) # we say it in one line
     told = []
     def pass_on(sig, frame):
         told.append(sig)

@@ -1632,7 +1632,7 @@ def launch_ranks()->int: # Exit code
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
-    logging.getLogger('torch.distributed.elastic.multiprocessing.api').setLevel(logging.CRITICAL) # we say it in one line
+    for part in ('multiprocessing.api','agent.server.api'): logging.getLogger(f'torch.distributed.elastic.{part}').setLevel(logging.CRITICAL) # we say it in one line
     told = []
     def pass_on(sig, frame):
         told.append(sig)
@@ -2094,6 +2094,7 @@ def main():
         code = RESUBMIT
         log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command(cfg)}` (exit code {code})")
     except UserError as e: report_error(mask_secrets(str(e)))
+    except KeyboardInterrupt: report_error("ended by SIGINT: run the same command again to continue")
     except Exception: print(mask_secrets(traceback.format_exc()), flush=True)
     logging.shutdown(); sys.stdout.flush()
     os._exit(code) # the threads of an upload that hangs would hold `sys.exit`
