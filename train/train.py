@@ -1846,7 +1846,7 @@ def build(self:Job):
     log.info("audit:\n"+text_table(rows)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
-    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step, with %d rows at once, %d times" % share_batch(cfg, self.ranks.n))
+    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: %d × %d rows each" % share_batch(cfg, self.ranks.n))
 
 @patch
 def begin(self:Job):
