@@ -12,13 +12,13 @@ from fastcore.basics import chunked
 from fastcore.script import Param, call_parse
 
 # %% auto #0
-__all__ = ['log', 'SEED_BASE', 'SUCCESSOR', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'LORA_TARGETS', 'TILE', 'UserError',
-           'quiet_libraries', 'text_table', 'hub_problem', 'resolve_base', 'chatml_parts', 'mistral_v1_parts',
-           'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts', 'chat_format', 'read_pieces',
-           'sentencepiece_tokenizer', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt',
-           'drop_exchanges', 'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels', 'label_invariants',
-           'read_chats', 'write_labels', 'labels_cli', 'load_model', 'add_lora', 'register_varlen', 'choose_attention',
-           'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
+__all__ = ['log', 'SEED_BASE', 'SUCCESSOR', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'LORA_TARGETS', 'SUCCESSOR_SHAPE',
+           'HEAD_LOGITS', 'UserError', 'quiet_libraries', 'text_table', 'hub_problem', 'resolve_base', 'chatml_parts',
+           'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts', 'chat_format',
+           'read_pieces', 'sentencepiece_tokenizer', 'load_tokenizer', 'check_messages', 'encode_chats',
+           'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels',
+           'label_invariants', 'read_chats', 'write_labels', 'labels_cli', 'load_model', 'add_lora', 'register_varlen',
+           'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 log = logging.getLogger("phoque")
@@ -535,7 +535,7 @@ def add_lora(
     return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
         target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"))
 
-# %% ../nbs/01_model_qlora.ipynb #0cb86054
+# %% ../nbs/01_model_qlora.ipynb #4909923c
 def register_varlen():
     "Register torch's variable-length flash attention with transformers, as `varlen`."
     import torch
@@ -544,7 +544,7 @@ def register_varlen():
     gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
     def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
         b,h,t,d = query.shape
-        q,k,v = (x.transpose(1,2).reshape(b*t,-1,d) for x in (query,key,value))
+        q,k,v = (x.transpose(1,2).reshape(b*t,-1,d).contiguous() for x in (query,key,value)) # a slice would keep all of what it is cut from
         o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1,0), **gqa) # causal
         return o.view(b,t,h,d),None
     AttentionInterface.register('varlen', varlen)
@@ -656,8 +656,10 @@ def check_audit(
     if bad := [r for r in rows if r['ok'] is False]:
         raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
 
-# %% ../nbs/01_model_qlora.ipynb #37fcbcdd
-TILE = (4096, 32768) # trl.kernels.chunked_logprob: tokens and vocabulary entries that the head takes at once
+# %% ../nbs/01_model_qlora.ipynb #043b5e87
+SUCCESSOR_SHAPE = dict(hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    vocab_size=131072, tie_word_embeddings=True) # of SUCCESSOR, for a plan before anything is downloaded
+HEAD_LOGITS = 2**27 # the head takes so many at a time
 
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
@@ -673,6 +675,7 @@ def memory_plan(
     torch_compile:bool=True, # Are the layers compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation?
     lora_r:int=16, # Rank of the adapter
+    lora_dropout:float=0.0, # With one, adapters don't ride on their bases' products
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
 )->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
@@ -681,7 +684,7 @@ def memory_plan(
     c,m = config.get_text_config(),_bare_model(config)
     linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
     four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
-    load = four*(1/2+1/64+4/64/256) + 2*(sum(p.numel() for p in m.parameters())-four)
+    load = four*(1/2+1/64+4/64/256+(0 if lora_dropout else 4/64)) + 2*(sum(p.numel() for p in m.parameters())-four)
     targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
     adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
@@ -691,6 +694,6 @@ def memory_plan(
     tokens = per_device_train_batch_size*max_length
     acts = tokens*(eager+2*h*n_layers if gradient_checkpointing else (compiled if torch_compile else eager)*n_layers)
     sup = supervised*tokens
-    turn = max(2*min(sup,TILE[0])*min(c.vocab_size,TILE[1]) + sup*8*h, tokens*10*f)
+    turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, tokens*10*f)
     gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
     return {k:v/2**30 for k,v in gib.items()}

@@ -38,7 +38,7 @@ Generated from the notebooks in nbs/ by `make generate`: edit those, not this fi
 """
 
 from __future__ import annotations
-import copy, hashlib, html, inspect, json, logging, math, os, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, threading, time, traceback, uuid
+import copy, functools, hashlib, html, inspect, json, logging, math, os, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, threading, time, traceback, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import chunked, patch, store_attr, str2bool
@@ -47,7 +47,7 @@ from fastcore.meta import delegates
 from fastcore.script import Param, anno_parser, call_parse
 from html import escape
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Protocol, runtime_checkable
 
 # ------------------------------------------------------------------------------
@@ -541,7 +541,7 @@ def register_varlen():
     gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
     def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
         b,h,t,d = query.shape
-        q,k,v = (x.transpose(1,2).reshape(b*t,-1,d) for x in (query,key,value))
+        q,k,v = (x.transpose(1,2).reshape(b*t,-1,d).contiguous() for x in (query,key,value)) # a slice would keep all of what it is cut from
         o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1,0), **gqa) # causal
         return o.view(b,t,h,d),None
     AttentionInterface.register('varlen', varlen)
@@ -649,7 +649,9 @@ def check_audit(
     if bad := [r for r in rows if r['ok'] is False]:
         raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
 
-TILE = (4096, 32768) # trl.kernels.chunked_logprob: tokens and vocabulary entries that the head takes at once
+SUCCESSOR_SHAPE = dict(hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    vocab_size=131072, tie_word_embeddings=True) # of SUCCESSOR, for a plan before anything is downloaded
+HEAD_LOGITS = 2**27 # the head takes so many at a time
 
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
@@ -665,6 +667,7 @@ def memory_plan(
     torch_compile:bool=True, # Are the layers compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation?
     lora_r:int=16, # Rank of the adapter
+    lora_dropout:float=0.0, # With one, adapters don't ride on their bases' products
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
 )->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
@@ -673,7 +676,7 @@ def memory_plan(
     c,m = config.get_text_config(),_bare_model(config)
     linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
     four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
-    load = four*(1/2+1/64+4/64/256) + 2*(sum(p.numel() for p in m.parameters())-four)
+    load = four*(1/2+1/64+4/64/256+(0 if lora_dropout else 4/64)) + 2*(sum(p.numel() for p in m.parameters())-four)
     targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
     adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
@@ -683,9 +686,157 @@ def memory_plan(
     tokens = per_device_train_batch_size*max_length
     acts = tokens*(eager+2*h*n_layers if gradient_checkpointing else (compiled if torch_compile else eager)*n_layers)
     sup = supervised*tokens
-    turn = max(2*min(sup,TILE[0])*min(c.vocab_size,TILE[1]) + sup*8*h, tokens*10*f)
+    turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, tokens*10*f)
     gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
     return {k:v/2**30 for k,v in gib.items()}
+
+# ------------------------------------------------------------------------------
+# fast: The same arithmetic in fewer, larger products: an adapter that rides on its base's product, and a loss that looks at supervised tokens only
+# ------------------------------------------------------------------------------
+
+def _unpack_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def unpack(packed, absmax, code, out, n_bytes, k, stride, BLOCK: tl.constexpr):
+        at = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
+        inside = at<n_bytes
+        b = tl.load(packed+at, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(absmax + at//32, mask=inside, other=0.)
+        v = tl.interleave(tl.load(code + (b>>4))*scale, tl.load(code + (b&15))*scale)
+        e = tl.program_id(0)*BLOCK*2 + tl.arange(0, BLOCK*2)
+        tl.store(out + (e//k)*stride + e%k, v.to(tl.bfloat16), mask=e<n_bytes*2)
+    return unpack
+
+@functools.cache
+def _augment_op():
+    import torch
+    from torch import Tensor
+    kernel = _unpack_kernel() if torch.cuda.is_available() else None
+    def augment(packed, absmax, code, b, k, turn): # turn: 0 forward, 1 backward, or the compiler would keep the first result for the second
+        out,row = b.new_empty(b.shape[0], k+b.shape[1]),0
+        for p,a in zip(packed, absmax):
+            n = p.numel()*2//k
+            if p.is_cuda: kernel[(-(-p.numel()//1024),)](p, a, code, out[row:], p.numel(), k, out.stride(0), BLOCK=1024)
+            else: out[row:row+n,:k] = torch.ops.bitsandbytes.dequantize_4bit(p, a, 64, 'nf4', (n,k), out.dtype)
+            row += n
+        out[:,k:] = b
+        return out
+    augment.__annotations__ = dict(packed=list[Tensor], absmax=list[Tensor], code=Tensor, b=Tensor, k=int, turn=int) | {'return':Tensor}
+    op = torch.library.custom_op('phoque::augment', augment, mutates_args=())
+    op.register_fake(lambda packed, absmax, code, b, k, turn: b.new_empty(b.shape[0], k+b.shape[1]))
+    return op
+
+@functools.cache
+def _augmented_linear():
+    import torch
+    augment = _augment_op()
+    class AugmentedLinear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, a, b, packed, absmax, code):
+            xa = x@a.t()
+            ctx.save_for_backward(x, xa, a, b)
+            ctx.base = packed,absmax,code
+            return torch.cat([x, xa], -1) @ augment(packed, absmax, code, b, x.shape[-1], 0).t()
+        @staticmethod
+        def backward(ctx, dy):
+            x,xa,a,b = ctx.saved_tensors
+            k = x.shape[-1]
+            d = dy @ augment(*ctx.base, b, k, 1)
+            dx,dxa = d[:,:k],d[:,k:]
+            return dx + dxa@a, dxa.t()@x, dy.t()@xa, None, None, None
+    return AugmentedLinear
+
+class LoraGroup:
+    "Adapted 4-bit projections that read the same input."
+    def __init__(self,
+        mods:list, # PEFT's `Linear4bit` modules, in the order in which the model calls them
+    ):
+        import bitsandbytes.functional as F
+        self.mods,self.parts,self.apply = mods,[],_augmented_linear().apply
+        weights = [m.base_layer.weight for m in mods]
+        states = [w.quant_state for w in weights]
+        self.packed,self.code = [w.data.flatten() for w in weights],states[0].code
+        self.absmax = [(F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax for s in states]
+        self.k,self.sizes = mods[0].in_features,[m.out_features for m in mods]
+        self.pad = -sum(m.r['default'] for m in mods)%64 # products like widths that are multiples of 64
+
+    def product(self,
+        x, # Their input, (..., in_features)
+    )->list: # Their outputs
+        "All projections at once."
+        import torch
+        from torch.nn.functional import pad
+        a = torch.cat([m.lora_A.default.weight for m in self.mods]).to(torch.bfloat16)
+        b = torch.block_diag(*[m.lora_B.default.weight*m.scaling['default'] for m in self.mods]).to(torch.bfloat16)
+        y = self.apply(x.reshape(-1, self.k).to(torch.bfloat16), pad(a, (0,0,0,self.pad)), pad(b, (0,self.pad)), self.packed, self.absmax, self.code)
+        return list(y.view(*x.shape[:-1], -1).split(self.sizes, -1))
+
+def _grouped_forward(m, x, *args, **kwargs):
+    if not m.training: return type(m).forward(m, x, *args, **kwargs)
+    g = m.lora_group[0]
+    if m is g.mods[0]: g.parts = g.product(x)
+    return g.parts.pop(0)
+
+SAME_INPUT = (('q_proj','k_proj','v_proj'), ('o_proj',), ('gate_proj','up_proj'), ('down_proj',))
+
+def group_lora(
+    model, # From `add_lora`, its base in 4 bits, without dropout
+)->int: # Groups made
+    "Let the adapters of a model ride on their bases' products."
+    made = 0
+    for parent in model.get_base_model().get_decoder().layers.modules():
+        for names in SAME_INPUT:
+            mods = [m for k in names if hasattr(m := getattr(parent, k, None), 'lora_A')]
+            if not mods: continue
+            g,made = LoraGroup(mods),made+1
+            for m in mods: m.lora_group,m.forward = (g,),MethodType(_grouped_forward, m) # in a tuple, or it would count as a submodule
+    return made
+
+@functools.cache
+def _head_loss():
+    import torch
+    def tile(z, targets, dtype):
+        lse = z.logsumexp(-1, keepdim=True)
+        hit = torch.arange(z.shape[1], device=z.device)==targets[:,None]
+        return (lse[:,0] - torch.where(hit, z, 0.).sum(-1)).sum(), ((z-lse).exp()-hit.to(z.dtype)).to(dtype)
+    fused = torch.compile(tile, dynamic=True) if torch.cuda.is_available() else tile
+
+    class HeadLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h, weight, targets):
+            nll,dh = h.new_zeros((), dtype=torch.float32),torch.empty_like(h)
+            rows = max(HEAD_LOGITS//weight.shape[0], 1)
+            for x,y,d in zip(h.split(rows), targets.split(rows), dh.split(rows)):
+                if not len(y): break
+                z = torch.mm(x, weight.t(), out_dtype=torch.float32) if x.is_cuda else (x@weight.t()).float()
+                part,dz = fused(z, y, weight.dtype)
+                nll += part
+                if ctx.needs_input_grad[0]: torch.mm(dz, weight, out=d)
+            ctx.save_for_backward(dh)
+            return nll
+        @staticmethod
+        def backward(ctx, g): return (ctx.saved_tensors[0].float()*g).to(ctx.saved_tensors[0].dtype), None, None
+    return HeadLoss
+
+def supervised_nll(
+    hidden, # What enters the head, (rows, hidden)
+    weight, # Of the head, (vocabulary, hidden); gets no gradient
+    targets, # The right token of each row
+): # Sum of their negative log-likelihoods in nats, fp32
+    "Cross-entropy of the rows that have a label."
+    return _head_loss().apply(hidden.to(weight.dtype), weight, targets)
+
+def add_supervised_head(
+    model, # Causal language model, before or after an adapter was put on it
+):
+    "Let `model(…, supervised=positions, targets=tokens)` return `supervised_nll` of those positions."
+    own = model.forward
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, supervised=None, targets=None, **kwargs):
+        if supervised is None: return own(*args, **kwargs)
+        hidden = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state
+        return supervised_nll(hidden.flatten(0,1)[supervised], self.get_output_embeddings().weight, targets)
+    model.forward = MethodType(forward, model)
 
 # ------------------------------------------------------------------------------
 # train: Every option of a run, packed rows in an order that can be computed, and TRL's `SFTTrainer`
@@ -835,13 +986,16 @@ def collate_packed(
     max_length:int, # Every batch has this width, so that compiled code sees one shape
     pad_id:int, # Token that fills up a row
     max_docs:int=0, # Most documents in a row; if given, the flash kernel's list of document starts is made, always equally long
-)->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length)
+)->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); `supervised` positions in the flattened batch and their `targets`
     "Stack packed rows; what fills a row up is one more document, without labels."
     import torch
     from itertools import accumulate
     fill = lambda k, v: torch.tensor([r[k]+[v]*(max_length-len(r[k])) for r in rows])
     docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
     batch = dict(input_ids=fill('input_ids', pad_id), labels=fill('labels', -100), position_ids=torch.tensor([[i for n in d for i in range(n)] for d in docs]))
+    follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten() # a position is asked for the token after it
+    batch['supervised'] = (follows!=-100).nonzero()[:,0]
+    batch['targets'] = follows[batch['supervised']]
     if not max_docs: return batch
     starts = list(accumulate((n for d in docs for n in d), initial=0))
     starts += starts[-1:]*(len(rows)*(max_docs+1)+1-len(starts)) # empty documents at the end
@@ -890,6 +1044,22 @@ def compile_layers(
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
+def _trainer_class():
+    import trl
+    class Trainer(trl.SFTTrainer):
+        "TRL's, with the loss of `fast`."
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
+            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
+
+        def _save(self, *args, **kwargs):
+            tok,self.processing_class = self.processing_class,None # it doesn't change, and writing it takes as long as the optimizer's state
+            try: super()._save(*args, **kwargs)
+            finally: self.processing_class = tok
+
+        def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
+    return Trainer
+
 def make_trainer(
     cfg:TrainConfig, # Of the run
     model, # From `add_lora`
@@ -901,12 +1071,13 @@ def make_trainer(
     import torch
     from functools import partial
     from transformers import PrinterCallback, ProgressCallback, set_seed
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     at_once,often = share_batch(cfg, ranks)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
     max_docs = max(map(len, packed['seq_lengths'])) if varlen else 0
+    if cuda and cfg.load_in_4bit and not cfg.lora_dropout: group_lora(model)
     if cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
     steps = run_steps(cfg, len(packed))
     draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
@@ -917,13 +1088,13 @@ def make_trainer(
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
-    trainer = SFTTrainer(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
+    trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
-        if p.requires_grad: p.data = p.data.float() # TRL made it bf16, from where no run resumes exactly
+        if p.requires_grad: p.data = p.data.float()
+    add_supervised_head(trainer.model.get_base_model())
     if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
-    trainer.create_model_card = lambda *a, **kw: None # written once, at the end, by the job
     return trainer
 
 STEP_LINE = re.compile(r'step (\d+)/(\d+) · loss ([\d.naif+-]+)')
@@ -954,9 +1125,8 @@ def held_out_loss(
     model,here,nll,n = trainer.model,trainer.accelerator,0.,0
     with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager():
         for row in packed.select(range(here.process_index, len(packed), here.num_processes)):
-            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items() if k in ('input_ids','labels','position_ids')}
-            out = model(**batch, use_cache=False, fused_lm_head=True)
-            nll -= out.log_probs.double().sum().item(); n += int(out.label_mask.sum())
+            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items() if k in ('input_ids','position_ids','supervised','targets')}
+            nll += model(**batch).item(); n += len(batch['targets'])
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
 
