@@ -487,7 +487,7 @@ def labels_cli(
     except UserError as e: sys.exit(f'phoque_labels: {e}')
     except OSError as e: sys.exit(f'phoque_labels: {file}: {e.strerror}')
 
-# %% ../nbs/01_model_qlora.ipynb #ab0c0862
+# %% ../nbs/01_model_qlora.ipynb #decfe174
 def _blind(cls): # The same model class, built without a vision tower
     def __init__(self, config):
         cls.__init__(self, config)
@@ -509,7 +509,7 @@ def load_model(
     if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation,
-        quantization_config=nf4 if load_in_4bit else None, device_map={'': 0 if torch.cuda.is_available() else 'cpu'})
+        quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if torch.cuda.is_available() else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
 

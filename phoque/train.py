@@ -16,10 +16,10 @@ from .fast import group_lora, add_supervised_head
 
 # %% auto #0
 __all__ = ['STEP_LINE', 'TrainConfig', 'options', 'env_options', 'read_config', 'check_config', 'pack_lengths', 'pack_dataset',
-           'draw_order', 'collate_packed', 'run_steps', 'events_callback', 'compile_layers', 'make_trainer',
-           'step_line', 'parse_step', 'held_out_loss']
+           'draw_order', 'collate_packed', 'run_steps', 'share_batch', 'events_callback', 'compile_layers',
+           'make_trainer', 'step_line', 'parse_step', 'held_out_loss']
 
-# %% ../nbs/02_train.ipynb #4c17d709
+# %% ../nbs/02_train.ipynb #094ed8e2
 class TrainConfig:
     "Every option of a run."
     def __init__(self,
@@ -32,7 +32,7 @@ class TrainConfig:
         num_train_epochs:float=1.0, # Passes over the data where `max_steps` is 0
         max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have
         per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
-        gradient_accumulation_steps:int=1, # Batches that make one optimizer step
+        gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows
         torch_compile:bool=True, # Compile the decoder's layers? (on CUDA only)
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
@@ -188,16 +188,27 @@ def collate_packed(
     cu = torch.tensor(starts, dtype=torch.int32)
     return dict(**batch, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max_length, max_length_k=max_length)
 
-# %% ../nbs/02_train.ipynb #53ac6d6c
+# %% ../nbs/02_train.ipynb #9526859c
 def run_steps(
     cfg:TrainConfig, # Of the run
     n_rows:int, # Rows of the packed training set
-    world:int=1, # GPUs
 )->int: # Optimizer steps of the whole run
     "How many optimizer steps a run has."
-    per_step = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps*world
+    per_step = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     return cfg.max_steps or max(1, round(cfg.num_train_epochs*n_rows/per_step))
 
+def share_batch(
+    cfg:TrainConfig, # Of the run
+    ranks:int, # Processes, one a GPU
+)->tuple: # Rows a rank takes at once, and how often in a step
+    "Share a step's rows out: their number is the run's, however many GPUs there are."
+    at_once,often = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
+    each,rest = divmod(at_once*often, ranks)
+    if rest: raise UserError(f"{at_once*often} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {at_once} × GRADIENT_ACCUMULATION_STEPS {often}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
+    at_once = max(b for b in range(1, at_once+1) if each%b==0)
+    return at_once,each//at_once
+
+# %% ../nbs/02_train.ipynb #be5119ca
 def events_callback(
     events, # Namespace with any of `on_start`, `on_step`, `on_log`, `on_save`
 ): # `TrainerCallback`
@@ -212,7 +223,7 @@ def events_callback(
         def on_save(self, args, state, control, **kw): call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
     return Events()
 
-# %% ../nbs/02_train.ipynb #319e9792
+# %% ../nbs/02_train.ipynb #6630e472
 def compile_layers(
     model, # From `add_lora`
     budget:float=0.7, # Share of activations that is kept
@@ -222,7 +233,7 @@ def compile_layers(
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
-# %% ../nbs/02_train.ipynb #8dcaf461
+# %% ../nbs/02_train.ipynb #ce05fe3a
 def _trainer_class():
     import torch, trl
     from concurrent.futures import ThreadPoolExecutor
@@ -233,7 +244,7 @@ def _trainer_class():
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
-            return nll/num_items_in_batch.clamp(min=1)
+            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
 
         def _save_optimizer_and_scheduler(self, output_dir):
             if not self.args.should_save: return
@@ -269,28 +280,30 @@ def make_trainer(
     "TRL's trainer over the whole run's rows in their computed order."
     import torch
     from functools import partial
-    from transformers import PrinterCallback, ProgressCallback
+    from transformers import PrinterCallback, ProgressCallback, set_seed
     from trl import SFTConfig
     cuda = torch.cuda.is_available()
-    world = int(os.environ.get('WORLD_SIZE', 1))
+    rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
+    at_once,often = share_batch(cfg, ranks)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
     max_docs = max(map(len, packed['seq_lengths'])) if varlen else 0
     if cuda and cfg.load_in_4bit and not cfg.lora_dropout: group_lora(model)
     if cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
-    steps = run_steps(cfg, len(packed), world)
-    draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps*world
-    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=cfg.per_device_train_batch_size,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps, gradient_checkpointing=cfg.gradient_checkpointing,
+    steps = run_steps(cfg, len(packed))
+    draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=cfg.gradient_checkpointing,
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None, learning_rate=cfg.learning_rate,
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
-        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None,
+        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
     trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model())
+    if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
     return trainer
 
@@ -314,15 +327,17 @@ def parse_step(
     "Read back what `step_line` wrote."
     if m := STEP_LINE.search(line): return dict(step=int(m[1]), total=int(m[2]), loss=float(m[3]))
 
-# %% ../nbs/02_train.ipynb #c8f4d241
+# %% ../nbs/02_train.ipynb #dccf15fa
 def held_out_loss(
     trainer, # From `make_trainer`
     packed, # Packed held-out rows
 )->float: # Mean negative log-likelihood of a supervised token, in nats
     "Loss on conversations that training never sees."
-    model,nll,n = trainer.model,0.,0
+    import torch
+    model,here,nll,n = trainer.model,trainer.accelerator,0.,0
     with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager():
-        for row in packed:
+        for row in packed.select(range(here.process_index, len(packed), here.num_processes)):
             batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items() if k in ('input_ids','position_ids','supervised','targets')}
             nll += model(**batch).item(); n += len(batch['targets'])
+    nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)

@@ -38,7 +38,7 @@ Generated from the notebooks in nbs/ by `make generate`: edit those, not this fi
 """
 
 from __future__ import annotations
-import copy, functools, hashlib, html, inspect, json, logging, math, os, random, re, shlex, shutil, signal, statistics, struct, sys, tempfile, threading, time, traceback, uuid
+import copy, functools, hashlib, html, inspect, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, threading, time, traceback, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import chunked, patch, store_attr, str2bool
@@ -508,7 +508,7 @@ def load_model(
     if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation,
-        quantization_config=nf4 if load_in_4bit else None, device_map={'': 0 if torch.cuda.is_available() else 'cpu'})
+        quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if torch.cuda.is_available() else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
 
@@ -854,7 +854,7 @@ class TrainConfig:
         num_train_epochs:float=1.0, # Passes over the data where `max_steps` is 0
         max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have
         per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
-        gradient_accumulation_steps:int=1, # Batches that make one optimizer step
+        gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows
         torch_compile:bool=True, # Compile the decoder's layers? (on CUDA only)
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
@@ -1008,11 +1008,21 @@ def collate_packed(
 def run_steps(
     cfg:TrainConfig, # Of the run
     n_rows:int, # Rows of the packed training set
-    world:int=1, # GPUs
 )->int: # Optimizer steps of the whole run
     "How many optimizer steps a run has."
-    per_step = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps*world
+    per_step = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     return cfg.max_steps or max(1, round(cfg.num_train_epochs*n_rows/per_step))
+
+def share_batch(
+    cfg:TrainConfig, # Of the run
+    ranks:int, # Processes, one a GPU
+)->tuple: # Rows a rank takes at once, and how often in a step
+    "Share a step's rows out: their number is the run's, however many GPUs there are."
+    at_once,often = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
+    each,rest = divmod(at_once*often, ranks)
+    if rest: raise UserError(f"{at_once*often} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {at_once} × GRADIENT_ACCUMULATION_STEPS {often}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
+    at_once = max(b for b in range(1, at_once+1) if each%b==0)
+    return at_once,each//at_once
 
 def events_callback(
     events, # Namespace with any of `on_start`, `on_step`, `on_log`, `on_save`
@@ -1047,7 +1057,7 @@ def _trainer_class():
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
-            return nll/num_items_in_batch.clamp(min=1)
+            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
 
         def _save_optimizer_and_scheduler(self, output_dir):
             if not self.args.should_save: return
@@ -1083,28 +1093,30 @@ def make_trainer(
     "TRL's trainer over the whole run's rows in their computed order."
     import torch
     from functools import partial
-    from transformers import PrinterCallback, ProgressCallback
+    from transformers import PrinterCallback, ProgressCallback, set_seed
     from trl import SFTConfig
     cuda = torch.cuda.is_available()
-    world = int(os.environ.get('WORLD_SIZE', 1))
+    rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
+    at_once,often = share_batch(cfg, ranks)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
     max_docs = max(map(len, packed['seq_lengths'])) if varlen else 0
     if cuda and cfg.load_in_4bit and not cfg.lora_dropout: group_lora(model)
     if cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
-    steps = run_steps(cfg, len(packed), world)
-    draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps*world
-    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=cfg.per_device_train_batch_size,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps, gradient_checkpointing=cfg.gradient_checkpointing,
+    steps = run_steps(cfg, len(packed))
+    draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=cfg.gradient_checkpointing,
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None, learning_rate=cfg.learning_rate,
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
-        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None,
+        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
     trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model())
+    if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
     return trainer
 
@@ -1132,11 +1144,13 @@ def held_out_loss(
     packed, # Packed held-out rows
 )->float: # Mean negative log-likelihood of a supervised token, in nats
     "Loss on conversations that training never sees."
-    model,nll,n = trainer.model,0.,0
+    import torch
+    model,here,nll,n = trainer.model,trainer.accelerator,0.,0
     with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager():
-        for row in packed:
+        for row in packed.select(range(here.process_index, len(packed), here.num_processes)):
             batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items() if k in ('input_ids','position_ids','supervised','targets')}
             nll += model(**batch).item(); n += len(batch['targets'])
+    nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
 
 # ------------------------------------------------------------------------------
@@ -1879,6 +1893,170 @@ def samples_table(
     return HTML(f'<table><tr>{head}</tr>{body}</table>')
 
 # ------------------------------------------------------------------------------
+# ranks: One process a GPU, on one machine or several, that start, stop and fail together
+# ------------------------------------------------------------------------------
+
+class Ranks:
+    "The processes of a job: which of them this is, and what they tell each other."
+    def __init__(self):
+        self.rank,self.n,self.local,self.n_local = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1), ('LOCAL_RANK',0), ('LOCAL_WORLD_SIZE',1))) # as torchrun sets them
+        self.first = self.rank==0
+        if self.n>1: self.connect()
+
+    def connect(self):
+        "Join the other ranks."
+        import torch, torch.distributed as dist
+        from datetime import timedelta
+        cuda = torch.cuda.is_available()
+        if cuda: torch.cuda.set_device(self.local)
+        if not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=5)) # within a step
+        self.group = dist.new_group(backend='gloo', timeout=timedelta(hours=2)) # between steps
+
+    def share(self,
+        value=None, # On rank 0
+    ): # The same on every rank
+        "What rank 0 has."
+        if self.n==1: return value
+        import torch.distributed as dist
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def any(self,
+        flag:bool, # On this rank
+    )->bool: # The same on every rank
+        "Is it true on some rank?"
+        if self.n==1: return bool(flag)
+        import torch, torch.distributed as dist
+        seen = torch.tensor(int(flag))
+        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
+        return bool(seen)
+
+    def gather(self,
+        value, # On this rank
+    )->list: # On rank 0 all of them, in order; on others empty
+        "What every rank has."
+        if self.n==1: return [value]
+        import torch.distributed as dist
+        seen = [None]*self.n if self.first else None
+        dist.gather_object(value, seen, dst=0, group=self.group)
+        return seen or []
+
+    def wait(self):
+        "Until all are here."
+        if self.n==1: return
+        import torch.distributed as dist
+        dist.barrier(group=self.group)
+
+    def share_folder(self,
+        folder:Path, # Of rank 0; None for none
+    ):
+        "Rank 0's files, on every machine."
+        if self.n==self.n_local or not folder: return
+        files = self.share({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.first else None)
+        if not self.local and not self.first:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            for name,data in files.items(): (Path(folder)/name).write_bytes(data)
+        self.wait()
+
+    @contextmanager
+    def turns(self):
+        "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
+        if self.local: self.wait()
+        yield
+        if not self.local: self.wait()
+
+LOST = 'lost contact with another rank'
+
+def lost_rank(
+    e:Exception, # What ended this rank
+)->bool: # Is it the end of another one that it has noticed?
+    "Tell a cause from its consequence."
+    import torch.distributed as dist
+    return isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and bool(re.search('gloo|NCCL|Connection (closed|reset) by peer', str(e)))
+
+def report_error(
+    text:str, # One line
+):
+    "An error's line: to the log, or to the launcher that waits for it."
+    if f := os.environ.get('TORCHELASTIC_ERROR_FILE'): Path(f).write_text(json.dumps(dict(message=text, timestamp=int(time.time()))))
+    else: log.error(f"error: {text}")
+
+def explain_ranks(
+    failures:dict, # rank → torch's `ProcessFailure`: those that ended first
+)->int: # The job's exit code
+    "One line for what ended a job of several ranks."
+    rank,f = min(failures.items(), key=lambda o: (LOST in o[1].message, o[1].timestamp))
+    if f.exitcode>1: return f.exitcode # not an error: stopped, with a checkpoint
+    if f.exitcode<0: why = f"rank {rank} was ended by {f.signal_name()}" + " (out of memory?)"*(f.exitcode==-signal.SIGKILL) + ": run the same command again to continue"
+    elif 'traceback' in f.message: why = f"rank {rank} failed: its traceback is above"
+    else: why = f.message
+    log.error(f"error: {why}")
+    return 1
+
+GRACE = 30 # seconds that ranks have once another one has failed: what was saved is published meanwhile
+
+def needs_launch()->bool: # Is this the process that must start the ranks?
+    "Are there several GPUs, or machines, and is this none of their ranks?"
+    if 'RANK' in os.environ: return False
+    import torch
+    os.environ.setdefault('PET_NPROC_PER_NODE', str(max(torch.cuda.device_count(), 1)))
+    return (os.environ['PET_NPROC_PER_NODE'], os.environ.get('PET_NNODES', '1')) != ('1','1')
+
+def launch_ranks()->int: # Exit code
+    "Start this script again, once for each GPU, and wait for the end of all."
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+    for part in ('multiprocessing.api','agent.server.api'): logging.getLogger(f'torch.distributed.elastic.{part}').setLevel(logging.CRITICAL) # we say it in one line
+    told = []
+    def pass_on(sig, frame):
+        told.append(sig)
+        ranks = psutil.Process().children()
+        for p in ranks: p.send_signal(sig)
+        if not ranks: raise Stopped
+    signal.signal(signal.SIGTERM, pass_on)
+    flags = ['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', f'--shutdown-timeout={GRACE}', *machine_flags()]
+    try: run(parse_args([*flags, *sys.argv]))
+    except ChildFailedError as e:
+        if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
+        return explain_ranks(e.failures)
+    except SignalException as e: raise UserError(f"ended by {e.sigval.name}: run the same command again to continue") from None
+    return 0
+
+def group_addresses(
+    host:str, # Name that stands for every machine
+)->list: # Sorted
+    "The addresses behind a name."
+    try: return sorted({a[4][0] for a in socket.getaddrinfo(host, None, socket.AF_INET)})
+    except socket.gaierror: return []
+
+def own_address(
+    towards:str, # Another address
+)->str: # This machine's, as that one sees it
+    "Which of our addresses leads there? Nothing is sent."
+    if a := os.environ.get('PET_LOCAL_ADDR'): return a
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((towards, 9))
+        return s.getsockname()[0]
+
+def machine_flags(
+    patience:float=900, # Seconds to wait for the other machines
+)->list: # For torchrun
+    "Where the machines of a network group meet; nothing for a machine by itself."
+    if not (host := os.environ.get('HF_NETWORK_GROUP_HOSTNAME')) or os.environ.get('PET_NNODES')=='1': return []
+    if not (n := os.environ.get('PET_NNODES', '')).isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
+    end = time.monotonic()+patience
+    while len(there := group_addresses(host))<int(n):
+        if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}: {len(there)} of {n} machines are there after {patience:.0f} s: start the others, or correct PET_NNODES")
+        time.sleep(1)
+    here,port = own_address(there[0]),os.environ.get('MASTER_PORT', '29400')
+    log.info(f"{n} machines in {host}: they meet at {there[0]}, this is {here}")
+    return ['--rdzv-backend=c10d', f'--rdzv-endpoint={there[0]}:{port}', f'--rdzv-id={host}', f'--rdzv-conf=is_host={int(here==there[0])}', f'--local-addr={here}']
+
+# ------------------------------------------------------------------------------
 # job: The whole job: check, restore, train, publish, and an exit code that says what to do next
 # ------------------------------------------------------------------------------
 
@@ -1910,7 +2088,7 @@ def setup_logging():
     h = logging.StreamHandler(sys.stdout)
     h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # rank 0 speaks for all
     threading.excepthook = lambda a: log.error(''.join(traceback.format_exception(a.exc_value)).rstrip()) # a library's thread would print it unmasked
 
 def load_chats(
@@ -2026,6 +2204,8 @@ class Job:
     ):
         self.cfg,self.deadline = cfg,Deadline(cfg.job_timeout, container_age()).watch_sigterm()
         self.deadline.idle = True # nothing to save before the first step
+        self.ranks = Ranks()
+        share_batch(cfg, self.ranks.n) # or say that they can't
         self.wandb,self.publisher,self.step = None,None,0
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
@@ -2070,10 +2250,12 @@ def build(self:Job):
     log.info("audit:\n"+text_table(rows)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
+    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: %d × %d rows each" % share_batch(cfg, self.ranks.n))
 
 @patch
 def begin(self:Job):
-    "The publisher, W&B and the sampler."
+    "The publisher, W&B and the sampler, on rank 0."
+    if not self.ranks.first: return
     cfg,run = self.cfg,self.run
     self.save_seconds,*sent = run['seconds'] or [0.]
     self.publisher = Publisher(self.publish, self.seal, sent)
@@ -2137,7 +2319,8 @@ def on_start(self:Job, model, step):
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
     if step==0:
         self.measure_held_out('before', 0)
-        if self.cfg.sample_steps: self.sample(model, 0)
+        if self.cfg.sample_steps and self.ranks.first: self.sample(model, 0)
+    self.ranks.wait()
     self.deadline.idle = False
 
 @patch
@@ -2154,28 +2337,31 @@ def on_log(self:Job, step, metrics):
     if torch.cuda.is_available(): m['gpu_gib'] = torch.cuda.max_memory_allocated()/2**30
     log.info(step_line(step, self.total, m))
     self.log_metrics(step, {f'train/{k}':v for k,v in m.items()})
-    if not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
+    if self.ranks.first and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
 @patch
 def on_step(self:Job, model, step):
     self.step,control = step,self.trainer.control
-    if self.publisher.error: raise self.publisher.error
+    if self.publisher and self.publisher.error: raise self.publisher.error
     if step==1 and math.isfinite(self.deadline.end): control.should_save = True
     stop = self.time_to_stop()
     if not stop and self.cfg.sample_steps and (step%self.cfg.sample_steps==0 or step==self.total):
-        self.sample(model, step)
+        if self.ranks.first: self.sample(model, step)
         stop = self.time_to_stop()
-    if stop: log.info(f"stopping at step {step}: {self.deadline.reason}")
+    if stop: log.info(f"stopping at step {step}: {self.deadline.reason or 'another machine was told to'}")
     if stop or control.should_save: control.should_log = True # no loss is averaged over a checkpoint, or lost at a stop
     self.stepped = time.monotonic()
     return stop
 
 @patch
-def time_to_stop(self:Job): return self.step<self.total and self.deadline.due(2*(self.save_seconds+self.publisher.seconds))
+def time_to_stop(self:Job): # the same on every rank
+    return self.step<self.total and self.ranks.any(self.deadline.due(2*(self.save_seconds+self.publisher.seconds) if self.publisher else 0))
 
 @patch
 def on_save(self:Job, folder, step):
     import torch
+    self.collect(folder, step)
+    if not self.ranks.first: return
     if not all(p.isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad): raise self.diverged("the adapter is not finite", step)
     write_samples(folder, self.samples)
     self.save_seconds = time.monotonic()-self.stepped
@@ -2204,6 +2390,35 @@ def measure_held_out(self:Job, when, step):
     self.log_metrics(step, {'eval/loss': loss})
     self.clock = time.monotonic(),step
 
+@patch
+def find_run(self:Job):
+    "`restore` on rank 0, and what came of it on every rank."
+    if self.ranks.first: self.restore()
+    self.resume_from,self.run,self.step = self.ranks.share((self.resume_from, self.run, self.step) if self.ranks.first else None)
+    self.ranks.share_folder(self.resume_from)
+
+@patch
+def change_ranks(self:Job):
+    "Continue with another number of ranks than the checkpoint's: new random numbers, and a line that says so."
+    from transformers import set_seed
+    import numpy as np
+    if not self.resume_from or (was := len(list(self.resume_from.glob('rng_state*.pth'))))==self.ranks.n: return
+    log.info(f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.n}: the rows and their order stay as they are; sums are rounded otherwise" + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
+    self.trainer._load_rng_state = lambda folder: set_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.ranks.rank]).generate_state(1)[0]))
+
+@patch
+def collect(self:Job, folder, step):
+    "Bring every rank's random state to rank 0, and compare the ranks' adapters."
+    if self.ranks.n==1: return
+    import hashlib
+    h,rng = hashlib.sha256(),folder/f'rng_state_{self.ranks.rank}.pth'
+    for p in self.trainer.model.parameters():
+        if p.requires_grad: h.update(p.detach().cpu().numpy().tobytes())
+    seen = self.ranks.gather((rng.name, rng.read_bytes(), h.hexdigest()))
+    for name,state,digest in seen:
+        if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
+        (folder/name).write_bytes(state) # those of other machines aren't here
+
 def resubmit_command(
     cfg:TrainConfig, # Options
 )->str: # For a shell
@@ -2216,13 +2431,15 @@ def resubmit_command(
 def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
     cfg,until = self.cfg,self.patience(1800)
-    if not self.publisher.close(until):
+    if self.publisher and not self.publisher.close(until):
         raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
     self.deadline.idle = True # all there is lies on the Hub
-    if self.step<self.total or self.deadline.due():
+    if self.ranks.any(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
         return RESUBMIT
     self.measure_held_out('after', self.step)
+    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    if not self.ranks.first: return COMPLETE
     publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until)
     self.deadline.idle = False
     try: patiently(lambda: self.checkpoints.branch.api.super_squash_history(cfg.hub_model_id, branch='checkpoints'), 'squashing', self.patience(60))
@@ -2239,6 +2456,7 @@ def explain_error(
     chain = [e]
     while chain[-1].__cause__ or chain[-1].__context__: chain.append(chain[-1].__cause__ or chain[-1].__context__)
     said = ' '.join(map(str, chain))
+    if any(map(lost_rank, chain)): return UserError(f"{LOST}: run the same command again, on every machine of the job")
     if isinstance(e, UserError): return e
     if isinstance(e, torch.OutOfMemoryError):
         first = "set GRADIENT_CHECKPOINTING=1, or " if not cfg.gradient_checkpointing else ""
@@ -2268,33 +2486,37 @@ def run_job(
     job,code = Job(cfg),1
     try:
         for _ in range(2):
-            job.restore(); quiet_libraries(); job.build()
-            if not job.checkpoints.branch.moved(): break # the last commit of a job that was killed may land after it
+            job.find_run(); quiet_libraries()
+            with job.ranks.turns(): job.build()
+            if not job.ranks.share(job.ranks.first and job.checkpoints.branch.moved()): break # the last commit of a job that was killed may land after it
         job.begin()
         log.info(f"continuing after step {job.step} of {job.total}" if job.resume_from else "starting at step 0")
+        job.change_ranks()
         job.trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
         code = job.finish()
-    except Stopped:
-        code = RESUBMIT
-        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command(cfg)}` (exit code {code})")
+        job.deadline.idle = False
+    except Stopped: code = RESUBMIT; raise
     except Exception as e:
         job.salvage()
         raise explain_error(e, cfg) from e
     finally:
         if job.wandb: job.wandb.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code)
-    return code
+    return job.ranks.share(code) # all end together
 
 def main():
     "The job as a command: flags and environment in, exit code out."
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # read when torch loads: threads that spin are ten times slower on a CPU with other work
     setup_logging()
-    try: code = run_job(read_config())
-    except UserError as e:
-        log.error(f"error: {e}")
-        code = 1
-    except Exception:
-        print(mask_secrets(traceback.format_exc()), flush=True)
-        code = 1
+    code = 1
+    try:
+        cfg = read_config()
+        code = launch_ranks() if needs_launch() else run_job(cfg)
+    except Stopped:
+        code = RESUBMIT
+        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command(cfg)}` (exit code {code})")
+    except UserError as e: report_error(mask_secrets(str(e)))
+    except KeyboardInterrupt: report_error("ended by SIGINT: run the same command again to continue")
+    except Exception: print(mask_secrets(traceback.format_exc()), flush=True)
     logging.shutdown(); sys.stdout.flush()
     os._exit(code) # the threads of an upload that hangs would hold `sys.exit`
 
