@@ -353,7 +353,7 @@ class ForkedJob:
             time.sleep(.01)
         return self.code
 
-# %% ../nbs/08_rehearse.ipynb #19e6662a
+# %% ../nbs/08_rehearse.ipynb #37ef9848
 PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=2, LORA_DROPOUT=.1, GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=4, SAMPLE_STEPS=0, REPORT_TO='none')
 FAULTS = (dict(match='POST .*/commit/', kind='500'), dict(match='POST .*/commit/', kind='429', seconds=0), dict(match='POST .*/commit/', kind='lost_answer'),
           dict(match='POST .*/commit/', kind='reset'), dict(match='POST .*/commit/', kind='hang', seconds=2), dict(match='POST .*/commit/', kind='kill'),
@@ -380,7 +380,7 @@ def hub_state(
     "What is on the Hub, every file held against its manifest."
     try: files = hub.files(repo, 'checkpoints')
     except Exception: return [] # nothing yet
-    steps = sorted({int(f.split('/')[0].split('-')[1]) for f in files if '/' in f})
+    steps = sorted({int(f.split('/')[0].split('-')[1]) for f in files if f.startswith('checkpoint-')})
     for s in steps:
         m = json.loads(hub.path(repo, f'checkpoint-{s}/manifest.json', 'checkpoints').read_text())
         bad = [n for n,f in m['files'].items() if hub.path(repo, f'checkpoint-{s}/{n}', 'checkpoints').name!=f['sha256']] # the store names files by their sha256
@@ -481,7 +481,7 @@ def prove(
     return res | dict(out=str(out), steps=steps, kills=len(struck), where={k:struck.count(k) for k in ('start','step','save','commit')}, faults={k:sum(s['fault']==k for s in seen) for k in sorted({s['fault'] for s in seen}-{''})},
                       attempts=seen, published=published, took=time.time()-t0)
 
-# %% ../nbs/08_rehearse.ipynb #5964c59a
+# %% ../nbs/08_rehearse.ipynb #cc6c063e
 def batches_of(
     files:list, # That forked jobs have written
 )->dict: # (step, number in the step) → the digests of what was trained on there, over all attempts
@@ -500,7 +500,7 @@ def compare_runs(
 )->dict: # Largest differences, and how much was compared
     "Hold two finished runs against each other."
     from safetensors.torch import load_file
-    last = lambda r: max(int(f.split('/')[0].split('-')[1]) for f in hub.files(r, 'checkpoints') if '/' in f)
+    last = lambda r: max(int(f.split('/')[0].split('-')[1]) for f in hub.files(r, 'checkpoints') if f.startswith('checkpoint-'))
     state = lambda r: json.loads(hub.path(r, f'checkpoint-{last(r)}/trainer_state.json', 'checkpoints').read_text())
     loss = lambda r: {h['step']:h['loss'] for h in state(r)['log_history'] if 'loss' in h}
     x,y = (load_file(hub.path(r, 'adapter_model.safetensors')) for r in (a,b))
