@@ -425,7 +425,7 @@ def _interrupted(e):
     "Did it begin with Ctrl-C? (A pool of workers turns that into an error of its own.)"
     return e is not None and (isinstance(e, KeyboardInterrupt) or _interrupted(e.__context__))
 
-# %% ../nbs/00c_build.ipynb #082e1fdb
+# %% ../nbs/00c_build.ipynb #1ac56b58
 @call_parse
 @delegates(Build)
 def data_cli(
@@ -452,4 +452,5 @@ def data_cli(
     except BaseException as e:
         if _interrupted(e): sys.exit("phoque_data: stopped; the same command goes on after the last finished step")
         if isinstance(e, (ValueError, OSError)): sys.exit(f"phoque_data: {' '.join(str(e).split())}")
+        if isinstance(e, getattr(sys.modules.get('duckdb'), 'Error', ())): sys.exit(f"phoque_data: {str(e).splitlines()[0]}: make room in {b.work}, or build the source in parts with --append")
         raise
