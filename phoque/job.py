@@ -422,7 +422,7 @@ def finish(self:Job)->int: # Exit code
     log.info(f"complete: the adapter is at {cfg.hub_model_id}")
     return COMPLETE
 
-# %% ../nbs/06_job.ipynb #e4558ea7
+# %% ../nbs/06_job.ipynb #5dc4f6e5
 def explain_error(
     e:Exception, # What ended the run
     cfg:TrainConfig, # Options
@@ -438,7 +438,7 @@ def explain_error(
         first = "set GRADIENT_CHECKPOINTING=1, or " if not cfg.gradient_checkpointing else ""
         return UserError(f"out of GPU memory: {first}begin again with FRESH_START=1 and a lower PER_DEVICE_TRAIN_BATCH_SIZE (now {cfg.per_device_train_batch_size}; "
                          f"raise GRADIENT_ACCUMULATION_STEPS as much) or MAX_LENGTH (now {cfg.max_length})")
-    if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed')):
+    if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
         free = shutil.disk_usage(cfg.output_dir).free
         return UserError(f"OUTPUT_DIR {Path(cfg.output_dir).resolve()}: its disk is full ({free/2**20:,.0f} MiB free): make room, or choose another folder")
     if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
