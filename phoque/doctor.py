@@ -12,7 +12,7 @@ from .job import load_chats
 from .submit import job_pins, project_root
 
 # %% auto #0
-__all__ = ['finding', 'check_pins', 'check_gpu', 'check_machine', 'check_accounts', 'check_dataset', 'check_model', 'doctor_cli']
+__all__ = ['finding', 'check_pins', 'check_gpu', 'check_machine', 'check_accounts', 'audit_dataset', 'audit_model', 'doctor_cli']
 
 # %% ../nbs/07d_doctor.ipynb #f6b9de6b
 def finding(
@@ -72,8 +72,8 @@ def check_accounts()->list: # Findings
     role = me['auth']['accessToken']['role']
     return [finding('HF_TOKEN', f"{me['name']}, {role}", role!='read', 'make one with write access: https://huggingface.co/settings/tokens'), wandb]
 
-# %% ../nbs/07d_doctor.ipynb #a65fc6ca
-def check_dataset(
+# %% ../nbs/07d_doctor.ipynb #e672f8ee
+def audit_dataset(
     repo:str, # Hub dataset
     tok, # From `load_tokenizer`
     max_length:int=2048, # Tokens of a row
@@ -83,7 +83,7 @@ def check_dataset(
     report = encode_dataset(ds['train'], tok, max_length)[1]
     return [finding('dataset', f'{repo} at {commit[:8]}'), *(finding(k.replace('_', ' '), f'{v:,}') for k,v in report.items())]
 
-def check_model(
+def audit_model(
     base:dict, # From `resolve_base`
     tok, # Its tokenizer
     load_in_4bit:bool=True, # NF4 with double quantisation?
@@ -94,7 +94,7 @@ def check_model(
     return [finding('model', f"{base['id']} at {(base['revision'] or 'no commit')[:8]}"),
             *(finding(r['what'], r['actual'], r['ok']!=False, f"should be {r['asked']}: no run trains this model as asked") for r in rows)]
 
-# %% ../nbs/07d_doctor.ipynb #4ab42680
+# %% ../nbs/07d_doctor.ipynb #6ea87fad
 @call_parse
 def doctor_cli(
     base_model:str='', # Hub id or folder of a model to audit as well
@@ -109,7 +109,7 @@ def doctor_cli(
         if base_model:
             base = resolve_base(base_model)
             tok = load_tokenizer(base['id'], base['revision'])
-            rows += check_model(base, tok) + (check_dataset(dataset_repo, tok, max_length) if dataset_repo else [])
+            rows += audit_model(base, tok) + (audit_dataset(dataset_repo, tok, max_length) if dataset_repo else [])
     except UserError as e: sys.exit(f'phoque_doctor: {e}')
     print(text_table(rows))
     sys.exit(int(any(r['ok'] is False for r in rows)))

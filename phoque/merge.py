@@ -11,8 +11,8 @@ from .model_qlora import log
 # %% auto #0
 __all__ = ['read_header', 'local_folder', 'read_base', 'LoraAdapter', 'bare_name', 'merge_plan', 'delta_weight', 'check_weight',
            'merge_shard', 'dithered', 'nf4_round', 'side_files', 'check_room', 'merge_adapters', 'merge_adapter',
-           'load_plain', 'load_adapted', 'set_weights', 'prompt_ids', 'prompt_logits', 'compare_logits', 'fidelity',
-           'check_fidelity']
+           'load_plain', 'load_adapted', 'set_weights', 'prompt_ids', 'prompt_logits', 'perplexity', 'compare_logits',
+           'fidelity', 'check_fidelity']
 
 # %% ../nbs/05_merge.ipynb #c568ff18
 def read_header(
@@ -391,7 +391,7 @@ def prompt_ids(
         return tok.apply_chat_template(p, add_generation_prompt=p[-1]['role']!='assistant', return_dict=True)['input_ids']
     return [enc(p) for p in prompts]
 
-# %% ../nbs/05_merge.ipynb #45bddaab
+# %% ../nbs/05_merge.ipynb #6a64a37e
 def prompt_logits(
     model, # Model
     ids:list, # Lists of token ids
@@ -399,6 +399,15 @@ def prompt_logits(
     "Logits of texts, one after the other."
     import torch
     with torch.inference_mode(): return [model(input_ids=torch.tensor([i], device=model.device)).logits[0].float().cpu() for i in ids]
+
+def perplexity(
+    model, # Model
+    ids:list, # Lists of token ids
+)->float: # exp of the mean loss a token
+    "Perplexity of texts."
+    import torch
+    loss = [torch.nn.functional.cross_entropy(l[:-1], torch.tensor(i[1:]), reduction='sum').item() for l,i in zip(prompt_logits(model,ids),ids)]
+    return math.exp(sum(loss)/sum(len(i)-1 for i in ids))
 
 def _stops(model, ids, n): # share of greedy answers that end before `n` tokens
     import torch

@@ -2410,11 +2410,8 @@ def change_ranks(self:Job):
 def collect(self:Job, folder, step):
     "Bring every rank's random state to rank 0, and compare the ranks' adapters."
     if self.ranks.n==1: return
-    import hashlib
-    h,rng = hashlib.sha256(),folder/f'rng_state_{self.ranks.rank}.pth'
-    for p in self.trainer.model.parameters():
-        if p.requires_grad: h.update(p.detach().cpu().numpy().tobytes())
-    seen = self.ranks.gather((rng.name, rng.read_bytes(), h.hexdigest()))
+    rng = folder/f'rng_state_{self.ranks.rank}.pth'
+    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash({n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad})))
     for name,state,digest in seen:
         if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
