@@ -89,7 +89,7 @@ def unsloth_trainer(base, talk, rows, max_length, steps, out):
 
 SIDES = dict(seed=seed_trainer, trl=trl_trainer, unsloth=unsloth_trainer, phoque=phoque_trainer)
 
-# %% ../nbs/09_benchmark.ipynb #d594853c
+# %% ../nbs/09_benchmark.ipynb #d53ff9d2
 def product_speed()->float: # Operations a second
     "What a large bf16 product reaches on this machine."
     import torch
@@ -114,6 +114,7 @@ def step_seconds(
     trainer.add_callback(Clock()); trainer.train()
     return [b-a for a,b in zip(ends[warm-1:], ends[warm:])]
 
+# %% ../nbs/09_benchmark.ipynb #25b37f1f
 def bench_side(
     side:str, # Name in `SIDES`
     base:dict, # From `bench_base`

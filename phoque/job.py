@@ -97,7 +97,7 @@ def changed_options(
     own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',*leave)}
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
-# %% ../nbs/06_job.ipynb #46ed50f5
+# %% ../nbs/06_job.ipynb #5a03e40c
 CARD = """---
 base_model: {base[id]}
 base_model_relation: adapter
@@ -143,6 +143,7 @@ def adapter_card(
     at = f'revision="{base["revision"]}", ' if base['revision'] else ''
     return CARD.format(repo=cfg.hub_model_id, base=base, at=at, license=LICENSE_FIELDS, dataset=cfg.dataset_repo, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
 
+# %% ../nbs/06_job.ipynb #bda6c11c
 def publish_adapter(
     cfg:TrainConfig, # Options
     model, # Trained `PeftModel`
@@ -192,7 +193,7 @@ class Job:
         else: self.run = dict(id=uuid.uuid4().hex[:8], repo=cfg.hub_model_id, identity=identity, base=base, dataset_revision=None, seconds=[])
         self.step = m['step'] if m else 0
 
-# %% ../nbs/06_job.ipynb #282314d1
+# %% ../nbs/06_job.ipynb #65b114f8
 from fastcore.basics import patch
 
 @patch
@@ -222,6 +223,7 @@ def build(self:Job):
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
     if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: %d × %d rows each" % share_batch(cfg, self.ranks.n))
 
+# %% ../nbs/06_job.ipynb #9c3763b8
 @patch
 def begin(self:Job):
     "The publisher, W&B and the sampler, on rank 0."
@@ -277,7 +279,7 @@ def prune(self:Job):
         p = Path(self.cfg.output_dir)/f'checkpoint-{s}'
         if p not in self.publisher.pending: shutil.rmtree(p, ignore_errors=True)
 
-# %% ../nbs/06_job.ipynb #5127cee8
+# %% ../nbs/06_job.ipynb #83d4db24
 @patch
 def log_metrics(self:Job,
     step:int, # Optimizer steps done
@@ -299,6 +301,7 @@ def on_start(self:Job, model, step):
 def diverged(self:Job, what, step):
     return UserError(f"{what} at step {step}: begin again with FRESH_START=1 and a lower LEARNING_RATE (now {self.cfg.learning_rate}); nothing of this state was published")
 
+# %% ../nbs/06_job.ipynb #51c73a7a
 @patch
 def on_log(self:Job, step, metrics):
     if 'loss' not in metrics: return
@@ -311,6 +314,7 @@ def on_log(self:Job, step, metrics):
     self.log_metrics(step, {f'train/{k}':v for k,v in m.items()})
     if self.ranks.first and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
+# %% ../nbs/06_job.ipynb #abfa90ae
 @patch
 def on_step(self:Job, model, step):
     self.step,control = step,self.trainer.control
@@ -419,7 +423,7 @@ def finish(self:Job)->int: # Exit code
     log.info(f"complete: the adapter is at {cfg.hub_model_id}")
     return COMPLETE
 
-# %% ../nbs/06_job.ipynb #5dc4f6e5
+# %% ../nbs/06_job.ipynb #15beb6e8
 def explain_error(
     e:Exception, # What ended the run
     cfg:TrainConfig, # Options
@@ -441,6 +445,7 @@ def explain_error(
     if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
     return e
 
+# %% ../nbs/06_job.ipynb #d8ca4c10
 @patch
 def salvage(self:Job):
     "Publish what was saved before an error, and say where the run stands."
@@ -451,6 +456,7 @@ def salvage(self:Job):
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
     if (more := local_steps(self.cfg.output_dir)) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
 
+# %% ../nbs/06_job.ipynb #53b895d6
 def run_job(
     cfg:TrainConfig, # Options
 )->int: # Exit code: 0 complete, 75 resubmit

@@ -614,7 +614,7 @@ def sanity_line(
         nll = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0,:-1].float(), ids[0,1:], reduction='none')[mask[0,1:]==1].mean()
     return tok.decode(out[0, p.shape[1]:], skip_special_tokens=True),nll.exp().item()
 
-# %% ../nbs/01_model_qlora.ipynb #a122d05b
+# %% ../nbs/01_model_qlora.ipynb #529da1ce
 def audit(
     model, # From `add_lora`
     tok, # From `load_tokenizer`
@@ -649,6 +649,7 @@ def audit(
     if ask: facts['it says'] = '{!r}; perplexity of the right answer {:,.1f}'.format(*sanity_line(model, tok))
     return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows] + [dict(what=w, asked='', actual=b, ok='') for w,b in facts.items()]
 
+# %% ../nbs/01_model_qlora.ipynb #02db4c5b
 def check_audit(
     rows:list, # From `audit`
 ):
@@ -656,7 +657,7 @@ def check_audit(
     if bad := [r for r in rows if r['ok'] is False]:
         raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
 
-# %% ../nbs/01_model_qlora.ipynb #043b5e87
+# %% ../nbs/01_model_qlora.ipynb #a6db4222
 SUCCESSOR_SHAPE = dict(hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     vocab_size=131072, tie_word_embeddings=True) # of SUCCESSOR, for a plan before anything is downloaded
 HEAD_LOGITS = 2**27 # the head takes so many at a time
@@ -666,6 +667,7 @@ def _bare_model(config): # A language model on the meta device, which has shapes
     from transformers import AutoModelForCausalLM
     with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
 
+# %% ../nbs/01_model_qlora.ipynb #4064ca90
 def memory_plan(
     config, # Of the base model, from `AutoConfig`
     per_device_train_batch_size:int=4, # Packed rows a GPU takes at once

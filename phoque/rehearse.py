@@ -509,7 +509,7 @@ def compare_runs(
                 losses=max(abs(la.get(k, 9e9)-lb.get(k, 9e9)) for k in {*la, *lb}), n_losses=len(la),
                 batches=sum(bb.get(k)!=v for k,v in ba.items())+len({*bb}-{*ba}), n_batches=len(ba))
 
-# %% ../nbs/08_rehearse.ipynb #3ba0af98
+# %% ../nbs/08_rehearse.ipynb #fa16847c
 def proof_table(
     p:dict, # From `prove`
 )->list: # Rows of `compared`, `over`, `max |Δ|`
@@ -520,6 +520,7 @@ def proof_table(
             {'compared':'kills', 'over':' · '.join(f'{v} in a {k}' for k,v in p['where'].items()), 'max |Δ|':f"{p['kills']} in all"},
             {'compared':'faults', 'over':' · '.join(f'{v} {k}' for k,v in p['faults'].items()) or 'none', 'max |Δ|':f"{again} steps trained twice"}]
 
+# %% ../nbs/08_rehearse.ipynb #d8967d06
 def plot_proof(
     p:dict, # From `prove`
 ): # matplotlib figure
@@ -535,6 +536,7 @@ def plot_proof(
     ax.set(xlabel='optimizer step', ylabel='attempt', yticks=[], xlim=(-.5, p['steps']+.5)); ax.legend(frameon=False, loc='upper right'); ax.spines[['top','right']].set_visible(False)
     return fig
 
+# %% ../nbs/08_rehearse.ipynb #44949c51
 def proof_verdict(
     p:dict, # From `prove`
 )->str: # One sentence

@@ -278,7 +278,7 @@ class Sampler:
         if self.share>=1 or not self.pace: return self.max_new_tokens
         return max(0, int(min(self.max_new_tokens, (self.share*seconds-self.spent)/self.pace)))
 
-# %% ../nbs/04_sample.ipynb #92e57386
+# %% ../nbs/04_sample.ipynb #2921b4f4
 from fastcore.basics import patch
 
 @patch
@@ -298,6 +298,7 @@ def rows(self:Sampler, tok, step, replies, n):
     scores = self.scorer.score([r[k] for k in ('response','base_response') for r in rows]).tolist()
     return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, scores, scores[len(rows):])]
 
+# %% ../nbs/04_sample.ipynb #58c5576d
 @patch
 def __call__(self:Sampler,
     model, # In training, or not

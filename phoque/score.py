@@ -167,7 +167,7 @@ def eval_table(
     return [{'': r['name'], **{k.replace('_',' '): span(r, k) for k in ('expected_max_toxicity','toxicity_probability','mean_toxicity')},
              **{k.replace('_','-'): f"{r[k]:.{d}f}" for k,d in dict(perplexity=1, distinct_1=2, distinct_2=2, distinct_3=2).items()}} for r in rows]
 
-# %% ../nbs/04a_score.ipynb #2c4c9f89
+# %% ../nbs/04a_score.ipynb #1431d98a
 def adapter_hash(
     model, # `PeftModel`
 )->str: # sha256
@@ -185,6 +185,7 @@ def load_voice(
     quiet_libraries()
     return load_adapted(base, [(adapter,1.)]),load_tokenizer(base)
 
+# %% ../nbs/04a_score.ipynb #5cfe93e0
 @call_parse
 def eval_cli(
     base:str='', # Base model: folder or Hub id; required

@@ -109,7 +109,7 @@ def read_jsonl(
     try: return [json.loads(l) for l in Path(path).read_text().splitlines()]
     except OSError as e: raise UserError(f"{path}: {e.strerror}: give a file that phoque_simulate has written") from None
 
-# %% ../nbs/04b_simulate.ipynb #7be0c28d
+# %% ../nbs/04b_simulate.ipynb #bb43e833
 def http_moderator(
     url:str, # Takes a POST of JSON with `thread`, `speaker`, `t`, `text`; answers with `flagged` or `score`
     timeout:float=10.0, # Seconds to wait for an answer
@@ -142,6 +142,7 @@ def replay(
     return dict(confusion=table, tp=cell[True,True], fn=cell[True,False], fp=cell[False,True], tn=cell[False,False], recall=share(cell[True,True], cell[True,False]),
         false_positive_rate=share(cell[False,True], cell[False,False]), precision=share(cell[True,True], cell[False,True]), detection=time_to_detection(seen))
 
+# %% ../nbs/04b_simulate.ipynb #a9a10eeb
 def time_to_detection(
     seen:list[dict], # Messages with `hostile` and `flagged`
 )->dict: # Over threads with something to find

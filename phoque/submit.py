@@ -291,7 +291,7 @@ def show_plan(
     "A plan as text."
     return '\n'.join(text_table([{'':k, ' ':v} for k,v in plan.items()]).splitlines()[1:])
 
-# %% ../nbs/07_submit.ipynb #bf6fb89d
+# %% ../nbs/07_submit.ipynb #332a0cc3
 def run_memory(
     c:TrainConfig, # The run
 )->float: # GiB at the peak, with half a GiB for CUDA itself; None where the base model's config can't be read
@@ -314,6 +314,7 @@ def measured_speed(
     like = [s for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(c.per_device_train_batch_size,c.max_length)]
     return like[0]['tokens_per_second'] if like else 0.
 
+# %% ../nbs/07_submit.ipynb #e1c0ff94
 def run_plan(
     c:TrainConfig, # The run
     flavor:str=JOB_FLAVOR, # Machine

@@ -67,7 +67,7 @@ class TrainConfig:
 
     def __repr__(self): return '\n'.join(f'{k}={v!r}' for k,v in self.asdict().items())
 
-# %% ../nbs/02_train.ipynb #44e34e0b
+# %% ../nbs/02_train.ipynb #251171a6
 def options()->dict: # name → `docment`, `anno` (type), `default`
     "The options of `TrainConfig`, as read from its source."
     return {k:v for k,v in docments(TrainConfig.__init__, full=True).items() if k not in ('self','return')}
@@ -84,6 +84,7 @@ def env_options(
         except ValueError: raise UserError(f"{k.upper()}: must be {'0 or 1' if kind is bool else f'of type {kind.__name__}'}, got {v!r}: correct it or unset it") from None
     return res
 
+# %% ../nbs/02_train.ipynb #70434b9a
 def read_config(
     argv:list=None, # Flags; `sys.argv[1:]` where None
     env:dict=None, # Environment; `os.environ` where None
@@ -233,7 +234,7 @@ def compile_layers(
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
-# %% ../nbs/02_train.ipynb #ce05fe3a
+# %% ../nbs/02_train.ipynb #1657006c
 def _trainer_class():
     import torch, trl
     from concurrent.futures import ThreadPoolExecutor
@@ -270,6 +271,7 @@ def _trainer_class():
         def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
     return Trainer
 
+# %% ../nbs/02_train.ipynb #ca83ea76
 def make_trainer(
     cfg:TrainConfig, # Of the run
     model, # From `add_lora`
