@@ -9,10 +9,10 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'cache_folder', 'smollm2',
-           'say_line', 'Stage', 'clean_env', 'rehearse', 'compare_replies', 'plot_rehearsal', 'held_out',
-           'where_time_went', 'html_table', 'write_report', 'verdict', 'rehearse_cli', 'serve_forks', 'WarmJobs',
-           'ForkedJob', 'tiny_model', 'hub_state', 'Killer', 'prove', 'batches_of', 'compare_runs', 'proof_table',
-           'plot_proof', 'proof_verdict', 'prove_cli', 'wandb_records']
+           'interpret_bf16', 'say_line', 'Stage', 'clean_env', 'rehearse', 'compare_replies', 'plot_rehearsal',
+           'held_out', 'where_time_went', 'html_table', 'write_report', 'verdict', 'rehearse_cli', 'serve_forks',
+           'WarmJobs', 'ForkedJob', 'tiny_model', 'hub_state', 'Killer', 'prove', 'batches_of', 'compare_runs',
+           'proof_table', 'plot_proof', 'proof_verdict', 'prove_cli', 'wandb_records']
 
 # %% ../nbs/08_rehearse.ipynb #3e9af119
 def cache_folder()->Path: # `$XDG_CACHE_HOME/phoque`, or `~/.cache/phoque`
@@ -46,6 +46,21 @@ def smollm2(
         model.save_pretrained(tmp); tok.save_pretrained(tmp)
         shutil.rmtree(dest, ignore_errors=True); tmp.rename(dest)
     return str(dest)
+
+# %% ../nbs/08_rehearse.ipynb #1a14bc83
+def interpret_bf16():
+    "Teach Triton's interpreter to multiply bf16, and to round to the nearest one."
+    import numpy as np, triton.language as tl
+    from triton.runtime import interpreter as I
+    convert,dot = I._convert_float,I.InterpreterBuilder.create_dot
+    def nearest(x, a, b, mode):
+        if (a,b)==(tl.bfloat16,tl.float32): return x.astype(np.uint32)<<16
+        if (a,b)!=(tl.float32,tl.bfloat16): return convert(x, a, b, mode)
+        u = np.ascontiguousarray(x).view(np.uint32)
+        return ((u+0x7fff+((u>>16)&1))>>16).astype(np.uint16)
+    def widen(h): return I.TensorHandle((h.data.astype(np.uint32)<<16).view(np.float32), tl.float32) if h.dtype.scalar==tl.bfloat16 else h
+    I._convert_float = nearest
+    I.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
 
 # %% ../nbs/08_rehearse.ipynb #aefd0cf4
 import re, sys, json, time, signal, subprocess

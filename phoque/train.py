@@ -11,8 +11,9 @@ from fastcore.basics import store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, undisturbed
-from .fast import group_lora, add_supervised_head
+from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, memory_plan, undisturbed
+from .kernels import attention_tiles
+from .fast import fast_layers, keep_weights, add_supervised_head
 
 # %% auto #0
 __all__ = ['STEP_LINE', 'TrainConfig', 'options', 'env_options', 'read_config', 'check_config', 'pack_lengths', 'pack_dataset',
@@ -33,7 +34,7 @@ class TrainConfig:
         max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have
         per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
         gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows
-        torch_compile:bool=True, # Compile the decoder's layers? (on CUDA only)
+        torch_compile:bool=True, # Compile layers that our own kernels can't take? (on CUDA only)
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
         learning_rate:float=2e-4, # Peak, after the warm-up
@@ -173,6 +174,7 @@ def collate_packed(
     max_length:int, # Every batch has this width, so that compiled code sees one shape
     pad_id:int, # Token that fills up a row
     max_docs:int=0, # Most documents in a row; if given, the flash kernel's list of document starts is made, always equally long
+    tiles:bool=False, # Make the list of tiles for `attend`?
 )->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); `supervised` positions in the flattened batch and their `targets`
     "Stack packed rows; what fills a row up is one more document, without labels."
     import torch
@@ -183,6 +185,7 @@ def collate_packed(
     follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten() # a position is asked for the token after it
     batch['supervised'] = (follows!=-100).nonzero()[:,0]
     batch['targets'] = follows[batch['supervised']]
+    if tiles: batch['tiles'] = torch.tensor(attention_tiles([n for d in docs for n in d]), dtype=torch.int32)
     if not max_docs: return batch
     starts = list(accumulate((n for d in docs for n in d), initial=0))
     starts += starts[-1:]*(len(rows)*(max_docs+1)+1-len(starts)) # empty documents at the end
@@ -287,10 +290,10 @@ def make_trainer(
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     at_once,often = share_batch(cfg, ranks)
-    varlen = model.config.get_text_config()._attn_implementation=='varlen'
-    max_docs = max(map(len, packed['seq_lengths'])) if varlen else 0
-    if cuda and cfg.load_in_4bit and not cfg.lora_dropout: group_lora(model)
-    if cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
+    stack,varlen = fast_layers(model, cfg.max_length, cfg.gradient_checkpointing),model.config.get_text_config()._attn_implementation=='varlen'
+    max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
+    if stack: keep_weights(stack, memory_plan(model.config, at_once, cfg.max_length, cfg.gradient_checkpointing, cfg.optim, lora_r=cfg.lora_r)['peak'])
+    elif cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
     steps = run_steps(cfg, len(packed))
     draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
@@ -301,10 +304,10 @@ def make_trainer(
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
     trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
-        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs), callbacks=[events_callback(events)])
+        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, tiles=bool(stack)), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    add_supervised_head(trainer.model.get_base_model())
+    add_supervised_head(trainer.model.get_base_model(), stack)
     if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
     return trainer
