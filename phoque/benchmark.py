@@ -77,7 +77,7 @@ def phoque_trainer(base, talk, rows, max_length, steps, out):
 # %% ../nbs/09_benchmark.ipynb #401ab998
 def unsloth_trainer(base, talk, rows, max_length, steps, out):
     "Unsloth with packing, without checkpointing."
-    from unsloth import FastLanguageModel # before TRL, which it changes
+    from unsloth import FastLanguageModel
     import torch
     from trl import SFTConfig, SFTTrainer
     model,tok = FastLanguageModel.from_pretrained(base['id'], max_seq_length=max_length, load_in_4bit=True, dtype=torch.bfloat16)
@@ -102,17 +102,24 @@ def product_speed()->float: # Operations a second
 def step_seconds(
     trainer, # Any side's
     warm:int=4, # First steps, which don't count
-)->list: # Seconds of each of the others
+)->tuple: # Seconds of each of the others, and what was compiled in them
     "Train, and time the steps."
     import torch
     from transformers import TrainerCallback
-    ends = []
+    from torch._dynamo.utils import counters
+    ends,kernels = [],[]
+    if torch.cuda.is_available():
+        from triton import knobs
+        knobs.runtime.jit_post_compile_hook = lambda **kw: kernels.append((len(ends), kw['repr']))
+    graphs = lambda: counters['stats']['unique_graphs']
+    before = []
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kw):
             if torch.cuda.is_available(): torch.cuda.synchronize()
             ends.append(time.perf_counter())
+            if len(ends)==warm: before.append(graphs())
     trainer.add_callback(Clock()); trainer.train()
-    return [b-a for a,b in zip(ends[warm-1:], ends[warm:])]
+    return [b-a for a,b in zip(ends[warm-1:], ends[warm:])],sum(n>=warm for n,_ in kernels)+graphs()-before[0]
 
 # %% ../nbs/09_benchmark.ipynb #25b37f1f
 def bench_side(
@@ -125,18 +132,19 @@ def bench_side(
     cap_gib:float=0, # Memory that it may take; 0 for all
 )->dict: # A row of the table
     "Measure one side in this process."
+    if side=='unsloth': import unsloth # before transformers, which it changes
     import statistics, tempfile, torch
     from transformers import AutoConfig
     cuda,cfg = torch.cuda.is_available(),AutoConfig.from_pretrained(base['id'])
     if cuda and cap_gib: torch.cuda.set_per_process_memory_fraction(cap_gib*2**30/torch.cuda.get_device_properties(0).total_memory)
     ds = bench_talk(talk, cfg.vocab_size, max_length)
     with tempfile.TemporaryDirectory() as out:
-        try: trainer,chats = SIDES[side](base, ds, rows, max_length, steps, out); seconds = step_seconds(trainer)
+        try: trainer,chats = SIDES[side](base, ds, rows, max_length, steps, out); seconds,compiled = step_seconds(trainer)
         except torch.OutOfMemoryError: return dict(side=side, rows=rows, fits=False)
     linear = sum(p.weight.numel() if not hasattr(p.weight, 'quant_state') else p.in_features*p.out_features for n,p in trainer.model.named_modules() if n.endswith('base_layer'))
     speed = chats*sum(map(len, ds['input_ids']))/len(ds)/statistics.median(seconds)
     return dict(side=side, rows=rows, fits=True, tokens_per_second=speed, ms=1000*statistics.median(seconds), fastest_ms=1000*min(seconds), share_of_limit=speed*4*linear/product_speed(),
-                peak_gib=torch.cuda.max_memory_allocated()/2**30 if cuda else None, recompiles=sum(torch._dynamo.utils.counters['recompiles'].values()))
+                peak_gib=torch.cuda.max_memory_allocated()/2**30 if cuda else None, compiled_late=compiled)
 
 # %% ../nbs/09_benchmark.ipynb #b8394bb0
 def bench_order(
@@ -193,8 +201,11 @@ def bench_cli(
             args = dict(side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib)
             p = subprocess.run([sys.executable, '-c', 'import sys, json; from phoque.benchmark import bench_side; print(json.dumps(bench_side(**json.loads(sys.argv[1]))))', json.dumps(args)],
                 capture_output=True, text=True)
-            if p.returncode: sys.exit(f"phoque_bench: {side} with {r} rows failed: {(p.stderr.strip().splitlines() or ['no message'])[-1]}")
+            if p.returncode:
+                print(f"{side} with {r} rows failed and is left out: {(p.stderr.strip().splitlines() or ['no message'])[-1]}", flush=True)
+                continue
             seen.append(json.loads(p.stdout.splitlines()[-1])); print(bench_table(seen[-1:]), flush=True)
+    if not seen: sys.exit("phoque_bench: no side could be measured: see above")
     Path(out).mkdir(exist_ok=True)
     result = dict(machine=machine, date=time.strftime('%Y-%m-%d'), python=platform.python_version(), torch=torch.__version__, max_length=max_length, steps=steps, seen=seen)
     (Path(out)/'benchmark.json').write_text(json.dumps(result, indent=1)); bench_picture(seen).savefig(Path(out)/'benchmark.png', dpi=120)

@@ -674,10 +674,10 @@ def memory_plan(
     max_length:int=2048, # Tokens of a row
     gradient_checkpointing:bool=False, # Recompute whole layers?
     optim:str='adamw_torch_fused', # Name in transformers
-    torch_compile:bool=True, # Are the layers compiled, at an activation budget of 0.7?
+    torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation?
     lora_r:int=16, # Rank of the adapter
-    lora_dropout:float=0.0, # With one, adapters don't ride on their bases' products
+    lora_dropout:float=0.0, # With one, or without NF4, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
 )->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
@@ -685,17 +685,20 @@ def memory_plan(
     import torch
     c,m = config.get_text_config(),_bare_model(config)
     linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
+    fast = load_in_4bit and not lora_dropout
     four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
-    load = four*(1/2+1/64+4/64/256+(0 if lora_dropout else 4/64)) + 2*(sum(p.numel() for p in m.parameters())-four)
+    load = four*(1/2+1/64+4/64/256+4/64*fast) + 2*(sum(p.numel() for p in m.parameters())-four)
     targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
     adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
     attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
+    ours = 4*h + attention + 4*f + 18*lora_r + 8
     lora = 2*lora_r*len(targets)/n_layers
     eager,compiled = 12*h+attention+8*f+lora, 4*h+attention+4*f+lora
     tokens = per_device_train_batch_size*max_length
-    acts = tokens*(eager+2*h*n_layers if gradient_checkpointing else (compiled if torch_compile else eager)*n_layers)
+    kept,again = (ours, ours+2*f+4*h) if fast else (compiled if torch_compile else eager, eager)
+    acts = tokens*(again+2*h*n_layers if gradient_checkpointing else kept*n_layers)
     sup = supervised*tokens
-    turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, tokens*10*f)
+    turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, 0 if fast else tokens*10*f)
     gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
     return {k:v/2**30 for k,v in gib.items()}
