@@ -13,7 +13,8 @@ from .train import TrainConfig, collate_packed, make_trainer, pack_dataset
 
 # %% auto #0
 __all__ = ['SIDES', 'bench_base', 'bench_talk', 'seed_trainer', 'trl_trainer', 'phoque_trainer', 'unsloth_trainer',
-           'product_speed', 'step_seconds', 'bench_side', 'bench_order', 'bench_table', 'bench_picture', 'bench_cli']
+           'product_speed', 'StepClock', 'step_seconds', 'bench_side', 'bench_order', 'bench_table', 'bench_picture',
+           'bench_cli']
 
 # %% ../nbs/09_benchmark.ipynb #94dde4ec
 def bench_base(
@@ -99,27 +100,42 @@ def product_speed()->float: # Operations a second
         t = time.perf_counter(); (a@a)[0,0].item(); times.append(time.perf_counter()-t)
     return 2*n**3/sorted(times)[3]
 
+class StepClock:
+    "What a trainer's steps take, without a wait in them."
+    def __init__(self): self.ends,self.kernels,self.graphs = [],[],[]
+
+    def end(self):
+        "A step is done, or will be when the GPU gets there."
+        import torch
+        from torch._dynamo.utils import counters
+        self.ends.append(torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else time.perf_counter())
+        if torch.cuda.is_available(): self.ends[-1].record()
+        self.graphs.append(counters['stats']['unique_graphs'])
+
+    def seconds(self,
+        warm:int, # First steps, which don't count
+    )->list: # Of each of the others
+        "Read the clock."
+        import torch
+        if not torch.cuda.is_available(): return [b-a for a,b in zip(self.ends[warm-1:], self.ends[warm:])]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b)/1000 for a,b in zip(self.ends[warm-1:], self.ends[warm:])]
+
 def step_seconds(
     trainer, # Any side's
     warm:int=4, # First steps, which don't count
-)->tuple: # Seconds of each of the others, and what was compiled in them
+)->tuple: # Seconds of each of the others, and how many graphs and kernels were compiled in them
     "Train, and time the steps."
     import torch
     from transformers import TrainerCallback
-    from torch._dynamo.utils import counters
-    ends,kernels = [],[]
+    clock = StepClock()
     if torch.cuda.is_available():
         from triton import knobs
-        knobs.runtime.jit_post_compile_hook = lambda **kw: kernels.append((len(ends), kw['repr']))
-    graphs = lambda: counters['stats']['unique_graphs']
-    before = []
+        knobs.runtime.jit_post_compile_hook = lambda **kw: clock.kernels.append(len(clock.ends))
     class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **kw):
-            if torch.cuda.is_available(): torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-            if len(ends)==warm: before.append(graphs())
+        def on_step_end(self, args, state, control, **kw): clock.end()
     trainer.add_callback(Clock()); trainer.train()
-    return [b-a for a,b in zip(ends[warm-1:], ends[warm:])],sum(n>=warm for n,_ in kernels)+graphs()-before[0]
+    return clock.seconds(warm),sum(n>=warm for n in clock.kernels)+clock.graphs[-1]-clock.graphs[warm-1]
 
 # %% ../nbs/09_benchmark.ipynb #25b37f1f
 def bench_side(
