@@ -10,8 +10,8 @@ from .model_qlora import HEAD_LOGITS, log
 from .kernels import add_norm, attend, attend_back, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0
-__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'why_not_fast', 'fast_layers',
-           'keep_weights', 'add_supervised_head']
+__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay', 'why_not_fast',
+           'fast_layers', 'keep_weights', 'add_supervised_head']
 
 # %% ../nbs/01b_fast.ipynb #771ed2dc
 def _mm32(a, b):
@@ -135,7 +135,7 @@ def forward(self:FastLayer,
     y, # What the layer before adds to it; None for nothing
     turn:tuple, # As for `rope`
     tiles, # As for `attend`
-    keep=None, # Rows that go on after attention; None for all
+    keep=None, # Rows that go on after attention, filled up with len(h) for none; None for all
 )->tuple: # Residual stream, what this layer adds to it, and what `backward` needs
     "Through attention and the MLP."
     x = self.qkv.room(len(h))
@@ -144,7 +144,7 @@ def forward(self:FastLayer,
     rope(qkv, turn, self.heads)
     o = self.o.room(len(h))
     lse = attend(qkv, o, tiles, self.heads, self.scale)
-    on,on_o = (h,o) if keep is None else (h.index_select(0, keep),o.index_select(0, keep))
+    on,on_o = (h,o) if keep is None else (t.index_select(0, keep.clamp(max=len(h)-1)) for t in (h,o))
     y,xa2 = self.o.forward(on_o)
     x = self.gu.room(len(y))
     on,rms2 = add_norm(on, y, self.norm2, x)
@@ -175,7 +175,7 @@ def backward(self:FastLayer,
     a3 = self.gu.grad_a(z, on, self.norm2.weight)
     d,b2,w = dh@self.o.weight(),self.o.grad_b(dh, xa2),self.o.width
     a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
-    if keep is not None: dh,d = (x.new_zeros(len(h), x.shape[1]).index_copy_(0, keep, x) for x in (dh,d))
+    if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
     dqkv = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
     b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
     if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
@@ -191,6 +191,7 @@ class Stack:
     ):
         scale = decoder.layers[0].self_attn.scaling
         self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
+        self.passes,self.replays = {},{}
         self.groups = [g for l in self.layers for g in l.groups]
         self.params = [p for g in self.groups for p in (*g.lora_a, *g.lora_b)]
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
@@ -216,15 +217,47 @@ class Stack:
             g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
             if g.kept is not None: unpack(g.packed, g.absmax, g.code, g.b, g.ends, g.kept, only_b=True)
 
-    def __call__(self,
-        h, # Embedded tokens, (rows, tokens, hidden)
-        position_ids, # Each document's from 0
+    def forward(self,
+        h, # Embedded tokens, (tokens, hidden)
+        cos, sin, scale, # From `turn`
         tiles, # From `attention_tiles`, an int32 tensor
-        keep, # Supervised rows of the flattened batch
-    ): # What enters the head, (supervised rows, hidden)
+        keep, # Supervised rows, filled up with len(h)
+    )->tuple: # What enters the head, (len(keep), hidden), and what `backward` needs
         "Through all layers and the last norm."
         import torch
-        with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), self.turn(h, position_ids), tiles, keep, *self.params)
+        self.lower()
+        y,saved = None,[]
+        for l in self.layers:
+            h,y,s = l.forward(h, y, (cos,sin,scale), tiles, keep if l is self.layers[-1] else None)
+            saved.append(s[0] if self.checkpoint else s)
+        x = torch.empty_like(h)
+        return x,[*saved, add_norm(h, y, self.norm, x)]
+
+    def backward(self,
+        saved:list, # From `forward`; used up
+        dx, # Gradient of what enters the head
+        cos, sin, scale, tiles, keep, # As in `forward`
+    )->list: # Gradients of `params`
+        "Back through the last norm and all layers."
+        import torch
+        (h,rms),none,grads,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],(cos,sin,scale)
+        dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
+        for l in reversed(self.layers):
+            s,on = saved.pop(),keep if l is self.layers[-1] else None
+            if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
+            dh,g = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
+            grads = g+grads
+        return grads
+
+    def __call__(self,
+        h, # Embedded tokens, (rows, tokens, hidden)
+        position_ids, # Each document's from 0, (rows, tokens)
+        tiles, # As in `forward`
+        keep, # As in `forward`
+    ): # What enters the head, with the adapter's gradients to come
+        "Let autograd pass."
+        import torch
+        with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
 
 # %% ../nbs/01b_fast.ipynb #7856ca0c
 @functools.cache
@@ -232,29 +265,55 @@ def _through():
     import torch
     class Through(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, stack, h, turn, tiles, keep, *params):
-            stack.lower()
-            y,ctx.saved = None,[]
-            for l in stack.layers:
-                h,y,saved = l.forward(h, y, turn, tiles, keep if l is stack.layers[-1] else None)
-                ctx.saved.append(saved[0] if stack.checkpoint else saved)
-            x = torch.empty_like(h)
-            ctx.last,ctx.rest = add_norm(h, y, stack.norm, x),(stack,turn,tiles,keep)
+        def forward(ctx, stack, *given):
+            ctx.rest = stack,given[:6],stack.replay(given[:6])
+            if ctx.rest[2]: return ctx.rest[2].forward(given[:6])
+            x,ctx.saved = stack.forward(*given[:6])
             return x
 
         @staticmethod
         def backward(ctx, dx):
-            (h,rms),(stack,turn,tiles,keep) = ctx.last,ctx.rest
-            none = dx.new_zeros(len(dx), 16)
-            dh,_ = norm_back(h, rms, stack.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
-            grads = []
-            for l in reversed(stack.layers):
-                saved,keep = ctx.saved.pop(),keep if l is stack.layers[-1] else None
-                if stack.checkpoint: saved = l.forward(saved, None, turn, tiles, keep)[2]
-                dh,g = l.backward(saved, dh, turn, tiles, keep, l is stack.layers[0])
-                grads = g+grads
-            return None,None,None,None,None,*grads
+            stack,given,replay = ctx.rest
+            grads = replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:])
+            return None,*[None]*6,*grads
     return Through
+
+# %% ../nbs/01b_fast.ipynb #6d0fc0d9
+class Replay:
+    "A stack's passes over one shape of batch, recorded."
+    def __init__(self,
+        stack:Stack, # That ran on such a batch before
+        given:tuple, # What its `forward` takes
+    ):
+        import torch
+        torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
+        self.given,self.sizes,pool = [t.clone() for t in given],[p.shape for p in stack.params],torch.cuda.graph_pool_handle()
+        self.there,self.back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.there, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
+        self.dx = torch.zeros_like(self.x)
+        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = torch.cat([g.flatten() for g in stack.backward(saved, self.dx, *self.given[1:])])
+
+    def forward(self, given):
+        "Forward, on these tensors."
+        for to,t in zip(self.given, given): to.copy_(t)
+        self.there.replay()
+        return self.x.clone()
+
+    def backward(self, dx):
+        "Back from there: gradients as parts of one new tensor."
+        self.dx.copy_(dx); self.back.replay()
+        return [g.view(s) for g,s in zip(self.grads.clone().split([s.numel() for s in self.sizes]), self.sizes)]
+
+@patch
+def replay(self:Stack,
+    given:tuple, # What `forward` takes
+)->Replay: # None while such a batch is new, or where there are no graphs
+    "The recorded passes for a batch of this shape."
+    if not given[0].is_cuda: return None
+    shape = tuple(t.shape for t in given)
+    self.passes[shape] = self.passes.get(shape, 0)+1
+    if self.passes[shape]==4: self.replays[shape] = Replay(self, given)
+    return self.replays.get(shape)
 
 # %% ../nbs/01b_fast.ipynb #e1faf663
 FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer')
@@ -317,9 +376,9 @@ def add_supervised_head(
     "Let `model(…, supervised=positions, targets=tokens)` return `supervised_nll` of those positions."
     own = model.forward
     @functools.wraps(type(model).forward)
-    def forward(self, *args, supervised=None, targets=None, tiles=None, **kwargs):
+    def forward(self, *args, supervised=None, targets=None, tiles=None, keep=None, **kwargs):
         if supervised is None: return own(*args, **kwargs)
-        if stack and self.training: rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, supervised)
+        if stack and self.training: rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)[:len(targets)]
         else: rows = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0,1)[supervised]
         return supervised_nll(rows, self.get_output_embeddings().weight, targets)
     model.forward = MethodType(forward, model)

@@ -12,13 +12,13 @@ from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
 from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, memory_plan, undisturbed
-from .kernels import attention_tiles
+from .kernels import TILE, attention_tiles
 from .fast import fast_layers, keep_weights, add_supervised_head
 
 # %% auto #0
 __all__ = ['STEP_LINE', 'TrainConfig', 'options', 'env_options', 'read_config', 'check_config', 'pack_lengths', 'pack_dataset',
-           'draw_order', 'collate_packed', 'run_steps', 'share_batch', 'events_callback', 'compile_layers',
-           'make_trainer', 'step_line', 'parse_step', 'held_out_loss']
+           'draw_order', 'collate_packed', 'run_steps', 'share_batch', 'most_supervised', 'events_callback',
+           'compile_layers', 'make_trainer', 'step_line', 'parse_step', 'held_out_loss']
 
 # %% ../nbs/02_train.ipynb #094ed8e2
 class TrainConfig:
@@ -174,18 +174,21 @@ def collate_packed(
     max_length:int, # Every batch has this width, so that compiled code sees one shape
     pad_id:int, # Token that fills up a row
     max_docs:int=0, # Most documents in a row; if given, the flash kernel's list of document starts is made, always equally long
-    tiles:bool=False, # Make the list of tiles for `attend`?
+    fill:tuple=None, # Tiles and supervised rows that a batch is filled up to; if given, `tiles` and `keep` for a `Stack` are made
 )->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); `supervised` positions in the flattened batch and their `targets`
     "Stack packed rows; what fills a row up is one more document, without labels."
     import torch
     from itertools import accumulate
-    fill = lambda k, v: torch.tensor([r[k]+[v]*(max_length-len(r[k])) for r in rows])
+    even = lambda k, v: torch.tensor([r[k]+[v]*(max_length-len(r[k])) for r in rows])
     docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
-    batch = dict(input_ids=fill('input_ids', pad_id), labels=fill('labels', -100), position_ids=torch.tensor([[i for n in d for i in range(n)] for d in docs]))
+    batch = dict(input_ids=even('input_ids', pad_id), labels=even('labels', -100), position_ids=torch.tensor([[i for n in d for i in range(n)] for d in docs]))
     follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten() # a position is asked for the token after it
     batch['supervised'] = (follows!=-100).nonzero()[:,0]
     batch['targets'] = follows[batch['supervised']]
-    if tiles: batch['tiles'] = torch.tensor(attention_tiles([n for d in docs for n in d]), dtype=torch.int32)
+    if fill:
+        tiles,keep = attention_tiles([n for d in docs for n in d]),batch['supervised']
+        batch['tiles'] = torch.tensor(tiles+[(0,0,0)]*(fill[0]-len(tiles)), dtype=torch.int32)
+        batch['keep'] = torch.nn.functional.pad(keep, (0,fill[1]-len(keep)), value=len(rows)*max_length)
     if not max_docs: return batch
     starts = list(accumulate((n for d in docs for n in d), initial=0))
     starts += starts[-1:]*(len(rows)*(max_docs+1)+1-len(starts)) # empty documents at the end
@@ -211,6 +214,17 @@ def share_batch(
     if rest: raise UserError(f"{at_once*often} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {at_once} × GRADIENT_ACCUMULATION_STEPS {often}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
     at_once = max(b for b in range(1, at_once+1) if each%b==0)
     return at_once,each//at_once
+
+# %% ../nbs/02_train.ipynb #7b81e6be
+def most_supervised(
+    packed, # From `pack_dataset`
+)->int: # At most all of the row
+    "The most supervised tokens that a row has."
+    import numpy as np
+    column = packed.with_format('arrow')[:]['labels'].combine_chunks()
+    ends,labels = column.offsets.to_numpy(),column.flatten().to_numpy()
+    counts = np.concatenate([[0], np.cumsum(labels!=-100)])
+    return int(np.diff(counts[ends]).max())
 
 # %% ../nbs/02_train.ipynb #be5119ca
 def events_callback(
@@ -291,8 +305,10 @@ def make_trainer(
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     at_once,often = share_batch(cfg, ranks)
     stack,varlen = fast_layers(model, cfg.max_length, cfg.gradient_checkpointing),model.config.get_text_config()._attn_implementation=='varlen'
-    max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
-    if stack: keep_weights(stack, memory_plan(model.config, at_once, cfg.max_length, cfg.gradient_checkpointing, cfg.optim, lora_r=cfg.lora_r)['peak'])
+    most,fill = max(map(len, packed['seq_lengths'])),None
+    if stack:
+        fill = at_once*(-(-cfg.max_length//TILE)+most+1),at_once*most_supervised(packed)
+        keep_weights(stack, memory_plan(model.config, at_once, cfg.max_length, cfg.gradient_checkpointing, cfg.optim, lora_r=cfg.lora_r)['peak'])
     elif cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
     steps = run_steps(cfg, len(packed))
     draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
@@ -304,7 +320,7 @@ def make_trainer(
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
     trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
-        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, tiles=bool(stack)), callbacks=[events_callback(events)])
+        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=most*(varlen and not stack), fill=fill), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
