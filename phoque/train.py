@@ -17,7 +17,7 @@ from .fast import fast_layers, keep_weights, add_supervised_head
 
 # %% auto #0
 __all__ = ['STEP_LINE', 'TrainConfig', 'options', 'env_options', 'read_config', 'check_config', 'pack_lengths', 'pack_dataset',
-           'draw_order', 'collate_packed', 'run_steps', 'share_batch', 'most_supervised', 'events_callback',
+           'draw_order', 'collate_packed', 'run_steps', 'share_batch', 'fill_sizes', 'events_callback',
            'compile_layers', 'make_trainer', 'step_line', 'parse_step', 'held_out_loss']
 
 # %% ../nbs/02_train.ipynb #094ed8e2
@@ -216,15 +216,20 @@ def share_batch(
     return at_once,each//at_once
 
 # %% ../nbs/02_train.ipynb #7b81e6be
-def most_supervised(
+def fill_sizes(
     packed, # From `pack_dataset`
-)->int: # At most all of the row
-    "The most supervised tokens that a row has."
+    order, # Rows in the order in which they are drawn
+    max_length:int, # Tokens of a row
+    at_once:int, # Rows of a batch
+)->tuple: # Tiles and supervised tokens of the batches that have most
+    "What batches are filled up to, for `collate_packed`."
     import numpy as np
-    column = packed.with_format('arrow')[:]['labels'].combine_chunks()
-    ends,labels = column.offsets.to_numpy(),column.flatten().to_numpy()
-    counts = np.concatenate([[0], np.cumsum(labels!=-100)])
-    return int(np.diff(counts[ends]).max())
+    cols = {k: packed.with_format('arrow')[:][k].combine_chunks() for k in ('labels','seq_lengths')}
+    (labels,first),(sizes,doc) = ((v.flatten().to_numpy(), v.offsets.to_numpy()[:-1]) for v in cols.values())
+    def per_row(v, starts): return np.add.reduceat(v, starts, dtype=np.int64)
+    rest = max_length-per_row(sizes, doc) # what fills a row up is a document, too
+    def most(counts): return int(per_row(counts[order], np.arange(0, len(order), at_once)).max())
+    return most(per_row(-(-sizes//TILE), doc) - -rest//TILE),most(per_row(labels!=-100, first)-(labels[first]!=-100))
 
 # %% ../nbs/02_train.ipynb #be5119ca
 def events_callback(
@@ -304,14 +309,14 @@ def make_trainer(
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     at_once,often = share_batch(cfg, ranks)
+    steps = run_steps(cfg, len(packed))
+    order = draw_order(len(packed), steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps, cfg.seed)
     stack,varlen = fast_layers(model, cfg.max_length, cfg.gradient_checkpointing),model.config.get_text_config()._attn_implementation=='varlen'
     most,fill = max(map(len, packed['seq_lengths'])),None
     if stack:
-        fill = at_once*(-(-cfg.max_length//TILE)+most+1),at_once*most_supervised(packed)
+        fill = fill_sizes(packed, order, cfg.max_length, at_once)
         keep_weights(stack, memory_plan(model.config, at_once, cfg.max_length, cfg.gradient_checkpointing, cfg.optim, lora_r=cfg.lora_r)['peak'])
     elif cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
-    steps = run_steps(cfg, len(packed))
-    draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
         gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=cfg.gradient_checkpointing,
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None, learning_rate=cfg.learning_rate,
@@ -319,7 +324,7 @@ def make_trainer(
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
-    trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
+    trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=most*(varlen and not stack), fill=fill), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
