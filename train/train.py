@@ -497,7 +497,8 @@ def load_model(
     base:dict, # As `resolve_base` gives it
     load_in_4bit:bool=True, # NF4 with double quantisation?
     attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
-): # Model on the GPU, or on the CPU where there is none
+    shard:bool=False, # Will ranks share it? (its 4 bits are then stored as bf16)
+): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
@@ -506,9 +507,11 @@ def load_model(
         cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
     except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
     if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
+    cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
     model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation,
-        quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if torch.cuda.is_available() else 'cpu'})
+        quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
 
@@ -670,21 +673,23 @@ def memory_plan(
     lora_dropout:float=0.0, # With one, adapters don't ride on their bases' products
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
+    shards:int=1, # Ranks that share the layers, by FSDP
 )->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
     "Predict the memory of a GPU in training."
     import torch
     c,m = config.get_text_config(),_bare_model(config)
     linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
     four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
-    load = four*(1/2+1/64+4/64/256+(0 if lora_dropout else 4/64)) + 2*(sum(p.numel() for p in m.parameters())-four)
+    layers = four*(1/2/shards + (1/c.num_hidden_layers if shards>1 else 0)) # its own part, and two layers that are together at a time
+    load = layers + four*(1/64+4/64/256+(0 if lora_dropout or shards>1 else 4/64)) + 2*(sum(p.numel() for p in m.parameters())-four)
     targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
-    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))
+    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))/shards
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
     attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
     lora = 2*lora_r*len(targets)/n_layers
     eager,compiled = 12*h+attention+8*f+lora, 4*h+attention+4*f+lora
     tokens = per_device_train_batch_size*max_length
-    acts = tokens*(eager+2*h*n_layers if gradient_checkpointing else (compiled if torch_compile else eager)*n_layers)
+    acts = tokens*(eager+2*h*n_layers if gradient_checkpointing else (compiled if torch_compile and shards==1 else eager)*n_layers)
     sup = supervised*tokens
     turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, tokens*10*f)
     gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
@@ -839,6 +844,98 @@ def add_supervised_head(
     model.forward = MethodType(forward, model)
 
 # ------------------------------------------------------------------------------
+# shard: A model that is too large for one GPU: each holds a part of it, and the layers come together one at a time
+# ------------------------------------------------------------------------------
+
+def shard_options(
+    shard:bool, # Is there something to shard, and ranks to share it?
+)->dict: # For `TrainingArguments`
+    "FSDP2 in transformers' words."
+    return dict(fsdp=True, fsdp_config=dict(version=2, reshard_after_forward=True)) if shard else {}
+
+def prepare_sharding(
+    device, # This rank's
+    model, # From `add_lora`
+):
+    "To be done before the trainer is made."
+    for m in (model.get_input_embeddings(), model.get_output_embeddings()): m.to(device)
+    if device.type=='cpu': _shard_on_cpu(model)
+
+def _shard_on_cpu(model): # for rehearsals: accelerate shards over GPUs only, and bitsandbytes repacks weights in eval mode
+    from accelerate.state import DistributedType, PartialState
+    PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
+    for m in model.modules():
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
+
+def whole_tensor(
+    t, # Anything; a sharded tensor is gathered, so all ranks must ask
+): # The same; a tensor that was sharded is whole, and on the CPU
+    "Gather what is sharded."
+    from torch.distributed.tensor import DTensor
+    return t.full_tensor().cpu() if isinstance(t, DTensor) else t
+
+def whole_adapter(
+    model, # `PeftModel`; if it is sharded, all ranks must ask
+)->dict: # Name → tensor; None for a model that isn't sharded, which can be saved as it is
+    "The adapter of a sharded model."
+    from torch.distributed.fsdp import FSDPModule
+    if isinstance(model, FSDPModule): return {n:whole_tensor(p.detach()) for n,p in model.named_parameters() if p.requires_grad}
+
+def own_part(
+    t, # A tensor
+): # What this rank holds of it
+    "This rank's part of a tensor."
+    from torch.distributed.tensor import DTensor
+    return t.to_local() if isinstance(t, DTensor) else t
+
+def sharded_trainer(
+    Trainer, # Of `train`
+): # Its subclass for a model that is sharded
+    "A trainer whose checkpoints are those of one process."
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.tensor import distribute_tensor
+    from torch.utils._pytree import tree_map
+    class ShardedTrainer(Trainer):
+        "Gathers what it saves, and cuts what it loads."
+        def train(self, resume_from_checkpoint=None, **kwargs):
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+            plugin.ignored_modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+            if resume_from_checkpoint: super()._load_from_checkpoint(resume_from_checkpoint)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+        def _load_from_checkpoint(self, *args): "It has been, before the model was sharded."
+
+        def save_model(self, output_dir=None, _internal_call=False): self._save(output_dir, state_dict=whole_adapter(self.model))
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            states = dict(optimizer=tree_map(whole_tensor, self.optimizer.state_dict()), scheduler=self.lr_scheduler.state_dict())
+            if self.args.should_save:
+                for k,v in states.items(): torch.save(v, f'{output_dir}/{k}.pt')
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            if not checkpoint: return
+            saved = {k:torch.load(f'{checkpoint}/{k}.pt', map_location='cpu', weights_only=True) for k in ('optimizer','scheduler')}
+            params = [p for g in self.optimizer.param_groups for p in g['params']]
+            for i,state in saved['optimizer']['state'].items():
+                cut = lambda t: distribute_tensor(t.to(self.args.device), params[i].device_mesh, params[i].placements) if t.shape else t
+                saved['optimizer']['state'][i] = {k:cut(t) for k,t in state.items()}
+            self.optimizer.load_state_dict(saved['optimizer']); self.lr_scheduler.load_state_dict(saved['scheduler'])
+    return ShardedTrainer
+
+def check_sharded(
+    model, # As it is about to be trained
+    ranks:int, # That share it
+)->str: # One line
+    "Every 4-bit weight, and the adapter, must be in parts."
+    params = [p for layer in model.get_base_model().get_decoder().layers for p in layer.parameters()]
+    whole = [p for p in params if not hasattr(p, 'placements')]
+    if whole: raise UserError(f"FSDP: {len(whole)} of {len(params)} tensors of the layers are not sharded: the base must be loaded with `shard=True`, and trained by `make_trainer`")
+    here,all_ = (sum(p.nbytes for p in ps)/2**20 for ps in (map(own_part, params), params))
+    return f"layers are sharded over {ranks} rank{'s'*(ranks>1)}: {here:,.1f} of {all_:,.1f} MiB on this one, embedding and head whole on each" 
+
+# ------------------------------------------------------------------------------
 # train: Every option of a run, packed rows in an order that can be computed, and TRL's `SFTTrainer`
 # ------------------------------------------------------------------------------
 
@@ -857,6 +954,7 @@ class TrainConfig:
         gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows
         torch_compile:bool=True, # Compile the decoder's layers? (on CUDA only)
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
+        fsdp:bool=False, # Share the model out to the GPUs, by FSDP2? (for one that doesn't fit on each; slower)
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
         learning_rate:float=2e-4, # Peak, after the warm-up
         warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
@@ -931,6 +1029,7 @@ def check_config(
     if not c.sample_share>0: bad('sample_share', "must be positive (SAMPLE_STEPS=0 for no samples)")
     if not 0<=c.lora_dropout<1: bad('lora_dropout', "must be from 0 up to 1")
     if not c.learning_rate>0: bad('learning_rate', "must be positive")
+    if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
     if c.report_to not in ('wandb','none'): bad('report_to', "must be wandb or none")
     return c
 
@@ -1100,8 +1199,9 @@ def make_trainer(
     at_once,often = share_batch(cfg, ranks)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
     max_docs = max(map(len, packed['seq_lengths'])) if varlen else 0
-    if cuda and cfg.load_in_4bit and not cfg.lora_dropout: group_lora(model)
-    if cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
+    shard = cfg.fsdp and ranks>1
+    if cuda and cfg.load_in_4bit and not cfg.lora_dropout and not shard: group_lora(model)
+    if cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     steps = run_steps(cfg, len(packed))
     draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
@@ -1110,8 +1210,9 @@ def make_trainer(
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
-        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
-    trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
+        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda, **shard_options(shard))
+    if shard: prepare_sharding(args.device, model)
+    trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
@@ -1146,10 +1247,11 @@ def held_out_loss(
     "Loss on conversations that training never sees."
     import torch
     model,here,nll,n = trainer.model,trainer.accelerator,0.,0
-    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager():
-        for row in packed.select(range(here.process_index, len(packed), here.num_processes)):
-            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items() if k in ('input_ids','position_ids','supervised','targets')}
-            nll += model(**batch).item(); n += len(batch['targets'])
+    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
+        for i in range(here.process_index, -(-len(packed)//here.num_processes)*here.num_processes, here.num_processes): # as often on every rank: they may share the layers
+            batch = {k:v.to(here.device) for k,v in trainer.data_collator([packed[i%len(packed)]]).items() if k in ('input_ids','position_ids','supervised','targets')}
+            loss = model(**batch).item()
+            if i<len(packed): nll += loss; n += len(batch['targets'])
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
 
@@ -2061,7 +2163,7 @@ def machine_flags(
 # ------------------------------------------------------------------------------
 
 COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','hub_model_id')
+            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','hub_model_id')
 
 def run_identity(
     cfg:TrainConfig, # Options
@@ -2183,12 +2285,13 @@ def publish_adapter(
     tok, # Its tokenizer
     card:str, # README.md
     until:float, # `time.monotonic()` after which to give up
+    weights:dict=None, # The adapter's, from `whole_adapter`, where the model is sharded
 ):
     "Put the finished adapter on `main`, in one commit, and gate the repo."
     from huggingface_hub import CommitOperationAdd
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
-    model.save_pretrained(out); tok.save_pretrained(out)
+    model.save_pretrained(out, state_dict=weights); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
@@ -2206,6 +2309,7 @@ class Job:
         self.deadline.idle = True # nothing to save before the first step
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.n) # or say that they can't
+        self.shard = cfg.fsdp and self.ranks.n>1
         self.wandb,self.publisher,self.step = None,None,0
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
@@ -2244,13 +2348,15 @@ def build(self:Job):
     targets = tuple(cfg.lora_target_modules.split(','))
     attn,why = choose_attention()
     log.info(f"attention: {attn}, {why}")
-    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
     self.trainer = make_trainer(cfg, model, self.tok, packed, self)
-    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets)
+    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
     log.info("audit:\n"+text_table(rows)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
     if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: %d × %d rows each" % share_batch(cfg, self.ranks.n))
+    if cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
+    if self.shard and cfg.sample_steps: log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
 
 @patch
 def begin(self:Job):
@@ -2268,7 +2374,7 @@ def begin(self:Job):
 def load_scorer(self:Job):
     "The scorer of the samples, or None: for want of a score no run is stopped."
     cfg = self.cfg
-    if cfg.scorer=='none' or not cfg.sample_steps: return
+    if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
         with undisturbed(self.trainer.model, self.tok): scorer = HubScorer(cfg.scorer)
     except UserError as e: return log.warning(f"samples are not scored: {e}")
@@ -2317,11 +2423,17 @@ def log_metrics(self:Job,
 @patch
 def on_start(self:Job, model, step):
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
+    if self.shard: log.info(check_sharded(model, self.ranks.n))
     if step==0:
         self.measure_held_out('before', 0)
-        if self.cfg.sample_steps and self.ranks.first: self.sample(model, 0)
+        if self.samples_now(0): self.sample(model, 0)
     self.ranks.wait()
     self.deadline.idle = False
+
+@patch
+def samples_now(self:Job, step): # a sharded model replies only if all ranks ask, and they keep different times
+    every = 0 if self.shard else self.cfg.sample_steps
+    return bool(every) and self.ranks.first and (step%every==0 or step==self.total)
 
 @patch
 def diverged(self:Job, what, step):
@@ -2346,7 +2458,7 @@ def on_step(self:Job, model, step):
     if step==1 and math.isfinite(self.deadline.end): control.should_save = True
     stop = self.time_to_stop()
     if not stop and self.cfg.sample_steps and (step%self.cfg.sample_steps==0 or step==self.total):
-        if self.ranks.first: self.sample(model, step)
+        if self.samples_now(step): self.sample(model, step)
         stop = self.time_to_stop()
     if stop: log.info(f"stopping at step {step}: {self.deadline.reason or 'another machine was told to'}")
     if stop or control.should_save: control.should_log = True # no loss is averaged over a checkpoint, or lost at a stop
@@ -2361,8 +2473,9 @@ def time_to_stop(self:Job): # the same on every rank
 def on_save(self:Job, folder, step):
     import torch
     self.collect(folder, step)
+    finite = all(own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad)
+    if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
-    if not all(p.isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad): raise self.diverged("the adapter is not finite", step)
     write_samples(folder, self.samples)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
@@ -2411,7 +2524,8 @@ def collect(self:Job, folder, step):
     "Bring every rank's random state to rank 0, and compare the ranks' adapters."
     if self.ranks.n==1: return
     rng = folder/f'rng_state_{self.ranks.rank}.pth'
-    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash({n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad})))
+    trained = {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad and not self.shard} # of what is sharded there is one copy
+    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
     for name,state,digest in seen:
         if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
@@ -2435,9 +2549,10 @@ def finish(self:Job)->int: # Exit code
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
         return RESUBMIT
     self.measure_held_out('after', self.step)
-    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    if self.ranks.n>1 and not self.shard: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    weights = whole_adapter(self.trainer.model)
     if not self.ranks.first: return COMPLETE
-    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until)
+    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, weights)
     self.deadline.idle = False
     try: patiently(lambda: self.checkpoints.branch.api.super_squash_history(cfg.hub_model_id, branch='checkpoints'), 'squashing', self.patience(60))
     except UserError as e: log.warning(f"the history of branch checkpoints is not squashed: {e}")
