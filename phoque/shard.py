@@ -4,6 +4,7 @@
 
 # %% ../nbs/01b_shard.ipynb #17a9f324
 from __future__ import annotations
+import logging
 from .model_qlora import UserError
 
 # %% auto #0
@@ -64,6 +65,7 @@ def sharded_trainer(
     class ShardedTrainer(Trainer):
         "Gathers what it saves, and cuts what it loads."
         def train(self, resume_from_checkpoint=None, **kwargs):
+            logging.getLogger('torch.distributed.fsdp.fully_shard').setLevel(logging.ERROR) # it warns of a head that doesn't run, and so gathers nothing; there is nothing to gather
             plugin = self.accelerator.state.fsdp_plugin
             plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
             plugin.ignored_modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
@@ -71,6 +73,8 @@ def sharded_trainer(
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
         def _load_from_checkpoint(self, *args): "It has been, before the model was sharded."
+
+        def compute_loss_context_manager(self): return self.accelerator.autocast() # which accelerate puts around a model's forward, but not around one that it shards
 
         def save_model(self, output_dir=None, _internal_call=False): self._save(output_dir, state_dict=whole_adapter(self.model))
 

@@ -899,6 +899,7 @@ def sharded_trainer(
     class ShardedTrainer(Trainer):
         "Gathers what it saves, and cuts what it loads."
         def train(self, resume_from_checkpoint=None, **kwargs):
+            logging.getLogger('torch.distributed.fsdp.fully_shard').setLevel(logging.ERROR) # it warns of a head that doesn't run, and so gathers nothing; there is nothing to gather
             plugin = self.accelerator.state.fsdp_plugin
             plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
             plugin.ignored_modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
@@ -906,6 +907,8 @@ def sharded_trainer(
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
         def _load_from_checkpoint(self, *args): "It has been, before the model was sharded."
+
+        def compute_loss_context_manager(self): return self.accelerator.autocast() # which accelerate puts around a model's forward, but not around one that it shards
 
         def save_model(self, output_dir=None, _internal_call=False): self._save(output_dir, state_dict=whole_adapter(self.model))
 
@@ -2096,8 +2099,6 @@ def explain_ranks(
     log.error(f"error: {why}")
     return 1
 
-GRACE = 30 # seconds that ranks have once another one has failed: what was saved is published meanwhile
-
 def needs_launch()->bool: # Is this the process that must start the ranks?
     "Are there several GPUs, or machines, and is this none of their ranks?"
     if 'RANK' in os.environ: return False
@@ -2120,8 +2121,7 @@ def launch_ranks()->int: # Exit code
         for p in ranks: p.send_signal(sig)
         if not ranks: raise Stopped
     signal.signal(signal.SIGTERM, pass_on)
-    flags = ['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', f'--shutdown-timeout={GRACE}', *machine_flags()]
-    try: run(parse_args([*flags, *sys.argv]))
+    try: run(parse_args(['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', *machine_flags(), *sys.argv]))
     except ChildFailedError as e:
         if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
         return explain_ranks(e.failures)
