@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from .model_qlora import (UserError, quiet_libraries, hub_problem, log, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed, choose_attention, load_model, add_lora,
     audit, check_audit, text_table)
+from .shard import check_sharded, own_part, whole_adapter
 from .train import TrainConfig, options, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, held_out_loss
 from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound_requests, patiently, hub_answer, container_age, write_manifest,
     check_same_run, local_steps, start_wandb, log_adapter, WANDB_FLUSH)
@@ -22,7 +23,7 @@ __all__ = ['COSMETIC', 'RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'COMPLETE',
 
 # %% ../nbs/06_job.ipynb #ff7c48c8
 COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','hub_model_id')
+            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','hub_model_id')
 
 def run_identity(
     cfg:TrainConfig, # Options
@@ -150,12 +151,13 @@ def publish_adapter(
     tok, # Its tokenizer
     card:str, # README.md
     until:float, # `time.monotonic()` after which to give up
+    weights:dict=None, # The adapter's, from `whole_adapter`, where the model is sharded
 ):
     "Put the finished adapter on `main`, in one commit, and gate the repo."
     from huggingface_hub import CommitOperationAdd
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
-    model.save_pretrained(out); tok.save_pretrained(out)
+    model.save_pretrained(out, state_dict=weights); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
@@ -174,6 +176,7 @@ class Job:
         self.deadline.idle = True # nothing to save before the first step
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.n) # or say that they can't
+        self.shard = cfg.fsdp and self.ranks.n>1
         self.wandb,self.publisher,self.step = None,None,0
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
@@ -215,13 +218,15 @@ def build(self:Job):
     targets = tuple(cfg.lora_target_modules.split(','))
     attn,why = choose_attention()
     log.info(f"attention: {attn}, {why}")
-    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
     self.trainer = make_trainer(cfg, model, self.tok, packed, self)
-    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets)
+    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
     log.info("audit:\n"+text_table(rows)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
     if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: %d × %d rows each" % share_batch(cfg, self.ranks.n))
+    if cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
+    if self.shard and cfg.sample_steps: log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
 
 # %% ../nbs/06_job.ipynb #9c3763b8
 @patch
@@ -240,7 +245,7 @@ def begin(self:Job):
 def load_scorer(self:Job):
     "The scorer of the samples, or None: for want of a score no run is stopped."
     cfg = self.cfg
-    if cfg.scorer=='none' or not cfg.sample_steps: return
+    if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
         with undisturbed(self.trainer.model, self.tok): scorer = HubScorer(cfg.scorer)
     except UserError as e: return log.warning(f"samples are not scored: {e}")
@@ -291,11 +296,17 @@ def log_metrics(self:Job,
 @patch
 def on_start(self:Job, model, step):
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
+    if self.shard: log.info(check_sharded(model, self.ranks.n))
     if step==0:
         self.measure_held_out('before', 0)
-        if self.cfg.sample_steps and self.ranks.first: self.sample(model, 0)
+        if self.samples_now(0): self.sample(model, 0)
     self.ranks.wait()
     self.deadline.idle = False
+
+@patch
+def samples_now(self:Job, step): # a sharded model replies only if all ranks ask, and they keep different times
+    every = 0 if self.shard else self.cfg.sample_steps
+    return bool(every) and self.ranks.first and (step%every==0 or step==self.total)
 
 @patch
 def diverged(self:Job, what, step):
@@ -322,7 +333,7 @@ def on_step(self:Job, model, step):
     if step==1 and math.isfinite(self.deadline.end): control.should_save = True
     stop = self.time_to_stop()
     if not stop and self.cfg.sample_steps and (step%self.cfg.sample_steps==0 or step==self.total):
-        if self.ranks.first: self.sample(model, step)
+        if self.samples_now(step): self.sample(model, step)
         stop = self.time_to_stop()
     if stop: log.info(f"stopping at step {step}: {self.deadline.reason or 'another machine was told to'}")
     if stop or control.should_save: control.should_log = True # no loss is averaged over a checkpoint, or lost at a stop
@@ -337,8 +348,9 @@ def time_to_stop(self:Job): # the same on every rank
 def on_save(self:Job, folder, step):
     import torch
     self.collect(folder, step)
+    finite = all(own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad)
+    if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
-    if not all(p.isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad): raise self.diverged("the adapter is not finite", step)
     write_samples(folder, self.samples)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
@@ -389,7 +401,8 @@ def collect(self:Job, folder, step):
     "Bring every rank's random state to rank 0, and compare the ranks' adapters."
     if self.ranks.n==1: return
     rng = folder/f'rng_state_{self.ranks.rank}.pth'
-    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash({n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad})))
+    trained = {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad and not self.shard} # of what is sharded there is one copy
+    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
     for name,state,digest in seen:
         if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
@@ -414,9 +427,10 @@ def finish(self:Job)->int: # Exit code
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
         return RESUBMIT
     self.measure_held_out('after', self.step)
-    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    if self.ranks.n>1 and not self.shard: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    weights = whole_adapter(self.trainer.model)
     if not self.ranks.first: return COMPLETE
-    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until)
+    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, weights)
     self.deadline.idle = False
     try: patiently(lambda: self.checkpoints.branch.api.super_squash_history(cfg.hub_model_id, branch='checkpoints'), 'squashing', self.patience(60))
     except UserError as e: log.warning(f"the history of branch checkpoints is not squashed: {e}")

@@ -14,6 +14,7 @@ from fastcore.script import anno_parser
 from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, memory_plan, undisturbed
 from .kernels import attention_tiles
 from .fast import fast_layers, keep_weights, add_supervised_head
+from .shard import prepare_sharding, shard_options, sharded_trainer
 
 # %% auto #0
 __all__ = ['STEP_LINE', 'TrainConfig', 'options', 'env_options', 'read_config', 'check_config', 'pack_lengths', 'pack_dataset',
@@ -36,6 +37,7 @@ class TrainConfig:
         gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows
         torch_compile:bool=True, # Compile layers that our own kernels can't take? (on CUDA only)
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
+        fsdp:bool=False, # Share the model out to the GPUs, by FSDP2? (for one that doesn't fit on each; slower)
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
         learning_rate:float=2e-4, # Peak, after the warm-up
         warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
@@ -112,6 +114,7 @@ def check_config(
     if not c.sample_share>0: bad('sample_share', "must be positive (SAMPLE_STEPS=0 for no samples)")
     if not 0<=c.lora_dropout<1: bad('lora_dropout', "must be from 0 up to 1")
     if not c.learning_rate>0: bad('learning_rate', "must be positive")
+    if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
     if c.report_to not in ('wandb','none'): bad('report_to', "must be wandb or none")
     return c
 
@@ -290,10 +293,12 @@ def make_trainer(
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     at_once,often = share_batch(cfg, ranks)
-    stack,varlen = fast_layers(model, cfg.max_length, cfg.gradient_checkpointing),model.config.get_text_config()._attn_implementation=='varlen'
+    shard = cfg.fsdp and ranks>1
+    stack = None if shard else fast_layers(model, cfg.max_length, cfg.gradient_checkpointing)
+    varlen = model.config.get_text_config()._attn_implementation=='varlen'
     max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
     if stack: keep_weights(stack, memory_plan(model.config, at_once, cfg.max_length, cfg.gradient_checkpointing, cfg.optim, lora_r=cfg.lora_r)['peak'])
-    elif cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
+    elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     steps = run_steps(cfg, len(packed))
     draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
@@ -302,8 +307,9 @@ def make_trainer(
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
-        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
-    trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
+        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda, **shard_options(shard))
+    if shard: prepare_sharding(args.device, model)
+    trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, tiles=bool(stack)), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
@@ -340,9 +346,10 @@ def held_out_loss(
     "Loss on conversations that training never sees."
     import torch
     model,here,nll,n = trainer.model,trainer.accelerator,0.,0
-    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager():
-        for row in packed.select(range(here.process_index, len(packed), here.num_processes)):
-            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items() if k in ('input_ids','position_ids','supervised','targets')}
-            nll += model(**batch).item(); n += len(batch['targets'])
+    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
+        for i in range(here.process_index, -(-len(packed)//here.num_processes)*here.num_processes, here.num_processes): # as often on every rank: they may share the layers
+            batch = {k:v.to(here.device) for k,v in trainer.data_collator([packed[i%len(packed)]]).items() if k in ('input_ids','position_ids','supervised','targets')}
+            loss = model(**batch).item()
+            if i<len(packed): nll += loss; n += len(batch['targets'])
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
