@@ -16,13 +16,13 @@ from .sample import Sampler, HubScorer, check_scorer, common_persona, sample_met
 from .ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ranks
 
 # %% auto #0
-__all__ = ['COSMETIC', 'RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'COMPLETE', 'RESUBMIT', 'run_identity', 'mask_secrets',
-           'MaskFormatter', 'setup_logging', 'load_chats', 'changed_options', 'adapter_card', 'publish_adapter', 'Job',
-           'set_aside', 'resubmit_command', 'explain_error', 'run_job', 'main']
+__all__ = ['COSMETIC', 'RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'COMPLETE', 'RESUBMIT', 'run_identity', 'be_deterministic',
+           'mask_secrets', 'MaskFormatter', 'setup_logging', 'load_chats', 'changed_options', 'adapter_card',
+           'publish_adapter', 'Job', 'set_aside', 'resubmit_command', 'explain_error', 'run_job', 'main']
 
 # %% ../nbs/06_job.ipynb #ff7c48c8
 COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','hub_model_id')
+            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','full_determinism','hub_model_id')
 
 def run_identity(
     cfg:TrainConfig, # Options
@@ -30,6 +30,14 @@ def run_identity(
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
     return {**{k:v for k,v in cfg.asdict().items() if k not in COSMETIC}, 'base_model': base['id']}
+
+# %% ../nbs/06_job.ipynb #bf5593b4
+def be_deterministic():
+    "Only algorithms that give the same bits every time, from here on."
+    import torch
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8' # read at the first product; without a fixed workspace cuBLAS adds in any order
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 # %% ../nbs/06_job.ipynb #da412778
 def mask_secrets(
@@ -462,6 +470,7 @@ def run_job(
 )->int: # Exit code: 0 complete, 75 resubmit
     "Do what is left of a run."
     bound_requests()
+    if cfg.full_determinism: be_deterministic()
     job,code = Job(cfg),1
     try:
         for _ in range(2):

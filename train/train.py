@@ -858,6 +858,7 @@ class TrainConfig:
         torch_compile:bool=True, # Compile the decoder's layers? (on CUDA only)
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
+        full_determinism:bool=False, # Only algorithms that add in a fixed order? (on a GPU slower; on a CPU all do)
         learning_rate:float=2e-4, # Peak, after the warm-up
         warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
         weight_decay:float=0.001, # Of AdamW
@@ -1576,9 +1577,10 @@ class SeededDraws:
         every = (scores.float()/self.temperature).softmax(-1)
         probs,order = every.topk(min(1024, every.shape[-1])) # nearly always holds the nucleus, and sorting a whole vocabulary is slow
         if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
-        total = probs.cumsum(-1)
-        mass = (probs*(total-probs<self.top_p)).sum(-1, keepdim=True)
-        at = torch.tensor([[r.random()] for r in self.rngs], device=scores.device)*mass
+        parts = (probs.double()*2**40).long() # whole numbers: their sums are the same in any order, which a GPU doesn't keep
+        total = parts.cumsum(-1)
+        mass = (parts*(total-parts<self.top_p*2**40)).sum(-1, keepdim=True)
+        at = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)*mass
         pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
         return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
 
@@ -2061,7 +2063,7 @@ def machine_flags(
 # ------------------------------------------------------------------------------
 
 COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','hub_model_id')
+            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','full_determinism','hub_model_id')
 
 def run_identity(
     cfg:TrainConfig, # Options
@@ -2069,6 +2071,13 @@ def run_identity(
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
     return {**{k:v for k,v in cfg.asdict().items() if k not in COSMETIC}, 'base_model': base['id']}
+
+def be_deterministic():
+    "Only algorithms that give the same bits every time, from here on."
+    import torch
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8' # read at the first product; without a fixed workspace cuBLAS adds in any order
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 def mask_secrets(
     text:str, # To be shown
@@ -2480,6 +2489,7 @@ def run_job(
 )->int: # Exit code: 0 complete, 75 resubmit
     "Do what is left of a run."
     bound_requests()
+    if cfg.full_determinism: be_deterministic()
     job,code = Job(cfg),1
     try:
         for _ in range(2):
