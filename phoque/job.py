@@ -250,7 +250,7 @@ def load_scorer(self:Job):
     cfg = self.cfg
     if cfg.scorer=='none' or not cfg.sample_steps: return
     try:
-        with undisturbed(self.trainer.model, self.tok): scorer = HubScorer(cfg.scorer)
+        with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
     except UserError as e: return log.warning(f"samples are not scored: {e}")
     check_scorer(scorer, self.labellers)
     log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
