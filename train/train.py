@@ -1160,7 +1160,7 @@ def held_out_loss(
 
 MANIFEST = 'manifest.json'
 STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet')
-NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # without its optimizer `Trainer` would begin with a new one, and not say so
+NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
     path:Path, # Of a file
@@ -1185,7 +1185,7 @@ def read_manifest(
     "Read a manifest; a `ValueError` says what is wrong with it."
     try:
         m = json.loads(path.read_text())
-        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
+        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and any(n.startswith('rng_state') for n in m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
     except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError): good = False
     if not good: raise ValueError("its manifest is damaged")
@@ -2297,7 +2297,7 @@ def set_aside(
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
-    if self.wandb and self.cfg.wandb_log_model=='checkpoint': log_adapter(self.wandb, folder, int(folder.name.split('-')[1]))
+    if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
     if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
     write_manifest(folder, self.run)
     self.prune()
@@ -2321,7 +2321,18 @@ def log_metrics(self:Job,
     metrics:dict, # By W&B name
 ):
     "Metrics to W&B, by step and never backwards."
-    if self.wandb: self.wandb.log({**metrics, 'train/global_step': step})
+    self.tell_wandb(lambda run: run.log({**metrics, 'train/global_step': step}))
+
+@patch
+def tell_wandb(self:Job,
+    what, # Function of the W&B run
+):
+    "Tell W&B, for as long as it is there."
+    if not self.wandb: return
+    try: what(self.wandb)
+    except Exception as e: # a library's process and its network: nothing of it is worth a run
+        self.wandb = None
+        log.warning(f"W&B has failed ({type(e).__name__}): this job's part of the curve ends here, training goes on")
 
 @patch
 def on_start(self:Job, model, step):
@@ -2438,6 +2449,7 @@ def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
     cfg,until = self.cfg,self.patience(1800)
     if self.publisher and not self.publisher.close(until):
+        if self.step not in self.whole_steps(): raise self.publisher.error
         raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
@@ -2482,7 +2494,12 @@ def salvage(self:Job):
     self.publisher.close(self.patience(600))
     kept = self.checkpoints.steps()
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
-    if (more := local_steps(self.cfg.output_dir)) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+    if (more := self.whole_steps()) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+
+@patch
+def whole_steps(self:Job)->list: # Ascending
+    "Steps whose checkpoint lies on this disk, sealed."
+    return [s for s in local_steps(self.cfg.output_dir) if (Path(self.cfg.output_dir)/f'checkpoint-{s}'/MANIFEST).exists()]
 
 def run_job(
     cfg:TrainConfig, # Options
@@ -2507,7 +2524,7 @@ def run_job(
         job.salvage()
         raise explain_error(e, cfg) from e
     finally:
-        if job.wandb: job.wandb.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code)
+        job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
     return job.ranks.share(code) # all end together
 
 def main():
