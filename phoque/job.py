@@ -163,7 +163,7 @@ def publish_adapter(
     from huggingface_hub import CommitOperationAdd
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
-    model.save_pretrained(out); tok.save_pretrained(out)
+    model.save_pretrained(out, save_embedding_layers=False); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
@@ -357,7 +357,7 @@ def on_save(self:Job, folder, step):
     import torch
     self.collect(folder, step)
     if not self.ranks.first: return
-    if not all(p.isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad): raise self.diverged("the adapter is not finite", step)
+    if not torch.stack([p.isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all(): raise self.diverged("the adapter is not finite", step)
     write_samples(folder, self.samples)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
