@@ -858,7 +858,7 @@ class TrainConfig:
         torch_compile:bool=True, # Compile the decoder's layers? (on CUDA only)
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
-        full_determinism:bool=False, # Only algorithms that add in a fixed order? (on a GPU slower; on a CPU all do)
+        full_determinism:bool=False, # Only algorithms that add in a fixed order? (slower where a GPU's default ones don't; a CPU's do)
         learning_rate:float=2e-4, # Peak, after the warm-up
         warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
         weight_decay:float=0.001, # Of AdamW
