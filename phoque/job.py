@@ -12,18 +12,18 @@ from .model_qlora import (UserError, quiet_libraries, hub_problem, log, resolve_
 from .shard import check_sharded, own_part, whole_adapter
 from .train import TrainConfig, options, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, held_out_loss
 from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound_requests, patiently, hub_answer, container_age, write_manifest,
-    check_same_run, local_steps, start_wandb, log_adapter, WANDB_FLUSH)
+    check_same_run, local_steps, start_wandb, log_adapter, WANDB_FLUSH, MANIFEST)
 from .sample import Sampler, HubScorer, check_scorer, common_persona, sample_metrics, sample_prompts, read_samples, tensors_hash, write_samples
 from .ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ranks
 
 # %% auto #0
-__all__ = ['COSMETIC', 'RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'COMPLETE', 'RESUBMIT', 'run_identity', 'mask_secrets',
-           'MaskFormatter', 'setup_logging', 'load_chats', 'changed_options', 'adapter_card', 'publish_adapter', 'Job',
-           'set_aside', 'resubmit_command', 'explain_error', 'run_job', 'main']
+__all__ = ['COSMETIC', 'RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'COMPLETE', 'RESUBMIT', 'run_identity', 'be_deterministic',
+           'mask_secrets', 'MaskFormatter', 'setup_logging', 'load_chats', 'changed_options', 'adapter_card',
+           'publish_adapter', 'Job', 'set_aside', 'resubmit_command', 'explain_error', 'run_job', 'main']
 
 # %% ../nbs/06_job.ipynb #ff7c48c8
 COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','hub_model_id')
+            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','full_determinism','hub_model_id')
 
 def run_identity(
     cfg:TrainConfig, # Options
@@ -31,6 +31,14 @@ def run_identity(
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
     return {**{k:v for k,v in cfg.asdict().items() if k not in COSMETIC}, 'base_model': base['id']}
+
+# %% ../nbs/06_job.ipynb #bf5593b4
+def be_deterministic():
+    "Only algorithms that give the same bits every time, from here on."
+    import torch
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8' # read at the first product; without a fixed workspace cuBLAS adds in any order
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 # %% ../nbs/06_job.ipynb #da412778
 def mask_secrets(
@@ -157,7 +165,7 @@ def publish_adapter(
     from huggingface_hub import CommitOperationAdd
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
-    model.save_pretrained(out, state_dict=weights); tok.save_pretrained(out)
+    model.save_pretrained(out, state_dict=weights, save_embedding_layers=False); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
@@ -247,7 +255,7 @@ def load_scorer(self:Job):
     cfg = self.cfg
     if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
-        with undisturbed(self.trainer.model, self.tok): scorer = HubScorer(cfg.scorer)
+        with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
     except UserError as e: return log.warning(f"samples are not scored: {e}")
     check_scorer(scorer, self.labellers)
     log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
@@ -266,7 +274,7 @@ def set_aside(
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
-    if self.wandb and self.cfg.wandb_log_model=='checkpoint': log_adapter(self.wandb, folder, int(folder.name.split('-')[1]))
+    if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
     if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
     write_manifest(folder, self.run)
     self.prune()
@@ -291,7 +299,18 @@ def log_metrics(self:Job,
     metrics:dict, # By W&B name
 ):
     "Metrics to W&B, by step and never backwards."
-    if self.wandb: self.wandb.log({**metrics, 'train/global_step': step})
+    self.tell_wandb(lambda run: run.log({**metrics, 'train/global_step': step}))
+
+@patch
+def tell_wandb(self:Job,
+    what, # Function of the W&B run
+):
+    "Tell W&B, for as long as it is there."
+    if not self.wandb: return
+    try: what(self.wandb)
+    except Exception as e: # a library's process and its network: nothing of it is worth a run
+        self.wandb = None
+        log.warning(f"W&B has failed ({type(e).__name__}): this job's part of the curve ends here, training goes on")
 
 @patch
 def on_start(self:Job, model, step):
@@ -348,7 +367,7 @@ def time_to_stop(self:Job): # the same on every rank
 def on_save(self:Job, folder, step):
     import torch
     self.collect(folder, step)
-    finite = all(own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad)
+    finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
     if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
     write_samples(folder, self.samples)
@@ -421,6 +440,7 @@ def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
     cfg,until = self.cfg,self.patience(1800)
     if self.publisher and not self.publisher.close(until):
+        if self.step not in self.whole_steps(): raise self.publisher.error
         raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
@@ -468,7 +488,12 @@ def salvage(self:Job):
     self.publisher.close(self.patience(600))
     kept = self.checkpoints.steps()
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
-    if (more := local_steps(self.cfg.output_dir)) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+    if (more := self.whole_steps()) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+
+@patch
+def whole_steps(self:Job)->list: # Ascending
+    "Steps whose checkpoint lies on this disk, sealed."
+    return [s for s in local_steps(self.cfg.output_dir) if (Path(self.cfg.output_dir)/f'checkpoint-{s}'/MANIFEST).exists()]
 
 # %% ../nbs/06_job.ipynb #53b895d6
 def run_job(
@@ -476,6 +501,7 @@ def run_job(
 )->int: # Exit code: 0 complete, 75 resubmit
     "Do what is left of a run."
     bound_requests()
+    if cfg.full_determinism: be_deterministic()
     job,code = Job(cfg),1
     try:
         for _ in range(2):
@@ -493,7 +519,7 @@ def run_job(
         job.salvage()
         raise explain_error(e, cfg) from e
     finally:
-        if job.wandb: job.wandb.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code)
+        job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
     return job.ranks.share(code) # all end together
 
 def main():

@@ -80,8 +80,7 @@ def sharded_trainer(
 
         def _save_optimizer_and_scheduler(self, output_dir):
             states = dict(optimizer=tree_map(whole_tensor, self.optimizer.state_dict()), scheduler=self.lr_scheduler.state_dict())
-            if self.args.should_save:
-                for k,v in states.items(): torch.save(v, f'{output_dir}/{k}.pt')
+            if self.args.should_save: self.write_later(output_dir, states)
 
         def _load_optimizer_and_scheduler(self, checkpoint):
             if not checkpoint: return

@@ -39,6 +39,7 @@ class TrainConfig:
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
         fsdp:bool=False, # Share the model out to the GPUs, by FSDP2? (for one that doesn't fit on each; slower)
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
+        full_determinism:bool=False, # Only algorithms that add in a fixed order? (slower where a GPU's default ones don't; a CPU's do)
         learning_rate:float=2e-4, # Peak, after the warm-up
         warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
         weight_decay:float=0.001, # Of AdamW
@@ -240,39 +241,56 @@ def compile_layers(
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
-# %% ../nbs/02_train.ipynb #1657006c
-def _trainer_class():
-    import torch, trl
+# %% ../nbs/02_train.ipynb #bf7364ad
+def _background_saves():
+    import torch
     from concurrent.futures import ThreadPoolExecutor
+    from contextlib import nullcontext
     from torch.utils._pytree import tree_map
-    class Trainer(trl.SFTTrainer):
-        "TRL's, with the loss of `fast`, and checkpoints that training hardly waits for."
+    def each(f, state): return tree_map(lambda t: f(t) if torch.is_tensor(t) else t, state)
+    class BackgroundSaves:
+        "What `Trainer` saves, copied at once and written by a thread."
         writer,writes = ThreadPoolExecutor(1, 'checkpoint'),()
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
-            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            if not self.args.should_save: return
-            self.written()
-            states = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict())
-            copies = tree_map(lambda t: t.detach().to('cpu', copy=True) if torch.is_tensor(t) else t, states) # training waits for these, and not for the disk
-            self.writes = [self.writer.submit(torch.save, v, f'{output_dir}/{k}.pt') for k,v in copies.items()]
+        def save_later(self, write, state):
+            copies = each(lambda t: t.detach().clone(), state)
+            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+            def run():
+                if copied: copied.synchronize()
+                with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext(): write(each(lambda t: t.cpu(), copies))
+            self.writes.append(self.writer.submit(run))
 
         def written(self):
             "Wait until all of the newest checkpoint lies on the disk."
             for w in self.writes: w.result()
 
+        def _save(self, output_dir=None, state_dict=None):
+            if not self.args.should_save: return
+            self.written(); self.writes = []
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self.save_later(lambda d: self.model.save_pretrained(output_dir, state_dict=d, save_embedding_layers=False), state_dict or {n:p for n,p in self.model.named_parameters() if p.requires_grad})
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if self.args.should_save: self.write_later(output_dir, dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict()))
+
+        def write_later(self, output_dir, states):
+            for k,s in states.items(): self.save_later(lambda s, k=k: torch.save(s, f'{output_dir}/{k}.pt'), s)
+
         def train(self, *args, **kwargs):
             out = super().train(*args, **kwargs)
             self.written()
             return out
+    return BackgroundSaves
 
-        def _save(self, *args, **kwargs):
-            tok,self.processing_class = self.processing_class,None # it doesn't change, and writing it takes as long as the optimizer's state
-            try: super()._save(*args, **kwargs)
-            finally: self.processing_class = tok
+# %% ../nbs/02_train.ipynb #1657006c
+def _trainer_class():
+    import trl
+    class Trainer(_background_saves(), trl.SFTTrainer):
+        "TRL's, with the loss of `fast`, and checkpoints that training doesn't wait for."
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
+            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
 
         def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
     return Trainer

@@ -1438,8 +1438,7 @@ def sharded_trainer(
 
         def _save_optimizer_and_scheduler(self, output_dir):
             states = dict(optimizer=tree_map(whole_tensor, self.optimizer.state_dict()), scheduler=self.lr_scheduler.state_dict())
-            if self.args.should_save:
-                for k,v in states.items(): torch.save(v, f'{output_dir}/{k}.pt')
+            if self.args.should_save: self.write_later(output_dir, states)
 
         def _load_optimizer_and_scheduler(self, checkpoint):
             if not checkpoint: return
@@ -1483,6 +1482,7 @@ class TrainConfig:
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
         fsdp:bool=False, # Share the model out to the GPUs, by FSDP2? (for one that doesn't fit on each; slower)
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
+        full_determinism:bool=False, # Only algorithms that add in a fixed order? (slower where a GPU's default ones don't; a CPU's do)
         learning_rate:float=2e-4, # Peak, after the warm-up
         warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
         weight_decay:float=0.001, # Of AdamW
@@ -1675,38 +1675,54 @@ def compile_layers(
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
-def _trainer_class():
-    import torch, trl
+def _background_saves():
+    import torch
     from concurrent.futures import ThreadPoolExecutor
+    from contextlib import nullcontext
     from torch.utils._pytree import tree_map
-    class Trainer(trl.SFTTrainer):
-        "TRL's, with the loss of `fast`, and checkpoints that training hardly waits for."
+    def each(f, state): return tree_map(lambda t: f(t) if torch.is_tensor(t) else t, state)
+    class BackgroundSaves:
+        "What `Trainer` saves, copied at once and written by a thread."
         writer,writes = ThreadPoolExecutor(1, 'checkpoint'),()
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
-            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            if not self.args.should_save: return
-            self.written()
-            states = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict())
-            copies = tree_map(lambda t: t.detach().to('cpu', copy=True) if torch.is_tensor(t) else t, states) # training waits for these, and not for the disk
-            self.writes = [self.writer.submit(torch.save, v, f'{output_dir}/{k}.pt') for k,v in copies.items()]
+        def save_later(self, write, state):
+            copies = each(lambda t: t.detach().clone(), state)
+            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+            def run():
+                if copied: copied.synchronize()
+                with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext(): write(each(lambda t: t.cpu(), copies))
+            self.writes.append(self.writer.submit(run))
 
         def written(self):
             "Wait until all of the newest checkpoint lies on the disk."
             for w in self.writes: w.result()
 
+        def _save(self, output_dir=None, state_dict=None):
+            if not self.args.should_save: return
+            self.written(); self.writes = []
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self.save_later(lambda d: self.model.save_pretrained(output_dir, state_dict=d, save_embedding_layers=False), state_dict or {n:p for n,p in self.model.named_parameters() if p.requires_grad})
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if self.args.should_save: self.write_later(output_dir, dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict()))
+
+        def write_later(self, output_dir, states):
+            for k,s in states.items(): self.save_later(lambda s, k=k: torch.save(s, f'{output_dir}/{k}.pt'), s)
+
         def train(self, *args, **kwargs):
             out = super().train(*args, **kwargs)
             self.written()
             return out
+    return BackgroundSaves
 
-        def _save(self, *args, **kwargs):
-            tok,self.processing_class = self.processing_class,None # it doesn't change, and writing it takes as long as the optimizer's state
-            try: super()._save(*args, **kwargs)
-            finally: self.processing_class = tok
+def _trainer_class():
+    import trl
+    class Trainer(_background_saves(), trl.SFTTrainer):
+        "TRL's, with the loss of `fast`, and checkpoints that training doesn't wait for."
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
+            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
 
         def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
     return Trainer
@@ -1791,7 +1807,7 @@ def held_out_loss(
 
 MANIFEST = 'manifest.json'
 STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet')
-NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # without its optimizer `Trainer` would begin with a new one, and not say so
+NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
     path:Path, # Of a file
@@ -1816,7 +1832,7 @@ def read_manifest(
     "Read a manifest; a `ValueError` says what is wrong with it."
     try:
         m = json.loads(path.read_text())
-        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
+        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and any(n.startswith('rng_state') for n in m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
     except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError): good = False
     if not good: raise ValueError("its manifest is damaged")
@@ -2208,9 +2224,10 @@ class SeededDraws:
         every = (scores.float()/self.temperature).softmax(-1)
         probs,order = every.topk(min(1024, every.shape[-1])) # nearly always holds the nucleus, and sorting a whole vocabulary is slow
         if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
-        total = probs.cumsum(-1)
-        mass = (probs*(total-probs<self.top_p)).sum(-1, keepdim=True)
-        at = torch.tensor([[r.random()] for r in self.rngs], device=scores.device)*mass
+        parts = (probs.double()*2**40).long() # whole numbers: their sums are the same in any order, which a GPU doesn't keep
+        total = parts.cumsum(-1)
+        mass = (parts*(total-parts<self.top_p*2**40)).sum(-1, keepdim=True)
+        at = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)*mass
         pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
         return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
 
@@ -2690,7 +2707,7 @@ def machine_flags(
 # ------------------------------------------------------------------------------
 
 COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','hub_model_id')
+            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','full_determinism','hub_model_id')
 
 def run_identity(
     cfg:TrainConfig, # Options
@@ -2698,6 +2715,13 @@ def run_identity(
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
     return {**{k:v for k,v in cfg.asdict().items() if k not in COSMETIC}, 'base_model': base['id']}
+
+def be_deterministic():
+    "Only algorithms that give the same bits every time, from here on."
+    import torch
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8' # read at the first product; without a fixed workspace cuBLAS adds in any order
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 def mask_secrets(
     text:str, # To be shown
@@ -2818,7 +2842,7 @@ def publish_adapter(
     from huggingface_hub import CommitOperationAdd
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
-    model.save_pretrained(out, state_dict=weights); tok.save_pretrained(out)
+    model.save_pretrained(out, state_dict=weights, save_embedding_layers=False); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
@@ -2903,7 +2927,7 @@ def load_scorer(self:Job):
     cfg = self.cfg
     if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
-        with undisturbed(self.trainer.model, self.tok): scorer = HubScorer(cfg.scorer)
+        with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
     except UserError as e: return log.warning(f"samples are not scored: {e}")
     check_scorer(scorer, self.labellers)
     log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
@@ -2921,7 +2945,7 @@ def set_aside(
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
-    if self.wandb and self.cfg.wandb_log_model=='checkpoint': log_adapter(self.wandb, folder, int(folder.name.split('-')[1]))
+    if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
     if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
     write_manifest(folder, self.run)
     self.prune()
@@ -2945,7 +2969,18 @@ def log_metrics(self:Job,
     metrics:dict, # By W&B name
 ):
     "Metrics to W&B, by step and never backwards."
-    if self.wandb: self.wandb.log({**metrics, 'train/global_step': step})
+    self.tell_wandb(lambda run: run.log({**metrics, 'train/global_step': step}))
+
+@patch
+def tell_wandb(self:Job,
+    what, # Function of the W&B run
+):
+    "Tell W&B, for as long as it is there."
+    if not self.wandb: return
+    try: what(self.wandb)
+    except Exception as e: # a library's process and its network: nothing of it is worth a run
+        self.wandb = None
+        log.warning(f"W&B has failed ({type(e).__name__}): this job's part of the curve ends here, training goes on")
 
 @patch
 def on_start(self:Job, model, step):
@@ -3000,7 +3035,7 @@ def time_to_stop(self:Job): # the same on every rank
 def on_save(self:Job, folder, step):
     import torch
     self.collect(folder, step)
-    finite = all(own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad)
+    finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
     if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
     write_samples(folder, self.samples)
@@ -3070,6 +3105,7 @@ def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
     cfg,until = self.cfg,self.patience(1800)
     if self.publisher and not self.publisher.close(until):
+        if self.step not in self.whole_steps(): raise self.publisher.error
         raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
@@ -3115,13 +3151,19 @@ def salvage(self:Job):
     self.publisher.close(self.patience(600))
     kept = self.checkpoints.steps()
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
-    if (more := local_steps(self.cfg.output_dir)) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+    if (more := self.whole_steps()) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+
+@patch
+def whole_steps(self:Job)->list: # Ascending
+    "Steps whose checkpoint lies on this disk, sealed."
+    return [s for s in local_steps(self.cfg.output_dir) if (Path(self.cfg.output_dir)/f'checkpoint-{s}'/MANIFEST).exists()]
 
 def run_job(
     cfg:TrainConfig, # Options
 )->int: # Exit code: 0 complete, 75 resubmit
     "Do what is left of a run."
     bound_requests()
+    if cfg.full_determinism: be_deterministic()
     job,code = Job(cfg),1
     try:
         for _ in range(2):
@@ -3139,7 +3181,7 @@ def run_job(
         job.salvage()
         raise explain_error(e, cfg) from e
     finally:
-        if job.wandb: job.wandb.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code)
+        job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
     return job.ranks.share(code) # all end together
 
 def main():
