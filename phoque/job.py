@@ -9,20 +9,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from .model_qlora import (UserError, quiet_libraries, hub_problem, log, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed, choose_attention, load_model, add_lora,
     audit, check_audit, text_table)
+from .shard import check_sharded, own_part, whole_adapter
 from .train import TrainConfig, options, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, held_out_loss
 from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound_requests, patiently, hub_answer, container_age, write_manifest,
-    check_same_run, local_steps, start_wandb, log_adapter, WANDB_FLUSH)
+    check_same_run, local_steps, start_wandb, log_adapter, WANDB_FLUSH, MANIFEST)
 from .sample import Sampler, HubScorer, check_scorer, common_persona, sample_metrics, sample_prompts, read_samples, tensors_hash, write_samples
 from .ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ranks
 
 # %% auto #0
-__all__ = ['COSMETIC', 'RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'COMPLETE', 'RESUBMIT', 'run_identity', 'mask_secrets',
-           'MaskFormatter', 'setup_logging', 'load_chats', 'changed_options', 'adapter_card', 'publish_adapter', 'Job',
-           'set_aside', 'resubmit_command', 'explain_error', 'run_job', 'main']
+__all__ = ['COSMETIC', 'RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'COMPLETE', 'RESUBMIT', 'run_identity', 'be_deterministic',
+           'mask_secrets', 'MaskFormatter', 'setup_logging', 'load_chats', 'changed_options', 'adapter_card',
+           'publish_adapter', 'Job', 'set_aside', 'resubmit_command', 'explain_error', 'run_job', 'main']
 
 # %% ../nbs/06_job.ipynb #ff7c48c8
 COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','hub_model_id')
+            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','full_determinism','hub_model_id')
 
 def run_identity(
     cfg:TrainConfig, # Options
@@ -30,6 +31,14 @@ def run_identity(
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
     return {**{k:v for k,v in cfg.asdict().items() if k not in COSMETIC}, 'base_model': base['id']}
+
+# %% ../nbs/06_job.ipynb #bf5593b4
+def be_deterministic():
+    "Only algorithms that give the same bits every time, from here on."
+    import torch
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8' # read at the first product; without a fixed workspace cuBLAS adds in any order
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 # %% ../nbs/06_job.ipynb #da412778
 def mask_secrets(
@@ -150,12 +159,13 @@ def publish_adapter(
     tok, # Its tokenizer
     card:str, # README.md
     until:float, # `time.monotonic()` after which to give up
+    weights:dict=None, # The adapter's, from `whole_adapter`, where the model is sharded
 ):
     "Put the finished adapter on `main`, in one commit, and gate the repo."
     from huggingface_hub import CommitOperationAdd
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
-    model.save_pretrained(out); tok.save_pretrained(out)
+    model.save_pretrained(out, state_dict=weights, save_embedding_layers=False); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
@@ -174,6 +184,7 @@ class Job:
         self.deadline.idle = True # nothing to save before the first step
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.n) # or say that they can't
+        self.shard = cfg.fsdp and self.ranks.n>1
         self.wandb,self.publisher,self.step = None,None,0
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
@@ -215,13 +226,15 @@ def build(self:Job):
     targets = tuple(cfg.lora_target_modules.split(','))
     attn,why = choose_attention()
     log.info(f"attention: {attn}, {why}")
-    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
     self.trainer = make_trainer(cfg, model, self.tok, packed, self)
-    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets)
+    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
     log.info("audit:\n"+text_table(rows)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
     if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: %d × %d rows each" % share_batch(cfg, self.ranks.n))
+    if cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
+    if self.shard and cfg.sample_steps: log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
 
 # %% ../nbs/06_job.ipynb #9c3763b8
 @patch
@@ -240,9 +253,9 @@ def begin(self:Job):
 def load_scorer(self:Job):
     "The scorer of the samples, or None: for want of a score no run is stopped."
     cfg = self.cfg
-    if cfg.scorer=='none' or not cfg.sample_steps: return
+    if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
-        with undisturbed(self.trainer.model, self.tok): scorer = HubScorer(cfg.scorer)
+        with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
     except UserError as e: return log.warning(f"samples are not scored: {e}")
     check_scorer(scorer, self.labellers)
     log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
@@ -261,7 +274,7 @@ def set_aside(
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
-    if self.wandb and self.cfg.wandb_log_model=='checkpoint': log_adapter(self.wandb, folder, int(folder.name.split('-')[1]))
+    if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
     if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
     write_manifest(folder, self.run)
     self.prune()
@@ -286,16 +299,33 @@ def log_metrics(self:Job,
     metrics:dict, # By W&B name
 ):
     "Metrics to W&B, by step and never backwards."
-    if self.wandb: self.wandb.log({**metrics, 'train/global_step': step})
+    self.tell_wandb(lambda run: run.log({**metrics, 'train/global_step': step}))
+
+@patch
+def tell_wandb(self:Job,
+    what, # Function of the W&B run
+):
+    "Tell W&B, for as long as it is there."
+    if not self.wandb: return
+    try: what(self.wandb)
+    except Exception as e: # a library's process and its network: nothing of it is worth a run
+        self.wandb = None
+        log.warning(f"W&B has failed ({type(e).__name__}): this job's part of the curve ends here, training goes on")
 
 @patch
 def on_start(self:Job, model, step):
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
+    if self.shard: log.info(check_sharded(model, self.ranks.n))
     if step==0:
         self.measure_held_out('before', 0)
-        if self.cfg.sample_steps and self.ranks.first: self.sample(model, 0)
+        if self.samples_now(0): self.sample(model, 0)
     self.ranks.wait()
     self.deadline.idle = False
+
+@patch
+def samples_now(self:Job, step): # a sharded model replies only if all ranks ask, and they keep different times
+    every = 0 if self.shard else self.cfg.sample_steps
+    return bool(every) and self.ranks.first and (step%every==0 or step==self.total)
 
 @patch
 def diverged(self:Job, what, step):
@@ -322,7 +352,7 @@ def on_step(self:Job, model, step):
     if step==1 and math.isfinite(self.deadline.end): control.should_save = True
     stop = self.time_to_stop()
     if not stop and self.cfg.sample_steps and (step%self.cfg.sample_steps==0 or step==self.total):
-        if self.ranks.first: self.sample(model, step)
+        if self.samples_now(step): self.sample(model, step)
         stop = self.time_to_stop()
     if stop: log.info(f"stopping at step {step}: {self.deadline.reason or 'another machine was told to'}")
     if stop or control.should_save: control.should_log = True # no loss is averaged over a checkpoint, or lost at a stop
@@ -337,8 +367,9 @@ def time_to_stop(self:Job): # the same on every rank
 def on_save(self:Job, folder, step):
     import torch
     self.collect(folder, step)
+    finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
+    if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
-    if not all(p.isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad): raise self.diverged("the adapter is not finite", step)
     write_samples(folder, self.samples)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
@@ -389,7 +420,8 @@ def collect(self:Job, folder, step):
     "Bring every rank's random state to rank 0, and compare the ranks' adapters."
     if self.ranks.n==1: return
     rng = folder/f'rng_state_{self.ranks.rank}.pth'
-    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash({n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad})))
+    trained = {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad and not self.shard} # of what is sharded there is one copy
+    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
     for name,state,digest in seen:
         if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
@@ -408,15 +440,17 @@ def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
     cfg,until = self.cfg,self.patience(1800)
     if self.publisher and not self.publisher.close(until):
+        if self.step not in self.whole_steps(): raise self.publisher.error
         raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
         return RESUBMIT
     self.measure_held_out('after', self.step)
-    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    if self.ranks.n>1 and not self.shard: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    weights = whole_adapter(self.trainer.model)
     if not self.ranks.first: return COMPLETE
-    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until)
+    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, weights)
     self.deadline.idle = False
     try: patiently(lambda: self.checkpoints.branch.api.super_squash_history(cfg.hub_model_id, branch='checkpoints'), 'squashing', self.patience(60))
     except UserError as e: log.warning(f"the history of branch checkpoints is not squashed: {e}")
@@ -454,7 +488,12 @@ def salvage(self:Job):
     self.publisher.close(self.patience(600))
     kept = self.checkpoints.steps()
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
-    if (more := local_steps(self.cfg.output_dir)) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+    if (more := self.whole_steps()) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+
+@patch
+def whole_steps(self:Job)->list: # Ascending
+    "Steps whose checkpoint lies on this disk, sealed."
+    return [s for s in local_steps(self.cfg.output_dir) if (Path(self.cfg.output_dir)/f'checkpoint-{s}'/MANIFEST).exists()]
 
 # %% ../nbs/06_job.ipynb #53b895d6
 def run_job(
@@ -462,6 +501,7 @@ def run_job(
 )->int: # Exit code: 0 complete, 75 resubmit
     "Do what is left of a run."
     bound_requests()
+    if cfg.full_determinism: be_deterministic()
     job,code = Job(cfg),1
     try:
         for _ in range(2):
@@ -479,7 +519,7 @@ def run_job(
         job.salvage()
         raise explain_error(e, cfg) from e
     finally:
-        if job.wandb: job.wandb.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code)
+        job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
     return job.ranks.share(code) # all end together
 
 def main():

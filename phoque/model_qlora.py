@@ -498,7 +498,8 @@ def load_model(
     base:dict, # As `resolve_base` gives it
     load_in_4bit:bool=True, # NF4 with double quantisation?
     attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
-): # Model on the GPU, or on the CPU where there is none
+    shard:bool=False, # Will ranks share it? (its 4 bits are then stored as bf16)
+): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
@@ -507,9 +508,11 @@ def load_model(
         cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
     except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
     if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
+    cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
     model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation,
-        quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if torch.cuda.is_available() else 'cpu'})
+        quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
 
@@ -677,26 +680,28 @@ def memory_plan(
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation?
     lora_r:int=16, # Rank of the adapter
-    lora_dropout:float=0.0, # With one, or without NF4, layers aren't `fast`'s
+    lora_dropout:float=0.0, # With one, without NF4, or shared, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
+    shards:int=1, # Ranks that share the layers, by FSDP
 )->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
     "Predict the memory of a GPU in training."
     import torch
     c,m = config.get_text_config(),_bare_model(config)
     linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
-    fast = load_in_4bit and not lora_dropout
+    fast = load_in_4bit and not lora_dropout and shards==1
     four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
-    load = four*(1/2+1/64+4/64/256+4/64*fast) + 2*(sum(p.numel() for p in m.parameters())-four)
+    layers = four*(1/2/shards + (1/c.num_hidden_layers if shards>1 else 0)) # its own part, and two layers that are together at a time
+    load = layers + four*(1/64+4/64/256+4/64*fast) + 2*(sum(p.numel() for p in m.parameters())-four)
     targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
-    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))
+    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))/shards
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
     attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
     ours = 4*h + attention + 4*f + 18*lora_r + 8
     lora = 2*lora_r*len(targets)/n_layers
     eager,compiled = 12*h+attention+8*f+lora, 4*h+attention+4*f+lora
     tokens = per_device_train_batch_size*max_length
-    kept,again = (ours, ours+2*f+4*h) if fast else (compiled if torch_compile else eager, eager)
+    kept,again = (ours, ours+2*f+4*h) if fast else (compiled if torch_compile and shards==1 else eager, eager)
     acts = tokens*(again+2*h*n_layers if gradient_checkpointing else kept*n_layers)
     sup = supervised*tokens
     turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, 0 if fast else tokens*10*f)

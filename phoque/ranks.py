@@ -11,8 +11,8 @@ from .model_qlora import UserError, log
 from .resume import Stopped
 
 # %% auto #0
-__all__ = ['LOST', 'GRACE', 'Ranks', 'lost_rank', 'report_error', 'explain_ranks', 'needs_launch', 'launch_ranks',
-           'group_addresses', 'own_address', 'machine_flags']
+__all__ = ['LOST', 'Ranks', 'lost_rank', 'report_error', 'explain_ranks', 'needs_launch', 'launch_ranks', 'group_addresses',
+           'own_address', 'machine_flags']
 
 # %% ../nbs/06a_ranks.ipynb #26aa3fe1
 class Ranks:
@@ -115,8 +115,6 @@ def explain_ranks(
     return 1
 
 # %% ../nbs/06a_ranks.ipynb #6e74e2ec
-GRACE = 30 # seconds that ranks have once another one has failed: what was saved is published meanwhile
-
 def needs_launch()->bool: # Is this the process that must start the ranks?
     "Are there several GPUs, or machines, and is this none of their ranks?"
     if 'RANK' in os.environ: return False
@@ -139,8 +137,7 @@ def launch_ranks()->int: # Exit code
         for p in ranks: p.send_signal(sig)
         if not ranks: raise Stopped
     signal.signal(signal.SIGTERM, pass_on)
-    flags = ['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', f'--shutdown-timeout={GRACE}', *machine_flags()]
-    try: run(parse_args([*flags, *sys.argv]))
+    try: run(parse_args(['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', *machine_flags(), *sys.argv]))
     except ChildFailedError as e:
         if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
         return explain_ranks(e.failures)

@@ -18,7 +18,7 @@ __all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'WANDB_FLUSH', 'file_sha256', 'w
 # %% ../nbs/03_resume.ipynb #5a626d29
 MANIFEST = 'manifest.json'
 STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet')
-NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # without its optimizer `Trainer` would begin with a new one, and not say so
+NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
     path:Path, # Of a file
@@ -44,7 +44,7 @@ def read_manifest(
     "Read a manifest; a `ValueError` says what is wrong with it."
     try:
         m = json.loads(path.read_text())
-        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
+        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and any(n.startswith('rng_state') for n in m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
     except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError): good = False
     if not good: raise ValueError("its manifest is damaged")

@@ -31,9 +31,10 @@ class SeededDraws:
         every = (scores.float()/self.temperature).softmax(-1)
         probs,order = every.topk(min(1024, every.shape[-1])) # nearly always holds the nucleus, and sorting a whole vocabulary is slow
         if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
-        total = probs.cumsum(-1)
-        mass = (probs*(total-probs<self.top_p)).sum(-1, keepdim=True)
-        at = torch.tensor([[r.random()] for r in self.rngs], device=scores.device)*mass
+        parts = (probs.double()*2**40).long() # whole numbers: their sums are the same in any order, which a GPU doesn't keep
+        total = parts.cumsum(-1)
+        mass = (parts*(total-parts<self.top_p*2**40)).sum(-1, keepdim=True)
+        at = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)*mass
         pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
         return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
 

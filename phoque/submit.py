@@ -11,14 +11,15 @@ from fastcore.meta import delegates
 from fastcore.script import anno_parser
 from .model_qlora import SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, UserError, hub_problem, memory_plan, resolve_base, text_table
 from .resume import parse_duration
-from .train import TrainConfig, check_config, env_options, options
+from .train import TrainConfig, check_config, env_options, options, share_batch
 
 # %% auto #0
 __all__ = ['JOB_FLAVOR', 'JOB_TIMEOUT', 'JOB_LABEL', 'JOB_NEEDS', 'JOB_SECRETS', 'JOB_ENV', 'JOB_MODULES', 'FLAVORS_READ',
-           'FLAVORS', 'JOB_PYTHON', 'SMOKE', 'parse_module', 'mk_script', 'project_root', 'job_pins', 'job_header',
-           'hf_jobs', 'train_files', 'write_train', 'check_train', 'usable_gib', 'price_per_hour', 'job_plan',
-           'show_plan', 'run_memory', 'measured_speed', 'run_plan', 'job_args', 'unused_secrets', 'check_secrets',
-           'check_dataset', 'check_wandb', 'check_installable', 'preflight', 'submit', 'submit_cli']
+           'FLAVORS', 'FIXED_SHARE', 'JOB_PYTHON', 'SMOKE', 'parse_module', 'mk_script', 'project_root', 'job_pins',
+           'job_header', 'hf_jobs', 'train_files', 'write_train', 'check_train', 'usable_gib', 'price_per_hour',
+           'job_plan', 'show_plan', 'run_memory', 'measured_speed', 'times_faster', 'run_plan', 'job_args',
+           'unused_secrets', 'check_secrets', 'check_dataset', 'check_wandb', 'check_installable', 'preflight',
+           'submit', 'submit_cli']
 
 # %% ../nbs/07_submit.ipynb #c234a2e7
 def _lines(
@@ -190,7 +191,7 @@ def hf_jobs(
     return subprocess.run([hf, 'jobs', 'uv', 'run', *map(str, args)], text=True, **kwargs)
 
 # %% ../nbs/07_submit.ipynb #594bda6c
-JOB_MODULES = ['model_qlora', 'kernels', 'fast', 'train', 'resume', 'sample', 'ranks', 'job']
+JOB_MODULES = ['model_qlora', 'kernels', 'fast', 'shard', 'train', 'resume', 'sample', 'ranks', 'job']
 _DOC = '''Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue.
 
 Generated from the notebooks in nbs/ by `make generate`: edit those, not this file.
@@ -230,18 +231,31 @@ def check_train(
 
 # %% ../nbs/07_submit.ipynb #6b6685e1
 FLAVORS_READ = '2026-11-23' # https://huggingface.co/docs/hub/jobs-pricing
-FLAVORS = {f['flavor']:f for f in [dict(zip(('flavor', 'gpu', 'GB', '$/h', 'tokens/s', 'speed'), o)) for o in [
-    ('l4x1',         'L4',           24, 0.80, 2_400, 'estimate'),
-    ('a10g-small',   'A10G',         24, 1.00, 2_900, 'estimate'),
-    ('a10g-large',   'A10G',         24, 1.50, 2_900, 'estimate'),
-    ('l40sx1',       'L40S',         48, 1.80, 0,     'unknown'),
-    ('a100-large',   'A100',         80, 2.50, 9_000, 'estimate'),
-    ('rtx-pro-6000', 'RTX PRO 6000', 96, 2.75, 0,     'unknown'),
-    ('h200',         'H200',        141, 5.00, 31_800, 'measured')]]}
+FLAVORS = {f['flavor']:f for f in [dict(zip(('flavor', 'gpu', 'GPUs', 'GB', '$/h', 'tokens/s', 'speed'), o)) for o in [
+    ('l4x1',           'L4',           1, 24,  0.80,  2_400,  'estimate'),
+    ('l4x4',           'L4',           4, 24,  3.80,  2_400,  'estimate'),
+    ('a10g-small',     'A10G',         1, 24,  1.00,  2_900,  'estimate'),
+    ('a10g-large',     'A10G',         1, 24,  1.50,  2_900,  'estimate'),
+    ('a10g-largex2',   'A10G',         2, 24,  3.00,  2_900,  'estimate'),
+    ('a10g-largex4',   'A10G',         4, 24,  5.00,  2_900,  'estimate'),
+    ('l40sx1',         'L40S',         1, 48,  1.80,  0,      'unknown'),
+    ('l40sx4',         'L40S',         4, 48,  8.30,  0,      'unknown'),
+    ('l40sx8',         'L40S',         8, 48,  23.50, 0,      'unknown'),
+    ('a100-large',     'A100',         1, 80,  2.50,  9_000,  'estimate'),
+    ('a100x4',         'A100',         4, 80,  10.00, 9_000,  'estimate'),
+    ('a100x8',         'A100',         8, 80,  20.00, 9_000,  'estimate'),
+    ('rtx-pro-6000',   'RTX PRO 6000', 1, 96,  2.75,  0,      'unknown'),
+    ('rtx-pro-6000x2', 'RTX PRO 6000', 2, 96,  5.50,  0,      'unknown'),
+    ('rtx-pro-6000x4', 'RTX PRO 6000', 4, 96,  11.00, 0,      'unknown'),
+    ('rtx-pro-6000x8', 'RTX PRO 6000', 8, 96,  22.00, 0,      'unknown'),
+    ('h200',           'H200',         1, 141, 5.00,  31_800, 'measured'),
+    ('h200x2',         'H200',         2, 141, 10.00, 31_800, 'estimate'),
+    ('h200x4',         'H200',         4, 141, 20.00, 31_800, 'estimate'),
+    ('h200x8',         'H200',         8, 141, 40.00, 31_800, 'estimate')]]}
 
 def usable_gib(
     flavor:str, # Machine
-)->float: # Of its GB, in GiB, with 6 % kept for CUDA and fragments
+)->float: # Of one GPU's GB, in GiB, with 6 % kept for CUDA and fragments
     "Memory that a run can have."
     return FLAVORS[flavor]['GB']*1e9/2**30*.94
 
@@ -268,14 +282,14 @@ def job_plan(
     timeout:str=JOB_TIMEOUT, # Of one job
     overhead:float=10, # Minutes of each job that train nothing
     price:float=0, # Dollars an hour; 0 takes the table's
-    share:float=1, # Of the flavor's speed
+    share:float=1, # Of one GPU's speed: less where layers are recomputed, more where GPUs share the work
 )->dict: # tokens, hours, jobs, dollars; `at most` is what the timeouts allow
     "What a run takes, before it is paid for."
     if flavor not in FLAVORS: raise UserError(f"flavor: must be one of {', '.join(FLAVORS)}, got {flavor!r}; `hf jobs hardware` lists what there is")
     f,day = FLAVORS[flavor],'today' if price else f'on {FLAVORS_READ}'
     speed,hours,price = tokens_per_second or f['tokens/s']*share,parse_duration(timeout)/3600,price or f['$/h']
     if hours*60<=overhead: raise UserError(f"JOB_TIMEOUT: {timeout} is all start and stop, which take about {overhead:g} minutes: give it more")
-    plan = {'flavor':flavor, 'gpu':f"{f['gpu']} {f['GB']} GB", 'price':f"${price:.2f} an hour {day}", 'timeout of a job':timeout}
+    plan = {'flavor':flavor, 'gpu':f"{f['GPUs']} × "*(f['GPUs']>1) + f"{f['gpu']} {f['GB']} GB", 'price':f"${price:.2f} an hour {day}", 'timeout of a job':timeout}
     if not steps or not speed:
         why = 'steps are known when the dataset is packed' if speed else f'no speed known for {flavor}: give --tokens_per_second'
         return plan | {'length':why, 'at most':f"${hours*price:.2f} a job"}
@@ -294,25 +308,38 @@ def show_plan(
 # %% ../nbs/07_submit.ipynb #332a0cc3
 def run_memory(
     c:TrainConfig, # The run
-)->float: # GiB at the peak, with half a GiB for CUDA itself; None where the base model's config can't be read
+    gpus:int=1, # That share its rows, and with FSDP its layers
+)->float: # GiB at the peak of each, with half a GiB for CUDA itself; None where the base model's config can't be read
     "What a run needs of a GPU's memory."
     from transformers import AutoConfig, Ministral3Config
     try: shape = Ministral3Config(**SUCCESSOR_SHAPE) if c.base_model in (SEED_BASE, SUCCESSOR) else AutoConfig.from_pretrained(c.base_model)
     except (OSError, ValueError): return
-    same = ('per_device_train_batch_size','max_length','gradient_checkpointing','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(shape, lora_target_modules=c.lora_target_modules.split(','), **{k:getattr(c, k) for k in same})['peak'] + .5
+    same = ('max_length','gradient_checkpointing','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
+    return memory_plan(shape, share_batch(c, gpus)[0], lora_target_modules=c.lora_target_modules.split(','), shards=gpus if c.fsdp else 1, **{k:getattr(c, k) for k in same})['peak'] + .5
 
 def measured_speed(
     c:TrainConfig, # The run
     flavor:str, # Machine
     path:str='benchmark/benchmark.json', # What `phoque_bench` wrote
-)->float: # Tokens a second; 0 where nothing was measured on such a GPU
+)->float: # Tokens a second, of all its GPUs; 0 where nothing was measured on such a GPU
     "The speed that was measured, where there is one."
     try: r = json.loads((project_root()/path).read_text())
     except (FileNotFoundError, UserError): return 0.
-    if FLAVORS.get(flavor, {}).get('gpu', flavor) not in r['machine'] or c.base_model not in (SEED_BASE, SUCCESSOR) or c.gradient_checkpointing: return 0.
-    like = [s for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(c.per_device_train_batch_size,c.max_length)]
-    return like[0]['tokens_per_second'] if like else 0.
+    f = FLAVORS.get(flavor, {'gpu':flavor, 'GPUs':1})
+    if f['gpu'] not in r['machine'] or c.base_model not in (SEED_BASE, SUCCESSOR) or c.gradient_checkpointing or c.fsdp: return 0.
+    like = [s for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(share_batch(c, f['GPUs'])[0],c.max_length)]
+    return like[0]['tokens_per_second']*f['GPUs'] if like else 0.
+
+# %% ../nbs/07_submit.ipynb #88877f62
+FIXED_SHARE = .055 # of a step of four rows on one H200: 0.258 s, and one of eight 0.501 s
+
+def times_faster(
+    c:TrainConfig, # The run
+    gpus:int, # That share its rows
+)->float: # At most
+    "How many times as fast as one GPU several are."
+    def step(rows, often): return often*(FIXED_SHARE + (1-FIXED_SHARE)*rows/4)
+    return step(c.per_device_train_batch_size, c.gradient_accumulation_steps)/step(*share_batch(c, gpus))
 
 # %% ../nbs/07_submit.ipynb #e1c0ff94
 def run_plan(
@@ -323,17 +350,24 @@ def run_plan(
 )->dict: # As `job_plan`, with GiB, what the Hub stores, and the cheapest flavor
     "The plan of a run."
     tokens = c.per_device_train_batch_size*c.max_length
-    share = .78 if c.gradient_checkpointing else 1.
-    reckon = lambda f,**kw: job_plan(c.max_steps, tokens*c.gradient_accumulation_steps, flavor=f, timeout=c.job_timeout or JOB_TIMEOUT, share=share, **kw)
+    def reckon(f, **kw):
+        n = FLAVORS.get(f, {}).get('GPUs', 1)
+        share = 0 if c.fsdp and n>1 else times_faster(c, n)*(.78 if c.gradient_checkpointing else 1) # how fast layers are that GPUs share is unknown
+        return job_plan(c.max_steps, tokens*c.gradient_accumulation_steps, flavor=f, timeout=c.job_timeout or JOB_TIMEOUT, share=share, **kw)
     plan = reckon(flavor, tokens_per_second=tokens_per_second or measured_speed(c, flavor), price=price)
-    if not (need := run_memory(c)): return plan
+    n = FLAVORS[flavor]['GPUs']
+    at_once,often = share_batch(c, n)
+    if n>1: plan['rows of each GPU'] = f'{at_once} at once, {often} times a step' + ', and a part of every layer'*c.fsdp
+    if not (need := run_memory(c, n)): return plan
     room = usable_gib(flavor)
-    if need>room: raise UserError(f"{flavor}: about {need:.0f} GiB are needed and {room:.0f} usable: set PER_DEVICE_TRAIN_BATCH_SIZE={int(c.per_device_train_batch_size/2) or 1} or GRADIENT_CHECKPOINTING=1")
-    plan |= {'memory':f'{need:.1f} GiB of {room:.0f} usable', 'on the Hub':f'{c.keep_checkpoints} checkpoints of 0.3 GB, adapter 0.1 GB'}
+    if need>room: raise UserError(f"{flavor}: about {need:.0f} GiB are needed{' on each GPU'*(n>1)} and {room:.0f} usable: set PER_DEVICE_TRAIN_BATCH_SIZE={int(at_once/2) or 1} or GRADIENT_CHECKPOINTING=1"
+        + ", or FSDP=1, with which they share the layers"*(n>1 and not c.fsdp))
+    plan |= {'memory':f'{need:.1f} GiB of {room:.0f} usable' + ', on each'*(n>1), 'on the Hub':f'{c.keep_checkpoints} checkpoints of 0.3 GB, adapter 0.1 GB'}
     if 'about' not in plan or tokens_per_second or c.base_model not in (SEED_BASE, SUCCESSOR): return plan
-    cost = {f:float(reckon(f)['about'][1:]) for f,o in FLAVORS.items() if o['tokens/s'] and need<=usable_gib(f)}
+    fit = [f for f,o in FLAVORS.items() if c.per_device_train_batch_size*c.gradient_accumulation_steps%o['GPUs']==0 and run_memory(c, o['GPUs'])<=usable_gib(f)]
+    cost = {f:float(p['about'][1:]) for f in fit if 'about' in (p := reckon(f))}
     best = min(cost, key=cost.get)
-    return plan | ({'cheaper':f'{best}, about ${cost[best]:.2f}'} if cost[best]<.95*cost[flavor] else {})
+    return plan | ({'cheaper':f'{best}, about ${cost[best]:.2f}'} if cost[best]<.95*float(plan['about'][1:]) else {})
 
 # %% ../nbs/07_submit.ipynb #72b61f45
 def job_args(

@@ -14,6 +14,7 @@ from fastcore.script import anno_parser
 from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, memory_plan, undisturbed
 from .kernels import TILE, attention_tiles
 from .fast import fast_layers, keep_weights, add_supervised_head
+from .shard import prepare_sharding, shard_options, sharded_trainer
 
 # %% auto #0
 __all__ = ['STEP_LINE', 'TrainConfig', 'options', 'env_options', 'read_config', 'check_config', 'pack_lengths', 'pack_dataset',
@@ -36,7 +37,9 @@ class TrainConfig:
         gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows
         torch_compile:bool=True, # Compile layers that our own kernels can't take? (on CUDA only)
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
+        fsdp:bool=False, # Share the model out to the GPUs, by FSDP2? (for one that doesn't fit on each; slower)
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
+        full_determinism:bool=False, # Only algorithms that add in a fixed order? (slower where a GPU's default ones don't; a CPU's do)
         learning_rate:float=2e-4, # Peak, after the warm-up
         warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
         weight_decay:float=0.001, # Of AdamW
@@ -112,6 +115,7 @@ def check_config(
     if not c.sample_share>0: bad('sample_share', "must be positive (SAMPLE_STEPS=0 for no samples)")
     if not 0<=c.lora_dropout<1: bad('lora_dropout', "must be from 0 up to 1")
     if not c.learning_rate>0: bad('learning_rate', "must be positive")
+    if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
     if c.report_to not in ('wandb','none'): bad('report_to', "must be wandb or none")
     return c
 
@@ -256,39 +260,56 @@ def compile_layers(
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
-# %% ../nbs/02_train.ipynb #1657006c
-def _trainer_class():
-    import torch, trl
+# %% ../nbs/02_train.ipynb #bf7364ad
+def _background_saves():
+    import torch
     from concurrent.futures import ThreadPoolExecutor
+    from contextlib import nullcontext
     from torch.utils._pytree import tree_map
-    class Trainer(trl.SFTTrainer):
-        "TRL's, with the loss of `fast`, and checkpoints that training hardly waits for."
+    def each(f, state): return tree_map(lambda t: f(t) if torch.is_tensor(t) else t, state)
+    class BackgroundSaves:
+        "What `Trainer` saves, copied at once and written by a thread."
         writer,writes = ThreadPoolExecutor(1, 'checkpoint'),()
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
-            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            if not self.args.should_save: return
-            self.written()
-            states = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict())
-            copies = tree_map(lambda t: t.detach().to('cpu', copy=True) if torch.is_tensor(t) else t, states) # training waits for these, and not for the disk
-            self.writes = [self.writer.submit(torch.save, v, f'{output_dir}/{k}.pt') for k,v in copies.items()]
+        def save_later(self, write, state):
+            copies = each(lambda t: t.detach().clone(), state)
+            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+            def run():
+                if copied: copied.synchronize()
+                with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext(): write(each(lambda t: t.cpu(), copies))
+            self.writes.append(self.writer.submit(run))
 
         def written(self):
             "Wait until all of the newest checkpoint lies on the disk."
             for w in self.writes: w.result()
 
+        def _save(self, output_dir=None, state_dict=None):
+            if not self.args.should_save: return
+            self.written(); self.writes = []
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self.save_later(lambda d: self.model.save_pretrained(output_dir, state_dict=d, save_embedding_layers=False), state_dict or {n:p for n,p in self.model.named_parameters() if p.requires_grad})
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if self.args.should_save: self.write_later(output_dir, dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict()))
+
+        def write_later(self, output_dir, states):
+            for k,s in states.items(): self.save_later(lambda s, k=k: torch.save(s, f'{output_dir}/{k}.pt'), s)
+
         def train(self, *args, **kwargs):
             out = super().train(*args, **kwargs)
             self.written()
             return out
+    return BackgroundSaves
 
-        def _save(self, *args, **kwargs):
-            tok,self.processing_class = self.processing_class,None # it doesn't change, and writing it takes as long as the optimizer's state
-            try: super()._save(*args, **kwargs)
-            finally: self.processing_class = tok
+# %% ../nbs/02_train.ipynb #1657006c
+def _trainer_class():
+    import trl
+    class Trainer(_background_saves(), trl.SFTTrainer):
+        "TRL's, with the loss of `fast`, and checkpoints that training doesn't wait for."
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
+            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
 
         def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
     return Trainer
@@ -309,23 +330,25 @@ def make_trainer(
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     at_once,often = share_batch(cfg, ranks)
+    shard = cfg.fsdp and ranks>1
+    stack = None if shard else fast_layers(model, cfg.max_length, cfg.gradient_checkpointing)
+    varlen = model.config.get_text_config()._attn_implementation=='varlen'
     steps = run_steps(cfg, len(packed))
     order = draw_order(len(packed), steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps, cfg.seed)
-    stack,varlen = fast_layers(model, cfg.max_length, cfg.gradient_checkpointing),model.config.get_text_config()._attn_implementation=='varlen'
-    most,fill = max(map(len, packed['seq_lengths'])),None
-    if stack:
-        fill = fill_sizes(packed, order, cfg.max_length, at_once)
-        keep_weights(stack, memory_plan(model.config, at_once, cfg.max_length, cfg.gradient_checkpointing, cfg.optim, lora_r=cfg.lora_r)['peak'])
-    elif cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
+    max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
+    fill = fill_sizes(packed, order, cfg.max_length, at_once) if stack else None
+    if stack: keep_weights(stack, memory_plan(model.config, at_once, cfg.max_length, cfg.gradient_checkpointing, cfg.optim, lora_r=cfg.lora_r)['peak'])
+    elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
         gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=cfg.gradient_checkpointing,
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None, learning_rate=cfg.learning_rate,
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
-        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
-    trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
-        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=most*(varlen and not stack), fill=fill), callbacks=[events_callback(events)])
+        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda, **shard_options(shard))
+    if shard: prepare_sharding(args.device, model)
+    trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
+        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
@@ -361,9 +384,10 @@ def held_out_loss(
     "Loss on conversations that training never sees."
     import torch
     model,here,nll,n = trainer.model,trainer.accelerator,0.,0
-    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager():
-        for row in packed.select(range(here.process_index, len(packed), here.num_processes)):
-            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items() if k in ('input_ids','position_ids','supervised','targets')}
-            nll += model(**batch).item(); n += len(batch['targets'])
+    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
+        for i in range(here.process_index, -(-len(packed)//here.num_processes)*here.num_processes, here.num_processes): # as often on every rank: they may share the layers
+            batch = {k:v.to(here.device) for k,v in trainer.data_collator([packed[i%len(packed)]]).items() if k in ('input_ids','position_ids','supervised','targets')}
+            loss = model(**batch).item()
+            if i<len(packed): nll += loss; n += len(batch['targets'])
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)

@@ -497,7 +497,8 @@ def load_model(
     base:dict, # As `resolve_base` gives it
     load_in_4bit:bool=True, # NF4 with double quantisation?
     attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
-): # Model on the GPU, or on the CPU where there is none
+    shard:bool=False, # Will ranks share it? (its 4 bits are then stored as bf16)
+): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
@@ -506,9 +507,11 @@ def load_model(
         cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
     except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
     if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
+    cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
     model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation,
-        quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if torch.cuda.is_available() else 'cpu'})
+        quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
 
@@ -664,142 +667,482 @@ def memory_plan(
     max_length:int=2048, # Tokens of a row
     gradient_checkpointing:bool=False, # Recompute whole layers?
     optim:str='adamw_torch_fused', # Name in transformers
-    torch_compile:bool=True, # Are the layers compiled, at an activation budget of 0.7?
+    torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation?
     lora_r:int=16, # Rank of the adapter
-    lora_dropout:float=0.0, # With one, adapters don't ride on their bases' products
+    lora_dropout:float=0.0, # With one, without NF4, or shared, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
+    shards:int=1, # Ranks that share the layers, by FSDP
 )->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
     "Predict the memory of a GPU in training."
     import torch
     c,m = config.get_text_config(),_bare_model(config)
     linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
+    fast = load_in_4bit and not lora_dropout and shards==1
     four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
-    load = four*(1/2+1/64+4/64/256+(0 if lora_dropout else 4/64)) + 2*(sum(p.numel() for p in m.parameters())-four)
+    layers = four*(1/2/shards + (1/c.num_hidden_layers if shards>1 else 0)) # its own part, and two layers that are together at a time
+    load = layers + four*(1/64+4/64/256+4/64*fast) + 2*(sum(p.numel() for p in m.parameters())-four)
     targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
-    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))
+    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))/shards
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
     attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
+    ours = 4*h + attention + 4*f + 18*lora_r + 8
     lora = 2*lora_r*len(targets)/n_layers
     eager,compiled = 12*h+attention+8*f+lora, 4*h+attention+4*f+lora
     tokens = per_device_train_batch_size*max_length
-    acts = tokens*(eager+2*h*n_layers if gradient_checkpointing else (compiled if torch_compile else eager)*n_layers)
+    kept,again = (ours, ours+2*f+4*h) if fast else (compiled if torch_compile and shards==1 else eager, eager)
+    acts = tokens*(again+2*h*n_layers if gradient_checkpointing else kept*n_layers)
     sup = supervised*tokens
-    turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, tokens*10*f)
+    turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, 0 if fast else tokens*10*f)
     gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
     return {k:v/2**30 for k,v in gib.items()}
 
 # ------------------------------------------------------------------------------
-# fast: The same arithmetic in fewer, larger products: an adapter that rides on its base's product, and a loss that looks at supervised tokens only
+# kernels: What a decoder layer does between its matrix products, in one pass over the GPU's memory each
 # ------------------------------------------------------------------------------
 
+def pow2(
+    n:int, # Any
+    least:int=16, # Tensor cores take no smaller matrix
+)->int: # At least both
+    "The next power of two: Triton's blocks have such sides."
+    return max(least, 1<<(n-1).bit_length())
+
+@functools.cache
+def _norm_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def norm(h, y, w, total, x, rstd, s, eps, n, ADD: tl.constexpr, N: tl.constexpr):
+        r = tl.program_id(0).to(tl.int64)
+        c = tl.arange(0, N); ok = c<n
+        v = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)
+        if ADD:
+            v = (v + tl.load(y+r*n+c, mask=ok, other=0.).to(tl.float32)).to(tl.bfloat16)
+            tl.store(total+r*n+c, v, mask=ok)
+            v = v.to(tl.float32)
+        k = tl.rsqrt(tl.sum(v*v, 0)/n + eps)
+        tl.store(rstd+r, k)
+        tl.store(x+r*s+c, (v*k).to(tl.bfloat16).to(tl.float32)*tl.load(w+c, mask=ok, other=0.).to(tl.float32), mask=ok)
+    return norm
+
+def add_norm(
+    h, # Residual stream, (rows, hidden)
+    y, # What a block adds to it; None for nothing
+    norm, # Module with `weight` and `variance_epsilon`
+    x, # Buffer, (rows, hidden+rank): its left part becomes the norm
+)->tuple: # The sum, and one over the RMS of its rows
+    "Add, and normalise."
+    import torch
+    rows,n = h.shape
+    total,rstd = h if y is None else torch.empty_like(h),torch.empty(rows, dtype=torch.float32, device=h.device)
+    if rows: _norm_kernel()[(rows,)](h, y, norm.weight, total, x, rstd, x.stride(0), norm.variance_epsilon, n, ADD=y is not None, N=pow2(n), num_warps=8)
+    return total,rstd
+
+@functools.cache
+def _norm_mean_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def norm_mean(h, w, rstd, d, xa, mean, z_rms, s, n, R: tl.constexpr, N: tl.constexpr):
+        r = tl.program_id(0).to(tl.int64)
+        c,j = tl.arange(0, N),tl.arange(0, R); ok = c<n
+        k = tl.load(rstd+r)
+        t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*tl.load(w+c, mask=ok, other=0.).to(tl.float32)*k
+        z = tl.load(d+r*s+n+j).to(tl.float32)
+        m = tl.sum(t*tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32), 0) + tl.sum(z*tl.load(xa+r*R+j).to(tl.float32), 0)
+        tl.store(mean+r, m/n)
+        tl.store(z_rms+r*R+j, z*k)
+    return norm_mean
+
+@functools.cache
+def _norm_back_kernel():
+    import triton, triton.language as tl
+    @triton.jit(do_not_specialize=['rows'])
+    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+        r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
+        here = (r<rows)[:,None]; r = r.to(tl.int64)[:,None]
+        c = (tl.program_id(1)*N + tl.arange(0, N))[None,:]; ok = here & (c<n)
+        k,m = tl.load(rstd+r, mask=here, other=0.),tl.load(mean+r, mask=here, other=0.)
+        z = tl.load(d+r*s+n+tl.arange(0, R)[None,:], mask=here, other=0.)
+        g = tl.dot(z, tl.load(a+tl.arange(0, R)[:,None]*n+c, mask=c<n, other=0.)) + tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32)
+        t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*k
+        dx = k*(g*tl.load(w+c, mask=c<n, other=0.).to(tl.float32) - t*m)
+        tl.store(dh+r*n+c, dx + tl.load(skip+r*n+c, mask=ok, other=0.).to(tl.float32), mask=ok)
+    return norm_back
+
+def norm_back(
+    h, # What was normalised, (rows, hidden)
+    rstd, # One over the RMS of its rows
+    norm, # Module with `weight`
+    d, # Gradient of the product's input, (rows, hidden+rank)
+    a, # `lora_A`, (rank, hidden)
+    xa, # What it made of the norm, (rows, rank)
+    skip, # Gradient that went past the block
+)->tuple: # Gradient of `h`, and that of `xa` over the RMS
+    "Back through `lora_A`, the norm and the sum."
+    import torch
+    (rows,n),shape = h.shape,dict(R=len(a), num_warps=8)
+    dh,mean,z_rms = torch.empty_like(h),torch.empty_like(rstd),torch.empty_like(xa)
+    if not rows: return dh,z_rms
+    _norm_mean_kernel()[(rows,)](h, norm.weight, rstd, d, xa, mean, z_rms, d.stride(0), n, R=len(a), N=pow2(n), num_warps=8)
+    _norm_back_kernel()[(-(-rows//32), -(-n//128))](h, norm.weight, rstd, d, a, mean, skip, dh, d.stride(0), rows, n, R=len(a), ROWS=32, N=128, num_warps=4)
+    return dh,z_rms
+
+@functools.cache
+def _swiglu_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def swiglu(gu, x, s, n, N: tl.constexpr):
+        r = tl.program_id(0).to(tl.int64)
+        c = tl.program_id(1)*N + tl.arange(0, N); ok = c<n
+        g,u = tl.load(gu+r*2*n+c, mask=ok, other=0.).to(tl.float32),tl.load(gu+r*2*n+n+c, mask=ok, other=0.).to(tl.float32)
+        tl.store(x+r*s+c, (g*tl.sigmoid(g)).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
+    return swiglu
+
+def swiglu(
+    gu, # Gate and up, (rows, 2·width)
+    x, # Buffer, (rows, width+rank): its left part becomes silu(gate)·up
+):
+    "What the down projection reads."
+    n = gu.shape[1]//2
+    if len(gu): _swiglu_kernel()[(len(gu), -(-n//2048))](gu, x, x.stride(0), n, N=2048)
+
+@functools.cache
+def _swiglu_back_kernel():
+    import triton, triton.language as tl
+    @triton.jit(do_not_specialize=['rows'])
+    def swiglu_back(gu, d, a, s, rows, n, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+        r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
+        c = tl.program_id(1)*N + tl.arange(0, N)
+        ok = (r<rows)[:,None] & (c<n)[None,:]; row = r.to(tl.int64)
+        p,q = gu+row[:,None]*2*n+c[None,:],d+row[:,None]*s+c[None,:]
+        g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
+        dx = tl.load(q, mask=ok, other=0.).to(tl.float32)
+        for j in tl.static_range(R): dx += tl.load(d+row*s+n+j, mask=r<rows, other=0.).to(tl.float32)[:,None]*tl.load(a+j*n+c, mask=c<n, other=0.).to(tl.float32)[None,:]
+        w = tl.sigmoid(g)
+        tl.store(q, (g*w).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
+        tl.store(p, dx*u*w*(1+g*(1-w)), mask=ok)
+        tl.store(p+n, dx*g*w, mask=ok)
+    return swiglu_back
+
+def swiglu_back(
+    gu, # Gate and up; they become their gradients
+    d, # Gradient of the product's input, (rows, width+rank); its left part becomes that input again
+    a, # `lora_A` of the down projection, (rank, width)
+):
+    "Back through `lora_A` and SwiGLU."
+    rows,n = len(gu),gu.shape[1]//2
+    if rows: _swiglu_back_kernel()[(-(-rows//2), -(-n//1024))](gu, d, a, d.stride(0), rows, n, R=len(a), ROWS=2, N=1024, num_warps=4)
+
+@functools.cache
+def _rope_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def rope(qkv, cos, sin, q_scale, s, heads_q, heads, HALF: tl.constexpr, HEADS: tl.constexpr):
+        t = tl.program_id(0).to(tl.int64)
+        h,c = tl.arange(0, HEADS)[:,None],tl.arange(0, HALF)[None,:]
+        p = qkv + t*s + h*2*HALF + c; ok = h<heads
+        x,y = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+HALF, mask=ok, other=0.).to(tl.float32)
+        k = tl.where(h<heads_q, tl.load(q_scale+t), 1.)
+        u,v = tl.load(cos+t*2*HALF+c).to(tl.float32)*k,tl.load(sin+t*2*HALF+c).to(tl.float32)*k
+        tl.store(p, x*u-y*v, mask=ok); tl.store(p+HALF, y*u+x*v, mask=ok)
+    return rope
+
+def rope(
+    qkv, # Queries, keys and values of each token, (tokens, (heads_q+2·heads_k)·head_dim); the first two are turned in place
+    turn:tuple, # `cos` and `sin`, (tokens, head_dim), and what queries are multiplied by, (tokens,)
+    heads:tuple, # Query heads, key heads, head_dim
+):
+    "Rotary position embedding."
+    q,k,d = heads
+    _rope_kernel()[(len(qkv),)](qkv, *turn, qkv.stride(0), q, q+k, HALF=d//2, HEADS=pow2(q+k), num_warps=8)
+
+TILE = 64 # rows of a document that a program of the attention kernels takes
+
+def attention_tiles(
+    sizes:list, # Tokens of each document, in order
+)->list: # (first row, its document's first row, its document's end) of each tile
+    "Cut documents into tiles."
+    tiles,a = [],0
+    for n in sizes:
+        tiles += [(t,a,a+n) for t in range(a, a+n, TILE)]
+        a += n
+    return tiles
+
+@functools.cache
+def _attend_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def attend(qkv, out, lse, tiles, s, s_o, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+        h,i = tl.program_id(0),tl.program_id(1)
+        start,first,end = tl.load(tiles+3*i),tl.load(tiles+3*i+1),tl.load(tiles+3*i+2)
+        r,c = start + tl.arange(0, N),tl.arange(0, D)[None,:]
+        here = (r<end)[:,None]
+        q = tl.load(qkv + r.to(tl.int64)[:,None]*s + h*D + c, mask=here, other=0.)
+        m,l,o = tl.full((N,), -float('inf'), tl.float32),tl.zeros((N,), tl.float32),tl.zeros((N,D), tl.float32)
+        for n in range(first, start+N, N):
+            j = n + tl.arange(0, N)
+            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
+            k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
+            z = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.dot(q, tl.trans(k))*scale, -float('inf'))
+            top = tl.maximum(m, tl.max(z, 1))
+            e,a = tl.exp2(z-top[:,None]),tl.exp2(m-top)
+            l = l*a + tl.sum(e, 1)
+            o = tl.dot(e.to(tl.bfloat16), v, o*a[:,None])
+            m = top
+        tl.store(out + r.to(tl.int64)[:,None]*s_o + h*D + c, o/l[:,None], mask=here)
+        tl.store(lse + h.to(tl.int64)*total + r, m+tl.log2(l), mask=r<end)
+    return attend
+
+def attend(
+    qkv, # After `rope`
+    o, # Buffer, (tokens, heads_q·head_dim+rank): its left part becomes the output
+    tiles, # From `attention_tiles`, an int32 tensor
+    heads:tuple, # Query heads, key heads, head_dim
+    scale:float, # Of the scores
+): # log2 of the sum of exponentials of each row's scores, (heads_q, tokens)
+    "Causal attention within documents; see https://arxiv.org/abs/2307.08691."
+    import torch
+    q,k,d = heads
+    lse = torch.empty(q, len(qkv), dtype=torch.float32, device=qkv.device)
+    _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, qkv.stride(0), o.stride(0), len(qkv), scale*1.4426950408889634, HQ=q, HK=k, D=d, N=TILE, num_warps=4, num_stages=1) # log2(e): exp2 is what GPUs have
+    return lse
+
+@functools.cache
+def _attend_before_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def attend_before(d, o, a, delta, s, total, n, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+        h = tl.program_id(0)
+        i = tl.program_id(1)*ROWS + tl.arange(0, ROWS)
+        here = (i<total)[:,None]; r = i.to(tl.int64)[:,None]; c = h*D + tl.arange(0, D)[None,:]
+        z = tl.load(d+r*s+n+tl.arange(0, R)[None,:], mask=here, other=0.)
+        g = (tl.dot(z, tl.load(a+tl.arange(0, R)[:,None]*n+c)) + tl.load(d+r*s+c, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
+        tl.store(d+r*s+c, g, mask=here)
+        tl.store(delta+h.to(tl.int64)*total+i, tl.sum(g.to(tl.float32)*tl.load(o+r*s+c, mask=here, other=0.).to(tl.float32), 1), mask=i<total)
+    return attend_before
+
+@functools.cache
+def _attend_dq_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def attend_dq(qkv, d, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+        h,i = tl.program_id(0),tl.program_id(1)
+        start,first,end = tl.load(tiles+3*i),tl.load(tiles+3*i+1),tl.load(tiles+3*i+2)
+        r,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
+        here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]
+        q,g = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(d+row*s_d+h*D+c, mask=here, other=0.)
+        at = h.to(tl.int64)*total+r
+        top,mean = tl.load(lse+at, mask=r<end, other=0.),tl.load(delta+at, mask=r<end, other=0.)
+        dq = tl.zeros((N,D), tl.float32)
+        for n in range(first, start+N, N):
+            j = n + tl.arange(0, N)
+            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
+            k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
+            e = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.exp2(tl.dot(q, tl.trans(k))*(scale*1.4426950408889634) - top[:,None]), 0.)
+            dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])).to(tl.bfloat16), k, dq)
+        x,y = tl.split(tl.permute(tl.reshape(dq*(scale*tl.load(q_scale+r, mask=r<end, other=0.))[:,None], (N,2,D//2)), (0,2,1)))
+        u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
+        p = dqkv + row*s + h*D + f
+        tl.store(p, x*u+y*v, mask=here); tl.store(p+D//2, y*u-x*v, mask=here)
+    return attend_dq
+
+@functools.cache
+def _attend_dkv_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+        b,i = tl.program_id(0),tl.program_id(1)
+        start,end = tl.load(tiles+3*i),tl.load(tiles+3*i+2)
+        j,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
+        here = (j<end)[:,None]; row = j.to(tl.int64)[:,None]
+        p = qkv + row*s + (HQ+b)*D + c
+        k,v = tl.load(p, mask=here, other=0.),tl.load(p+HK*D, mask=here, other=0.)
+        dk,dv = tl.zeros((N,D), tl.float32),tl.zeros((N,D), tl.float32)
+        for h in range(b*(HQ//HK), (b+1)*(HQ//HK)):
+            for n in range(start, end, N):
+                r = n + tl.arange(0, N); ok = (r<end)[:,None]; at = r.to(tl.int64)[:,None]
+                q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
+                top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
+                e = tl.where((r[None,:]>=j[:,None]) & (r<end)[None,:], tl.exp2(tl.dot(k, tl.trans(q))*(scale*1.4426950408889634) - top[None,:]), 0.)
+                dv = tl.dot(e.to(tl.bfloat16), g, dv)
+                dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])).to(tl.bfloat16), q, dk)
+        x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1)))
+        u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
+        p = dqkv + row*s + (HQ+b)*D
+        tl.store(p+f, x*u+y*v, mask=here); tl.store(p+D//2+f, y*u-x*v, mask=here); tl.store(p+HK*D+c, dv, mask=here)
+    return attend_dkv
+
+def attend_back(
+    qkv, # After `rope`
+    o, # Output of `attend`
+    lse, # Its other one
+    d, # Gradient of the product's input, (tokens, heads_q·head_dim+rank)
+    a, # `lora_A` of the output projection, (rank, heads_q·head_dim)
+    turn:tuple, # As for `rope`
+    tiles, # As for `attend`
+    heads:tuple, # Query heads, key heads, head_dim
+    scale:float, # Of the scores
+): # Gradient of `qkv` before `rope`
+    "Back through `lora_A`, attention and position."
+    import torch
+    (q,k,n),total = heads,len(qkv)
+    delta,out = torch.empty_like(lse),torch.empty_like(qkv)
+    _attend_before_kernel()[(q, -(-total//TILE))](d, o, a, delta, d.stride(0), total, q*n, R=len(a), D=n, ROWS=TILE)
+    given,rest,shape = (qkv, d, lse, delta),(out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
+    _attend_dkv_kernel()[(k, len(tiles))](*given, *turn[:2], *rest, **shape, num_stages=1)
+    _attend_dq_kernel()[(q, len(tiles))](*given, *turn, *rest, **shape, num_stages=2)
+    return out
+
+@functools.cache
 def _unpack_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def unpack(packed, absmax, code, out, n_bytes, k, stride, BLOCK: tl.constexpr):
-        at = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
-        inside = at<n_bytes
-        b = tl.load(packed+at, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(absmax + at//32, mask=inside, other=0.)
-        v = tl.interleave(tl.load(code + (b>>4))*scale, tl.load(code + (b&15))*scale)
-        e = tl.program_id(0)*BLOCK*2 + tl.arange(0, BLOCK*2)
-        tl.store(out + (e//k)*stride + e%k, v.to(tl.bfloat16), mask=e<n_bytes*2)
+    def unpack(packed, absmax, code, b, out, n_bytes, first, rows, end1, end2, k, s, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+        i,blocks = tl.program_id(0)+first,tl.cdiv(n_bytes, BLOCK)
+        if i<blocks:
+            at = i*BLOCK + tl.arange(0, BLOCK)
+            inside = at<n_bytes
+            x = tl.load(packed+at, mask=inside, other=0).to(tl.int32)
+            scale = tl.load(absmax + at//32, mask=inside, other=0.)
+            v = tl.interleave(tl.load(code + (x>>4))*scale, tl.load(code + (x&15))*scale)
+            e = i*BLOCK*2 + tl.arange(0, BLOCK*2)
+            tl.store(out + (e//k)*s + e%k, v.to(tl.bfloat16), mask=e<n_bytes*2)
+        else:
+            r = ((i-blocks)*ROWS + tl.arange(0, ROWS))[:,None]
+            own = RANK*((r>=end1).to(tl.int32)+(r>=end2).to(tl.int32))
+            j = tl.arange(0, R)[None,:]-own
+            up = tl.load(b + r*RANK + j, mask=(r<rows) & (j>=0) & (j<RANK), other=0.)
+            tl.store(out + r*s + k + j+own, up, mask=r<rows)
     return unpack
 
-@functools.cache
-def _augment_op():
-    import torch
-    from torch import Tensor
-    kernel = _unpack_kernel() if torch.cuda.is_available() else None
-    def augment(packed, absmax, code, b, k, turn): # turn: 0 forward, 1 backward, or the compiler would keep the first result for the second
-        out,row = b.new_empty(b.shape[0], k+b.shape[1]),0
-        for p,a in zip(packed, absmax):
-            n = p.numel()*2//k
-            if p.is_cuda: kernel[(-(-p.numel()//1024),)](p, a, code, out[row:], p.numel(), k, out.stride(0), BLOCK=1024)
-            else: out[row:row+n,:k] = torch.ops.bitsandbytes.dequantize_4bit(p, a, 64, 'nf4', (n,k), out.dtype)
-            row += n
-        out[:,k:] = b
-        return out
-    augment.__annotations__ = dict(packed=list[Tensor], absmax=list[Tensor], code=Tensor, b=Tensor, k=int, turn=int) | {'return':Tensor}
-    op = torch.library.custom_op('phoque::augment', augment, mutates_args=())
-    op.register_fake(lambda packed, absmax, code, b, k, turn: b.new_empty(b.shape[0], k+b.shape[1]))
-    return op
+def unpack(
+    packed, # Weights of up to three projections under one another, two a byte
+    absmax, # Scale of each block of 64 weights
+    code, # The 16 steps of NF4
+    b, # Their `lora_B` under one another, (rows, rank), bf16
+    ends:list, # Row after each projection but the last
+    out, # Buffer, (rows, width+ranks)
+    only_b:bool=False, # Are the weights there already?
+): # The buffer
+    "Weights, and `lora_B` beside them."
+    n,rows,k = packed.numel(),len(b),packed.numel()*2//len(b)
+    first = -(-n//1024)
+    end1,end2 = [*ends, rows, rows][:2]
+    _unpack_kernel()[(first*(not only_b)+-(-rows//64),)](packed, absmax, code, b, out, n, first*only_b, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=out.shape[1]-k, BLOCK=1024, ROWS=64)
+    return out
 
 @functools.cache
-def _augmented_linear():
+def _nll_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def nll(z, targets, loss, dz, n, N: tl.constexpr):
+        r = tl.program_id(0).to(tl.int64)
+        t = tl.load(targets+r)
+        m,l = tl.full((N,), -1e38, tl.float32),tl.zeros((N,), tl.float32)
+        for i in range(0, n, N):
+            c = i + tl.arange(0, N)
+            v = tl.load(z+r*n+c, mask=c<n, other=-1e38)
+            top = tl.maximum(m, v)
+            l = l*tl.exp(m-top) + tl.exp(v-top)
+            m = top
+        top = tl.max(m, 0)
+        lse = top + tl.log(tl.sum(l*tl.exp(m-top), 0))
+        tl.store(loss+r, lse - tl.load(z+r*n+t))
+        for i in range(0, n, N):
+            c = i + tl.arange(0, N)
+            p = tl.exp(tl.load(z+r*n+c, mask=c<n, other=-1e38)-lse)
+            tl.store(dz+r*n+c, tl.where(c==t, p-1, p), mask=c<n)
+    return nll
+
+def nll_rows(
+    z, # Logits, (rows, vocabulary), fp32
+    targets, # The right token of each row
+    dtype, # Of the gradient
+)->tuple: # Negative log-likelihood of each, in nats, and the gradient of their sum
+    "Cross-entropy and its gradient."
     import torch
-    augment = _augment_op()
-    class AugmentedLinear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, a, b, packed, absmax, code):
-            xa = x@a.t()
-            ctx.save_for_backward(x, xa, a, b)
-            ctx.base = packed,absmax,code
-            return torch.cat([x, xa], -1) @ augment(packed, absmax, code, b, x.shape[-1], 0).t()
-        @staticmethod
-        def backward(ctx, dy):
-            x,xa,a,b = ctx.saved_tensors
-            k = x.shape[-1]
-            d = dy @ augment(*ctx.base, b, k, 1)
-            dx,dxa = d[:,:k],d[:,k:]
-            return dx + dxa@a, dxa.t()@x, dy.t()@xa, None, None, None
-    return AugmentedLinear
+    loss,dz = torch.empty(len(z), dtype=torch.float32, device=z.device),torch.empty(z.shape, dtype=dtype, device=z.device)
+    if len(z): _nll_kernel()[(len(z),)](z, targets, loss, dz, z.shape[1], N=min(4096, pow2(z.shape[1])), num_warps=8)
+    return loss,dz
+
+# ------------------------------------------------------------------------------
+# fast: A model's layers in few, large products: adapters that ride on their base's product, kernels of our own between, and a loss that looks at supervised tokens only
+# ------------------------------------------------------------------------------
+
+def _mm32(a, b):
+    import torch
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float()@b.float()
 
 class LoraGroup:
-    "Adapted 4-bit projections that read the same input."
+    "Adapted 4-bit projections that read the same input, as one."
     def __init__(self,
-        mods:list, # PEFT's `Linear4bit` modules, in the order in which the model calls them
+        mods:list, # PEFT's `Linear4bit` modules, in the order of their outputs
     ):
-        import bitsandbytes.functional as F
-        self.mods,self.parts,self.apply = mods,[],_augmented_linear().apply
+        import torch, bitsandbytes.functional as F
         weights = [m.base_layer.weight for m in mods]
         states = [w.quant_state for w in weights]
-        self.packed,self.code = [w.data.flatten() for w in weights],states[0].code
-        self.absmax = [(F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax for s in states]
-        self.k,self.sizes = mods[0].in_features,[m.out_features for m in mods]
-        self.pad = -sum(m.r['default'] for m in mods)%64 # products like widths that are multiples of 64
+        self.packed,self.code,self.kept = torch.cat([w.data.flatten() for w in weights]),states[0].code,None
+        for w,p in zip(weights, self.packed.split([w.numel() for w in weights])): w.data = p.view(w.shape) # they lie in one place only
+        self.absmax = torch.cat([(F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax for s in states])
+        self.width,self.sizes = mods[0].in_features,[m.out_features for m in mods]
+        self.ends = [sum(self.sizes[:i+1]) for i in range(len(mods)-1)]
+        self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
+        self.ranks = pow2(self.rank*len(mods)) # columns for all of them
+        self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
+        self.blank = torch.zeros(self.ranks-self.rank*len(mods), self.width, device=self.code.device)
 
-    def product(self,
-        x, # Their input, (..., in_features)
-    )->list: # Their outputs
-        "All projections at once."
+    def room(self,
+        rows:int, # Of the input
+    ): # Uninitialised, (rows, width+ranks)
+        "A buffer for an input and what `lora_A` makes of it."
         import torch
-        from torch.nn.functional import pad
-        a = torch.cat([m.lora_A.default.weight for m in self.mods]).to(torch.bfloat16)
-        b = torch.block_diag(*[m.lora_B.default.weight*m.scaling['default'] for m in self.mods]).to(torch.bfloat16)
-        y = self.apply(x.reshape(-1, self.k).to(torch.bfloat16), pad(a, (0,0,0,self.pad)), pad(b, (0,self.pad)), self.packed, self.absmax, self.code)
-        return list(y.view(*x.shape[:-1], -1).split(self.sizes, -1))
+        return torch.empty(rows, self.width+self.ranks, dtype=torch.bfloat16, device=self.code.device)
 
-def _grouped_forward(m, x, *args, **kwargs):
-    if not m.training: return type(m).forward(m, x, *args, **kwargs)
-    g = m.lora_group[0]
-    if m is g.mods[0]: g.parts = g.product(x)
-    return g.parts.pop(0)
+@patch
+def weight(self:LoraGroup): # (outputs, width+ranks), bf16
+    "Weights, with `lora_B` beside them."
+    if self.kept is not None: return self.kept
+    return unpack(self.packed, self.absmax, self.code, self.b, self.ends, self.b.new_empty(sum(self.sizes), self.width+self.ranks))
 
-SAME_INPUT = (('q_proj','k_proj','v_proj'), ('o_proj',), ('gate_proj','up_proj'), ('down_proj',))
+@patch
+def forward(self:LoraGroup,
+    x, # From `room`, its left part written
+)->tuple: # Outputs, (rows, outputs), and what `lora_A` makes of the input, (rows, ranks)
+    "All projections at once."
+    import torch
+    xa = torch.mm(x[:,:self.width], self.a.t())
+    x[:,self.width:] = xa
+    return torch.mm(x, self.weight().t()),xa
 
-def group_lora(
-    model, # From `add_lora`, its base in 4 bits, without dropout
-)->int: # Groups made
-    "Let the adapters of a model ride on their bases' products."
-    made = 0
-    for parent in model.get_base_model().get_decoder().layers.modules():
-        for names in SAME_INPUT:
-            mods = [m for k in names if hasattr(m := getattr(parent, k, None), 'lora_A')]
-            if not mods: continue
-            g,made = LoraGroup(mods),made+1
-            for m in mods: m.lora_group,m.forward = (g,),MethodType(_grouped_forward, m) # in a tuple, or it would count as a submodule
-    return made
+@patch
+def grad_b(self:LoraGroup,
+    dy, # Gradient of the outputs
+    xa, # From `forward`
+)->list: # fp32, one a projection
+    "Gradients of `lora_B`."
+    return [_mm32(d.t(), xa[:,i*self.rank:(i+1)*self.rank]) for i,d in enumerate(dy.split(self.sizes, 1))]
+
+@patch
+def grad_a(self:LoraGroup,
+    dxa, # Gradient of what `lora_A` made, (rows, ranks)
+    x, # What it had read, (rows, width)
+    w=1., # What `x` is yet to be multiplied with
+)->list: # fp32, one a projection
+    "Gradients of `lora_A`."
+    g = _mm32(dxa.t(), x)
+    g *= w*self.scaling
+    return list(g[:self.rank*len(self.sizes)].split(self.rank))
+
+def _nll(z, targets, dtype):
+    import torch
+    if z.is_cuda: return nll_rows(z, targets, dtype)
+    p = z.log_softmax(-1)
+    return -p.gather(1, targets[:,None])[:,0],(p.exp()-torch.nn.functional.one_hot(targets, z.shape[1])).to(dtype)
 
 @functools.cache
 def _head_loss():
     import torch
-    def tile(z, targets, dtype):
-        lse = z.logsumexp(-1, keepdim=True)
-        hit = torch.arange(z.shape[1], device=z.device)==targets[:,None]
-        return (lse[:,0] - torch.where(hit, z, 0.).sum(-1)).sum(), ((z-lse).exp()-hit.to(z.dtype)).to(dtype)
-    fused = torch.compile(tile, dynamic=True) if torch.cuda.is_available() else tile
 
     class HeadLoss(torch.autograd.Function):
         @staticmethod
@@ -808,9 +1151,8 @@ def _head_loss():
             rows = max(HEAD_LOGITS//weight.shape[0], 1)
             for x,y,d in zip(h.split(rows), targets.split(rows), dh.split(rows)):
                 if not len(y): break
-                z = torch.mm(x, weight.t(), out_dtype=torch.float32) if x.is_cuda else (x@weight.t()).float()
-                part,dz = fused(z, y, weight.dtype)
-                nll += part
+                part,dz = _nll(_mm32(x, weight.t()), y, weight.dtype)
+                nll += part.sum()
                 if ctx.needs_input_grad[0]: torch.mm(dz, weight, out=d)
             ctx.save_for_backward(dh)
             return nll
@@ -826,17 +1168,356 @@ def supervised_nll(
     "Cross-entropy of the rows that have a label."
     return _head_loss().apply(hidden.to(weight.dtype), weight, targets)
 
+class FastLayer:
+    "A decoder layer: four groups, and kernels between."
+    def __init__(self,
+        layer, # Of transformers, adapted by PEFT
+        scale:float, # Of attention's scores
+    ):
+        at,mlp = layer.self_attn,layer.mlp
+        self.qkv,self.o,self.gu,self.down = self.groups = [LoraGroup(g) for g in ([at.q_proj,at.k_proj,at.v_proj], [at.o_proj], [mlp.gate_proj,mlp.up_proj], [mlp.down_proj])]
+        self.norm1,self.norm2 = layer.input_layernorm,layer.post_attention_layernorm
+        self.heads,self.scale = (self.qkv.sizes[0]//at.head_dim, self.qkv.sizes[1]//at.head_dim, at.head_dim),scale
+
+@patch
+def forward(self:FastLayer,
+    h, # Residual stream, (tokens, hidden)
+    y, # What the layer before adds to it; None for nothing
+    turn:tuple, # As for `rope`
+    tiles, # As for `attend`
+    keep=None, # Rows that go on after attention, filled up with len(h) for none; None for all
+)->tuple: # Residual stream, what this layer adds to it, and what `backward` needs
+    "Through attention and the MLP."
+    x = self.qkv.room(len(h))
+    h,rms1 = add_norm(h, y, self.norm1, x)
+    qkv,xa1 = self.qkv.forward(x)
+    rope(qkv, turn, self.heads)
+    o = self.o.room(len(h))
+    lse = attend(qkv, o, tiles, self.heads, self.scale)
+    on,on_o = (h,o) if keep is None else (t.index_select(0, keep.clamp(max=len(h)-1)) for t in (h,o))
+    y,xa2 = self.o.forward(on_o)
+    x = self.gu.room(len(y))
+    on,rms2 = add_norm(on, y, self.norm2, x)
+    gu,xa3 = self.gu.forward(x)
+    x = self.down.room(len(y))
+    swiglu(gu, x)
+    y,xa4 = self.down.forward(x)
+    return on,y,(h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4)
+
+@patch
+def backward(self:FastLayer,
+    saved:tuple, # From `forward`; used up
+    dh, # Gradient of the residual stream after the layer
+    turn:tuple, # As in `forward`
+    tiles, # As in `forward`
+    keep=None, # As in `forward`
+    first:bool=False, # Does nothing below it learn?
+)->tuple: # Gradient of the residual stream before the layer, and of the groups' parameters
+    "Back through the MLP and attention."
+    import torch
+    h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
+    d,b4,w = dh@self.down.weight(),self.down.grad_b(dh, xa4),self.down.width
+    swiglu_back(gu, d, self.down.a)
+    a4 = self.down.grad_a(d[:,w:], d[:,:w])
+    d,b3 = gu@self.gu.weight(),self.gu.grad_b(gu, xa3)
+    dh,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
+    a3 = self.gu.grad_a(z, on, self.norm2.weight)
+    d,b2,w = dh@self.o.weight(),self.o.grad_b(dh, xa2),self.o.width
+    a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
+    if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
+    dqkv = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
+    b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
+    if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
+    else: dh,z = norm_back(h, rms1, self.norm1, dqkv@self.qkv.weight(), self.qkv.a, xa1, dh)
+    a1 = self.qkv.grad_a(z, h, self.norm1.weight)
+    return dh,[*a1, *b1, *a2, *b2, *a3, *b3, *a4, *b4]
+
+class Stack:
+    "All layers of a decoder."
+    def __init__(self,
+        decoder, # Of a `PeftModel`: see `why_not_fast`
+    ):
+        scale = decoder.layers[0].self_attn.scaling
+        self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
+        self.passes,self.replays = {},{}
+        self.groups = [g for l in self.layers for g in l.groups]
+        self.params = [p for g in self.groups for p in (*g.lora_a, *g.lora_b)]
+        self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
+
+    def turn(self,
+        h, # Embedded tokens, (rows, tokens, hidden)
+        position_ids, # Each document's from 0, (rows, tokens)
+    )->tuple: # As for `rope`
+        "How queries and keys are turned, and queries scaled."
+        import torch
+        cos,sin = (t.flatten(0,1).contiguous() for t in self.rotary(h, position_ids))
+        scale,beta = torch.ones(len(cos), device=h.device),self.rope.get('llama_4_scaling_beta')
+        if beta: scale += beta*torch.log1p(torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])) # transformers' get_llama_4_attn_scale
+        return cos,sin,scale
+
+    def lower(self):
+        "The adapter in bf16, scaled."
+        import torch
+        a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, g.blank)])*self.groups[0].scaling
+        b = torch.cat([p.detach().flatten() for g in self.groups for p in g.lora_b])
+        a,b = a.to(torch.bfloat16).split([g.ranks*g.width for g in self.groups]),b.to(torch.bfloat16).split([sum(g.sizes)*g.rank for g in self.groups])
+        for g,x,y in zip(self.groups, a, b):
+            g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
+            if g.kept is not None: unpack(g.packed, g.absmax, g.code, g.b, g.ends, g.kept, only_b=True)
+
+    def forward(self,
+        h, # Embedded tokens, (tokens, hidden)
+        cos, sin, scale, # From `turn`
+        tiles, # From `attention_tiles`, an int32 tensor
+        keep, # Supervised rows, filled up with len(h)
+    )->tuple: # What enters the head, (len(keep), hidden), and what `backward` needs
+        "Through all layers and the last norm."
+        import torch
+        self.lower()
+        y,saved = None,[]
+        for l in self.layers:
+            h,y,s = l.forward(h, y, (cos,sin,scale), tiles, keep if l is self.layers[-1] else None)
+            saved.append(s[0] if self.checkpoint else s)
+        x = torch.empty_like(h)
+        return x,[*saved, add_norm(h, y, self.norm, x)]
+
+    def backward(self,
+        saved:list, # From `forward`; used up
+        dx, # Gradient of what enters the head
+        cos, sin, scale, tiles, keep, # As in `forward`
+    )->list: # Gradients of `params`
+        "Back through the last norm and all layers."
+        import torch
+        (h,rms),none,grads,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],(cos,sin,scale)
+        dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
+        for l in reversed(self.layers):
+            s,on = saved.pop(),keep if l is self.layers[-1] else None
+            if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
+            dh,g = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
+            grads = g+grads
+        return grads
+
+    def __call__(self,
+        h, # Embedded tokens, (rows, tokens, hidden)
+        position_ids, # Each document's from 0, (rows, tokens)
+        tiles, # As in `forward`
+        keep, # As in `forward`
+    ): # What enters the head, with the adapter's gradients to come
+        "Let autograd pass."
+        import torch
+        with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
+
+@functools.cache
+def _through():
+    import torch
+    class Through(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, stack, *given):
+            ctx.rest = stack,given[:6],stack.replay(given[:6])
+            if ctx.rest[2]: return ctx.rest[2].forward(given[:6])
+            x,ctx.saved = stack.forward(*given[:6])
+            return x
+
+        @staticmethod
+        def backward(ctx, dx):
+            stack,given,replay = ctx.rest
+            grads = replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:])
+            return None,*[None]*6,*grads
+    return Through
+
+class Replay:
+    "A stack's passes over one shape of batch, recorded."
+    def __init__(self,
+        stack:Stack, # That ran on such a batch before
+        given:tuple, # What its `forward` takes
+    ):
+        import torch
+        torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
+        self.given,self.sizes,pool = [t.clone() for t in given],[p.shape for p in stack.params],torch.cuda.graph_pool_handle()
+        self.there,self.back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.there, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
+        self.dx = torch.zeros_like(self.x)
+        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = torch.cat([g.flatten() for g in stack.backward(saved, self.dx, *self.given[1:])])
+
+    def forward(self, given):
+        "Forward, on these tensors."
+        for to,t in zip(self.given, given): to.copy_(t)
+        self.there.replay()
+        return self.x.clone()
+
+    def backward(self, dx):
+        "Back from there: gradients as parts of one new tensor."
+        self.dx.copy_(dx); self.back.replay()
+        return [g.view(s) for g,s in zip(self.grads.clone().split([s.numel() for s in self.sizes]), self.sizes)]
+
+@patch
+def replay(self:Stack,
+    given:tuple, # What `forward` takes
+)->Replay: # None while such a batch is new, or where there are no graphs
+    "The recorded passes for a batch of this shape."
+    if not given[0].is_cuda: return None
+    shape = tuple(t.shape for t in given)
+    self.passes[shape] = self.passes.get(shape, 0)+1
+    if self.passes[shape]==4: self.replays[shape] = Replay(self, given)
+    return self.replays.get(shape)
+
+FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer')
+PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
+
+def why_not_fast(
+    model, # From `add_lora`
+    max_length:int, # Tokens of a row
+)->str: # None if it can
+    "Why a model's layers can't be a `Stack`."
+    decoder,c = model.get_base_model().get_decoder(),model.config.get_text_config()
+    kinds = {type(l).__name__ for l in decoder.layers}
+    if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
+    mods = [getattr(getattr(l, part), k) for l in decoder.layers for part,names in PROJECTIONS.items() for k in names]
+    if not all(hasattr(m, 'lora_A') and hasattr(m.base_layer.weight, 'quant_state') and m.base_layer.weight.quant_type=='nf4' for m in mods): return "not every projection is in NF4 and adapted"
+    if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
+    if any(m.lora_dropout.default.p for m in mods if hasattr(m.lora_dropout.default, 'p')): return "lora_dropout isn't 0"
+    if c.hidden_act!='silu': return f"its activation is {c.hidden_act}"
+    if (getattr(c, 'sliding_window', None) or max_length)<max_length: return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
+    d = decoder.layers[0].self_attn.head_dim
+    if d!=pow2(d): return f"its heads have {d} dimensions"
+
+def fast_layers(
+    model, # From `add_lora`
+    max_length:int, # Tokens of a row
+    checkpoint:bool=False, # Recompute each layer on the way back?
+)->Stack: # None where it can't be, for a reason that is logged
+    "Let a model's layers be a `Stack` in training."
+    import torch
+    if not torch.cuda.is_available(): why = "there is no CUDA device"
+    elif torch.cuda.get_device_capability()<(8,0): why = f"{torch.cuda.get_device_name()} is older than Ampere"
+    else: why = why_not_fast(model, max_length)
+    log.info(f"layers: {'transformers and PEFT, since '+why if why else 'kernels of our own'}")
+    if why: return None
+    stack = Stack(model.get_base_model().get_decoder())
+    stack.checkpoint = checkpoint
+    return stack
+
+def keep_weights(
+    stack:Stack, # From `fast_layers`
+    peak:float, # What training takes without that, in GiB, from `memory_plan`
+)->float: # GiB that it takes; 0 where there is no room
+    "Unpack the weights once, if the card has room for them."
+    import torch
+    room = .85*torch.cuda.get_device_properties(0).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
+    size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
+    if peak+size>room: return 0.
+    stack.lower()
+    for g in stack.groups: g.kept = g.weight()
+    log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
+    return size
+
 def add_supervised_head(
     model, # Causal language model, before or after an adapter was put on it
+    stack=None, # From `fast_layers`
 ):
     "Let `model(…, supervised=positions, targets=tokens)` return `supervised_nll` of those positions."
     own = model.forward
     @functools.wraps(type(model).forward)
-    def forward(self, *args, supervised=None, targets=None, **kwargs):
+    def forward(self, *args, supervised=None, targets=None, tiles=None, keep=None, **kwargs):
         if supervised is None: return own(*args, **kwargs)
-        hidden = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state
-        return supervised_nll(hidden.flatten(0,1)[supervised], self.get_output_embeddings().weight, targets)
+        if stack and self.training: rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)[:len(targets)]
+        else: rows = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0,1)[supervised]
+        return supervised_nll(rows, self.get_output_embeddings().weight, targets)
     model.forward = MethodType(forward, model)
+
+# ------------------------------------------------------------------------------
+# shard: A model that is too large for one GPU: each holds a part of it, and the layers come together one at a time
+# ------------------------------------------------------------------------------
+
+def shard_options(
+    shard:bool, # Is there something to shard, and ranks to share it?
+)->dict: # For `TrainingArguments`
+    "FSDP2 in transformers' words."
+    return dict(fsdp=True, fsdp_config=dict(version=2, reshard_after_forward=True)) if shard else {}
+
+def prepare_sharding(
+    device, # This rank's
+    model, # From `add_lora`
+):
+    "To be done before the trainer is made."
+    for m in (model.get_input_embeddings(), model.get_output_embeddings()): m.to(device)
+    if device.type=='cpu': _shard_on_cpu(model)
+
+def _shard_on_cpu(model): # for rehearsals: accelerate shards over GPUs only, and bitsandbytes repacks weights in eval mode
+    from accelerate.state import DistributedType, PartialState
+    PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
+    for m in model.modules():
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
+
+def whole_tensor(
+    t, # Anything; a sharded tensor is gathered, so all ranks must ask
+): # The same; a tensor that was sharded is whole, and on the CPU
+    "Gather what is sharded."
+    from torch.distributed.tensor import DTensor
+    return t.full_tensor().cpu() if isinstance(t, DTensor) else t
+
+def whole_adapter(
+    model, # `PeftModel`; if it is sharded, all ranks must ask
+)->dict: # Name → tensor; None for a model that isn't sharded, which can be saved as it is
+    "The adapter of a sharded model."
+    from torch.distributed.fsdp import FSDPModule
+    if isinstance(model, FSDPModule): return {n:whole_tensor(p.detach()) for n,p in model.named_parameters() if p.requires_grad}
+
+def own_part(
+    t, # A tensor
+): # What this rank holds of it
+    "This rank's part of a tensor."
+    from torch.distributed.tensor import DTensor
+    return t.to_local() if isinstance(t, DTensor) else t
+
+def sharded_trainer(
+    Trainer, # Of `train`
+): # Its subclass for a model that is sharded
+    "A trainer whose checkpoints are those of one process."
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.tensor import distribute_tensor
+    from torch.utils._pytree import tree_map
+    class ShardedTrainer(Trainer):
+        "Gathers what it saves, and cuts what it loads."
+        def train(self, resume_from_checkpoint=None, **kwargs):
+            logging.getLogger('torch.distributed.fsdp.fully_shard').setLevel(logging.ERROR) # it warns of a head that doesn't run, and so gathers nothing; there is nothing to gather
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+            plugin.ignored_modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+            if resume_from_checkpoint: super()._load_from_checkpoint(resume_from_checkpoint)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+        def _load_from_checkpoint(self, *args): "It has been, before the model was sharded."
+
+        def compute_loss_context_manager(self): return self.accelerator.autocast() # which accelerate puts around a model's forward, but not around one that it shards
+
+        def save_model(self, output_dir=None, _internal_call=False): self._save(output_dir, state_dict=whole_adapter(self.model))
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            states = dict(optimizer=tree_map(whole_tensor, self.optimizer.state_dict()), scheduler=self.lr_scheduler.state_dict())
+            if self.args.should_save: self.write_later(output_dir, states)
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            if not checkpoint: return
+            saved = {k:torch.load(f'{checkpoint}/{k}.pt', map_location='cpu', weights_only=True) for k in ('optimizer','scheduler')}
+            params = [p for g in self.optimizer.param_groups for p in g['params']]
+            for i,state in saved['optimizer']['state'].items():
+                cut = lambda t: distribute_tensor(t.to(self.args.device), params[i].device_mesh, params[i].placements) if t.shape else t
+                saved['optimizer']['state'][i] = {k:cut(t) for k,t in state.items()}
+            self.optimizer.load_state_dict(saved['optimizer']); self.lr_scheduler.load_state_dict(saved['scheduler'])
+    return ShardedTrainer
+
+def check_sharded(
+    model, # As it is about to be trained
+    ranks:int, # That share it
+)->str: # One line
+    "Every 4-bit weight, and the adapter, must be in parts."
+    params = [p for layer in model.get_base_model().get_decoder().layers for p in layer.parameters()]
+    whole = [p for p in params if not hasattr(p, 'placements')]
+    if whole: raise UserError(f"FSDP: {len(whole)} of {len(params)} tensors of the layers are not sharded: the base must be loaded with `shard=True`, and trained by `make_trainer`")
+    here,all_ = (sum(p.nbytes for p in ps)/2**20 for ps in (map(own_part, params), params))
+    return f"layers are sharded over {ranks} rank{'s'*(ranks>1)}: {here:,.1f} of {all_:,.1f} MiB on this one, embedding and head whole on each" 
 
 # ------------------------------------------------------------------------------
 # train: Every option of a run, packed rows in an order that can be computed, and TRL's `SFTTrainer`
@@ -855,9 +1536,11 @@ class TrainConfig:
         max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have
         per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
         gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows
-        torch_compile:bool=True, # Compile the decoder's layers? (on CUDA only)
+        torch_compile:bool=True, # Compile layers that our own kernels can't take? (on CUDA only)
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
+        fsdp:bool=False, # Share the model out to the GPUs, by FSDP2? (for one that doesn't fit on each; slower)
         gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
+        full_determinism:bool=False, # Only algorithms that add in a fixed order? (slower where a GPU's default ones don't; a CPU's do)
         learning_rate:float=2e-4, # Peak, after the warm-up
         warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
         weight_decay:float=0.001, # Of AdamW
@@ -931,6 +1614,7 @@ def check_config(
     if not c.sample_share>0: bad('sample_share', "must be positive (SAMPLE_STEPS=0 for no samples)")
     if not 0<=c.lora_dropout<1: bad('lora_dropout', "must be from 0 up to 1")
     if not c.learning_rate>0: bad('learning_rate', "must be positive")
+    if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
     if c.report_to not in ('wandb','none'): bad('report_to', "must be wandb or none")
     return c
 
@@ -989,16 +1673,21 @@ def collate_packed(
     max_length:int, # Every batch has this width, so that compiled code sees one shape
     pad_id:int, # Token that fills up a row
     max_docs:int=0, # Most documents in a row; if given, the flash kernel's list of document starts is made, always equally long
+    fill:tuple=None, # Tiles and supervised rows that a batch is filled up to; if given, `tiles` and `keep` for a `Stack` are made
 )->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); `supervised` positions in the flattened batch and their `targets`
     "Stack packed rows; what fills a row up is one more document, without labels."
     import torch
     from itertools import accumulate
-    fill = lambda k, v: torch.tensor([r[k]+[v]*(max_length-len(r[k])) for r in rows])
+    even = lambda k, v: torch.tensor([r[k]+[v]*(max_length-len(r[k])) for r in rows])
     docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
-    batch = dict(input_ids=fill('input_ids', pad_id), labels=fill('labels', -100), position_ids=torch.tensor([[i for n in d for i in range(n)] for d in docs]))
+    batch = dict(input_ids=even('input_ids', pad_id), labels=even('labels', -100), position_ids=torch.tensor([[i for n in d for i in range(n)] for d in docs]))
     follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten() # a position is asked for the token after it
     batch['supervised'] = (follows!=-100).nonzero()[:,0]
     batch['targets'] = follows[batch['supervised']]
+    if fill:
+        tiles,keep = attention_tiles([n for d in docs for n in d]),batch['supervised']
+        batch['tiles'] = torch.tensor(tiles+[(0,0,0)]*(fill[0]-len(tiles)), dtype=torch.int32)
+        batch['keep'] = torch.nn.functional.pad(keep, (0,fill[1]-len(keep)), value=len(rows)*max_length)
     if not max_docs: return batch
     starts = list(accumulate((n for d in docs for n in d), initial=0))
     starts += starts[-1:]*(len(rows)*(max_docs+1)+1-len(starts)) # empty documents at the end
@@ -1024,6 +1713,21 @@ def share_batch(
     at_once = max(b for b in range(1, at_once+1) if each%b==0)
     return at_once,each//at_once
 
+def fill_sizes(
+    packed, # From `pack_dataset`
+    order, # Rows in the order in which they are drawn
+    max_length:int, # Tokens of a row
+    at_once:int, # Rows of a batch
+)->tuple: # Tiles and supervised tokens of the batches that have most
+    "What batches are filled up to, for `collate_packed`."
+    import numpy as np
+    cols = {k: packed.with_format('arrow')[:][k].combine_chunks() for k in ('labels','seq_lengths')}
+    (labels,first),(sizes,doc) = ((v.flatten().to_numpy(), v.offsets.to_numpy()[:-1]) for v in cols.values())
+    def per_row(v, starts): return np.add.reduceat(v, starts, dtype=np.int64)
+    rest = max_length-per_row(sizes, doc) # what fills a row up is a document, too
+    def most(counts): return int(per_row(counts[order], np.arange(0, len(order), at_once)).max())
+    return most(per_row(-(-sizes//TILE), doc) - -rest//TILE),most(per_row(labels!=-100, first)-(labels[first]!=-100))
+
 def events_callback(
     events, # Namespace with any of `on_start`, `on_step`, `on_log`, `on_save`
 ): # `TrainerCallback`
@@ -1047,38 +1751,54 @@ def compile_layers(
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
     for layer in model.get_base_model().get_decoder().layers: layer.compile()
 
-def _trainer_class():
-    import torch, trl
+def _background_saves():
+    import torch
     from concurrent.futures import ThreadPoolExecutor
+    from contextlib import nullcontext
     from torch.utils._pytree import tree_map
-    class Trainer(trl.SFTTrainer):
-        "TRL's, with the loss of `fast`, and checkpoints that training hardly waits for."
+    def each(f, state): return tree_map(lambda t: f(t) if torch.is_tensor(t) else t, state)
+    class BackgroundSaves:
+        "What `Trainer` saves, copied at once and written by a thread."
         writer,writes = ThreadPoolExecutor(1, 'checkpoint'),()
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
-            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            if not self.args.should_save: return
-            self.written()
-            states = dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict())
-            copies = tree_map(lambda t: t.detach().to('cpu', copy=True) if torch.is_tensor(t) else t, states) # training waits for these, and not for the disk
-            self.writes = [self.writer.submit(torch.save, v, f'{output_dir}/{k}.pt') for k,v in copies.items()]
+        def save_later(self, write, state):
+            copies = each(lambda t: t.detach().clone(), state)
+            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+            def run():
+                if copied: copied.synchronize()
+                with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext(): write(each(lambda t: t.cpu(), copies))
+            self.writes.append(self.writer.submit(run))
 
         def written(self):
             "Wait until all of the newest checkpoint lies on the disk."
             for w in self.writes: w.result()
 
+        def _save(self, output_dir=None, state_dict=None):
+            if not self.args.should_save: return
+            self.written(); self.writes = []
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self.save_later(lambda d: self.model.save_pretrained(output_dir, state_dict=d, save_embedding_layers=False), state_dict or {n:p for n,p in self.model.named_parameters() if p.requires_grad})
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if self.args.should_save: self.write_later(output_dir, dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict()))
+
+        def write_later(self, output_dir, states):
+            for k,s in states.items(): self.save_later(lambda s, k=k: torch.save(s, f'{output_dir}/{k}.pt'), s)
+
         def train(self, *args, **kwargs):
             out = super().train(*args, **kwargs)
             self.written()
             return out
+    return BackgroundSaves
 
-        def _save(self, *args, **kwargs):
-            tok,self.processing_class = self.processing_class,None # it doesn't change, and writing it takes as long as the optimizer's state
-            try: super()._save(*args, **kwargs)
-            finally: self.processing_class = tok
+def _trainer_class():
+    import trl
+    class Trainer(_background_saves(), trl.SFTTrainer):
+        "TRL's, with the loss of `fast`, and checkpoints that training doesn't wait for."
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
+            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; DDP averages over ranks
 
         def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
     return Trainer
@@ -1098,24 +1818,28 @@ def make_trainer(
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     at_once,often = share_batch(cfg, ranks)
+    shard = cfg.fsdp and ranks>1
+    stack = None if shard else fast_layers(model, cfg.max_length, cfg.gradient_checkpointing)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
-    max_docs = max(map(len, packed['seq_lengths'])) if varlen else 0
-    if cuda and cfg.load_in_4bit and not cfg.lora_dropout: group_lora(model)
-    if cuda and cfg.torch_compile: compile_layers(model, cfg.activation_memory_budget)
     steps = run_steps(cfg, len(packed))
-    draws = steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+    order = draw_order(len(packed), steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps, cfg.seed)
+    max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
+    fill = fill_sizes(packed, order, cfg.max_length, at_once) if stack else None
+    if stack: keep_weights(stack, memory_plan(model.config, at_once, cfg.max_length, cfg.gradient_checkpointing, cfg.optim, lora_r=cfg.lora_r)['peak'])
+    elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
         gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=cfg.gradient_checkpointing,
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None, learning_rate=cfg.learning_rate,
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
-        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
-    trainer = _trainer_class()(model=model, args=args, train_dataset=packed.select(draw_order(len(packed), draws, cfg.seed)), processing_class=tok,
-        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs), callbacks=[events_callback(events)])
+        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda, **shard_options(shard))
+    if shard: prepare_sharding(args.device, model)
+    trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
+        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    add_supervised_head(trainer.model.get_base_model())
+    add_supervised_head(trainer.model.get_base_model(), stack)
     if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
     return trainer
@@ -1146,10 +1870,11 @@ def held_out_loss(
     "Loss on conversations that training never sees."
     import torch
     model,here,nll,n = trainer.model,trainer.accelerator,0.,0
-    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager():
-        for row in packed.select(range(here.process_index, len(packed), here.num_processes)):
-            batch = {k:v.to(model.device) for k,v in trainer.data_collator([row]).items() if k in ('input_ids','position_ids','supervised','targets')}
-            nll += model(**batch).item(); n += len(batch['targets'])
+    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
+        for i in range(here.process_index, -(-len(packed)//here.num_processes)*here.num_processes, here.num_processes): # as often on every rank: they may share the layers
+            batch = {k:v.to(here.device) for k,v in trainer.data_collator([packed[i%len(packed)]]).items() if k in ('input_ids','position_ids','supervised','targets')}
+            loss = model(**batch).item()
+            if i<len(packed): nll += loss; n += len(batch['targets'])
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
 
@@ -1159,7 +1884,7 @@ def held_out_loss(
 
 MANIFEST = 'manifest.json'
 STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet')
-NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # without its optimizer `Trainer` would begin with a new one, and not say so
+NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
     path:Path, # Of a file
@@ -1184,7 +1909,7 @@ def read_manifest(
     "Read a manifest; a `ValueError` says what is wrong with it."
     try:
         m = json.loads(path.read_text())
-        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
+        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and any(n.startswith('rng_state') for n in m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
     except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError): good = False
     if not good: raise ValueError("its manifest is damaged")
@@ -1576,9 +2301,10 @@ class SeededDraws:
         every = (scores.float()/self.temperature).softmax(-1)
         probs,order = every.topk(min(1024, every.shape[-1])) # nearly always holds the nucleus, and sorting a whole vocabulary is slow
         if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
-        total = probs.cumsum(-1)
-        mass = (probs*(total-probs<self.top_p)).sum(-1, keepdim=True)
-        at = torch.tensor([[r.random()] for r in self.rngs], device=scores.device)*mass
+        parts = (probs.double()*2**40).long() # whole numbers: their sums are the same in any order, which a GPU doesn't keep
+        total = parts.cumsum(-1)
+        mass = (parts*(total-parts<self.top_p*2**40)).sum(-1, keepdim=True)
+        at = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)*mass
         pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
         return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
 
@@ -1994,8 +2720,6 @@ def explain_ranks(
     log.error(f"error: {why}")
     return 1
 
-GRACE = 30 # seconds that ranks have once another one has failed: what was saved is published meanwhile
-
 def needs_launch()->bool: # Is this the process that must start the ranks?
     "Are there several GPUs, or machines, and is this none of their ranks?"
     if 'RANK' in os.environ: return False
@@ -2018,8 +2742,7 @@ def launch_ranks()->int: # Exit code
         for p in ranks: p.send_signal(sig)
         if not ranks: raise Stopped
     signal.signal(signal.SIGTERM, pass_on)
-    flags = ['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', f'--shutdown-timeout={GRACE}', *machine_flags()]
-    try: run(parse_args([*flags, *sys.argv]))
+    try: run(parse_args(['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', *machine_flags(), *sys.argv]))
     except ChildFailedError as e:
         if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
         return explain_ranks(e.failures)
@@ -2061,7 +2784,7 @@ def machine_flags(
 # ------------------------------------------------------------------------------
 
 COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','hub_model_id')
+            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','full_determinism','hub_model_id')
 
 def run_identity(
     cfg:TrainConfig, # Options
@@ -2069,6 +2792,13 @@ def run_identity(
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
     return {**{k:v for k,v in cfg.asdict().items() if k not in COSMETIC}, 'base_model': base['id']}
+
+def be_deterministic():
+    "Only algorithms that give the same bits every time, from here on."
+    import torch
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8' # read at the first product; without a fixed workspace cuBLAS adds in any order
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 def mask_secrets(
     text:str, # To be shown
@@ -2183,12 +2913,13 @@ def publish_adapter(
     tok, # Its tokenizer
     card:str, # README.md
     until:float, # `time.monotonic()` after which to give up
+    weights:dict=None, # The adapter's, from `whole_adapter`, where the model is sharded
 ):
     "Put the finished adapter on `main`, in one commit, and gate the repo."
     from huggingface_hub import CommitOperationAdd
     out = Path(cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
-    model.save_pretrained(out); tok.save_pretrained(out)
+    model.save_pretrained(out, state_dict=weights, save_embedding_layers=False); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
@@ -2206,6 +2937,7 @@ class Job:
         self.deadline.idle = True # nothing to save before the first step
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.n) # or say that they can't
+        self.shard = cfg.fsdp and self.ranks.n>1
         self.wandb,self.publisher,self.step = None,None,0
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
@@ -2244,13 +2976,15 @@ def build(self:Job):
     targets = tuple(cfg.lora_target_modules.split(','))
     attn,why = choose_attention()
     log.info(f"attention: {attn}, {why}")
-    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
     self.trainer = make_trainer(cfg, model, self.tok, packed, self)
-    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets)
+    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
     log.info("audit:\n"+text_table(rows)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
     if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: %d × %d rows each" % share_batch(cfg, self.ranks.n))
+    if cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
+    if self.shard and cfg.sample_steps: log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
 
 @patch
 def begin(self:Job):
@@ -2268,9 +3002,9 @@ def begin(self:Job):
 def load_scorer(self:Job):
     "The scorer of the samples, or None: for want of a score no run is stopped."
     cfg = self.cfg
-    if cfg.scorer=='none' or not cfg.sample_steps: return
+    if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
-        with undisturbed(self.trainer.model, self.tok): scorer = HubScorer(cfg.scorer)
+        with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
     except UserError as e: return log.warning(f"samples are not scored: {e}")
     check_scorer(scorer, self.labellers)
     log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
@@ -2288,7 +3022,7 @@ def set_aside(
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
-    if self.wandb and self.cfg.wandb_log_model=='checkpoint': log_adapter(self.wandb, folder, int(folder.name.split('-')[1]))
+    if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
     if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
     write_manifest(folder, self.run)
     self.prune()
@@ -2312,16 +3046,33 @@ def log_metrics(self:Job,
     metrics:dict, # By W&B name
 ):
     "Metrics to W&B, by step and never backwards."
-    if self.wandb: self.wandb.log({**metrics, 'train/global_step': step})
+    self.tell_wandb(lambda run: run.log({**metrics, 'train/global_step': step}))
+
+@patch
+def tell_wandb(self:Job,
+    what, # Function of the W&B run
+):
+    "Tell W&B, for as long as it is there."
+    if not self.wandb: return
+    try: what(self.wandb)
+    except Exception as e: # a library's process and its network: nothing of it is worth a run
+        self.wandb = None
+        log.warning(f"W&B has failed ({type(e).__name__}): this job's part of the curve ends here, training goes on")
 
 @patch
 def on_start(self:Job, model, step):
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
+    if self.shard: log.info(check_sharded(model, self.ranks.n))
     if step==0:
         self.measure_held_out('before', 0)
-        if self.cfg.sample_steps and self.ranks.first: self.sample(model, 0)
+        if self.samples_now(0): self.sample(model, 0)
     self.ranks.wait()
     self.deadline.idle = False
+
+@patch
+def samples_now(self:Job, step): # a sharded model replies only if all ranks ask, and they keep different times
+    every = 0 if self.shard else self.cfg.sample_steps
+    return bool(every) and self.ranks.first and (step%every==0 or step==self.total)
 
 @patch
 def diverged(self:Job, what, step):
@@ -2346,7 +3097,7 @@ def on_step(self:Job, model, step):
     if step==1 and math.isfinite(self.deadline.end): control.should_save = True
     stop = self.time_to_stop()
     if not stop and self.cfg.sample_steps and (step%self.cfg.sample_steps==0 or step==self.total):
-        if self.ranks.first: self.sample(model, step)
+        if self.samples_now(step): self.sample(model, step)
         stop = self.time_to_stop()
     if stop: log.info(f"stopping at step {step}: {self.deadline.reason or 'another machine was told to'}")
     if stop or control.should_save: control.should_log = True # no loss is averaged over a checkpoint, or lost at a stop
@@ -2361,8 +3112,9 @@ def time_to_stop(self:Job): # the same on every rank
 def on_save(self:Job, folder, step):
     import torch
     self.collect(folder, step)
+    finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
+    if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
-    if not all(p.isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad): raise self.diverged("the adapter is not finite", step)
     write_samples(folder, self.samples)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
@@ -2411,7 +3163,8 @@ def collect(self:Job, folder, step):
     "Bring every rank's random state to rank 0, and compare the ranks' adapters."
     if self.ranks.n==1: return
     rng = folder/f'rng_state_{self.ranks.rank}.pth'
-    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash({n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad})))
+    trained = {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad and not self.shard} # of what is sharded there is one copy
+    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
     for name,state,digest in seen:
         if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
@@ -2429,15 +3182,17 @@ def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
     cfg,until = self.cfg,self.patience(1800)
     if self.publisher and not self.publisher.close(until):
+        if self.step not in self.whole_steps(): raise self.publisher.error
         raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
         return RESUBMIT
     self.measure_held_out('after', self.step)
-    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    if self.ranks.n>1 and not self.shard: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    weights = whole_adapter(self.trainer.model)
     if not self.ranks.first: return COMPLETE
-    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until)
+    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, weights)
     self.deadline.idle = False
     try: patiently(lambda: self.checkpoints.branch.api.super_squash_history(cfg.hub_model_id, branch='checkpoints'), 'squashing', self.patience(60))
     except UserError as e: log.warning(f"the history of branch checkpoints is not squashed: {e}")
@@ -2473,13 +3228,19 @@ def salvage(self:Job):
     self.publisher.close(self.patience(600))
     kept = self.checkpoints.steps()
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
-    if (more := local_steps(self.cfg.output_dir)) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+    if (more := self.whole_steps()) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+
+@patch
+def whole_steps(self:Job)->list: # Ascending
+    "Steps whose checkpoint lies on this disk, sealed."
+    return [s for s in local_steps(self.cfg.output_dir) if (Path(self.cfg.output_dir)/f'checkpoint-{s}'/MANIFEST).exists()]
 
 def run_job(
     cfg:TrainConfig, # Options
 )->int: # Exit code: 0 complete, 75 resubmit
     "Do what is left of a run."
     bound_requests()
+    if cfg.full_determinism: be_deterministic()
     job,code = Job(cfg),1
     try:
         for _ in range(2):
@@ -2497,7 +3258,7 @@ def run_job(
         job.salvage()
         raise explain_error(e, cfg) from e
     finally:
-        if job.wandb: job.wandb.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code)
+        job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
     return job.ranks.share(code) # all end together
 
 def main():
