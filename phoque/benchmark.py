@@ -48,14 +48,16 @@ def bench_talk(
 
 # %% ../nbs/09_benchmark.ipynb #ef73cf7a
 def _stock(base, attn, talk, out, collate=None, dropout=0., **args):
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PrinterCallback
     from trl import SFTConfig, SFTTrainer
     import torch
     cuda = torch.cuda.is_available()
     common = dict(output_dir=out, learning_rate=2e-4, report_to='none', disable_tqdm=True, save_strategy='no', logging_steps=1000, bf16=cuda, use_cpu=not cuda, max_length=None,
                   remove_unused_columns=False, dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
-    return SFTTrainer(model=add_lora(load_model(base, True, attn), lora_dropout=dropout), args=SFTConfig(**common, **args), train_dataset=talk,
+    trainer = SFTTrainer(model=add_lora(load_model(base, True, attn), lora_dropout=dropout), args=SFTConfig(**common, **args), train_dataset=talk,
         processing_class=AutoTokenizer.from_pretrained(base['id']), **(dict(data_collator=collate) if collate else {}))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 def seed_trainer(base, talk, rows, max_length, steps, out):
     "The first settings: padded, 4 × 4 conversations a step, gradient checkpointing, paged 8-bit AdamW."
