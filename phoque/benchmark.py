@@ -37,6 +37,7 @@ def bench_talk(
     vocab:int, # Tokens to choose from
     max_length:int=2048, # The longest
     seed:int=0, # Of their lengths and tokens
+    supervised:float=1., # Share of each, at its end, that the loss looks at
 ): # Dataset of `input_ids` and `labels`
     "Conversations of random tokens, as long as those of chats."
     import numpy as np
@@ -44,7 +45,7 @@ def bench_talk(
     r = np.random.default_rng(seed)
     lengths = np.clip(np.exp(r.normal(4.6, .8, n)).round().astype(int)+50, 60, max_length)
     ids = [r.integers(12, vocab, l) for l in lengths]
-    return Dataset.from_dict(dict(input_ids=[i.tolist() for i in ids], labels=[[-100]*(len(i)//2)+i[len(i)//2:].tolist() for i in ids]))
+    return Dataset.from_dict(dict(input_ids=[i.tolist() for i in ids], labels=[[-100]*(at := round(len(i)*(1-supervised)))+i[at:].tolist() for i in ids]))
 
 # %% ../nbs/09_benchmark.ipynb #ef73cf7a
 def _stock(base, attn, talk, out, collate=None, dropout=0., **args):
@@ -87,6 +88,7 @@ def unsloth_trainer(base, talk, rows, max_length, steps, out):
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, lora_dropout=0., target_modules=list(LORA_TARGETS), bias='none', use_gradient_checkpointing=False)
     args = SFTConfig(output_dir=out, max_steps=steps, per_device_train_batch_size=rows, max_length=max_length, packing=True, optim='adamw_torch_fused', bf16=True, learning_rate=2e-4,
         report_to='none', disable_tqdm=True, save_strategy='no', logging_steps=1000)
+    if all(-100 not in l for l in talk['labels']): talk = talk.remove_columns('labels') # it takes these for all tokens, and is faster for it
     trainer = SFTTrainer(model=model, args=args, train_dataset=talk, processing_class=tok)
     return trainer,rows*len(talk)/len(trainer.train_dataset)
 
@@ -148,6 +150,7 @@ def bench_side(
     steps:int=24, # Of which four don't count
     talk:int=6000, # Conversations
     cap_gib:float=0, # Memory that it may take; 0 for all
+    supervised:float=1., # Share of the tokens that the loss looks at
 )->dict: # A row of the table
     "Measure one side in this process."
     if side=='unsloth': import unsloth # before transformers, which it changes
@@ -155,7 +158,7 @@ def bench_side(
     from transformers import AutoConfig
     cuda,cfg = torch.cuda.is_available(),AutoConfig.from_pretrained(base['id'])
     if cuda and cap_gib: torch.cuda.set_per_process_memory_fraction(cap_gib*2**30/torch.cuda.get_device_properties(0).total_memory)
-    ds = bench_talk(talk, cfg.vocab_size, max_length)
+    ds = bench_talk(talk, cfg.vocab_size, max_length, supervised=supervised)
     with tempfile.TemporaryDirectory() as out:
         try: trainer,chats = SIDES[side](base, ds, rows, max_length, steps, out); seconds,compiled = step_seconds(trainer)
         except torch.OutOfMemoryError: return dict(side=side, rows=rows, fits=False)
@@ -203,6 +206,7 @@ def bench_cli(
     max_length:int=2048, # Tokens of a row
     steps:int=24, # Of each, of which four don't count
     cap_gib:float=0, # GPU memory that each may take; 0 for all
+    supervised:float=1., # Share of the tokens that the loss looks at
     layers:int=SUCCESSOR_SHAPE['num_hidden_layers'], # Of the base model
     out:str='benchmark', # Folder for the result and its picture
 ):
@@ -216,7 +220,7 @@ def bench_cli(
     with tempfile.TemporaryDirectory() as tmp:
         base = bench_base(f'{tmp}/base', num_hidden_layers=layers)
         for side,r in bench_order(names, [int(r) for r in rows.split(',')]):
-            args = dict(side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib)
+            args = dict(side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib, supervised=supervised)
             p = subprocess.run([sys.executable, '-c', 'import sys, json; from phoque.benchmark import bench_side; print(json.dumps(bench_side(**json.loads(sys.argv[1]))))', json.dumps(args)],
                 capture_output=True, text=True)
             if p.returncode:
@@ -225,6 +229,6 @@ def bench_cli(
             seen.append(json.loads(p.stdout.splitlines()[-1])); print(bench_table(seen[-1:]), flush=True)
     if not seen: sys.exit("phoque_bench: no side could be measured: see above")
     Path(out).mkdir(exist_ok=True)
-    result = dict(machine=machine, date=time.strftime('%Y-%m-%d'), python=platform.python_version(), torch=torch.__version__, max_length=max_length, steps=steps, seen=seen)
+    result = dict(machine=machine, date=time.strftime('%Y-%m-%d'), python=platform.python_version(), torch=torch.__version__, max_length=max_length, steps=steps, supervised=supervised, seen=seen)
     (Path(out)/'benchmark.json').write_text(json.dumps(result, indent=1)); bench_picture(seen).savefig(Path(out)/'benchmark.png', dpi=120)
     print(f"\n{bench_table(seen)}\n\n{machine}; {out}/benchmark.json, {out}/benchmark.png")
