@@ -22,7 +22,7 @@ __all__ = ['COSMETIC', 'RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'COMPLETE',
            'publish_adapter', 'Job', 'set_aside', 'resubmit_command', 'explain_error', 'run_job', 'main']
 
 # %% ../nbs/06_job.ipynb #ff7c48c8
-COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
+COSMETIC = ('preset','base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
             'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','full_determinism','hub_model_id')
 
 def run_identity(

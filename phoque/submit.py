@@ -11,7 +11,7 @@ from fastcore.meta import delegates
 from fastcore.script import anno_parser
 from .model_qlora import SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, UserError, hub_problem, memory_plan, resolve_base, text_table
 from .resume import parse_duration
-from .train import TrainConfig, check_config, env_options, options, share_batch
+from .train import TrainConfig, check_config, options, parse_options, share_batch
 
 # %% auto #0
 __all__ = ['JOB_FLAVOR', 'JOB_TIMEOUT', 'JOB_LABEL', 'JOB_NEEDS', 'JOB_SECRETS', 'JOB_ENV', 'JOB_MODULES', 'FLAVORS_READ',
@@ -518,9 +518,7 @@ def submit_cli(
         smoke:bool=False, # Twenty steps in one job of at most half an hour?
         **kwargs): "Plan a run, say what it costs, and submit it to HF Jobs. The other flags are the run's."
     try:
-        p = anno_parser(phoque_submit)
-        p.set_defaults(**env_options())
-        args = vars(p.parse_args(argv))
+        args = parse_options(anno_parser(phoque_submit), argv)
         if args['smoke']: args |= SMOKE
         mine = {k:args[k] for k in ('flavor', 'tokens_per_second', 'yes', 'dry_run')}
         sys.exit(submit(TrainConfig(**{k:args[k] for k in options()}), **mine))

@@ -17,14 +17,16 @@ from .fast import fast_layers, keep_weights, add_supervised_head
 from .shard import prepare_sharding, shard_options, sharded_trainer
 
 # %% auto #0
-__all__ = ['STEP_LINE', 'TrainConfig', 'options', 'env_options', 'read_config', 'check_config', 'pack_lengths', 'pack_dataset',
-           'draw_order', 'collate_packed', 'run_steps', 'share_batch', 'fill_sizes', 'events_callback',
-           'compile_layers', 'make_trainer', 'step_line', 'parse_step', 'held_out_loss']
+__all__ = ['PRESETS', 'STEP_LINE', 'TrainConfig', 'options', 'env_options', 'preset_options', 'parse_options', 'read_config',
+           'check_config', 'pack_lengths', 'pack_dataset', 'draw_order', 'collate_packed', 'run_steps', 'share_batch',
+           'fill_sizes', 'events_callback', 'compile_layers', 'make_trainer', 'step_line', 'parse_step',
+           'held_out_loss']
 
 # %% ../nbs/02_train.ipynb #094ed8e2
 class TrainConfig:
     "Every option of a run."
     def __init__(self,
+        preset:str='', # `16-examples`, `24gb` or `80gb`: rows, their length and a learning rate that goes with them; what is given besides wins
         base_model:str=SEED_BASE, # Hub id or folder of the model to adapt
         base_model_strict:bool=False, # Refuse to take a substitute for `base_model`?
         dataset_repo:str='', # Hub dataset with a `messages` column; required
@@ -88,6 +90,29 @@ def env_options(
         except ValueError: raise UserError(f"{k.upper()}: must be {'0 or 1' if kind is bool else f'of type {kind.__name__}'}, got {v!r}: correct it or unset it") from None
     return res
 
+# %% ../nbs/02_train.ipynb #8596a9d0
+PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
+
+def preset_options(
+    name:str, # Key of `PRESETS`
+)->dict: # `per_device_train_batch_size`, `max_length`, `learning_rate`
+    "What a preset stands for."
+    if name not in PRESETS: raise UserError(f"PRESET: must be one of {', '.join(PRESETS)}, got {name!r}")
+    rows,length = PRESETS[name]
+    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 was the first settings'
+
+def parse_options(
+    p, # `ArgumentParser` that knows the options of `TrainConfig`, and perhaps others
+    argv:list=None, # Flags; `sys.argv[1:]` where None
+    env:dict=None, # Environment; `os.environ` where None
+)->dict: # Value of each option of the parser
+    "Flags over the environment over a preset."
+    given = env_options(env)
+    p.set_defaults(**given)
+    preset = vars(p.parse_args(argv))['preset']
+    if preset: p.set_defaults(**{**preset_options(preset), **given})
+    return vars(p.parse_args(argv))
+
 # %% ../nbs/02_train.ipynb #70434b9a
 def read_config(
     argv:list=None, # Flags; `sys.argv[1:]` where None
@@ -96,9 +121,7 @@ def read_config(
     "Options from flags, then the environment, then the defaults."
     @delegates(TrainConfig)
     def train(**kwargs): "Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue."
-    p = anno_parser(train)
-    p.set_defaults(**env_options(env))
-    args = vars(p.parse_args(argv))
+    args = parse_options(anno_parser(train), argv, env)
     return check_config(TrainConfig(**{k:args[k] for k in options()}))
 
 def check_config(

@@ -1526,6 +1526,7 @@ def check_sharded(
 class TrainConfig:
     "Every option of a run."
     def __init__(self,
+        preset:str='', # `16-examples`, `24gb` or `80gb`: rows, their length and a learning rate that goes with them; what is given besides wins
         base_model:str=SEED_BASE, # Hub id or folder of the model to adapt
         base_model_strict:bool=False, # Refuse to take a substitute for `base_model`?
         dataset_repo:str='', # Hub dataset with a `messages` column; required
@@ -1588,6 +1589,28 @@ def env_options(
         except ValueError: raise UserError(f"{k.upper()}: must be {'0 or 1' if kind is bool else f'of type {kind.__name__}'}, got {v!r}: correct it or unset it") from None
     return res
 
+PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
+
+def preset_options(
+    name:str, # Key of `PRESETS`
+)->dict: # `per_device_train_batch_size`, `max_length`, `learning_rate`
+    "What a preset stands for."
+    if name not in PRESETS: raise UserError(f"PRESET: must be one of {', '.join(PRESETS)}, got {name!r}")
+    rows,length = PRESETS[name]
+    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 was the first settings'
+
+def parse_options(
+    p, # `ArgumentParser` that knows the options of `TrainConfig`, and perhaps others
+    argv:list=None, # Flags; `sys.argv[1:]` where None
+    env:dict=None, # Environment; `os.environ` where None
+)->dict: # Value of each option of the parser
+    "Flags over the environment over a preset."
+    given = env_options(env)
+    p.set_defaults(**given)
+    preset = vars(p.parse_args(argv))['preset']
+    if preset: p.set_defaults(**{**preset_options(preset), **given})
+    return vars(p.parse_args(argv))
+
 def read_config(
     argv:list=None, # Flags; `sys.argv[1:]` where None
     env:dict=None, # Environment; `os.environ` where None
@@ -1595,9 +1618,7 @@ def read_config(
     "Options from flags, then the environment, then the defaults."
     @delegates(TrainConfig)
     def train(**kwargs): "Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue."
-    p = anno_parser(train)
-    p.set_defaults(**env_options(env))
-    args = vars(p.parse_args(argv))
+    args = parse_options(anno_parser(train), argv, env)
     return check_config(TrainConfig(**{k:args[k] for k in options()}))
 
 def check_config(
@@ -2783,7 +2804,7 @@ def machine_flags(
 # job: The whole job: check, restore, train, publish, and an exit code that says what to do next
 # ------------------------------------------------------------------------------
 
-COSMETIC = ('base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
+COSMETIC = ('preset','base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
             'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','full_determinism','hub_model_id')
 
 def run_identity(
