@@ -232,8 +232,8 @@ def check_train(
 # %% ../nbs/07_submit.ipynb #6b6685e1
 FLAVORS_READ = '2026-11-23' # https://huggingface.co/docs/hub/jobs-pricing
 FLAVORS = {f['flavor']:f for f in [dict(zip(('flavor', 'gpu', 'GPUs', 'GB', '$/h', 'tokens/s', 'speed'), o)) for o in [
-    ('l4x1',           'L4',           1, 24,  0.80,  2_400,  'estimate'),
-    ('l4x4',           'L4',           4, 24,  3.80,  2_400,  'estimate'),
+    ('l4x1',           'L4',           1, 24,  0.80,  2_300,  'estimate'),
+    ('l4x4',           'L4',           4, 24,  3.80,  2_300,  'estimate'),
     ('a10g-small',     'A10G',         1, 24,  1.00,  2_900,  'estimate'),
     ('a10g-large',     'A10G',         1, 24,  1.50,  2_900,  'estimate'),
     ('a10g-largex2',   'A10G',         2, 24,  3.00,  2_900,  'estimate'),
@@ -241,17 +241,17 @@ FLAVORS = {f['flavor']:f for f in [dict(zip(('flavor', 'gpu', 'GPUs', 'GB', '$/h
     ('l40sx1',         'L40S',         1, 48,  1.80,  0,      'unknown'),
     ('l40sx4',         'L40S',         4, 48,  8.30,  0,      'unknown'),
     ('l40sx8',         'L40S',         8, 48,  23.50, 0,      'unknown'),
-    ('a100-large',     'A100',         1, 80,  2.50,  9_000,  'estimate'),
-    ('a100x4',         'A100',         4, 80,  10.00, 9_000,  'estimate'),
-    ('a100x8',         'A100',         8, 80,  20.00, 9_000,  'estimate'),
+    ('a100-large',     'A100',         1, 80,  2.50,  12_700, 'estimate'),
+    ('a100x4',         'A100',         4, 80,  10.00, 12_700, 'estimate'),
+    ('a100x8',         'A100',         8, 80,  20.00, 12_700, 'estimate'),
     ('rtx-pro-6000',   'RTX PRO 6000', 1, 96,  2.75,  0,      'unknown'),
     ('rtx-pro-6000x2', 'RTX PRO 6000', 2, 96,  5.50,  0,      'unknown'),
     ('rtx-pro-6000x4', 'RTX PRO 6000', 4, 96,  11.00, 0,      'unknown'),
     ('rtx-pro-6000x8', 'RTX PRO 6000', 8, 96,  22.00, 0,      'unknown'),
-    ('h200',           'H200',         1, 141, 5.00,  31_800, 'measured'),
-    ('h200x2',         'H200',         2, 141, 10.00, 31_800, 'estimate'),
-    ('h200x4',         'H200',         4, 141, 20.00, 31_800, 'estimate'),
-    ('h200x8',         'H200',         8, 141, 40.00, 31_800, 'estimate')]]}
+    ('h200',           'H200',         1, 141, 5.00,  38_000, 'measured'),
+    ('h200x2',         'H200',         2, 141, 10.00, 38_000, 'estimate'),
+    ('h200x4',         'H200',         4, 141, 20.00, 38_000, 'estimate'),
+    ('h200x8',         'H200',         8, 141, 40.00, 38_000, 'estimate')]]}
 
 def usable_gib(
     flavor:str, # Machine
@@ -331,7 +331,7 @@ def measured_speed(
     return like[0]['tokens_per_second']*f['GPUs'] if like else 0.
 
 # %% ../nbs/07_submit.ipynb #88877f62
-FIXED_SHARE = .055 # of a step of four rows on one H200: 0.258 s, and one of eight 0.501 s
+FIXED_SHARE = .07 # of a step of four rows on one H200: 0.212 s, and one of sixteen 0.804 s
 
 def times_faster(
     c:TrainConfig, # The run
@@ -352,7 +352,7 @@ def run_plan(
     tokens = c.per_device_train_batch_size*c.max_length
     def reckon(f, **kw):
         n = FLAVORS.get(f, {}).get('GPUs', 1)
-        share = 0 if c.fsdp and n>1 else times_faster(c, n)*(.78 if c.gradient_checkpointing else 1) # how fast layers are that GPUs share is unknown
+        share = 0 if c.fsdp and n>1 else times_faster(c, n)*(.73 if c.gradient_checkpointing else 1) # how fast layers are that GPUs share is unknown
         return job_plan(c.max_steps, tokens*c.gradient_accumulation_steps, flavor=f, timeout=c.job_timeout or JOB_TIMEOUT, share=share, **kw)
     plan = reckon(flavor, tokens_per_second=tokens_per_second or measured_speed(c, flavor), price=price)
     n = FLAVORS[flavor]['GPUs']
