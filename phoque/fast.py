@@ -360,7 +360,7 @@ def keep_weights(
 )->float: # GiB that it takes; 0 where there is no room
     "Unpack the weights once, if the card has room for them."
     import torch
-    room = .85*torch.cuda.get_device_properties(0).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
+    room = .85*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
     size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
     if peak+size>room: return 0.
     stack.lower()
