@@ -104,6 +104,7 @@ def product_speed()->float: # Operations a second
         t = time.perf_counter(); (a@a)[0,0].item(); times.append(time.perf_counter()-t)
     return 2*n**3/sorted(times)[3]
 
+# %% ../nbs/09_benchmark.ipynb #9e0142b5
 class StepClock:
     "What a trainer's steps take, without a wait in them."
     def __init__(self): self.ends,self.kernels,self.graphs = [],[],[]
@@ -125,6 +126,7 @@ class StepClock:
         torch.cuda.synchronize()
         return [a.elapsed_time(b)/1000 for a,b in zip(self.ends[warm-1:], self.ends[warm:])]
 
+# %% ../nbs/09_benchmark.ipynb #ca933f03
 def step_seconds(
     trainer, # Any side's
     warm:int=4, # First steps, which don't count

@@ -1265,47 +1265,50 @@ class Stack:
             g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
             if g.kept is not None: unpack(g.packed, g.absmax, g.code, g.b, g.ends, g.kept, only_b=True)
 
-    def forward(self,
-        h, # Embedded tokens, (tokens, hidden)
-        cos, sin, scale, # From `turn`
-        tiles, # From `attention_tiles`, an int32 tensor
-        keep, # Supervised rows, filled up with len(h)
-    )->tuple: # What enters the head, (len(keep), hidden), and what `backward` needs
-        "Through all layers and the last norm."
-        import torch
-        self.lower()
-        y,saved = None,[]
-        for l in self.layers:
-            h,y,s = l.forward(h, y, (cos,sin,scale), tiles, keep if l is self.layers[-1] else None)
-            saved.append(s[0] if self.checkpoint else s)
-        x = torch.empty_like(h)
-        return x,[*saved, add_norm(h, y, self.norm, x)]
+@patch
+def forward(self:Stack,
+    h, # Embedded tokens, (tokens, hidden)
+    cos, sin, scale, # From `turn`
+    tiles, # From `attention_tiles`, an int32 tensor
+    keep, # Supervised rows, filled up with len(h)
+)->tuple: # What enters the head, (len(keep), hidden), and what `backward` needs
+    "Through all layers and the last norm."
+    import torch
+    self.lower()
+    y,saved = None,[]
+    for l in self.layers:
+        h,y,s = l.forward(h, y, (cos,sin,scale), tiles, keep if l is self.layers[-1] else None)
+        saved.append(s[0] if self.checkpoint else s)
+    x = torch.empty_like(h)
+    return x,[*saved, add_norm(h, y, self.norm, x)]
 
-    def backward(self,
-        saved:list, # From `forward`; used up
-        dx, # Gradient of what enters the head
-        cos, sin, scale, tiles, keep, # As in `forward`
-    )->list: # Gradients of `params`
-        "Back through the last norm and all layers."
-        import torch
-        (h,rms),none,grads,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],(cos,sin,scale)
-        dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
-        for l in reversed(self.layers):
-            s,on = saved.pop(),keep if l is self.layers[-1] else None
-            if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
-            dh,g = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
-            grads = g+grads
-        return grads
+@patch
+def backward(self:Stack,
+    saved:list, # From `forward`; used up
+    dx, # Gradient of what enters the head
+    cos, sin, scale, tiles, keep, # As in `forward`
+)->list: # Gradients of `params`
+    "Back through the last norm and all layers."
+    import torch
+    (h,rms),none,grads,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],(cos,sin,scale)
+    dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
+    for l in reversed(self.layers):
+        s,on = saved.pop(),keep if l is self.layers[-1] else None
+        if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
+        dh,g = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
+        grads = g+grads
+    return grads
 
-    def __call__(self,
-        h, # Embedded tokens, (rows, tokens, hidden)
-        position_ids, # Each document's from 0, (rows, tokens)
-        tiles, # As in `forward`
-        keep, # As in `forward`
-    ): # What enters the head, with the adapter's gradients to come
-        "Let autograd pass."
-        import torch
-        with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
+@patch
+def __call__(self:Stack,
+    h, # Embedded tokens, (rows, tokens, hidden)
+    position_ids, # Each document's from 0, (rows, tokens)
+    tiles, # As in `forward`
+    keep, # As in `forward`
+): # What enters the head, with the adapter's gradients to come
+    "Let autograd pass."
+    import torch
+    with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
 
 @functools.cache
 def _through():
@@ -1403,7 +1406,7 @@ def keep_weights(
 )->float: # GiB that it takes; 0 where there is no room
     "Unpack the weights once, if the card has room for them."
     import torch
-    room = .85*torch.cuda.get_device_properties(0).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
+    room = .85*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
     size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
     if peak+size>room: return 0.
     stack.lower()
