@@ -165,7 +165,6 @@ def backward(self:FastLayer,
     first:bool=False, # Does nothing below it learn?
 )->tuple: # Gradient of the residual stream before the layer, and of the groups' parameters
     "Back through the MLP and attention."
-    import torch
     h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
     d,b4,w = dh@self.down.weight(),self.down.grad_b(dh, xa4),self.down.width
     swiglu_back(gu, d, self.down.a)

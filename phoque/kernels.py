@@ -94,7 +94,7 @@ def norm_back(
 )->tuple: # Gradient of `h`, and that of `xa` over the RMS
     "Back through `lora_A`, the norm and the sum."
     import torch
-    (rows,n),shape = h.shape,dict(R=len(a), num_warps=8)
+    rows,n = h.shape
     dh,mean,z_rms = torch.empty_like(h),torch.empty_like(rstd),torch.empty_like(xa)
     if not rows: return dh,z_rms
     _norm_mean_kernel()[(rows,)](h, norm.weight, rstd, d, xa, mean, z_rms, d.stride(0), n, R=len(a), N=pow2(n), num_warps=8)

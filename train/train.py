@@ -781,7 +781,7 @@ def norm_back(
 )->tuple: # Gradient of `h`, and that of `xa` over the RMS
     "Back through `lora_A`, the norm and the sum."
     import torch
-    (rows,n),shape = h.shape,dict(R=len(a), num_warps=8)
+    rows,n = h.shape
     dh,mean,z_rms = torch.empty_like(h),torch.empty_like(rstd),torch.empty_like(xa)
     if not rows: return dh,z_rms
     _norm_mean_kernel()[(rows,)](h, norm.weight, rstd, d, xa, mean, z_rms, d.stride(0), n, R=len(a), N=pow2(n), num_warps=8)
@@ -1214,7 +1214,6 @@ def backward(self:FastLayer,
     first:bool=False, # Does nothing below it learn?
 )->tuple: # Gradient of the residual stream before the layer, and of the groups' parameters
     "Back through the MLP and attention."
-    import torch
     h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
     d,b4,w = dh@self.down.weight(),self.down.grad_b(dh, xa4),self.down.width
     swiglu_back(gu, d, self.down.a)
