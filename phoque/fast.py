@@ -166,10 +166,9 @@ def backward(self:FastLayer,
 )->tuple: # Gradient of the residual stream before the layer, and of the groups' parameters
     "Back through the MLP and attention."
     h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
-    d,b4,w = dh@self.down.weight(),self.down.grad_b(dh, xa4),self.down.width
-    swiglu_back(gu, d, self.down.a)
-    a4 = self.down.grad_a(d[:,w:], d[:,:w])
-    d,b3 = gu@self.gu.weight(),self.gu.grad_b(gu, xa3)
+    d,b4 = dh@self.down.weight(),self.down.grad_b(dh, xa4)
+    a4,*b3 = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
+    d = gu@self.gu.weight()
     dh,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
     a3 = self.gu.grad_a(z, on, self.norm2.weight)
     d,b2,w = dh@self.o.weight(),self.o.grad_b(dh, xa2),self.o.width
@@ -180,7 +179,7 @@ def backward(self:FastLayer,
     if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
     else: dh,z = norm_back(h, rms1, self.norm1, dqkv@self.qkv.weight(), self.qkv.a, xa1, dh)
     a1 = self.qkv.grad_a(z, h, self.norm1.weight)
-    return dh,[*a1, *b1, *a2, *b2, *a3, *b3, *a4, *b4]
+    return dh,[*a1, *b1, *a2, *b2, *a3, *b3, a4*self.down.scaling, *b4]
 
 # %% ../nbs/01b_fast.ipynb #7885ff3b
 class Stack:

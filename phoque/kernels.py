@@ -125,29 +125,48 @@ def swiglu(
 @functools.cache
 def _swiglu_back_kernel():
     import triton, triton.language as tl
-    @triton.jit(do_not_specialize=['rows'])
-    def swiglu_back(gu, d, a, s, rows, n, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
-        r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
-        c = tl.program_id(1)*N + tl.arange(0, N)
-        ok = (r<rows)[:,None] & (c<n)[None,:]; row = r.to(tl.int64)
-        p,q = gu+row[:,None]*2*n+c[None,:],d+row[:,None]*s+c[None,:]
-        g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
-        dx = tl.load(q, mask=ok, other=0.).to(tl.float32)
-        for j in tl.static_range(R): dx += tl.load(d+row*s+n+j, mask=r<rows, other=0.).to(tl.float32)[:,None]*tl.load(a+j*n+c, mask=c<n, other=0.).to(tl.float32)[None,:]
-        w = tl.sigmoid(g)
-        tl.store(q, (g*w).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
-        tl.store(p, dx*u*w*(1+g*(1-w)), mask=ok)
-        tl.store(p+n, dx*g*w, mask=ok)
+    @triton.jit(do_not_specialize=['rows','each'])
+    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+        j,c = tl.arange(0, R),tl.program_id(0)*N + tl.arange(0, N)
+        low = tl.load(a+j[:,None]*n+c[None,:], mask=(c<n)[None,:], other=0.)
+        grad_a,grad_g,grad_u = tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32)
+        first = tl.program_id(1)*each
+        for i in range(first, min(first+each, rows), ROWS):
+            r = i + tl.arange(0, ROWS); ok = (r<rows)[:,None] & (c<n)[None,:]; r = r.to(tl.int64)[:,None]
+            p = gu+r*2*n+c[None,:]
+            g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
+            z = tl.load(d+r*s+n+j[None,:], mask=r<rows, other=0.)
+            dx = tl.dot(z, low) + tl.load(d+r*s+c[None,:], mask=ok, other=0.).to(tl.float32)
+            w = tl.sigmoid(g)
+            x = ((g*w).to(tl.bfloat16).to(tl.float32)*u).to(tl.bfloat16)
+            dg,du = (dx*u*w*(1+g*(1-w))).to(tl.bfloat16),(dx*g*w).to(tl.bfloat16)
+            tl.store(p, dg, mask=ok)
+            tl.store(p+n, du, mask=ok)
+            q = xa+r*s_xa+j[None,:]; own = (r<rows) & (j<RANK)[None,:]
+            grad_a = tl.dot(tl.trans(z), x, grad_a)
+            grad_g = tl.dot(tl.trans(tl.load(q, mask=own, other=0.)), dg, grad_g)
+            grad_u = tl.dot(tl.trans(tl.load(q+RANK, mask=own, other=0.)), du, grad_u)
+        p = grads + (tl.program_id(1)*3*R+j)[:,None]*n + c[None,:]; ok = (c<n)[None,:]
+        tl.store(p, grad_a, mask=ok); tl.store(p+R*n, grad_g, mask=ok); tl.store(p+2*R*n, grad_u, mask=ok)
     return swiglu_back
 
 def swiglu_back(
     gu, # Gate and up; they become their gradients
-    d, # Gradient of the product's input, (rows, width+rank); its left part becomes that input again
-    a, # `lora_A` of the down projection, (rank, width)
-):
-    "Back through `lora_A` and SwiGLU."
-    rows,n = len(gu),gu.shape[1]//2
-    if rows: _swiglu_back_kernel()[(-(-rows//2), -(-n//1024))](gu, d, a, d.stride(0), rows, n, R=len(a), ROWS=2, N=1024, num_warps=4)
+    d, # Gradient of the product's input, (rows, width+ranks)
+    a, # `lora_A` of the down projection, (ranks, width)
+    xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more)
+    rank:int, # Of the adapter
+)->tuple: # Gradients of down's `lora_A`, and of gate's and up's `lora_B`, fp32
+    "Back through `lora_A` and SwiGLU, with the gradients of the adapters on both sides of it."
+    import torch
+    rows,n,R = len(gu),gu.shape[1]//2,len(a)
+    each = max(512, 64*-(-rows//512)) # rows of a program: at most eight share a column
+    grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
+    N = max(16, 2048//R)
+    if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=64, N=N, num_warps=4)
+    a,g,u = grads.sum(0)[:,:rank]
+    return a,g.t(),u.t()
+
 
 # %% ../nbs/01a_kernels.ipynb #73b60607
 @functools.cache
@@ -227,34 +246,22 @@ def attend(
     _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, qkv.stride(0), o.stride(0), len(qkv), scale*1.4426950408889634, HQ=q, HK=k, D=d, N=TILE, num_warps=4, num_stages=1) # log2(e): exp2 is what GPUs have
     return lse
 
-# %% ../nbs/01a_kernels.ipynb #46fee5d7
-@functools.cache
-def _attend_before_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def attend_before(d, o, a, delta, s, total, n, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-        h = tl.program_id(0)
-        i = tl.program_id(1)*ROWS + tl.arange(0, ROWS)
-        here = (i<total)[:,None]; r = i.to(tl.int64)[:,None]; c = h*D + tl.arange(0, D)[None,:]
-        z = tl.load(d+r*s+n+tl.arange(0, R)[None,:], mask=here, other=0.)
-        g = (tl.dot(z, tl.load(a+tl.arange(0, R)[:,None]*n+c)) + tl.load(d+r*s+c, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
-        tl.store(d+r*s+c, g, mask=here)
-        tl.store(delta+h.to(tl.int64)*total+i, tl.sum(g.to(tl.float32)*tl.load(o+r*s+c, mask=here, other=0.).to(tl.float32), 1), mask=i<total)
-    return attend_before
-
 # %% ../nbs/01a_kernels.ipynb #038378a5
 @functools.cache
 def _attend_dq_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def attend_dq(qkv, d, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+3*i),tl.load(tiles+3*i+1),tl.load(tiles+3*i+2)
-        r,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
-        here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]
-        q,g = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(d+row*s_d+h*D+c, mask=here, other=0.)
+        r,c,f,b = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:],tl.arange(0, R)
+        here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]; own = row*s_d+h*D+c
+        g = tl.dot(tl.load(d+row*s_d+HQ*D+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*HQ*D+h*D+c))
+        g = (g + tl.load(d+own, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
+        mean = tl.sum(g.to(tl.float32)*tl.load(o+own, mask=here, other=0.).to(tl.float32), 1)
         at = h.to(tl.int64)*total+r
-        top,mean = tl.load(lse+at, mask=r<end, other=0.),tl.load(delta+at, mask=r<end, other=0.)
+        tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
+        q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
         for n in range(first, start+N, N):
             j = n + tl.arange(0, N)
@@ -267,6 +274,7 @@ def _attend_dq_kernel():
         p = dqkv + row*s + h*D + f
         tl.store(p, x*u+y*v, mask=here); tl.store(p+D//2, y*u-x*v, mask=here)
     return attend_dq
+
 
 # %% ../nbs/01a_kernels.ipynb #d2d592c4
 @functools.cache
@@ -311,11 +319,11 @@ def attend_back(
     import torch
     (q,k,n),total = heads,len(qkv)
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
-    _attend_before_kernel()[(q, -(-total//TILE))](d, o, a, delta, d.stride(0), total, q*n, R=len(a), D=n, ROWS=TILE)
-    given,rest,shape = (qkv, d, lse, delta),(out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
-    _attend_dkv_kernel()[(k, len(tiles))](*given, *turn[:2], *rest, **shape, num_stages=1)
-    _attend_dq_kernel()[(q, len(tiles))](*given, *turn, *rest, **shape, num_stages=2)
+    rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
+    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), num_stages=2)
+    _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, num_stages=1)
     return out
+
 
 # %% ../nbs/01a_kernels.ipynb #15eff141
 @functools.cache

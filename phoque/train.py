@@ -204,11 +204,13 @@ def collate_packed(
     fill:tuple=None, # Tiles and supervised rows that a batch is filled up to; if given, `tiles` and `keep` for a `Stack` are made
 )->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); `supervised` positions in the flattened batch and their `targets`
     "Stack packed rows; what fills a row up is one more document, without labels."
-    import torch
+    import numpy as np, torch
     from itertools import accumulate
-    even = lambda k, v: torch.tensor([r[k]+[v]*(max_length-len(r[k])) for r in rows])
     docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
-    batch = dict(input_ids=even('input_ids', pad_id), labels=even('labels', -100), position_ids=torch.tensor([[i for n in d for i in range(n)] for d in docs]))
+    ids,labels = np.full((len(rows), max_length), pad_id),np.full((len(rows), max_length), -100)
+    for i,r in enumerate(rows): ids[i,:len(r['input_ids'])] = r['input_ids']; labels[i,:len(r['labels'])] = r['labels']
+    position = np.concatenate([np.arange(n) for d in docs for n in d]).reshape(ids.shape)
+    batch = {k:torch.from_numpy(v) for k,v in dict(input_ids=ids, labels=labels, position_ids=position).items()}
     follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten() # a position is asked for the token after it
     batch['supervised'] = (follows!=-100).nonzero()[:,0]
     batch['targets'] = follows[batch['supervised']]
@@ -368,7 +370,8 @@ def make_trainer(
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
-        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda, **shard_options(shard))
+        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
+        accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
     if shard: prepare_sharding(args.device, model)
     trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
