@@ -162,8 +162,8 @@ def swiglu_back(
     rows,n,R = len(gu),gu.shape[1]//2,len(a)
     each = max(512, 64*-(-rows//512)) # rows of a program: at most eight share a column
     grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
-    N = max(16, 2048//R)
-    if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=64, N=N, num_warps=4)
+    N = max(16, min(64, 2048//R))
+    if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=32, N=N, num_warps=4, num_stages=2)
     a,g,u = grads.sum(0)[:,:rank]
     return a,g.t(),u.t()
 
