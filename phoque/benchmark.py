@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from fastcore.script import call_parse
 from .model_qlora import LORA_TARGETS, SUCCESSOR_SHAPE, UserError, add_lora, choose_attention, load_model, quiet_libraries, text_table
+from .ranks import Ranks
 from .train import TrainConfig, collate_packed, make_trainer, pack_dataset
 
 # %% auto #0
 __all__ = ['SIDES', 'bench_base', 'bench_talk', 'seed_trainer', 'trl_trainer', 'phoque_trainer', 'unsloth_trainer',
-           'product_speed', 'StepClock', 'step_seconds', 'bench_side', 'bench_order', 'bench_table', 'bench_picture',
-           'bench_cli']
+           'product_speed', 'StepClock', 'step_seconds', 'bench_side', 'bench_apart', 'bench_order', 'bench_table',
+           'bench_picture', 'bench_cli']
 
 # %% ../nbs/09_benchmark.ipynb #94dde4ec
 def bench_base(
@@ -27,6 +28,7 @@ def bench_base(
     from transformers import AutoModelForCausalLM, Ministral3Config, PreTrainedTokenizerFast
     cfg = Ministral3Config(**{**SUCCESSOR_SHAPE, **shape})
     with torch.device('cuda' if torch.cuda.is_available() else 'cpu'): AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16).save_pretrained(folder)
+    torch.cuda.empty_cache() # it stays with the process that made it
     special = {0:'<unk>', 1:'<s>', 2:'</s>', 11:'<pad>'}
     words = Tokenizer(models.WordLevel({special.get(i, f'<t{i}>'):i for i in range(cfg.vocab_size)}, unk_token='<unk>'))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token='<unk>', bos_token='<s>', eos_token='</s>', pad_token='<pad>').save_pretrained(folder)
@@ -147,44 +149,59 @@ def step_seconds(
 def bench_side(
     side:str, # Name in `SIDES`
     base:dict, # From `bench_base`
-    rows:int=4, # Packed rows a step
+    rows:int=4, # Packed rows a step, of all GPUs
     max_length:int=2048, # Tokens of a row
     steps:int=24, # Of which four don't count
     talk:int=6000, # Conversations
     cap_gib:float=0, # Memory that it may take; 0 for all
     supervised:float=1., # Share of the tokens that the loss looks at
 )->dict: # A row of the table
-    "Measure one side in this process."
+    "Measure one side in this process, or in this and its other ranks."
     if side=='unsloth': import unsloth # before transformers, which it changes
     import statistics, tempfile, torch
     from transformers import AutoConfig
-    cuda,cfg = torch.cuda.is_available(),AutoConfig.from_pretrained(base['id'])
+    cuda,cfg,ranks = torch.cuda.is_available(),AutoConfig.from_pretrained(base['id']),Ranks()
     if cuda and cap_gib: torch.cuda.set_per_process_memory_fraction(cap_gib*2**30/torch.cuda.get_device_properties(0).total_memory)
     ds = bench_talk(talk, cfg.vocab_size, max_length, supervised=supervised)
     with tempfile.TemporaryDirectory() as out:
         try: trainer,chats = SIDES[side](base, ds, rows, max_length, steps, out); seconds,compiled = step_seconds(trainer)
-        except torch.OutOfMemoryError: return dict(side=side, rows=rows, fits=False)
+        except torch.OutOfMemoryError: return dict(side=side, rows=rows, gpus=ranks.n, fits=False)
     linear = sum(p.weight.numel() if not hasattr(p.weight, 'quant_state') else p.in_features*p.out_features for n,p in trainer.model.named_modules() if n.endswith('base_layer'))
     speed = chats*sum(map(len, ds['input_ids']))/len(ds)/statistics.median(seconds)
-    return dict(side=side, rows=rows, fits=True, tokens_per_second=speed, ms=1000*statistics.median(seconds), fastest_ms=1000*min(seconds), share_of_limit=speed*4*linear/product_speed(),
+    return dict(side=side, rows=rows, gpus=ranks.n, fits=True, tokens_per_second=speed, ms=1000*statistics.median(seconds), fastest_ms=1000*min(seconds), share_of_limit=speed*4*linear/product_speed()/ranks.n,
                 peak_gib=torch.cuda.max_memory_allocated()/2**30 if cuda else None, compiled_late=compiled)
+
+# %% ../nbs/09_benchmark.ipynb #b3a9c1d7
+def bench_apart(
+    gpus:int, # One process each
+    **kwargs, # Of `bench_side`
+)->dict: # From `bench_side`
+    "Measure one side in processes of its own; a `RuntimeError` has the last line of one that failed."
+    many = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={gpus}', '--no-python', sys.executable]*(gpus>1)
+    p = subprocess.run([sys.executable, *many, '-c', 'import sys, json; from phoque.benchmark import bench_side; print(json.dumps(bench_side(**json.loads(sys.argv[1]))))', json.dumps(kwargs)],
+        capture_output=True, text=True)
+    if p.returncode: raise RuntimeError((p.stderr.strip().splitlines() or ['no message'])[-1])
+    return json.loads(p.stdout.splitlines()[-1])
+
 
 # %% ../nbs/09_benchmark.ipynb #b8394bb0
 def bench_order(
     sides:list, # Names
     rows:list, # Packed rows a step
-)->list: # Pairs to measure, the last one the first again
+    gpus:list=[1], # How many of them phoque uses; the others use one
+)->list: # (side, rows, GPUs) to measure, the last one the first again
     "A, B, …, A."
-    pairs = [(s,r) for s in sides for r in (rows if s!='seed' else [16])]
-    return pairs+pairs[:1]
+    turns = [(s,r,g) for s in sides for r in (rows if s!='seed' else [16]) for g in (gpus if s=='phoque' else [1])]
+    return turns+turns[:1]
 
 def bench_table(
     seen:list, # From `bench_side`
 )->str: # For a console
     "Sides, and how far a repetition was off."
-    rows = [dict(side=r['side'], rows=r['rows'], **{'tokens/s':f"{r['tokens_per_second']:,.0f}", 'ms a step':f"{r['ms']:.1f}", 'of the limit':f"{r['share_of_limit']:.0%}", 'GiB':f"{r['peak_gib']:.1f}" if r['peak_gib'] else '-'})
-            if r['fits'] else dict(side=r['side'], rows=r['rows'], **{'tokens/s':'does not fit', 'ms a step':'', 'of the limit':'', 'GiB':''}) for r in seen]
-    again = next((r for r in seen[:-1] if (r['side'],r['rows'])==(seen[-1]['side'],seen[-1]['rows'])), None)
+    rows = [dict(side=r['side'], rows=r['rows'], GPUs=r['gpus'], **{'tokens/s':f"{r['tokens_per_second']:,.0f}", 'ms a step':f"{r['ms']:.1f}", 'of the limit':f"{r['share_of_limit']:.0%}", 'GiB':f"{r['peak_gib']:.1f}" if r['peak_gib'] else '-'})
+            if r['fits'] else dict(side=r['side'], rows=r['rows'], GPUs=r['gpus'], **{'tokens/s':'does not fit', 'ms a step':'', 'of the limit':'', 'GiB':''}) for r in seen]
+    turn = lambda r: (r['side'],r['rows'],r['gpus'])
+    again = next((r for r in seen[:-1] if turn(r)==turn(seen[-1])), None)
     off = f"\n\nmeasured twice: {again['side']}, {again['rows']} rows, {seen[-1]['tokens_per_second']/again['tokens_per_second']-1:+.1%} the second time" if again and again['fits'] else ''
     return text_table(rows)+off
 
@@ -195,16 +212,19 @@ def bench_picture(
     from matplotlib import pyplot as plt
     ok = sorted((r for r in seen if r['fits']), key=lambda r: r['tokens_per_second'])
     fig,ax = plt.subplots(figsize=(7, .5+.32*len(ok)), layout='constrained')
-    bars = ax.barh([f"{r['side']}, {r['rows']}" for r in ok], [r['tokens_per_second'] for r in ok], color=['#c05621' if r['side']=='phoque' else '#a0aec0' for r in ok])
+    names = [f"{r['side']}, {r['rows']}" + f" on {r['gpus']} GPUs"*(r['gpus']>1) for r in ok]
+    bars = ax.barh(names, [r['tokens_per_second'] for r in ok], color=['#c05621' if r['side']=='phoque' else '#a0aec0' for r in ok])
     ax.bar_label(bars, [f"{r['tokens_per_second']:,.0f}" + (f" · {r['peak_gib']:.0f} GiB" if r['peak_gib'] else '') for r in ok], padding=4)
     ax.set(xlabel='tokens a second', xlim=(0, 1.25*max(r['tokens_per_second'] for r in ok))); ax.spines[['top','right']].set_visible(False)
     return fig
+
 
 # %% ../nbs/09_benchmark.ipynb #ead52f19
 @call_parse
 def bench_cli(
     sides:str='seed,trl,unsloth,phoque', # What to compare; unsloth is left out where it isn't installed
     rows:str='4,8,16', # Packed rows a step, each in turn
+    gpus:str='1', # How many phoque uses, each in turn; they share the rows
     max_length:int=2048, # Tokens of a row
     steps:int=24, # Of each, of which four don't count
     cap_gib:float=0, # GPU memory that each may take; 0 for all
@@ -221,14 +241,9 @@ def bench_cli(
     seen,machine = [],torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores, no GPU'
     with tempfile.TemporaryDirectory() as tmp:
         base = bench_base(f'{tmp}/base', num_hidden_layers=layers)
-        for side,r in bench_order(names, [int(r) for r in rows.split(',')]):
-            args = dict(side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib, supervised=supervised)
-            p = subprocess.run([sys.executable, '-c', 'import sys, json; from phoque.benchmark import bench_side; print(json.dumps(bench_side(**json.loads(sys.argv[1]))))', json.dumps(args)],
-                capture_output=True, text=True)
-            if p.returncode:
-                print(f"{side} with {r} rows failed and is left out: {(p.stderr.strip().splitlines() or ['no message'])[-1]}", flush=True)
-                continue
-            seen.append(json.loads(p.stdout.splitlines()[-1])); print(bench_table(seen[-1:]), flush=True)
+        for side,r,g in bench_order(names, *([int(n) for n in o.split(',')] for o in (rows, gpus))):
+            try: seen.append(bench_apart(g, side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib, supervised=supervised)); print(bench_table(seen[-1:]), flush=True)
+            except RuntimeError as e: print(f"{side} with {r} rows on {g} GPU{'s'*(g>1)} failed and is left out: {e}", flush=True)
     if not seen: sys.exit("phoque_bench: no side could be measured: see above")
     Path(out).mkdir(exist_ok=True)
     result = dict(machine=machine, date=time.strftime('%Y-%m-%d'), python=platform.python_version(), torch=torch.__version__, max_length=max_length, steps=steps, supervised=supervised, seen=seen)
