@@ -69,18 +69,19 @@ def grad_b(self:LoraGroup,
     xa, # From `forward`
 )->list: # fp32, one a projection
     "Gradients of `lora_B`."
-    return [_mm32(d.t(), xa[:,i*self.rank:(i+1)*self.rank]) for i,d in enumerate(dy.split(self.sizes, 1))]
+    return [d[:,i*self.rank:(i+1)*self.rank] for i,d in enumerate(_mm32(dy.t(), xa).split(self.sizes))]
 
 @patch
 def grad_a(self:LoraGroup,
     dxa, # Gradient of what `lora_A` made, (rows, ranks)
     x, # What it had read, (rows, width)
-    w=1., # What `x` is yet to be multiplied with
-)->list: # fp32, one a projection
+    w=None, # What `x` is yet to be multiplied with
+)->list: # fp32, one a projection, yet to be scaled
     "Gradients of `lora_A`."
-    g = _mm32(dxa.t(), x)
-    g *= w*self.scaling
-    return list(g[:self.rank*len(self.sizes)].split(self.rank))
+    g = _mm32(dxa.t(), x)[:self.rank*len(self.sizes)]
+    if w is not None: g *= w
+    return list(g.split(self.rank))
+
 
 # %% ../nbs/01b_fast.ipynb #bda832d0
 def _nll(z, targets, dtype):
@@ -163,7 +164,7 @@ def backward(self:FastLayer,
     tiles, # As in `forward`
     keep=None, # As in `forward`
     first:bool=False, # Does nothing below it learn?
-)->tuple: # Gradient of the residual stream before the layer, and of the groups' parameters
+)->tuple: # Gradient of the residual stream before the layer, and those of the groups' `lora_A`, yet to be scaled, and `lora_B`
     "Back through the MLP and attention."
     h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
     d,b4 = dh@self.down.weight(),self.down.grad_b(dh, xa4)
@@ -179,7 +180,7 @@ def backward(self:FastLayer,
     if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
     else: dh,z = norm_back(h, rms1, self.norm1, dqkv@self.qkv.weight(), self.qkv.a, xa1, dh)
     a1 = self.qkv.grad_a(z, h, self.norm1.weight)
-    return dh,[*a1, *b1, *a2, *b2, *a3, *b3, a4*self.down.scaling, *b4]
+    return dh,[*a1, *a2, *a3, a4],[*b1, *b2, *b3, *b4]
 
 # %% ../nbs/01b_fast.ipynb #7885ff3b
 class Stack:
@@ -191,7 +192,7 @@ class Stack:
         self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
         self.passes,self.replays = {},{}
         self.groups = [g for l in self.layers for g in l.groups]
-        self.params = [p for g in self.groups for p in (*g.lora_a, *g.lora_b)]
+        self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
 
     def turn(self,
@@ -239,17 +240,20 @@ def backward(self:Stack,
     saved:list, # From `forward`; used up
     dx, # Gradient of what enters the head
     cos, sin, scale, tiles, keep, # As in `forward`
-)->list: # Gradients of `params`
+): # Gradients of `params`, one after the other, fp32
     "Back through the last norm and all layers."
     import torch
-    (h,rms),none,grads,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],(cos,sin,scale)
+    (h,rms),none,grads_a,grads_b,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],[],(cos,sin,scale)
     dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
     for l in reversed(self.layers):
         s,on = saved.pop(),keep if l is self.layers[-1] else None
         if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
-        dh,g = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
-        grads = g+grads
+        dh,a,b = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
+        grads_a,grads_b = a+grads_a,b+grads_b
+    grads = torch.cat([g.flatten() for g in grads_a+grads_b])
+    grads[:sum(g.numel() for g in grads_a)] *= self.groups[0].scaling
     return grads
+
 
 # %% ../nbs/01b_fast.ipynb #f491a8b1
 @patch
@@ -279,7 +283,7 @@ def _through():
         def backward(ctx, dx):
             stack,given,replay = ctx.rest
             grads = replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:])
-            return None,*[None]*6,*grads
+            return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
     return Through
 
 # %% ../nbs/01b_fast.ipynb #6d0fc0d9
@@ -291,11 +295,11 @@ class Replay:
     ):
         import torch
         torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
-        self.given,self.sizes,pool = [t.clone() for t in given],[p.shape for p in stack.params],torch.cuda.graph_pool_handle()
+        self.given,pool = [t.clone() for t in given],torch.cuda.graph_pool_handle()
         self.there,self.back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.there, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
         self.dx = torch.zeros_like(self.x)
-        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = torch.cat([g.flatten() for g in stack.backward(saved, self.dx, *self.given[1:])])
+        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
 
     def forward(self, given):
         "Forward, on these tensors."
@@ -304,9 +308,9 @@ class Replay:
         return self.x.clone()
 
     def backward(self, dx):
-        "Back from there: gradients as parts of one new tensor."
+        "Back from there."
         self.dx.copy_(dx); self.back.replay()
-        return [g.view(s) for g,s in zip(self.grads.clone().split([s.numel() for s in self.sizes]), self.sizes)]
+        return self.grads.clone()
 
 @patch
 def replay(self:Stack,

@@ -375,6 +375,7 @@ def make_trainer(
     if shard: prepare_sharding(args.device, model)
     trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
+    if trainer.accelerator.ddp_handler: trainer.accelerator.ddp_handler.gradient_as_bucket_view = True # what ranks have averaged isn't copied back
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
