@@ -198,12 +198,11 @@ TILE = 64 # rows of a document that a program of the attention kernels takes
 def attention_tiles(
     sizes:list, # Tokens of each document, in order
 )->list: # (first row, its document's first row, its document's end) of each tile
-    "Cut documents into tiles."
-    tiles,a = [],0
-    for n in sizes:
-        tiles += [(t,a,a+n) for t in range(a, a+n, TILE)]
-        a += n
-    return tiles
+    "Cut documents into tiles, the longest document first: what takes longest begins first."
+    from itertools import accumulate
+    docs = zip(sizes, accumulate(sizes, initial=0))
+    return [(t,a,a+n) for n,a in sorted(docs, key=lambda d: -d[0]) for t in range(a, a+n, TILE)]
+
 
 # %% ../nbs/01a_kernels.ipynb #4f27e8f4
 @functools.cache
