@@ -88,9 +88,8 @@ def unsloth_trainer(base, talk, rows, max_length, steps, out):
     from trl import SFTConfig, SFTTrainer
     model,tok = FastLanguageModel.from_pretrained(base['id'], max_seq_length=max_length, load_in_4bit=True, dtype=torch.bfloat16)
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, lora_dropout=0., target_modules=list(LORA_TARGETS), bias='none', use_gradient_checkpointing=False)
-    args = SFTConfig(output_dir=out, max_steps=steps, per_device_train_batch_size=rows, max_length=max_length, packing=True, optim='adamw_torch_fused', bf16=True, learning_rate=2e-4,
+    args = SFTConfig(output_dir=out, max_steps=steps, per_device_train_batch_size=rows, gradient_accumulation_steps=1, max_length=max_length, packing=True, optim='adamw_torch_fused', bf16=True, learning_rate=2e-4,
         report_to='none', disable_tqdm=True, save_strategy='no', logging_steps=1000)
-    if all(-100 not in l for l in talk['labels']): talk = talk.remove_columns('labels') # it takes these for all tokens, and is faster for it
     trainer = SFTTrainer(model=model, args=args, train_dataset=talk, processing_class=tok)
     return trainer,rows*len(talk)/len(trainer.train_dataset)
 

@@ -810,29 +810,47 @@ def swiglu(
 @functools.cache
 def _swiglu_back_kernel():
     import triton, triton.language as tl
-    @triton.jit(do_not_specialize=['rows'])
-    def swiglu_back(gu, d, a, s, rows, n, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
-        r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
-        c = tl.program_id(1)*N + tl.arange(0, N)
-        ok = (r<rows)[:,None] & (c<n)[None,:]; row = r.to(tl.int64)
-        p,q = gu+row[:,None]*2*n+c[None,:],d+row[:,None]*s+c[None,:]
-        g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
-        dx = tl.load(q, mask=ok, other=0.).to(tl.float32)
-        for j in tl.static_range(R): dx += tl.load(d+row*s+n+j, mask=r<rows, other=0.).to(tl.float32)[:,None]*tl.load(a+j*n+c, mask=c<n, other=0.).to(tl.float32)[None,:]
-        w = tl.sigmoid(g)
-        tl.store(q, (g*w).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
-        tl.store(p, dx*u*w*(1+g*(1-w)), mask=ok)
-        tl.store(p+n, dx*g*w, mask=ok)
+    @triton.jit(do_not_specialize=['rows','each'])
+    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+        j,c = tl.arange(0, R),tl.program_id(0)*N + tl.arange(0, N)
+        low = tl.load(a+j[:,None]*n+c[None,:], mask=(c<n)[None,:], other=0.)
+        grad_a,grad_g,grad_u = tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32)
+        first = tl.program_id(1)*each
+        for i in range(first, min(first+each, rows), ROWS):
+            r = i + tl.arange(0, ROWS); ok = (r<rows)[:,None] & (c<n)[None,:]; r = r.to(tl.int64)[:,None]
+            p = gu+r*2*n+c[None,:]
+            g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
+            z = tl.load(d+r*s+n+j[None,:], mask=r<rows, other=0.)
+            dx = tl.dot(z, low) + tl.load(d+r*s+c[None,:], mask=ok, other=0.).to(tl.float32)
+            w = tl.sigmoid(g)
+            x = ((g*w).to(tl.bfloat16).to(tl.float32)*u).to(tl.bfloat16)
+            dg,du = (dx*u*w*(1+g*(1-w))).to(tl.bfloat16),(dx*g*w).to(tl.bfloat16)
+            tl.store(p, dg, mask=ok)
+            tl.store(p+n, du, mask=ok)
+            q = xa+r*s_xa+j[None,:]; own = (r<rows) & (j<RANK)[None,:]
+            grad_a = tl.dot(tl.trans(z), x, grad_a)
+            grad_g = tl.dot(tl.trans(tl.load(q, mask=own, other=0.)), dg, grad_g)
+            grad_u = tl.dot(tl.trans(tl.load(q+RANK, mask=own, other=0.)), du, grad_u)
+        p = grads + (tl.program_id(1)*3*R+j)[:,None]*n + c[None,:]; ok = (c<n)[None,:]
+        tl.store(p, grad_a, mask=ok); tl.store(p+R*n, grad_g, mask=ok); tl.store(p+2*R*n, grad_u, mask=ok)
     return swiglu_back
 
 def swiglu_back(
     gu, # Gate and up; they become their gradients
-    d, # Gradient of the product's input, (rows, width+rank); its left part becomes that input again
-    a, # `lora_A` of the down projection, (rank, width)
-):
-    "Back through `lora_A` and SwiGLU."
-    rows,n = len(gu),gu.shape[1]//2
-    if rows: _swiglu_back_kernel()[(-(-rows//2), -(-n//1024))](gu, d, a, d.stride(0), rows, n, R=len(a), ROWS=2, N=1024, num_warps=4)
+    d, # Gradient of the product's input, (rows, width+ranks)
+    a, # `lora_A` of the down projection, (ranks, width)
+    xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more)
+    rank:int, # Of the adapter
+)->tuple: # Gradients of down's `lora_A`, and of gate's and up's `lora_B`, fp32
+    "Back through `lora_A` and SwiGLU, with the gradients of the adapters on both sides of it."
+    import torch
+    rows,n,R = len(gu),gu.shape[1]//2,len(a)
+    each = max(512, 64*-(-rows//512)) # rows of a program: at most eight share a column
+    grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
+    N = max(16, min(64, 2048//R))
+    if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=32, N=N, num_warps=4, num_stages=2)
+    a,g,u = grads.sum(0)[:,:rank]
+    return a,g.t(),u.t()
 
 @functools.cache
 def _rope_kernel():
@@ -862,12 +880,10 @@ TILE = 64 # rows of a document that a program of the attention kernels takes
 def attention_tiles(
     sizes:list, # Tokens of each document, in order
 )->list: # (first row, its document's first row, its document's end) of each tile
-    "Cut documents into tiles."
-    tiles,a = [],0
-    for n in sizes:
-        tiles += [(t,a,a+n) for t in range(a, a+n, TILE)]
-        a += n
-    return tiles
+    "Cut documents into tiles, the longest document first: what takes longest begins first."
+    from itertools import accumulate
+    docs = zip(sizes, accumulate(sizes, initial=0))
+    return [(t,a,a+n) for n,a in sorted(docs, key=lambda d: -d[0]) for t in range(a, a+n, TILE)]
 
 @functools.cache
 def _attend_kernel():
@@ -909,31 +925,20 @@ def attend(
     return lse
 
 @functools.cache
-def _attend_before_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def attend_before(d, o, a, delta, s, total, n, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-        h = tl.program_id(0)
-        i = tl.program_id(1)*ROWS + tl.arange(0, ROWS)
-        here = (i<total)[:,None]; r = i.to(tl.int64)[:,None]; c = h*D + tl.arange(0, D)[None,:]
-        z = tl.load(d+r*s+n+tl.arange(0, R)[None,:], mask=here, other=0.)
-        g = (tl.dot(z, tl.load(a+tl.arange(0, R)[:,None]*n+c)) + tl.load(d+r*s+c, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
-        tl.store(d+r*s+c, g, mask=here)
-        tl.store(delta+h.to(tl.int64)*total+i, tl.sum(g.to(tl.float32)*tl.load(o+r*s+c, mask=here, other=0.).to(tl.float32), 1), mask=i<total)
-    return attend_before
-
-@functools.cache
 def _attend_dq_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def attend_dq(qkv, d, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+3*i),tl.load(tiles+3*i+1),tl.load(tiles+3*i+2)
-        r,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
-        here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]
-        q,g = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(d+row*s_d+h*D+c, mask=here, other=0.)
+        r,c,f,b = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:],tl.arange(0, R)
+        here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]; own = row*s_d+h*D+c
+        g = tl.dot(tl.load(d+row*s_d+HQ*D+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*HQ*D+h*D+c))
+        g = (g + tl.load(d+own, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
+        mean = tl.sum(g.to(tl.float32)*tl.load(o+own, mask=here, other=0.).to(tl.float32), 1)
         at = h.to(tl.int64)*total+r
-        top,mean = tl.load(lse+at, mask=r<end, other=0.),tl.load(delta+at, mask=r<end, other=0.)
+        tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
+        q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
         for n in range(first, start+N, N):
             j = n + tl.arange(0, N)
@@ -988,10 +993,9 @@ def attend_back(
     import torch
     (q,k,n),total = heads,len(qkv)
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
-    _attend_before_kernel()[(q, -(-total//TILE))](d, o, a, delta, d.stride(0), total, q*n, R=len(a), D=n, ROWS=TILE)
-    given,rest,shape = (qkv, d, lse, delta),(out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
-    _attend_dkv_kernel()[(k, len(tiles))](*given, *turn[:2], *rest, **shape, num_stages=1)
-    _attend_dq_kernel()[(q, len(tiles))](*given, *turn, *rest, **shape, num_stages=2)
+    rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
+    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), num_stages=2)
+    _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, num_stages=1)
     return out
 
 @functools.cache
@@ -1121,18 +1125,18 @@ def grad_b(self:LoraGroup,
     xa, # From `forward`
 )->list: # fp32, one a projection
     "Gradients of `lora_B`."
-    return [_mm32(d.t(), xa[:,i*self.rank:(i+1)*self.rank]) for i,d in enumerate(dy.split(self.sizes, 1))]
+    return [d[:,i*self.rank:(i+1)*self.rank] for i,d in enumerate(_mm32(dy.t(), xa).split(self.sizes))]
 
 @patch
 def grad_a(self:LoraGroup,
     dxa, # Gradient of what `lora_A` made, (rows, ranks)
     x, # What it had read, (rows, width)
-    w=1., # What `x` is yet to be multiplied with
-)->list: # fp32, one a projection
+    w=None, # What `x` is yet to be multiplied with
+)->list: # fp32, one a projection, yet to be scaled
     "Gradients of `lora_A`."
-    g = _mm32(dxa.t(), x)
-    g *= w*self.scaling
-    return list(g[:self.rank*len(self.sizes)].split(self.rank))
+    g = _mm32(dxa.t(), x)[:self.rank*len(self.sizes)]
+    if w is not None: g *= w
+    return list(g.split(self.rank))
 
 def _nll(z, targets, dtype):
     import torch
@@ -1212,13 +1216,12 @@ def backward(self:FastLayer,
     tiles, # As in `forward`
     keep=None, # As in `forward`
     first:bool=False, # Does nothing below it learn?
-)->tuple: # Gradient of the residual stream before the layer, and of the groups' parameters
+)->tuple: # Gradient of the residual stream before the layer, and those of the groups' `lora_A`, yet to be scaled, and `lora_B`
     "Back through the MLP and attention."
     h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
-    d,b4,w = dh@self.down.weight(),self.down.grad_b(dh, xa4),self.down.width
-    swiglu_back(gu, d, self.down.a)
-    a4 = self.down.grad_a(d[:,w:], d[:,:w])
-    d,b3 = gu@self.gu.weight(),self.gu.grad_b(gu, xa3)
+    d,b4 = dh@self.down.weight(),self.down.grad_b(dh, xa4)
+    a4,*b3 = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
+    d = gu@self.gu.weight()
     dh,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
     a3 = self.gu.grad_a(z, on, self.norm2.weight)
     d,b2,w = dh@self.o.weight(),self.o.grad_b(dh, xa2),self.o.width
@@ -1229,7 +1232,7 @@ def backward(self:FastLayer,
     if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
     else: dh,z = norm_back(h, rms1, self.norm1, dqkv@self.qkv.weight(), self.qkv.a, xa1, dh)
     a1 = self.qkv.grad_a(z, h, self.norm1.weight)
-    return dh,[*a1, *b1, *a2, *b2, *a3, *b3, *a4, *b4]
+    return dh,[*a1, *a2, *a3, a4],[*b1, *b2, *b3, *b4]
 
 class Stack:
     "All layers of a decoder."
@@ -1240,7 +1243,7 @@ class Stack:
         self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
         self.passes,self.replays = {},{}
         self.groups = [g for l in self.layers for g in l.groups]
-        self.params = [p for g in self.groups for p in (*g.lora_a, *g.lora_b)]
+        self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
 
     def turn(self,
@@ -1286,16 +1289,18 @@ def backward(self:Stack,
     saved:list, # From `forward`; used up
     dx, # Gradient of what enters the head
     cos, sin, scale, tiles, keep, # As in `forward`
-)->list: # Gradients of `params`
+): # Gradients of `params`, one after the other, fp32
     "Back through the last norm and all layers."
     import torch
-    (h,rms),none,grads,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],(cos,sin,scale)
+    (h,rms),none,grads_a,grads_b,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],[],(cos,sin,scale)
     dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
     for l in reversed(self.layers):
         s,on = saved.pop(),keep if l is self.layers[-1] else None
         if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
-        dh,g = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
-        grads = g+grads
+        dh,a,b = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
+        grads_a,grads_b = a+grads_a,b+grads_b
+    grads = torch.cat([g.flatten() for g in grads_a+grads_b])
+    grads[:sum(g.numel() for g in grads_a)] *= self.groups[0].scaling
     return grads
 
 @patch
@@ -1324,7 +1329,7 @@ def _through():
         def backward(ctx, dx):
             stack,given,replay = ctx.rest
             grads = replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:])
-            return None,*[None]*6,*grads
+            return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
     return Through
 
 class Replay:
@@ -1335,11 +1340,11 @@ class Replay:
     ):
         import torch
         torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
-        self.given,self.sizes,pool = [t.clone() for t in given],[p.shape for p in stack.params],torch.cuda.graph_pool_handle()
+        self.given,pool = [t.clone() for t in given],torch.cuda.graph_pool_handle()
         self.there,self.back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.there, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
         self.dx = torch.zeros_like(self.x)
-        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = torch.cat([g.flatten() for g in stack.backward(saved, self.dx, *self.given[1:])])
+        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
 
     def forward(self, given):
         "Forward, on these tensors."
@@ -1348,9 +1353,9 @@ class Replay:
         return self.x.clone()
 
     def backward(self, dx):
-        "Back from there: gradients as parts of one new tensor."
+        "Back from there."
         self.dx.copy_(dx); self.back.replay()
-        return [g.view(s) for g,s in zip(self.grads.clone().split([s.numel() for s in self.sizes]), self.sizes)]
+        return self.grads.clone()
 
 @patch
 def replay(self:Stack,
@@ -1699,11 +1704,13 @@ def collate_packed(
     fill:tuple=None, # Tiles and supervised rows that a batch is filled up to; if given, `tiles` and `keep` for a `Stack` are made
 )->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); `supervised` positions in the flattened batch and their `targets`
     "Stack packed rows; what fills a row up is one more document, without labels."
-    import torch
+    import numpy as np, torch
     from itertools import accumulate
-    even = lambda k, v: torch.tensor([r[k]+[v]*(max_length-len(r[k])) for r in rows])
     docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
-    batch = dict(input_ids=even('input_ids', pad_id), labels=even('labels', -100), position_ids=torch.tensor([[i for n in d for i in range(n)] for d in docs]))
+    ids,labels = np.full((len(rows), max_length), pad_id),np.full((len(rows), max_length), -100)
+    for i,r in enumerate(rows): ids[i,:len(r['input_ids'])] = r['input_ids']; labels[i,:len(r['labels'])] = r['labels']
+    position = np.concatenate([np.arange(n) for d in docs for n in d]).reshape(ids.shape)
+    batch = {k:torch.from_numpy(v) for k,v in dict(input_ids=ids, labels=labels, position_ids=position).items()}
     follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten() # a position is asked for the token after it
     batch['supervised'] = (follows!=-100).nonzero()[:,0]
     batch['targets'] = follows[batch['supervised']]
@@ -1856,10 +1863,12 @@ def make_trainer(
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
-        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda, **shard_options(shard))
+        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
+        accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
     if shard: prepare_sharding(args.device, model)
     trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
+    if trainer.accelerator.ddp_handler: trainer.accelerator.ddp_handler.gradient_as_bucket_view = True # what ranks have averaged isn't copied back
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
