@@ -11,7 +11,7 @@ from .kernels import add_norm, attend, attend_back, nll_rows, norm_back, pow2, r
 
 # %% auto #0
 __all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay', 'why_not_fast',
-           'fast_layers', 'keep_weights', 'add_supervised_head']
+           'fast_layers', 'card_room', 'keep_weights', 'add_supervised_head']
 
 # %% ../nbs/01b_fast.ipynb #771ed2dc
 def _mm32(a, b):
@@ -362,19 +362,23 @@ def fast_layers(
     return stack
 
 # %% ../nbs/01b_fast.ipynb #0120c904
+def card_room()->float: # GiB
+    "What a run can have of this process's GPU: 6 % are left for fragments."
+    import torch
+    return .94*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
+
 def keep_weights(
     stack:Stack, # From `fast_layers`
-    peak:float, # What training takes without that, in GiB, from `memory_plan`
+    room:float, # What training leaves of the card, in GiB
 )->float: # GiB that it takes; 0 where there is no room
     "Unpack the weights once, if the card has room for them."
-    import torch
-    room = .85*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
     size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
-    if peak+size>room: return 0.
+    if size>room: return 0.
     stack.lower()
     for g in stack.groups: g.kept = g.weight()
     log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
     return size
+
 
 # %% ../nbs/01b_fast.ipynb #f8b1008a
 def add_supervised_head(

@@ -9,17 +9,17 @@ from configparser import ConfigParser
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .model_qlora import SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, UserError, hub_problem, memory_plan, resolve_base, text_table
+from .model_qlora import SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, UserError, hub_problem, resolve_base, text_table
 from .resume import parse_duration
-from .train import TrainConfig, check_config, options, parse_options, share_batch
+from .train import TrainConfig, check_config, fit_batch, options, parse_options, share_batch
 
 # %% auto #0
 __all__ = ['JOB_FLAVOR', 'JOB_TIMEOUT', 'JOB_LABEL', 'JOB_NEEDS', 'JOB_SECRETS', 'JOB_ENV', 'JOB_MODULES', 'FLAVORS_READ',
-           'FLAVORS', 'FIXED_SHARE', 'JOB_PYTHON', 'SMOKE', 'parse_module', 'mk_script', 'project_root', 'job_pins',
-           'job_header', 'hf_jobs', 'train_files', 'write_train', 'check_train', 'usable_gib', 'price_per_hour',
-           'job_plan', 'show_plan', 'run_memory', 'measured_speed', 'times_faster', 'run_plan', 'job_args',
-           'unused_secrets', 'check_secrets', 'check_dataset', 'check_wandb', 'check_installable', 'preflight',
-           'submit', 'submit_cli']
+           'FLAVORS', 'FIXED_SECONDS', 'JOB_PYTHON', 'SMOKE', 'parse_module', 'mk_script', 'project_root', 'job_pins',
+           'job_header', 'hf_jobs', 'train_files', 'write_train', 'check_train', 'find_flavor', 'usable_gib',
+           'price_per_hour', 'job_plan', 'show_plan', 'base_shape', 'fit_flavor', 'measured_speed', 'times_faster',
+           'run_plan', 'job_args', 'unused_secrets', 'check_secrets', 'check_dataset', 'check_wandb',
+           'check_installable', 'preflight', 'submit', 'submit_cli']
 
 # %% ../nbs/07_submit.ipynb #c234a2e7
 def _lines(
@@ -232,32 +232,39 @@ def check_train(
 # %% ../nbs/07_submit.ipynb #6b6685e1
 FLAVORS_READ = '2026-11-23' # https://huggingface.co/docs/hub/jobs-pricing
 FLAVORS = {f['flavor']:f for f in [dict(zip(('flavor', 'gpu', 'GPUs', 'GB', '$/h', 'tokens/s', 'speed'), o)) for o in [
-    ('l4x1',           'L4',           1, 24,  0.80,  2_300,  'estimate'),
-    ('l4x4',           'L4',           4, 24,  3.80,  2_300,  'estimate'),
-    ('a10g-small',     'A10G',         1, 24,  1.00,  2_900,  'estimate'),
-    ('a10g-large',     'A10G',         1, 24,  1.50,  2_900,  'estimate'),
-    ('a10g-largex2',   'A10G',         2, 24,  3.00,  2_900,  'estimate'),
-    ('a10g-largex4',   'A10G',         4, 24,  5.00,  2_900,  'estimate'),
+    ('l4x1',           'L4',           1, 24,  0.80,  2_400,  'estimate'),
+    ('l4x4',           'L4',           4, 24,  3.80,  2_400,  'estimate'),
+    ('a10g-small',     'A10G',         1, 24,  1.00,  3_200,  'estimate'),
+    ('a10g-large',     'A10G',         1, 24,  1.50,  3_200,  'estimate'),
+    ('a10g-largex2',   'A10G',         2, 24,  3.00,  3_200,  'estimate'),
+    ('a10g-largex4',   'A10G',         4, 24,  5.00,  3_200,  'estimate'),
     ('l40sx1',         'L40S',         1, 48,  1.80,  0,      'unknown'),
     ('l40sx4',         'L40S',         4, 48,  8.30,  0,      'unknown'),
     ('l40sx8',         'L40S',         8, 48,  23.50, 0,      'unknown'),
-    ('a100-large',     'A100',         1, 80,  2.50,  12_700, 'estimate'),
-    ('a100x4',         'A100',         4, 80,  10.00, 12_700, 'estimate'),
-    ('a100x8',         'A100',         8, 80,  20.00, 12_700, 'estimate'),
+    ('a100-large',     'A100',         1, 80,  2.50,  13_500, 'estimate'),
+    ('a100x4',         'A100',         4, 80,  10.00, 13_500, 'estimate'),
+    ('a100x8',         'A100',         8, 80,  20.00, 13_500, 'estimate'),
     ('rtx-pro-6000',   'RTX PRO 6000', 1, 96,  2.75,  0,      'unknown'),
     ('rtx-pro-6000x2', 'RTX PRO 6000', 2, 96,  5.50,  0,      'unknown'),
     ('rtx-pro-6000x4', 'RTX PRO 6000', 4, 96,  11.00, 0,      'unknown'),
     ('rtx-pro-6000x8', 'RTX PRO 6000', 8, 96,  22.00, 0,      'unknown'),
-    ('h200',           'H200',         1, 141, 5.00,  38_000, 'measured'),
-    ('h200x2',         'H200',         2, 141, 10.00, 38_000, 'estimate'),
-    ('h200x4',         'H200',         4, 141, 20.00, 38_000, 'estimate'),
-    ('h200x8',         'H200',         8, 141, 40.00, 38_000, 'estimate')]]}
+    ('h200',           'H200',         1, 141, 5.00,  40_000, 'measured'),
+    ('h200x2',         'H200',         2, 141, 10.00, 40_000, 'measured'),
+    ('h200x4',         'H200',         4, 141, 20.00, 40_000, 'estimate'),
+    ('h200x8',         'H200',         8, 141, 40.00, 40_000, 'estimate')]]}
+
+def find_flavor(
+    name:str, # Such as `a10g-large`
+)->dict: # What `FLAVORS` knows of it
+    "A machine by its name."
+    if name not in FLAVORS: raise UserError(f"flavor: must be one of {', '.join(FLAVORS)}, got {name!r}; `hf jobs hardware` lists what there is")
+    return FLAVORS[name]
 
 def usable_gib(
     flavor:str, # Machine
-)->float: # Of one GPU's GB, in GiB, with 6 % kept for CUDA and fragments
+)->float: # Of one GPU's GB, in GiB, with 6 % kept for fragments
     "Memory that a run can have."
-    return FLAVORS[flavor]['GB']*1e9/2**30*.94
+    return find_flavor(flavor)['GB']*1e9/2**30*.94
 
 # %% ../nbs/07_submit.ipynb #5b861237
 def price_per_hour(
@@ -285,8 +292,7 @@ def job_plan(
     share:float=1, # Of one GPU's speed: less where layers are recomputed, more where GPUs share the work
 )->dict: # tokens, hours, jobs, dollars; `at most` is what the timeouts allow
     "What a run takes, before it is paid for."
-    if flavor not in FLAVORS: raise UserError(f"flavor: must be one of {', '.join(FLAVORS)}, got {flavor!r}; `hf jobs hardware` lists what there is")
-    f,day = FLAVORS[flavor],'today' if price else f'on {FLAVORS_READ}'
+    f,day = find_flavor(flavor),'today' if price else f'on {FLAVORS_READ}'
     speed,hours,price = tokens_per_second or f['tokens/s']*share,parse_duration(timeout)/3600,price or f['$/h']
     if hours*60<=overhead: raise UserError(f"JOB_TIMEOUT: {timeout} is all start and stop, which take about {overhead:g} minutes: give it more")
     plan = {'flavor':flavor, 'gpu':f"{f['GPUs']} × "*(f['GPUs']>1) + f"{f['gpu']} {f['GB']} GB", 'price':f"${price:.2f} an hour {day}", 'timeout of a job':timeout}
@@ -306,40 +312,48 @@ def show_plan(
     return '\n'.join(text_table([{'':k, ' ':v} for k,v in plan.items()]).splitlines()[1:])
 
 # %% ../nbs/07_submit.ipynb #332a0cc3
-def run_memory(
+def base_shape(
     c:TrainConfig, # The run
-    gpus:int=1, # That share its rows, and with FSDP its layers
-)->float: # GiB at the peak of each, with half a GiB for CUDA itself; None where the base model's config can't be read
-    "What a run needs of a GPU's memory."
+): # Config of its base model; None where that can't be read here
+    "What the base model looks like."
     from transformers import AutoConfig, Ministral3Config
-    try: shape = Ministral3Config(**SUCCESSOR_SHAPE) if c.base_model in (SEED_BASE, SUCCESSOR) else AutoConfig.from_pretrained(c.base_model)
+    try: return Ministral3Config(**SUCCESSOR_SHAPE) if c.base_model in (SEED_BASE, SUCCESSOR) else AutoConfig.from_pretrained(c.base_model)
     except (OSError, ValueError): return
-    same = ('max_length','gradient_checkpointing','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(shape, share_batch(c, gpus)[0], lora_target_modules=c.lora_target_modules.split(','), shards=gpus if c.fsdp else 1, **{k:getattr(c, k) for k in same})['peak'] + .5
+
+def fit_flavor(
+    c:TrainConfig, # The run
+    flavor:str, # Machine
+)->tuple: # As from `fit_batch`, with 0 GiB where nobody knows
+    "How a run's rows fit in a machine's GPUs."
+    gpus,shape = find_flavor(flavor)['GPUs'],base_shape(c)
+    return fit_batch(c, shape, gpus, usable_gib(flavor)) if shape else (*share_batch(c, gpus), c.gradient_checkpointing, 0.)
 
 def measured_speed(
     c:TrainConfig, # The run
     flavor:str, # Machine
+    at_once:int, # Rows that each of its GPUs takes at once
     path:str='benchmark/benchmark.json', # What `phoque_bench` wrote
 )->float: # Tokens a second, of all its GPUs; 0 where nothing was measured on such a GPU
     "The speed that was measured, where there is one."
     try: r = json.loads((project_root()/path).read_text())
     except (FileNotFoundError, UserError): return 0.
-    f = FLAVORS.get(flavor, {'gpu':flavor, 'GPUs':1})
+    f = find_flavor(flavor)
     if f['gpu'] not in r['machine'] or c.base_model not in (SEED_BASE, SUCCESSOR) or c.gradient_checkpointing or c.fsdp: return 0.
-    like = [s for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(share_batch(c, f['GPUs'])[0],c.max_length)]
-    return like[0]['tokens_per_second']*f['GPUs'] if like else 0.
+    like = {s['gpus']:s['tokens_per_second']/s['gpus'] for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(at_once*s['gpus'],c.max_length)}
+    return f['GPUs']*like.get(f['GPUs'], like.get(1, 0.))
+
 
 # %% ../nbs/07_submit.ipynb #88877f62
-FIXED_SHARE = .07 # of a step of four rows on one H200: 0.212 s, and one of sixteen 0.804 s
+FIXED_SECONDS = .013 # of a batch, whatever its size: measured on two H200, with what sending gradients takes
 
 def times_faster(
-    c:TrainConfig, # The run
-    gpus:int, # That share its rows
-)->float: # At most
-    "How many times as fast as one GPU several are."
-    def step(rows, often): return often*(FIXED_SHARE + (1-FIXED_SHARE)*rows/4)
-    return step(c.per_device_train_batch_size, c.gradient_accumulation_steps)/step(*share_batch(c, gpus))
+    speed:float, # Of one GPU, tokens a second, at four rows of 2,048
+    tokens:int, # That each GPU takes at once
+    gpus:int=1, # That share the rows
+)->float: # 1 for one GPU at four rows of 2,048
+    "How many times as fast as that a machine is."
+    return gpus*tokens/(speed*FIXED_SECONDS + tokens*(1-speed*FIXED_SECONDS/8192))
+
 
 # %% ../nbs/07_submit.ipynb #e1c0ff94
 def run_plan(
@@ -349,25 +363,25 @@ def run_plan(
     price:float=0, # Dollars an hour; 0 takes the table's
 )->dict: # As `job_plan`, with GiB, what the Hub stores, and the cheapest flavor
     "The plan of a run."
-    tokens = c.per_device_train_batch_size*c.max_length
     def reckon(f, **kw):
-        n = FLAVORS.get(f, {}).get('GPUs', 1)
-        share = 0 if c.fsdp and n>1 else times_faster(c, n)*(.73 if c.gradient_checkpointing else 1) # how fast layers are that GPUs share is unknown
-        return job_plan(c.max_steps, tokens*c.gradient_accumulation_steps, flavor=f, timeout=c.job_timeout or JOB_TIMEOUT, share=share, **kw)
-    plan = reckon(flavor, tokens_per_second=tokens_per_second or measured_speed(c, flavor), price=price)
-    n = FLAVORS[flavor]['GPUs']
-    at_once,often = share_batch(c, n)
-    if n>1: plan['rows of each GPU'] = f'{at_once} at once, {often} times a step' + ', and a part of every layer'*c.fsdp
-    if not (need := run_memory(c, n)): return plan
-    room = usable_gib(flavor)
-    if need>room: raise UserError(f"{flavor}: about {need:.0f} GiB are needed{' on each GPU'*(n>1)} and {room:.0f} usable: set PER_DEVICE_TRAIN_BATCH_SIZE={int(at_once/2) or 1} or GRADIENT_CHECKPOINTING=1"
+        n,(at_once,often,recompute,_) = find_flavor(f)['GPUs'],fit_flavor(c, f)
+        share = 0 if c.fsdp and n>1 else times_faster(FLAVORS[f]['tokens/s'], at_once*c.max_length, n)*(.73 if recompute else 1) # how fast layers are that GPUs share is unknown
+        return job_plan(c.max_steps, n*at_once*often*c.max_length, flavor=f, timeout=c.job_timeout or JOB_TIMEOUT, share=share, **kw)
+    n,room = find_flavor(flavor)['GPUs'],usable_gib(flavor)
+    at_once,often,recompute,need = fit_flavor(c, flavor)
+    plan = reckon(flavor, tokens_per_second=tokens_per_second or (0 if recompute else measured_speed(c, flavor, at_once)), price=price)
+    if n>1 or (at_once,recompute)!=(c.per_device_train_batch_size,c.gradient_checkpointing):
+        plan['rows'] = f'{at_once} at once, {often} times a step' + ', on each GPU'*(n>1) + ', with layers recomputed'*recompute + ', and a part of every layer'*(c.fsdp and n>1)
+    if not need: return plan
+    if need>room: raise UserError(f"{flavor}: about {need:.0f} GiB are needed{' on each GPU'*(n>1)} for one row with its layers recomputed, and {room:.0f} usable: set a smaller MAX_LENGTH, or take a larger GPU"
         + ", or FSDP=1, with which they share the layers"*(n>1 and not c.fsdp))
     plan |= {'memory':f'{need:.1f} GiB of {room:.0f} usable' + ', on each'*(n>1), 'on the Hub':f'{c.keep_checkpoints} checkpoints of 0.3 GB, adapter 0.1 GB'}
     if 'about' not in plan or tokens_per_second or c.base_model not in (SEED_BASE, SUCCESSOR): return plan
-    fit = [f for f,o in FLAVORS.items() if c.per_device_train_batch_size*c.gradient_accumulation_steps%o['GPUs']==0 and run_memory(c, o['GPUs'])<=usable_gib(f)]
+    fit = [f for f,o in FLAVORS.items() if c.per_device_train_batch_size*c.gradient_accumulation_steps%o['GPUs']==0 and fit_flavor(c, f)[3]<=usable_gib(f)]
     cost = {f:float(p['about'][1:]) for f in fit if 'about' in (p := reckon(f))}
     best = min(cost, key=cost.get)
     return plan | ({'cheaper':f'{best}, about ${cost[best]:.2f}'} if cost[best]<.95*float(plan['about'][1:]) else {})
+
 
 # %% ../nbs/07_submit.ipynb #72b61f45
 def job_args(

@@ -13,14 +13,14 @@ from fastcore.meta import delegates
 from fastcore.script import anno_parser
 from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, memory_plan, undisturbed
 from .kernels import TILE, attention_tiles
-from .fast import fast_layers, keep_weights, add_supervised_head
+from .fast import card_room, fast_layers, keep_weights, add_supervised_head
 from .shard import prepare_sharding, shard_options, sharded_trainer
 
 # %% auto #0
 __all__ = ['PRESETS', 'STEP_LINE', 'TrainConfig', 'options', 'env_options', 'preset_options', 'parse_options', 'read_config',
            'check_config', 'pack_lengths', 'pack_dataset', 'draw_order', 'collate_packed', 'run_steps', 'share_batch',
-           'fill_sizes', 'events_callback', 'compile_layers', 'make_trainer', 'step_line', 'parse_step',
-           'held_out_loss']
+           'run_memory', 'fit_batch', 'fill_sizes', 'events_callback', 'compile_layers', 'make_trainer', 'step_line',
+           'parse_step', 'held_out_loss']
 
 # %% ../nbs/02_train.ipynb #094ed8e2
 class TrainConfig:
@@ -244,6 +244,34 @@ def share_batch(
     at_once = max(b for b in range(1, at_once+1) if each%b==0)
     return at_once,each//at_once
 
+# %% ../nbs/02_train.ipynb #b2e4d6f8
+def run_memory(
+    cfg:TrainConfig, # Of the run
+    config, # Of its base model, from `AutoConfig`
+    at_once:int, # Rows that a GPU takes at once
+    ranks:int=1, # Processes, one a GPU
+    recompute:bool=False, # Recompute whole layers?
+)->float: # GiB at the peak, with half a GiB for CUDA itself
+    "What a run needs of a GPU's memory."
+    same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
+    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=cfg.lora_target_modules.split(','), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+
+def fit_batch(
+    cfg:TrainConfig, # Of the run
+    config, # Of its base model, from `AutoConfig`
+    ranks:int=1, # Processes, one a GPU
+    room:float=float('inf'), # GiB of each GPU that a run can have
+)->tuple: # Rows at once, how often in a step, recompute whole layers?, and GiB at the peak, which is more than `room` where nothing fits
+    "The fastest way to take a step's rows that fits: as set, or else in smaller batches, or else with layers recomputed."
+    most,often = share_batch(cfg, ranks)
+    for recompute in sorted({cfg.gradient_checkpointing, True}):
+        for b in range(most, 0, -1):
+            if most*often%b: continue
+            need = run_memory(cfg, config, b, ranks, recompute)
+            if need<=room: return b,most*often//b,recompute,need
+    return b,most*often//b,recompute,need
+
+
 # %% ../nbs/02_train.ipynb #7b81e6be
 def fill_sizes(
     packed, # From `pack_dataset`
@@ -354,19 +382,21 @@ def make_trainer(
     from trl import SFTConfig
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
-    at_once,often = share_batch(cfg, ranks)
+    room = card_room() if cuda else float('inf')
+    at_once,often,recompute,need = fit_batch(cfg, model.config, ranks, room)
+    if (at_once,often,recompute)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {at_once} rows at once, {often} times a step" + " with layers recomputed"*recompute)
     shard = cfg.fsdp and ranks>1
-    stack = None if shard else fast_layers(model, cfg.max_length, cfg.gradient_checkpointing)
+    stack = None if shard else fast_layers(model, cfg.max_length, recompute)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
     steps = run_steps(cfg, len(packed))
     order = draw_order(len(packed), steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps, cfg.seed)
     max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
     fill = fill_sizes(packed, order, cfg.max_length, at_once) if stack else None
-    if stack: keep_weights(stack, memory_plan(model.config, at_once, cfg.max_length, cfg.gradient_checkpointing, cfg.optim, lora_r=cfg.lora_r)['peak'])
+    if stack: keep_weights(stack, room-need)
     elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=cfg.gradient_checkpointing,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None, learning_rate=cfg.learning_rate,
+        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',

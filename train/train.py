@@ -1404,15 +1404,18 @@ def fast_layers(
     stack.checkpoint = checkpoint
     return stack
 
+def card_room()->float: # GiB
+    "What a run can have of this process's GPU: 6 % are left for fragments."
+    import torch
+    return .94*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
+
 def keep_weights(
     stack:Stack, # From `fast_layers`
-    peak:float, # What training takes without that, in GiB, from `memory_plan`
+    room:float, # What training leaves of the card, in GiB
 )->float: # GiB that it takes; 0 where there is no room
     "Unpack the weights once, if the card has room for them."
-    import torch
-    room = .85*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
     size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
-    if peak+size>room: return 0.
+    if size>room: return 0.
     stack.lower()
     for g in stack.groups: g.kept = g.weight()
     log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
@@ -1743,6 +1746,32 @@ def share_batch(
     at_once = max(b for b in range(1, at_once+1) if each%b==0)
     return at_once,each//at_once
 
+def run_memory(
+    cfg:TrainConfig, # Of the run
+    config, # Of its base model, from `AutoConfig`
+    at_once:int, # Rows that a GPU takes at once
+    ranks:int=1, # Processes, one a GPU
+    recompute:bool=False, # Recompute whole layers?
+)->float: # GiB at the peak, with half a GiB for CUDA itself
+    "What a run needs of a GPU's memory."
+    same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
+    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=cfg.lora_target_modules.split(','), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+
+def fit_batch(
+    cfg:TrainConfig, # Of the run
+    config, # Of its base model, from `AutoConfig`
+    ranks:int=1, # Processes, one a GPU
+    room:float=float('inf'), # GiB of each GPU that a run can have
+)->tuple: # Rows at once, how often in a step, recompute whole layers?, and GiB at the peak, which is more than `room` where nothing fits
+    "The fastest way to take a step's rows that fits: as set, or else in smaller batches, or else with layers recomputed."
+    most,often = share_batch(cfg, ranks)
+    for recompute in sorted({cfg.gradient_checkpointing, True}):
+        for b in range(most, 0, -1):
+            if most*often%b: continue
+            need = run_memory(cfg, config, b, ranks, recompute)
+            if need<=room: return b,most*often//b,recompute,need
+    return b,most*often//b,recompute,need
+
 def fill_sizes(
     packed, # From `pack_dataset`
     order, # Rows in the order in which they are drawn
@@ -1847,19 +1876,21 @@ def make_trainer(
     from trl import SFTConfig
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
-    at_once,often = share_batch(cfg, ranks)
+    room = card_room() if cuda else float('inf')
+    at_once,often,recompute,need = fit_batch(cfg, model.config, ranks, room)
+    if (at_once,often,recompute)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {at_once} rows at once, {often} times a step" + " with layers recomputed"*recompute)
     shard = cfg.fsdp and ranks>1
-    stack = None if shard else fast_layers(model, cfg.max_length, cfg.gradient_checkpointing)
+    stack = None if shard else fast_layers(model, cfg.max_length, recompute)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
     steps = run_steps(cfg, len(packed))
     order = draw_order(len(packed), steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps, cfg.seed)
     max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
     fill = fill_sizes(packed, order, cfg.max_length, at_once) if stack else None
-    if stack: keep_weights(stack, memory_plan(model.config, at_once, cfg.max_length, cfg.gradient_checkpointing, cfg.optim, lora_r=cfg.lora_r)['peak'])
+    if stack: keep_weights(stack, room-need)
     elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=cfg.gradient_checkpointing,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False) if cfg.gradient_checkpointing else None, learning_rate=cfg.learning_rate,
+        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
