@@ -1545,7 +1545,7 @@ class TrainConfig:
         max_steps:int=0, # Optimizer steps; 0 trains `num_train_epochs` (20 is a smoke test)
         num_train_epochs:float=1.0, # Passes over the data where `max_steps` is 0
         max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have
-        per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
+        per_device_train_batch_size:int=4, # Packed rows a GPU takes at once, or in smaller batches where they don't fit
         gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows
         torch_compile:bool=True, # Compile layers that our own kernels can't take? (on CUDA only)
         activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
