@@ -150,6 +150,8 @@ def _swiglu_back_kernel():
         tl.store(p, grad_a, mask=ok); tl.store(p+R*n, grad_g, mask=ok); tl.store(p+2*R*n, grad_u, mask=ok)
     return swiglu_back
 
+
+# %% ../nbs/01a_kernels.ipynb #8f38f773
 def swiglu_back(
     gu, # Gate and up; they become their gradients
     d, # Gradient of the product's input, (rows, width+ranks)

@@ -339,7 +339,7 @@ def measured_speed(
     except (FileNotFoundError, UserError): return 0.
     f = find_flavor(flavor)
     if f['gpu'] not in r['machine'] or c.base_model not in (SEED_BASE, SUCCESSOR) or c.gradient_checkpointing or c.fsdp: return 0.
-    like = {s['gpus']:s['tokens_per_second']/s['gpus'] for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(at_once*s['gpus'],c.max_length)}
+    like = {g:s['tokens_per_second']/g for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(at_once*(g := s.get('gpus', 1)),c.max_length)}
     return f['GPUs']*like.get(f['GPUs'], like.get(1, 0.))
 
 
@@ -371,7 +371,7 @@ def run_plan(
     at_once,often,recompute,need = fit_flavor(c, flavor)
     plan = reckon(flavor, tokens_per_second=tokens_per_second or (0 if recompute else measured_speed(c, flavor, at_once)), price=price)
     if n>1 or (at_once,recompute)!=(c.per_device_train_batch_size,c.gradient_checkpointing):
-        plan['rows'] = f'{at_once} at once, {often} times a step' + ', on each GPU'*(n>1) + ', with layers recomputed'*recompute + ', and a part of every layer'*(c.fsdp and n>1)
+        plan['rows'] = f"{at_once} at once, {often} batch{'es'*(often>1)} a step" + ', on each GPU'*(n>1) + ', with layers recomputed'*recompute + ', and a part of every layer'*(c.fsdp and n>1)
     if not need: return plan
     if need>room: raise UserError(f"{flavor}: about {need:.0f} GiB are needed{' on each GPU'*(n>1)} for one row with its layers recomputed, and {room:.0f} usable: set a smaller MAX_LENGTH, or take a larger GPU"
         + ", or FSDP=1, with which they share the layers"*(n>1 and not c.fsdp))

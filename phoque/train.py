@@ -19,8 +19,8 @@ from .shard import prepare_sharding, shard_options, sharded_trainer
 # %% auto #0
 __all__ = ['PRESETS', 'STEP_LINE', 'TrainConfig', 'options', 'env_options', 'preset_options', 'parse_options', 'read_config',
            'check_config', 'pack_lengths', 'pack_dataset', 'draw_order', 'collate_packed', 'run_steps', 'share_batch',
-           'run_memory', 'fit_batch', 'fill_sizes', 'events_callback', 'compile_layers', 'make_trainer', 'step_line',
-           'parse_step', 'held_out_loss']
+           'run_memory', 'fit_batch', 'fill_sizes', 'events_callback', 'compile_layers', 'trainer_args', 'make_trainer',
+           'step_line', 'parse_step', 'held_out_loss']
 
 # %% ../nbs/02_train.ipynb #094ed8e2
 class TrainConfig:
@@ -367,6 +367,29 @@ def _trainer_class():
         def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
     return Trainer
 
+# %% ../nbs/02_train.ipynb #d4e6f8a1
+def trainer_args(
+    cfg:TrainConfig, # Of the run
+    steps:int, # Of the whole run
+    at_once:int, # Rows that a GPU takes at once
+    often:int, # Times that it does so in a step
+    recompute:bool, # Recompute whole layers?
+    shard:bool, # Do ranks share the layers?
+): # `trl.SFTConfig`
+    "A run's options in TRL's words."
+    import torch
+    from trl import SFTConfig
+    cuda = torch.cuda.is_available()
+    return SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
+        lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
+        optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
+        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
+        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
+        accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
+
+
 # %% ../nbs/02_train.ipynb #ca83ea76
 def make_trainer(
     cfg:TrainConfig, # Of the run
@@ -379,12 +402,11 @@ def make_trainer(
     import torch
     from functools import partial
     from transformers import PrinterCallback, ProgressCallback, set_seed
-    from trl import SFTConfig
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     room = card_room() if cuda else float('inf')
     at_once,often,recompute,need = fit_batch(cfg, model.config, ranks, room)
-    if (at_once,often,recompute)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {at_once} rows at once, {often} times a step" + " with layers recomputed"*recompute)
+    if (at_once,often,recompute)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {at_once} rows at once, so a step is {often} batch{'es'*(often>1)}" + " with layers recomputed"*recompute)
     shard = cfg.fsdp and ranks>1
     stack = None if shard else fast_layers(model, cfg.max_length, recompute)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
@@ -394,18 +416,10 @@ def make_trainer(
     fill = fill_sizes(packed, order, cfg.max_length, at_once) if stack else None
     if stack: keep_weights(stack, room-need)
     elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
-    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
-        lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
-        optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
-        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
-        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
-        accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
+    args = trainer_args(cfg, steps, at_once, often, recompute, shard)
     if shard: prepare_sharding(args.device, model)
     trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
-    if trainer.accelerator.ddp_handler: trainer.accelerator.ddp_handler.gradient_as_bucket_view = True # what ranks have averaged isn't copied back
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
