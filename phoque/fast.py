@@ -362,9 +362,10 @@ def fast_layers(
     return stack
 
 # %% ../nbs/01b_fast.ipynb #0120c904
-def card_room()->float: # GiB
+def card_room()->float: # GiB; without a GPU, no limit
     "What a run can have of this process's GPU: 6 % are left for fragments."
     import torch
+    if not torch.cuda.is_available(): return float('inf')
     return .94*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
 
 def keep_weights(

@@ -404,7 +404,7 @@ def make_trainer(
     from transformers import PrinterCallback, ProgressCallback, set_seed
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
-    room = card_room() if cuda else float('inf')
+    room = card_room()
     at_once,often,recompute,need = fit_batch(cfg, model.config, ranks, room)
     if (at_once,often,recompute)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {at_once} rows at once, so a step is {often} batch{'es'*(often>1)}" + " with layers recomputed"*recompute)
     shard = cfg.fsdp and ranks>1

@@ -1404,9 +1404,10 @@ def fast_layers(
     stack.checkpoint = checkpoint
     return stack
 
-def card_room()->float: # GiB
+def card_room()->float: # GiB; without a GPU, no limit
     "What a run can have of this process's GPU: 6 % are left for fragments."
     import torch
+    if not torch.cuda.is_available(): return float('inf')
     return .94*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
 
 def keep_weights(
@@ -1896,7 +1897,7 @@ def make_trainer(
     from transformers import PrinterCallback, ProgressCallback, set_seed
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
-    room = card_room() if cuda else float('inf')
+    room = card_room()
     at_once,often,recompute,need = fit_batch(cfg, model.config, ranks, room)
     if (at_once,often,recompute)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {at_once} rows at once, so a step is {often} batch{'es'*(often>1)}" + " with layers recomputed"*recompute)
     shard = cfg.fsdp and ranks>1
