@@ -23,6 +23,13 @@ class Ranks:
         self.first = self.rank==0
         if self.n>1: self.connect()
 
+    @contextmanager
+    def turns(self):
+        "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
+        if self.local: self.wait()
+        yield
+        if not self.local: self.wait()
+
 # %% ../nbs/06a_ranks.ipynb #6deaf770
 @patch
 def connect(self:Ranks):
@@ -88,15 +95,6 @@ def share_folder(self:Ranks,
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name,data in files.items(): (Path(folder)/name).write_bytes(data)
     self.wait()
-
-# %% ../nbs/06a_ranks.ipynb #68168f76
-@patch
-@contextmanager
-def turns(self:Ranks):
-    "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
-    if self.local: self.wait()
-    yield
-    if not self.local: self.wait()
 
 # %% ../nbs/06a_ranks.ipynb #f36e337a
 LOST = 'lost contact with another rank'

@@ -2700,6 +2700,13 @@ class Ranks:
         self.first = self.rank==0
         if self.n>1: self.connect()
 
+    @contextmanager
+    def turns(self):
+        "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
+        if self.local: self.wait()
+        yield
+        if not self.local: self.wait()
+
 @patch
 def connect(self:Ranks):
     "Join the other ranks."
@@ -2761,14 +2768,6 @@ def share_folder(self:Ranks,
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name,data in files.items(): (Path(folder)/name).write_bytes(data)
     self.wait()
-
-@patch
-@contextmanager
-def turns(self:Ranks):
-    "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
-    if self.local: self.wait()
-    yield
-    if not self.local: self.wait()
 
 LOST = 'lost contact with another rank'
 
