@@ -85,40 +85,48 @@ class HubJob:
         self.thread = threading.Thread(target=self.run, args=(hub,), daemon=True)
         self.thread.start()
 
-    def command(self, hub):
-        "`uv run … /data/x.py args`, as it can be run here."
-        at = {v["mountPath"]:hub.root/"buckets"/v["source"]/v.get("path", "") for v in self.spec.get("volumes", [])}
-        cmd = self.spec["command"]
-        i = next(i for i,c in enumerate(cmd) if c.endswith(".py"))
-        return [sys.executable, *(re.sub(r"^/data", str(at.get("/data", "/data")), c) for c in cmd[i:])]
+# %% ../nbs/07b_hub_jobs.ipynb #2ba5535b
+@patch
+def command(self:HubJob, hub):
+    "`uv run … /data/x.py args`, as it can be run here."
+    at = {v["mountPath"]:hub.root/"buckets"/v["source"]/v.get("path", "") for v in self.spec.get("volumes", [])}
+    cmd = self.spec["command"]
+    i = next(i for i,c in enumerate(cmd) if c.endswith(".py"))
+    return [sys.executable, *(re.sub(r"^/data", str(at.get("/data", "/data")), c) for c in cmd[i:])]
 
-    def env(self, hub):
-        mine = {k:os.environ[k] for k in ("PATH", "OMP_NUM_THREADS") if k in os.environ}
-        d = mine | {k:v for k,v in hub.env().items() if k!="HF_TOKEN"} | dict(HOME=str(self.disk), HF_HOME=str(self.disk/"hf"), TMPDIR=str(self.disk))
-        return d | self.spec.get("environment", {}) | self.spec.get("secrets", {})
+@patch
+def env(self:HubJob, hub):
+    mine = {k:os.environ[k] for k in ("PATH", "OMP_NUM_THREADS") if k in os.environ}
+    d = mine | {k:v for k,v in hub.env().items() if k!="HF_TOKEN"} | dict(HOME=str(self.disk), HF_HOME=str(self.disk/"hf"), TMPDIR=str(self.disk))
+    return d | self.spec.get("environment", {}) | self.spec.get("secrets", {})
 
-    def run(self, hub):
-        p = self.proc = subprocess.Popen(self.command(hub), cwd=self.disk, env=self.env(hub), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace")
-        self.stage,self.started = "RUNNING",_now()
-        timer = threading.Timer(self.spec.get("timeoutSeconds", 1800), self.end, ("ERROR", "Job timeout"))
-        timer.start()
-        for l in p.stdout: self.lines.append((_now(), l.rstrip("\n")))
-        code = p.wait()
-        timer.cancel()
-        self.finished = _now()
-        if self.stage=="RUNNING": self.stage,self.message = ("COMPLETED",None) if code==0 else ("ERROR",f"Job failed with exit code: {code}")
+# %% ../nbs/07b_hub_jobs.ipynb #19cb18b5
+@patch
+def run(self:HubJob, hub):
+    p = self.proc = subprocess.Popen(self.command(hub), cwd=self.disk, env=self.env(hub), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace")
+    self.stage,self.started = "RUNNING",_now()
+    timer = threading.Timer(self.spec.get("timeoutSeconds", 1800), self.end, ("ERROR", "Job timeout"))
+    timer.start()
+    for l in p.stdout: self.lines.append((_now(), l.rstrip("\n")))
+    code = p.wait()
+    timer.cancel()
+    self.finished = _now()
+    if self.stage=="RUNNING": self.stage,self.message = ("COMPLETED",None) if code==0 else ("ERROR",f"Job failed with exit code: {code}")
 
-    def end(self, stage, message):
-        if self.finished: return
-        self.stage,self.message = stage,message
-        self.proc.kill()
+@patch
+def end(self:HubJob, stage, message):
+    if self.finished: return
+    self.stage,self.message = stage,message
+    self.proc.kill()
 
-    def info(self):
-        s = self.spec
-        return dict(id=self.id, createdAt=self.created, startedAt=self.started, finishedAt=self.finished, dockerImage=s.get("dockerImage"), command=s["command"],
-            arguments=s["arguments"], environment=s["environment"], secrets={k:"" for k in s.get("secrets", {})}, flavor=s["flavor"], labels=s.get("labels"),
-            volumes=s.get("volumes"), status=dict(stage=self.stage, message=self.message), owner=dict(id=self.owner, name=self.owner, type="user"))
+# %% ../nbs/07b_hub_jobs.ipynb #2c76a0d3
+@patch
+def info(self:HubJob):
+    s = self.spec
+    return dict(id=self.id, createdAt=self.created, startedAt=self.started, finishedAt=self.finished, dockerImage=s.get("dockerImage"), command=s["command"],
+        arguments=s["arguments"], environment=s["environment"], secrets={k:"" for k in s.get("secrets", {})}, flavor=s["flavor"], labels=s.get("labels"),
+        volumes=s.get("volumes"), status=dict(stage=self.stage, message=self.message), owner=dict(id=self.owner, name=self.owner, type="user"))
 
 # %% ../nbs/07b_hub_jobs.ipynb #3de265f9
 class JobsHub(LocalHub):
@@ -151,6 +159,7 @@ def _run_job(hub, q, ns): return _start_job(hub, q, ns, json.loads(q.body))
 @_on("POST", "/api/jobs/{ns}/{id}/duplicate")
 def _rerun_job(hub, q, ns, id): return _start_job(hub, q, ns, _job(hub, q, ns, id).spec)
 
+# %% ../nbs/07b_hub_jobs.ipynb #20c26a8e
 @_on("GET", "/api/jobs/{ns}")
 def _list_jobs(hub, q, ns):
     if q.user!=ns: raise HubError(403, f"these are the jobs of {ns}")
@@ -163,6 +172,7 @@ def _inspect_job(hub, q, ns, id): return _job(hub, q, ns, id).info()
 @_on("POST", "/api/jobs/{ns}/{id}/cancel")
 def _cancel_job(hub, q, ns, id): return _job(hub, q, ns, id).end("CANCELED", None) or {}
 
+# %% ../nbs/07b_hub_jobs.ipynb #68e907a9
 @_on("GET", "/api/jobs/{ns}/{id}/logs")
 def _job_logs(hub, q, ns, id):
     from starlette.responses import StreamingResponse

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import html, io, re, threading, time
 from pathlib import Path
+from fastcore.basics import patch
 from .model_qlora import UserError
 from .sample import PLAIN, SAMPLE_QUESTIONS, generate_replies
 from .train import parse_step
@@ -76,35 +77,41 @@ class LivePlot:
         tox = {int(m[1]): tuple(map(float, m.groups()[1:])) for l in lines if (m := re.search(r'sample, step (\d+):.* · \S+ ([\d.]+) \[([\d.]+), ([\d.]+)\]', l))}
         return loss,tox
 
-    def draw(self):
-        "Draw what there is."
-        from matplotlib.figure import Figure
-        loss,tox = self.read()
-        fig = Figure(figsize=(7,2.6), layout='constrained'); ax = fig.subplots()
-        ax.plot(*zip(*sorted(loss.items())) if loss else ([],[]), color='#2b6cb0'); ax.set(xlabel='optimizer step', ylabel='loss'); ax.spines[['top']].set_visible(False)
-        if tox:
-            other,(x,v) = ax.twinx(),zip(*sorted(tox.items()))
-            m,lo,hi = zip(*v); other.plot(x, m, '.-', color='#c05621'); other.fill_between(x, lo, hi, color='#c05621', alpha=.15, lw=0)
-            other.set(ylabel='toxicity', ylim=(0,1)); other.spines[['top']].set_visible(False)
-        with io.BytesIO() as f: fig.savefig(f, dpi=100); self.image.value = f.getvalue()
-        return self
+# %% ../nbs/04c_panel.ipynb #d10c10de
+@patch
+def draw(self:LivePlot):
+    "Draw what there is."
+    from matplotlib.figure import Figure
+    loss,tox = self.read()
+    fig = Figure(figsize=(7,2.6), layout='constrained'); ax = fig.subplots()
+    ax.plot(*zip(*sorted(loss.items())) if loss else ([],[]), color='#2b6cb0'); ax.set(xlabel='optimizer step', ylabel='loss'); ax.spines[['top']].set_visible(False)
+    if tox:
+        other,(x,v) = ax.twinx(),zip(*sorted(tox.items()))
+        m,lo,hi = zip(*v); other.plot(x, m, '.-', color='#c05621'); other.fill_between(x, lo, hi, color='#c05621', alpha=.15, lw=0)
+        other.set(ylabel='toxicity', ylim=(0,1)); other.spines[['top']].set_visible(False)
+    with io.BytesIO() as f: fig.savefig(f, dpi=100); self.image.value = f.getvalue()
+    return self
 
-    def follow(self,
-        every:float=2.0, # Seconds between two looks
-    ):
-        "Draw again whenever the log has grown; `stop()` ends it."
-        def look():
-            size = None
-            while not self.stopped.wait(every):
-                if self.log.exists() and (now := self.log.stat().st_size)!=size: size = now; self.draw()
-        threading.Thread(target=look, daemon=True).start()
-        return self.draw()
+# %% ../nbs/04c_panel.ipynb #823230b7
+@patch
+def follow(self:LivePlot,
+    every:float=2.0, # Seconds between two looks
+):
+    "Draw again whenever the log has grown; `stop()` ends it."
+    def look():
+        size = None
+        while not self.stopped.wait(every):
+            if self.log.exists() and (now := self.log.stat().st_size)!=size: size = now; self.draw()
+    threading.Thread(target=look, daemon=True).start()
+    return self.draw()
 
-    def stop(self): self.stopped.set()
+@patch
+def stop(self:LivePlot): self.stopped.set()
 
-    def _ipython_display_(self):
-        from IPython.display import display
-        display(self.image)
+@patch
+def _ipython_display_(self:LivePlot):
+    from IPython.display import display
+    display(self.image)
 
 # %% ../nbs/04c_panel.ipynb #31f62905
 def try_panel(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os, re, sys, json, time, signal, socket, logging
 from contextlib import contextmanager
 from pathlib import Path
+from fastcore.basics import patch
 from .model_qlora import UserError, log
 from .resume import Stopped
 
@@ -22,68 +23,78 @@ class Ranks:
         self.first = self.rank==0
         if self.n>1: self.connect()
 
-    def connect(self):
-        "Join the other ranks."
-        import torch, torch.distributed as dist
-        from datetime import timedelta
-        cuda = torch.cuda.is_available()
-        if cuda: torch.cuda.set_device(self.local)
-        if not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=5)) # within a step
-        self.group = dist.new_group(backend='gloo', timeout=timedelta(hours=2)) # between steps
-
-    def share(self,
-        value=None, # On rank 0
-    ): # The same on every rank
-        "What rank 0 has."
-        if self.n==1: return value
-        import torch.distributed as dist
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
-
-    def any(self,
-        flag:bool, # On this rank
-    )->bool: # The same on every rank
-        "Is it true on some rank?"
-        if self.n==1: return bool(flag)
-        import torch, torch.distributed as dist
-        seen = torch.tensor(int(flag))
-        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
-        return bool(seen)
-
-    def gather(self,
-        value, # On this rank
-    )->list: # On rank 0 all of them, in order; on others empty
-        "What every rank has."
-        if self.n==1: return [value]
-        import torch.distributed as dist
-        seen = [None]*self.n if self.first else None
-        dist.gather_object(value, seen, dst=0, group=self.group)
-        return seen or []
-
-    def wait(self):
-        "Until all are here."
-        if self.n==1: return
-        import torch.distributed as dist
-        dist.barrier(group=self.group)
-
-    def share_folder(self,
-        folder:Path, # Of rank 0; None for none
-    ):
-        "Rank 0's files, on every machine."
-        if self.n==self.n_local or not folder: return
-        files = self.share({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.first else None)
-        if not self.local and not self.first:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            for name,data in files.items(): (Path(folder)/name).write_bytes(data)
-        self.wait()
-
     @contextmanager
     def turns(self):
         "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
         if self.local: self.wait()
         yield
         if not self.local: self.wait()
+
+# %% ../nbs/06a_ranks.ipynb #6deaf770
+@patch
+def connect(self:Ranks):
+    "Join the other ranks."
+    import torch, torch.distributed as dist
+    from datetime import timedelta
+    cuda = torch.cuda.is_available()
+    if cuda: torch.cuda.set_device(self.local)
+    if not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=5)) # within a step
+    self.group = dist.new_group(backend='gloo', timeout=timedelta(hours=2)) # between steps
+
+# %% ../nbs/06a_ranks.ipynb #cdb3a389
+@patch
+def share(self:Ranks,
+    value=None, # On rank 0
+): # The same on every rank
+    "What rank 0 has."
+    if self.n==1: return value
+    import torch.distributed as dist
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=self.group)
+    return box[0]
+
+@patch
+def any(self:Ranks,
+    flag:bool, # On this rank
+)->bool: # The same on every rank
+    "Is it true on some rank?"
+    if self.n==1: return bool(flag)
+    import torch, torch.distributed as dist
+    seen = torch.tensor(int(flag))
+    dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
+    return bool(seen)
+
+# %% ../nbs/06a_ranks.ipynb #25c65420
+@patch
+def gather(self:Ranks,
+    value, # On this rank
+)->list: # On rank 0 all of them, in order; on others empty
+    "What every rank has."
+    if self.n==1: return [value]
+    import torch.distributed as dist
+    seen = [None]*self.n if self.first else None
+    dist.gather_object(value, seen, dst=0, group=self.group)
+    return seen or []
+
+@patch
+def wait(self:Ranks):
+    "Until all are here."
+    if self.n==1: return
+    import torch.distributed as dist
+    dist.barrier(group=self.group)
+
+# %% ../nbs/06a_ranks.ipynb #1cf020e2
+@patch
+def share_folder(self:Ranks,
+    folder:Path, # Of rank 0; None for none
+):
+    "Rank 0's files, on every machine."
+    if self.n==self.n_local or not folder: return
+    files = self.share({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.first else None)
+    if not self.local and not self.first:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name,data in files.items(): (Path(folder)/name).write_bytes(data)
+    self.wait()
 
 # %% ../nbs/06a_ranks.ipynb #f36e337a
 LOST = 'lost contact with another rank'

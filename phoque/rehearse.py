@@ -6,11 +6,12 @@
 from __future__ import annotations
 import os, logging
 from pathlib import Path
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'cache_folder', 'smollm2',
            'interpret_bf16', 'say_line', 'Stage', 'clean_env', 'rehearse', 'compare_replies', 'plot_rehearsal',
-           'held_out', 'where_time_went', 'html_table', 'write_report', 'verdict', 'rehearse_cli', 'serve_forks',
+           'held_out', 'where_time_went', 'verdict', 'html_table', 'write_report', 'rehearse_cli', 'serve_forks',
            'WarmJobs', 'ForkedJob', 'tiny_model', 'hub_state', 'Killer', 'prove', 'batches_of', 'compare_runs',
            'proof_table', 'plot_proof', 'proof_verdict', 'prove_cli', 'wandb_records']
 
@@ -62,11 +63,12 @@ def interpret_bf16():
     I._convert_float = nearest
     I.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
 
-# %% ../nbs/08_rehearse.ipynb #aefd0cf4
+# %% ../nbs/08_rehearse.ipynb #e54aac52
 import re, sys, json, time, signal, subprocess
 from fastcore.script import call_parse
 from .train import parse_step
 
+# %% ../nbs/08_rehearse.ipynb #aefd0cf4
 def say_line(
     line:str, # To be shown
 ):
@@ -80,35 +82,40 @@ class Stage:
         t0:float, # `time.time()` at which the rehearsal began
     ): self.name,self.t0,self.lines,self.code,self.killed,self.start,self.end,self.gib = name,t0,[],None,False,None,None,0.0
 
-    def run(self,
-        cmd:list, # Command
-        env:dict, # Its whole environment
-        kill_when=None, # Function of a line; true kills the process with SIGKILL
-        say=say_line, # Called with each line
-    ):
-        "Run to the end, or to the kill."
-        self.start = time.time()-self.t0
-        p = subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
-        try:
-            for l in p.stdout:
-                self.lines.append((time.time()-self.t0, l.rstrip()))
-                say(l.rstrip())
-                if kill_when and not self.killed and kill_when(l): self.killed = True; p.kill()
-        except BaseException: p.kill(); raise # Ctrl-C leaves nothing running
-        _,status,usage = os.wait4(p.pid, 0)
-        self.code,self.end,self.gib = os.waitstatus_to_exitcode(status),time.time()-self.t0,usage.ru_maxrss/2**20
-        p.returncode = self.code
-        return self
+# %% ../nbs/08_rehearse.ipynb #f10d6242
+@patch
+def run(self:Stage,
+    cmd:list, # Command
+    env:dict, # Its whole environment
+    kill_when=None, # Function of a line; true kills the process with SIGKILL
+    say=say_line, # Called with each line
+):
+    "Run to the end, or to the kill."
+    self.start = time.time()-self.t0
+    p = subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    try:
+        for l in p.stdout:
+            self.lines.append((time.time()-self.t0, l.rstrip()))
+            say(l.rstrip())
+            if kill_when and not self.killed and kill_when(l): self.killed = True; p.kill()
+    except BaseException: p.kill(); raise # Ctrl-C leaves nothing running
+    _,status,usage = os.wait4(p.pid, 0)
+    self.code,self.end,self.gib = os.waitstatus_to_exitcode(status),time.time()-self.t0,usage.ru_maxrss/2**20
+    p.returncode = self.code
+    return self
 
-    def steps(self)->list: # (seconds, step, loss)
-        "The steps that it logged."
-        return [(t, s['step'], s['loss']) for t,l in self.lines if (s := parse_step(l))]
+# %% ../nbs/08_rehearse.ipynb #8983bee1
+@patch
+def steps(self:Stage)->list: # (seconds, step, loss)
+    "The steps that it logged."
+    return [(t, s['step'], s['loss']) for t,l in self.lines if (s := parse_step(l))]
 
-    def find(self,
-        pattern:str, # Regular expression
-    ): # `re.Match` of the first line that has it, or None
-        "Look for a line."
-        return next((m for _,l in self.lines if (m := re.search(pattern, l))), None)
+@patch
+def find(self:Stage,
+    pattern:str, # Regular expression
+): # `re.Match` of the first line that has it, or None
+    "Look for a line."
+    return next((m for _,l in self.lines if (m := re.search(pattern, l))), None)
 
 # %% ../nbs/08_rehearse.ipynb #f53a639b
 BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct' # the id under which the loopback Hub serves it
@@ -128,6 +135,18 @@ def clean_env(
     env |= hub.env('me') | dict(HF_HOME=str(home), TOKENIZERS_PARALLELISM='true', PYTHONUNBUFFERED='1')
     return env | {k:str(v) for k,v in kw.items()}
 
+# %% ../nbs/08_rehearse.ipynb #fd09113c
+def _stages(stage, out, steps, conversations, script):
+    "The commands of the rehearsal, in the order in which a user would give them."
+    cli = Path(sys.executable).with_name # console scripts lie beside the interpreter
+    stage('push the dataset', cli('phoque_data'), '--repo', DATA, '--n', conversations)
+    at = lambda l: (s := parse_step(l)) and s['step']>=round(.55*steps)
+    job = lambda n: dict(**SETTINGS, MAX_STEPS=steps, SAMPLE_STEPS=steps, OUTPUT_DIR=out/f'{n}-disk/output')
+    stage('the job, killed at about half', sys.executable, script, kill_when=at, **job(1))
+    stage('the same command again', sys.executable, script, **job(2))
+    stage('merge', cli('phoque_merge'), '--base', BASE, '--adapter', MODEL, '--out', out/'merged')
+
+# %% ../nbs/08_rehearse.ipynb #67bfbffb
 def rehearse(
     out:Path='rehearsal', # Folder for everything; a former rehearsal in it is replaced
     steps:int=40, # Optimizer steps
@@ -149,16 +168,10 @@ def rehearse(
         stages.append(s)
         if s.code and not s.killed: raise RuntimeError(f"{name}: ended with exit code {s.code}: its lines are above")
         return s
-    cli = Path(sys.executable).with_name # console scripts lie beside the interpreter
     folder = smollm2()
     with LocalHub(out/'hub', users={'me':'token-of-me'}) as hub:
         hub.seed_repo(BASE, folder)
-        stage('push the dataset', cli('phoque_data'), '--repo', DATA, '--n', conversations)
-        at = lambda l: (s := parse_step(l)) and s['step']>=round(.55*steps)
-        job = lambda n: dict(**SETTINGS, MAX_STEPS=steps, SAMPLE_STEPS=steps, OUTPUT_DIR=out/f'{n}-disk/output')
-        stage('the job, killed at about half', sys.executable, script, kill_when=at, **job(1))
-        stage('the same command again', sys.executable, script, **job(2))
-        stage('merge', cli('phoque_merge'), '--base', BASE, '--adapter', MODEL, '--out', out/'merged')
+        _stages(stage, out, steps, conversations, script)
         repos = {f'{r}@{b}': hub.files(r, b, t) for r,b,t in ((DATA,'main','dataset'), (MODEL,'main','model'), (MODEL,'checkpoints','model'))}
     say('\n── before and after ' + '─'*52)
     seen = dict(stages=stages, repos=repos, steps=steps, replies=compare_replies(folder, out/'merged'), took=time.time()-t0, out=str(out))
@@ -232,6 +245,20 @@ def where_time_went(
     rows.append(('before and after', seen['took']-seen['stages'][-1].end, 0.))
     return [dict(part=n, seconds=round(t,1), GiB=round(g,1) or '') for n,t,g in rows if t>=.5]
 
+# %% ../nbs/08_rehearse.ipynb #411a4620
+def verdict(
+    seen:dict, # From `rehearse`
+)->str: # One sentence
+    "What the rehearsal showed."
+    first,second = [s for s in seen['stages'] if s.steps()]
+    h = held_out(seen)
+    again = {n:l for _,n,l in second.steps()}
+    twice = [(l,again[n]) for _,n,l in first.steps() if n in again]
+    return (f"Killed after step {first.steps()[-1][1]} of {seen['steps']}, found {second.find(r'(checkpoint-[0-9]+) found on the Hub')[1]} on the Hub, finished. "
+            f"{len(twice)} steps were trained twice, {'with the same losses' if all(x==y for x,y in twice) else 'with OTHER losses'}. "
+            f"Held-out loss {h[0]:.2f} → {h[1]:.2f} ({h[1]/h[0]-1:+.0%}). {seen['took']:.0f} seconds, {max(s.gib for s in seen['stages']):.1f} GiB at most.")
+
+# %% ../nbs/08_rehearse.ipynb #824efc6c
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a202c;background:#fff}table{border-collapse:collapse;margin:.5rem 0 1.5rem}
 td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #cbd5e0}td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%;background:#fff;border-radius:6px}
 pre{overflow:auto;padding:.7rem;background:#8881}@media(prefers-color-scheme:dark){body{color:#e2e8f0;background:#1a202c}td,th{border-color:#4a5568}}"""
@@ -244,6 +271,7 @@ def html_table(
     cell = lambda v: f'<td class=n>{v:,}</td>' if isinstance(v,(int,float)) else f'<td>{escape(str(v))}</td>'
     return '<table><tr>' + ''.join(f'<th>{escape(k)}</th>' for k in rows[0]) + '</tr>' + ''.join('<tr>'+''.join(map(cell, r.values()))+'</tr>' for r in rows) + '</table>'
 
+# %% ../nbs/08_rehearse.ipynb #3d9d4d16
 def write_report(
     seen:dict, # From `rehearse`
 )->Path: # rehearsal/report.html
@@ -261,18 +289,6 @@ def write_report(
             "<h2>The log of the second job</h2><pre>" + '\n'.join(escape(l) for _,l in [s for s in seen['stages'] if s.steps()][1].lines) + "</pre>"]
     (out/'report.html').write_text(f"<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>phoque rehearsal</title><style>{STYLE}</style>" + ''.join(body))
     return out/'report.html'
-
-def verdict(
-    seen:dict, # From `rehearse`
-)->str: # One sentence
-    "What the rehearsal showed."
-    first,second = [s for s in seen['stages'] if s.steps()]
-    h = held_out(seen)
-    again = {n:l for _,n,l in second.steps()}
-    twice = [(l,again[n]) for _,n,l in first.steps() if n in again]
-    return (f"Killed after step {first.steps()[-1][1]} of {seen['steps']}, found {second.find(r'(checkpoint-[0-9]+) found on the Hub')[1]} on the Hub, finished. "
-            f"{len(twice)} steps were trained twice, {'with the same losses' if all(x==y for x,y in twice) else 'with OTHER losses'}. "
-            f"Held-out loss {h[0]:.2f} → {h[1]:.2f} ({h[1]/h[0]-1:+.0%}). {seen['took']:.0f} seconds, {max(s.gib for s in seen['stages']):.1f} GiB at most.")
 
 # %% ../nbs/08_rehearse.ipynb #686b4cc7
 @call_parse
@@ -307,6 +323,7 @@ def serve_forks():
         else: _be_job(ask['env'], ask['out'], job)
     for pid in alive: os.kill(pid, signal.SIGKILL)
 
+# %% ../nbs/08_rehearse.ipynb #dab02128
 def _be_job(env, out, job):
     "Become a job that writes down which batches it trains on."
     import hashlib
@@ -320,6 +337,7 @@ def _be_job(env, out, job):
     SFTTrainer.training_step = noted
     job.main()
 
+# %% ../nbs/08_rehearse.ipynb #3f6a8360
 class WarmJobs:
     "Starts jobs as forks of a process that has imported what they need."
     def __init__(self,
@@ -330,43 +348,52 @@ class WarmJobs:
     def __enter__(self): return self
     def __exit__(self, *_): self.proc.communicate()
 
-    def ask(self, **kw):
-        self.proc.stdin.write(json.dumps(kw)+'\n'); self.proc.stdin.flush()
-        return self.proc.stdout.readline().strip()
+# %% ../nbs/08_rehearse.ipynb #6c9c014d
+@patch
+def ask(self:WarmJobs, **kw):
+    self.proc.stdin.write(json.dumps(kw)+'\n'); self.proc.stdin.flush()
+    return self.proc.stdout.readline().strip()
 
-    def start(self,
-        out:Path, # File for its lines
-        **env, # Options
-    )->'ForkedJob':
-        "Start a job."
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        return ForkedJob(self, Path(out), int(self.ask(out=str(out), env={k:str(v) for k,v in env.items()})))
+@patch
+def start(self:WarmJobs,
+    out:Path, # File for its lines
+    **env, # Options
+)->'ForkedJob':
+    "Start a job."
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    return ForkedJob(self, Path(out), int(self.ask(out=str(out), env={k:str(v) for k,v in env.items()})))
 
+# %% ../nbs/08_rehearse.ipynb #7acb1a26
 class ForkedJob:
     "A job that `WarmJobs` has started."
     def __init__(self, jobs, out, pid): self.jobs,self.out,self.pid,self.code = jobs,out,pid,None
     def kill(self, sig=signal.SIGKILL): os.kill(self.pid, sig)
 
-    def poll(self)->int: # Exit code, or None while it lives
-        "Has it ended?"
-        if self.code is None and (said := self.jobs.ask(poll=self.pid))!='alive': self.code = int(said)
-        return self.code
+# %% ../nbs/08_rehearse.ipynb #356a3f1b
+@patch
+def poll(self:ForkedJob)->int: # Exit code, or None while it lives
+    "Has it ended?"
+    if self.code is None and (said := self.jobs.ask(poll=self.pid))!='alive': self.code = int(said)
+    return self.code
 
-    def lines(self)->list: # Without the clock
-        "What it has said so far."
-        said = self.out.read_text(errors='replace').splitlines() if self.out.exists() else []
-        return [re.sub(r'^\d\d:\d\d:\d\d ', '', l) for l in said]
+@patch
+def lines(self:ForkedJob)->list: # Without the clock
+    "What it has said so far."
+    said = self.out.read_text(errors='replace').splitlines() if self.out.exists() else []
+    return [re.sub(r'^\d\d:\d\d:\d\d ', '', l) for l in said]
 
-    def wait(self,
-        text:str=None, # Return as soon as a line has it
-        timeout:float=120., # Seconds
-    )->int: # Exit code
-        "Wait for a line, or for the end."
-        end = time.monotonic()+timeout
-        while self.poll() is None and not (text and any(text in l for l in self.lines())):
-            if time.monotonic()>end: raise TimeoutError(f"{self.out.name}: nothing of {text!r} in {timeout} s: {self.lines()[-3:]}")
-            time.sleep(.01)
-        return self.code
+# %% ../nbs/08_rehearse.ipynb #bb84c3f0
+@patch
+def wait(self:ForkedJob,
+    text:str=None, # Return as soon as a line has it
+    timeout:float=120., # Seconds
+)->int: # Exit code
+    "Wait for a line, or for the end."
+    end = time.monotonic()+timeout
+    while self.poll() is None and not (text and any(text in l for l in self.lines())):
+        if time.monotonic()>end: raise TimeoutError(f"{self.out.name}: nothing of {text!r} in {timeout} s: {self.lines()[-3:]}")
+        time.sleep(.01)
+    return self.code
 
 # %% ../nbs/08_rehearse.ipynb #37ef9848
 PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=2, LORA_DROPOUT=.1, GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=4, SAMPLE_STEPS=0, REPORT_TO='none')
@@ -414,32 +441,74 @@ class Killer:
         log:Path, # The Hub's log of requests
     ): self.job,self.kind,self.at,self.rng,self.disk,self.log,self.seen,self.rows = job,kind,at,rng,disk,log,0,log.stat().st_size if log.exists() else 0
 
-    def step(self)->int: # The last that the job has logged, or 0
-        for l in self.job.lines():
-            if s := parse_step(l): self.seen = max(self.seen, s['step'])
-        return self.seen
+# %% ../nbs/08_rehearse.ipynb #43f34155
+@patch
+def step(self:Killer)->int: # The last that the job has logged, or 0
+    for l in self.job.lines():
+        if s := parse_step(l): self.seen = max(self.seen, s['step'])
+    return self.seen
 
-    def ready(self)->bool: # Is this the moment?
-        if self.kind=='start': return self.job.out.exists() and self.rng.random()<.02
-        if self.step()<self.at: return False
-        if self.kind=='save': return any(not (p/'manifest.json').exists() for p in self.disk.glob('checkpoint-*'))
-        if self.kind=='commit': return '/preupload/' in self.log.read_text()[self.rows:] if self.log.exists() else False
-        return True
+@patch
+def ready(self:Killer)->bool: # Is this the moment?
+    if self.kind=='start': return self.job.out.exists() and self.rng.random()<.02
+    if self.step()<self.at: return False
+    if self.kind=='save': return any(not (p/'manifest.json').exists() for p in self.disk.glob('checkpoint-*'))
+    if self.kind=='commit': return '/preupload/' in self.log.read_text()[self.rows:] if self.log.exists() else False
+    return True
 
-    def strike(self,
-        revive, # Called again and again: the Hub may have died
-    )->str: # Where it struck: `start`, `step`, `save`, `commit`; None if the job ended before
-        "Wait for the moment, and kill."
-        while self.job.poll() is None and not self.ready(): revive(); time.sleep(.002)
-        time.sleep(self.rng.random()*dict(start=.5, step=.3, save=.02, commit=.05)[self.kind])
-        if self.job.poll() is not None: return
-        self.job.kill()
-        while self.job.poll() is None: time.sleep(.005)
-        if self.kind=='save' and not any(not (p/'manifest.json').exists() for p in self.disk.glob('checkpoint-*')): return 'step'
-        if self.kind=='commit' and any('published' in l for l in self.job.lines()[-1:]): return 'step'
-        return self.kind
+# %% ../nbs/08_rehearse.ipynb #70073d8f
+@patch
+def strike(self:Killer,
+    revive, # Called again and again: the Hub may have died
+)->str: # Where it struck: `start`, `step`, `save`, `commit`; None if the job ended before
+    "Wait for the moment, and kill."
+    while self.job.poll() is None and not self.ready(): revive(); time.sleep(.002)
+    time.sleep(self.rng.random()*dict(start=.5, step=.3, save=.02, commit=.05)[self.kind])
+    if self.job.poll() is not None: return
+    self.job.kill()
+    while self.job.poll() is None: time.sleep(.005)
+    if self.kind=='save' and not any(not (p/'manifest.json').exists() for p in self.disk.glob('checkpoint-*')): return 'step'
+    if self.kind=='commit' and any('published' in l for l in self.job.lines()[-1:]): return 'step'
+    return self.kind
 
 # %% ../nbs/08_rehearse.ipynb #4037e4a9
+def _proof_hub(out, base):
+    "A Hub with a model and forty conversations, that writes down what it is asked."
+    from phoque.hub import hub_process
+    (out/'talk').mkdir()
+    (out/'talk/train.jsonl').write_text('\n'.join(json.dumps(dict(messages=[dict(role='user', content=f'Who takes berth {i}?'), dict(role='assistant', content=f'The gull with {i} hats.')])) for i in range(40)))
+    hub = hub_process(out/'hub', users={'me':'token-of-me'}, log=str(out/'hub.log'))
+    hub.seed_repo(BASE, base or tiny_model(out/'tiny')); hub.seed_repo(DATA, out/'talk', repo_type='dataset', private=True)
+    return hub
+
+# %% ../nbs/08_rehearse.ipynb #be5c3258
+def _attempt(jobs, hub, rng, n, left, steps, out, folder, env):
+    "One job, with a fault and a kill as chance has them: the job, the fault's kind and where it was killed."
+    def revive():
+        if not hub.alive: time.sleep(rng.random()); hub.start()
+    job = jobs.start(out/f'killed/{n:03}', **env, HUB_MODEL_ID=MODEL, OUTPUT_DIR=folder)
+    fault = rng.choice(FAULTS) if rng.random()<.7 and left>0 else None
+    if fault: hub.fault(**fault)
+    at = (hub_state(hub) or [0])[-1]
+    kind = rng.choices(('start','step','save','commit'), (1,4,3,3))[0] if left>0 else None
+    if kind: where = Killer(job, kind, at+rng.randint(0, max(1, 2*(steps-at)//(left+1))), rng, folder, out/'hub.log').strike(revive)
+    else:
+        while job.poll() is None: revive(); time.sleep(.02)
+        where = None
+    revive(); hub.clear_faults(); time.sleep(.1) # what the Hub was doing for it, it finishes
+    return job,fault['kind'] if fault else '',where or ''
+
+# %% ../nbs/08_rehearse.ipynb #4ffc4cd8
+def _check_attempt(n, lines, on_hub, published):
+    "Nothing that was reported as published may be missing later: where the attempt began, its last step, and what is published now."
+    found = next((int(m[1]) for l in lines if (m := re.match(r'checkpoint-(\d+) found', l))), 0)
+    if any('continuing' in l or 'starting' in l for l in lines) and found<published: raise RuntimeError(f"attempt {n} began at {found}, but checkpoint-{published} was reported as published")
+    published = max([published, *(int(m[1]) for l in lines if (m := re.match(r'checkpoint-(\d+) published', l)))])
+    if published and max(on_hub, default=0)<published: raise RuntimeError(f"checkpoint-{published} was reported as published, the Hub has {on_hub}")
+    logged = [s for l in lines if (s := parse_step(l))]
+    return found,max([found, *(s['step'] for s in logged)]),published
+
+# %% ../nbs/08_rehearse.ipynb #4ba481b3
 def prove(
     out:Path='proof', # Folder for everything; a former proof in it is replaced
     steps:int=60, # Optimizer steps
@@ -451,17 +520,10 @@ def prove(
 )->dict: # What was seen
     "Run straight and killed, and compare."
     import random, shutil
-    from phoque.data import grumpy_harbour
-    from phoque.hub import hub_process
     out,rng,t0 = Path(out).resolve(),random.Random(seed),time.time()
     shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
-    (out/'talk').mkdir()
-    (out/'talk/train.jsonl').write_text('\n'.join(json.dumps(dict(messages=[dict(role='user', content=f'Who takes berth {i}?'), dict(role='assistant', content=f'The gull with {i} hats.')])) for i in range(40)))
-    hub = hub_process(out/'hub', users={'me':'token-of-me'}, log=str(out/'hub.log'))
-    hub.seed_repo(BASE, base or tiny_model(out/'tiny')); hub.seed_repo(DATA, out/'talk', repo_type='dataset', private=True)
+    hub = _proof_hub(out, base)
     env = PROOF | dict(BASE_MODEL=BASE, DATASET_REPO=DATA, MAX_STEPS=steps) | settings
-    def revive():
-        if not hub.alive: time.sleep(rng.random()); hub.start()
     seen,published,disk,struck = [],0,0,[]
     with WarmJobs(clean_env(hub, out/'hf')) as jobs:
         straight = jobs.start(out/'straight/log', **env, HUB_MODEL_ID='me/straight', OUTPUT_DIR=out/'straight/out')
@@ -469,25 +531,11 @@ def prove(
         while True:
             left,n = kills-len(struck),len(seen)
             if n and rng.random()<.5: disk += 1 # a machine that is new
-            folder = out/f'disk{disk}/out'
-            job = jobs.start(out/f'killed/{n:03}', **env, HUB_MODEL_ID=MODEL, OUTPUT_DIR=folder)
-            fault = rng.choice(FAULTS) if rng.random()<.7 and left>0 else None
-            if fault: hub.fault(**fault)
-            at = (hub_state(hub) or [0])[-1]
-            kind = rng.choices(('start','step','save','commit'), (1,4,3,3))[0] if left>0 else None
-            if kind: where = Killer(job, kind, at+rng.randint(0, max(1, 2*(steps-at)//(left+1))), rng, folder, out/'hub.log').strike(revive)
-            else:
-                while job.poll() is None: revive(); time.sleep(.02)
-                where = None
-            revive(); hub.clear_faults(); time.sleep(.1) # what the Hub was doing for it, it finishes
+            job,fault,where = _attempt(jobs, hub, rng, n, left, steps, out, out/f'disk{disk}/out', env)
             lines,on_hub = job.lines(),hub_state(hub)
-            found = next((int(m[1]) for l in lines if (m := re.match(r'checkpoint-(\d+) found', l))), 0)
-            if any('continuing' in l or 'starting' in l for l in lines) and found<published: raise RuntimeError(f"attempt {n} began at {found}, but checkpoint-{published} was reported as published")
-            published = max([published, *(int(m[1]) for l in lines if (m := re.match(r'checkpoint-(\d+) published', l)))])
-            if published and max(on_hub, default=0)<published: raise RuntimeError(f"checkpoint-{published} was reported as published, the Hub has {on_hub}")
-            logged = [s for l in lines if (s := parse_step(l))]
-            seen.append(dict(attempt=n, disk=disk, found=found, last=max([found, *(s['step'] for s in logged)]), fault=fault['kind'] if fault else '', killed=where or '', code=job.code, on_hub=on_hub))
-            say(f"{n:>4} disk {disk:<3} from {found:>4} to {seen[-1]['last']:>4}  {seen[-1]['fault']:<12} {('killed: '+where) if where else f'exit {job.code}'}")
+            found,last,published = _check_attempt(n, lines, on_hub, published)
+            seen.append(dict(attempt=n, disk=disk, found=found, last=last, fault=fault, killed=where, code=job.code, on_hub=on_hub))
+            say(f"{n:>4} disk {disk:<3} from {found:>4} to {last:>4}  {fault:<12} {('killed: '+where) if where else f'exit {job.code}'}")
             if where: struck.append(where)
             elif job.code: raise RuntimeError(f"attempt {n} ended with exit code {job.code}: {lines[-1] if lines else 'it said nothing'}")
             else: break

@@ -95,6 +95,7 @@ def _passing(e):
     if _inner(e): return _passing(_inner(e)) # an upload's RuntimeError, transformers' OSError, one of our own lines
     return type(e) is RuntimeError or str(e).startswith('Consistency check failed') # hf_xet's; a download that is too short
 
+# %% ../nbs/03_resume.ipynb #ecda0bb1
 def bound_requests(
     seconds:float=120.0, # Of silence
 ):
@@ -108,6 +109,7 @@ def bound_requests(
         return c
     set_client_factory(client)
 
+# %% ../nbs/03_resume.ipynb #a088a7d0
 def patiently(
     call, # Function without arguments that asks something of the Hub
     what:str, # What it is about, such as "model repo org/name"
@@ -204,29 +206,23 @@ class Checkpoints:
             self.found = sorted(int(m[1]) for f in files if (m := rx.fullmatch(f)))
         return self.found
 
-    def publish(self,
-        folder:Path, # Sealed `checkpoint-N`
-        until:float=float('inf'), # `time.monotonic()` after which to give up
-        wait:float=1.0, # Seconds before the first repeat
-    ):
-        "One commit: this checkpoint in, old ones out."
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-        m = json.loads((folder/MANIFEST).read_text())
-        below = [s for s in self.steps() if s<m['step']]
-        stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
-        ops = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
-        if 'samples.parquet' in m['files']: ops.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
-        ops += [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found, *self.stale}-{*stay})]
-        self.branch.commit(ops, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait)
-        self.found,self.stale = stay,[]
-
-    def start_fresh(self):
-        "Put what exists aside under a branch of its own name, and begin again."
-        if not (steps := self.steps()): return
-        aside = f"{self.branch.branch}-{self.branch.head[:8]}"
-        patiently(lambda: self.branch.api.create_branch(self.branch.repo, branch=aside, revision=self.branch.head, exist_ok=True), self.branch.name)
-        self.stale,self.found = steps,[]
-        log.info(f"FRESH_START: {len(steps)} checkpoints of an earlier run are kept on branch {aside}")
+# %% ../nbs/03_resume.ipynb #79fbde15
+@patch
+def publish(self:Checkpoints,
+    folder:Path, # Sealed `checkpoint-N`
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat
+):
+    "One commit: this checkpoint in, old ones out."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    m = json.loads((folder/MANIFEST).read_text())
+    below = [s for s in self.steps() if s<m['step']]
+    stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
+    ops = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
+    if 'samples.parquet' in m['files']: ops.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
+    ops += [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found, *self.stale}-{*stay})]
+    self.branch.commit(ops, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait)
+    self.found,self.stale = stay,[]
 
 # %% ../nbs/03_resume.ipynb #9887967e
 def local_steps(
@@ -294,6 +290,16 @@ def check_same_run(
     if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
         raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START=1 to begin again")
 
+# %% ../nbs/03_resume.ipynb #2d7a8e8c
+@patch
+def start_fresh(self:Checkpoints):
+    "Put what exists aside under a branch of its own name, and begin again."
+    if not (steps := self.steps()): return
+    aside = f"{self.branch.branch}-{self.branch.head[:8]}"
+    patiently(lambda: self.branch.api.create_branch(self.branch.repo, branch=aside, revision=self.branch.head, exist_ok=True), self.branch.name)
+    self.stale,self.found = steps,[]
+    log.info(f"FRESH_START: {len(steps)} checkpoints of an earlier run are kept on branch {aside}")
+
 # %% ../nbs/03_resume.ipynb #6227a5da
 class Publisher:
     "Seals checkpoints and publishes the newest, in threads of its own."
@@ -312,41 +318,48 @@ class Publisher:
     def seconds(self): # the median, so that one outage doesn't make all later ones look slow
         return statistics.median(self.times) if self.times else 0.0
 
-    def submit(self,
-        folder:Path, # `checkpoint-N`, every file written
-    ):
-        "Hand over a checkpoint; returns at once."
-        self.pending.add(Path(folder))
-        self.sealer.submit(self._seal, Path(folder), time.monotonic())
+# %% ../nbs/03_resume.ipynb #4703a847
+@patch
+def submit(self:Publisher,
+    folder:Path, # `checkpoint-N`, every file written
+):
+    "Hand over a checkpoint; returns at once."
+    self.pending.add(Path(folder))
+    self.sealer.submit(self._seal, Path(folder), time.monotonic())
 
-    def _seal(self, folder, start):
-        try: self.seal(folder)
-        except Exception as e: self.error = e; return
+@patch
+def _seal(self:Publisher, folder, start):
+    try: self.seal(folder)
+    except Exception as e: self.error = e; return
+    with self.changed:
+        if self.waiting: self.pending.discard(self.waiting[0])
+        self.waiting = folder,start
+        self.changed.notify()
+
+# %% ../nbs/03_resume.ipynb #0d936898
+@patch
+def _send(self:Publisher):
+    while True:
         with self.changed:
-            if self.waiting: self.pending.discard(self.waiting[0])
-            self.waiting = folder,start
-            self.changed.notify()
+            self.changed.wait_for(lambda: self.waiting or self.closing)
+            if not self.waiting: return
+            (folder,start),self.waiting = self.waiting,None
+        try: self.publish(folder, self.until)
+        except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
+        self.times.append(time.monotonic()-start); self.done.append(int(folder.name.split('-')[1]))
+        log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
+        self.pending.discard(folder)
 
-    def _send(self):
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.closing)
-                if not self.waiting: return
-                (folder,start),self.waiting = self.waiting,None
-            try: self.publish(folder, self.until)
-            except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
-            self.times.append(time.monotonic()-start); self.done.append(int(folder.name.split('-')[1]))
-            log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
-            self.pending.discard(folder)
-
-    def close(self,
-        until:float=float('inf'), # `time.monotonic()` after which to give up
-    )->bool: # Is everything that was handed over on the Hub?
-        "Wait for what is under way."
-        self.sealer.shutdown()
-        with self.changed: self.closing,self.until = True,until; self.changed.notify()
-        self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
-        return not self.thread.is_alive() and self.error is None
+# %% ../nbs/03_resume.ipynb #3c74b99f
+@patch
+def close(self:Publisher,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+)->bool: # Is everything that was handed over on the Hub?
+    "Wait for what is under way."
+    self.sealer.shutdown()
+    with self.changed: self.closing,self.until = True,until; self.changed.notify()
+    self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
+    return not self.thread.is_alive() and self.error is None
 
 # %% ../nbs/03_resume.ipynb #cc7d85c4
 def parse_duration(
@@ -358,12 +371,14 @@ def parse_duration(
     if not m: raise UserError(f"JOB_TIMEOUT: must be a number of seconds or such as 4h, 90m, got {s!r}")
     return float(m[1])*dict(s=1, m=60, h=3600, d=86400)[m[2] or 's']
 
+# %% ../nbs/03_resume.ipynb #c127ce8d
 def container_age()->float: # Seconds; 0 outside of a job
     "How long this job's container has been running."
     if not os.environ.get('JOB_ID'): return 0. # set by HF Jobs
     started = int(Path('/proc/1/stat').read_text().rsplit(')',1)[1].split()[19])/os.sysconf('SC_CLK_TCK') # proc(5): field 22, in ticks since boot
     return float(Path('/proc/uptime').read_text().split()[0])-started
 
+# %% ../nbs/03_resume.ipynb #6cd51f99
 class Stopped(BaseException):
     "`SIGTERM` came while there was nothing to save."
 
@@ -378,21 +393,24 @@ class Deadline:
         self.end = time.monotonic()+total-(age if age<total else 0) # an older container than could be alive isn't ours
         self.margin,self.signalled,self.idle,self.reason = margin,False,False,None
 
-    def watch_sigterm(self):
-        "Take SIGTERM as the deadline; while `idle` it ends what is going on at once."
-        def handler(sig, frame):
-            self.signalled = True
-            if self.idle: self.idle = False; raise Stopped
-        signal.signal(signal.SIGTERM, handler)
-        return self
+# %% ../nbs/03_resume.ipynb #3245b308
+@patch
+def watch_sigterm(self:Deadline):
+    "Take SIGTERM as the deadline; while `idle` it ends what is going on at once."
+    def handler(sig, frame):
+        self.signalled = True
+        if self.idle: self.idle = False; raise Stopped
+    signal.signal(signal.SIGTERM, handler)
+    return self
 
-    def due(self,
-        cost:float=0.0, # Seconds that saving and publishing take
-    )->bool: # Must the run stop now?
-        "Has the time come to save and leave?"
-        left = self.end-time.monotonic()
-        self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
-        return self.reason is not None
+@patch
+def due(self:Deadline,
+    cost:float=0.0, # Seconds that saving and publishing take
+)->bool: # Must the run stop now?
+    "Has the time come to save and leave?"
+    left = self.end-time.monotonic()
+    self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
+    return self.reason is not None
 
 # %% ../nbs/03_resume.ipynb #211b0b55
 WANDB_FLUSH = 1.0 # seconds after which W&B has written down what it was told; it would take 15, and a kill loses what isn't

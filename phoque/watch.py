@@ -42,6 +42,7 @@ def patiently(
             if wait is None or not _passes(e): raise _problem(e, what) from None
             time.sleep(wait)
 
+# %% ../nbs/07c_watch.ipynb #b59379c3
 def follow_log(
     api, # `HfApi`
     job, # `JobInfo`
@@ -97,18 +98,22 @@ class View:
 
     def write(self, text): print(text, file=self.out, end='', flush=True)
 
-    def say(self,
-        line:str, # Stays on the screen
-    ):
-        self.write(f'\r\x1b[K{line}\n{self.status}' if self.live else f'{line}\n')
+# %% ../nbs/07c_watch.ipynb #7a66d1c2
+@patch
+def say(self:View,
+    line:str, # Stays on the screen
+):
+    self.write(f'\r\x1b[K{line}\n{self.status}' if self.live else f'{line}\n')
 
-    def show(self,
-        status:str, # Replaces the one before
-    ):
-        import shutil
-        self.status = status[:shutil.get_terminal_size().columns-1]
-        if self.live: self.write(f'\r\x1b[K{self.status}')
+@patch
+def show(self:View,
+    status:str, # Replaces the one before
+):
+    import shutil
+    self.status = status[:shutil.get_terminal_size().columns-1]
+    if self.live: self.write(f'\r\x1b[K{self.status}')
 
+# %% ../nbs/07c_watch.ipynb #bbe97fa5
 def clock(
     seconds:float, # A duration
 )->str: # Such as `3:20` (hours, minutes), or `0:00:40` below ten minutes
@@ -116,6 +121,7 @@ def clock(
     s = max(int(seconds), 0)
     return f'{s//3600}:{s//60%60:02d}' + (f':{s%60:02d}' if s<600 else '')
 
+# %% ../nbs/07c_watch.ipynb #c440315c
 def status_line(
     n:int, # Which job
     budget:int, # Of how many at most

@@ -2138,29 +2138,22 @@ class Checkpoints:
             self.found = sorted(int(m[1]) for f in files if (m := rx.fullmatch(f)))
         return self.found
 
-    def publish(self,
-        folder:Path, # Sealed `checkpoint-N`
-        until:float=float('inf'), # `time.monotonic()` after which to give up
-        wait:float=1.0, # Seconds before the first repeat
-    ):
-        "One commit: this checkpoint in, old ones out."
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-        m = json.loads((folder/MANIFEST).read_text())
-        below = [s for s in self.steps() if s<m['step']]
-        stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
-        ops = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
-        if 'samples.parquet' in m['files']: ops.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
-        ops += [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found, *self.stale}-{*stay})]
-        self.branch.commit(ops, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait)
-        self.found,self.stale = stay,[]
-
-    def start_fresh(self):
-        "Put what exists aside under a branch of its own name, and begin again."
-        if not (steps := self.steps()): return
-        aside = f"{self.branch.branch}-{self.branch.head[:8]}"
-        patiently(lambda: self.branch.api.create_branch(self.branch.repo, branch=aside, revision=self.branch.head, exist_ok=True), self.branch.name)
-        self.stale,self.found = steps,[]
-        log.info(f"FRESH_START: {len(steps)} checkpoints of an earlier run are kept on branch {aside}")
+@patch
+def publish(self:Checkpoints,
+    folder:Path, # Sealed `checkpoint-N`
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat
+):
+    "One commit: this checkpoint in, old ones out."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    m = json.loads((folder/MANIFEST).read_text())
+    below = [s for s in self.steps() if s<m['step']]
+    stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
+    ops = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
+    if 'samples.parquet' in m['files']: ops.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
+    ops += [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found, *self.stale}-{*stay})]
+    self.branch.commit(ops, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait)
+    self.found,self.stale = stay,[]
 
 def local_steps(
     folder:Path, # Output folder
@@ -2225,6 +2218,15 @@ def check_same_run(
     if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
         raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START=1 to begin again")
 
+@patch
+def start_fresh(self:Checkpoints):
+    "Put what exists aside under a branch of its own name, and begin again."
+    if not (steps := self.steps()): return
+    aside = f"{self.branch.branch}-{self.branch.head[:8]}"
+    patiently(lambda: self.branch.api.create_branch(self.branch.repo, branch=aside, revision=self.branch.head, exist_ok=True), self.branch.name)
+    self.stale,self.found = steps,[]
+    log.info(f"FRESH_START: {len(steps)} checkpoints of an earlier run are kept on branch {aside}")
+
 class Publisher:
     "Seals checkpoints and publishes the newest, in threads of its own."
     def __init__(self,
@@ -2242,41 +2244,45 @@ class Publisher:
     def seconds(self): # the median, so that one outage doesn't make all later ones look slow
         return statistics.median(self.times) if self.times else 0.0
 
-    def submit(self,
-        folder:Path, # `checkpoint-N`, every file written
-    ):
-        "Hand over a checkpoint; returns at once."
-        self.pending.add(Path(folder))
-        self.sealer.submit(self._seal, Path(folder), time.monotonic())
+@patch
+def submit(self:Publisher,
+    folder:Path, # `checkpoint-N`, every file written
+):
+    "Hand over a checkpoint; returns at once."
+    self.pending.add(Path(folder))
+    self.sealer.submit(self._seal, Path(folder), time.monotonic())
 
-    def _seal(self, folder, start):
-        try: self.seal(folder)
-        except Exception as e: self.error = e; return
+@patch
+def _seal(self:Publisher, folder, start):
+    try: self.seal(folder)
+    except Exception as e: self.error = e; return
+    with self.changed:
+        if self.waiting: self.pending.discard(self.waiting[0])
+        self.waiting = folder,start
+        self.changed.notify()
+
+@patch
+def _send(self:Publisher):
+    while True:
         with self.changed:
-            if self.waiting: self.pending.discard(self.waiting[0])
-            self.waiting = folder,start
-            self.changed.notify()
+            self.changed.wait_for(lambda: self.waiting or self.closing)
+            if not self.waiting: return
+            (folder,start),self.waiting = self.waiting,None
+        try: self.publish(folder, self.until)
+        except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
+        self.times.append(time.monotonic()-start); self.done.append(int(folder.name.split('-')[1]))
+        log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
+        self.pending.discard(folder)
 
-    def _send(self):
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.closing)
-                if not self.waiting: return
-                (folder,start),self.waiting = self.waiting,None
-            try: self.publish(folder, self.until)
-            except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
-            self.times.append(time.monotonic()-start); self.done.append(int(folder.name.split('-')[1]))
-            log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
-            self.pending.discard(folder)
-
-    def close(self,
-        until:float=float('inf'), # `time.monotonic()` after which to give up
-    )->bool: # Is everything that was handed over on the Hub?
-        "Wait for what is under way."
-        self.sealer.shutdown()
-        with self.changed: self.closing,self.until = True,until; self.changed.notify()
-        self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
-        return not self.thread.is_alive() and self.error is None
+@patch
+def close(self:Publisher,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+)->bool: # Is everything that was handed over on the Hub?
+    "Wait for what is under way."
+    self.sealer.shutdown()
+    with self.changed: self.closing,self.until = True,until; self.changed.notify()
+    self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
+    return not self.thread.is_alive() and self.error is None
 
 def parse_duration(
     s:str, # Such as `4h`, `90m`, `30s`, `2d`, `14400`; empty for none
@@ -2307,21 +2313,23 @@ class Deadline:
         self.end = time.monotonic()+total-(age if age<total else 0) # an older container than could be alive isn't ours
         self.margin,self.signalled,self.idle,self.reason = margin,False,False,None
 
-    def watch_sigterm(self):
-        "Take SIGTERM as the deadline; while `idle` it ends what is going on at once."
-        def handler(sig, frame):
-            self.signalled = True
-            if self.idle: self.idle = False; raise Stopped
-        signal.signal(signal.SIGTERM, handler)
-        return self
+@patch
+def watch_sigterm(self:Deadline):
+    "Take SIGTERM as the deadline; while `idle` it ends what is going on at once."
+    def handler(sig, frame):
+        self.signalled = True
+        if self.idle: self.idle = False; raise Stopped
+    signal.signal(signal.SIGTERM, handler)
+    return self
 
-    def due(self,
-        cost:float=0.0, # Seconds that saving and publishing take
-    )->bool: # Must the run stop now?
-        "Has the time come to save and leave?"
-        left = self.end-time.monotonic()
-        self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
-        return self.reason is not None
+@patch
+def due(self:Deadline,
+    cost:float=0.0, # Seconds that saving and publishing take
+)->bool: # Must the run stop now?
+    "Has the time come to save and leave?"
+    left = self.end-time.monotonic()
+    self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
+    return self.reason is not None
 
 WANDB_FLUSH = 1.0 # seconds after which W&B has written down what it was told; it would take 15, and a kill loses what isn't
 
@@ -2705,68 +2713,74 @@ class Ranks:
         self.first = self.rank==0
         if self.n>1: self.connect()
 
-    def connect(self):
-        "Join the other ranks."
-        import torch, torch.distributed as dist
-        from datetime import timedelta
-        cuda = torch.cuda.is_available()
-        if cuda: torch.cuda.set_device(self.local)
-        if not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=5)) # within a step
-        self.group = dist.new_group(backend='gloo', timeout=timedelta(hours=2)) # between steps
-
-    def share(self,
-        value=None, # On rank 0
-    ): # The same on every rank
-        "What rank 0 has."
-        if self.n==1: return value
-        import torch.distributed as dist
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
-
-    def any(self,
-        flag:bool, # On this rank
-    )->bool: # The same on every rank
-        "Is it true on some rank?"
-        if self.n==1: return bool(flag)
-        import torch, torch.distributed as dist
-        seen = torch.tensor(int(flag))
-        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
-        return bool(seen)
-
-    def gather(self,
-        value, # On this rank
-    )->list: # On rank 0 all of them, in order; on others empty
-        "What every rank has."
-        if self.n==1: return [value]
-        import torch.distributed as dist
-        seen = [None]*self.n if self.first else None
-        dist.gather_object(value, seen, dst=0, group=self.group)
-        return seen or []
-
-    def wait(self):
-        "Until all are here."
-        if self.n==1: return
-        import torch.distributed as dist
-        dist.barrier(group=self.group)
-
-    def share_folder(self,
-        folder:Path, # Of rank 0; None for none
-    ):
-        "Rank 0's files, on every machine."
-        if self.n==self.n_local or not folder: return
-        files = self.share({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.first else None)
-        if not self.local and not self.first:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            for name,data in files.items(): (Path(folder)/name).write_bytes(data)
-        self.wait()
-
     @contextmanager
     def turns(self):
         "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
         if self.local: self.wait()
         yield
         if not self.local: self.wait()
+
+@patch
+def connect(self:Ranks):
+    "Join the other ranks."
+    import torch, torch.distributed as dist
+    from datetime import timedelta
+    cuda = torch.cuda.is_available()
+    if cuda: torch.cuda.set_device(self.local)
+    if not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=5)) # within a step
+    self.group = dist.new_group(backend='gloo', timeout=timedelta(hours=2)) # between steps
+
+@patch
+def share(self:Ranks,
+    value=None, # On rank 0
+): # The same on every rank
+    "What rank 0 has."
+    if self.n==1: return value
+    import torch.distributed as dist
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=self.group)
+    return box[0]
+
+@patch
+def any(self:Ranks,
+    flag:bool, # On this rank
+)->bool: # The same on every rank
+    "Is it true on some rank?"
+    if self.n==1: return bool(flag)
+    import torch, torch.distributed as dist
+    seen = torch.tensor(int(flag))
+    dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
+    return bool(seen)
+
+@patch
+def gather(self:Ranks,
+    value, # On this rank
+)->list: # On rank 0 all of them, in order; on others empty
+    "What every rank has."
+    if self.n==1: return [value]
+    import torch.distributed as dist
+    seen = [None]*self.n if self.first else None
+    dist.gather_object(value, seen, dst=0, group=self.group)
+    return seen or []
+
+@patch
+def wait(self:Ranks):
+    "Until all are here."
+    if self.n==1: return
+    import torch.distributed as dist
+    dist.barrier(group=self.group)
+
+@patch
+def share_folder(self:Ranks,
+    folder:Path, # Of rank 0; None for none
+):
+    "Rank 0's files, on every machine."
+    if self.n==self.n_local or not folder: return
+    files = self.share({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.first else None)
+    if not self.local and not self.first:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name,data in files.items(): (Path(folder)/name).write_bytes(data)
+    self.wait()
 
 LOST = 'lost contact with another rank'
 
