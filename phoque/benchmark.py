@@ -182,7 +182,6 @@ def bench_apart(
     if p.returncode: raise RuntimeError((p.stderr.strip().splitlines() or ['no message'])[-1])
     return json.loads(p.stdout.splitlines()[-1])
 
-
 # %% ../nbs/09_benchmark.ipynb #b8394bb0
 def bench_order(
     sides:list, # Names
@@ -212,11 +211,10 @@ def bench_picture(
     ok = sorted((r for r in seen if r['fits']), key=lambda r: r['tokens_per_second'])
     fig,ax = plt.subplots(figsize=(7, .5+.32*len(ok)), layout='constrained')
     names = [f"{r['side']}, {r['rows']}" + f" on {r['gpus']} GPUs"*(r['gpus']>1) for r in ok]
-    bars = ax.barh(names, [r['tokens_per_second'] for r in ok], color=['#c05621' if r['side']=='phoque' else '#a0aec0' for r in ok])
+    bars = ax.barh(names, [r['tokens_per_second'] for r in ok], color=['#c05621' if r['side'].startswith('phoque') else '#a0aec0' for r in ok])
     ax.bar_label(bars, [f"{r['tokens_per_second']:,.0f}" + (f" · {r['peak_gib']:.0f} GiB" if r['peak_gib'] else '') for r in ok], padding=4)
     ax.set(xlabel='tokens a second', xlim=(0, 1.25*max(r['tokens_per_second'] for r in ok))); ax.spines[['top','right']].set_visible(False)
     return fig
-
 
 # %% ../nbs/09_benchmark.ipynb #ead52f19
 @call_parse

@@ -82,7 +82,6 @@ def grad_a(self:LoraGroup,
     if w is not None: g *= w
     return list(g.split(self.rank))
 
-
 # %% ../nbs/01b_fast.ipynb #bda832d0
 def _nll(z, targets, dtype):
     import torch
@@ -254,7 +253,6 @@ def backward(self:Stack,
     grads[:sum(g.numel() for g in grads_a)] *= self.groups[0].scaling
     return grads
 
-
 # %% ../nbs/01b_fast.ipynb #f491a8b1
 @patch
 def __call__(self:Stack,
@@ -379,7 +377,6 @@ def keep_weights(
     for g in stack.groups: g.kept = g.weight()
     log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
     return size
-
 
 # %% ../nbs/01b_fast.ipynb #f8b1008a
 def add_supervised_head(

@@ -137,6 +137,7 @@ tok = AutoTokenizer.from_pretrained("{repo}")
 {facts}
 """
 
+# %% ../nbs/06_job.ipynb #5a03e40d
 def adapter_card(
     cfg:TrainConfig, # Options
     run:dict, # As kept in the manifest
@@ -232,7 +233,7 @@ def build(self:Job):
     log.info("audit:\n"+text_table(rows)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
-    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: %d × %d rows each" % share_batch(cfg, self.ranks.n))
+    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
     if cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
     if self.shard and cfg.sample_steps: log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
 
@@ -522,6 +523,7 @@ def run_job(
         job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
     return job.ranks.share(code) # all end together
 
+# %% ../nbs/06_job.ipynb #53b895d7
 def main():
     "The job as a command: flags and environment in, exit code out."
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # read when torch loads: threads that spin are ten times slower on a CPU with other work

@@ -150,7 +150,6 @@ def _swiglu_back_kernel():
         tl.store(p, grad_a, mask=ok); tl.store(p+R*n, grad_g, mask=ok); tl.store(p+2*R*n, grad_u, mask=ok)
     return swiglu_back
 
-
 # %% ../nbs/01a_kernels.ipynb #8f38f773
 def swiglu_back(
     gu, # Gate and up; they become their gradients
@@ -168,7 +167,6 @@ def swiglu_back(
     if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=32, N=N, num_warps=4, num_stages=2)
     a,g,u = grads.sum(0)[:,:rank]
     return a,g.t(),u.t()
-
 
 # %% ../nbs/01a_kernels.ipynb #73b60607
 @functools.cache
@@ -204,7 +202,6 @@ def attention_tiles(
     from itertools import accumulate
     docs = zip(sizes, accumulate(sizes, initial=0))
     return [(t,a,a+n) for n,a in sorted(docs, key=lambda d: -d[0]) for t in range(a, a+n, TILE)]
-
 
 # %% ../nbs/01a_kernels.ipynb #4f27e8f4
 @functools.cache
@@ -276,7 +273,6 @@ def _attend_dq_kernel():
         tl.store(p, x*u+y*v, mask=here); tl.store(p+D//2, y*u-x*v, mask=here)
     return attend_dq
 
-
 # %% ../nbs/01a_kernels.ipynb #d2d592c4
 @functools.cache
 def _attend_dkv_kernel():
@@ -324,7 +320,6 @@ def attend_back(
     _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), num_stages=2)
     _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, num_stages=1)
     return out
-
 
 # %% ../nbs/01a_kernels.ipynb #15eff141
 @functools.cache

@@ -119,6 +119,7 @@ def chatml_parts(messages, ids):
         yield im_end, m['role']=='assistant'
         yield "\n", False
 
+# %% ../nbs/01_model_qlora.ipynb #27f360e9
 def _joined_system(messages): return "\n\n".join(m['content'] for m in messages if m['role']=='system')
 
 def mistral_v1_parts(messages, ids):
@@ -132,6 +133,7 @@ def mistral_v1_parts(messages, ids):
             first = False
         elif m['role']=='assistant': yield from ((m['content'],True), (eos,True))
 
+# %% ../nbs/01_model_qlora.ipynb #27f360ea
 def mistral_v3_parts(messages, ids):
     "Mistral v2 and v3: markers are control tokens; the system text opens the *last* user turn."
     bos,eos,inst,end_inst = ids
@@ -144,6 +146,7 @@ def mistral_v3_parts(messages, ids):
             yield from ((inst,False), (text,False), (end_inst,False))
         elif m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
 
+# %% ../nbs/01_model_qlora.ipynb #27f360eb
 def mistral_v7_parts(messages, ids):
     "Mistral v7 to v13: the system turn has control tokens of its own and stays where it is."
     bos,eos,inst,end_inst,sys,end_sys = ids
@@ -154,6 +157,7 @@ def mistral_v7_parts(messages, ids):
             a,b = (sys,end_sys) if m['role']=='system' else (inst,end_inst)
             yield from ((a,False), (m['content'],False), (b,False))
 
+# %% ../nbs/01_model_qlora.ipynb #27f360ec
 def mistral_v15_parts(messages, ids, settings):
     "Mistral v15: as v7, with the model's settings before the first user turn."
     *v7,begin,end = ids

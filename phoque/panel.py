@@ -123,6 +123,7 @@ def try_panel(
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(1) as one: return one.submit(_try_panel, cells, Path(picture), timeout).result() # Playwright refuses a thread in which a kernel's loop runs
 
+# %% ../nbs/04c_panel.ipynb #31f62906
 def _try_panel(cells, picture, timeout):
     import json, os, secrets, shutil, socket, subprocess, sys, tempfile
     from playwright.sync_api import sync_playwright

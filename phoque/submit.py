@@ -322,10 +322,11 @@ def base_shape(
 
 def fit_flavor(
     c:TrainConfig, # The run
+    shape, # From `base_shape`
     flavor:str, # Machine
 )->tuple: # As from `fit_batch`, with 0 GiB where nobody knows
     "How a run's rows fit in a machine's GPUs."
-    gpus,shape = find_flavor(flavor)['GPUs'],base_shape(c)
+    gpus = find_flavor(flavor)['GPUs']
     return fit_batch(c, shape, gpus, usable_gib(flavor)) if shape else (*share_batch(c, gpus), c.gradient_checkpointing, 0.)
 
 def measured_speed(
@@ -342,7 +343,6 @@ def measured_speed(
     like = {g:s['tokens_per_second']/g for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(at_once*(g := s.get('gpus', 1)),c.max_length)}
     return f['GPUs']*like.get(f['GPUs'], like.get(1, 0.))
 
-
 # %% ../nbs/07_submit.ipynb #88877f62
 FIXED_SECONDS = .013 # of a batch, whatever its size: measured on two H200, with what sending gradients takes
 
@@ -354,7 +354,6 @@ def times_faster(
     "How many times as fast as that a machine is."
     return gpus*tokens/(speed*FIXED_SECONDS + tokens*(1-speed*FIXED_SECONDS/8192))
 
-
 # %% ../nbs/07_submit.ipynb #e1c0ff94
 def run_plan(
     c:TrainConfig, # The run
@@ -363,12 +362,13 @@ def run_plan(
     price:float=0, # Dollars an hour; 0 takes the table's
 )->dict: # As `job_plan`, with GiB, what the Hub stores, and the cheapest flavor
     "The plan of a run."
+    shape = base_shape(c)
     def reckon(f, **kw):
-        n,(at_once,often,recompute,_) = find_flavor(f)['GPUs'],fit_flavor(c, f)
+        n,(at_once,often,recompute,_) = find_flavor(f)['GPUs'],fit_flavor(c, shape, f)
         share = 0 if c.fsdp and n>1 else times_faster(FLAVORS[f]['tokens/s'], at_once*c.max_length, n)*(.73 if recompute else 1) # how fast layers are that GPUs share is unknown
         return job_plan(c.max_steps, n*at_once*often*c.max_length, flavor=f, timeout=c.job_timeout or JOB_TIMEOUT, share=share, **kw)
     n,room = find_flavor(flavor)['GPUs'],usable_gib(flavor)
-    at_once,often,recompute,need = fit_flavor(c, flavor)
+    at_once,often,recompute,need = fit_flavor(c, shape, flavor)
     plan = reckon(flavor, tokens_per_second=tokens_per_second or (0 if recompute else measured_speed(c, flavor, at_once)), price=price)
     if n>1 or (at_once,recompute)!=(c.per_device_train_batch_size,c.gradient_checkpointing):
         plan['rows'] = f"{at_once} at once, {often} batch{'es'*(often>1)} a step" + ', on each GPU'*(n>1) + ', with layers recomputed'*recompute + ', and a part of every layer'*(c.fsdp and n>1)
@@ -377,11 +377,10 @@ def run_plan(
         + ", or FSDP=1, with which they share the layers"*(n>1 and not c.fsdp))
     plan |= {'memory':f'{need:.1f} GiB of {room:.0f} usable' + ', on each'*(n>1), 'on the Hub':f'{c.keep_checkpoints} checkpoints of 0.3 GB, adapter 0.1 GB'}
     if 'about' not in plan or tokens_per_second or c.base_model not in (SEED_BASE, SUCCESSOR): return plan
-    fit = [f for f,o in FLAVORS.items() if c.per_device_train_batch_size*c.gradient_accumulation_steps%o['GPUs']==0 and fit_flavor(c, f)[3]<=usable_gib(f)]
+    fit = [f for f,o in FLAVORS.items() if c.per_device_train_batch_size*c.gradient_accumulation_steps%o['GPUs']==0 and fit_flavor(c, shape, f)[3]<=usable_gib(f)]
     cost = {f:float(p['about'][1:]) for f in fit if 'about' in (p := reckon(f))}
     best = min(cost, key=cost.get)
     return plan | ({'cheaper':f'{best}, about ${cost[best]:.2f}'} if cost[best]<.95*float(plan['about'][1:]) else {})
-
 
 # %% ../nbs/07_submit.ipynb #72b61f45
 def job_args(

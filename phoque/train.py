@@ -271,7 +271,6 @@ def fit_batch(
             if need<=room: return b,most*often//b,recompute,need
     return b,most*often//b,recompute,need
 
-
 # %% ../nbs/02_train.ipynb #7b81e6be
 def fill_sizes(
     packed, # From `pack_dataset`
@@ -388,7 +387,6 @@ def trainer_args(
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
         accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
-
 
 # %% ../nbs/02_train.ipynb #ca83ea76
 def make_trainer(
