@@ -266,6 +266,14 @@ def __call__(self:Stack,
     with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
 
 # %% ../nbs/01b_fast.ipynb #7856ca0c
+@patch
+def average(self:Stack,
+    grads, # From `backward`; becomes what all ranks have on average
+):
+    "Share a batch's gradients with the other ranks, in one piece."
+    import torch.distributed as dist
+    if dist.is_initialized(): dist.all_reduce(grads.div_(dist.get_world_size()))
+
 @functools.cache
 def _through():
     import torch
@@ -281,6 +289,7 @@ def _through():
         def backward(ctx, dx):
             stack,given,replay = ctx.rest
             grads = replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:])
+            stack.average(grads)
             return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
     return Through
 
