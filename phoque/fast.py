@@ -10,7 +10,7 @@ from .model_qlora import HEAD_LOGITS, log
 from .kernels import add_norm, attend, attend_back, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0
-__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay', 'why_not_fast',
+__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Aside', 'Stack', 'Replay', 'why_not_fast',
            'fast_layers', 'card_room', 'keep_weights', 'add_supervised_head']
 
 # %% ../nbs/01b_fast.ipynb #771ed2dc
@@ -154,6 +154,28 @@ def forward(self:FastLayer,
     y,xa4 = self.down.forward(x)
     return on,y,(h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4)
 
+# %% ../nbs/01b_fast.ipynb #c5e7a9b2
+class Aside:
+    "A second stream, for what nothing waits for until `join`; without a GPU, all is done at once."
+    def __init__(self,
+        device, # `torch.device`
+    ):
+        import torch
+        self.stream = torch.cuda.Stream(device) if device.type=='cuda' else None
+
+    def __enter__(self):
+        import torch
+        if self.stream: self.stream.wait_stream(torch.cuda.current_stream())
+        self.context = torch.cuda.stream(self.stream)
+        self.context.__enter__()
+
+    def __exit__(self, *error): self.context.__exit__(*error)
+
+    def join(self):
+        "What comes now waits for what was done aside."
+        import torch
+        if self.stream: torch.cuda.current_stream().wait_stream(self.stream)
+
 # %% ../nbs/01b_fast.ipynb #43711b37
 @patch
 def backward(self:FastLayer,
@@ -161,25 +183,31 @@ def backward(self:FastLayer,
     dh, # Gradient of the residual stream after the layer
     turn:tuple, # As in `forward`
     tiles, # As in `forward`
+    aside, # `Aside`, on which what is held here is used until it is joined
     keep=None, # As in `forward`
     first:bool=False, # Does nothing below it learn?
-)->tuple: # Gradient of the residual stream before the layer, and those of the groups' `lora_A`, yet to be scaled, and `lora_B`
+)->tuple: # Gradient of the residual stream before the layer, those of the groups' `lora_A`, yet to be scaled, those of `lora_B`, and what to hold until `aside` is joined
     "Back through the MLP and attention."
     h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
-    d,b4 = dh@self.down.weight(),self.down.grad_b(dh, xa4)
-    a4,*b3 = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
+    with aside: b4 = self.down.grad_b(dh, xa4)
+    d = dh@self.down.weight()
+    parts = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
     d = gu@self.gu.weight()
-    dh,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
-    a3 = self.gu.grad_a(z, on, self.norm2.weight)
-    d,b2,w = dh@self.o.weight(),self.o.grad_b(dh, xa2),self.o.width
-    a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
-    if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
-    dqkv = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
-    b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
+    dy,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
+    do,w = dy@self.o.weight(),self.o.width
+    with aside:
+        a4,*b3 = parts.sum(0)[:,:self.down.rank]
+        a3 = self.gu.grad_a(z, on, self.norm2.weight)
+        a2,b2 = self.o.grad_a(do[:,w:], on_o[:,:w]),self.o.grad_b(dy, xa2)
+    if keep is None: dx,d = dy,do
+    else: dx,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dy,do)) # all that fills up falls on one row more
+    dqkv,w = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale),self.qkv.width
+    with aside: b1 = self.qkv.grad_b(dqkv, xa1)
     if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
-    else: dh,z = norm_back(h, rms1, self.norm1, dqkv@self.qkv.weight(), self.qkv.a, xa1, dh)
-    a1 = self.qkv.grad_a(z, h, self.norm1.weight)
-    return dh,[*a1, *a2, *a3, a4],[*b1, *b2, *b3, *b4]
+    else: dx,z = norm_back(h, rms1, self.norm1, dqkv@self.qkv.weight(), self.qkv.a, xa1, dx)
+    aside.join()
+    with aside: a1 = self.qkv.grad_a(z, h, self.norm1.weight)
+    return dx,[*a1, *a2, *a3, a4],[*b1, *b2, *(b.t() for b in b3), *b4],(z,h)
 
 # %% ../nbs/01b_fast.ipynb #7885ff3b
 class Stack:
@@ -191,6 +219,7 @@ class Stack:
         self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
         self.passes,self.replays = {},{}
         self.groups = [g for l in self.layers for g in l.groups]
+        self.aside = Aside(self.groups[0].code.device)
         self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
 
@@ -247,8 +276,9 @@ def backward(self:Stack,
     for l in reversed(self.layers):
         s,on = saved.pop(),keep if l is self.layers[-1] else None
         if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
-        dh,a,b = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
+        dh,a,b,held = l.backward(s, dh, turn, tiles, self.aside, on, l is self.layers[0])
         grads_a,grads_b = a+grads_a,b+grads_b
+    self.aside.join()
     grads = torch.cat([g.flatten() for g in grads_a+grads_b])
     grads[:sum(g.numel() for g in grads_a)] *= self.groups[0].scaling
     return grads

@@ -157,7 +157,7 @@ def swiglu_back(
     a, # `lora_A` of the down projection, (ranks, width)
     xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more)
     rank:int, # Of the adapter
-)->tuple: # Gradients of down's `lora_A`, and of gate's and up's `lora_B`, fp32
+): # (parts, 3, ranks, width), fp32: over parts, the sum is what down's `lora_A`, gate's and up's `lora_B` get, the latter two transposed
     "Back through `lora_A` and SwiGLU, with the gradients of the adapters on both sides of it."
     import torch
     rows,n,R = len(gu),gu.shape[1]//2,len(a)
@@ -165,8 +165,7 @@ def swiglu_back(
     grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
     N = max(16, min(64, 2048//R))
     if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=32, N=N, num_warps=4, num_stages=2)
-    a,g,u = grads.sum(0)[:,:rank]
-    return a,g.t(),u.t()
+    return grads
 
 # %% ../nbs/01a_kernels.ipynb #73b60607
 @functools.cache
@@ -208,15 +207,15 @@ def attention_tiles(
 def _attend_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def attend(qkv, out, lse, tiles, s, s_o, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    def attend(qkv, out, lse, tiles, s, s_o, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+3*i),tl.load(tiles+3*i+1),tl.load(tiles+3*i+2)
         r,c = start + tl.arange(0, N),tl.arange(0, D)[None,:]
         here = (r<end)[:,None]
         q = tl.load(qkv + r.to(tl.int64)[:,None]*s + h*D + c, mask=here, other=0.)
         m,l,o = tl.full((N,), -float('inf'), tl.float32),tl.zeros((N,), tl.float32),tl.zeros((N,D), tl.float32)
-        for n in range(first, start+N, N):
-            j = n + tl.arange(0, N)
+        for n in range(first, start+N, M):
+            j = n + tl.arange(0, M)
             p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
             z = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.dot(q, tl.trans(k))*scale, -float('inf'))
@@ -241,7 +240,7 @@ def attend(
     import torch
     q,k,d = heads
     lse = torch.empty(q, len(qkv), dtype=torch.float32, device=qkv.device)
-    _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, qkv.stride(0), o.stride(0), len(qkv), scale*1.4426950408889634, HQ=q, HK=k, D=d, N=TILE, num_warps=4, num_stages=1) # log2(e): exp2 is what GPUs have
+    _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, qkv.stride(0), o.stride(0), len(qkv), scale*1.4426950408889634, HQ=q, HK=k, D=d, N=TILE, M=32, num_warps=4, num_stages=2) # log2(e): exp2 is what GPUs have
     return lse
 
 # %% ../nbs/01a_kernels.ipynb #038378a5
@@ -249,7 +248,7 @@ def attend(
 def _attend_dq_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+3*i),tl.load(tiles+3*i+1),tl.load(tiles+3*i+2)
         r,c,f,b = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:],tl.arange(0, R)
@@ -261,8 +260,8 @@ def _attend_dq_kernel():
         tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
         q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
-        for n in range(first, start+N, N):
-            j = n + tl.arange(0, N)
+        for n in range(first, start+N, M):
+            j = n + tl.arange(0, M)
             p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
             e = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.exp2(tl.dot(q, tl.trans(k))*(scale*1.4426950408889634) - top[:,None]), 0.)
@@ -278,7 +277,7 @@ def _attend_dq_kernel():
 def _attend_dkv_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         b,i = tl.program_id(0),tl.program_id(1)
         start,end = tl.load(tiles+3*i),tl.load(tiles+3*i+2)
         j,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
@@ -286,14 +285,15 @@ def _attend_dkv_kernel():
         p = qkv + row*s + (HQ+b)*D + c
         k,v = tl.load(p, mask=here, other=0.),tl.load(p+HK*D, mask=here, other=0.)
         dk,dv = tl.zeros((N,D), tl.float32),tl.zeros((N,D), tl.float32)
-        for h in range(b*(HQ//HK), (b+1)*(HQ//HK)):
-            for n in range(start, end, N):
-                r = n + tl.arange(0, N); ok = (r<end)[:,None]; at = r.to(tl.int64)[:,None]
-                q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
-                top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
-                e = tl.where((r[None,:]>=j[:,None]) & (r<end)[None,:], tl.exp2(tl.dot(k, tl.trans(q))*(scale*1.4426950408889634) - top[None,:]), 0.)
-                dv = tl.dot(e.to(tl.bfloat16), g, dv)
-                dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])).to(tl.bfloat16), q, dk)
+        steps = tl.cdiv(end-start, M)
+        for i in range(0, steps*(HQ//HK)): # one loop, so that loads run ahead from head to head
+            h,r = b*(HQ//HK) + i//steps,start + i%steps*M + tl.arange(0, M)
+            ok = (r<end)[:,None]; at = r.to(tl.int64)[:,None]
+            q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
+            top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
+            e = tl.where((r[None,:]>=j[:,None]) & (r<end)[None,:], tl.exp2(tl.dot(k, tl.trans(q))*(scale*1.4426950408889634) - top[None,:]), 0.)
+            dv = tl.dot(e.to(tl.bfloat16), g, dv)
+            dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])).to(tl.bfloat16), q, dk)
         x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1)))
         u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
         p = dqkv + row*s + (HQ+b)*D
@@ -317,8 +317,8 @@ def attend_back(
     (q,k,n),total = heads,len(qkv)
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
     rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
-    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), num_stages=2)
-    _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, num_stages=1)
+    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), M=64, num_stages=2)
+    _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=32, num_stages=3)
     return out
 
 # %% ../nbs/01a_kernels.ipynb #15eff141
