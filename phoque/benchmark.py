@@ -177,8 +177,9 @@ def bench_apart(
 )->dict: # From `bench_side`
     "Measure one side in processes of its own; a `RuntimeError` has the last line of one that failed."
     many = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={gpus}', '--no-python', sys.executable]*(gpus>1)
+    cards = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')[:gpus] # one process that sees several would share a batch out to all of them
     p = subprocess.run([sys.executable, *many, '-c', 'import sys, json; from phoque.benchmark import bench_side; print(json.dumps(bench_side(**json.loads(sys.argv[1]))))', json.dumps(kwargs)],
-        capture_output=True, text=True)
+        capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES':','.join(cards)})
     if p.returncode: raise RuntimeError((p.stderr.strip().splitlines() or ['no message'])[-1])
     return json.loads(p.stdout.splitlines()[-1])
 
