@@ -10,7 +10,7 @@ from .model_qlora import HEAD_LOGITS, log
 from .kernels import add_norm, attend, attend_back, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0
-__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Aside', 'Stack', 'Replay', 'why_not_fast',
+__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay', 'why_not_fast',
            'fast_layers', 'card_room', 'keep_weights', 'add_supervised_head']
 
 # %% ../nbs/01b_fast.ipynb #771ed2dc
@@ -22,6 +22,7 @@ class LoraGroup:
     "Adapted 4-bit projections that read the same input, as one."
     def __init__(self,
         mods:list, # PEFT's `Linear4bit` modules, in the order of their outputs
+        norm=None, # Module through which they read; None for none
     ):
         import torch, bitsandbytes.functional as F
         weights = [m.base_layer.weight for m in mods]
@@ -34,6 +35,8 @@ class LoraGroup:
         self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
         self.ranks = pow2(self.rank*len(mods)) # columns for all of them
         self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
+        self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of a row of `lora_A`'s gradients
+        if norm is not None: self.factor *= norm.weight.detach()
         self.blank = torch.zeros(self.ranks-self.rank*len(mods), self.width, device=self.code.device)
 
     def room(self,
@@ -74,13 +77,10 @@ def grad_b(self:LoraGroup,
 @patch
 def grad_a(self:LoraGroup,
     dxa, # Gradient of what `lora_A` made, (rows, ranks)
-    x, # What it had read, (rows, width)
-    w=None, # What `x` is yet to be multiplied with
+    x, # What it had read, (rows, width), but for a norm's weights
 )->list: # fp32, one a projection, yet to be scaled
     "Gradients of `lora_A`."
-    g = _mm32(dxa.t(), x)[:self.rank*len(self.sizes)]
-    if w is not None: g *= w
-    return list(g.split(self.rank))
+    return list(_mm32(dxa.t(), x)[:self.rank*len(self.sizes)].split(self.rank))
 
 # %% ../nbs/01b_fast.ipynb #bda832d0
 def _nll(z, targets, dtype):
@@ -125,8 +125,8 @@ class FastLayer:
         scale:float, # Of attention's scores
     ):
         at,mlp = layer.self_attn,layer.mlp
-        self.qkv,self.o,self.gu,self.down = self.groups = [LoraGroup(g) for g in ([at.q_proj,at.k_proj,at.v_proj], [at.o_proj], [mlp.gate_proj,mlp.up_proj], [mlp.down_proj])]
         self.norm1,self.norm2 = layer.input_layernorm,layer.post_attention_layernorm
+        self.qkv,self.o,self.gu,self.down = self.groups = [LoraGroup(*g) for g in (([at.q_proj,at.k_proj,at.v_proj], self.norm1), ([at.o_proj],), ([mlp.gate_proj,mlp.up_proj], self.norm2), ([mlp.down_proj],))]
         self.heads,self.scale = (self.qkv.sizes[0]//at.head_dim, self.qkv.sizes[1]//at.head_dim, at.head_dim),scale
 
 @patch
@@ -154,28 +154,6 @@ def forward(self:FastLayer,
     y,xa4 = self.down.forward(x)
     return on,y,(h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4)
 
-# %% ../nbs/01b_fast.ipynb #c5e7a9b2
-class Aside:
-    "A second stream, for what nothing waits for until `join`; without a GPU, all is done at once."
-    def __init__(self,
-        device, # `torch.device`
-    ):
-        import torch
-        self.stream = torch.cuda.Stream(device) if device.type=='cuda' else None
-
-    def __enter__(self):
-        import torch
-        if self.stream: self.stream.wait_stream(torch.cuda.current_stream())
-        self.context = torch.cuda.stream(self.stream)
-        self.context.__enter__()
-
-    def __exit__(self, *error): self.context.__exit__(*error)
-
-    def join(self):
-        "What comes now waits for what was done aside."
-        import torch
-        if self.stream: torch.cuda.current_stream().wait_stream(self.stream)
-
 # %% ../nbs/01b_fast.ipynb #43711b37
 @patch
 def backward(self:FastLayer,
@@ -183,31 +161,25 @@ def backward(self:FastLayer,
     dh, # Gradient of the residual stream after the layer
     turn:tuple, # As in `forward`
     tiles, # As in `forward`
-    aside, # `Aside`, on which what is held here is used until it is joined
     keep=None, # As in `forward`
     first:bool=False, # Does nothing below it learn?
-)->tuple: # Gradient of the residual stream before the layer, those of the groups' `lora_A`, yet to be scaled, those of `lora_B`, and what to hold until `aside` is joined
+)->tuple: # Gradient of the residual stream before the layer, and those of the groups' `lora_A`, yet to be scaled, and `lora_B`
     "Back through the MLP and attention."
     h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
-    with aside: b4 = self.down.grad_b(dh, xa4)
-    d = dh@self.down.weight()
-    parts = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
+    d,b4 = dh@self.down.weight(),self.down.grad_b(dh, xa4)
+    a4,*b3 = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
     d = gu@self.gu.weight()
-    dy,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
-    do,w = dy@self.o.weight(),self.o.width
-    with aside:
-        a4,*b3 = parts.sum(0)[:,:self.down.rank]
-        a3 = self.gu.grad_a(z, on, self.norm2.weight)
-        a2,b2 = self.o.grad_a(do[:,w:], on_o[:,:w]),self.o.grad_b(dy, xa2)
-    if keep is None: dx,d = dy,do
-    else: dx,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dy,do)) # all that fills up falls on one row more
-    dqkv,w = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale),self.qkv.width
-    with aside: b1 = self.qkv.grad_b(dqkv, xa1)
+    dh,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
+    a3 = self.gu.grad_a(z, on)
+    d,b2,w = dh@self.o.weight(),self.o.grad_b(dh, xa2),self.o.width
+    a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
+    if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
+    dqkv = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
+    b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
     if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
-    else: dx,z = norm_back(h, rms1, self.norm1, dqkv@self.qkv.weight(), self.qkv.a, xa1, dx)
-    aside.join()
-    with aside: a1 = self.qkv.grad_a(z, h, self.norm1.weight)
-    return dx,[*a1, *a2, *a3, a4],[*b1, *b2, *(b.t() for b in b3), *b4],(z,h)
+    else: dh,z = norm_back(h, rms1, self.norm1, dqkv@self.qkv.weight(), self.qkv.a, xa1, dh)
+    a1 = self.qkv.grad_a(z, h)
+    return dh,[*a1, *a2, *a3, a4],[*b1, *b2, *b3, *b4]
 
 # %% ../nbs/01b_fast.ipynb #7885ff3b
 class Stack:
@@ -215,12 +187,13 @@ class Stack:
     def __init__(self,
         decoder, # Of a `PeftModel`: see `why_not_fast`
     ):
+        import torch
         scale = decoder.layers[0].self_attn.scaling
         self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
         self.passes,self.replays = {},{}
         self.groups = [g for l in self.layers for g in l.groups]
-        self.aside = Aside(self.groups[0].code.device)
         self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
+        self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
 
     def turn(self,
@@ -276,11 +249,10 @@ def backward(self:Stack,
     for l in reversed(self.layers):
         s,on = saved.pop(),keep if l is self.layers[-1] else None
         if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
-        dh,a,b,held = l.backward(s, dh, turn, tiles, self.aside, on, l is self.layers[0])
+        dh,a,b = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
         grads_a,grads_b = a+grads_a,b+grads_b
-    self.aside.join()
     grads = torch.cat([g.flatten() for g in grads_a+grads_b])
-    grads[:sum(g.numel() for g in grads_a)] *= self.groups[0].scaling
+    grads[:len(self.factor)] *= self.factor
     return grads
 
 # %% ../nbs/01b_fast.ipynb #f491a8b1

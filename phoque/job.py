@@ -413,7 +413,7 @@ def change_ranks(self:Job):
     from transformers import set_seed
     import numpy as np
     if not self.resume_from or (was := len(list(self.resume_from.glob('rng_state*.pth'))))==self.ranks.n: return
-    log.info(f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.n}: the rows and their order stay as they are; sums are rounded otherwise" + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
+    log.info(f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.n}: every step has the rows that it would have had; sums are rounded otherwise" + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
     self.trainer._load_rng_state = lambda folder: set_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.ranks.rank]).generate_state(1)[0]))
 
 @patch

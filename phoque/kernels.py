@@ -157,7 +157,7 @@ def swiglu_back(
     a, # `lora_A` of the down projection, (ranks, width)
     xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more)
     rank:int, # Of the adapter
-): # (parts, 3, ranks, width), fp32: over parts, the sum is what down's `lora_A`, gate's and up's `lora_B` get, the latter two transposed
+)->tuple: # Gradients of down's `lora_A`, and of gate's and up's `lora_B`, fp32
     "Back through `lora_A` and SwiGLU, with the gradients of the adapters on both sides of it."
     import torch
     rows,n,R = len(gu),gu.shape[1]//2,len(a)
@@ -165,7 +165,8 @@ def swiglu_back(
     grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
     N = max(16, min(64, 2048//R))
     if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=32, N=N, num_warps=4, num_stages=2)
-    return grads
+    a,g,u = grads.sum(0)[:,:rank]
+    return a,g.t(),u.t()
 
 # %% ../nbs/01a_kernels.ipynb #73b60607
 @functools.cache

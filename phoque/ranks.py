@@ -175,8 +175,8 @@ def own_address(
 def machine_flags(
     patience:float=900, # Seconds to wait for the other machines
 )->list: # For torchrun
-    "Where the machines of a network group meet; nothing for a machine by itself."
-    if not (host := os.environ.get('HF_NETWORK_GROUP_HOSTNAME')) or os.environ.get('PET_NNODES')=='1': return []
+    "Where ranks meet: the machines of a network group, or those of one machine at a port of their own."
+    if not (host := os.environ.get('HF_NETWORK_GROUP_HOSTNAME')) or os.environ.get('PET_NNODES')=='1': return ['--standalone']*(os.environ.get('PET_NNODES', '1')=='1')
     if not (n := os.environ.get('PET_NNODES', '')).isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
     end = time.monotonic()+patience
     while len(there := group_addresses(host))<int(n):

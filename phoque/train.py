@@ -416,11 +416,13 @@ def share_stack(
     trainer, # Of this rank
     stack, # From `fast_layers`; it averages its gradients over the ranks
 ):
-    "Begin with rank 0's adapter on every rank, and without `DistributedDataParallel`."
-    from functools import partial
+    "When training begins, take rank 0's adapter on every rank, and no `DistributedDataParallel`."
     from torch.distributed import broadcast
-    for p in stack.params: broadcast(p.data, 0)
-    trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+    prepare = trainer.accelerator.prepare_model
+    def prepare_model(model, **kwargs):
+        for p in stack.params: broadcast(p.data, 0)
+        return prepare(model, **{**kwargs, 'evaluation_mode':True})
+    trainer.accelerator.prepare_model = prepare_model
 
 # %% ../nbs/02_train.ipynb #ca83ea76
 def make_trainer(

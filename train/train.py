@@ -841,7 +841,7 @@ def swiglu_back(
     a, # `lora_A` of the down projection, (ranks, width)
     xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more)
     rank:int, # Of the adapter
-): # (parts, 3, ranks, width), fp32: over parts, the sum is what down's `lora_A`, gate's and up's `lora_B` get, the latter two transposed
+)->tuple: # Gradients of down's `lora_A`, and of gate's and up's `lora_B`, fp32
     "Back through `lora_A` and SwiGLU, with the gradients of the adapters on both sides of it."
     import torch
     rows,n,R = len(gu),gu.shape[1]//2,len(a)
@@ -849,7 +849,8 @@ def swiglu_back(
     grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
     N = max(16, min(64, 2048//R))
     if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=32, N=N, num_warps=4, num_stages=2)
-    return grads
+    a,g,u = grads.sum(0)[:,:rank]
+    return a,g.t(),u.t()
 
 @functools.cache
 def _rope_kernel():
@@ -1082,6 +1083,7 @@ class LoraGroup:
     "Adapted 4-bit projections that read the same input, as one."
     def __init__(self,
         mods:list, # PEFT's `Linear4bit` modules, in the order of their outputs
+        norm=None, # Module through which they read; None for none
     ):
         import torch, bitsandbytes.functional as F
         weights = [m.base_layer.weight for m in mods]
@@ -1094,6 +1096,8 @@ class LoraGroup:
         self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
         self.ranks = pow2(self.rank*len(mods)) # columns for all of them
         self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
+        self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of a row of `lora_A`'s gradients
+        if norm is not None: self.factor *= norm.weight.detach()
         self.blank = torch.zeros(self.ranks-self.rank*len(mods), self.width, device=self.code.device)
 
     def room(self,
@@ -1130,13 +1134,10 @@ def grad_b(self:LoraGroup,
 @patch
 def grad_a(self:LoraGroup,
     dxa, # Gradient of what `lora_A` made, (rows, ranks)
-    x, # What it had read, (rows, width)
-    w=None, # What `x` is yet to be multiplied with
+    x, # What it had read, (rows, width), but for a norm's weights
 )->list: # fp32, one a projection, yet to be scaled
     "Gradients of `lora_A`."
-    g = _mm32(dxa.t(), x)[:self.rank*len(self.sizes)]
-    if w is not None: g *= w
-    return list(g.split(self.rank))
+    return list(_mm32(dxa.t(), x)[:self.rank*len(self.sizes)].split(self.rank))
 
 def _nll(z, targets, dtype):
     import torch
@@ -1179,8 +1180,8 @@ class FastLayer:
         scale:float, # Of attention's scores
     ):
         at,mlp = layer.self_attn,layer.mlp
-        self.qkv,self.o,self.gu,self.down = self.groups = [LoraGroup(g) for g in ([at.q_proj,at.k_proj,at.v_proj], [at.o_proj], [mlp.gate_proj,mlp.up_proj], [mlp.down_proj])]
         self.norm1,self.norm2 = layer.input_layernorm,layer.post_attention_layernorm
+        self.qkv,self.o,self.gu,self.down = self.groups = [LoraGroup(*g) for g in (([at.q_proj,at.k_proj,at.v_proj], self.norm1), ([at.o_proj],), ([mlp.gate_proj,mlp.up_proj], self.norm2), ([mlp.down_proj],))]
         self.heads,self.scale = (self.qkv.sizes[0]//at.head_dim, self.qkv.sizes[1]//at.head_dim, at.head_dim),scale
 
 @patch
@@ -1208,70 +1209,44 @@ def forward(self:FastLayer,
     y,xa4 = self.down.forward(x)
     return on,y,(h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4)
 
-class Aside:
-    "A second stream, for what nothing waits for until `join`; without a GPU, all is done at once."
-    def __init__(self,
-        device, # `torch.device`
-    ):
-        import torch
-        self.stream = torch.cuda.Stream(device) if device.type=='cuda' else None
-
-    def __enter__(self):
-        import torch
-        if self.stream: self.stream.wait_stream(torch.cuda.current_stream())
-        self.context = torch.cuda.stream(self.stream)
-        self.context.__enter__()
-
-    def __exit__(self, *error): self.context.__exit__(*error)
-
-    def join(self):
-        "What comes now waits for what was done aside."
-        import torch
-        if self.stream: torch.cuda.current_stream().wait_stream(self.stream)
-
 @patch
 def backward(self:FastLayer,
     saved:tuple, # From `forward`; used up
     dh, # Gradient of the residual stream after the layer
     turn:tuple, # As in `forward`
     tiles, # As in `forward`
-    aside, # `Aside`, on which what is held here is used until it is joined
     keep=None, # As in `forward`
     first:bool=False, # Does nothing below it learn?
-)->tuple: # Gradient of the residual stream before the layer, those of the groups' `lora_A`, yet to be scaled, those of `lora_B`, and what to hold until `aside` is joined
+)->tuple: # Gradient of the residual stream before the layer, and those of the groups' `lora_A`, yet to be scaled, and `lora_B`
     "Back through the MLP and attention."
     h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
-    with aside: b4 = self.down.grad_b(dh, xa4)
-    d = dh@self.down.weight()
-    parts = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
+    d,b4 = dh@self.down.weight(),self.down.grad_b(dh, xa4)
+    a4,*b3 = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
     d = gu@self.gu.weight()
-    dy,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
-    do,w = dy@self.o.weight(),self.o.width
-    with aside:
-        a4,*b3 = parts.sum(0)[:,:self.down.rank]
-        a3 = self.gu.grad_a(z, on, self.norm2.weight)
-        a2,b2 = self.o.grad_a(do[:,w:], on_o[:,:w]),self.o.grad_b(dy, xa2)
-    if keep is None: dx,d = dy,do
-    else: dx,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dy,do)) # all that fills up falls on one row more
-    dqkv,w = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale),self.qkv.width
-    with aside: b1 = self.qkv.grad_b(dqkv, xa1)
+    dh,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
+    a3 = self.gu.grad_a(z, on)
+    d,b2,w = dh@self.o.weight(),self.o.grad_b(dh, xa2),self.o.width
+    a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
+    if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
+    dqkv = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
+    b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
     if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
-    else: dx,z = norm_back(h, rms1, self.norm1, dqkv@self.qkv.weight(), self.qkv.a, xa1, dx)
-    aside.join()
-    with aside: a1 = self.qkv.grad_a(z, h, self.norm1.weight)
-    return dx,[*a1, *a2, *a3, a4],[*b1, *b2, *(b.t() for b in b3), *b4],(z,h)
+    else: dh,z = norm_back(h, rms1, self.norm1, dqkv@self.qkv.weight(), self.qkv.a, xa1, dh)
+    a1 = self.qkv.grad_a(z, h)
+    return dh,[*a1, *a2, *a3, a4],[*b1, *b2, *b3, *b4]
 
 class Stack:
     "All layers of a decoder."
     def __init__(self,
         decoder, # Of a `PeftModel`: see `why_not_fast`
     ):
+        import torch
         scale = decoder.layers[0].self_attn.scaling
         self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
         self.passes,self.replays = {},{}
         self.groups = [g for l in self.layers for g in l.groups]
-        self.aside = Aside(self.groups[0].code.device)
         self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
+        self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
 
     def turn(self,
@@ -1325,11 +1300,10 @@ def backward(self:Stack,
     for l in reversed(self.layers):
         s,on = saved.pop(),keep if l is self.layers[-1] else None
         if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
-        dh,a,b,held = l.backward(s, dh, turn, tiles, self.aside, on, l is self.layers[0])
+        dh,a,b = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
         grads_a,grads_b = a+grads_a,b+grads_b
-    self.aside.join()
     grads = torch.cat([g.flatten() for g in grads_a+grads_b])
-    grads[:sum(g.numel() for g in grads_a)] *= self.groups[0].scaling
+    grads[:len(self.factor)] *= self.factor
     return grads
 
 @patch
@@ -1947,11 +1921,13 @@ def share_stack(
     trainer, # Of this rank
     stack, # From `fast_layers`; it averages its gradients over the ranks
 ):
-    "Begin with rank 0's adapter on every rank, and without `DistributedDataParallel`."
-    from functools import partial
+    "When training begins, take rank 0's adapter on every rank, and no `DistributedDataParallel`."
     from torch.distributed import broadcast
-    for p in stack.params: broadcast(p.data, 0)
-    trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+    prepare = trainer.accelerator.prepare_model
+    def prepare_model(model, **kwargs):
+        for p in stack.params: broadcast(p.data, 0)
+        return prepare(model, **{**kwargs, 'evaluation_mode':True})
+    trainer.accelerator.prepare_model = prepare_model
 
 def make_trainer(
     cfg:TrainConfig, # Of the run
@@ -2929,8 +2905,8 @@ def own_address(
 def machine_flags(
     patience:float=900, # Seconds to wait for the other machines
 )->list: # For torchrun
-    "Where the machines of a network group meet; nothing for a machine by itself."
-    if not (host := os.environ.get('HF_NETWORK_GROUP_HOSTNAME')) or os.environ.get('PET_NNODES')=='1': return []
+    "Where ranks meet: the machines of a network group, or those of one machine at a port of their own."
+    if not (host := os.environ.get('HF_NETWORK_GROUP_HOSTNAME')) or os.environ.get('PET_NNODES')=='1': return ['--standalone']*(os.environ.get('PET_NNODES', '1')=='1')
     if not (n := os.environ.get('PET_NNODES', '')).isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
     end = time.monotonic()+patience
     while len(there := group_addresses(host))<int(n):
@@ -3316,7 +3292,7 @@ def change_ranks(self:Job):
     from transformers import set_seed
     import numpy as np
     if not self.resume_from or (was := len(list(self.resume_from.glob('rng_state*.pth'))))==self.ranks.n: return
-    log.info(f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.n}: the rows and their order stay as they are; sums are rounded otherwise" + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
+    log.info(f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.n}: every step has the rows that it would have had; sums are rounded otherwise" + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
     self.trainer._load_rng_state = lambda folder: set_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.ranks.rank]).generate_state(1)[0]))
 
 @patch
