@@ -10,8 +10,8 @@ from .model_qlora import HEAD_LOGITS, log
 from .kernels import add_norm, attend, attend_back, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0
-__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay', 'why_not_fast',
-           'fast_layers', 'card_room', 'keep_weights', 'add_supervised_head']
+__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'over_ranks', 'Replay',
+           'why_not_fast', 'fast_layers', 'card_room', 'keep_weights', 'add_supervised_head']
 
 # %% ../nbs/01b_fast.ipynb #771ed2dc
 def _mm32(a, b):
@@ -268,13 +268,15 @@ def __call__(self:Stack,
     with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
 
 # %% ../nbs/01b_fast.ipynb #7856ca0c
-@patch
-def average(self:Stack,
-    grads, # From `backward`; becomes what all ranks have on average
-):
-    "Share a batch's gradients with the other ranks, in one piece."
+def over_ranks(
+    grads, # Of a batch, on this rank; a recorded pass will write over them
+): # A copy: what all ranks have on average
+    "Share gradients with the other ranks, in one piece."
     import torch.distributed as dist
-    if dist.is_initialized(): dist.all_reduce(grads.div_(dist.get_world_size()))
+    n = dist.get_world_size() if dist.is_initialized() else 1
+    grads = grads/n
+    if n>1: dist.all_reduce(grads)
+    return grads
 
 @functools.cache
 def _through():
@@ -290,8 +292,7 @@ def _through():
         @staticmethod
         def backward(ctx, dx):
             stack,given,replay = ctx.rest
-            grads = replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:])
-            stack.average(grads)
+            grads = over_ranks(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]))
             return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
     return Through
 
@@ -319,7 +320,7 @@ class Replay:
     def backward(self, dx):
         "Back from there."
         self.dx.copy_(dx); self.back.replay()
-        return self.grads.clone()
+        return self.grads
 
 @patch
 def replay(self:Stack,
