@@ -1317,13 +1317,15 @@ def __call__(self:Stack,
     import torch
     with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
 
-@patch
-def average(self:Stack,
-    grads, # From `backward`; becomes what all ranks have on average
-):
-    "Share a batch's gradients with the other ranks, in one piece."
+def over_ranks(
+    grads, # Of a batch, on this rank; a recorded pass will write over them
+): # A copy: what all ranks have on average
+    "Share gradients with the other ranks, in one piece."
     import torch.distributed as dist
-    if dist.is_initialized(): dist.all_reduce(grads.div_(dist.get_world_size()))
+    n = dist.get_world_size() if dist.is_initialized() else 1
+    grads = grads/n
+    if n>1: dist.all_reduce(grads)
+    return grads
 
 @functools.cache
 def _through():
@@ -1339,8 +1341,7 @@ def _through():
         @staticmethod
         def backward(ctx, dx):
             stack,given,replay = ctx.rest
-            grads = replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:])
-            stack.average(grads)
+            grads = over_ranks(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]))
             return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
     return Through
 
@@ -1367,7 +1368,7 @@ class Replay:
     def backward(self, dx):
         "Back from there."
         self.dx.copy_(dx); self.back.replay()
-        return self.grads.clone()
+        return self.grads
 
 @patch
 def replay(self:Stack,
