@@ -14,8 +14,8 @@ from .train import TrainConfig, collate_packed, make_trainer, pack_dataset
 
 # %% auto #0
 __all__ = ['SIDES', 'bench_base', 'bench_talk', 'seed_trainer', 'trl_trainer', 'phoque_trainer', 'unsloth_trainer',
-           'product_speed', 'StepClock', 'step_seconds', 'bench_side', 'bench_apart', 'bench_order', 'bench_table',
-           'bench_picture', 'bench_cli']
+           'product_speed', 'StepClock', 'step_seconds', 'bench_side', 'own_cards', 'bench_apart', 'bench_order',
+           'bench_table', 'bench_picture', 'bench_cli']
 
 # %% ../nbs/09_benchmark.ipynb #94dde4ec
 def bench_base(
@@ -171,15 +171,20 @@ def bench_side(
                 peak_gib=torch.cuda.max_memory_allocated()/2**30 if cuda else None, compiled_late=compiled)
 
 # %% ../nbs/09_benchmark.ipynb #b3a9c1d7
+def own_cards(
+    gpus:int, # How many
+)->str: # For `CUDA_VISIBLE_DEVICES`
+    "The first of the GPUs that there are: a process that sees more than its own would share its batches out to all of them."
+    return ','.join(os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')[:gpus])
+
 def bench_apart(
     gpus:int, # One process each
     **kwargs, # Of `bench_side`
 )->dict: # From `bench_side`
     "Measure one side in processes of its own; a `RuntimeError` has the last line of one that failed."
     many = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={gpus}', '--no-python', sys.executable]*(gpus>1)
-    cards = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')[:gpus] # one process that sees several would share a batch out to all of them
     p = subprocess.run([sys.executable, *many, '-c', 'import sys, json; from phoque.benchmark import bench_side; print(json.dumps(bench_side(**json.loads(sys.argv[1]))))', json.dumps(kwargs)],
-        capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES':','.join(cards)})
+        capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES':own_cards(gpus)})
     if p.returncode: raise RuntimeError((p.stderr.strip().splitlines() or ['no message'])[-1])
     return json.loads(p.stdout.splitlines()[-1])
 

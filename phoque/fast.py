@@ -10,8 +10,8 @@ from .model_qlora import HEAD_LOGITS, log
 from .kernels import add_norm, attend, attend_back, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0
-__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'over_ranks', 'Replay',
-           'why_not_fast', 'fast_layers', 'card_room', 'keep_weights', 'add_supervised_head']
+__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay', 'why_not_fast',
+           'fast_layers', 'card_room', 'keep_weights', 'add_supervised_head']
 
 # %% ../nbs/01b_fast.ipynb #771ed2dc
 def _mm32(a, b):
@@ -126,7 +126,9 @@ class FastLayer:
     ):
         at,mlp = layer.self_attn,layer.mlp
         self.norm1,self.norm2 = layer.input_layernorm,layer.post_attention_layernorm
-        self.qkv,self.o,self.gu,self.down = self.groups = [LoraGroup(*g) for g in (([at.q_proj,at.k_proj,at.v_proj], self.norm1), ([at.o_proj],), ([mlp.gate_proj,mlp.up_proj], self.norm2), ([mlp.down_proj],))]
+        self.qkv,self.o = LoraGroup([at.q_proj,at.k_proj,at.v_proj], self.norm1),LoraGroup([at.o_proj])
+        self.gu,self.down = LoraGroup([mlp.gate_proj,mlp.up_proj], self.norm2),LoraGroup([mlp.down_proj])
+        self.groups = [self.qkv, self.o, self.gu, self.down]
         self.heads,self.scale = (self.qkv.sizes[0]//at.head_dim, self.qkv.sizes[1]//at.head_dim, at.head_dim),scale
 
 @patch
@@ -268,19 +270,10 @@ def __call__(self:Stack,
     with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
 
 # %% ../nbs/01b_fast.ipynb #7856ca0c
-def over_ranks(
-    grads, # Of a batch, on this rank; a recorded pass will write over them
-): # A copy: what all ranks have on average
-    "Share gradients with the other ranks, in one piece."
-    import torch.distributed as dist
-    n = dist.get_world_size() if dist.is_initialized() else 1
-    grads = grads/n
-    if n>1: dist.all_reduce(grads)
-    return grads
-
 @functools.cache
 def _through():
     import torch
+    from accelerate.utils import reduce
     class Through(torch.autograd.Function):
         @staticmethod
         def forward(ctx, stack, *given):
@@ -292,7 +285,7 @@ def _through():
         @staticmethod
         def backward(ctx, dx):
             stack,given,replay = ctx.rest
-            grads = over_ranks(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]))
+            grads = reduce(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]), 'mean') # over ranks; a copy, since a recorded pass will write over its own
             return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
     return Through
 

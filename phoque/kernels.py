@@ -249,7 +249,7 @@ def attend(
 def _attend_dq_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+3*i),tl.load(tiles+3*i+1),tl.load(tiles+3*i+2)
         r,c,f,b = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:],tl.arange(0, R)
@@ -261,8 +261,8 @@ def _attend_dq_kernel():
         tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
         q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
-        for n in range(first, start+N, M):
-            j = n + tl.arange(0, M)
+        for n in range(first, start+N, N):
+            j = n + tl.arange(0, N)
             p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
             e = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.exp2(tl.dot(q, tl.trans(k))*(scale*1.4426950408889634) - top[:,None]), 0.)
@@ -318,7 +318,7 @@ def attend_back(
     (q,k,n),total = heads,len(qkv)
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
     rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
-    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), M=64, num_stages=2)
+    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), num_stages=2)
     _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=32, num_stages=3)
     return out
 

@@ -176,8 +176,11 @@ def machine_flags(
     patience:float=900, # Seconds to wait for the other machines
 )->list: # For torchrun
     "Where ranks meet: the machines of a network group, or those of one machine at a port of their own."
-    if not (host := os.environ.get('HF_NETWORK_GROUP_HOSTNAME')) or os.environ.get('PET_NNODES')=='1': return ['--standalone']*(os.environ.get('PET_NNODES', '1')=='1')
-    if not (n := os.environ.get('PET_NNODES', '')).isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
+    host = os.environ.get('HF_NETWORK_GROUP_HOSTNAME')
+    n = os.environ.get('PET_NNODES', '' if host else '1')
+    if n=='1': return ['--standalone']
+    if not host: return [] # whoever has other machines says where they meet
+    if not n.isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
     end = time.monotonic()+patience
     while len(there := group_addresses(host))<int(n):
         if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}: {len(there)} of {n} machines are there after {patience:.0f} s: start the others, or correct PET_NNODES")

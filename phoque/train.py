@@ -302,13 +302,13 @@ def deal_rows(
 
 # %% ../nbs/02_train.ipynb #d7e9f1a8
 def fill_sizes(
-    counts:tuple, # From `row_work`
+    counts:tuple, # Of each row, from `row_work`: tiles and supervised tokens
     order, # Rows in the order in which they are taken
     at_once:int, # Rows of a batch
-)->tuple: # Tiles and supervised tokens of the batches that have most
+)->tuple: # The same of the batches that have most
     "What batches are filled up to, for `collate_packed`."
     import numpy as np
-    return tuple(int(np.add.reduceat(c[order], np.arange(0, len(order), at_once)).max()) for c in counts[:2])
+    return tuple(int(np.add.reduceat(c[order], np.arange(0, len(order), at_once)).max()) for c in counts)
 
 # %% ../nbs/02_train.ipynb #be5119ca
 def events_callback(
@@ -445,10 +445,10 @@ def make_trainer(
     stack = None if shard else fast_layers(model, cfg.max_length, recompute)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
     steps = run_steps(cfg, len(packed))
-    work = row_work(packed, cfg.max_length)
-    order = deal_rows(draw_order(len(packed), steps*at_once*often*ranks, cfg.seed), work[2]+HEAD_PAIRS*work[1], at_once, often*ranks)
+    tiles,asked,pairs = row_work(packed, cfg.max_length)
+    order = deal_rows(draw_order(len(packed), steps*at_once*often*ranks, cfg.seed), pairs+HEAD_PAIRS*asked, at_once, often*ranks)
     max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
-    fill = fill_sizes(work, order, at_once) if stack else None
+    fill = fill_sizes((tiles,asked), order, at_once) if stack else None
     if stack: keep_weights(stack, room-need)
     elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     args = trainer_args(cfg, steps, at_once, often, recompute, shard)

@@ -928,7 +928,7 @@ def attend(
 def _attend_dq_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+3*i),tl.load(tiles+3*i+1),tl.load(tiles+3*i+2)
         r,c,f,b = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:],tl.arange(0, R)
@@ -940,8 +940,8 @@ def _attend_dq_kernel():
         tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
         q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
-        for n in range(first, start+N, M):
-            j = n + tl.arange(0, M)
+        for n in range(first, start+N, N):
+            j = n + tl.arange(0, N)
             p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
             e = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.exp2(tl.dot(q, tl.trans(k))*(scale*1.4426950408889634) - top[:,None]), 0.)
@@ -995,7 +995,7 @@ def attend_back(
     (q,k,n),total = heads,len(qkv)
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
     rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
-    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), M=64, num_stages=2)
+    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), num_stages=2)
     _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=32, num_stages=3)
     return out
 
@@ -1181,7 +1181,9 @@ class FastLayer:
     ):
         at,mlp = layer.self_attn,layer.mlp
         self.norm1,self.norm2 = layer.input_layernorm,layer.post_attention_layernorm
-        self.qkv,self.o,self.gu,self.down = self.groups = [LoraGroup(*g) for g in (([at.q_proj,at.k_proj,at.v_proj], self.norm1), ([at.o_proj],), ([mlp.gate_proj,mlp.up_proj], self.norm2), ([mlp.down_proj],))]
+        self.qkv,self.o = LoraGroup([at.q_proj,at.k_proj,at.v_proj], self.norm1),LoraGroup([at.o_proj])
+        self.gu,self.down = LoraGroup([mlp.gate_proj,mlp.up_proj], self.norm2),LoraGroup([mlp.down_proj])
+        self.groups = [self.qkv, self.o, self.gu, self.down]
         self.heads,self.scale = (self.qkv.sizes[0]//at.head_dim, self.qkv.sizes[1]//at.head_dim, at.head_dim),scale
 
 @patch
@@ -1317,19 +1319,10 @@ def __call__(self:Stack,
     import torch
     with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
 
-def over_ranks(
-    grads, # Of a batch, on this rank; a recorded pass will write over them
-): # A copy: what all ranks have on average
-    "Share gradients with the other ranks, in one piece."
-    import torch.distributed as dist
-    n = dist.get_world_size() if dist.is_initialized() else 1
-    grads = grads/n
-    if n>1: dist.all_reduce(grads)
-    return grads
-
 @functools.cache
 def _through():
     import torch
+    from accelerate.utils import reduce
     class Through(torch.autograd.Function):
         @staticmethod
         def forward(ctx, stack, *given):
@@ -1341,7 +1334,7 @@ def _through():
         @staticmethod
         def backward(ctx, dx):
             stack,given,replay = ctx.rest
-            grads = over_ranks(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]))
+            grads = reduce(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]), 'mean') # over ranks; a copy, since a recorded pass will write over its own
             return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
     return Through
 
@@ -1814,13 +1807,13 @@ def deal_rows(
     return np.take_along_axis(steps, heaviest[:,turns.T.flatten()], 1).flatten()
 
 def fill_sizes(
-    counts:tuple, # From `row_work`
+    counts:tuple, # Of each row, from `row_work`: tiles and supervised tokens
     order, # Rows in the order in which they are taken
     at_once:int, # Rows of a batch
-)->tuple: # Tiles and supervised tokens of the batches that have most
+)->tuple: # The same of the batches that have most
     "What batches are filled up to, for `collate_packed`."
     import numpy as np
-    return tuple(int(np.add.reduceat(c[order], np.arange(0, len(order), at_once)).max()) for c in counts[:2])
+    return tuple(int(np.add.reduceat(c[order], np.arange(0, len(order), at_once)).max()) for c in counts)
 
 def events_callback(
     events, # Namespace with any of `on_start`, `on_step`, `on_log`, `on_save`
@@ -1950,10 +1943,10 @@ def make_trainer(
     stack = None if shard else fast_layers(model, cfg.max_length, recompute)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
     steps = run_steps(cfg, len(packed))
-    work = row_work(packed, cfg.max_length)
-    order = deal_rows(draw_order(len(packed), steps*at_once*often*ranks, cfg.seed), work[2]+HEAD_PAIRS*work[1], at_once, often*ranks)
+    tiles,asked,pairs = row_work(packed, cfg.max_length)
+    order = deal_rows(draw_order(len(packed), steps*at_once*often*ranks, cfg.seed), pairs+HEAD_PAIRS*asked, at_once, often*ranks)
     max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
-    fill = fill_sizes(work, order, at_once) if stack else None
+    fill = fill_sizes((tiles,asked), order, at_once) if stack else None
     if stack: keep_weights(stack, room-need)
     elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     args = trainer_args(cfg, steps, at_once, often, recompute, shard)
@@ -2907,8 +2900,11 @@ def machine_flags(
     patience:float=900, # Seconds to wait for the other machines
 )->list: # For torchrun
     "Where ranks meet: the machines of a network group, or those of one machine at a port of their own."
-    if not (host := os.environ.get('HF_NETWORK_GROUP_HOSTNAME')) or os.environ.get('PET_NNODES')=='1': return ['--standalone']*(os.environ.get('PET_NNODES', '1')=='1')
-    if not (n := os.environ.get('PET_NNODES', '')).isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
+    host = os.environ.get('HF_NETWORK_GROUP_HOSTNAME')
+    n = os.environ.get('PET_NNODES', '' if host else '1')
+    if n=='1': return ['--standalone']
+    if not host: return [] # whoever has other machines says where they meet
+    if not n.isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
     end = time.monotonic()+patience
     while len(there := group_addresses(host))<int(n):
         if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}: {len(there)} of {n} machines are there after {patience:.0f} s: start the others, or correct PET_NNODES")
