@@ -173,20 +173,20 @@ def bench_side(
 # %% ../nbs/09_benchmark.ipynb #b3a9c1d7
 def own_cards(
     gpus:int, # How many
-)->str: # For `CUDA_VISIBLE_DEVICES`
-    "The first of the GPUs that there are: a process that sees more than its own would share its batches out to all of them."
-    return ','.join(os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')[:gpus])
+)->list: # As `CUDA_VISIBLE_DEVICES` has them
+    "The first of the GPUs that there are."
+    return os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')[:gpus]
 
 def bench_apart(
-    gpus:int, # One process each
+    cards:list, # From `own_cards`, one process each; a process that saw another's would share its batches out to both
     **kwargs, # Of `bench_side`
 )->dict: # From `bench_side`
     "Measure one side in processes of its own; a `RuntimeError` has the last line of one that failed."
-    many = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={gpus}', '--no-python', sys.executable]*(gpus>1)
+    many = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(cards)}', '--no-python', sys.executable]*(len(cards)>1)
     p = subprocess.run([sys.executable, *many, '-c', 'import sys, json; from phoque.benchmark import bench_side; print(json.dumps(bench_side(**json.loads(sys.argv[1]))))', json.dumps(kwargs)],
-        capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES':own_cards(gpus)})
+        capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES':','.join(cards)})
     if p.returncode: raise RuntimeError((p.stderr.strip().splitlines() or ['no message'])[-1])
-    return json.loads(p.stdout.splitlines()[-1])
+    return dict(json.loads(p.stdout.splitlines()[-1]), cards=cards)
 
 # %% ../nbs/09_benchmark.ipynb #b8394bb0
 def bench_order(
@@ -201,13 +201,16 @@ def bench_order(
 def bench_table(
     seen:list, # From `bench_side`
 )->str: # For a console
-    "Sides, and how far a repetition was off."
+    "Sides, what more GPUs bring, and how far a repetition was off."
+    from statistics import mean
     rows = [dict(side=r['side'], rows=r['rows'], GPUs=r['gpus'], **{'tokens/s':f"{r['tokens_per_second']:,.0f}", 'ms a step':f"{r['ms']:.1f}", 'of the limit':f"{r['share_of_limit']:.0%}", 'GiB':f"{r['peak_gib']:.1f}" if r['peak_gib'] else '-'})
             if r['fits'] else dict(side=r['side'], rows=r['rows'], GPUs=r['gpus'], **{'tokens/s':'does not fit', 'ms a step':'', 'of the limit':'', 'GiB':''}) for r in seen]
     turn = lambda r: (r['side'],r['rows'],r['gpus'])
     again = next((r for r in seen[:-1] if turn(r)==turn(seen[-1])), None)
-    off = f"\n\nmeasured twice: {again['side']}, {again['rows']} rows, {seen[-1]['tokens_per_second']/again['tokens_per_second']-1:+.1%} the second time" if again and again['fits'] else ''
-    return text_table(rows)+off
+    same = lambda r,gpus: [s['tokens_per_second'] for s in seen if s['fits'] and turn(s)==(r['side'],r['rows'],gpus)]
+    lines = [f"{r['side']}, {r['rows']} rows: {r['gpus']} GPUs are {r['tokens_per_second']/mean(same(r, 1)):.2f} times as fast as one" for r in seen if r['fits'] and r['gpus']>1 and same(r, 1)]
+    if again and again['fits']: lines += [f"measured twice: {again['side']}, {again['rows']} rows, {seen[-1]['tokens_per_second']/again['tokens_per_second']-1:+.1%} the second time" + ", on another GPU"*(seen[-1]['cards']!=again['cards'])]
+    return '\n'.join([text_table(rows), *['']*bool(lines), *lines])
 
 def bench_picture(
     seen:list, # From `bench_side`
@@ -244,8 +247,10 @@ def bench_cli(
     seen,machine = [],torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores, no GPU'
     with tempfile.TemporaryDirectory() as tmp:
         base = bench_base(f'{tmp}/base', num_hidden_layers=layers)
-        for side,r,g in bench_order(names, *([int(n) for n in o.split(',')] for o in (rows, gpus))):
-            try: seen.append(bench_apart(g, side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib, supervised=supervised)); print(bench_table(seen[-1:]), flush=True)
+        turns = bench_order(names, *([int(n) for n in o.split(',')] for o in (rows, gpus)))
+        cards = own_cards(max(g for *_,g in turns))
+        for i,(side,r,g) in enumerate(turns, 1):
+            try: seen.append(bench_apart(cards[-g:] if i==len(turns) else cards[:g], side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib, supervised=supervised)); print(bench_table(seen[-1:]), flush=True)
             except RuntimeError as e: print(f"{side} with {r} rows on {g} GPU{'s'*(g>1)} failed and is left out: {e}", flush=True)
     if not seen: sys.exit("phoque_bench: no side could be measured: see above")
     Path(out).mkdir(exist_ok=True)
