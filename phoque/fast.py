@@ -267,7 +267,7 @@ def backward(self:Stack,
     saved:list, # From `forward`; used up
     dx, # Gradient of what enters the head
     cos, sin, scale, tiles, keep, # As in `forward`
-): # Yields each part's gradients, once they are there
+)->iter: # Each part's gradients, as soon as they are there
     "Back through the last norm and all layers."
     import torch
     (h,rms),none,turn = saved.pop(),dx.new_zeros(len(dx), 16),(cos,sin,scale)
