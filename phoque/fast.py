@@ -10,8 +10,8 @@ from .model_qlora import HEAD_LOGITS, log
 from .kernels import add_norm, attend, attend_back, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0
-__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'StackPart', 'Stack', 'Replay',
-           'why_not_fast', 'fast_layers', 'card_room', 'keep_weights', 'add_supervised_head']
+__all__ = ['FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay', 'why_not_fast',
+           'fast_layers', 'card_room', 'keep_weights', 'add_supervised_head']
 
 # %% ../nbs/01b_fast.ipynb #771ed2dc
 def _mm32(a, b):
@@ -37,7 +37,8 @@ class LoraGroup:
         self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
         self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of a row of `lora_A`'s gradients
         if norm is not None: self.factor *= norm.weight.detach()
-        self.blank = [torch.zeros(self.width, device=self.code.device)]*(self.ranks-self.rank*len(mods)) # rows of `a` beside the projections'
+        rest = self.ranks-self.rank*len(mods)
+        self.blank = [torch.zeros(rest, self.width, device=self.code.device)]*(rest>0) # none empty: one empty tensor, and `cat` is four times slower
 
     def room(self,
         rows:int, # Of the input
@@ -184,27 +185,6 @@ def backward(self:FastLayer,
     return dh,[*a1, *a2, *a3, a4],[*b1, *b2, *b3, *b4]
 
 # %% ../nbs/01b_fast.ipynb #7885ff3b
-class StackPart:
-    "Layers whose gradients lie in one piece."
-    def __init__(self,
-        layers:list, # `FastLayer`s, from below
-    ):
-        import torch
-        groups = [g for l in layers for g in l.groups]
-        self.layers,self.params = layers,[p for k in ('lora_a','lora_b') for g in groups for p in getattr(g, k)]
-        self.factor,self.rank = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in groups]),groups[0].rank
-
-    def gather(self,
-        grads:list, # From `FastLayer.backward`, a pair a layer, from below
-    ): # fp32, in the order of `params`
-        "All gradients, one after the other."
-        import torch
-        flat = self.factor.new_empty(sum(p.numel() for p in self.params))
-        a,b = flat[:len(self.factor)],flat[len(self.factor):].view(-1, self.rank)
-        torch.cat([g.flatten() for ga,_ in grads for g in ga], out=a); torch.cat([g for _,gb in grads for g in gb], out=b)
-        a *= self.factor
-        return flat
-
 class Stack:
     "All layers of a decoder."
     def __init__(self,
@@ -215,9 +195,8 @@ class Stack:
         self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
         self.passes,self.replays = {},{}
         self.groups = [g for l in self.layers for g in l.groups]
-        first = max(1, len(self.layers)//8)
-        self.parts = [StackPart(ls) for ls in (self.layers[first:], self.layers[:first]) if ls] # as they are gone through on the way back
-        self.params = [p for part in self.parts for p in part.params]
+        self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
+        self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
 
     def turn(self,
@@ -234,11 +213,9 @@ class Stack:
     def lower(self):
         "The adapter in bf16, scaled."
         import torch
-        def low(params, scaling):
-            p = torch.cat([p.detach().flatten() for p in params])
-            return torch.mul(p, scaling, out=torch.empty_like(p, dtype=torch.bfloat16))
-        a = low((p for g in self.groups for p in (*g.lora_a, *g.blank)), self.groups[0].scaling).split([g.ranks*g.width for g in self.groups])
-        b = low((p for g in self.groups for p in g.lora_b), 1.).split([sum(g.sizes)*g.rank for g in self.groups])
+        a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
+        b = torch.cat([p.detach().flatten() for g in self.groups for p in g.lora_b])
+        a,b = a.to(torch.bfloat16).split([g.ranks*g.width for g in self.groups]),b.to(torch.bfloat16).split([sum(g.sizes)*g.rank for g in self.groups])
         for g,x,y in zip(self.groups, a, b):
             g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
             if g.kept is not None: unpack(g.packed, g.absmax, g.code, g.b, g.ends, g.kept, only_b=True)
@@ -267,19 +244,21 @@ def backward(self:Stack,
     saved:list, # From `forward`; used up
     dx, # Gradient of what enters the head
     cos, sin, scale, tiles, keep, # As in `forward`
-)->iter: # Each part's gradients, as soon as they are there
+): # Gradients of `params`, one after the other, fp32
     "Back through the last norm and all layers."
     import torch
-    (h,rms),none,turn = saved.pop(),dx.new_zeros(len(dx), 16),(cos,sin,scale)
+    (h,rms),none,grads_a,grads_b,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],[],(cos,sin,scale)
     dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
-    for part in self.parts:
-        grads = []
-        for l in reversed(part.layers):
-            s,on = saved.pop(),keep if l is self.layers[-1] else None
-            if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
-            dh,*g = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
-            grads.insert(0, g)
-        yield part.gather(grads)
+    for l in reversed(self.layers):
+        s,on = saved.pop(),keep if l is self.layers[-1] else None
+        if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
+        dh,a,b = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
+        grads_a,grads_b = a+grads_a,b+grads_b
+    grads = self.factor.new_empty(sum(p.numel() for p in self.params))
+    a,b = grads[:len(self.factor)],grads[len(self.factor):].view(-1, self.groups[0].rank)
+    torch.cat([g.flatten() for g in grads_a], out=a); torch.cat(grads_b, out=b) # the latter lie apart, and are read there
+    a *= self.factor
+    return grads
 
 # %% ../nbs/01b_fast.ipynb #f491a8b1
 @patch
@@ -296,7 +275,8 @@ def __call__(self:Stack,
 # %% ../nbs/01b_fast.ipynb #7856ca0c
 @functools.cache
 def _through():
-    import torch, torch.distributed as dist
+    import torch
+    from accelerate.utils import reduce
     class Through(torch.autograd.Function):
         @staticmethod
         def forward(ctx, stack, *given):
@@ -308,12 +288,8 @@ def _through():
         @staticmethod
         def backward(ctx, dx):
             stack,given,replay = ctx.rest
-            ranks,grads = dist.get_world_size() if dist.is_initialized() else 1,[]
-            sums = [(flat, dist.all_reduce(flat, async_op=True) if ranks>1 else None) for flat in (replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]))]
-            for part,(flat,work) in zip(stack.parts, sums):
-                if work: work.wait()
-                grads += (flat/ranks).split([p.numel() for p in part.params]) # a copy, since a recorded pass will write over its own
-            return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads, stack.params))
+            grads = reduce(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]), 'mean') # over ranks; a copy, since a recorded pass will write over its own
+            return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
     return Through
 
 # %% ../nbs/01b_fast.ipynb #6d0fc0d9
@@ -326,13 +302,10 @@ class Replay:
         import torch
         torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
         self.given,pool = [t.clone() for t in given],torch.cuda.graph_pool_handle()
-        def record(f):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'): return graph,f()
-        self.there,(self.x,saved) = record(lambda: stack.forward(*self.given))
+        self.there,self.back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.there, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
         self.dx = torch.zeros_like(self.x)
-        parts = stack.backward(saved, self.dx, *self.given[1:])
-        self.back = [record(lambda: next(parts)) for _ in stack.parts]
+        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
 
     def forward(self, given):
         "Forward, on these tensors."
@@ -341,11 +314,9 @@ class Replay:
         return self.x.clone()
 
     def backward(self, dx):
-        "Back from there, a part at a time."
-        self.dx.copy_(dx)
-        for graph,flat in self.back:
-            graph.replay()
-            yield flat
+        "Back from there."
+        self.dx.copy_(dx); self.back.replay()
+        return self.grads
 
 @patch
 def replay(self:Stack,
