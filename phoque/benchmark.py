@@ -174,8 +174,11 @@ def bench_side(
 def own_cards(
     gpus:int, # How many
 )->list: # As `CUDA_VISIBLE_DEVICES` has them
-    "The first of the GPUs that there are."
-    return os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')[:gpus]
+    "The first of the GPUs that there are; a `UserError` where there are fewer."
+    import torch
+    cards = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(torch.cuda.device_count() or gpus)))).split(',') # without a GPU, processes
+    if len(cards)<gpus: raise UserError(f"--gpus: {gpus} are asked for, {len(cards)} there: ask for fewer")
+    return cards[:gpus]
 
 def bench_apart(
     cards:list, # From `own_cards`, one process each; a process that saw another's would share its batches out to both
@@ -199,17 +202,17 @@ def bench_order(
     return turns+turns[:1]
 
 def bench_table(
-    seen:list, # From `bench_side`
+    seen:list, # From `bench_apart`
 )->str: # For a console
     "Sides, what more GPUs bring, and how far a repetition was off."
     from statistics import mean
     rows = [dict(side=r['side'], rows=r['rows'], GPUs=r['gpus'], **{'tokens/s':f"{r['tokens_per_second']:,.0f}", 'ms a step':f"{r['ms']:.1f}", 'of the limit':f"{r['share_of_limit']:.0%}", 'GiB':f"{r['peak_gib']:.1f}" if r['peak_gib'] else '-'})
             if r['fits'] else dict(side=r['side'], rows=r['rows'], GPUs=r['gpus'], **{'tokens/s':'does not fit', 'ms a step':'', 'of the limit':'', 'GiB':''}) for r in seen]
-    turn = lambda r: (r['side'],r['rows'],r['gpus'])
-    again = next((r for r in seen[:-1] if turn(r)==turn(seen[-1])), None)
-    same = lambda r,gpus: [s['tokens_per_second'] for s in seen if s['fits'] and turn(s)==(r['side'],r['rows'],gpus)]
-    lines = [f"{r['side']}, {r['rows']} rows: {r['gpus']} GPUs are {r['tokens_per_second']/mean(same(r, 1)):.2f} times as fast as one" for r in seen if r['fits'] and r['gpus']>1 and same(r, 1)]
-    if again and again['fits']: lines += [f"measured twice: {again['side']}, {again['rows']} rows, {seen[-1]['tokens_per_second']/again['tokens_per_second']-1:+.1%} the second time" + ", on another GPU"*(seen[-1]['cards']!=again['cards'])]
+    def like(r, gpus): return [s for s in seen if s['fits'] and (s['side'],s['rows'],s['gpus'])==(r['side'],r['rows'],gpus)]
+    lines = [f"{r['side']}, {r['rows']} rows: {r['gpus']} GPUs are {r['tokens_per_second']/mean(s['tokens_per_second'] for s in one):.2f} times as fast as one" for r in seen if r['fits'] and r['gpus']>1 and (one := like(r, 1))]
+    if len(twice := like(seen[-1], seen[-1]['gpus']))>1:
+        a,*_,b = twice
+        lines.append(f"measured twice: {a['side']}, {a['rows']} rows, {b['tokens_per_second']/a['tokens_per_second']-1:+.1%} the second time" + ", on another GPU"*(b['cards']!=a['cards']))
     return '\n'.join([text_table(rows), *['']*bool(lines), *lines])
 
 def bench_picture(
@@ -243,12 +246,13 @@ def bench_cli(
     names = sides.split(',')
     if bad := [s for s in names if s not in SIDES]: sys.exit(f"phoque_bench: --sides: must be of {', '.join(SIDES)}, got {bad[0]!r}")
     if 'unsloth' in names and not find_spec('unsloth'): names.remove('unsloth'); print('unsloth is not installed: it is left out')
+    turns = bench_order(names, *([int(n) for n in o.split(',')] for o in (rows, gpus)))
+    try: cards = own_cards(max(g for *_,g in turns))
+    except UserError as e: sys.exit(f'phoque_bench: {e}')
     quiet_libraries()
     seen,machine = [],torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores, no GPU'
     with tempfile.TemporaryDirectory() as tmp:
         base = bench_base(f'{tmp}/base', num_hidden_layers=layers)
-        turns = bench_order(names, *([int(n) for n in o.split(',')] for o in (rows, gpus)))
-        cards = own_cards(max(g for *_,g in turns))
         for i,(side,r,g) in enumerate(turns, 1):
             try: seen.append(bench_apart(cards[-g:] if i==len(turns) else cards[:g], side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib, supervised=supervised)); print(bench_table(seen[-1:]), flush=True)
             except RuntimeError as e: print(f"{side} with {r} rows on {g} GPU{'s'*(g>1)} failed and is left out: {e}", flush=True)
