@@ -197,11 +197,13 @@ TILE = 64 # rows of a document that a program of the attention kernels takes
 
 def attention_tiles(
     sizes:list, # Tokens of each document, in order
-)->list: # (first row, its document's first row, its document's end) of each tile
-    "Cut documents into tiles, the longest document first: what takes longest begins first."
+)->list: # Of each program, a tile of queries (first row, its document's first row, its document's end) and one of keys (first row, its document's end)
+    "Cut documents into tiles, the longest document first, and what lies behind most first: what takes longest begins first."
     from itertools import accumulate
     docs = zip(sizes, accumulate(sizes, initial=0))
-    return [(t,a,a+n) for n,a in sorted(docs, key=lambda d: -d[0]) for t in range(a, a+n, TILE)]
+    queries = [(t,a,a+n) for n,a in sorted(docs, key=lambda d: -d[0]) for t in range(a, a+n, TILE)]
+    keys = sorted(((t,end) for t,_,end in queries), key=lambda k: k[0]-k[1])
+    return [q+k for q,k in zip(queries, keys)]
 
 # %% ../nbs/01a_kernels.ipynb #4f27e8f4
 @functools.cache
@@ -210,7 +212,7 @@ def _attend_kernel():
     @triton.jit
     def attend(qkv, out, lse, tiles, s, s_o, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
-        start,first,end = tl.load(tiles+3*i),tl.load(tiles+3*i+1),tl.load(tiles+3*i+2)
+        start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
         r,c = start + tl.arange(0, N),tl.arange(0, D)[None,:]
         here = (r<end)[:,None]
         q = tl.load(qkv + r.to(tl.int64)[:,None]*s + h*D + c, mask=here, other=0.)
@@ -251,7 +253,7 @@ def _attend_dq_kernel():
     @triton.jit
     def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
-        start,first,end = tl.load(tiles+3*i),tl.load(tiles+3*i+1),tl.load(tiles+3*i+2)
+        start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
         r,c,f,b = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:],tl.arange(0, R)
         here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]; own = row*s_d+h*D+c
         g = tl.dot(tl.load(d+row*s_d+HQ*D+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*HQ*D+h*D+c))
@@ -280,7 +282,7 @@ def _attend_dkv_kernel():
     @triton.jit
     def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         b,i = tl.program_id(0),tl.program_id(1)
-        start,end = tl.load(tiles+3*i),tl.load(tiles+3*i+2)
+        start,end = tl.load(tiles+5*i+3),tl.load(tiles+5*i+4)
         j,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
         here = (j<end)[:,None]; row = j.to(tl.int64)[:,None]
         p = qkv + row*s + (HQ+b)*D + c
@@ -327,8 +329,8 @@ def attend_back(
 def _unpack_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def unpack(packed, absmax, code, b, out, n_bytes, first, rows, end1, end2, k, s, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-        i,blocks = tl.program_id(0)+first,tl.cdiv(n_bytes, BLOCK)
+    def unpack(packed, absmax, code, b, out, n_bytes, rows, end1, end2, k, s, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+        i,blocks = tl.program_id(0),tl.cdiv(n_bytes, BLOCK)
         if i<blocks:
             at = i*BLOCK + tl.arange(0, BLOCK)
             inside = at<n_bytes
@@ -353,13 +355,11 @@ def unpack(
     b, # Their `lora_B` under one another, (rows, rank), bf16
     ends:list, # Row after each projection but the last
     out, # Buffer, (rows, width+ranks)
-    only_b:bool=False, # Are the weights there already?
 ): # The buffer
     "Weights, and `lora_B` beside them."
     n,rows,k = packed.numel(),len(b),packed.numel()*2//len(b)
-    first = -(-n//1024)
     end1,end2 = [*ends, rows, rows][:2]
-    _unpack_kernel()[(first*(not only_b)+-(-rows//64),)](packed, absmax, code, b, out, n, first*only_b, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=out.shape[1]-k, BLOCK=1024, ROWS=64)
+    _unpack_kernel()[(-(-n//1024)+-(-rows//64),)](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=out.shape[1]-k, BLOCK=1024, ROWS=64)
     return out
 
 # %% ../nbs/01a_kernels.ipynb #ecd8e656

@@ -216,7 +216,7 @@ def collate_packed(
     batch['targets'] = follows[batch['supervised']]
     if fill:
         tiles,keep = attention_tiles([n for d in docs for n in d]),batch['supervised']
-        batch['tiles'] = torch.tensor(tiles+[(0,0,0)]*(fill[0]-len(tiles)), dtype=torch.int32)
+        batch['tiles'] = torch.tensor(tiles+[(0,)*5]*(fill[0]-len(tiles)), dtype=torch.int32)
         batch['keep'] = torch.nn.functional.pad(keep, (0,fill[1]-len(keep)), value=len(rows)*max_length)
     if not max_docs: return batch
     starts = list(accumulate((n for d in docs for n in d), initial=0))
