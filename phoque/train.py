@@ -402,7 +402,7 @@ def trainer_args(
     import torch
     from trl import SFTConfig
     cuda = torch.cuda.is_available()
-    return SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
+    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
         gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
         lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
@@ -410,6 +410,8 @@ def trainer_args(
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
         accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 # %% ../nbs/02_train.ipynb #e5f7a9b3
 def share_stack(
