@@ -1287,9 +1287,10 @@ class Stack:
         for g,x,y in zip(self.groups, a.split([g.ranks*g.width for g in self.groups]), b.split([sum(g.sizes)*g.rank for g in self.groups])): g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
         b,at = b.view(len(self.layers), -1),0
         for kept,g in zip(self.kept, self.layers[0].groups):
-            for i,w in enumerate(kept.split(g.sizes, 1)):
-                w[:,:,g.width+i*g.rank:][:,:,:g.rank] = b[:,at:at+w.shape[1]*g.rank].view(-1, w.shape[1], g.rank)
-                at += w.shape[1]*g.rank
+            for i,w in enumerate(kept.split(g.sizes, 1)): # a projection of every layer, (layers, outputs, width+ranks)
+                c,n = g.width+i*g.rank,w.shape[1]*g.rank
+                w[:,:,c:c+g.rank] = b[:,at:at+n].view(len(w), -1, g.rank)
+                at += n
 
 @patch
 def forward(self:Stack,
