@@ -208,7 +208,7 @@ class Stack:
         import torch
         scale = decoder.layers[0].self_attn.scaling
         self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
-        self.passes,self.replays,self.kept = {},{},[]
+        self.passes,self.replays,self.kept = {},{},[] # the last from `keep_weights`: each kind of group's, of all layers
         self.groups = [g for l in self.layers for g in l.groups]
         self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
         self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
@@ -231,7 +231,8 @@ class Stack:
         a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
         b = torch.cat([p.detach().flatten() for g in self.groups for p in g.lora_b])
         a,b = a.to(torch.bfloat16),b.to(torch.bfloat16)
-        for g,x,y in zip(self.groups, a.split([g.ranks*g.width for g in self.groups]), b.split([sum(g.sizes)*g.rank for g in self.groups])): g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
+        for g,x,y in zip(self.groups, a.split([g.ranks*g.width for g in self.groups]), b.split([sum(g.sizes)*g.rank for g in self.groups])):
+            g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
         b,at = b.view(len(self.layers), -1),0
         for kept,g in zip(self.kept, self.layers[0].groups):
             for i,w in enumerate(kept.split(g.sizes, 1)): # a projection of every layer, (layers, outputs, width+ranks)

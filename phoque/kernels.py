@@ -197,8 +197,8 @@ TILE = 64 # rows of a document that a program of the attention kernels takes
 
 def attention_tiles(
     sizes:list, # Tokens of each document, in order
-)->list: # Of each program, a tile of queries (first row, its document's first row, its document's end) and one of keys (first row, its document's end)
-    "Cut documents into tiles, the longest document first, and what lies behind most first: what takes longest begins first."
+)->list: # Of each program: a tile of queries, its document's first row and end; a tile of keys, its document's end
+    "Cut documents into tiles: queries with the longest document first, keys with most behind them first."
     from itertools import accumulate
     docs = zip(sizes, accumulate(sizes, initial=0))
     queries = [(t,a,a+n) for n,a in sorted(docs, key=lambda d: -d[0]) for t in range(a, a+n, TILE)]

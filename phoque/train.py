@@ -410,7 +410,7 @@ def trainer_args(
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
         accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
-    args._n_gpu = min(args.n_gpu, 1)
+    args._n_gpu = min(args.n_gpu, 1) # no `nn.DataParallel`
     return args
 
 # %% ../nbs/02_train.ipynb #e5f7a9b3

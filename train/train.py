@@ -879,8 +879,8 @@ TILE = 64 # rows of a document that a program of the attention kernels takes
 
 def attention_tiles(
     sizes:list, # Tokens of each document, in order
-)->list: # Of each program, a tile of queries (first row, its document's first row, its document's end) and one of keys (first row, its document's end)
-    "Cut documents into tiles, the longest document first, and what lies behind most first: what takes longest begins first."
+)->list: # Of each program: a tile of queries, its document's first row and end; a tile of keys, its document's end
+    "Cut documents into tiles: queries with the longest document first, keys with most behind them first."
     from itertools import accumulate
     docs = zip(sizes, accumulate(sizes, initial=0))
     queries = [(t,a,a+n) for n,a in sorted(docs, key=lambda d: -d[0]) for t in range(a, a+n, TILE)]
@@ -1261,7 +1261,7 @@ class Stack:
         import torch
         scale = decoder.layers[0].self_attn.scaling
         self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
-        self.passes,self.replays,self.kept = {},{},[]
+        self.passes,self.replays,self.kept = {},{},[] # the last from `keep_weights`: each kind of group's, of all layers
         self.groups = [g for l in self.layers for g in l.groups]
         self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
         self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
@@ -1284,7 +1284,8 @@ class Stack:
         a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
         b = torch.cat([p.detach().flatten() for g in self.groups for p in g.lora_b])
         a,b = a.to(torch.bfloat16),b.to(torch.bfloat16)
-        for g,x,y in zip(self.groups, a.split([g.ranks*g.width for g in self.groups]), b.split([sum(g.sizes)*g.rank for g in self.groups])): g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
+        for g,x,y in zip(self.groups, a.split([g.ranks*g.width for g in self.groups]), b.split([sum(g.sizes)*g.rank for g in self.groups])):
+            g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
         b,at = b.view(len(self.layers), -1),0
         for kept,g in zip(self.kept, self.layers[0].groups):
             for i,w in enumerate(kept.split(g.sizes, 1)): # a projection of every layer, (layers, outputs, width+ranks)
@@ -1936,7 +1937,7 @@ def trainer_args(
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
         accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
-    args._n_gpu = min(args.n_gpu, 1)
+    args._n_gpu = min(args.n_gpu, 1) # no `nn.DataParallel`
     return args
 
 def share_stack(
