@@ -13,12 +13,13 @@ from fastcore.script import Param, call_parse
 
 # %% auto #0
 __all__ = ['log', 'SEED_BASE', 'SUCCESSOR', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'LORA_TARGETS', 'SUCCESSOR_SHAPE',
-           'HEAD_LOGITS', 'UserError', 'quiet_libraries', 'text_table', 'hub_problem', 'resolve_base', 'chatml_parts',
-           'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts', 'chat_format',
-           'read_pieces', 'sentencepiece_tokenizer', 'load_tokenizer', 'check_messages', 'encode_chats',
-           'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels',
-           'label_invariants', 'read_chats', 'write_labels', 'labels_cli', 'load_model', 'add_lora', 'register_varlen',
-           'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
+           'HEAD_LOGITS', 'UserError', 'quiet_libraries', 'text_table', 'hub_problem', 'resolve_base', 'check_private',
+           'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts',
+           'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'load_tokenizer',
+           'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset',
+           'control_ids', 'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'labels_cli', 'load_model',
+           'add_lora', 'register_varlen', 'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit',
+           'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 log = logging.getLogger("phoque")
@@ -105,6 +106,37 @@ def resolve_base(
     if note: log.warning(f"BASE MODEL: {note}: {name}")
     auto = 'AutoModelForImageTextToText' if 'vision_config' in _model_config(name, rev) else 'AutoModelForCausalLM'
     return dict(requested=base_model, id=name, revision=rev, note=note, auto=auto)
+
+# %% ../nbs/01_model_qlora.ipynb #42db102e
+def check_private(
+    api, # `HfApi`
+    repo:str, # `owner/name`, of a repo that is there
+    repo_type:str='model', # Or `dataset`
+): # `ModelInfo` or `DatasetInfo`
+    "Refuse a repo that anyone may read."
+    from huggingface_hub import constants
+    info = api.repo_info(repo, repo_type=repo_type)
+    if info.private: return info
+    page = f"{constants.ENDPOINT}/{'datasets/'*(repo_type=='dataset')}{repo}/settings"
+    raise UserError(f"{repo_type} repo {repo}: it is public, and nothing is written to a public repo: make it private ({page}), or name another one")
+
+def private_repo(
+    api, # `HfApi`
+    repo:str, # `owner/name`
+    repo_type:str='model', # Or `dataset`
+): # `ModelInfo` or `DatasetInfo`
+    "Make a repo where it is missing, private; gate it; refuse one that is public."
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    try: info = check_private(api, repo, repo_type)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, repo_type=repo_type, private=True, exist_ok=True)
+        info = check_private(api, repo, repo_type) # what an organisation has set may win
+    if info.gated=='manual': return info
+    try: api.update_repo_settings(repo, repo_type=repo_type, gated='manual')
+    except HfHubHTTPError as e:
+        if e.response.status_code!=403: raise
+        log.warning(f"{repo_type} repo {repo} is private, but can't be gated with this token: whoever is given access sees it at once")
+    return info
 
 # %% ../nbs/01_model_qlora.ipynb #27f360e8
 def chatml_parts(messages, ids):

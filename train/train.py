@@ -135,6 +135,36 @@ def resolve_base(
     auto = 'AutoModelForImageTextToText' if 'vision_config' in _model_config(name, rev) else 'AutoModelForCausalLM'
     return dict(requested=base_model, id=name, revision=rev, note=note, auto=auto)
 
+def check_private(
+    api, # `HfApi`
+    repo:str, # `owner/name`, of a repo that is there
+    repo_type:str='model', # Or `dataset`
+): # `ModelInfo` or `DatasetInfo`
+    "Refuse a repo that anyone may read."
+    from huggingface_hub import constants
+    info = api.repo_info(repo, repo_type=repo_type)
+    if info.private: return info
+    page = f"{constants.ENDPOINT}/{'datasets/'*(repo_type=='dataset')}{repo}/settings"
+    raise UserError(f"{repo_type} repo {repo}: it is public, and nothing is written to a public repo: make it private ({page}), or name another one")
+
+def private_repo(
+    api, # `HfApi`
+    repo:str, # `owner/name`
+    repo_type:str='model', # Or `dataset`
+): # `ModelInfo` or `DatasetInfo`
+    "Make a repo where it is missing, private; gate it; refuse one that is public."
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    try: info = check_private(api, repo, repo_type)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, repo_type=repo_type, private=True, exist_ok=True)
+        info = check_private(api, repo, repo_type) # what an organisation has set may win
+    if info.gated=='manual': return info
+    try: api.update_repo_settings(repo, repo_type=repo_type, gated='manual')
+    except HfHubHTTPError as e:
+        if e.response.status_code!=403: raise
+        log.warning(f"{repo_type} repo {repo} is private, but can't be gated with this token: whoever is given access sees it at once")
+    return info
+
 def chatml_parts(messages, ids):
     "ChatML, as SmolLM2 and Qwen use it: `<|im_start|>role⏎text<|im_end|>⏎`."
     im_start,im_end = ids
