@@ -4,20 +4,22 @@
 
 # %% ../nbs/03_resume.ipynb #5d87fe1d
 from __future__ import annotations
-import os, re, json, time, signal, shutil, hashlib, logging, statistics, tempfile, threading
+import fcntl, hashlib, json, logging, os, re, shutil, signal, statistics, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from .model_qlora import UserError, hub_problem, log
+from .model_qlora import UserError, check_private, hub_problem, log, private_repo
 
 # %% auto #0
-__all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'WANDB_FLUSH', 'file_sha256', 'write_manifest', 'read_manifest', 'check_plain',
-           'read_checkpoint', 'hub_answer', 'bound_requests', 'patiently', 'HubBranch', 'Checkpoints', 'local_steps',
-           'check_same_run', 'Publisher', 'parse_duration', 'container_age', 'Stopped', 'Deadline', 'start_wandb',
+__all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'RUN_FILE', 'SQUASH_BYTES', 'COMMITS_AN_HOUR', 'PRIVATE_GB', 'HISTORY_BYTES',
+           'HISTORY_SECONDS', 'WANDB_FLUSH', 'file_sha256', 'write_manifest', 'read_manifest', 'check_plain',
+           'read_checkpoint', 'hub_answer', 'bound_requests', 'NotNow', 'spell_seconds', 'retry_after', 'patiently',
+           'HubBranch', 'Checkpoints', 'Superseded', 'folder_bytes', 'local_steps', 'check_same_run', 'lock_folder',
+           'publish_pace', 'Publisher', 'parse_duration', 'container_age', 'Stopped', 'Deadline', 'start_wandb',
            'log_adapter']
 
 # %% ../nbs/03_resume.ipynb #5a626d29
 MANIFEST = 'manifest.json'
-STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet')
+STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet|best_adapter\.safetensors')
 NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
@@ -44,10 +46,12 @@ def read_manifest(
     "Read a manifest; a `ValueError` says what is wrong with it."
     try:
         m = json.loads(path.read_text())
-        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and any(n.startswith('rng_state') for n in m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
+        files,run = m['files'],m['run']
+        good = [f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
+            all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in files.items()), run['id'], run['identity']]
     except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
-    except (ValueError, TypeError, KeyError, AttributeError): good = False
-    if not good: raise ValueError("its manifest is damaged")
+    except (ValueError, TypeError, KeyError, AttributeError): good = [False]
+    if not all(good): raise ValueError("its manifest is damaged")
     return m
 
 def check_plain(
@@ -110,11 +114,29 @@ def bound_requests(
     set_client_factory(client)
 
 # %% ../nbs/03_resume.ipynb #a088a7d0
+class NotNow(UserError):
+    "What stops a publication and may pass while training goes on."
+
+def spell_seconds(
+    seconds:float, # A duration
+)->str: # Such as `20 s` or `43 min`
+    "A duration to read."
+    return f"{seconds:.0f} s" if seconds<120 else f"{seconds/60:.0f} min"
+
+def retry_after(
+    e:Exception, # What a client raised
+)->float: # Seconds that the Hub asks to wait; 0 where it doesn't say
+    "The wait that an answer of the Hub names."
+    answer = getattr(hub_answer(e), 'response', None)
+    said = answer.headers.get('Retry-After', '') if answer is not None else ''
+    return float(said) if said.isdigit() else 0.
+
 def patiently(
     call, # Function without arguments that asks something of the Hub
     what:str, # What it is about, such as "model repo org/name"
     until:float=float('inf'), # `time.monotonic()` after which to give up
     wait:float=1.0, # Seconds before the first repeat; doubles up to a minute
+    pause=time.sleep, # Waits that many seconds; may raise to give up
 ): # What `call` returns
     "Repeat a call to the Hub until it succeeds or can't."
     from httpx2 import HTTPError
@@ -122,9 +144,12 @@ def patiently(
         try: return call()
         except (HTTPError, OSError, RuntimeError, UserError) as e: err = e
         known = isinstance(err, UserError) or getattr(hub_answer(err), 'response', None) is None and not _passing(err) # says itself what it is
-        if not _passing(err) or time.monotonic()+wait>until: raise (err if known else hub_problem(hub_answer(err), what)) from None
-        log.warning(f"{what}: {hub_problem(hub_answer(err), 'the Hub')}; trying again in {wait:.0f} s")
-        time.sleep(wait); wait = min(2*wait, 60)
+        said = err if known else hub_problem(hub_answer(err), what)
+        passing,asked = isinstance(err, NotNow) or _passing(err),max(wait, retry_after(err))
+        if not passing: raise said from None
+        if time.monotonic()+asked>until: raise UserError(f"{said}; it would be tried again in {spell_seconds(asked)}, and the time is up") from None
+        log.warning(f"{said if known else f'{what}: '+str(hub_problem(hub_answer(err), 'the Hub'))}; trying again in {spell_seconds(asked)}")
+        pause(asked); wait = min(2*wait, 60)
 
 # %% ../nbs/03_resume.ipynb #14029e98
 class HubBranch:
@@ -142,9 +167,9 @@ class HubBranch:
     def prepare(self,
         until:float=float('inf'), # `time.monotonic()` after which to give up
     ):
-        "Make the repo (private) and the branch when missing, and read where the branch is."
+        "Make the repo (private, gated) and the branch when missing, and read where the branch is."
         def make():
-            if not self.api.repo_exists(self.repo): self.api.create_repo(self.repo, private=True, exist_ok=True)
+            private_repo(self.api, self.repo)
             if self.branch!='main': self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
             self.head = self.newest().commit_id
         patiently(make, self.name, until)
@@ -167,18 +192,45 @@ def commit(self:HubBranch,
     title:str, # Must be different for every commit: it tells whether an unanswered one landed
     until:float=float('inf'), # `time.monotonic()` after which to give up
     wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
 )->str: # The commit's id
-    "One atomic commit, repeated until it has landed or can't."
+    "One atomic commit to a private repo, repeated until it has landed or can't."
     from httpx2 import HTTPError
     def once():
+        try: check_private(self.api, self.repo) # its owner may have changed that since
+        except UserError as e: raise NotNow(str(e)) from None
         try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
         except (HTTPError, RuntimeError, OSError) as e: err = e
         now = self.newest()
         if now.commit_id==self.head: raise err
         if now.title==title: return now.commit_id # it had landed; only the answer was lost
         raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there: let it finish, or choose another HUB_MODEL_ID")
-    self.head = patiently(once, f"{self.name}: {title!r}", until, wait)
+    self.head = patiently(once, f"{self.name}: {title!r}", until, wait, pause)
     return self.head
+
+@patch
+def squash(self:HubBranch,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Drop the branch's history, which counts as storage; its files stay."
+    title = f"squashed {os.urandom(4).hex()}"
+    def once():
+        now = self.newest()
+        if now.commit_id==self.head: self.api.super_squash_history(self.repo, branch=self.branch, commit_message=title)
+        elif now.title!=title: raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there, so its history is left alone")
+        return self.newest().commit_id
+    self.head = patiently(once, f"{self.name}: history", until)
+
+@patch
+def send(self:HubBranch,
+    operation, # `CommitOperationAdd`
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
+):
+    "Upload a large file ahead of the commit that names it."
+    def once(): self.api.preupload_lfs_files(self.repo, [operation], revision=self.branch, free_memory=False)
+    patiently(once, f"{self.name}: {operation.path_in_repo}", until, wait, pause)
 
 # %% ../nbs/03_resume.ipynb #6e9b853c
 @patch
@@ -191,38 +243,94 @@ def check_write(self:HubBranch,
     patiently(lambda: self.api.delete_branch(self.repo, branch=name), self.name, until)
 
 # %% ../nbs/03_resume.ipynb #021d2573
+RUN_FILE = 'run.json'
+SQUASH_BYTES = 10e9 # of history on the branch, before it is dropped
+
 class Checkpoints:
     "The checkpoints of a run, on a branch of its Hub repo."
     def __init__(self,
         branch:HubBranch, # Prepared
         keep:int=2, # Newest checkpoints that stay
-    ): self.branch,self.keep,self.found,self.stale = branch,keep,None,[] # stale: an abandoned run's, removed with the next commit
+    ): self.branch,self.keep,self.found,self.stale,self.history = branch,keep,None,[],0 # stale: an abandoned run's, removed when the next one begins; history: bytes sent since the last squash
+
+    def files(self)->list: # Paths
+        "What is on the branch."
+        return patiently(lambda: self.branch.api.list_repo_files(self.branch.repo, revision=self.branch.head), self.branch.name)
 
     def steps(self)->list: # Ascending
         "Steps that have a folder with a manifest on the branch."
         if self.found is None: # from here on only our own commits change it
             rx = re.compile(rf'checkpoint-(0|[1-9]\d*)/{re.escape(MANIFEST)}')
-            files = patiently(lambda: self.branch.api.list_repo_files(self.branch.repo, revision=self.branch.head), self.branch.name)
-            self.found = sorted(int(m[1]) for f in files if (m := rx.fullmatch(f)))
+            self.found = sorted(int(m[1]) for f in self.files() if (m := rx.fullmatch(f)))
         return self.found
 
+# %% ../nbs/03_resume.ipynb #b493e729
+@patch
+def run(self:Checkpoints)->dict: # What the run is; None where the branch has none
+    "The run that the branch belongs to: as it began, or as its newest checkpoint has it."
+    with tempfile.TemporaryDirectory() as d:
+        for name in (RUN_FILE, *(f'checkpoint-{s}/{MANIFEST}' for s in reversed(self.steps()))):
+            try:
+                file = self.fetch(name, d)
+                found = read_manifest(file)['run'] if name!=RUN_FILE else json.loads(file.read_text())
+                if found['id'] and found['identity']: return found
+            except UserError: raise
+            except (ValueError, TypeError, KeyError): continue
+
+@patch
+def begin_run(self:Checkpoints,
+    run:dict, # What the run is
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "One commit: this run is the branch's from now on, and an abandoned one's checkpoints leave it."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    if self.stale: self.keep_aside(until)
+    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in self.stale]
+    text = json.dumps(run, indent=1).encode()
+    self.branch.commit([CommitOperationAdd(RUN_FILE, text), *old], f"run {run['id']} {hashlib.sha256(text).hexdigest()[:8]}", until)
+    self.found,self.stale = [],[]
+
 # %% ../nbs/03_resume.ipynb #79fbde15
+class Superseded(Exception):
+    "A newer checkpoint waits to be published."
+
+def folder_bytes(
+    folder:Path, # Sealed `checkpoint-N`
+)->int: # What publishing it sends
+    "The size of a checkpoint."
+    return sum(f['size'] for f in json.loads((Path(folder)/MANIFEST).read_text())['files'].values())
+
 @patch
 def publish(self:Checkpoints,
     folder:Path, # Sealed `checkpoint-N`
     until:float=float('inf'), # `time.monotonic()` after which to give up
     wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
+    still_newest=lambda: None, # Raises `Superseded` where a newer one waits
 ):
     "One commit: this checkpoint in, old ones out."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     m = json.loads((folder/MANIFEST).read_text())
     below = [s for s in self.steps() if s<m['step']]
     stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
-    ops = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
-    if 'samples.parquet' in m['files']: ops.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
-    ops += [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found, *self.stale}-{*stay})]
-    self.branch.commit(ops, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait)
-    self.found,self.stale = stay,[]
+    adds = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
+    if 'samples.parquet' in m['files']: adds.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
+    for a in adds:
+        still_newest()
+        if Path(a.path_or_fileobj).stat().st_size>2**20: self.branch.send(a, until, wait, pause)
+    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found}-{*stay})]
+    self.branch.commit(adds+old, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait, pause)
+    self.found,self.history = stay,self.history+folder_bytes(folder)
+    if self.history>SQUASH_BYTES: self.squash(until)
+
+@patch
+def squash(self:Checkpoints,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Drop the branch's history; a Hub that won't is no reason to stop."
+    try: self.branch.squash(until)
+    except UserError as e: log.warning(f"the history of branch {self.branch.branch} is not squashed: {e}")
+    self.history = 0
 
 # %% ../nbs/03_resume.ipynb #9887967e
 def local_steps(
@@ -245,15 +353,6 @@ def fetch(self:Checkpoints,
         except RemoteEntryNotFoundError: raise ValueError(f"{Path(name).name} is missing") from None
     return patiently(get, f"{name} of {b.repo}", until)
 
-@patch
-def run_id(self:Checkpoints)->str: # None where there is no checkpoint
-    "The run that the branch belongs to."
-    for s in reversed(self.steps()):
-        with tempfile.TemporaryDirectory() as d:
-            try: return read_manifest(self.fetch(f'checkpoint-{s}/{MANIFEST}', d))['run']['id']
-            except UserError: raise
-            except ValueError: continue
-
 # %% ../nbs/03_resume.ipynb #254f26c0
 @patch
 def restore(self:Checkpoints,
@@ -262,20 +361,21 @@ def restore(self:Checkpoints,
 )->tuple: # Its path and manifest, or (None, None) where there is none
     "Find the newest checkpoint that can be trusted."
     folder,here,there = Path(folder),set(local_steps(folder)),set(self.steps())
-    owner = self.run_id() if here else None
+    if not here|there: return None,None
+    owner = (self.run() or {}).get('id')
     def take(path, where):
         if where=='the Hub':
             shutil.rmtree(path, ignore_errors=True)
             for f in read_manifest(self.fetch(f'{path.name}/{MANIFEST}', folder, until))['files']: self.fetch(f'{path.name}/{f}', folder, until)
         m = read_checkpoint(path)
-        if where=='this disk' and (m['run'].get('repo')!=self.branch.repo or owner not in (None, m['run']['id'])): raise ValueError("it belongs to another run")
+        if owner!=m['run']['id']: raise ValueError("it belongs to another run")
         return m
     for step in sorted(here|there, reverse=True):
         path = folder/f'checkpoint-{step}'
         for where in ['this disk']*(step in here) + ['the Hub']*(step in there):
             try: m = take(path, where)
             except UserError: raise # the Hub is away: that says nothing about the checkpoint
-            except ValueError as e: log.warning(f"{path.name} on {where} is stepped over: {e}")
+            except ValueError as e: log.warning(f"{path.name} on {where} is skipped: {e}")
             else:
                 log.info(f"{path.name} found on {where}, every file verified")
                 return path,m
@@ -285,31 +385,62 @@ def restore(self:Checkpoints,
 def check_same_run(
     saved:dict, # Identity in a manifest
     now:dict, # Identity of this run
+    again:str='1', # Value of FRESH_START that would begin again
 ):
     "Refuse to continue a run under settings that would silently alter it."
     if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
-        raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START=1 to begin again")
+        raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START={again} to begin again")
 
 # %% ../nbs/03_resume.ipynb #2d7a8e8c
 @patch
 def start_fresh(self:Checkpoints):
-    "Put what exists aside under a branch of its own name, and begin again."
-    if not (steps := self.steps()): return
-    aside = f"{self.branch.branch}-{self.branch.head[:8]}"
-    patiently(lambda: self.branch.api.create_branch(self.branch.repo, branch=aside, revision=self.branch.head, exist_ok=True), self.branch.name)
-    self.stale,self.found = steps,[]
-    log.info(f"FRESH_START: {len(steps)} checkpoints of an earlier run are kept on branch {aside}")
+    "Take the branch's checkpoints for those of an abandoned run."
+    self.stale,self.found = self.steps(),[]
+
+@patch
+def keep_aside(self:Checkpoints, until):
+    "Keep an abandoned run's checkpoints on a branch of their own, without their history."
+    b = self.branch
+    aside = HubBranch(b.repo, f"{b.branch}-{b.head[:8]}", b.api.endpoint, b.api.token)
+    patiently(lambda: b.api.create_branch(b.repo, branch=aside.branch, revision=b.head, exist_ok=True), b.name, until)
+    aside.head = aside.newest().commit_id
+    Checkpoints(aside).squash(until)
+    log.info(f"FRESH_START: {len(self.stale)} checkpoints of an earlier run are kept on branch {aside.branch}")
+
+# %% ../nbs/03_resume.ipynb #e3056b97
+def lock_folder(
+    folder:Path, # Of a run; made when missing
+): # Open file; the lock ends with it, or with the process
+    "Keep other jobs out of a run's folder."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    held = open(Path(folder)/'.lock', 'a')
+    try: fcntl.flock(held, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except OSError: raise UserError(f"OUTPUT_DIR {folder}: another job of this run is writing there: let it finish, or choose another OUTPUT_DIR") from None
+    return held
 
 # %% ../nbs/03_resume.ipynb #6227a5da
+COMMITS_AN_HOUR,PRIVATE_GB = 128,100 # https://huggingface.co/docs/hub/storage-limits, and what the Hub answers with 429
+HISTORY_BYTES,HISTORY_SECONDS = 40e9,36*3600 # of one run; squashed history counts for so long
+
+def publish_pace(
+    size:float, # Bytes of a checkpoint
+    minutes:float=5.0, # `PUBLISH_MINUTES`; 0 for no pace
+)->float: # Seconds
+    "Least time between two publications."
+    return max(minutes*60, size/HISTORY_BYTES*HISTORY_SECONDS) if minutes else 0.
+
+# %% ../nbs/03_resume.ipynb #cd686f47
 class Publisher:
     "Seals checkpoints and publishes the newest, in threads of its own."
     def __init__(self,
-        publish, # Function of (folder, until) that returns once the folder is on the Hub
+        publish, # Function of (folder, publisher) that returns once the folder is on the Hub
         seal=lambda folder: None, # Function that finishes a folder on this disk
         seconds:list=(), # What earlier publications took
+        pace=lambda folder: 0.0, # Function of a sealed folder: seconds until the next one may follow
     ):
-        self.publish,self.seal,self.times,self.done,self.error = publish,seal,list(seconds),[],None
-        self.pending,self.waiting,self.until,self.closing = set(),None,float('inf'),False # pending: folders that are still needed here
+        self.publish,self.seal,self.times,self.pace,self.done,self.error = publish,seal,list(seconds),pace,[],None
+        self.pending,self.last,self.waiting = set(),None,None # folders that are still needed here; the newest; the newest that is sealed, and when it came
+        self.earliest,self.until,self.closing = 0.,float('inf'),False # `time.monotonic()` before which nothing is sent, and after which one gives up
         self.changed,self.sealer = threading.Condition(),ThreadPoolExecutor(1, 'sealer')
         self.thread = threading.Thread(target=self._send, name='publisher', daemon=True)
         self.thread.start()
@@ -324,40 +455,69 @@ def submit(self:Publisher,
     folder:Path, # `checkpoint-N`, every file written
 ):
     "Hand over a checkpoint; returns at once."
-    self.pending.add(Path(folder))
-    self.sealer.submit(self._seal, Path(folder), time.monotonic())
+    self.last = Path(folder)
+    self.pending.add(self.last)
+    self.sealer.submit(self._seal, self.last, time.monotonic())
 
 @patch
 def _seal(self:Publisher, folder, start):
+    if folder!=self.last: return self.pending.discard(folder)
     try: self.seal(folder)
     except Exception as e: self.error = e; return
     with self.changed:
         if self.waiting: self.pending.discard(self.waiting[0])
         self.waiting = folder,start
-        self.changed.notify()
+        self.changed.notify_all()
 
 # %% ../nbs/03_resume.ipynb #0d936898
 @patch
+def _take(self:Publisher):
+    "The newest sealed checkpoint once its time has come; None at the end."
+    with self.changed:
+        while not self.closing and not (self.waiting and time.monotonic()>=self.earliest):
+            self.changed.wait(max(self.earliest-time.monotonic(), 0) if self.waiting else None)
+        taken,self.waiting = self.waiting,None
+        return taken
+
+@patch
 def _send(self:Publisher):
-    while True:
-        with self.changed:
-            self.changed.wait_for(lambda: self.waiting or self.closing)
-            if not self.waiting: return
-            (folder,start),self.waiting = self.waiting,None
-        try: self.publish(folder, self.until)
+    while taken := self._take():
+        folder,start = taken
+        begun = time.monotonic()
+        self.earliest = begun+self.pace(folder)
+        try: self.publish(folder, self)
+        except Superseded: log.info(f"{folder.name} is given up for a newer one")
         except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
-        self.times.append(time.monotonic()-start); self.done.append(int(folder.name.split('-')[1]))
-        log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
+        else:
+            self.times.append(time.monotonic()-begun); self.done.append(int(folder.name.split('-')[1]))
+            log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
         self.pending.discard(folder)
+
+# %% ../nbs/03_resume.ipynb #f4fddbe4
+@patch
+def still_newest(self:Publisher):
+    "Give up what is being sent for a newer checkpoint."
+    if self.waiting: raise Superseded
+
+@patch
+def pause(self:Publisher,
+    seconds:float, # That the Hub asks for
+):
+    "Wait before a repeat, or until there is something newer to send; that one waits as long."
+    end = time.monotonic()+seconds
+    with self.changed:
+        while time.monotonic()<end and not self.waiting: self.changed.wait(end-time.monotonic())
+        if self.waiting: self.earliest = max(self.earliest, end)
+    self.still_newest()
 
 # %% ../nbs/03_resume.ipynb #3c74b99f
 @patch
 def close(self:Publisher,
     until:float=float('inf'), # `time.monotonic()` after which to give up
 )->bool: # Is everything that was handed over on the Hub?
-    "Wait for what is under way."
+    "Publish the newest at once, and wait for it."
     self.sealer.shutdown()
-    with self.changed: self.closing,self.until = True,until; self.changed.notify()
+    with self.changed: self.closing,self.until = True,until; self.changed.notify_all()
     self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
     return not self.thread.is_alive() and self.error is None
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_train.ipynb #c58de548
 from __future__ import annotations
-import os, re, inspect, logging
+import difflib, logging, math, os, re
 from pathlib import Path
 from types import SimpleNamespace
 from fastcore.basics import store_attr, str2bool
@@ -17,54 +17,60 @@ from .fast import card_room, fast_layers, keep_weights, add_supervised_head
 from .shard import prepare_sharding, shard_options, sharded_trainer
 
 # %% auto #0
-__all__ = ['PRESETS', 'HEAD_PAIRS', 'STEP_LINE', 'TrainConfig', 'options', 'env_options', 'preset_options', 'parse_options',
-           'read_config', 'check_config', 'pack_lengths', 'pack_dataset', 'draw_order', 'collate_packed', 'run_steps',
-           'share_batch', 'run_memory', 'fit_batch', 'row_work', 'deal_rows', 'fill_sizes', 'events_callback',
-           'compile_layers', 'trainer_args', 'share_stack', 'make_trainer', 'step_line', 'parse_step', 'held_out_loss']
+__all__ = ['OTHER_NAMES', 'PRESETS', 'OPTIMS', 'ONE_OF', 'HEAD_PAIRS', 'STEP_LINE', 'TrainConfig', 'options', 'option_part',
+           'option_range', 'env_options', 'meant_option', 'check_names', 'preset_options', 'parse_options',
+           'read_config', 'check_option', 'check_config', 'pack_lengths', 'pack_dataset', 'draw_order',
+           'collate_packed', 'run_steps', 'share_batch', 'run_memory', 'fit_batch', 'row_work', 'deal_rows',
+           'fill_sizes', 'events_callback', 'compile_layers', 'rate_at', 'set_rate', 'trainer_args', 'share_stack',
+           'make_trainer', 'step_line', 'parse_step', 'held_out_loss', 'eval_rows']
 
 # %% ../nbs/02_train.ipynb #094ed8e2
 class TrainConfig:
     "Every option of a run."
     def __init__(self,
         preset:str='', # `16-examples`, `24gb` or `80gb`: rows, their length and a learning rate that goes with them; what is given besides wins
-        base_model:str=SEED_BASE, # Hub id or folder of the model to adapt
+        base_model:str=SEED_BASE, # Hub id or folder of the model to adapt {weights}
         base_model_strict:bool=False, # Refuse to take a substitute for `base_model`?
-        dataset_repo:str='', # Hub dataset with a `messages` column; required
+        dataset_repo:str='', # Hub dataset with a `messages` column; required {weights}
         hub_model_id:str='', # Hub repo for checkpoints and the final adapter; required; made private
-        output_dir:str='output', # Folder for what the run writes
-        max_steps:int=0, # Optimizer steps; 0 trains `num_train_epochs` (20 is a smoke test)
-        num_train_epochs:float=1.0, # Passes over the data where `max_steps` is 0
-        max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have
-        per_device_train_batch_size:int=4, # Packed rows a GPU takes at once, or in smaller batches where they don't fit
-        gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows
-        torch_compile:bool=True, # Compile layers that our own kernels can't take? (on CUDA only)
-        activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
-        fsdp:bool=False, # Share the model out to the GPUs, by FSDP2? (for one that doesn't fit on each; slower)
-        gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
-        full_determinism:bool=False, # Only algorithms that add in a fixed order? (slower where a GPU's default ones don't; a CPU's do)
-        learning_rate:float=2e-4, # Peak, after the warm-up
-        warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
-        weight_decay:float=0.001, # Of AdamW
-        max_grad_norm:float=1.0, # Gradients are clipped to this norm
-        optim:str='adamw_torch_fused', # Name in transformers; `paged_adamw_8bit` resumes exactly too
-        load_in_4bit:bool=True, # NF4 with double quantisation?
-        lora_r:int=16, # Rank of the adapter
-        lora_alpha:int=32, # Its update is scaled by lora_alpha/lora_r
-        lora_dropout:float=0.0, # Share of the adapter's inputs set to zero; 0 is faster and smaller
-        lora_target_modules:str=','.join(LORA_TARGETS), # Linear layers to adapt, by comma
-        logging_steps:int=10, # Steps between two lines of metrics
-        save_steps:int=100, # Steps between two checkpoints
-        sample_steps:int=100, # Steps between two sets of sample replies; 0 for none
-        sample_tokens:int=48, # Longest sample reply
-        sample_share:float=0.01, # Most of the time that sampling may take: replies are shortened, or left out, to keep it; 1 for no limit
+        output_dir:str='output', # Folder for what runs write; each run has a folder of its own in it
+        max_steps:int=0, # Optimizer steps; 0 trains `num_train_epochs` (20 is a smoke test) [0, 1e9]
+        num_train_epochs:float=1.0, # Passes over the data where `max_steps` is 0 (0, 1000]
+        max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have [16, 1e6] {weights}
+        per_device_train_batch_size:int=4, # Packed rows a GPU takes at once, or in smaller batches where they don't fit [1, 4096] {rows}
+        gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows [1, 4096] {rows}
+        torch_compile:bool=True, # Compile layers that our own kernels can't take? (on CUDA only) {rounding}
+        activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed [0, 1] {rounding}
+        fsdp:bool=False, # Share the model out to the GPUs, by FSDP2? (for one that doesn't fit on each; slower) {rounding}
+        gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest) {rounding}
+        full_determinism:bool=False, # Only algorithms that add in a fixed order? (slower where a GPU's default ones don't; a CPU's do) {rounding}
+        learning_rate:float=2e-4, # Peak, after the warm-up [1e-8, 1] {weights}
+        warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after [0, 1) {weights}
+        weight_decay:float=0.001, # Of AdamW [0, 1] {weights}
+        max_grad_norm:float=1.0, # Gradients are clipped to this norm; 0 doesn't clip [0, 1e6] {weights}
+        optim:str='adamw_torch_fused', # Name in transformers; `paged_adamw_8bit` resumes exactly too {weights}
+        load_in_4bit:bool=True, # NF4 with double quantisation? {weights}
+        lora_r:int=16, # Rank of the adapter [1, 1024] {weights}
+        lora_alpha:int=32, # Its update is scaled by lora_alpha/lora_r [1, 65536] {weights}
+        lora_dropout:float=0.0, # Share of the adapter's inputs set to zero; 0 is faster and smaller [0, 1) {weights}
+        lora_target_modules:str=','.join(LORA_TARGETS), # Linear layers to adapt, by comma, in any order {weights}
+        logging_steps:int=10, # Steps between two lines of metrics [1, 1e9]
+        save_steps:int=100, # Steps between two checkpoints on the job's disk [1, 1e9]
+        publish_minutes:float=5.0, # Least minutes between two checkpoints on the Hub, more for large ones; 0 publishes each [0, 1440]
+        eval_steps:int=100, # Steps between two measurements of the held-out loss; 0 for none [0, 1e9]
+        eval_share:float=0.02, # Most of the rows that a run computes which may be held-out ones (0, 1]
+        load_best:bool=False, # Publish the adapter with the lowest held-out loss instead of the last one?
+        sample_steps:int=100, # Steps between two sets of sample replies; 0 for none [0, 1e9]
+        sample_tokens:int=48, # Longest sample reply [1, 4096]
+        sample_share:float=0.01, # Most of the time that sampling may take: replies are shortened, or left out, to keep it; 1 for no limit (0, 1]
         scorer:str='ibm-granite/granite-guardian-hap-38m', # Hub text classifier that scores the samples; `none` for no scores
-        keep_checkpoints:int=2, # Newest checkpoints that stay on the Hub
-        seed:int=0, # Of the order, the adapter's start and dropout
+        keep_checkpoints:int=2, # Newest checkpoints that stay on the Hub [1, 100]
+        seed:int=0, # Of the order, the adapter's start and dropout [0, 4294967295] {weights}
         report_to:str='wandb', # `wandb`, or `none`
         wandb_project:str='what-the-phoque', # W&B project
         wandb_log_model:str='checkpoint', # `checkpoint` logs the adapter as an artifact each time; `false` never
         job_timeout:str='', # The job's own timeout, such as 4h or 14400: it stops in time and exits with 75
-        fresh_start:bool=False, # Begin again, whatever checkpoints exist?
+        fresh_start:str='', # Begin again, once for each new value (1, then 2): a repeated command continues
     ): store_attr()
 
     def asdict(self)->dict: # Option → value
@@ -78,17 +84,62 @@ def options()->dict: # name → `docment`, `anno` (type), `default`
     "The options of `TrainConfig`, as read from its source."
     return {k:v for k,v in docments(TrainConfig.__init__, full=True).items() if k not in ('self','return')}
 
+def option_part(
+    name:str, # Of an option
+)->str: # `weights`, `rows`, `rounding`, or an empty text where it changes nothing that is learnt
+    "What an option does to a run."
+    found = re.search(r'\{(\w+)\}$', options()[name]['docment'])
+    return found[1] if found else ''
+
+def option_range(
+    name:str, # Of an option
+): # (low end belongs to it, low end, high end, high end belongs to it); None where it has no interval
+    "The interval of an option's values."
+    m = re.search(r'([\[(])([\d.e-]+), ([\d.e-]+)([\])])( \{\w+\})?$', options()[name]['docment'])
+    return (m[1]=='[', float(m[2]), float(m[3]), m[4]==']') if m else None
+
+# %% ../nbs/02_train.ipynb #cede362b
 def env_options(
     env:dict=None, # Environment; `os.environ` where None
 )->dict: # The options that it sets, in their types
     "Read options from environment variables, `max_steps` from `MAX_STEPS`."
     env,res = os.environ if env is None else env,{}
+    check_names(env)
     for k,o in options().items():
-        if (v := env.get(k.upper(), '')) == '': continue
+        if (v := env.get(k.upper(), '').strip()) == '': continue
         kind = type(o['default'])
+        wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
         try: res[k] = str2bool(v) if kind is bool else kind(v)
-        except ValueError: raise UserError(f"{k.upper()}: must be {'0 or 1' if kind is bool else f'of type {kind.__name__}'}, got {v!r}: correct it or unset it") from None
+        except ValueError: raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
     return res
+
+# %% ../nbs/02_train.ipynb #5b4752d4
+#: what other trainers call our options
+OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='num_train_epochs', MAX_SEQ_LENGTH='max_length', MAX_SEQ_LEN='max_length',
+    CUTOFF_LEN='max_length', SEQUENCE_LEN='max_length', MICRO_BATCH_SIZE='per_device_train_batch_size', GRAD_ACCUM='gradient_accumulation_steps',
+    LORA_RANK='lora_r', WARMUP_STEPS='warmup_ratio', OPTIMIZER='optim', SAVE_TOTAL_LIMIT='keep_checkpoints', EVALUATION_STEPS='eval_steps',
+    MODEL_NAME='base_model', MODEL_NAME_OR_PATH='base_model', MODEL_ID='base_model', DATASET='dataset_repo', DATASET_NAME='dataset_repo',
+    DATASET_ID='dataset_repo', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
+
+def meant_option(
+    name:str, # Of an environment variable
+)->str: # Variable that was probably meant; None where the name is nobody's or is right
+    "The option that a misspelt variable means."
+    ours = [k.upper() for k in options()]
+    if name in ours: return
+    if name.upper() in ours: return name.upper()
+    if name in OTHER_NAMES: return OTHER_NAMES[name].upper()
+    words = name.split('_')
+    part = [o for o in ours if len(words)>1 and (o.endswith('_'+name) or o.startswith(name+'_'))]
+    least = .93 if name.startswith(('WANDB_', 'HF_')) or len(name)<7 else .85 # their own variables, and short names, are near by chance
+    return part[0] if len(part)==1 else next(iter(difflib.get_close_matches(name, ours, 1, least)), None)
+
+def check_names(
+    env:dict, # Environment
+):
+    "Refuse variables that nearly have an option's name."
+    wrong = {k:o for k in env if env[k].strip() and (o := meant_option(k))}
+    if wrong: raise UserError('; '.join(f"{k}: no option has this name" for k in wrong) + f": set {', '.join(dict.fromkeys(wrong.values()))} instead, or unset it")
 
 # %% ../nbs/02_train.ipynb #8596a9d0
 PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
@@ -99,7 +150,7 @@ def preset_options(
     "What a preset stands for."
     if name not in PRESETS: raise UserError(f"PRESET: must be one of {', '.join(PRESETS)}, got {name!r}")
     rows,length = PRESETS[name]
-    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 was the first settings'
+    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 at 2,944 tokens
 
 def parse_options(
     p, # `ArgumentParser` that knows the options of `TrainConfig`, and perhaps others
@@ -108,6 +159,7 @@ def parse_options(
 )->dict: # Value of each option of the parser
     "Flags over the environment over a preset."
     given = env_options(env)
+    p.allow_abbrev = False
     p.set_defaults(**given)
     preset = vars(p.parse_args(argv))['preset']
     if preset: p.set_defaults(**{**preset_options(preset), **given})
@@ -124,6 +176,26 @@ def read_config(
     args = parse_options(anno_parser(train), argv, env)
     return check_config(TrainConfig(**{k:args[k] for k in options()}))
 
+# %% ../nbs/02_train.ipynb #09a4fc0a
+OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'lion_32bit', 'lion_8bit',
+    'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd') # of transformers' names, those that are tried here
+ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
+
+def check_option(
+    name:str, # Of an option
+    value, # In its type
+):
+    "Refuse a value outside of an option's range."
+    def bad(why): raise UserError(f"{name.upper()}: {why}, got {value!r}")
+    if name in ONE_OF and value not in ONE_OF[name]:
+        near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
+        bad(f"must be one of {', '.join(ONE_OF[name])}{near}")
+    if not (ends := option_range(name)): return
+    low_in,low,high,high_in = ends
+    if (low<value or low_in and value==low) and (value<high or high_in and value==high): return
+    if low_in and value<low: bad(f"must be at least {low:g}")
+    bad(f"must be {'at least' if low_in else 'above'} {low:g} and {'at most' if high_in else 'below'} {high:g}")
+
 def check_config(
     c:TrainConfig, # To be checked
 )->TrainConfig: # The same
@@ -132,14 +204,13 @@ def check_config(
     for k in ('dataset_repo','hub_model_id'):
         if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
         if not re.fullmatch(r'[\w.-]+/[\w.-]+', getattr(c,k)): bad(k, "must have the form owner/name")
-    for k in ('max_length','per_device_train_batch_size','gradient_accumulation_steps','lora_r','logging_steps','save_steps','keep_checkpoints'):
-        if getattr(c,k)<1: bad(k, "must be at least 1")
-    if c.max_steps<0: bad('max_steps', "must be 0 (train num_train_epochs) or more")
-    if not c.sample_share>0: bad('sample_share', "must be positive (SAMPLE_STEPS=0 for no samples)")
-    if not 0<=c.lora_dropout<1: bad('lora_dropout', "must be from 0 up to 1")
-    if not c.learning_rate>0: bad('learning_rate', "must be positive")
+    for k,v in c.asdict().items(): check_option(k, v)
+    for k in ('base_model','output_dir','scorer','wandb_project'):
+        if not getattr(c, k).strip(): bad(k, "must not be empty")
+    if not any(t.strip() for t in c.lora_target_modules.split(',')): bad('lora_target_modules', "must name linear layers such as q_proj,v_proj, or all-linear")
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
-    if c.report_to not in ('wandb','none'): bad('report_to', "must be wandb or none")
+    if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
+    if c.fresh_start.lower() in ('0', 'false', 'no', 'off'): c.fresh_start = ''
     return c
 
 # %% ../nbs/02_train.ipynb #3f8b8b19
@@ -318,7 +389,10 @@ def events_callback(
     from transformers import TrainerCallback
     call = lambda name,*args: getattr(events, name, lambda *_: None)(*args)
     class Events(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kw): call('on_start', model, state.global_step)
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kw):
+            set_rate(optimizer, getattr(lr_scheduler, 'scheduler', lr_scheduler)) # inside of accelerate's
+            state.compute_steps(args, state.max_steps) # how often to log and save is this job's, not its checkpoint's
+            call('on_start', model, state.global_step)
         def on_step_end(self, args, state, control, model=None, **kw):
             if call('on_step', model, state.global_step): control.should_training_stop = control.should_save = True
         def on_log(self, args, state, control, logs=None, **kw): call('on_log', state.global_step, logs)
@@ -386,8 +460,34 @@ def _trainer_class():
             nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
             return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; gradients are averaged over ranks
 
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            from torch.optim.lr_scheduler import LambdaLR
+            def of(step): return rate_at(step, num_training_steps, self.warmup_ratio)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, of)
+            return self.lr_scheduler
+
         def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
     return Trainer
+
+# %% ../nbs/02_train.ipynb #9245d5a9
+def rate_at(
+    step:int, # Optimizer steps done
+    steps:int, # Of the whole run
+    warmup_ratio:float=0.03, # Share of the steps in which the rate rises
+)->float: # Share of the peak; above 0 for every step of the run
+    "The learning rate of the next step."
+    warmup = min(math.ceil(warmup_ratio*steps), steps-1)
+    if step<warmup: return (step+1)/(warmup+1)
+    return .5*(1+math.cos(math.pi*min((step-warmup)/(steps-warmup), 1)))
+
+def set_rate(
+    optimizer, # Of a trainer
+    scheduler, # Its `LambdaLR`, perhaps loaded from a checkpoint
+):
+    "Give the optimizer the rate of the step that comes next, also where the run is now longer than its checkpoint thought."
+    rates = [base*of(scheduler.last_epoch) for base,of in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group,rate in zip(optimizer.param_groups, rates): group['lr'] = rate
+    scheduler._last_lr = rates
 
 # %% ../nbs/02_train.ipynb #d4e6f8a1
 def trainer_args(
@@ -405,7 +505,7 @@ def trainer_args(
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
         gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
-        lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
+        weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
@@ -457,6 +557,7 @@ def make_trainer(
     if shard: prepare_sharding(args.device, model)
     trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
+    trainer.warmup_ratio = cfg.warmup_ratio
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
@@ -489,14 +590,26 @@ def parse_step(
 def held_out_loss(
     trainer, # From `make_trainer`
     packed, # Packed held-out rows
-)->float: # Mean negative log-likelihood of a supervised token, in nats
+    stop=lambda: False, # Asked before each row, on every rank: true gives up
+)->float: # Mean negative log-likelihood of a supervised token, in nats; None where it was given up
     "Loss on conversations that training never sees."
     import torch
     model,here,nll,n = trainer.model,trainer.accelerator,0.,0
     with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
         for i in range(here.process_index, -(-len(packed)//here.num_processes)*here.num_processes, here.num_processes): # as often on every rank: they may share the layers
+            if stop(): return
             batch = {k:v.to(here.device) for k,v in trainer.data_collator([packed[i%len(packed)]]).items() if k in ('input_ids','position_ids','supervised','targets')}
             loss = model(**batch).item()
             if i<len(packed): nll += loss; n += len(batch['targets'])
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
+
+# %% ../nbs/02_train.ipynb #d3648e6d
+def eval_rows(
+    cfg:TrainConfig, # Of the run
+    n_held:int, # Packed held-out rows that there are
+)->int: # Rows to measure on; 0 where nothing is measured
+    "How many held-out rows are measured each time."
+    if not cfg.eval_steps or not n_held: return 0
+    trained = cfg.eval_steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+    return min(n_held, max(1, int(cfg.eval_share*trained)))
