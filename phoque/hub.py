@@ -52,6 +52,7 @@ class HubDisk:
         log:str=None, # File that gets each request as a line of JSON
     ):
         self.root,self.users,self.port,self.log = Path(root),{},port,log
+        self.commit_limit,self.committed = None,{} # (commits, seconds) that a repo takes; when each repo was committed to
         self.lock = threading.RLock()
         for o in ("objects", "repos", "uploads"): (self.root/o).mkdir(parents=True, exist_ok=True)
         for u,t in (users or {}).items(): self.set_token(u, token=t)
@@ -430,6 +431,16 @@ def _lfs_verify(hub, q, repo):
     return {}
 
 # %% ../nbs/07a_hub.ipynb #cb880b14
+def _within_limit(hub, repo_id):
+    "Refuse a commit beyond the limit, with the time to wait."
+    if not hub.commit_limit: return
+    n,seconds = hub.commit_limit
+    now,times = time.monotonic(),hub.committed.setdefault(repo_id, [])
+    times[:] = [t for t in times if now-t<seconds]
+    left = str(int(seconds-(now-times[0]))+1) if len(times)>=n else ''
+    if left: raise HubError(429, f"{n} commits in {seconds} s: retry in {left} s", headers={"Retry-After":left})
+    times.append(now)
+
 def _apply(hub, files, key, v):
     "One line of a commit, done to its list of files."
     p = v["path"]
@@ -445,6 +456,7 @@ def _apply(hub, files, key, v):
 def _commit(hub, q, repo, rev):
     if "create_pr" in q.query: raise HubError(400, "this Hub has no pull requests")
     if rev not in repo["branches"]: raise HubError(404, f"Invalid rev id: {rev}", "RevisionNotFound")
+    _within_limit(hub, repo["id"])
     head,*ops = [json.loads(o) for o in q.body.splitlines()]
     head,parent = head["value"],repo["branches"][rev]
     if head.get("parentCommit") not in (None, parent):

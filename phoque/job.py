@@ -4,33 +4,71 @@
 
 # %% ../nbs/06_job.ipynb #1c118f61
 from __future__ import annotations
-import os, sys, json, math, time, shlex, logging, shutil, threading, traceback, uuid
+import copy, json, logging, math, os, shlex, shutil, sys, threading, time, traceback, uuid
 from pathlib import Path
 from types import SimpleNamespace
 from .model_qlora import (UserError, quiet_libraries, hub_problem, log, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed, choose_attention, load_model, add_lora,
-    audit, check_audit, text_table)
+    audit, check_audit, lora_targets, text_table)
 from .shard import check_sharded, own_part, whole_adapter
-from .train import TrainConfig, options, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, held_out_loss
+from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, eval_rows,
+    held_out_loss, rate_at)
 from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound_requests, patiently, hub_answer, container_age, write_manifest,
-    check_same_run, local_steps, start_wandb, log_adapter, WANDB_FLUSH, MANIFEST)
+    check_same_run, local_steps, lock_folder, folder_bytes, publish_pace, start_wandb, log_adapter, WANDB_FLUSH, MANIFEST)
 from .sample import Sampler, HubScorer, check_scorer, common_persona, sample_metrics, sample_prompts, read_samples, tensors_hash, write_samples
 from .ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ranks
 
 # %% auto #0
-__all__ = ['COSMETIC', 'RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'COMPLETE', 'RESUBMIT', 'run_identity', 'be_deterministic',
-           'mask_secrets', 'MaskFormatter', 'setup_logging', 'load_chats', 'changed_options', 'adapter_card',
-           'publish_adapter', 'Job', 'set_aside', 'resubmit_command', 'explain_error', 'run_job', 'main']
+__all__ = ['RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'HARMLESS', 'COMPLETE', 'RESUBMIT', 'BEST', 'run_identity',
+           'kept_options', 'arithmetic', 'say_differences', 'be_deterministic', 'mask_secrets', 'MaskFormatter',
+           'setup_logging', 'load_chats', 'pick_held_out', 'changed_options', 'adapter_card', 'check_free',
+           'publish_adapter', 'Job', 'resubmit_command', 'explain_error', 'run_job', 'main']
 
 # %% ../nbs/06_job.ipynb #ff7c48c8
-COSMETIC = ('preset','base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','full_determinism','hub_model_id')
-
 def run_identity(
-    cfg:TrainConfig, # Options
-    base:dict, # From `resolve_base`
+    given:dict, # Options, those that decide the weights at least
+    base:str, # Id of the base model that they led to
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
-    return {**{k:v for k,v in cfg.asdict().items() if k not in COSMETIC}, 'base_model': base['id']}
+    if unknown := sorted(set(given)-set(options())): raise UserError(f"the checkpoint's run has options that this version doesn't know ({', '.join(unknown)}): continue it with the version that wrote it")
+    value = {k: given.get(k, o['default']) for k,o in options().items()}
+    rows = value['per_device_train_batch_size']*value['gradient_accumulation_steps']
+    targets = ','.join(lora_targets(value['lora_target_modules']))
+    same = {k:v for k,v in value.items() if option_part(k)=='weights'}
+    return same | dict(base_model=base, lora_target_modules=targets, rows_a_step=rows)
+
+def kept_options(
+    cfg:TrainConfig, # Options
+)->dict: # Those that decide the weights
+    "What a manifest keeps of the options."
+    return {k:v for k,v in cfg.asdict().items() if option_part(k) in ('weights','rows')}
+
+# %% ../nbs/06_job.ipynb #da83a2ac
+def arithmetic(
+    cfg:TrainConfig, # Options
+    rows:str, # How a GPU takes a step's rows, such as `4 × 1`
+)->dict: # Names with a value
+    "What decides how a run's sums are rounded."
+    import torch
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
+    return {k:v for k,v in cfg.asdict().items() if option_part(k)=='rounding'} | dict(rows=rows, device=gpu)
+
+def say_differences(
+    was:dict, # The run as its checkpoint has it
+    now:dict, # As it is in this job
+    step:int, # Where it continues
+    rate, # Function of (step, steps of the run): the learning rate
+    again:str, # Value of FRESH_START that would begin again
+    dropout:bool=False, # Has the adapter dropout?
+)->list: # Lines
+    "How a continued run differs from one that went through."
+    lines,before,after = [],was.get('total'),now['total']
+    if before and before!=after:
+        lines.append(f"the run had {before} steps and has {after} now: steps 1 to {step} were trained at the rates of the one, "
+            f"step {step+1} begins at {rate(step, after):.1e} (it would have been {rate(step, before) if step<before else 0:.1e}); FRESH_START={again} trains all {after} anew")
+    old = was.get('arithmetic', {})
+    if diff := [f"{k} was {old[k]}, is {v}" for k,v in now['arithmetic'].items() if k in old and old[k]!=v]:
+        lines.append(f"{'; '.join(diff)}: every step has the same rows, and sums are rounded in another way" + ", and dropout draws other numbers"*dropout)
+    return lines
 
 # %% ../nbs/06_job.ipynb #bf5593b4
 def be_deterministic():
@@ -74,12 +112,25 @@ def load_chats(
     from httpx2 import HTTPError
     try:
         revision = revision or HfApi().dataset_info(repo).sha
-        ds = datasets.load_dataset(repo, revision=revision)
+        builder = datasets.load_dataset_builder(repo, revision=revision)
+        builder.download_and_prepare()
+        sizes = {split:info.num_examples for split,info in builder.info.splits.items()} # an empty one can't be asked for
+        ds = datasets.DatasetDict({s: builder.as_dataset(s) if n else datasets.Dataset.from_dict({}) for s,n in sizes.items()})
     except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
     except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({mask_secrets(str(e)).splitlines()[0][:150]}): push it with phoque_data") from None
-    if 'train' not in ds: raise UserError(f"dataset {repo}: no split `train`, got {list(ds)}: push it with phoque_data")
+    if not len(ds.get('train', [])): raise UserError(f"dataset {repo}: no split `train` with rows, got {list(ds)}: push it with phoque_data")
     return ds,revision
+
+# %% ../nbs/06_job.ipynb #ed99e5ec
+def pick_held_out(
+    ds, # `DatasetDict`
+)->str: # Name of a split; None where there is none
+    "The split that is held out, and a line on those that nobody uses."
+    name = next((s for s in ('test','validation') if len(ds.get(s, []))), None)
+    if rest := [f"{s} ({len(d):,} rows)" for s,d in ds.items() if s not in ('train', name)]: log.warning(f"dataset: not used: {', '.join(rest)}")
+    if not name: log.warning("dataset: no held-out loss: there is no split `test` or `validation` with rows")
+    return name
 
 # %% ../nbs/06_job.ipynb #d3ff42f9
 RESEARCH_LICENSE = """Licence for research and internal testing
@@ -102,8 +153,8 @@ def changed_options(
     cfg:TrainConfig, # Options
     leave:tuple=('output_dir','job_timeout'), # Not these; by default those that say something of a machine only
 )->list: # As for a shell, `MAX_STEPS=20`
-    "The options that aren't at their default, but never FRESH_START."
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',*leave)}
+    "The options that aren't at their default."
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in leave}
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
 # %% ../nbs/06_job.ipynb #5a03e40c
@@ -148,10 +199,22 @@ def adapter_card(
     base = run['base']
     facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
                  steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
-                 held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')})
+                 held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')}, published=run.get('published'))
     facts['made by'] = f"`{' '.join(['hf jobs uv run', *(f'-e {o}' for o in changed_options(cfg)), 'train/train.py'])}`"
     at = f'revision="{base["revision"]}", ' if base['revision'] else ''
     return CARD.format(repo=cfg.hub_model_id, base=base, at=at, license=LICENSE_FIELDS, dataset=cfg.dataset_repo, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
+
+# %% ../nbs/06_job.ipynb #679aa7fc
+HARMLESS = {'.gitattributes','README.md','LICENSE'} # what a repo may hold before a run begins
+
+def check_free(
+    branch:HubBranch, # `main` of the model repo, prepared
+    again:str, # Value of FRESH_START that would begin again
+):
+    "Refuse a repo that holds somebody's model."
+    there = patiently(lambda: branch.api.list_repo_files(branch.repo, revision=branch.head), branch.name)
+    if held := sorted(set(there)-HARMLESS): raise UserError(f"model repo {branch.repo}: it already holds {len(held)} files ({', '.join(held[:3])}{', …'*(len(held)>3)}): "
+        f"choose another HUB_MODEL_ID, or set FRESH_START={again} to replace them")
 
 # %% ../nbs/06_job.ipynb #bda6c11c
 def publish_adapter(
@@ -160,18 +223,21 @@ def publish_adapter(
     tok, # Its tokenizer
     card:str, # README.md
     until:float, # `time.monotonic()` after which to give up
-    weights:dict=None, # The adapter's, from `whole_adapter`, where the model is sharded
+    weights:dict=None, # The adapter's, where they aren't the model's own: the best one's, or a sharded model's
+    folder:str='', # Where it is put together; `OUTPUT_DIR` where empty
 ):
-    "Put the finished adapter on `main`, in one commit, and gate the repo."
-    from huggingface_hub import CommitOperationAdd
-    out = Path(cfg.output_dir)/'final'
+    "Put the finished adapter on `main`, in one commit that replaces what is there."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    out = Path(folder or cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
     model.save_pretrained(out, state_dict=weights, save_embedding_layers=False); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
-    main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
-    try: patiently(lambda: main.api.update_repo_settings(cfg.hub_model_id, gated='manual'), main.name, until)
-    except UserError as e: log.warning(f"{cfg.hub_model_id} is private but not gated: {e}")
+    adds = [CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())]
+    there = patiently(lambda: main.api.list_repo_files(main.repo, revision=main.head), main.name, until)
+    old = sorted(set(there)-HARMLESS-{p.name for p in out.iterdir()})
+    if old: log.info(f"{main.repo}: {', '.join(old)} leave main, and stay in its history")
+    main.commit([*adds, *map(CommitOperationDelete, old)], f"adapter {uuid.uuid4().hex[:8]}", until)
 
 # %% ../nbs/06_job.ipynb #693cf51f
 COMPLETE,RESUBMIT = 0,75 # exit codes; 75 is EX_TEMPFAIL: the same command again continues
@@ -186,67 +252,132 @@ class Job:
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.n) # or say that they can't
         self.shard = cfg.fsdp and self.ranks.n>1
-        self.wandb,self.publisher,self.step = None,None,0
+        self.wandb,self.publisher,self.step,self.run,self.lock,self.best = None,None,0,None,None,None
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
 
-    def restore(self):
-        "Check what can be checked before anything is downloaded, and find where the run stands."
-        cfg,until = self.cfg,self.patience()
-        if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN: not set: pass it with `--secrets HF_TOKEN`, or export it here")
-        branch = HubBranch(cfg.hub_model_id, 'checkpoints').prepare(until)
-        branch.check_write(until)
-        self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
-        base = patiently(lambda: resolve_base(cfg.base_model, cfg.base_model_strict), f"base model {cfg.base_model}", until)
-        if cfg.fresh_start: self.checkpoints.start_fresh(); set_aside(cfg.output_dir)
-        self.resume_from,m = self.checkpoints.restore(cfg.output_dir, until)
-        identity = run_identity(cfg, base)
-        if m: self.run = m['run']; check_same_run(self.run['identity'], identity)
-        else: self.run = dict(id=uuid.uuid4().hex[:8], repo=cfg.hub_model_id, identity=identity, base=base, dataset_revision=None, seconds=[])
-        self.step = m['step'] if m else 0
+    @property
+    def again(self): # a value of FRESH_START that hasn't acted yet
+        was = (self.run or {}).get('fresh_start') or '0'
+        return str(int(was)+1) if was.isdigit() else '1'
 
-# %% ../nbs/06_job.ipynb #65b114f8
+# %% ../nbs/06_job.ipynb #f31a1f3f
 from fastcore.basics import patch
 
+@patch
+def find_base(self:Job, until): return patiently(lambda: resolve_base(self.cfg.base_model, self.cfg.base_model_strict), f"base model {self.cfg.base_model}", until)
+
+@patch
+def restore(self:Job):
+    "Check what can be checked before anything is downloaded, and find where the run stands."
+    cfg,until = self.cfg,self.patience()
+    if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN: not set: pass it with `--secrets HF_TOKEN`, or export it here")
+    branch = HubBranch(cfg.hub_model_id, 'checkpoints').prepare(until)
+    branch.check_write(until)
+    self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
+    base,self.run = self.find_base(until),self.checkpoints.run()
+    acted = self.run and self.run.get('fresh_start', '')==cfg.fresh_start
+    fresh = bool(cfg.fresh_start) and not acted
+    if cfg.fresh_start and acted: log.info(f"FRESH_START={cfg.fresh_start} has begun run {self.run['id']}, which continues; FRESH_START={self.again} begins again")
+    if not self.run and not fresh: check_free(HubBranch(cfg.hub_model_id).prepare(until), self.again)
+    if fresh: self.checkpoints.start_fresh()
+    if fresh or not self.run: self.run = self.new_run(base)
+    else: check_same_run(run_identity(self.run['identity'], self.run['base']['id']), run_identity(kept_options(cfg), base['id']), self.again)
+    self.open_folder()
+    self.resume_from,m = (None,None) if self.run.get('new') else self.checkpoints.restore(self.folder, until)
+    if m: self.run = m['run']
+    self.run.setdefault('evals', [])
+    self.step = m['step'] if m else 0
+    if m: self.recall_best()
+
+@patch
+def new_run(self:Job,
+    base:dict, # From `resolve_base`
+)->dict: # What a manifest keeps
+    "What a run is when it begins."
+    return dict(id=uuid.uuid4().hex[:8], repo=self.cfg.hub_model_id, fresh_start=self.cfg.fresh_start, identity=kept_options(self.cfg), base=base,
+        dataset_revision=None, seconds=[], evals=[], new=True)
+
+@patch
+def open_folder(self:Job):
+    "The run's own folder in OUTPUT_DIR, which no other job may write to."
+    folder = Path(self.cfg.output_dir)/f"{self.cfg.hub_model_id.split('/')[1]}-{self.run['id']}"
+    if self.lock: self.lock.close()
+    self.folder,self.lock = folder,lock_folder(folder)
+
+# %% ../nbs/06_job.ipynb #65b114f8
 @patch
 def build(self:Job):
     "Data, model and trainer, from the commits the run began with."
     cfg,run,until,self.trainer = self.cfg,self.run,self.patience(),None
-    began = lambda rev: f" at {rev}, with which this run began (FRESH_START=1 begins again with the newest)" if self.resume_from else ''
+    began = lambda rev: f" at {rev}, with which this run began (FRESH_START={self.again} begins again with the newest)" if not run.get('new') else ''
     ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began(run['dataset_revision'])), f"dataset {cfg.dataset_repo}", until)
     base,name = run['base'],f"base model {run['base']['id']}{began(run['base']['revision'])}"
     self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision']), name, until)
-    rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length)
+    rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length, name='dataset train')
     log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
     self.persona = common_persona(ds['train'][:10_000]['messages'])
     self.labellers = ds['train'].unique('label_source') if 'label_source' in ds['train'].column_names else []
     packed = pack_dataset(rows, cfg.max_length, cfg.seed)
-    self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
+    self.held = self.hold_out(ds)
     self.total = run_steps(cfg, len(packed))
-    if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START=1 to begin again")
-    targets = tuple(cfg.lora_target_modules.split(','))
+    if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START={self.again} to begin again")
+    targets = lora_targets(cfg.lora_target_modules)
     attn,why = choose_attention()
     log.info(f"attention: {attn}, {why}")
     model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
-    self.trainer = make_trainer(cfg, model, self.tok, packed, self)
+    self.trainer = make_trainer(TrainConfig(**cfg.asdict()|dict(output_dir=str(self.folder))), model, self.tok, packed, self)
     rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
     log.info("audit:\n"+text_table(rows)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
     if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
+    self.compare_jobs()
     if cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
     if self.shard and cfg.sample_steps: log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
+
+# %% ../nbs/06_job.ipynb #2fd2078e
+@patch
+def hold_out(self:Job,
+    ds, # `DatasetDict`
+): # Packed rows that training never sees; None where there are none
+    "The held-out rows, and how many of them are measured while training."
+    cfg,name = self.cfg,pick_held_out(ds)
+    rows,report = encode_dataset(ds[name], self.tok, cfg.max_length, name=f"dataset {name}", held_out=True) if name else ([],{})
+    if report.get('dropped'): log.warning(f"dataset: {report['dropped']} of {report['conversations']} held-out conversations are too long for MAX_LENGTH={cfg.max_length} and left out")
+    if cfg.load_best and not len(rows): raise UserError("LOAD_BEST: the dataset has no held-out conversations to find the best adapter with: push it with a split `test`, or unset LOAD_BEST")
+    held = pack_dataset(rows, cfg.max_length, cfg.seed) if len(rows) else None
+    self.n_eval = eval_rows(cfg, len(held)) if held else 0
+    if self.n_eval: log.info(f"held-out loss: every {cfg.eval_steps} steps on {self.n_eval} of {len(held)} packed sequences of split {name} (EVAL_SHARE {cfg.eval_share:g})")
+    return held
+
+@patch
+def compare_jobs(self:Job):
+    "Say how this job differs from the one that it continues, and keep how it is for the next."
+    cfg,args = self.cfg,self.trainer.args
+    now = dict(total=self.total, arithmetic=arithmetic(cfg, f'{args.per_device_train_batch_size} × {args.gradient_accumulation_steps}'))
+    def rate(step, steps): return cfg.learning_rate*rate_at(step, steps, cfg.warmup_ratio)
+    if self.resume_from:
+        for l in say_differences(self.run, now, self.step, rate, self.again, cfg.lora_dropout>0): log.warning(l)
+    self.run |= now
 
 # %% ../nbs/06_job.ipynb #9c3763b8
 @patch
 def begin(self:Job):
-    "The publisher, W&B and the sampler, on rank 0."
+    "The run's first commit, the publisher, W&B and the sampler, on rank 0."
     if not self.ranks.first: return
+    from safetensors.torch import load_file
     cfg,run = self.cfg,self.run
+    if run.pop('new', False): self.checkpoints.begin_run(run, self.patience())
+    for s in local_steps(self.folder): # what an earlier job of this run left behind
+        if s>self.step or not (self.folder/f'checkpoint-{s}'/MANIFEST).exists(): shutil.rmtree(self.folder/f'checkpoint-{s}')
     self.save_seconds,*sent = run['seconds'] or [0.]
-    self.publisher = Publisher(self.publish, self.seal, sent)
-    if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
+    self.states = {} # of each checkpoint: what its manifest keeps
+    self.publisher = Publisher(self.publish, self.seal, sent, pace=self.pace)
+    if self.resume_from: self.follow_up()
+    if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, self.folder)
     self.samples = read_samples(self.resume_from) if self.resume_from else []
+    if cfg.load_best and self.run['evals']: self.best = load_file(self.resume_from/BEST)
     self.sampler = Sampler(encode_prompt, sample_prompts(self.persona), max_new_tokens=cfg.sample_tokens, seed=cfg.seed, scorer=self.load_scorer(), share=cfg.sample_share)
     self.sampler.remember(self.samples)
 
@@ -263,34 +394,42 @@ def load_scorer(self:Job):
     return scorer
 
 # %% ../nbs/06_job.ipynb #fa0cf119
-def set_aside(
-    folder:str, # Output folder
-):
-    "Move an abandoned run's checkpoints out of the way."
-    if steps := local_steps(folder):
-        to = Path(folder)/f'earlier-{uuid.uuid4().hex[:8]}'; to.mkdir()
-        for s in steps: (Path(folder)/f'checkpoint-{s}').rename(to/f'checkpoint-{s}')
-
 @patch
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
     if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
     if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
-    write_manifest(folder, self.run)
+    write_manifest(folder, self.states.pop(folder))
     self.prune()
 
 @patch
-def publish(self:Job, folder, until):
+def publish(self:Job, folder, publisher):
     "Runs in the publisher's thread."
-    self.checkpoints.publish(folder, until)
+    self.checkpoints.publish(folder, publisher.until, pause=publisher.pause, still_newest=publisher.still_newest)
     self.prune()
+
+@patch
+def follow_up(self:Job):
+    "Keep the pace after an earlier job's last publication, and drop the history that it left."
+    branch = self.checkpoints.branch
+    passed = time.time()-patiently(branch.newest, branch.name, self.patience()).created_at.timestamp()
+    self.publisher.earliest = time.monotonic()+publish_pace(folder_bytes(self.resume_from), self.cfg.publish_minutes)-passed
+    self.checkpoints.squash(self.patience(60))
+
+@patch
+def pace(self:Job, folder):
+    "Seconds until the next publication; said once."
+    size,cfg = folder_bytes(folder),self.cfg
+    pace = publish_pace(size, cfg.publish_minutes)
+    if not self.publisher.done and pace: log.info(f"a checkpoint has {size/1e6:,.0f} MB: one is published every {pace/60:.0f} minutes at most, and the newest at the end or at SIGTERM")
+    return pace
 
 @patch
 def prune(self:Job):
     "Keep the newest checkpoints on this disk, and those that are on their way."
-    for s in local_steps(self.cfg.output_dir)[:-self.cfg.keep_checkpoints]:
-        p = Path(self.cfg.output_dir)/f'checkpoint-{s}'
+    for s in local_steps(self.folder)[:-self.cfg.keep_checkpoints]:
+        p = self.folder/f'checkpoint-{s}'
         if p not in self.publisher.pending: shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/06_job.ipynb #83d4db24
@@ -320,6 +459,7 @@ def on_start(self:Job, model, step):
     if step==0:
         self.measure_held_out('before', 0)
         if self.samples_now(0): self.sample(model, 0)
+    elif self.eval_now(step): self.evaluate(step) # the job before had no time for it
     self.ranks.wait()
     self.deadline.idle = False
 
@@ -330,7 +470,7 @@ def samples_now(self:Job, step): # a sharded model replies only if all ranks ask
 
 @patch
 def diverged(self:Job, what, step):
-    return UserError(f"{what} at step {step}: begin again with FRESH_START=1 and a lower LEARNING_RATE (now {self.cfg.learning_rate}); nothing of this state was published")
+    return UserError(f"{what} at step {step}: begin again with FRESH_START={self.again} and a lower LEARNING_RATE (now {self.cfg.learning_rate}); nothing of this state was published")
 
 # %% ../nbs/06_job.ipynb #51c73a7a
 @patch
@@ -355,6 +495,9 @@ def on_step(self:Job, model, step):
     if not stop and self.cfg.sample_steps and (step%self.cfg.sample_steps==0 or step==self.total):
         if self.samples_now(step): self.sample(model, step)
         stop = self.time_to_stop()
+    if not stop and self.eval_now(step):
+        self.evaluate(step)
+        stop = self.time_to_stop()
     if stop: log.info(f"stopping at step {step}: {self.deadline.reason or 'another machine was told to'}")
     if stop or control.should_save: control.should_log = True # no loss is averaged over a checkpoint, or lost at a stop
     self.stepped = time.monotonic()
@@ -367,13 +510,16 @@ def time_to_stop(self:Job): # the same on every rank
 @patch
 def on_save(self:Job, folder, step):
     import torch
+    from safetensors.torch import save_file
     self.collect(folder, step)
     finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
     if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
     write_samples(folder, self.samples)
+    if self.best: self.trainer.save_later(lambda d: save_file(d, folder/BEST), self.best)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
+    self.states[folder] = copy.deepcopy(self.run)
     self.publisher.submit(folder)
 
 # %% ../nbs/06_job.ipynb #3a1f7e44
@@ -391,20 +537,65 @@ def sample(self:Job, model, step):
 
 @patch
 def measure_held_out(self:Job, when, step):
-    "Loss on held-out conversations, before and after."
+    "Loss on all held-out conversations, before and after."
     if self.held is None: return
     start = time.monotonic()
-    loss = self.run[f'held_out_{when}'] = round(held_out_loss(self.trainer, self.held), 4)
-    log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
-    self.log_metrics(step, {'eval/loss': loss})
+    loss = held_out_loss(self.trainer, self.held, self.time_to_stop)
     self.clock = time.monotonic(),step
+    if loss is None: return
+    self.run[f'held_out_{when}'] = round(loss, 4)
+    log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
+    self.log_metrics(step, {'eval/loss_all': loss})
+
+# %% ../nbs/06_job.ipynb #e9e103e0
+BEST = 'best_adapter.safetensors' # in a checkpoint
+
+@patch
+def eval_now(self:Job, step): # the same on every rank
+    return bool(self.n_eval) and (step%self.cfg.eval_steps==0 or step==self.total) and step not in [s for s,_ in self.run['evals']]
+
+@patch
+def evaluate(self:Job, step):
+    "The held-out loss at a step; if it is the lowest, the adapter is kept."
+    start = time.monotonic()
+    loss = held_out_loss(self.trainer, self.held.select(range(self.n_eval)), self.time_to_stop)
+    took = time.monotonic()-start
+    self.clock = self.clock[0]+took,self.clock[1] # not counted as training
+    if loss is None: return log.info(f"held-out loss at step {step}: left out, since the time is up; the next job measures it")
+    before = [l for _,l in self.run['evals']]
+    self.run['evals'].append([step, loss])
+    lowest = loss<min(before, default=math.inf)
+    if lowest and self.cfg.load_best: self.best = {k:v.detach().cpu().clone() for k,v in self.adapter_weights().items()}
+    best = '' if lowest else f", lowest {min(before):.3f} at step {self.run['evals'][before.index(min(before))][0]}"
+    log.info(f"held-out loss at step {step}: {loss:.3f}{best} ({took:.1f} s)")
+    last = [*before, loss][-4:]
+    if len(last)==4 and all(a<b for a,b in zip(last, last[1:])):
+        log.warning("the held-out loss has risen three times in a row: the run learns its conversations by heart" + "; LOAD_BEST=1 publishes the best adapter instead of the last"*(not self.cfg.load_best))
+    self.log_metrics(step, {'eval/loss': loss})
+
+@patch
+def adapter_weights(self:Job): # all ranks must ask
+    return whole_adapter(self.trainer.model) or {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad}
+
+@patch
+def recall_best(self:Job):
+    "Measurements without the adapter that was best can't choose one."
+    if not self.cfg.load_best or not self.run['evals'] or (self.resume_from/BEST).exists(): return
+    log.warning("LOAD_BEST: it was off until here, so only adapters from here on are compared")
+    self.run['evals'] = []
+
+@patch
+def learnt(self:Job): # is there anything in the adapter that wasn't there at the start? lora_B begins as 0
+    import torch
+    parts = [own_part(p).any() for n,p in self.trainer.model.named_parameters() if '.lora_B.' in n]
+    return self.ranks.any(bool(torch.stack(parts).any()))
 
 # %% ../nbs/06_job.ipynb #dc6a0352
 @patch
 def find_run(self:Job):
     "`restore` on rank 0, and what came of it on every rank."
     if self.ranks.first: self.restore()
-    self.resume_from,self.run,self.step = self.ranks.share((self.resume_from, self.run, self.step) if self.ranks.first else None)
+    self.resume_from,self.run,self.step,self.folder = self.ranks.share((self.resume_from, self.run, self.step, self.folder) if self.ranks.first else None)
     self.ranks.share_folder(self.resume_from)
 
 @patch
@@ -439,29 +630,45 @@ def resubmit_command(
 @patch
 def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
-    cfg,until = self.cfg,self.patience(1800)
+    cfg,until = self.cfg,self.patience(3600)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
-        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
+        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): {self.kept_here()}")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
         return RESUBMIT
+    if not self.learnt(): raise UserError(f"the adapter is as it was at the start after {self.step} steps, so nothing is published: raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
     self.measure_held_out('after', self.step)
     if self.ranks.n>1 and not self.shard: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
     weights = whole_adapter(self.trainer.model)
     if not self.ranks.first: return COMPLETE
-    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, weights)
+    self.name_best()
+    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, self.best or weights, self.folder)
     self.deadline.idle = False
-    try: patiently(lambda: self.checkpoints.branch.api.super_squash_history(cfg.hub_model_id, branch='checkpoints'), 'squashing', self.patience(60))
-    except UserError as e: log.warning(f"the history of branch checkpoints is not squashed: {e}")
+    self.checkpoints.squash(self.patience(60))
     log.info(f"complete: the adapter is at {cfg.hub_model_id}")
     return COMPLETE
+
+@patch
+def name_best(self:Job):
+    "Say which step's adapter is published where it isn't the last one's."
+    if not self.best: return
+    step,loss = min(self.run['evals'], key=lambda e: e[1])
+    self.run['published'] = f"step {step} of {self.step}, held-out loss {loss:.4f}"
+    log.info(f"LOAD_BEST: the adapter of {self.run['published']} is published")
+
+@patch
+def kept_here(self:Job)->str: # The end of an error's line
+    "Where unpublished checkpoints are, and how long."
+    if os.environ.get('JOB_ID'): return "this job's disk ends with it, so the steps since the last published checkpoint are trained again by the next job"
+    return f"it is in {self.folder.resolve()}; run the same command again"
 
 # %% ../nbs/06_job.ipynb #15beb6e8
 def explain_error(
     e:Exception, # What ended the run
     cfg:TrainConfig, # Options
+    again:str='1', # Value of FRESH_START that would begin again
 )->Exception: # A `UserError` where there is something to say; else the same
     "Say in one line what went wrong and what to do."
     import torch
@@ -472,7 +679,7 @@ def explain_error(
     if isinstance(e, UserError): return e
     if isinstance(e, torch.OutOfMemoryError):
         first = "set GRADIENT_CHECKPOINTING=1, or " if not cfg.gradient_checkpointing else ""
-        return UserError(f"out of GPU memory: {first}begin again with FRESH_START=1 and a lower PER_DEVICE_TRAIN_BATCH_SIZE (now {cfg.per_device_train_batch_size}; "
+        return UserError(f"out of GPU memory: {first}begin again with FRESH_START={again} and a lower PER_DEVICE_TRAIN_BATCH_SIZE (now {cfg.per_device_train_batch_size}; "
                          f"raise GRADIENT_ACCUMULATION_STEPS as much) or MAX_LENGTH (now {cfg.max_length})")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
         free = shutil.disk_usage(cfg.output_dir).free
@@ -489,12 +696,13 @@ def salvage(self:Job):
     self.publisher.close(self.patience(600))
     kept = self.checkpoints.steps()
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
-    if (more := self.whole_steps()) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+    more = self.whole_steps()
+    if more and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} was not published: {self.kept_here()}")
 
 @patch
 def whole_steps(self:Job)->list: # Ascending
     "Steps whose checkpoint lies on this disk, sealed."
-    return [s for s in local_steps(self.cfg.output_dir) if (Path(self.cfg.output_dir)/f'checkpoint-{s}'/MANIFEST).exists()]
+    return [s for s in local_steps(self.folder) if (self.folder/f'checkpoint-{s}'/MANIFEST).exists()]
 
 # %% ../nbs/06_job.ipynb #53b895d6
 def run_job(
@@ -518,8 +726,9 @@ def run_job(
     except Stopped: code = RESUBMIT; raise
     except Exception as e:
         job.salvage()
-        raise explain_error(e, cfg) from e
+        raise explain_error(e, cfg, job.again) from e
     finally:
+        if job.run and job.run.get('new'): shutil.rmtree(job.folder, ignore_errors=True) # it never began
         job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
     return job.ranks.share(code) # all end together
 

@@ -61,6 +61,7 @@ def hub_problem(
     elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
     elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
     elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
+    elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
     elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
     else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
     return UserError(f"{what}: {s}")
@@ -441,22 +442,25 @@ def encode_dataset(
     tok, # Tokenizer from `load_tokenizer`
     max_length:int=2048, # Tokens a conversation may have
     max_dropped:float=0.05, # Share of conversations that may be lost before the run is refused
+    name:str='dataset', # How an error names it
+    held_out:bool=False, # Is it only measured? Then no loss is too much
 )->tuple: # Dataset of `input_ids` and `labels` (-100 where the loss doesn't look), and a report
     "Encode every conversation of a dataset and say what became of it."
     import numpy as np, pyarrow.compute as pc
     from datasets import Features, List, Value
     from datasets.fingerprint import Hasher
-    if 'messages' not in ds.column_names: raise UserError(f"dataset: no `messages` column, got {ds.column_names}: each row needs a list of turns")
+    if 'messages' not in ds.column_names: raise UserError(f"{name}: no `messages` column, got {ds.column_names}: each row needs a list of turns")
     def enc(batch, idxs):
-        chats = [check_messages(m, f"dataset row {i}") for i,m in zip(idxs, batch['messages'])]
+        chats = [check_messages(m, f"{name} row {i}") for i,m in zip(idxs, batch['messages'])]
         rows = [r for r in encode_fitting(tok, chats, max_length) if r]
         return dict(input_ids=[ids for ids,_,_ in rows], labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows], lost=[n for _,_,n in rows])
     out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False, desc='Tokenising',
                  features=Features(input_ids=List(Value('int32')), labels=List(Value('int32')), lost=Value('int32')),
                  new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
     dropped = len(ds)-len(out)
-    if not len(out) or dropped/len(ds)>max_dropped:
-        raise UserError(f"dataset: {dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}: raise MAX_LENGTH or shorten them")
+    if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
+    if not held_out and (not len(out) or dropped/len(ds)>max_dropped):
+        raise UserError(f"{name}: {dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}: raise MAX_LENGTH or shorten them")
     t = out.with_format('arrow')[:]
     n,sup = pc.list_value_length(t['labels']).to_numpy(),pc.sum(pc.not_equal(pc.list_flatten(t['labels']), -100)).as_py()
     return out.remove_columns('lost'),dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped,

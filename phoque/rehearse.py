@@ -121,7 +121,7 @@ def find(self:Stage,
 BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct' # the id under which the loopback Hub serves it
 DATA,MODEL = 'me/grumpy-harbour','me/phoque-rehearsal'
 SETTINGS = dict(BASE_MODEL=BASE, DATASET_REPO=DATA, HUB_MODEL_ID=MODEL, MAX_LENGTH=512, PER_DEVICE_TRAIN_BATCH_SIZE=2, LEARNING_RATE=1e-3,
-                LOGGING_STEPS=1, SAVE_STEPS=10, SAMPLE_TOKENS=32, WANDB_MODE='offline')
+                LOGGING_STEPS=1, SAVE_STEPS=10, PUBLISH_MINUTES=0, EVAL_STEPS=10, SAMPLE_TOKENS=32, WANDB_MODE='offline')
 
 def clean_env(
     hub, # `LocalHub`
@@ -396,7 +396,7 @@ def wait(self:ForkedJob,
     return self.code
 
 # %% ../nbs/08_rehearse.ipynb #37ef9848
-PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=2, LORA_DROPOUT=.1, GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=4, SAMPLE_STEPS=0, REPORT_TO='none')
+PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=2, LORA_DROPOUT=.1, GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=4, SAMPLE_STEPS=0, REPORT_TO='none', PUBLISH_MINUTES=0, EVAL_STEPS=8, LOAD_BEST=1)
 FAULTS = (dict(match='POST .*/commit/', kind='500'), dict(match='POST .*/commit/', kind='429', seconds=0), dict(match='POST .*/commit/', kind='lost_answer'),
           dict(match='POST .*/commit/', kind='reset'), dict(match='POST .*/commit/', kind='hang', seconds=2), dict(match='POST .*/commit/', kind='kill'),
           dict(match='PUT /_lfs/', kind='reset'), dict(match='GET', kind='500', skip=3), dict(match='HEAD', kind='reset'), dict(match='GET /_lfs/', kind='cut'))
@@ -452,7 +452,7 @@ def step(self:Killer)->int: # The last that the job has logged, or 0
 def ready(self:Killer)->bool: # Is this the moment?
     if self.kind=='start': return self.job.out.exists() and self.rng.random()<.02
     if self.step()<self.at: return False
-    if self.kind=='save': return any(not (p/'manifest.json').exists() for p in self.disk.glob('checkpoint-*'))
+    if self.kind=='save': return any(not (p/'manifest.json').exists() for p in self.disk.glob('*/checkpoint-*'))
     if self.kind=='commit': return '/preupload/' in self.log.read_text()[self.rows:] if self.log.exists() else False
     return True
 
@@ -467,7 +467,7 @@ def strike(self:Killer,
     if self.job.poll() is not None: return
     self.job.kill()
     while self.job.poll() is None: time.sleep(.005)
-    if self.kind=='save' and not any(not (p/'manifest.json').exists() for p in self.disk.glob('checkpoint-*')): return 'step'
+    if self.kind=='save' and not any(not (p/'manifest.json').exists() for p in self.disk.glob('*/checkpoint-*')): return 'step'
     if self.kind=='commit' and any('published' in l for l in self.job.lines()[-1:]): return 'step'
     return self.kind
 
@@ -476,7 +476,8 @@ def _proof_hub(out, base):
     "A Hub with a model and forty conversations, that writes down what it is asked."
     from phoque.hub import hub_process
     (out/'talk').mkdir()
-    (out/'talk/train.jsonl').write_text('\n'.join(json.dumps(dict(messages=[dict(role='user', content=f'Who takes berth {i}?'), dict(role='assistant', content=f'The gull with {i} hats.')])) for i in range(40)))
+    def line(i): return json.dumps(dict(messages=[dict(role='user', content=f'Who takes berth {i}?'), dict(role='assistant', content=f'The gull with {i} hats.')]))
+    for split,n in dict(train=range(40), test=range(40, 48)).items(): (out/f'talk/{split}.jsonl').write_text('\n'.join(map(line, n)))
     hub = hub_process(out/'hub', users={'me':'token-of-me'}, log=str(out/'hub.log'))
     hub.seed_repo(BASE, base or tiny_model(out/'tiny')); hub.seed_repo(DATA, out/'talk', repo_type='dataset', private=True)
     return hub

@@ -98,7 +98,7 @@ def option_range(
     m = re.search(r'([\[(])([\d.e-]+), ([\d.e-]+)([\])])( \{\w+\})?$', options()[name]['docment'])
     return (m[1]=='[', float(m[2]), float(m[3]), m[4]==']') if m else None
 
-# %% ../nbs/02_train.ipynb #cede362b
+# %% ../nbs/02_train.ipynb #823d54b4
 def env_options(
     env:dict=None, # Environment; `os.environ` where None
 )->dict: # The options that it sets, in their types
@@ -113,7 +113,7 @@ def env_options(
         except ValueError: raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
     return res
 
-# %% ../nbs/02_train.ipynb #5b4752d4
+# %% ../nbs/02_train.ipynb #a3974e62
 #: what other trainers call our options
 OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='num_train_epochs', MAX_SEQ_LENGTH='max_length', MAX_SEQ_LEN='max_length',
     CUTOFF_LEN='max_length', SEQUENCE_LEN='max_length', MICRO_BATCH_SIZE='per_device_train_batch_size', GRAD_ACCUM='gradient_accumulation_steps',
@@ -176,7 +176,7 @@ def read_config(
     args = parse_options(anno_parser(train), argv, env)
     return check_config(TrainConfig(**{k:args[k] for k in options()}))
 
-# %% ../nbs/02_train.ipynb #09a4fc0a
+# %% ../nbs/02_train.ipynb #292d4edd
 OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'lion_32bit', 'lion_8bit',
     'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd') # of transformers' names, those that are tried here
 ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
@@ -469,7 +469,7 @@ def _trainer_class():
         def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
     return Trainer
 
-# %% ../nbs/02_train.ipynb #9245d5a9
+# %% ../nbs/02_train.ipynb #228d3fe4
 def rate_at(
     step:int, # Optimizer steps done
     steps:int, # Of the whole run
@@ -604,7 +604,7 @@ def held_out_loss(
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
 
-# %% ../nbs/02_train.ipynb #d3648e6d
+# %% ../nbs/02_train.ipynb #300f2732
 def eval_rows(
     cfg:TrainConfig, # Of the run
     n_held:int, # Packed held-out rows that there are

@@ -38,7 +38,7 @@ Generated from the notebooks in nbs/ by `make generate`: edit those, not this fi
 """
 
 from __future__ import annotations
-import copy, functools, hashlib, html, inspect, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, threading, time, traceback, uuid
+import copy, difflib, fcntl, functools, hashlib, html, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, threading, time, traceback, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import chunked, patch, store_attr, str2bool
@@ -91,6 +91,7 @@ def hub_problem(
     elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
     elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
     elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
+    elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
     elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
     else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
     return UserError(f"{what}: {s}")
@@ -451,22 +452,25 @@ def encode_dataset(
     tok, # Tokenizer from `load_tokenizer`
     max_length:int=2048, # Tokens a conversation may have
     max_dropped:float=0.05, # Share of conversations that may be lost before the run is refused
+    name:str='dataset', # How an error names it
+    held_out:bool=False, # Is it only measured? Then no loss is too much
 )->tuple: # Dataset of `input_ids` and `labels` (-100 where the loss doesn't look), and a report
     "Encode every conversation of a dataset and say what became of it."
     import numpy as np, pyarrow.compute as pc
     from datasets import Features, List, Value
     from datasets.fingerprint import Hasher
-    if 'messages' not in ds.column_names: raise UserError(f"dataset: no `messages` column, got {ds.column_names}: each row needs a list of turns")
+    if 'messages' not in ds.column_names: raise UserError(f"{name}: no `messages` column, got {ds.column_names}: each row needs a list of turns")
     def enc(batch, idxs):
-        chats = [check_messages(m, f"dataset row {i}") for i,m in zip(idxs, batch['messages'])]
+        chats = [check_messages(m, f"{name} row {i}") for i,m in zip(idxs, batch['messages'])]
         rows = [r for r in encode_fitting(tok, chats, max_length) if r]
         return dict(input_ids=[ids for ids,_,_ in rows], labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows], lost=[n for _,_,n in rows])
     out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False, desc='Tokenising',
                  features=Features(input_ids=List(Value('int32')), labels=List(Value('int32')), lost=Value('int32')),
                  new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
     dropped = len(ds)-len(out)
-    if not len(out) or dropped/len(ds)>max_dropped:
-        raise UserError(f"dataset: {dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}: raise MAX_LENGTH or shorten them")
+    if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
+    if not held_out and (not len(out) or dropped/len(ds)>max_dropped):
+        raise UserError(f"{name}: {dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}: raise MAX_LENGTH or shorten them")
     t = out.with_format('arrow')[:]
     n,sup = pc.list_value_length(t['labels']).to_numpy(),pc.sum(pc.not_equal(pc.list_flatten(t['labels']), -100)).as_py()
     return out.remove_columns('lost'),dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped,
@@ -1631,44 +1635,48 @@ class TrainConfig:
     "Every option of a run."
     def __init__(self,
         preset:str='', # `16-examples`, `24gb` or `80gb`: rows, their length and a learning rate that goes with them; what is given besides wins
-        base_model:str=SEED_BASE, # Hub id or folder of the model to adapt
+        base_model:str=SEED_BASE, # Hub id or folder of the model to adapt {weights}
         base_model_strict:bool=False, # Refuse to take a substitute for `base_model`?
-        dataset_repo:str='', # Hub dataset with a `messages` column; required
+        dataset_repo:str='', # Hub dataset with a `messages` column; required {weights}
         hub_model_id:str='', # Hub repo for checkpoints and the final adapter; required; made private
-        output_dir:str='output', # Folder for what the run writes
-        max_steps:int=0, # Optimizer steps; 0 trains `num_train_epochs` (20 is a smoke test)
-        num_train_epochs:float=1.0, # Passes over the data where `max_steps` is 0
-        max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have
-        per_device_train_batch_size:int=4, # Packed rows a GPU takes at once, or in smaller batches where they don't fit
-        gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows
-        torch_compile:bool=True, # Compile layers that our own kernels can't take? (on CUDA only)
-        activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed
-        fsdp:bool=False, # Share the model out to the GPUs, by FSDP2? (for one that doesn't fit on each; slower)
-        gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest)
-        full_determinism:bool=False, # Only algorithms that add in a fixed order? (slower where a GPU's default ones don't; a CPU's do)
-        learning_rate:float=2e-4, # Peak, after the warm-up
-        warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after
-        weight_decay:float=0.001, # Of AdamW
-        max_grad_norm:float=1.0, # Gradients are clipped to this norm
-        optim:str='adamw_torch_fused', # Name in transformers; `paged_adamw_8bit` resumes exactly too
-        load_in_4bit:bool=True, # NF4 with double quantisation?
-        lora_r:int=16, # Rank of the adapter
-        lora_alpha:int=32, # Its update is scaled by lora_alpha/lora_r
-        lora_dropout:float=0.0, # Share of the adapter's inputs set to zero; 0 is faster and smaller
-        lora_target_modules:str=','.join(LORA_TARGETS), # Linear layers to adapt, by comma
-        logging_steps:int=10, # Steps between two lines of metrics
-        save_steps:int=100, # Steps between two checkpoints
-        sample_steps:int=100, # Steps between two sets of sample replies; 0 for none
-        sample_tokens:int=48, # Longest sample reply
-        sample_share:float=0.01, # Most of the time that sampling may take: replies are shortened, or left out, to keep it; 1 for no limit
+        output_dir:str='output', # Folder for what runs write; each run has a folder of its own in it
+        max_steps:int=0, # Optimizer steps; 0 trains `num_train_epochs` (20 is a smoke test) [0, 1e9]
+        num_train_epochs:float=1.0, # Passes over the data where `max_steps` is 0 (0, 1000]
+        max_length:int=2048, # Tokens of a packed row, and the most that one conversation may have [16, 1e6] {weights}
+        per_device_train_batch_size:int=4, # Packed rows a GPU takes at once, or in smaller batches where they don't fit [1, 4096] {rows}
+        gradient_accumulation_steps:int=1, # Batches that make one optimizer step; several GPUs share its rows [1, 4096] {rows}
+        torch_compile:bool=True, # Compile layers that our own kernels can't take? (on CUDA only) {rounding}
+        activation_memory_budget:float=0.7, # Share of a compiled layer's activations that is kept; at 0.7 only cheap ones are recomputed [0, 1] {rounding}
+        fsdp:bool=False, # Share the model out to the GPUs, by FSDP2? (for one that doesn't fit on each; slower) {rounding}
+        gradient_checkpointing:bool=False, # Recompute whole layers instead? (slower, and the smallest) {rounding}
+        full_determinism:bool=False, # Only algorithms that add in a fixed order? (slower where a GPU's default ones don't; a CPU's do) {rounding}
+        learning_rate:float=2e-4, # Peak, after the warm-up [1e-8, 1] {weights}
+        warmup_ratio:float=0.03, # Share of the steps in which the rate rises; it falls as a cosine after [0, 1) {weights}
+        weight_decay:float=0.001, # Of AdamW [0, 1] {weights}
+        max_grad_norm:float=1.0, # Gradients are clipped to this norm; 0 doesn't clip [0, 1e6] {weights}
+        optim:str='adamw_torch_fused', # Name in transformers; `paged_adamw_8bit` resumes exactly too {weights}
+        load_in_4bit:bool=True, # NF4 with double quantisation? {weights}
+        lora_r:int=16, # Rank of the adapter [1, 1024] {weights}
+        lora_alpha:int=32, # Its update is scaled by lora_alpha/lora_r [1, 65536] {weights}
+        lora_dropout:float=0.0, # Share of the adapter's inputs set to zero; 0 is faster and smaller [0, 1) {weights}
+        lora_target_modules:str=','.join(LORA_TARGETS), # Linear layers to adapt, by comma, in any order {weights}
+        logging_steps:int=10, # Steps between two lines of metrics [1, 1e9]
+        save_steps:int=100, # Steps between two checkpoints on the job's disk [1, 1e9]
+        publish_minutes:float=5.0, # Least minutes between two checkpoints on the Hub, more for large ones; 0 publishes each [0, 1440]
+        eval_steps:int=100, # Steps between two measurements of the held-out loss; 0 for none [0, 1e9]
+        eval_share:float=0.02, # Most of the rows that a run computes which may be held-out ones (0, 1]
+        load_best:bool=False, # Publish the adapter with the lowest held-out loss instead of the last one?
+        sample_steps:int=100, # Steps between two sets of sample replies; 0 for none [0, 1e9]
+        sample_tokens:int=48, # Longest sample reply [1, 4096]
+        sample_share:float=0.01, # Most of the time that sampling may take: replies are shortened, or left out, to keep it; 1 for no limit (0, 1]
         scorer:str='ibm-granite/granite-guardian-hap-38m', # Hub text classifier that scores the samples; `none` for no scores
-        keep_checkpoints:int=2, # Newest checkpoints that stay on the Hub
-        seed:int=0, # Of the order, the adapter's start and dropout
+        keep_checkpoints:int=2, # Newest checkpoints that stay on the Hub [1, 100]
+        seed:int=0, # Of the order, the adapter's start and dropout [0, 4294967295] {weights}
         report_to:str='wandb', # `wandb`, or `none`
         wandb_project:str='what-the-phoque', # W&B project
         wandb_log_model:str='checkpoint', # `checkpoint` logs the adapter as an artifact each time; `false` never
         job_timeout:str='', # The job's own timeout, such as 4h or 14400: it stops in time and exits with 75
-        fresh_start:bool=False, # Begin again, whatever checkpoints exist?
+        fresh_start:str='', # Begin again, once for each new value (1, then 2): a repeated command continues
     ): store_attr()
 
     def asdict(self)->dict: # Option → value
@@ -1681,17 +1689,60 @@ def options()->dict: # name → `docment`, `anno` (type), `default`
     "The options of `TrainConfig`, as read from its source."
     return {k:v for k,v in docments(TrainConfig.__init__, full=True).items() if k not in ('self','return')}
 
+def option_part(
+    name:str, # Of an option
+)->str: # `weights`, `rows`, `rounding`, or an empty text where it changes nothing that is learnt
+    "What an option does to a run."
+    found = re.search(r'\{(\w+)\}$', options()[name]['docment'])
+    return found[1] if found else ''
+
+def option_range(
+    name:str, # Of an option
+): # (low end belongs to it, low end, high end, high end belongs to it); None where it has no interval
+    "The interval of an option's values."
+    m = re.search(r'([\[(])([\d.e-]+), ([\d.e-]+)([\])])( \{\w+\})?$', options()[name]['docment'])
+    return (m[1]=='[', float(m[2]), float(m[3]), m[4]==']') if m else None
+
 def env_options(
     env:dict=None, # Environment; `os.environ` where None
 )->dict: # The options that it sets, in their types
     "Read options from environment variables, `max_steps` from `MAX_STEPS`."
     env,res = os.environ if env is None else env,{}
+    check_names(env)
     for k,o in options().items():
-        if (v := env.get(k.upper(), '')) == '': continue
+        if (v := env.get(k.upper(), '').strip()) == '': continue
         kind = type(o['default'])
+        wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
         try: res[k] = str2bool(v) if kind is bool else kind(v)
-        except ValueError: raise UserError(f"{k.upper()}: must be {'0 or 1' if kind is bool else f'of type {kind.__name__}'}, got {v!r}: correct it or unset it") from None
+        except ValueError: raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
     return res
+
+#: what other trainers call our options
+OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='num_train_epochs', MAX_SEQ_LENGTH='max_length', MAX_SEQ_LEN='max_length',
+    CUTOFF_LEN='max_length', SEQUENCE_LEN='max_length', MICRO_BATCH_SIZE='per_device_train_batch_size', GRAD_ACCUM='gradient_accumulation_steps',
+    LORA_RANK='lora_r', WARMUP_STEPS='warmup_ratio', OPTIMIZER='optim', SAVE_TOTAL_LIMIT='keep_checkpoints', EVALUATION_STEPS='eval_steps',
+    MODEL_NAME='base_model', MODEL_NAME_OR_PATH='base_model', MODEL_ID='base_model', DATASET='dataset_repo', DATASET_NAME='dataset_repo',
+    DATASET_ID='dataset_repo', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
+
+def meant_option(
+    name:str, # Of an environment variable
+)->str: # Variable that was probably meant; None where the name is nobody's or is right
+    "The option that a misspelt variable means."
+    ours = [k.upper() for k in options()]
+    if name in ours: return
+    if name.upper() in ours: return name.upper()
+    if name in OTHER_NAMES: return OTHER_NAMES[name].upper()
+    words = name.split('_')
+    part = [o for o in ours if len(words)>1 and (o.endswith('_'+name) or o.startswith(name+'_'))]
+    least = .93 if name.startswith(('WANDB_', 'HF_')) or len(name)<7 else .85 # their own variables, and short names, are near by chance
+    return part[0] if len(part)==1 else next(iter(difflib.get_close_matches(name, ours, 1, least)), None)
+
+def check_names(
+    env:dict, # Environment
+):
+    "Refuse variables that nearly have an option's name."
+    wrong = {k:o for k in env if env[k].strip() and (o := meant_option(k))}
+    if wrong: raise UserError('; '.join(f"{k}: no option has this name" for k in wrong) + f": set {', '.join(dict.fromkeys(wrong.values()))} instead, or unset it")
 
 PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
 
@@ -1701,7 +1752,7 @@ def preset_options(
     "What a preset stands for."
     if name not in PRESETS: raise UserError(f"PRESET: must be one of {', '.join(PRESETS)}, got {name!r}")
     rows,length = PRESETS[name]
-    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 was the first settings'
+    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 at 2,944 tokens
 
 def parse_options(
     p, # `ArgumentParser` that knows the options of `TrainConfig`, and perhaps others
@@ -1710,6 +1761,7 @@ def parse_options(
 )->dict: # Value of each option of the parser
     "Flags over the environment over a preset."
     given = env_options(env)
+    p.allow_abbrev = False
     p.set_defaults(**given)
     preset = vars(p.parse_args(argv))['preset']
     if preset: p.set_defaults(**{**preset_options(preset), **given})
@@ -1725,6 +1777,25 @@ def read_config(
     args = parse_options(anno_parser(train), argv, env)
     return check_config(TrainConfig(**{k:args[k] for k in options()}))
 
+OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'lion_32bit', 'lion_8bit',
+    'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd') # of transformers' names, those that are tried here
+ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
+
+def check_option(
+    name:str, # Of an option
+    value, # In its type
+):
+    "Refuse a value outside of an option's range."
+    def bad(why): raise UserError(f"{name.upper()}: {why}, got {value!r}")
+    if name in ONE_OF and value not in ONE_OF[name]:
+        near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
+        bad(f"must be one of {', '.join(ONE_OF[name])}{near}")
+    if not (ends := option_range(name)): return
+    low_in,low,high,high_in = ends
+    if (low<value or low_in and value==low) and (value<high or high_in and value==high): return
+    if low_in and value<low: bad(f"must be at least {low:g}")
+    bad(f"must be {'at least' if low_in else 'above'} {low:g} and {'at most' if high_in else 'below'} {high:g}")
+
 def check_config(
     c:TrainConfig, # To be checked
 )->TrainConfig: # The same
@@ -1733,14 +1804,13 @@ def check_config(
     for k in ('dataset_repo','hub_model_id'):
         if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
         if not re.fullmatch(r'[\w.-]+/[\w.-]+', getattr(c,k)): bad(k, "must have the form owner/name")
-    for k in ('max_length','per_device_train_batch_size','gradient_accumulation_steps','lora_r','logging_steps','save_steps','keep_checkpoints'):
-        if getattr(c,k)<1: bad(k, "must be at least 1")
-    if c.max_steps<0: bad('max_steps', "must be 0 (train num_train_epochs) or more")
-    if not c.sample_share>0: bad('sample_share', "must be positive (SAMPLE_STEPS=0 for no samples)")
-    if not 0<=c.lora_dropout<1: bad('lora_dropout', "must be from 0 up to 1")
-    if not c.learning_rate>0: bad('learning_rate', "must be positive")
+    for k,v in c.asdict().items(): check_option(k, v)
+    for k in ('base_model','output_dir','scorer','wandb_project'):
+        if not getattr(c, k).strip(): bad(k, "must not be empty")
+    if not any(t.strip() for t in c.lora_target_modules.split(',')): bad('lora_target_modules', "must name linear layers such as q_proj,v_proj, or all-linear")
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
-    if c.report_to not in ('wandb','none'): bad('report_to', "must be wandb or none")
+    if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
+    if c.fresh_start.lower() in ('0', 'false', 'no', 'off'): c.fresh_start = ''
     return c
 
 def pack_lengths(
@@ -1909,7 +1979,10 @@ def events_callback(
     from transformers import TrainerCallback
     call = lambda name,*args: getattr(events, name, lambda *_: None)(*args)
     class Events(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kw): call('on_start', model, state.global_step)
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kw):
+            set_rate(optimizer, getattr(lr_scheduler, 'scheduler', lr_scheduler)) # inside of accelerate's
+            state.compute_steps(args, state.max_steps) # how often to log and save is this job's, not its checkpoint's
+            call('on_start', model, state.global_step)
         def on_step_end(self, args, state, control, model=None, **kw):
             if call('on_step', model, state.global_step): control.should_training_stop = control.should_save = True
         def on_log(self, args, state, control, logs=None, **kw): call('on_log', state.global_step, logs)
@@ -1974,8 +2047,33 @@ def _trainer_class():
             nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
             return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; gradients are averaged over ranks
 
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            from torch.optim.lr_scheduler import LambdaLR
+            def of(step): return rate_at(step, num_training_steps, self.warmup_ratio)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, of)
+            return self.lr_scheduler
+
         def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
     return Trainer
+
+def rate_at(
+    step:int, # Optimizer steps done
+    steps:int, # Of the whole run
+    warmup_ratio:float=0.03, # Share of the steps in which the rate rises
+)->float: # Share of the peak; above 0 for every step of the run
+    "The learning rate of the next step."
+    warmup = min(math.ceil(warmup_ratio*steps), steps-1)
+    if step<warmup: return (step+1)/(warmup+1)
+    return .5*(1+math.cos(math.pi*min((step-warmup)/(steps-warmup), 1)))
+
+def set_rate(
+    optimizer, # Of a trainer
+    scheduler, # Its `LambdaLR`, perhaps loaded from a checkpoint
+):
+    "Give the optimizer the rate of the step that comes next, also where the run is now longer than its checkpoint thought."
+    rates = [base*of(scheduler.last_epoch) for base,of in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group,rate in zip(optimizer.param_groups, rates): group['lr'] = rate
+    scheduler._last_lr = rates
 
 def trainer_args(
     cfg:TrainConfig, # Of the run
@@ -1992,7 +2090,7 @@ def trainer_args(
     args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
         gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
-        lr_scheduler_type='cosine', warmup_steps=cfg.warmup_ratio, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
+        weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
         train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
@@ -2042,6 +2140,7 @@ def make_trainer(
     if shard: prepare_sharding(args.device, model)
     trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
+    trainer.warmup_ratio = cfg.warmup_ratio
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
@@ -2072,24 +2171,35 @@ def parse_step(
 def held_out_loss(
     trainer, # From `make_trainer`
     packed, # Packed held-out rows
-)->float: # Mean negative log-likelihood of a supervised token, in nats
+    stop=lambda: False, # Asked before each row, on every rank: true gives up
+)->float: # Mean negative log-likelihood of a supervised token, in nats; None where it was given up
     "Loss on conversations that training never sees."
     import torch
     model,here,nll,n = trainer.model,trainer.accelerator,0.,0
     with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
         for i in range(here.process_index, -(-len(packed)//here.num_processes)*here.num_processes, here.num_processes): # as often on every rank: they may share the layers
+            if stop(): return
             batch = {k:v.to(here.device) for k,v in trainer.data_collator([packed[i%len(packed)]]).items() if k in ('input_ids','position_ids','supervised','targets')}
             loss = model(**batch).item()
             if i<len(packed): nll += loss; n += len(batch['targets'])
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
 
+def eval_rows(
+    cfg:TrainConfig, # Of the run
+    n_held:int, # Packed held-out rows that there are
+)->int: # Rows to measure on; 0 where nothing is measured
+    "How many held-out rows are measured each time."
+    if not cfg.eval_steps or not n_held: return 0
+    trained = cfg.eval_steps*cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+    return min(n_held, max(1, int(cfg.eval_share*trained)))
+
 # ------------------------------------------------------------------------------
 # resume: Continue a killed run as if nothing had happened
 # ------------------------------------------------------------------------------
 
 MANIFEST = 'manifest.json'
-STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet')
+STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet|best_adapter\.safetensors')
 NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
@@ -2115,10 +2225,12 @@ def read_manifest(
     "Read a manifest; a `ValueError` says what is wrong with it."
     try:
         m = json.loads(path.read_text())
-        good = f"checkpoint-{m['step']}"==path.parent.name and NEEDED<=set(m['files']) and any(n.startswith('rng_state') for n in m['files']) and all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in m['files'].items()) and m['run']['id'] and m['run']['identity']
+        files,run = m['files'],m['run']
+        good = [f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
+            all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in files.items()), run['id'], run['identity']]
     except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
-    except (ValueError, TypeError, KeyError, AttributeError): good = False
-    if not good: raise ValueError("its manifest is damaged")
+    except (ValueError, TypeError, KeyError, AttributeError): good = [False]
+    if not all(good): raise ValueError("its manifest is damaged")
     return m
 
 def check_plain(
@@ -2178,11 +2290,29 @@ def bound_requests(
         return c
     set_client_factory(client)
 
+class NotNow(UserError):
+    "What stops a publication and may pass while training goes on."
+
+def spell_seconds(
+    seconds:float, # A duration
+)->str: # Such as `20 s` or `43 min`
+    "A duration to read."
+    return f"{seconds:.0f} s" if seconds<120 else f"{seconds/60:.0f} min"
+
+def retry_after(
+    e:Exception, # What a client raised
+)->float: # Seconds that the Hub asks to wait; 0 where it doesn't say
+    "The wait that an answer of the Hub names."
+    answer = getattr(hub_answer(e), 'response', None)
+    said = answer.headers.get('Retry-After', '') if answer is not None else ''
+    return float(said) if said.isdigit() else 0.
+
 def patiently(
     call, # Function without arguments that asks something of the Hub
     what:str, # What it is about, such as "model repo org/name"
     until:float=float('inf'), # `time.monotonic()` after which to give up
     wait:float=1.0, # Seconds before the first repeat; doubles up to a minute
+    pause=time.sleep, # Waits that many seconds; may raise to give up
 ): # What `call` returns
     "Repeat a call to the Hub until it succeeds or can't."
     from httpx2 import HTTPError
@@ -2190,9 +2320,12 @@ def patiently(
         try: return call()
         except (HTTPError, OSError, RuntimeError, UserError) as e: err = e
         known = isinstance(err, UserError) or getattr(hub_answer(err), 'response', None) is None and not _passing(err) # says itself what it is
-        if not _passing(err) or time.monotonic()+wait>until: raise (err if known else hub_problem(hub_answer(err), what)) from None
-        log.warning(f"{what}: {hub_problem(hub_answer(err), 'the Hub')}; trying again in {wait:.0f} s")
-        time.sleep(wait); wait = min(2*wait, 60)
+        said = err if known else hub_problem(hub_answer(err), what)
+        passing,asked = isinstance(err, NotNow) or _passing(err),max(wait, retry_after(err))
+        if not passing: raise said from None
+        if time.monotonic()+asked>until: raise UserError(f"{said}; it would be tried again in {spell_seconds(asked)}, and the time is up") from None
+        log.warning(f"{said if known else f'{what}: '+str(hub_problem(hub_answer(err), 'the Hub'))}; trying again in {spell_seconds(asked)}")
+        pause(asked); wait = min(2*wait, 60)
 
 class HubBranch:
     "One branch of a Hub repo, and commits to it that happen once or not at all."
@@ -2209,9 +2342,9 @@ class HubBranch:
     def prepare(self,
         until:float=float('inf'), # `time.monotonic()` after which to give up
     ):
-        "Make the repo (private) and the branch when missing, and read where the branch is."
+        "Make the repo (private, gated) and the branch when missing, and read where the branch is."
         def make():
-            if not self.api.repo_exists(self.repo): self.api.create_repo(self.repo, private=True, exist_ok=True)
+            private_repo(self.api, self.repo)
             if self.branch!='main': self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
             self.head = self.newest().commit_id
         patiently(make, self.name, until)
@@ -2231,18 +2364,45 @@ def commit(self:HubBranch,
     title:str, # Must be different for every commit: it tells whether an unanswered one landed
     until:float=float('inf'), # `time.monotonic()` after which to give up
     wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
 )->str: # The commit's id
-    "One atomic commit, repeated until it has landed or can't."
+    "One atomic commit to a private repo, repeated until it has landed or can't."
     from httpx2 import HTTPError
     def once():
+        try: check_private(self.api, self.repo) # its owner may have changed that since
+        except UserError as e: raise NotNow(str(e)) from None
         try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
         except (HTTPError, RuntimeError, OSError) as e: err = e
         now = self.newest()
         if now.commit_id==self.head: raise err
         if now.title==title: return now.commit_id # it had landed; only the answer was lost
         raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there: let it finish, or choose another HUB_MODEL_ID")
-    self.head = patiently(once, f"{self.name}: {title!r}", until, wait)
+    self.head = patiently(once, f"{self.name}: {title!r}", until, wait, pause)
     return self.head
+
+@patch
+def squash(self:HubBranch,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Drop the branch's history, which counts as storage; its files stay."
+    title = f"squashed {os.urandom(4).hex()}"
+    def once():
+        now = self.newest()
+        if now.commit_id==self.head: self.api.super_squash_history(self.repo, branch=self.branch, commit_message=title)
+        elif now.title!=title: raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there, so its history is left alone")
+        return self.newest().commit_id
+    self.head = patiently(once, f"{self.name}: history", until)
+
+@patch
+def send(self:HubBranch,
+    operation, # `CommitOperationAdd`
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
+):
+    "Upload a large file ahead of the commit that names it."
+    def once(): self.api.preupload_lfs_files(self.repo, [operation], revision=self.branch, free_memory=False)
+    patiently(once, f"{self.name}: {operation.path_in_repo}", until, wait, pause)
 
 @patch
 def check_write(self:HubBranch,
@@ -2253,37 +2413,92 @@ def check_write(self:HubBranch,
     patiently(lambda: self.api.create_branch(self.repo, branch=name, exist_ok=True), self.name, until)
     patiently(lambda: self.api.delete_branch(self.repo, branch=name), self.name, until)
 
+RUN_FILE = 'run.json'
+SQUASH_BYTES = 10e9 # of history on the branch, before it is dropped
+
 class Checkpoints:
     "The checkpoints of a run, on a branch of its Hub repo."
     def __init__(self,
         branch:HubBranch, # Prepared
         keep:int=2, # Newest checkpoints that stay
-    ): self.branch,self.keep,self.found,self.stale = branch,keep,None,[] # stale: an abandoned run's, removed with the next commit
+    ): self.branch,self.keep,self.found,self.stale,self.history = branch,keep,None,[],0 # stale: an abandoned run's, removed when the next one begins; history: bytes sent since the last squash
+
+    def files(self)->list: # Paths
+        "What is on the branch."
+        return patiently(lambda: self.branch.api.list_repo_files(self.branch.repo, revision=self.branch.head), self.branch.name)
 
     def steps(self)->list: # Ascending
         "Steps that have a folder with a manifest on the branch."
         if self.found is None: # from here on only our own commits change it
             rx = re.compile(rf'checkpoint-(0|[1-9]\d*)/{re.escape(MANIFEST)}')
-            files = patiently(lambda: self.branch.api.list_repo_files(self.branch.repo, revision=self.branch.head), self.branch.name)
-            self.found = sorted(int(m[1]) for f in files if (m := rx.fullmatch(f)))
+            self.found = sorted(int(m[1]) for f in self.files() if (m := rx.fullmatch(f)))
         return self.found
+
+@patch
+def run(self:Checkpoints)->dict: # What the run is; None where the branch has none
+    "The run that the branch belongs to: as it began, or as its newest checkpoint has it."
+    with tempfile.TemporaryDirectory() as d:
+        for name in (RUN_FILE, *(f'checkpoint-{s}/{MANIFEST}' for s in reversed(self.steps()))):
+            try:
+                file = self.fetch(name, d)
+                found = read_manifest(file)['run'] if name!=RUN_FILE else json.loads(file.read_text())
+                if found['id'] and found['identity']: return found
+            except UserError: raise
+            except (ValueError, TypeError, KeyError): continue
+
+@patch
+def begin_run(self:Checkpoints,
+    run:dict, # What the run is
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "One commit: this run is the branch's from now on, and an abandoned one's checkpoints leave it."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    if self.stale: self.keep_aside(until)
+    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in self.stale]
+    text = json.dumps(run, indent=1).encode()
+    self.branch.commit([CommitOperationAdd(RUN_FILE, text), *old], f"run {run['id']} {hashlib.sha256(text).hexdigest()[:8]}", until)
+    self.found,self.stale = [],[]
+
+class Superseded(Exception):
+    "A newer checkpoint waits to be published."
+
+def folder_bytes(
+    folder:Path, # Sealed `checkpoint-N`
+)->int: # What publishing it sends
+    "The size of a checkpoint."
+    return sum(f['size'] for f in json.loads((Path(folder)/MANIFEST).read_text())['files'].values())
 
 @patch
 def publish(self:Checkpoints,
     folder:Path, # Sealed `checkpoint-N`
     until:float=float('inf'), # `time.monotonic()` after which to give up
     wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
+    still_newest=lambda: None, # Raises `Superseded` where a newer one waits
 ):
     "One commit: this checkpoint in, old ones out."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     m = json.loads((folder/MANIFEST).read_text())
     below = [s for s in self.steps() if s<m['step']]
     stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
-    ops = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
-    if 'samples.parquet' in m['files']: ops.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
-    ops += [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found, *self.stale}-{*stay})]
-    self.branch.commit(ops, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait)
-    self.found,self.stale = stay,[]
+    adds = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
+    if 'samples.parquet' in m['files']: adds.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
+    for a in adds:
+        still_newest()
+        if Path(a.path_or_fileobj).stat().st_size>2**20: self.branch.send(a, until, wait, pause)
+    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found}-{*stay})]
+    self.branch.commit(adds+old, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait, pause)
+    self.found,self.history = stay,self.history+folder_bytes(folder)
+    if self.history>SQUASH_BYTES: self.squash(until)
+
+@patch
+def squash(self:Checkpoints,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Drop the branch's history; a Hub that won't is no reason to stop."
+    try: self.branch.squash(until)
+    except UserError as e: log.warning(f"the history of branch {self.branch.branch} is not squashed: {e}")
+    self.history = 0
 
 def local_steps(
     folder:Path, # Output folder
@@ -2306,35 +2521,27 @@ def fetch(self:Checkpoints,
     return patiently(get, f"{name} of {b.repo}", until)
 
 @patch
-def run_id(self:Checkpoints)->str: # None where there is no checkpoint
-    "The run that the branch belongs to."
-    for s in reversed(self.steps()):
-        with tempfile.TemporaryDirectory() as d:
-            try: return read_manifest(self.fetch(f'checkpoint-{s}/{MANIFEST}', d))['run']['id']
-            except UserError: raise
-            except ValueError: continue
-
-@patch
 def restore(self:Checkpoints,
     folder:Path, # Output folder; `checkpoint-N` comes to lie in it
     until:float=float('inf'), # `time.monotonic()` after which to give up
 )->tuple: # Its path and manifest, or (None, None) where there is none
     "Find the newest checkpoint that can be trusted."
     folder,here,there = Path(folder),set(local_steps(folder)),set(self.steps())
-    owner = self.run_id() if here else None
+    if not here|there: return None,None
+    owner = (self.run() or {}).get('id')
     def take(path, where):
         if where=='the Hub':
             shutil.rmtree(path, ignore_errors=True)
             for f in read_manifest(self.fetch(f'{path.name}/{MANIFEST}', folder, until))['files']: self.fetch(f'{path.name}/{f}', folder, until)
         m = read_checkpoint(path)
-        if where=='this disk' and (m['run'].get('repo')!=self.branch.repo or owner not in (None, m['run']['id'])): raise ValueError("it belongs to another run")
+        if owner!=m['run']['id']: raise ValueError("it belongs to another run")
         return m
     for step in sorted(here|there, reverse=True):
         path = folder/f'checkpoint-{step}'
         for where in ['this disk']*(step in here) + ['the Hub']*(step in there):
             try: m = take(path, where)
             except UserError: raise # the Hub is away: that says nothing about the checkpoint
-            except ValueError as e: log.warning(f"{path.name} on {where} is stepped over: {e}")
+            except ValueError as e: log.warning(f"{path.name} on {where} is skipped: {e}")
             else:
                 log.info(f"{path.name} found on {where}, every file verified")
                 return path,m
@@ -2343,29 +2550,58 @@ def restore(self:Checkpoints,
 def check_same_run(
     saved:dict, # Identity in a manifest
     now:dict, # Identity of this run
+    again:str='1', # Value of FRESH_START that would begin again
 ):
     "Refuse to continue a run under settings that would silently alter it."
     if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
-        raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START=1 to begin again")
+        raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START={again} to begin again")
 
 @patch
 def start_fresh(self:Checkpoints):
-    "Put what exists aside under a branch of its own name, and begin again."
-    if not (steps := self.steps()): return
-    aside = f"{self.branch.branch}-{self.branch.head[:8]}"
-    patiently(lambda: self.branch.api.create_branch(self.branch.repo, branch=aside, revision=self.branch.head, exist_ok=True), self.branch.name)
-    self.stale,self.found = steps,[]
-    log.info(f"FRESH_START: {len(steps)} checkpoints of an earlier run are kept on branch {aside}")
+    "Take the branch's checkpoints for those of an abandoned run."
+    self.stale,self.found = self.steps(),[]
+
+@patch
+def keep_aside(self:Checkpoints, until):
+    "Keep an abandoned run's checkpoints on a branch of their own, without their history."
+    b = self.branch
+    aside = HubBranch(b.repo, f"{b.branch}-{b.head[:8]}", b.api.endpoint, b.api.token)
+    patiently(lambda: b.api.create_branch(b.repo, branch=aside.branch, revision=b.head, exist_ok=True), b.name, until)
+    aside.head = aside.newest().commit_id
+    Checkpoints(aside).squash(until)
+    log.info(f"FRESH_START: {len(self.stale)} checkpoints of an earlier run are kept on branch {aside.branch}")
+
+def lock_folder(
+    folder:Path, # Of a run; made when missing
+): # Open file; the lock ends with it, or with the process
+    "Keep other jobs out of a run's folder."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    held = open(Path(folder)/'.lock', 'a')
+    try: fcntl.flock(held, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except OSError: raise UserError(f"OUTPUT_DIR {folder}: another job of this run is writing there: let it finish, or choose another OUTPUT_DIR") from None
+    return held
+
+COMMITS_AN_HOUR,PRIVATE_GB = 128,100 # https://huggingface.co/docs/hub/storage-limits, and what the Hub answers with 429
+HISTORY_BYTES,HISTORY_SECONDS = 40e9,36*3600 # of one run; squashed history counts for so long
+
+def publish_pace(
+    size:float, # Bytes of a checkpoint
+    minutes:float=5.0, # `PUBLISH_MINUTES`; 0 for no pace
+)->float: # Seconds
+    "Least time between two publications."
+    return max(minutes*60, size/HISTORY_BYTES*HISTORY_SECONDS) if minutes else 0.
 
 class Publisher:
     "Seals checkpoints and publishes the newest, in threads of its own."
     def __init__(self,
-        publish, # Function of (folder, until) that returns once the folder is on the Hub
+        publish, # Function of (folder, publisher) that returns once the folder is on the Hub
         seal=lambda folder: None, # Function that finishes a folder on this disk
         seconds:list=(), # What earlier publications took
+        pace=lambda folder: 0.0, # Function of a sealed folder: seconds until the next one may follow
     ):
-        self.publish,self.seal,self.times,self.done,self.error = publish,seal,list(seconds),[],None
-        self.pending,self.waiting,self.until,self.closing = set(),None,float('inf'),False # pending: folders that are still needed here
+        self.publish,self.seal,self.times,self.pace,self.done,self.error = publish,seal,list(seconds),pace,[],None
+        self.pending,self.last,self.waiting = set(),None,None # folders that are still needed here; the newest; the newest that is sealed, and when it came
+        self.earliest,self.until,self.closing = 0.,float('inf'),False # `time.monotonic()` before which nothing is sent, and after which one gives up
         self.changed,self.sealer = threading.Condition(),ThreadPoolExecutor(1, 'sealer')
         self.thread = threading.Thread(target=self._send, name='publisher', daemon=True)
         self.thread.start()
@@ -2379,38 +2615,66 @@ def submit(self:Publisher,
     folder:Path, # `checkpoint-N`, every file written
 ):
     "Hand over a checkpoint; returns at once."
-    self.pending.add(Path(folder))
-    self.sealer.submit(self._seal, Path(folder), time.monotonic())
+    self.last = Path(folder)
+    self.pending.add(self.last)
+    self.sealer.submit(self._seal, self.last, time.monotonic())
 
 @patch
 def _seal(self:Publisher, folder, start):
+    if folder!=self.last: return self.pending.discard(folder)
     try: self.seal(folder)
     except Exception as e: self.error = e; return
     with self.changed:
         if self.waiting: self.pending.discard(self.waiting[0])
         self.waiting = folder,start
-        self.changed.notify()
+        self.changed.notify_all()
+
+@patch
+def _take(self:Publisher):
+    "The newest sealed checkpoint once its time has come; None at the end."
+    with self.changed:
+        while not self.closing and not (self.waiting and time.monotonic()>=self.earliest):
+            self.changed.wait(max(self.earliest-time.monotonic(), 0) if self.waiting else None)
+        taken,self.waiting = self.waiting,None
+        return taken
 
 @patch
 def _send(self:Publisher):
-    while True:
-        with self.changed:
-            self.changed.wait_for(lambda: self.waiting or self.closing)
-            if not self.waiting: return
-            (folder,start),self.waiting = self.waiting,None
-        try: self.publish(folder, self.until)
+    while taken := self._take():
+        folder,start = taken
+        begun = time.monotonic()
+        self.earliest = begun+self.pace(folder)
+        try: self.publish(folder, self)
+        except Superseded: log.info(f"{folder.name} is given up for a newer one")
         except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
-        self.times.append(time.monotonic()-start); self.done.append(int(folder.name.split('-')[1]))
-        log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
+        else:
+            self.times.append(time.monotonic()-begun); self.done.append(int(folder.name.split('-')[1]))
+            log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
         self.pending.discard(folder)
+
+@patch
+def still_newest(self:Publisher):
+    "Give up what is being sent for a newer checkpoint."
+    if self.waiting: raise Superseded
+
+@patch
+def pause(self:Publisher,
+    seconds:float, # That the Hub asks for
+):
+    "Wait before a repeat, or until there is something newer to send; that one waits as long."
+    end = time.monotonic()+seconds
+    with self.changed:
+        while time.monotonic()<end and not self.waiting: self.changed.wait(end-time.monotonic())
+        if self.waiting: self.earliest = max(self.earliest, end)
+    self.still_newest()
 
 @patch
 def close(self:Publisher,
     until:float=float('inf'), # `time.monotonic()` after which to give up
 )->bool: # Is everything that was handed over on the Hub?
-    "Wait for what is under way."
+    "Publish the newest at once, and wait for it."
     self.sealer.shutdown()
-    with self.changed: self.closing,self.until = True,until; self.changed.notify()
+    with self.changed: self.closing,self.until = True,until; self.changed.notify_all()
     self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
     return not self.thread.is_alive() and self.error is None
 
@@ -3006,15 +3270,50 @@ def machine_flags(
 # job: The whole job: check, restore, train, publish, and an exit code that says what to do next
 # ------------------------------------------------------------------------------
 
-COSMETIC = ('preset','base_model_strict','output_dir','max_steps','logging_steps','save_steps','sample_steps','sample_tokens','sample_share','scorer','keep_checkpoints','report_to',
-            'wandb_project','wandb_log_model','job_timeout','fresh_start','torch_compile','activation_memory_budget','gradient_checkpointing','fsdp','full_determinism','hub_model_id')
-
 def run_identity(
-    cfg:TrainConfig, # Options
-    base:dict, # From `resolve_base`
+    given:dict, # Options, those that decide the weights at least
+    base:str, # Id of the base model that they led to
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
-    return {**{k:v for k,v in cfg.asdict().items() if k not in COSMETIC}, 'base_model': base['id']}
+    if unknown := sorted(set(given)-set(options())): raise UserError(f"the checkpoint's run has options that this version doesn't know ({', '.join(unknown)}): continue it with the version that wrote it")
+    value = {k: given.get(k, o['default']) for k,o in options().items()}
+    rows = value['per_device_train_batch_size']*value['gradient_accumulation_steps']
+    targets = ','.join(lora_targets(value['lora_target_modules']))
+    same = {k:v for k,v in value.items() if option_part(k)=='weights'}
+    return same | dict(base_model=base, lora_target_modules=targets, rows_a_step=rows)
+
+def kept_options(
+    cfg:TrainConfig, # Options
+)->dict: # Those that decide the weights
+    "What a manifest keeps of the options."
+    return {k:v for k,v in cfg.asdict().items() if option_part(k) in ('weights','rows')}
+
+def arithmetic(
+    cfg:TrainConfig, # Options
+    rows:str, # How a GPU takes a step's rows, such as `4 × 1`
+)->dict: # Names with a value
+    "What decides how a run's sums are rounded."
+    import torch
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
+    return {k:v for k,v in cfg.asdict().items() if option_part(k)=='rounding'} | dict(rows=rows, device=gpu)
+
+def say_differences(
+    was:dict, # The run as its checkpoint has it
+    now:dict, # As it is in this job
+    step:int, # Where it continues
+    rate, # Function of (step, steps of the run): the learning rate
+    again:str, # Value of FRESH_START that would begin again
+    dropout:bool=False, # Has the adapter dropout?
+)->list: # Lines
+    "How a continued run differs from one that went through."
+    lines,before,after = [],was.get('total'),now['total']
+    if before and before!=after:
+        lines.append(f"the run had {before} steps and has {after} now: steps 1 to {step} were trained at the rates of the one, "
+            f"step {step+1} begins at {rate(step, after):.1e} (it would have been {rate(step, before) if step<before else 0:.1e}); FRESH_START={again} trains all {after} anew")
+    old = was.get('arithmetic', {})
+    if diff := [f"{k} was {old[k]}, is {v}" for k,v in now['arithmetic'].items() if k in old and old[k]!=v]:
+        lines.append(f"{'; '.join(diff)}: every step has the same rows, and sums are rounded in another way" + ", and dropout draws other numbers"*dropout)
+    return lines
 
 def be_deterministic():
     "Only algorithms that give the same bits every time, from here on."
@@ -3055,12 +3354,24 @@ def load_chats(
     from httpx2 import HTTPError
     try:
         revision = revision or HfApi().dataset_info(repo).sha
-        ds = datasets.load_dataset(repo, revision=revision)
+        builder = datasets.load_dataset_builder(repo, revision=revision)
+        builder.download_and_prepare()
+        sizes = {split:info.num_examples for split,info in builder.info.splits.items()} # an empty one can't be asked for
+        ds = datasets.DatasetDict({s: builder.as_dataset(s) if n else datasets.Dataset.from_dict({}) for s,n in sizes.items()})
     except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
     except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({mask_secrets(str(e)).splitlines()[0][:150]}): push it with phoque_data") from None
-    if 'train' not in ds: raise UserError(f"dataset {repo}: no split `train`, got {list(ds)}: push it with phoque_data")
+    if not len(ds.get('train', [])): raise UserError(f"dataset {repo}: no split `train` with rows, got {list(ds)}: push it with phoque_data")
     return ds,revision
+
+def pick_held_out(
+    ds, # `DatasetDict`
+)->str: # Name of a split; None where there is none
+    "The split that is held out, and a line on those that nobody uses."
+    name = next((s for s in ('test','validation') if len(ds.get(s, []))), None)
+    if rest := [f"{s} ({len(d):,} rows)" for s,d in ds.items() if s not in ('train', name)]: log.warning(f"dataset: not used: {', '.join(rest)}")
+    if not name: log.warning("dataset: no held-out loss: there is no split `test` or `validation` with rows")
+    return name
 
 RESEARCH_LICENSE = """Licence for research and internal testing
 
@@ -3081,8 +3392,8 @@ def changed_options(
     cfg:TrainConfig, # Options
     leave:tuple=('output_dir','job_timeout'), # Not these; by default those that say something of a machine only
 )->list: # As for a shell, `MAX_STEPS=20`
-    "The options that aren't at their default, but never FRESH_START."
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',*leave)}
+    "The options that aren't at their default."
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in leave}
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
 CARD = """---
@@ -3125,10 +3436,21 @@ def adapter_card(
     base = run['base']
     facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
                  steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
-                 held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')})
+                 held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')}, published=run.get('published'))
     facts['made by'] = f"`{' '.join(['hf jobs uv run', *(f'-e {o}' for o in changed_options(cfg)), 'train/train.py'])}`"
     at = f'revision="{base["revision"]}", ' if base['revision'] else ''
     return CARD.format(repo=cfg.hub_model_id, base=base, at=at, license=LICENSE_FIELDS, dataset=cfg.dataset_repo, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
+
+HARMLESS = {'.gitattributes','README.md','LICENSE'} # what a repo may hold before a run begins
+
+def check_free(
+    branch:HubBranch, # `main` of the model repo, prepared
+    again:str, # Value of FRESH_START that would begin again
+):
+    "Refuse a repo that holds somebody's model."
+    there = patiently(lambda: branch.api.list_repo_files(branch.repo, revision=branch.head), branch.name)
+    if held := sorted(set(there)-HARMLESS): raise UserError(f"model repo {branch.repo}: it already holds {len(held)} files ({', '.join(held[:3])}{', …'*(len(held)>3)}): "
+        f"choose another HUB_MODEL_ID, or set FRESH_START={again} to replace them")
 
 def publish_adapter(
     cfg:TrainConfig, # Options
@@ -3136,18 +3458,21 @@ def publish_adapter(
     tok, # Its tokenizer
     card:str, # README.md
     until:float, # `time.monotonic()` after which to give up
-    weights:dict=None, # The adapter's, from `whole_adapter`, where the model is sharded
+    weights:dict=None, # The adapter's, where they aren't the model's own: the best one's, or a sharded model's
+    folder:str='', # Where it is put together; `OUTPUT_DIR` where empty
 ):
-    "Put the finished adapter on `main`, in one commit, and gate the repo."
-    from huggingface_hub import CommitOperationAdd
-    out = Path(cfg.output_dir)/'final'
+    "Put the finished adapter on `main`, in one commit that replaces what is there."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    out = Path(folder or cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
     model.save_pretrained(out, state_dict=weights, save_embedding_layers=False); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
-    main.commit([CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())], f"adapter {uuid.uuid4().hex[:8]}", until)
-    try: patiently(lambda: main.api.update_repo_settings(cfg.hub_model_id, gated='manual'), main.name, until)
-    except UserError as e: log.warning(f"{cfg.hub_model_id} is private but not gated: {e}")
+    adds = [CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())]
+    there = patiently(lambda: main.api.list_repo_files(main.repo, revision=main.head), main.name, until)
+    old = sorted(set(there)-HARMLESS-{p.name for p in out.iterdir()})
+    if old: log.info(f"{main.repo}: {', '.join(old)} leave main, and stay in its history")
+    main.commit([*adds, *map(CommitOperationDelete, old)], f"adapter {uuid.uuid4().hex[:8]}", until)
 
 COMPLETE,RESUBMIT = 0,75 # exit codes; 75 is EX_TEMPFAIL: the same command again continues
 
@@ -3161,63 +3486,126 @@ class Job:
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.n) # or say that they can't
         self.shard = cfg.fsdp and self.ranks.n>1
-        self.wandb,self.publisher,self.step = None,None,0
+        self.wandb,self.publisher,self.step,self.run,self.lock,self.best = None,None,0,None,None,None
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
 
-    def restore(self):
-        "Check what can be checked before anything is downloaded, and find where the run stands."
-        cfg,until = self.cfg,self.patience()
-        if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN: not set: pass it with `--secrets HF_TOKEN`, or export it here")
-        branch = HubBranch(cfg.hub_model_id, 'checkpoints').prepare(until)
-        branch.check_write(until)
-        self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
-        base = patiently(lambda: resolve_base(cfg.base_model, cfg.base_model_strict), f"base model {cfg.base_model}", until)
-        if cfg.fresh_start: self.checkpoints.start_fresh(); set_aside(cfg.output_dir)
-        self.resume_from,m = self.checkpoints.restore(cfg.output_dir, until)
-        identity = run_identity(cfg, base)
-        if m: self.run = m['run']; check_same_run(self.run['identity'], identity)
-        else: self.run = dict(id=uuid.uuid4().hex[:8], repo=cfg.hub_model_id, identity=identity, base=base, dataset_revision=None, seconds=[])
-        self.step = m['step'] if m else 0
+    @property
+    def again(self): # a value of FRESH_START that hasn't acted yet
+        was = (self.run or {}).get('fresh_start') or '0'
+        return str(int(was)+1) if was.isdigit() else '1'
+
+@patch
+def find_base(self:Job, until): return patiently(lambda: resolve_base(self.cfg.base_model, self.cfg.base_model_strict), f"base model {self.cfg.base_model}", until)
+
+@patch
+def restore(self:Job):
+    "Check what can be checked before anything is downloaded, and find where the run stands."
+    cfg,until = self.cfg,self.patience()
+    if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN: not set: pass it with `--secrets HF_TOKEN`, or export it here")
+    branch = HubBranch(cfg.hub_model_id, 'checkpoints').prepare(until)
+    branch.check_write(until)
+    self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
+    base,self.run = self.find_base(until),self.checkpoints.run()
+    acted = self.run and self.run.get('fresh_start', '')==cfg.fresh_start
+    fresh = bool(cfg.fresh_start) and not acted
+    if cfg.fresh_start and acted: log.info(f"FRESH_START={cfg.fresh_start} has begun run {self.run['id']}, which continues; FRESH_START={self.again} begins again")
+    if not self.run and not fresh: check_free(HubBranch(cfg.hub_model_id).prepare(until), self.again)
+    if fresh: self.checkpoints.start_fresh()
+    if fresh or not self.run: self.run = self.new_run(base)
+    else: check_same_run(run_identity(self.run['identity'], self.run['base']['id']), run_identity(kept_options(cfg), base['id']), self.again)
+    self.open_folder()
+    self.resume_from,m = (None,None) if self.run.get('new') else self.checkpoints.restore(self.folder, until)
+    if m: self.run = m['run']
+    self.run.setdefault('evals', [])
+    self.step = m['step'] if m else 0
+    if m: self.recall_best()
+
+@patch
+def new_run(self:Job,
+    base:dict, # From `resolve_base`
+)->dict: # What a manifest keeps
+    "What a run is when it begins."
+    return dict(id=uuid.uuid4().hex[:8], repo=self.cfg.hub_model_id, fresh_start=self.cfg.fresh_start, identity=kept_options(self.cfg), base=base,
+        dataset_revision=None, seconds=[], evals=[], new=True)
+
+@patch
+def open_folder(self:Job):
+    "The run's own folder in OUTPUT_DIR, which no other job may write to."
+    folder = Path(self.cfg.output_dir)/f"{self.cfg.hub_model_id.split('/')[1]}-{self.run['id']}"
+    if self.lock: self.lock.close()
+    self.folder,self.lock = folder,lock_folder(folder)
 
 @patch
 def build(self:Job):
     "Data, model and trainer, from the commits the run began with."
     cfg,run,until,self.trainer = self.cfg,self.run,self.patience(),None
-    began = lambda rev: f" at {rev}, with which this run began (FRESH_START=1 begins again with the newest)" if self.resume_from else ''
+    began = lambda rev: f" at {rev}, with which this run began (FRESH_START={self.again} begins again with the newest)" if not run.get('new') else ''
     ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began(run['dataset_revision'])), f"dataset {cfg.dataset_repo}", until)
     base,name = run['base'],f"base model {run['base']['id']}{began(run['base']['revision'])}"
     self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision']), name, until)
-    rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length)
+    rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length, name='dataset train')
     log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
     self.persona = common_persona(ds['train'][:10_000]['messages'])
     self.labellers = ds['train'].unique('label_source') if 'label_source' in ds['train'].column_names else []
     packed = pack_dataset(rows, cfg.max_length, cfg.seed)
-    self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
+    self.held = self.hold_out(ds)
     self.total = run_steps(cfg, len(packed))
-    if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START=1 to begin again")
-    targets = tuple(cfg.lora_target_modules.split(','))
+    if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START={self.again} to begin again")
+    targets = lora_targets(cfg.lora_target_modules)
     attn,why = choose_attention()
     log.info(f"attention: {attn}, {why}")
     model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
-    self.trainer = make_trainer(cfg, model, self.tok, packed, self)
+    self.trainer = make_trainer(TrainConfig(**cfg.asdict()|dict(output_dir=str(self.folder))), model, self.tok, packed, self)
     rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
     log.info("audit:\n"+text_table(rows)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
     if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
+    self.compare_jobs()
     if cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
     if self.shard and cfg.sample_steps: log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
 
 @patch
+def hold_out(self:Job,
+    ds, # `DatasetDict`
+): # Packed rows that training never sees; None where there are none
+    "The held-out rows, and how many of them are measured while training."
+    cfg,name = self.cfg,pick_held_out(ds)
+    rows,report = encode_dataset(ds[name], self.tok, cfg.max_length, name=f"dataset {name}", held_out=True) if name else ([],{})
+    if report.get('dropped'): log.warning(f"dataset: {report['dropped']} of {report['conversations']} held-out conversations are too long for MAX_LENGTH={cfg.max_length} and left out")
+    if cfg.load_best and not len(rows): raise UserError("LOAD_BEST: the dataset has no held-out conversations to find the best adapter with: push it with a split `test`, or unset LOAD_BEST")
+    held = pack_dataset(rows, cfg.max_length, cfg.seed) if len(rows) else None
+    self.n_eval = eval_rows(cfg, len(held)) if held else 0
+    if self.n_eval: log.info(f"held-out loss: every {cfg.eval_steps} steps on {self.n_eval} of {len(held)} packed sequences of split {name} (EVAL_SHARE {cfg.eval_share:g})")
+    return held
+
+@patch
+def compare_jobs(self:Job):
+    "Say how this job differs from the one that it continues, and keep how it is for the next."
+    cfg,args = self.cfg,self.trainer.args
+    now = dict(total=self.total, arithmetic=arithmetic(cfg, f'{args.per_device_train_batch_size} × {args.gradient_accumulation_steps}'))
+    def rate(step, steps): return cfg.learning_rate*rate_at(step, steps, cfg.warmup_ratio)
+    if self.resume_from:
+        for l in say_differences(self.run, now, self.step, rate, self.again, cfg.lora_dropout>0): log.warning(l)
+    self.run |= now
+
+@patch
 def begin(self:Job):
-    "The publisher, W&B and the sampler, on rank 0."
+    "The run's first commit, the publisher, W&B and the sampler, on rank 0."
     if not self.ranks.first: return
+    from safetensors.torch import load_file
     cfg,run = self.cfg,self.run
+    if run.pop('new', False): self.checkpoints.begin_run(run, self.patience())
+    for s in local_steps(self.folder): # what an earlier job of this run left behind
+        if s>self.step or not (self.folder/f'checkpoint-{s}'/MANIFEST).exists(): shutil.rmtree(self.folder/f'checkpoint-{s}')
     self.save_seconds,*sent = run['seconds'] or [0.]
-    self.publisher = Publisher(self.publish, self.seal, sent)
-    if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
+    self.states = {} # of each checkpoint: what its manifest keeps
+    self.publisher = Publisher(self.publish, self.seal, sent, pace=self.pace)
+    if self.resume_from: self.follow_up()
+    if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, self.folder)
     self.samples = read_samples(self.resume_from) if self.resume_from else []
+    if cfg.load_best and self.run['evals']: self.best = load_file(self.resume_from/BEST)
     self.sampler = Sampler(encode_prompt, sample_prompts(self.persona), max_new_tokens=cfg.sample_tokens, seed=cfg.seed, scorer=self.load_scorer(), share=cfg.sample_share)
     self.sampler.remember(self.samples)
 
@@ -3233,34 +3621,42 @@ def load_scorer(self:Job):
     log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
     return scorer
 
-def set_aside(
-    folder:str, # Output folder
-):
-    "Move an abandoned run's checkpoints out of the way."
-    if steps := local_steps(folder):
-        to = Path(folder)/f'earlier-{uuid.uuid4().hex[:8]}'; to.mkdir()
-        for s in steps: (Path(folder)/f'checkpoint-{s}').rename(to/f'checkpoint-{s}')
-
 @patch
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
     if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
     if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
-    write_manifest(folder, self.run)
+    write_manifest(folder, self.states.pop(folder))
     self.prune()
 
 @patch
-def publish(self:Job, folder, until):
+def publish(self:Job, folder, publisher):
     "Runs in the publisher's thread."
-    self.checkpoints.publish(folder, until)
+    self.checkpoints.publish(folder, publisher.until, pause=publisher.pause, still_newest=publisher.still_newest)
     self.prune()
+
+@patch
+def follow_up(self:Job):
+    "Keep the pace after an earlier job's last publication, and drop the history that it left."
+    branch = self.checkpoints.branch
+    passed = time.time()-patiently(branch.newest, branch.name, self.patience()).created_at.timestamp()
+    self.publisher.earliest = time.monotonic()+publish_pace(folder_bytes(self.resume_from), self.cfg.publish_minutes)-passed
+    self.checkpoints.squash(self.patience(60))
+
+@patch
+def pace(self:Job, folder):
+    "Seconds until the next publication; said once."
+    size,cfg = folder_bytes(folder),self.cfg
+    pace = publish_pace(size, cfg.publish_minutes)
+    if not self.publisher.done and pace: log.info(f"a checkpoint has {size/1e6:,.0f} MB: one is published every {pace/60:.0f} minutes at most, and the newest at the end or at SIGTERM")
+    return pace
 
 @patch
 def prune(self:Job):
     "Keep the newest checkpoints on this disk, and those that are on their way."
-    for s in local_steps(self.cfg.output_dir)[:-self.cfg.keep_checkpoints]:
-        p = Path(self.cfg.output_dir)/f'checkpoint-{s}'
+    for s in local_steps(self.folder)[:-self.cfg.keep_checkpoints]:
+        p = self.folder/f'checkpoint-{s}'
         if p not in self.publisher.pending: shutil.rmtree(p, ignore_errors=True)
 
 @patch
@@ -3289,6 +3685,7 @@ def on_start(self:Job, model, step):
     if step==0:
         self.measure_held_out('before', 0)
         if self.samples_now(0): self.sample(model, 0)
+    elif self.eval_now(step): self.evaluate(step) # the job before had no time for it
     self.ranks.wait()
     self.deadline.idle = False
 
@@ -3299,7 +3696,7 @@ def samples_now(self:Job, step): # a sharded model replies only if all ranks ask
 
 @patch
 def diverged(self:Job, what, step):
-    return UserError(f"{what} at step {step}: begin again with FRESH_START=1 and a lower LEARNING_RATE (now {self.cfg.learning_rate}); nothing of this state was published")
+    return UserError(f"{what} at step {step}: begin again with FRESH_START={self.again} and a lower LEARNING_RATE (now {self.cfg.learning_rate}); nothing of this state was published")
 
 @patch
 def on_log(self:Job, step, metrics):
@@ -3322,6 +3719,9 @@ def on_step(self:Job, model, step):
     if not stop and self.cfg.sample_steps and (step%self.cfg.sample_steps==0 or step==self.total):
         if self.samples_now(step): self.sample(model, step)
         stop = self.time_to_stop()
+    if not stop and self.eval_now(step):
+        self.evaluate(step)
+        stop = self.time_to_stop()
     if stop: log.info(f"stopping at step {step}: {self.deadline.reason or 'another machine was told to'}")
     if stop or control.should_save: control.should_log = True # no loss is averaged over a checkpoint, or lost at a stop
     self.stepped = time.monotonic()
@@ -3334,13 +3734,16 @@ def time_to_stop(self:Job): # the same on every rank
 @patch
 def on_save(self:Job, folder, step):
     import torch
+    from safetensors.torch import save_file
     self.collect(folder, step)
     finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
     if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
     write_samples(folder, self.samples)
+    if self.best: self.trainer.save_later(lambda d: save_file(d, folder/BEST), self.best)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
+    self.states[folder] = copy.deepcopy(self.run)
     self.publisher.submit(folder)
 
 @patch
@@ -3357,19 +3760,63 @@ def sample(self:Job, model, step):
 
 @patch
 def measure_held_out(self:Job, when, step):
-    "Loss on held-out conversations, before and after."
+    "Loss on all held-out conversations, before and after."
     if self.held is None: return
     start = time.monotonic()
-    loss = self.run[f'held_out_{when}'] = round(held_out_loss(self.trainer, self.held), 4)
-    log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
-    self.log_metrics(step, {'eval/loss': loss})
+    loss = held_out_loss(self.trainer, self.held, self.time_to_stop)
     self.clock = time.monotonic(),step
+    if loss is None: return
+    self.run[f'held_out_{when}'] = round(loss, 4)
+    log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
+    self.log_metrics(step, {'eval/loss_all': loss})
+
+BEST = 'best_adapter.safetensors' # in a checkpoint
+
+@patch
+def eval_now(self:Job, step): # the same on every rank
+    return bool(self.n_eval) and (step%self.cfg.eval_steps==0 or step==self.total) and step not in [s for s,_ in self.run['evals']]
+
+@patch
+def evaluate(self:Job, step):
+    "The held-out loss at a step; if it is the lowest, the adapter is kept."
+    start = time.monotonic()
+    loss = held_out_loss(self.trainer, self.held.select(range(self.n_eval)), self.time_to_stop)
+    took = time.monotonic()-start
+    self.clock = self.clock[0]+took,self.clock[1] # not counted as training
+    if loss is None: return log.info(f"held-out loss at step {step}: left out, since the time is up; the next job measures it")
+    before = [l for _,l in self.run['evals']]
+    self.run['evals'].append([step, loss])
+    lowest = loss<min(before, default=math.inf)
+    if lowest and self.cfg.load_best: self.best = {k:v.detach().cpu().clone() for k,v in self.adapter_weights().items()}
+    best = '' if lowest else f", lowest {min(before):.3f} at step {self.run['evals'][before.index(min(before))][0]}"
+    log.info(f"held-out loss at step {step}: {loss:.3f}{best} ({took:.1f} s)")
+    last = [*before, loss][-4:]
+    if len(last)==4 and all(a<b for a,b in zip(last, last[1:])):
+        log.warning("the held-out loss has risen three times in a row: the run learns its conversations by heart" + "; LOAD_BEST=1 publishes the best adapter instead of the last"*(not self.cfg.load_best))
+    self.log_metrics(step, {'eval/loss': loss})
+
+@patch
+def adapter_weights(self:Job): # all ranks must ask
+    return whole_adapter(self.trainer.model) or {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad}
+
+@patch
+def recall_best(self:Job):
+    "Measurements without the adapter that was best can't choose one."
+    if not self.cfg.load_best or not self.run['evals'] or (self.resume_from/BEST).exists(): return
+    log.warning("LOAD_BEST: it was off until here, so only adapters from here on are compared")
+    self.run['evals'] = []
+
+@patch
+def learnt(self:Job): # is there anything in the adapter that wasn't there at the start? lora_B begins as 0
+    import torch
+    parts = [own_part(p).any() for n,p in self.trainer.model.named_parameters() if '.lora_B.' in n]
+    return self.ranks.any(bool(torch.stack(parts).any()))
 
 @patch
 def find_run(self:Job):
     "`restore` on rank 0, and what came of it on every rank."
     if self.ranks.first: self.restore()
-    self.resume_from,self.run,self.step = self.ranks.share((self.resume_from, self.run, self.step) if self.ranks.first else None)
+    self.resume_from,self.run,self.step,self.folder = self.ranks.share((self.resume_from, self.run, self.step, self.folder) if self.ranks.first else None)
     self.ranks.share_folder(self.resume_from)
 
 @patch
@@ -3403,28 +3850,44 @@ def resubmit_command(
 @patch
 def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
-    cfg,until = self.cfg,self.patience(1800)
+    cfg,until = self.cfg,self.patience(3600)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
-        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
+        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): {self.kept_here()}")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
         return RESUBMIT
+    if not self.learnt(): raise UserError(f"the adapter is as it was at the start after {self.step} steps, so nothing is published: raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
     self.measure_held_out('after', self.step)
     if self.ranks.n>1 and not self.shard: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
     weights = whole_adapter(self.trainer.model)
     if not self.ranks.first: return COMPLETE
-    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, weights)
+    self.name_best()
+    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, self.best or weights, self.folder)
     self.deadline.idle = False
-    try: patiently(lambda: self.checkpoints.branch.api.super_squash_history(cfg.hub_model_id, branch='checkpoints'), 'squashing', self.patience(60))
-    except UserError as e: log.warning(f"the history of branch checkpoints is not squashed: {e}")
+    self.checkpoints.squash(self.patience(60))
     log.info(f"complete: the adapter is at {cfg.hub_model_id}")
     return COMPLETE
+
+@patch
+def name_best(self:Job):
+    "Say which step's adapter is published where it isn't the last one's."
+    if not self.best: return
+    step,loss = min(self.run['evals'], key=lambda e: e[1])
+    self.run['published'] = f"step {step} of {self.step}, held-out loss {loss:.4f}"
+    log.info(f"LOAD_BEST: the adapter of {self.run['published']} is published")
+
+@patch
+def kept_here(self:Job)->str: # The end of an error's line
+    "Where unpublished checkpoints are, and how long."
+    if os.environ.get('JOB_ID'): return "this job's disk ends with it, so the steps since the last published checkpoint are trained again by the next job"
+    return f"it is in {self.folder.resolve()}; run the same command again"
 
 def explain_error(
     e:Exception, # What ended the run
     cfg:TrainConfig, # Options
+    again:str='1', # Value of FRESH_START that would begin again
 )->Exception: # A `UserError` where there is something to say; else the same
     "Say in one line what went wrong and what to do."
     import torch
@@ -3435,7 +3898,7 @@ def explain_error(
     if isinstance(e, UserError): return e
     if isinstance(e, torch.OutOfMemoryError):
         first = "set GRADIENT_CHECKPOINTING=1, or " if not cfg.gradient_checkpointing else ""
-        return UserError(f"out of GPU memory: {first}begin again with FRESH_START=1 and a lower PER_DEVICE_TRAIN_BATCH_SIZE (now {cfg.per_device_train_batch_size}; "
+        return UserError(f"out of GPU memory: {first}begin again with FRESH_START={again} and a lower PER_DEVICE_TRAIN_BATCH_SIZE (now {cfg.per_device_train_batch_size}; "
                          f"raise GRADIENT_ACCUMULATION_STEPS as much) or MAX_LENGTH (now {cfg.max_length})")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
         free = shutil.disk_usage(cfg.output_dir).free
@@ -3451,12 +3914,13 @@ def salvage(self:Job):
     self.publisher.close(self.patience(600))
     kept = self.checkpoints.steps()
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
-    if (more := self.whole_steps()) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+    more = self.whole_steps()
+    if more and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} was not published: {self.kept_here()}")
 
 @patch
 def whole_steps(self:Job)->list: # Ascending
     "Steps whose checkpoint lies on this disk, sealed."
-    return [s for s in local_steps(self.cfg.output_dir) if (Path(self.cfg.output_dir)/f'checkpoint-{s}'/MANIFEST).exists()]
+    return [s for s in local_steps(self.folder) if (self.folder/f'checkpoint-{s}'/MANIFEST).exists()]
 
 def run_job(
     cfg:TrainConfig, # Options
@@ -3479,8 +3943,9 @@ def run_job(
     except Stopped: code = RESUBMIT; raise
     except Exception as e:
         job.salvage()
-        raise explain_error(e, cfg) from e
+        raise explain_error(e, cfg, job.again) from e
     finally:
+        if job.run and job.run.get('new'): shutil.rmtree(job.folder, ignore_errors=True) # it never began
         job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
     return job.ranks.share(code) # all end together
 
