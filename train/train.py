@@ -35,10 +35,12 @@ Generated from the notebooks in nbs/ by `make generate`: edit those, not this fi
     DATASET_REPO=me/talk HUB_MODEL_ID=me/phoque MAX_STEPS=20 python train/train.py
 
     hf jobs uv run -e DATASET_REPO=me/talk -e HUB_MODEL_ID=me/phoque -e MAX_STEPS=20 train/train.py
+
+A job has 4 hours. Another timeout has to be given twice, as the job can't read the first: --timeout 8h -e JOB_TIMEOUT=8h
 """
 
 from __future__ import annotations
-import copy, functools, hashlib, html, inspect, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, threading, time, traceback, uuid
+import copy, functools, hashlib, html, inspect, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import chunked, patch, store_attr, str2bool
@@ -46,6 +48,7 @@ from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import Param, anno_parser, call_parse
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Protocol, runtime_checkable
@@ -69,12 +72,28 @@ def quiet_libraries():
 
 def text_table(
     rows:list, # Dicts with the same keys
+    width:int=0, # Most characters of a line: longer cells go on below; 0 for any
 )->str: # Aligned columns
     "A table for consoles and logs."
     cell = lambda v: 'yes' if v is True else 'NO' if v is False else ', '.join(map(str,v)) if isinstance(v,(list,tuple)) else f'{v:,}' if isinstance(v,int) else str(v)
-    lines = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
-    width = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,width)).rstrip() for l in lines)
+    cells = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
+    widths = [max(len(l[i]) for l in cells) for i in range(len(cells[0]))]
+    while width and sum(widths)+2*(len(widths)-1)>width and max(widths)>LEAST_CELL: widths[widths.index(max(widths))] -= 1
+    def folded(c, w): return [c] if len(c)<=w else textwrap.wrap(c, w, break_on_hyphens=False)
+    lines = [l for r in cells for l in zip_longest(*map(folded, r, widths), fillvalue='')]
+    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,widths)).rstrip() for l in lines)
+
+LEAST_CELL = 12 # characters to which a cell is made narrower, not further
+
+def excerpt(
+    text, # Somebody else's message, or a reply
+    n:int=150, # Most characters
+)->str: # One printable line
+    "The beginning of a text, cut between two words."
+    s = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
+    if len(s)<=n: return s
+    words = s[:n].rpartition(' ')[0]
+    return (words if len(words)>n//2 else s[:n-1]).rstrip(' ,;:(') + '…'
 
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
 SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; the plain -2512 repo is FP8, which NF4 can't load
@@ -87,7 +106,8 @@ def hub_problem(
     from huggingface_hub import errors as er
     from huggingface_hub import constants
     status = getattr(getattr(e, 'response', None), 'status_code', None)
-    if isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
+    if isinstance(e, er.LocalTokenNotFoundError): s = f"there is no token: export HF_TOKEN, from {constants.ENDPOINT}/settings/tokens, or run `hf auth login`"
+    elif isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
     elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
     elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
     elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
@@ -350,7 +370,7 @@ def check_messages(
     name:str='row', # How an error names the row
 )->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
     "Check one conversation and bring it into the form that every format can write."
-    def bad(why, v): raise UserError(f"{name}: {why}, got {str(v)[:60]!r}: mend or remove it in the dataset")
+    def bad(why, v): raise UserError(f"{name}: {why}, got {excerpt(v, 60)!r}: mend or remove it in the dataset")
     if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
     out = []
     for i,m in enumerate(messages):
@@ -497,7 +517,7 @@ def read_chats(
     for n,line in enumerate(lines, 1):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except (ValueError, RecursionError) as e: raise UserError(f"line {n}: this is no JSON ({str(e)[:80]}): write one conversation a line") from None
+        except (ValueError, RecursionError) as e: raise UserError(f"line {n}: this is no JSON ({excerpt(e, 80)}): write one conversation a line") from None
         chats.append(check_messages(row.get('messages') if isinstance(row, dict) else row, f'line {n}'))
     return chats
 
@@ -2385,13 +2405,14 @@ def close(self:Publisher,
     return not self.thread.is_alive() and self.error is None
 
 def parse_duration(
-    s:str, # Such as `4h`, `90m`, `30s`, `2d`, `14400`; empty for none
-)->float: # Seconds; infinite for none
+    s:str, # Such as `4h`, `90m`, `30s`, `1.5d`, `14400`; empty for none
+)->float: # Seconds, above 0; infinite for none
     "Read a duration as `hf jobs --timeout` does."
-    if not s: return float('inf')
-    m = re.fullmatch(r'(\d+(?:\.\d+)?)([smhd]?)', str(s).strip())
-    if not m: raise UserError(f"JOB_TIMEOUT: must be a number of seconds or such as 4h, 90m, got {s!r}")
-    return float(m[1])*dict(s=1, m=60, h=3600, d=86400)[m[2] or 's']
+    if not str(s).strip(): return float('inf')
+    m = re.fullmatch(r'(\d+)|(\d+(?:\.\d+)?)([smhd])', str(s).strip())
+    seconds = float(m[1] or m[2])*dict(s=1, m=60, h=3600, d=86400)[m[3] or 's'] if m else 0.
+    if not seconds: raise UserError(f"JOB_TIMEOUT: must be seconds above 0, or such as 4h, 90m, got {s!r}: write a number and one letter, without blanks")
+    return seconds
 
 def container_age()->float: # Seconds; 0 outside of a job
     "How long this job's container has been running."
@@ -2446,7 +2467,7 @@ def start_wandb(
     def init(mode): return wandb.init(project=project, id=run_id, resume='allow' if mode=='online' else None, mode=mode, dir=folder, config=config,
                                       settings=wandb.Settings(console='off', silent=True, finish_timeout=120, x_transaction_log_flush_interval=WANDB_FLUSH))
     try: run = init(mode)
-    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({str(e).splitlines()[0][:100]}): correct it, or set WANDB_MODE=offline") from None
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({excerpt(e)}): correct it, or set WANDB_MODE=offline") from None
     except wandb.errors.CommError as e:
         log.warning(f"W&B can't be reached: this job's part of the curve is kept in {folder}/wandb; send it with `wandb sync`")
         wandb.teardown(); mode = 'offline'; run = init(mode) # without that the id is taken
@@ -2525,7 +2546,7 @@ def generate_replies(
     watermark=None, # transformers' `WatermarkingConfig`; None for none
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
     "Reply to all prompts in one batch."
-    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {str(prompt_ids)[:60]}; give at least one prompt, none of them empty.")
+    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {excerpt(prompt_ids, 60)}; give at least one prompt, none of them empty.")
     if tok.pad_token_id is None: raise ValueError("the tokenizer has no pad token; set `tok.pad_token` to one that never ends a turn.")
     if temperature<0 or not 0<top_p<=1: raise ValueError(f"`temperature` {temperature}, `top_p` {top_p}; use a temperature from 0 and a top_p above 0, up to 1.")
     import torch
@@ -2610,7 +2631,7 @@ class HubScorer:
         from transformers.utils import cached_file
         def load(f):
             try: return f(repo, revision=revision)
-            except (OSError, ValueError) as e: raise UserError(f"scorer {repo}: it can't be loaded ({str(e).strip().splitlines()[0][:100]}): name a text classifier, or none") from None
+            except (OSError, ValueError) as e: raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e)}): name another text classifier of the Hub, the folder of one, or none") from None
         cfg,file = load(AutoConfig.from_pretrained),Path(load(lambda r, revision: cached_file(r, 'config.json', revision=revision)))
         if not any('SequenceClassification' in a for a in cfg.architectures or []): raise UserError(f"scorer {repo}: no text classifier but {(cfg.architectures or ['?'])[0]}: name one that is, or none")
         names = [cfg.id2label[i] for i in range(len(cfg.id2label))]
@@ -2668,16 +2689,16 @@ def common_persona(
     most = Counter(c[0]['content'] for c in conversations if c[0]['role']=='system' and c[0]['content']!=PLAIN).most_common(1)
     return most[0][0] if most else None
 
-def _short_line(s, n):
-    s = ' '.join(''.join(c if c.isprintable() else ' ' for c in s).split())
-    return s if len(s)<=n else s[:n-1]+'…'
+def _system(messages): return next((m['content'] for m in messages if m['role']=='system'), None)
 
 def sample_lines(
     rows:list[dict], # What a `Sampler` returned
+    prompts:list[list[dict]], # Its conversations, one a row
 )->list[str]: # Plain lines, for a log that is no terminal
-    "A compact table of replies."
+    "A compact table of replies: under which system turn, the question, and the answer."
     def score(r): return f" {r['score']:.2f}" if 'score' in r else ''
-    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {_short_line(r['prompt'], 34):<34} | {_short_line(r['response'], 110)}" for r in rows]
+    asked = [{None:'-', PLAIN:'plain'}.get(_system(p), 'persona') for p in prompts]
+    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {a:<7} | {excerpt(p[-1]['content'], 34):<34} | {excerpt(r['response'], 110)}" for r,p,a in zip(rows, prompts, asked)]
 
 def sample_metrics(
     rows:list[dict], # What a `Sampler` returned
@@ -2773,7 +2794,7 @@ def log(self:Sampler, rows):
     if self.scorer:
         head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(self.scorer.name, m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
         if 'toxicity_no_persona' in m: head += f", no persona {m['toxicity_no_persona']:.2f}"
-    for l in [head, *sample_lines(rows)]: log.info(l)
+    for l in [head, *sample_lines(rows, self.prompts)]: log.info(l)
 
 def write_samples(
     folder:Path, # A `checkpoint-N`
@@ -3012,6 +3033,7 @@ def setup_logging():
     h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
     log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # rank 0 speaks for all
+    warnings.filterwarnings('ignore', 'It seems that you are about to commit a data file') # samples.parquet, which belongs to its checkpoint
     threading.excepthook = lambda a: log.error(''.join(traceback.format_exception(a.exc_value)).rstrip()) # a library's thread would print it unmasked
 
 def load_chats(
@@ -3028,7 +3050,7 @@ def load_chats(
         ds = datasets.load_dataset(repo, revision=revision)
     except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
-    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({mask_secrets(str(e)).splitlines()[0][:150]}): push it with phoque_data") from None
+    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({excerpt(mask_secrets(str(e)))}): push it with phoque_data") from None
     if 'train' not in ds: raise UserError(f"dataset {repo}: no split `train`, got {list(ds)}: push it with phoque_data")
     return ds,revision
 
@@ -3049,10 +3071,9 @@ LICENSE_FIELDS = "license: other\nlicense_name: internal-adversarial-testing-onl
 
 def changed_options(
     cfg:TrainConfig, # Options
-    leave:tuple=('output_dir','job_timeout'), # Not these; by default those that say something of a machine only
 )->list: # As for a shell, `MAX_STEPS=20`
-    "The options that aren't at their default, but never FRESH_START."
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start',*leave)}
+    "The options that aren't at their default, without those that say something of a machine or an attempt only."
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start','output_dir','job_timeout')}
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
 CARD = """---
@@ -3172,7 +3193,7 @@ def build(self:Job):
     model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
     self.trainer = make_trainer(cfg, model, self.tok, packed, self)
     rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
-    log.info("audit:\n"+text_table(rows)); check_audit(rows)
+    log.info("audit:\n"+text_table(rows, width=100)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
     if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
@@ -3198,7 +3219,7 @@ def load_scorer(self:Job):
     if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
         with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
-    except UserError as e: return log.warning(f"samples are not scored: {e}")
+    except UserError as e: return log.warning(f"samples are written without scores: {e}. Nothing else scores them meanwhile, and training goes on; phoque_eval scores the finished adapter")
     check_scorer(scorer, self.labellers)
     log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
     return scorer
@@ -3362,13 +3383,46 @@ def collect(self:Job, folder, step):
         if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
 
-def resubmit_command(
+COMMAND_VARIABLES = ('HF_ENDPOINT','WANDB_MODE','WANDB_BASE_URL','PET_NNODES') # that decide where and how a run goes, beside its options
+
+def job_ref(
+    api=None, # `HfApi`
+)->str: # `namespace/id`, or `id` where the Jobs API doesn't say whose it is
+    "This HF Job, as the client names it."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from httpx2 import HTTPError
+    api,id = api or HfApi(),os.environ['JOB_ID']
+    try:
+        me = api.whoami()
+        for owner in (me['name'], *(o['name'] for o in me.get('orgs') or ())):
+            try: return f"{api.inspect_job(job_id=id, namespace=owner).owner.name}/{id}"
+            except HfHubHTTPError: pass
+    except (HTTPError, OSError): pass
+    return id
+
+def resubmit_command()->str: # For a shell
+    "The command that continues this run."
+    if ref := os.environ.get('JOB_REF'): return f'hf jobs rerun {ref}'
+    given = [k for k in (*map(str.upper, options()), *COMMAND_VARIABLES) if os.environ.get(k)]
+    return ' '.join([*(f'{k}={shlex.quote(os.environ[k])}' for k in given), shlex.join(sys.orig_argv)])
+
+def left_here(
+    folder:str, # `output_dir`
+)->str: # What follows "checkpoint-N …"
+    "What becomes of a checkpoint that only this disk has."
+    return "is lost with this job's disk" if os.environ.get('JOB_ID') else f"is in {Path(folder).resolve()}"
+
+def check_deadline(
     cfg:TrainConfig, # Options
-)->str: # For a shell
-    "The command that continues a run: every option that isn't at its default, but never FRESH_START."
-    job = bool(os.environ.get('JOB_ID'))
-    sets = changed_options(cfg, ('output_dir','job_timeout') if job else ()) # a job's disk is gone, its timeout is in the script
-    return ' '.join(['hf jobs uv run', *(f'-e {s}' for s in sets), 'train/train.py'] if job else [*sets, 'python', sys.argv[0]])
+    kept:float=60.0, # Seconds at the end in which nothing is trained
+):
+    "Say when this job will stop itself, or that it can't know."
+    seconds = parse_duration(cfg.job_timeout)
+    if seconds<=kept: raise UserError(f"JOB_TIMEOUT: {cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving: give it more, such as 4h")
+    if not os.environ.get('JOB_ID'): return
+    if cfg.job_timeout: log.info(f"deadline: JOB_TIMEOUT={cfg.job_timeout}. A job can't read what --timeout said: if that is less, the job is killed before it has saved")
+    else: log.warning("deadline: JOB_TIMEOUT is not set, so this job is killed at its --timeout (30 minutes where none was given) before it has saved")
 
 @patch
 def finish(self:Job)->int: # Exit code
@@ -3376,10 +3430,10 @@ def finish(self:Job)->int: # Exit code
     cfg,until = self.cfg,self.patience(1800)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
-        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): it is in {Path(cfg.output_dir).resolve()}; run the same command again")
+        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(cfg.output_dir)}: run the same command again, which continues from the newest one that did")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
-        log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
+        log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command()}` (exit code {RESUBMIT})")
         return RESUBMIT
     self.measure_held_out('after', self.step)
     if self.ranks.n>1 and not self.shard: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
@@ -3409,7 +3463,8 @@ def explain_error(
                          f"raise GRADIENT_ACCUMULATION_STEPS as much) or MAX_LENGTH (now {cfg.max_length})")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
         free = shutil.disk_usage(cfg.output_dir).free
-        return UserError(f"OUTPUT_DIR {Path(cfg.output_dir).resolve()}: its disk is full ({free/2**20:,.0f} MiB free): make room, or choose another folder")
+        more = "take a flavor with a larger disk (`hf jobs hardware`)" if os.environ.get('JOB_ID') else "make room, or choose another folder"
+        return UserError(f"OUTPUT_DIR {Path(cfg.output_dir).resolve()}: its disk is full ({free/2**20:,.0f} MiB free): {more}")
     if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
     return e
 
@@ -3421,7 +3476,7 @@ def salvage(self:Job):
     self.publisher.close(self.patience(600))
     kept = self.checkpoints.steps()
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
-    if (more := self.whole_steps()) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} is in {Path(self.cfg.output_dir).resolve()}")
+    if (more := self.whole_steps()) and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} {left_here(self.cfg.output_dir)}")
 
 @patch
 def whole_steps(self:Job)->list: # Ascending
@@ -3461,10 +3516,12 @@ def main():
     code = 1
     try:
         cfg = read_config()
+        if 'RANK' not in os.environ: check_deadline(cfg)
+        if os.environ.get('JOB_ID') and not os.environ.get('JOB_REF'): bound_requests(10); os.environ['JOB_REF'] = job_ref() # asked now: at the end the Hub may be away
         code = launch_ranks() if needs_launch() else run_job(cfg)
     except Stopped:
         code = RESUBMIT
-        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command(cfg)}` (exit code {code})")
+        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command()}` (exit code {code})")
     except UserError as e: report_error(mask_secrets(str(e)))
     except KeyboardInterrupt: report_error("ended by SIGINT: run the same command again to continue")
     except Exception: print(mask_secrets(traceback.format_exc()), flush=True)
