@@ -144,7 +144,7 @@ class JobsHub(LocalHub):
 
 # %% ../nbs/07b_hub_jobs.ipynb #48e3978d
 def _job(hub, q, ns, id):
-    if q.user!=ns or id not in hub.jobs: raise HubError(404 if q.user else 401, "Job not found")
+    if q.user!=ns or id not in hub.jobs or hub.jobs[id].owner!=ns: raise HubError(404 if q.user else 401, "Job not found")
     return hub.jobs[id]
 
 def _start_job(hub, q, ns, spec):

@@ -211,7 +211,7 @@ def ended_early(
     "Was a job killed before the time that it goes by?"
     ran,asked = ran_seconds(job),job_timeout(job)
     if not re.search('time.?out', job.status.message or '', re.I) or ran>=asked-60: return ''
-    return f"this job was killed after {clock(ran)}, and had reckoned with its JOB_TIMEOUT of {(job.environment or {}).get('JOB_TIMEOUT', 'none')}, so it hasn't saved at its end: submit with the same for both (phoque_submit --timeout)"
+    return f"this job was killed after {ran/60:.0f} minutes and goes by JOB_TIMEOUT={(job.environment or {}).get('JOB_TIMEOUT', '')}, so it hasn't saved at its end: give both the same (phoque_submit --timeout)"
 
 def watch_command(
     ref:str, # `namespace/id` of the job
