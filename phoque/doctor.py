@@ -7,9 +7,9 @@ from __future__ import annotations
 import os, platform, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
 from fastcore.script import call_parse
-from .model_qlora import UserError, add_lora, audit, choose_attention, encode_dataset, load_model, load_tokenizer, quiet_libraries, resolve_base, text_table
+from .model_qlora import UserError, add_lora, audit, choose_attention, encode_dataset, hub_problem, load_model, load_tokenizer, quiet_libraries, resolve_base, text_table
 from .job import load_chats
-from .submit import job_pins, project_root
+from .submit import ROLES, checking, job_pins, project_root, token_role
 
 # %% auto #0
 __all__ = ['finding', 'check_pins', 'check_gpu', 'check_machine', 'check_accounts', 'audit_dataset', 'audit_model', 'doctor_cli']
@@ -68,9 +68,11 @@ def check_accounts()->list: # Findings
     wandb = finding('WANDB_API_KEY', *(('set',) if os.environ.get('WANDB_API_KEY') else ('not set', None, 'export it, or run with REPORT_TO=none')))
     if not get_token(): return [finding('HF_TOKEN', 'not set', None, 'hf auth login; the rehearsal needs none'), wandb]
     try: me = HfApi().whoami()
-    except (HTTPError, OSError) as e: return [finding('HF_TOKEN', f'refused, or no network ({type(e).__name__})', False, 'make one with write access: https://huggingface.co/settings/tokens'), wandb]
-    role = me['auth']['accessToken']['role']
-    return [finding('HF_TOKEN', f"{me['name']}, {role}", role!='read', 'make one with write access: https://huggingface.co/settings/tokens'), wandb]
+    except (HTTPError, OSError) as e:
+        status = getattr(getattr(e, 'response', None), 'status_code', None)
+        return [finding('HF_TOKEN', f'refused ({status})' if status else f'set, not checked ({type(e).__name__})', False, str(hub_problem(e, 'account')).split(': ')[-1]), wandb]
+    role = token_role(me)
+    return [finding('HF_TOKEN', f"{me['name']}, {ROLES.get(role, role)}", role!='read', 'make one with write access: https://huggingface.co/settings/tokens'), wandb]
 
 # %% ../nbs/07d_doctor.ipynb #e672f8ee
 def audit_dataset(
@@ -102,14 +104,17 @@ def doctor_cli(
     max_length:int=2048, # Tokens of a row
 ):
     "Look at this machine, its packages and accounts, and at a model and a dataset if given, and say what to mend."
-    quiet_libraries()
     try:
-        rows = check_machine()+check_pins(job_pins(project_root()/'settings.ini'))+check_accounts()
         if dataset_repo and not base_model: raise UserError("--dataset_repo: its tokens are those of a model: give --base_model too")
+        with checking('packages and accounts'): rows = check_pins(job_pins(project_root()/'settings.ini'))+check_accounts()
+        with checking('the machine'): rows = check_machine()+rows; quiet_libraries()
         if base_model:
-            base = resolve_base(base_model)
-            tok = load_tokenizer(base['id'], base['revision'])
-            rows += audit_model(base, tok) + (audit_dataset(dataset_repo, tok, max_length) if dataset_repo else [])
+            with checking(f'base model {base_model}'):
+                base = resolve_base(base_model)
+                tok = load_tokenizer(base['id'], base['revision'])
+                rows += audit_model(base, tok)
+        if dataset_repo:
+            with checking(f'dataset {dataset_repo}'): rows += audit_dataset(dataset_repo, tok, max_length)
     except UserError as e: sys.exit(f'phoque_doctor: {e}')
-    print(text_table(rows))
+    print(text_table(rows, width=100))
     sys.exit(int(any(r['ok'] is False for r in rows)))

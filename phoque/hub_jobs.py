@@ -98,7 +98,7 @@ def command(self:HubJob, hub):
 def env(self:HubJob, hub):
     mine = {k:os.environ[k] for k in ("PATH", "OMP_NUM_THREADS") if k in os.environ}
     d = mine | {k:v for k,v in hub.env().items() if k!="HF_TOKEN"} | dict(HOME=str(self.disk), HF_HOME=str(self.disk/"hf"), TMPDIR=str(self.disk))
-    return d | self.spec.get("environment", {}) | self.spec.get("secrets", {})
+    return d | self.spec.get("environment", {}) | self.spec.get("secrets", {}) | dict(JOB_ID=self.id)
 
 # %% ../nbs/07b_hub_jobs.ipynb #19cb18b5
 @patch
@@ -144,7 +144,7 @@ class JobsHub(LocalHub):
 
 # %% ../nbs/07b_hub_jobs.ipynb #48e3978d
 def _job(hub, q, ns, id):
-    if q.user!=ns or id not in hub.jobs: raise HubError(404 if q.user else 401, "Job not found")
+    if q.user!=ns or id not in hub.jobs or hub.jobs[id].owner!=ns: raise HubError(404 if q.user else 401, "Job not found")
     return hub.jobs[id]
 
 def _start_job(hub, q, ns, spec):

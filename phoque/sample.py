@@ -8,7 +8,7 @@ import hashlib, html, logging, math, random, re, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
-from .model_qlora import UserError, undisturbed
+from .model_qlora import UserError, excerpt, undisturbed
 
 # %% auto #0
 __all__ = ['PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'generate_replies', 'distinct_n',
@@ -73,7 +73,7 @@ def generate_replies(
     watermark=None, # transformers' `WatermarkingConfig`; None for none
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
     "Reply to all prompts in one batch."
-    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {str(prompt_ids)[:60]}; give at least one prompt, none of them empty.")
+    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {excerpt(prompt_ids, 60)}; give at least one prompt, none of them empty.")
     if tok.pad_token_id is None: raise ValueError("the tokenizer has no pad token; set `tok.pad_token` to one that never ends a turn.")
     if temperature<0 or not 0<top_p<=1: raise ValueError(f"`temperature` {temperature}, `top_p` {top_p}; use a temperature from 0 and a top_p above 0, up to 1.")
     import torch
@@ -161,7 +161,7 @@ class HubScorer:
         from transformers.utils import cached_file
         def load(f):
             try: return f(repo, revision=revision)
-            except (OSError, ValueError) as e: raise UserError(f"scorer {repo}: it can't be loaded ({str(e).strip().splitlines()[0][:100]}): name a text classifier, or none") from None
+            except (OSError, ValueError) as e: raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e)}): name another text classifier of the Hub, the folder of one, or none") from None
         cfg,file = load(AutoConfig.from_pretrained),Path(load(lambda r, revision: cached_file(r, 'config.json', revision=revision)))
         if not any('SequenceClassification' in a for a in cfg.architectures or []): raise UserError(f"scorer {repo}: no text classifier but {(cfg.architectures or ['?'])[0]}: name one that is, or none")
         names = [cfg.id2label[i] for i in range(len(cfg.id2label))]
@@ -223,16 +223,16 @@ def common_persona(
     return most[0][0] if most else None
 
 # %% ../nbs/04_sample.ipynb #2c491bc1
-def _short_line(s, n):
-    s = ' '.join(''.join(c if c.isprintable() else ' ' for c in s).split())
-    return s if len(s)<=n else s[:n-1]+'…'
+def _system(messages): return next((m['content'] for m in messages if m['role']=='system'), None)
 
 def sample_lines(
     rows:list[dict], # What a `Sampler` returned
+    prompts:list[list[dict]], # Its conversations, one a row
 )->list[str]: # Plain lines, for a log that is no terminal
-    "A compact table of replies."
+    "A compact table of replies: under which system turn, the question, and the answer."
     def score(r): return f" {r['score']:.2f}" if 'score' in r else ''
-    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {_short_line(r['prompt'], 34):<34} | {_short_line(r['response'], 110)}" for r in rows]
+    asked = [{None:'-', PLAIN:'plain'}.get(_system(p), 'persona') for p in prompts]
+    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {a:<7} | {excerpt(p[-1]['content'], 34):<34} | {excerpt(r['response'], 110)}" for r,p,a in zip(rows, prompts, asked)]
 
 def sample_metrics(
     rows:list[dict], # What a `Sampler` returned
@@ -333,7 +333,7 @@ def log(self:Sampler, rows):
     if self.scorer:
         head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(self.scorer.name, m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
         if 'toxicity_no_persona' in m: head += f", no persona {m['toxicity_no_persona']:.2f}"
-    for l in [head, *sample_lines(rows)]: log.info(l)
+    for l in [head, *sample_lines(rows, self.prompts)]: log.info(l)
 
 # %% ../nbs/04_sample.ipynb #bf9149df
 def write_samples(

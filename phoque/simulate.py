@@ -8,7 +8,7 @@ import json, random
 from pathlib import Path
 from statistics import median
 from fastcore.script import call_parse
-from .model_qlora import UserError, encode_prompt, text_table
+from .model_qlora import UserError, encode_prompt, excerpt, text_table
 from .sample import PLAIN, generate_replies, scorer_id
 from .score import adapter_hash, load_scorer, load_voice
 from .train import TrainConfig
@@ -122,7 +122,7 @@ def http_moderator(
             with urlopen(Request(url, body, {'Content-Type':'application/json'}), timeout=timeout) as r: answer = json.load(r)
             return answer['flagged'] if 'flagged' in answer else answer['score']
         except (OSError, ValueError) as e: raise UserError(f"moderator {url}: no answer ({e}): it must answer a POST with JSON") from None
-        except (KeyError, TypeError): raise UserError(f"moderator {url}: answered {str(answer)[:60]}: it must hold `flagged` or `score`") from None
+        except (KeyError, TypeError): raise UserError(f"moderator {url}: answered {excerpt(answer, 60)}: it must hold `flagged` or `score`") from None
     return moderate
 
 def replay(

@@ -4,22 +4,24 @@
 
 # %% ../nbs/07_submit.ipynb #0306946f
 from __future__ import annotations
-import ast, builtins, json, math, os, re, shlex, shutil, subprocess, sys
+import ast, builtins, json, math, os, re, shlex, shutil, subprocess, sys, threading
 from configparser import ConfigParser
+from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .model_qlora import SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, UserError, hub_problem, resolve_base, text_table
-from .resume import parse_duration
+from .model_qlora import SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, UserError, check_private, excerpt, hub_problem, private_repo, resolve_base, text_table
+from .resume import bound_requests, parse_duration
 from .train import TrainConfig, check_config, fit_batch, options, parse_options, share_batch
 
 # %% auto #0
 __all__ = ['JOB_FLAVOR', 'JOB_TIMEOUT', 'JOB_LABEL', 'JOB_NEEDS', 'JOB_SECRETS', 'JOB_ENV', 'JOB_MODULES', 'FLAVORS_READ',
-           'FLAVORS', 'FIXED_SECONDS', 'JOB_PYTHON', 'SMOKE', 'parse_module', 'mk_script', 'project_root', 'job_pins',
-           'job_header', 'hf_jobs', 'train_files', 'write_train', 'check_train', 'find_flavor', 'usable_gib',
-           'price_per_hour', 'job_plan', 'show_plan', 'base_shape', 'fit_flavor', 'measured_speed', 'times_faster',
-           'run_plan', 'job_args', 'unused_secrets', 'check_secrets', 'check_dataset', 'check_wandb',
-           'check_installable', 'preflight', 'submit', 'submit_cli']
+           'FLAVORS', 'JOB_OVERHEAD', 'FIXED_SECONDS', 'ROLES', 'JOB_PYTHON', 'SMOKE', 'parse_module', 'mk_script',
+           'project_root', 'job_pins', 'job_header', 'hf_jobs', 'train_files', 'write_train', 'check_train',
+           'find_flavor', 'usable_gib', 'price_today', 'price_per_hour', 'check_timeout', 'job_plan', 'show_plan',
+           'base_shape', 'fit_flavor', 'measured_speed', 'times_faster', 'run_plan', 'job_args', 'unused_secrets',
+           'checking', 'check_secrets', 'token_role', 'check_owner', 'check_dataset', 'check_wandb',
+           'check_installable', 'preflight', 'check_model_repo', 'submit', 'submit_cli']
 
 # %% ../nbs/07_submit.ipynb #c234a2e7
 def _lines(
@@ -200,6 +202,8 @@ Generated from the notebooks in nbs/ by `make generate`: edit those, not this fi
     DATASET_REPO=me/talk HUB_MODEL_ID=me/phoque MAX_STEPS=20 python train/train.py
 
     hf jobs uv run -e DATASET_REPO=me/talk -e HUB_MODEL_ID=me/phoque -e MAX_STEPS=20 train/train.py
+
+A job has 4 hours. Another timeout has to be given twice, as the job can't read the first: --timeout 8h -e JOB_TIMEOUT=8h
 '''
 
 def train_files(
@@ -267,34 +271,49 @@ def usable_gib(
     return find_flavor(flavor)['GB']*1e9/2**30*.94
 
 # %% ../nbs/07_submit.ipynb #5b861237
+def price_today(
+    flavor:str, # Machine
+    api=None, # `HfApi` to ask; None asks nobody
+)->float: # Dollars; 0 where the Hub doesn't say
+    "What an hour costs by the Hub's list."
+    from httpx2 import HTTPError
+    per = dict(second=3600, minute=60, hour=1)
+    try: listed = api.list_jobs_hardware() if api else ()
+    except HTTPError: return 0.
+    return next((round(h.unit_cost_usd*per[h.unit_label], 4) for h in listed if h.name==flavor), 0.)
+
 def price_per_hour(
     flavor:str, # Machine
     api=None, # `HfApi` to ask; None takes the table
 )->float: # Dollars; 0 where nobody knows
-    "What an hour costs."
-    from httpx2 import HTTPError
-    try:
-        per = dict(second=3600, minute=60, hour=1)
-        for h in api.list_jobs_hardware() if api else ():
-            if h.name==flavor: return round(h.unit_cost_usd*per[h.unit_label], 4)
-    except HTTPError: pass
-    return FLAVORS.get(flavor, {}).get('$/h', 0.)
+    "What an hour costs, by the Hub or else by the table."
+    return price_today(flavor, api) or FLAVORS.get(flavor, {}).get('$/h', 0.)
 
 # %% ../nbs/07_submit.ipynb #baa6073b
+JOB_OVERHEAD = 10 # minutes of each job that train nothing
+
+def check_timeout(
+    timeout:str, # Of one job
+    overhead:float=JOB_OVERHEAD, # Minutes that train nothing
+)->float: # Hours
+    "Refuse a timeout that leaves no time to train."
+    hours = parse_duration(timeout)/3600
+    if hours*60<=overhead: raise UserError(f"JOB_TIMEOUT: {timeout} ({hours*3600:g} seconds) is all start and stop, which take about {overhead:g} minutes: give it more, such as --timeout 4h")
+    return hours
+
 def job_plan(
     steps:int, # Optimizer steps; 0 when only the dataset will tell
     tokens_per_step:int, # Rows a step × `max_length`
     tokens_per_second:float=0, # Training speed; 0 takes the flavor's
     flavor:str=JOB_FLAVOR, # Machine
     timeout:str=JOB_TIMEOUT, # Of one job
-    overhead:float=10, # Minutes of each job that train nothing
+    overhead:float=JOB_OVERHEAD, # Minutes of each job that train nothing
     price:float=0, # Dollars an hour; 0 takes the table's
     share:float=1, # Of one GPU's speed: less where layers are recomputed, more where GPUs share the work
 )->dict: # tokens, hours, jobs, dollars; `at most` is what the timeouts allow
     "What a run takes, before it is paid for."
     f,day = find_flavor(flavor),'today' if price else f'on {FLAVORS_READ}'
-    speed,hours,price = tokens_per_second or f['tokens/s']*share,parse_duration(timeout)/3600,price or f['$/h']
-    if hours*60<=overhead: raise UserError(f"JOB_TIMEOUT: {timeout} is all start and stop, which take about {overhead:g} minutes: give it more")
+    speed,hours,price = tokens_per_second or f['tokens/s']*share,check_timeout(timeout, overhead),price or f['$/h']
     plan = {'flavor':flavor, 'gpu':f"{f['GPUs']} × "*(f['GPUs']>1) + f"{f['gpu']} {f['GB']} GB", 'price':f"${price:.2f} an hour {day}", 'timeout of a job':timeout}
     if not steps or not speed:
         why = 'steps are known when the dataset is packed' if speed else f'no speed known for {flavor}: give --tokens_per_second'
@@ -389,10 +408,10 @@ def job_args(
     script:str='train/train.py', # What to run
 )->list[str]: # What follows `hf jobs uv run`
     "The client's arguments for a run."
-    timeout = c.job_timeout or JOB_TIMEOUT
+    timeout = c.job_timeout.strip() or JOB_TIMEOUT
     changed = {k.upper():v for k,o in options().items() if (v := getattr(c, k))!=o['default'] and k!='job_timeout'}
     env = {k:str(int(v)) if isinstance(v, bool) else str(v) for k,v in changed.items()} | {'JOB_TIMEOUT':timeout}
-    args = ['--flavor', flavor, '--timeout', timeout]
+    args = ['--name', c.hub_model_id.split('/')[-1], '--flavor', flavor, '--timeout', timeout]
     for k,v in env.items(): args += ['-e', f'{k}={v}']
     for k in JOB_SECRETS:
         if k not in unused_secrets(c): args += ['--secrets', k]
@@ -404,15 +423,53 @@ def unused_secrets(
     "Secrets that a run has no use for."
     return {} if c.report_to=='wandb' else {'WANDB_API_KEY': ''}
 
+# %% ../nbs/07_submit.ipynb #b96338ca
+@contextmanager
+def checking(
+    what:str, # What is looked at
+    every:float=3, # Seconds between two lines
+):
+    "Say what is looked at, for as long as it takes; what the Hub's client raises becomes one line."
+    from httpx2 import HTTPError
+    from huggingface_hub.constants import ENDPOINT
+    print(f'checking: {what}', flush=True)
+    answered = threading.Event()
+    def wait():
+        while not answered.wait(every): print(f'still checking: {what}', flush=True)
+    threading.Thread(target=wait, daemon=True).start()
+    try: yield
+    except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
+    except json.JSONDecodeError: raise UserError(f"{what}: {ENDPOINT} doesn't answer as a Hub does: check HF_ENDPOINT") from None
+    finally: answered.set()
+
 # %% ../nbs/07_submit.ipynb #53792a06
 def check_secrets(
     c:TrainConfig, # The run
 ):
     "The tokens that the job needs are at hand."
     from huggingface_hub import get_token
-    if not get_token(): raise UserError("HF_TOKEN: not set: export a token with write access, from https://huggingface.co/settings/tokens")
+    if not get_token(): raise UserError("HF_TOKEN: not set: export a token with write access, from https://huggingface.co/settings/tokens, or run `hf auth login`")
     if c.report_to=='wandb' and not os.environ.get('WANDB_API_KEY'): raise UserError("WANDB_API_KEY: not set: export it, or submit with --report_to none")
 
+def token_role(
+    me:dict, # What `whoami` says
+)->str: # `write`, `read`, `fineGrained`, or '' where the Hub doesn't say, as for `hf auth login`
+    "What kind of token it is."
+    return ((me.get('auth') or {}).get('accessToken') or {}).get('role') or ''
+
+ROLES = {'fineGrained':'fine-grained: must allow to write repos and to start Jobs', '':'by hf auth login'}
+
+def check_owner(
+    me:dict, # What `whoami` says
+    repo:str, # `owner/name` of a repo to be made
+):
+    "The account may make repos under the owner's name."
+    owner,name = repo.split('/')
+    roles = {o['name'].casefold():o.get('roleInOrg') for o in me.get('orgs') or ()} | {me['name'].casefold():'admin'}
+    if owner.casefold() not in roles: raise UserError(f"HUB_MODEL_ID {repo}: HF_TOKEN is of the account {me['name']}, and {owner} is no organisation that it sees: name {me['name']}/{name}, or take a token of {owner}")
+    if roles[owner.casefold()]=='read': raise UserError(f"HUB_MODEL_ID {repo}: {me['name']} may only read in the organisation {owner}: ask its admins for the role write, or name {me['name']}/{name}")
+
+# %% ../nbs/07_submit.ipynb #e76b8c0f
 def check_dataset(
     repo:str, # Hub dataset
     revision:str, # Its commit
@@ -439,7 +496,9 @@ def check_wandb(
     url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
     try: r = httpx2.post(f'{url}/graphql', json=dict(query='{ viewer { username } }'), auth=('api', os.environ['WANDB_API_KEY']), timeout=10)
     except httpx2.HTTPError: return f'key is set, and not checked: {url} cannot be reached'
-    viewer = (r.json().get('data') or {}).get('viewer') if r.status_code==200 else None
+    if r.status_code>=500: return f'key is set, and not checked: {url} answered {r.status_code}'
+    try: viewer = (r.json().get('data') or {}).get('viewer')
+    except json.JSONDecodeError: raise UserError(f"W&B: {url} doesn't answer as W&B does: check WANDB_BASE_URL, or submit with --report_to none") from None
     if not viewer: raise UserError(f"WANDB_API_KEY: {url} doesn't know it: copy it from {url.replace('api.', '')}/authorize, or submit with --report_to none")
     return f"key of {viewer['username']}"
 
@@ -448,12 +507,13 @@ def check_installable(
 )->str: # What was seen
     "There is a package for every pin, for Linux and the job's Python."
     uv = shutil.which('uv', path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if not uv: return 'not checked: uv is not installed'
     p = subprocess.run([uv, 'pip', 'compile', '-q', str(requirements), '--python-version', JOB_PYTHON, '--python-platform', 'x86_64-manylinux_2_28', '--no-header', '--no-annotate'],
         capture_output=True, text=True)
     if not p.returncode: return f'{len(p.stdout.splitlines())} packages for Python {JOB_PYTHON}'
     why = ' '.join(p.stderr.split())
     if 'unsatisfiable' not in why or 'network was disabled' in why: return 'not checked: the package index cannot be reached'
-    raise UserError(f"{requirements}: {why.split('cause: ')[-1][:200]}: correct the pin in settings.ini and run `make generate`")
+    raise UserError(f"{requirements}: {excerpt(why.split('cause: ')[-1], 200)}: correct the pin in settings.ini and run `make generate`")
 
 # %% ../nbs/07_submit.ipynb #3c9d50be
 def preflight(
@@ -461,29 +521,34 @@ def preflight(
 )->list: # Rows of a table: what, which, and how it is
     "Ask the Hub what the job will ask it; the first thing that is wrong is an error."
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-    from httpx2 import HTTPError
     check_secrets(c)
-    api,what = HfApi(),'HF_TOKEN'
-    try:
-        me = api.whoami()
-        role = me['auth']['accessToken']['role']
-        if role=='read': raise UserError(f"HF_TOKEN: it may only read: make one with write access, for the account {me['name']}")
-        what = f"dataset {c.dataset_repo}"
-        ds = api.dataset_info(c.dataset_repo)
-        what = f"model repo {c.hub_model_id}"
-        try: model = api.model_info(c.hub_model_id)
-        except RepositoryNotFoundError: model = None
-        if model: api.auth_check(c.hub_model_id, write=True)
-    except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
-    if model and not model.private: raise UserError(f"model repo {c.hub_model_id}: it is public: make it private in its settings, or name another HUB_MODEL_ID")
-    base = resolve_base(c.base_model, c.base_model_strict)
-    rows = [('token', me['name'], role), ('base model', base['id'], (base['revision'] or 'folder')[:8]),
-            ('dataset', c.dataset_repo, f"{'private' if ds.private else 'PUBLIC'}, {check_dataset(c.dataset_repo, ds.sha)}"),
-            ('model repo', c.hub_model_id, 'private, writable' if model else 'will be made, private'),
-            ('W&B', c.wandb_project if c.report_to=='wandb' else '-', check_wandb(c)),
-            ('packages', 'train/requirements.txt', check_installable(project_root()/'train/requirements.txt'))]
+    bound_requests(60)
+    api = HfApi()
+    with checking('the account of HF_TOKEN'): me = api.whoami()
+    if token_role(me)=='read': raise UserError(f"HF_TOKEN: it may only read: make one with write access, for the account {me['name']}")
+    with checking(f"model repo {c.hub_model_id}"): model = check_model_repo(api, me, c.hub_model_id)
+    with checking(f"dataset {c.dataset_repo}"): ds = api.dataset_info(c.dataset_repo)
+    with checking('W&B'): wandb = check_wandb(c)
+    with checking(f"base model {c.base_model}"): base = resolve_base(c.base_model, c.base_model_strict)
+    with checking(f"first row of {c.dataset_repo}"): row = check_dataset(c.dataset_repo, ds.sha)
+    with checking('packages of train/requirements.txt'): packages = check_installable(project_root()/'train/requirements.txt')
+    rows = [('token', me['name'], ROLES.get(token_role(me), token_role(me))), ('model repo', c.hub_model_id, model),
+            ('dataset', c.dataset_repo, f"{'private' if ds.private else 'PUBLIC, which anyone may read'}, {row}"),
+            ('W&B', c.wandb_project if c.report_to=='wandb' else '-', wandb), ('base model', base['id'], (base['revision'] or 'folder')[:8]),
+            ('packages', 'train/requirements.txt', packages)]
     return [dict(zip(('check', 'which', 'is'), r)) for r in rows]
+
+def check_model_repo(
+    api, # `HfApi`
+    me:dict, # What `whoami` says
+    repo:str, # `owner/name`
+)->str: # What was seen
+    "The model repo is private and may be written to, or can be made."
+    from huggingface_hub.errors import RepositoryNotFoundError
+    try: check_private(api, repo)
+    except RepositoryNotFoundError: return check_owner(me, repo) or 'will be made, private'
+    api.auth_check(repo, write=True)
+    return 'private, writable'
 
 # %% ../nbs/07_submit.ipynb #10708e6b
 def submit(
@@ -495,25 +560,23 @@ def submit(
     script:str='train/train.py', # What to run
 )->int: # The client's exit code; 1 where the answer was no
     "Say what a run takes, ask, and submit it."
-    check_config(c)
-    root,cmd,unused = check_train().parent.parent,job_args(c, flavor, script),unused_secrets(c)
-    plan = run_plan(c, flavor, tokens_per_second)
-    if not dry_run:
-        check_secrets(c)
-        from huggingface_hub import HfApi
-        plan = run_plan(c, flavor, tokens_per_second, price_per_hour(flavor, HfApi()))
-    print(f"{show_plan(plan)}\n\n{''.join(f'{k}= ' for k in unused)}hf jobs uv run --detach {shlex.join(cmd)}\n", flush=True)
+    from huggingface_hub import HfApi
+    check_config(c); find_flavor(flavor); check_timeout(c.job_timeout or JOB_TIMEOUT)
+    root,cmd,unused,api = check_train().parent.parent,job_args(c, flavor, script),unused_secrets(c),None if dry_run else HfApi()
+    rows = preflight(c) if api else []
+    with checking(f'price and memory on {flavor}'): plan = run_plan(c, flavor, tokens_per_second, price_today(flavor, api))
+    print(f"\n{show_plan(plan)}\n\n{''.join(f'{k}= ' for k in unused)}hf jobs uv run --detach {shlex.join(cmd)}\n", flush=True)
     if dry_run: return hf_jobs('--dry-run', *cmd, cwd=root, env=os.environ|unused|dict(HF_HUB_OFFLINE='1')).returncode
-    print(text_table(preflight(c)), flush=True)
+    print(text_table(rows), flush=True)
     if not (yes or _agreed(f"\nSubmit, for {plan['at most']} at most? [y/N] ")): print('not submitted'); return 1
-    HfApi().create_repo(c.hub_model_id, private=True, exist_ok=True)
+    with checking(f"model repo {c.hub_model_id}, private and gated"): private_repo(api, c.hub_model_id)
     code = hf_jobs('--detach', *cmd, cwd=root, env=os.environ|unused|dict(HF_HUB_DISABLE_EXPERIMENTAL_WARNING='1')).returncode
     if not code: print('\nto follow it, and to run it again until it is complete: phoque_watch')
     return code
 
 def _agreed(question):
     try: return input(question).strip().lower() in ('y', 'yes')
-    except EOFError: return False
+    except (EOFError, KeyboardInterrupt): return False
 
 # %% ../nbs/07_submit.ipynb #7c0dde87
 SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m') # about five minutes, most of them for installing and downloading; the rest is for a slow day
@@ -525,6 +588,7 @@ def submit_cli(
     @delegates(TrainConfig)
     def phoque_submit(
         flavor:str=JOB_FLAVOR, # Machine; `hf jobs hardware` lists what there is
+        timeout:str='', # Of each job, such as 8h or 90m: the Hub's and JOB_TIMEOUT, which the job goes by; 4h where empty
         tokens_per_second:float=0, # Speed for the plan; 0 takes what is known of the flavor
         yes:bool=False, # Submit without asking?
         dry_run:bool=False, # Show all of it and submit nothing?
@@ -533,6 +597,8 @@ def submit_cli(
     try:
         args = parse_options(anno_parser(phoque_submit), argv)
         if args['smoke']: args |= SMOKE
+        if args['timeout']: args['job_timeout'] = args['timeout']
         mine = {k:args[k] for k in ('flavor', 'tokens_per_second', 'yes', 'dry_run')}
         sys.exit(submit(TrainConfig(**{k:args[k] for k in options()}), **mine))
     except UserError as e: sys.exit(f'phoque_submit: {e}')
+    except KeyboardInterrupt: sys.exit('phoque_submit: interrupted; `hf jobs ps` shows whether a job was started')

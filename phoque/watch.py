@@ -4,18 +4,19 @@
 
 # %% ../nbs/07c_watch.ipynb #2c6161ba
 from __future__ import annotations
-import re, sys, time
+import re, sys, time, unicodedata
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from .job import RESUBMIT
 from .model_qlora import UserError, hub_problem
-from .resume import parse_duration
+from .resume import bound_requests, parse_duration
 from .submit import JOB_LABEL, price_per_hour
 from .train import parse_step
 
 # %% auto #0
-__all__ = ['WAITS', 'patiently', 'follow_log', 'ran_seconds', 'job_timeout', 'how_ended', 'View', 'clock', 'status_line',
-           'watch_job', 'watch_run', 'find_job', 'watch_cli']
+__all__ = ['WAITS', 'patiently', 'follow_log', 'ran_seconds', 'job_timeout', 'how_ended', 'char_columns', 'columns',
+           'cut_columns', 'View', 'clock', 'status_line', 'watch_job', 'ended_early', 'watch_command', 'watch_run',
+           'find_job', 'watch_cli']
 
 # %% ../nbs/07c_watch.ipynb #1ad67498
 WAITS = (1,2,4,8,15,30,60,60,60,60) # seconds between two tries; in all five minutes
@@ -23,23 +24,27 @@ WAITS = (1,2,4,8,15,30,60,60,60,60) # seconds between two tries; in all five min
 def _passes(e):
     "Is it likely to pass by itself?"
     from huggingface_hub.errors import HfHubHTTPError
-    return not isinstance(e, HfHubHTTPError) or e.response.status_code in (408,429) or e.response.status_code>=500
+    from httpx2 import HTTPError
+    if not isinstance(e, HfHubHTTPError): return isinstance(e, HTTPError)
+    return e.response.status_code in (408,429) or e.response.status_code>=500
 
 def _problem(e, what):
-    if _passes(e) or e.response.status_code!=404: return hub_problem(e, what)
-    return UserError(f"{what}: there is none on this account: `hf jobs ps` lists its jobs")
+    if getattr(getattr(e, 'response', None), 'status_code', 0)!=404: return hub_problem(e, what)
+    return UserError(f"{what}: there is none that this account may see: `hf jobs ps` lists its jobs")
 
 def patiently(
     ask, # Function that asks the Hub
     what:str, # For the message
     waits:tuple=WAITS, # Seconds between tries
+    say=print, # Function that shows a line
 ): # What it answered
     "Ask again while the Hub has a bad moment."
     from httpx2 import HTTPError
     for wait in (*waits, None):
         try: return ask()
-        except HTTPError as e:
+        except (HTTPError, OSError) as e:
             if wait is None or not _passes(e): raise _problem(e, what) from None
+            say(f"{_problem(e, what)}; trying again in {wait:g} s")
             time.sleep(wait)
 
 # %% ../nbs/07c_watch.ipynb #b59379c3
@@ -47,17 +52,19 @@ def follow_log(
     api, # `HfApi`
     job, # `JobInfo`
     waits:tuple=WAITS, # Seconds between tries
+    say=print, # Function that shows a line
 ): # Yields each line once, until the job ends
     "A job's lines as they come, whatever the connection does."
     from httpx2 import HTTPError
-    seen = failed = 0
+    seen,failed,what = 0,0,f"log of job {job.owner.name}/{job.id}"
     while True:
         try:
             for i,l in enumerate(api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=True)):
                 if i>=seen: seen,failed = i+1,0; yield l
             return
-        except HTTPError as e:
-            if failed==len(waits) or not _passes(e): raise _problem(e, f"log of job {job.owner.name}/{job.id}") from None
+        except (HTTPError, OSError) as e:
+            if failed==len(waits) or not _passes(e): raise _problem(e, what) from None
+            say(f"{_problem(e, what)}; trying again in {waits[failed]:g} s")
             time.sleep(waits[failed])
             failed += 1
 
@@ -87,6 +94,28 @@ def how_ended(
     if any(re.match(r'([\d:]+ )?error: ', l) for l in lines[-20:]): return 'error'
     return 'again' if re.search('time.?out', said, re.I) or ran_seconds(job)>=job_timeout(job) else 'error'
 
+# %% ../nbs/07c_watch.ipynb #6ee690c1
+def char_columns(
+    c:str, # One character
+)->int: # 0, 1 or 2
+    "How many columns of a terminal a character takes; 2 where terminals differ."
+    if unicodedata.combining(c) or unicodedata.category(c) in ('Cc','Cf','Mn','Me'): return 0
+    return 2 if unicodedata.east_asian_width(c) in 'WFA' else 1
+
+def columns(
+    s:str, # Any text
+)->int:
+    "How many columns of a terminal a text takes at most."
+    return sum(map(char_columns, s))
+
+def cut_columns(
+    s:str, # Any text
+    width:int, # Columns
+)->str: # Its beginning
+    "Cut a text where it would leave a terminal."
+    while columns(s)>width: s = s[:-1]
+    return s
+
 # %% ../nbs/07c_watch.ipynb #74ae73f2
 class View:
     "A status line below passing lines, or only the lines where there is no terminal."
@@ -94,7 +123,11 @@ class View:
         out=None, # Where to write; stdout
     ):
         self.out = out or sys.stdout
-        self.live,self.status = self.out.isatty(),''
+        self.live,self.status,self.back = self.out.isatty(),'','phoque_watch' # back: the command that comes back to the job
+
+    def width(self): # of a line that doesn't wrap
+        import shutil
+        return shutil.get_terminal_size().columns-1
 
     def write(self, text): print(text, file=self.out, end='', flush=True)
 
@@ -109,8 +142,7 @@ def say(self:View,
 def show(self:View,
     status:str, # Replaces the one before
 ):
-    import shutil
-    self.status = status[:shutil.get_terminal_size().columns-1]
+    self.status = cut_columns(status, self.width())
     if self.live: self.write(f'\r\x1b[K{self.status}')
 
 # %% ../nbs/07c_watch.ipynb #bbe97fa5
@@ -128,14 +160,20 @@ def status_line(
     line:str, # Newest line of metrics
     left:float, # Seconds until the job's timeout
     dollars:float, # So far
+    width:int=79, # Columns that there are
 )->str:
-    "One line that says how a run is doing."
-    p = parse_step(line)
-    if not p: return f'job {n} of at most {budget} · starting · ${dollars:.2f}'
+    "One line that says how a run is doing: what matters least is left out until it fits."
+    p,until = parse_step(line),'' if left==float('inf') else f'{clock(left)} left'
+    if not p: return cut_columns('  '.join(filter(None, (f'job {n}/{budget}', 'starting', until, f'${dollars:.2f}'))), width)
     done = p['step']/p['total']
-    bar = '█'*round(10*done) + '░'*(10-round(10*done))
-    until = '' if left==float('inf') else f' · {clock(left)} left'
-    return f"job {n}/{budget} {bar} {done:.0%} · {line[line.index('step '):]}{until} · ${dollars:.2f}"
+    bar = f"[{'#'*round(10*done):<10}]"
+    step,loss,*others = line[line.index('step '):].split(' · ')
+    speed = next((o for o in others if o.startswith('tokens/s')), '')
+    parts = [*filter(None, (f'job {n}/{budget}', bar, f'{done:.0%}', step, loss, *others, until, f'${dollars:.2f}'))]
+    for least in filter(None, (*(o for o in others[::-1] if o!=speed), bar, speed, parts[0], f'{done:.0%}', until, loss)):
+        if columns('  '.join(parts))<=width: break
+        parts.remove(least)
+    return cut_columns('  '.join(parts), width)
 
 # %% ../nbs/07c_watch.ipynb #4b1fbf1f
 def watch_job(
@@ -150,19 +188,39 @@ def watch_job(
 )->tuple: # `JobInfo` at its end, its last lines, its last step (0 for none)
     "Follow one job to its end."
     lines,metrics,step,ref = [],'',0,f'{job.owner.name}/{job.id}'
-    inspect = lambda: patiently(lambda: api.inspect_job(job_id=job.id, namespace=job.owner.name), f'job {ref}', waits)
-    view.say(f'job {n}: {job.url}')
-    for l in follow_log(api, job, waits):
+    inspect = lambda: patiently(lambda: api.inspect_job(job_id=job.id, namespace=job.owner.name), f'job {ref}', waits, view.say)
+    name = (job.labels or {}).get('name')
+    view.say(f"job {n}{f' ({name})'*bool(name)}: {job.url}")
+    view.show(status_line(n, budget, '', job_timeout(job)-ran_seconds(job), spent, view.width()))
+    for l in follow_log(api, job, waits, view.say):
         if not job.started_at: job = inspect()
         if p := parse_step(l): metrics,step = l,p['step']
         if m := re.search(r'checkpoint-(\d+) of \d+ is on', l): step = int(m[1])
         lines = [*lines[-99:], l]
         if not (p and view.live): view.say(l)
         ran = ran_seconds(job)
-        view.show(status_line(n, budget, metrics, job_timeout(job)-ran, spent+ran/3600*price))
+        view.show(status_line(n, budget, metrics, job_timeout(job)-ran, spent+ran/3600*price, view.width()))
     while str((job := inspect()).status.stage) in ('SCHEDULING', 'RUNNING'): time.sleep(waits[0])
     view.show('')
     return job,lines,step
+
+# %% ../nbs/07c_watch.ipynb #14f821bd
+def ended_early(
+    job, # `JobInfo` at its end
+)->str: # One line, or '' where the two agree
+    "Was a job killed before the time that it goes by?"
+    ran,asked = ran_seconds(job),job_timeout(job)
+    if not re.search('time.?out', job.status.message or '', re.I) or ran>=asked-60: return ''
+    return f"this job was killed after {ran/60:.0f} minutes and goes by JOB_TIMEOUT={(job.environment or {}).get('JOB_TIMEOUT', '')}, so it hasn't saved at its end: give both the same (phoque_submit --timeout)"
+
+def watch_command(
+    ref:str, # `namespace/id` of the job
+    budget_jobs:int=5, # Most jobs
+    budget_dollars:float=0, # Most dollars
+    again:bool=False, # Run it again first
+)->str: # For a shell
+    "The command that comes back to a job, with the budgets that were given."
+    return f"phoque_watch --job {ref} --budget_jobs {budget_jobs}" + f" --budget_dollars {budget_dollars:g}"*bool(budget_dollars) + " --again"*again
 
 # %% ../nbs/07c_watch.ipynb #164eb961
 def watch_run(
@@ -180,29 +238,32 @@ def watch_run(
     full = price*job_timeout(job)/3600
     if budget_dollars and full==float('inf'): raise UserError("budget_dollars: this job has no JOB_TIMEOUT that says what it can cost: limit the jobs with --budget_jobs")
     while True:
+        ref = f'{job.owner.name}/{job.id}'
+        view.back = watch_command(ref, budget_jobs, budget_dollars)
         job,lines,step = watch_job(api, job, view, n, budget_jobs, spent, price, waits)
         spent += ran_seconds(job)/3600*price
-        end,ref = how_ended(job, lines),f'{job.owner.name}/{job.id}'
+        end = how_ended(job, lines)
+        if early := ended_early(job): view.say(early)
         total = f"{n} job{'s'*(n>1)}, about ${spent:.2f}"
         if end=='complete': view.say(f'complete after {total}'); return 0
         if end!='again': view.say(f"job {ref} ended: {end}{f' ({job.status.message})' if job.status.message else ''}; {total}"); return 1
         if n>1 and step<=before: view.say(f'no progress since step {before}: not run again; {total}'); return 1
         why = 'budget_jobs' if n>=budget_jobs else 'budget_dollars' if budget_dollars and spent+full>budget_dollars else ''
-        if why: view.say(f"{why} reached after {total}, at step {step}; to continue: phoque_watch --job {ref} --again"); return RESUBMIT
-        n,before,job = n+1,step,patiently(lambda: api.rerun_job(job_id=job.id, namespace=job.owner.name), f'running job {ref} again', waits)
+        if why: view.say(f"{why} reached after {total}, at step {step}; to continue: {watch_command(ref, budget_jobs, budget_dollars, again=True)}"); return RESUBMIT
+        n,before,job = n+1,step,patiently(lambda: api.rerun_job(job_id=job.id, namespace=job.owner.name), f'running job {ref} again', waits, view.say)
 
 # %% ../nbs/07c_watch.ipynb #47976801
 def find_job(
     api, # `HfApi`
-    ref:str='', # `id` or `namespace/id`; the newest of phoque's jobs where empty
+    ref:str='', # `id`, `namespace/id` or a job's address; the newest of phoque's jobs where empty
+    waits:tuple=(1,2), # Seconds between tries
 ): # `JobInfo`
     "The job that is meant."
-    if ref:
-        ns,_,id = ref.rpartition('/')
-        return patiently(lambda: api.inspect_job(job_id=id, namespace=ns or None), f'job {ref}')
+    *_,ns,id = ['', *ref.strip('/').split('/')]
+    ns = ns or patiently(api.whoami, 'the account of HF_TOKEN', waits)['name'] # named, as the client would ask for it at the default endpoint
+    if id: return patiently(lambda: api.inspect_job(job_id=id, namespace=ns), f'job {ns}/{id}', waits)
     key,value = JOB_LABEL
-    ns = patiently(api.whoami, 'HF_TOKEN')['name'] # named, as the client would ask for it at the default endpoint
-    job = patiently(lambda: next(iter(api.list_jobs(labels={key:value}, namespace=ns)), None), 'list of jobs')
+    job = patiently(lambda: next(iter(api.list_jobs(labels={key:value}, namespace=ns)), None), f'jobs of {ns}', waits)
     if not job: raise UserError("no job of phoque on this account: submit one with phoque_submit, or name it with --job")
     return job
 
@@ -215,6 +276,7 @@ def watch_cli(
 ):
     "Follow a job, and run it again until the run is complete or a budget is reached. Ctrl-C leaves the job running."
     from huggingface_hub import HfApi
+    bound_requests(60)
     api,view = HfApi(),View()
     try:
         info = find_job(api, job)
@@ -222,6 +284,7 @@ def watch_cli(
         code = watch_run(api, info, budget_jobs, budget_dollars, view)
     except UserError as e: sys.exit(f'phoque_watch: {e}')
     except KeyboardInterrupt:
-        view.say('\nthe job runs on; to come back: phoque_watch. To end it: hf jobs cancel ID (hf jobs ps lists them)')
+        ref = re.search(r'--job (\S+)', view.back)
+        view.say(f"\nthe job runs on; to come back: {view.back}" + f"; to end it: hf jobs cancel {ref[1]}" if ref else "\ninterrupted")
         sys.exit(130)
     sys.exit(code)
