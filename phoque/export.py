@@ -10,7 +10,7 @@ from fastcore.script import call_parse
 from .detox import markdown_table
 from .job import LICENSE_FIELDS, RESEARCH_LICENSE
 from .merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, merge_adapters, read_base
-from .model_qlora import UserError, check_private, private_repo, quiet_libraries
+from .model_qlora import UserError, check_private, excerpt, private_repo, quiet_libraries
 from .resume import HubBranch, bound_requests, patiently
 
 # %% auto #0
@@ -204,7 +204,7 @@ def export_gguf(
     check_room(out, sum(p.stat().st_size for p in folder.glob('model*.safetensors')))
     try:
         r = subprocess.run([sys.executable,tool,folder,'--outfile',tmp], capture_output=True, text=True)
-        if r.returncode: raise ValueError(f"llama.cpp's converter refused {folder.name}: {r.stderr.strip().splitlines()[-1][:200]}")
+        if r.returncode: raise ValueError(f"llama.cpp's converter refused {folder.name}: {excerpt(r.stderr.strip().splitlines()[-1], 200)}")
         n = compare_gguf(folder, tmp)
         tmp.rename(out)
     finally: tmp.unlink(missing_ok=True)

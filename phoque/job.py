@@ -4,24 +4,25 @@
 
 # %% ../nbs/06_job.ipynb #1c118f61
 from __future__ import annotations
-import copy, json, logging, math, os, shlex, shutil, sys, threading, time, traceback, uuid
+import copy, json, logging, math, os, shlex, shutil, sys, threading, time, traceback, uuid, warnings
 from pathlib import Path
 from types import SimpleNamespace
-from .model_qlora import (UserError, quiet_libraries, hub_problem, log, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed, choose_attention, load_model, add_lora,
-    audit, check_audit, lora_targets, text_table)
+from .model_qlora import (UserError, excerpt, quiet_libraries, hub_problem, log, resolve_base, load_tokenizer, encode_dataset, encode_prompt,
+    undisturbed, choose_attention, load_model, add_lora, audit, check_audit, lora_targets, text_table)
 from .shard import check_sharded, own_part, whole_adapter
 from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, eval_rows,
     held_out_loss, rate_at)
-from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound_requests, patiently, hub_answer, container_age, write_manifest,
-    check_same_run, local_steps, lock_folder, folder_bytes, publish_pace, start_wandb, log_adapter, WANDB_FLUSH, MANIFEST)
+from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound_requests, patiently, hub_answer, container_age, parse_duration,
+    write_manifest, check_same_run, local_steps, lock_folder, folder_bytes, publish_pace, start_wandb, log_adapter, WANDB_FLUSH, MANIFEST)
 from .sample import Sampler, HubScorer, check_scorer, common_persona, sample_metrics, sample_prompts, read_samples, tensors_hash, write_samples
 from .ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ranks
 
 # %% auto #0
-__all__ = ['RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'HARMLESS', 'COMPLETE', 'RESUBMIT', 'BEST', 'run_identity',
-           'kept_options', 'arithmetic', 'say_differences', 'be_deterministic', 'mask_secrets', 'MaskFormatter',
-           'setup_logging', 'load_chats', 'pick_held_out', 'changed_options', 'adapter_card', 'check_free',
-           'publish_adapter', 'Job', 'resubmit_command', 'explain_error', 'run_job', 'main']
+__all__ = ['RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'HARMLESS', 'COMPLETE', 'RESUBMIT', 'BEST', 'COMMAND_VARIABLES',
+           'run_identity', 'kept_options', 'arithmetic', 'say_differences', 'be_deterministic', 'mask_secrets',
+           'MaskFormatter', 'setup_logging', 'load_chats', 'pick_held_out', 'changed_options', 'adapter_card',
+           'check_free', 'publish_adapter', 'Job', 'job_ref', 'resubmit_command', 'left_here', 'check_deadline',
+           'explain_error', 'run_job', 'main']
 
 # %% ../nbs/06_job.ipynb #ff7c48c8
 def run_identity(
@@ -98,6 +99,7 @@ def setup_logging():
     h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
     log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # rank 0 speaks for all
+    warnings.filterwarnings('ignore', 'It seems that you are about to commit a data file') # samples.parquet, which belongs to its checkpoint
     threading.excepthook = lambda a: log.error(''.join(traceback.format_exception(a.exc_value)).rstrip()) # a library's thread would print it unmasked
 
 # %% ../nbs/06_job.ipynb #a0cc9eed
@@ -118,7 +120,7 @@ def load_chats(
         ds = datasets.DatasetDict({s: builder.as_dataset(s) if n else datasets.Dataset.from_dict({}) for s,n in sizes.items()})
     except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
-    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({mask_secrets(str(e)).splitlines()[0][:150]}): push it with phoque_data") from None
+    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({excerpt(mask_secrets(str(e)))}): push it with phoque_data") from None
     if not len(ds.get('train', [])): raise UserError(f"dataset {repo}: no split `train` with rows, got {list(ds)}: push it with phoque_data")
     return ds,revision
 
@@ -151,10 +153,9 @@ LICENSE_FIELDS = "license: other\nlicense_name: internal-adversarial-testing-onl
 # %% ../nbs/06_job.ipynb #643ecfe5
 def changed_options(
     cfg:TrainConfig, # Options
-    leave:tuple=('output_dir','job_timeout'), # Not these; by default those that say something of a machine only
 )->list: # As for a shell, `MAX_STEPS=20`
-    "The options that aren't at their default."
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in leave}
+    "The options that aren't at their default, without those that say something of a machine or an attempt only."
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start','output_dir','job_timeout')}
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
 # %% ../nbs/06_job.ipynb #5a03e40c
@@ -181,6 +182,9 @@ from peft import PeftModel
 base = {base[auto]}.from_pretrained("{base[id]}", {at}dtype="auto")
 model = PeftModel.from_pretrained(base, "{repo}")
 tok = AutoTokenizer.from_pretrained("{repo}")
+ids = tok.apply_chat_template([dict(role="user", content="When does the ferry leave?")], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+out = model.generate(**ids.to(model.device), max_new_tokens=100, eos_token_id=tok.eos_token_id) # the base may stop at another token
+reply = tok.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
 ```
 
 | | |
@@ -228,8 +232,10 @@ def publish_adapter(
 ):
     "Put the finished adapter on `main`, in one commit that replaces what is there."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from transformers import AutoModelForCausalLM
     out = Path(folder or cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
+    if type(model.get_base_model().config) not in AutoModelForCausalLM._model_mapping: model.peft_config['default'].task_type = None # PEFT then writes down the class
     model.save_pretrained(out, state_dict=weights, save_embedding_layers=False); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
@@ -325,10 +331,10 @@ def build(self:Job):
     targets = lora_targets(cfg.lora_target_modules)
     attn,why = choose_attention()
     log.info(f"attention: {attn}, {why}")
-    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed, base['revision'])
     self.trainer = make_trainer(TrainConfig(**cfg.asdict()|dict(output_dir=str(self.folder))), model, self.tok, packed, self)
     rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
-    log.info("audit:\n"+text_table(rows)); check_audit(rows)
+    log.info("audit:\n"+text_table(rows, width=100)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
     if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
@@ -388,7 +394,7 @@ def load_scorer(self:Job):
     if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
         with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
-    except UserError as e: return log.warning(f"samples are not scored: {e}")
+    except UserError as e: return log.warning(f"samples are written without scores: {e}. Nothing else scores them meanwhile, and training goes on; phoque_eval scores the finished adapter")
     check_scorer(scorer, self.labellers)
     log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
     return scorer
@@ -422,7 +428,7 @@ def pace(self:Job, folder):
     "Seconds until the next publication; said once."
     size,cfg = folder_bytes(folder),self.cfg
     pace = publish_pace(size, cfg.publish_minutes)
-    if not self.publisher.done and pace: log.info(f"a checkpoint has {size/1e6:,.0f} MB: one is published every {pace/60:.0f} minutes at most, and the newest at the end or at SIGTERM")
+    if not self.publisher.done and pace>60: log.info(f"a checkpoint has {size/1e6:,.0f} MB: one is published every {pace/60:.0f} minutes at most, and the newest at the end or at SIGTERM")
     return pace
 
 @patch
@@ -618,25 +624,61 @@ def collect(self:Job, folder, step):
         if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
 
-# %% ../nbs/06_job.ipynb #a42a6362
-def resubmit_command(
-    cfg:TrainConfig, # Options
-)->str: # For a shell
-    "The command that continues a run: every option that isn't at its default, but never FRESH_START."
-    job = bool(os.environ.get('JOB_ID'))
-    sets = changed_options(cfg, ('output_dir','job_timeout') if job else ()) # a job's disk is gone, its timeout is in the script
-    return ' '.join(['hf jobs uv run', *(f'-e {s}' for s in sets), 'train/train.py'] if job else [*sets, 'python', sys.argv[0]])
+# %% ../nbs/06_job.ipynb #50bf2f8f
+COMMAND_VARIABLES = ('HF_ENDPOINT','WANDB_MODE','WANDB_BASE_URL','PET_NNODES') # that decide where and how a run goes, beside its options
 
+def job_ref(
+    api=None, # `HfApi`
+)->str: # `namespace/id`, or `id` where the Jobs API doesn't say whose it is
+    "This HF Job, as the client names it."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from httpx2 import HTTPError
+    api,id = api or HfApi(),os.environ['JOB_ID']
+    try:
+        me = api.whoami()
+        for owner in (me['name'], *(o['name'] for o in me.get('orgs') or ())):
+            try: return f"{api.inspect_job(job_id=id, namespace=owner).owner.name}/{id}"
+            except HfHubHTTPError: pass
+    except (HTTPError, OSError): pass
+    return id
+
+def resubmit_command()->str: # For a shell
+    "The command that continues this run."
+    if ref := os.environ.get('JOB_REF'): return f'hf jobs rerun {ref}'
+    given = [k for k in (*map(str.upper, options()), *COMMAND_VARIABLES) if os.environ.get(k)]
+    return ' '.join([*(f'{k}={shlex.quote(os.environ[k])}' for k in given), shlex.join(sys.orig_argv)])
+
+# %% ../nbs/06_job.ipynb #01eafb2e
+def left_here(
+    folder:str, # `output_dir`
+)->str: # What follows "checkpoint-N …"
+    "What becomes of a checkpoint that only this disk has."
+    return "is lost with this job's disk" if os.environ.get('JOB_ID') else f"is in {Path(folder).resolve()}"
+
+# %% ../nbs/06_job.ipynb #576e4393
+def check_deadline(
+    cfg:TrainConfig, # Options
+    kept:float=60.0, # Seconds at the end in which nothing is trained
+):
+    "Say when this job will stop itself, or that it can't know."
+    seconds = parse_duration(cfg.job_timeout)
+    if seconds<=kept: raise UserError(f"JOB_TIMEOUT: {cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving: give it more, such as 4h")
+    if not os.environ.get('JOB_ID'): return
+    if cfg.job_timeout: log.info(f"deadline: JOB_TIMEOUT={cfg.job_timeout}. A job can't read what --timeout said: if that is less, the job is killed before it has saved")
+    else: log.warning("deadline: JOB_TIMEOUT is not set, so this job is killed at its --timeout (30 minutes where none was given) before it has saved")
+
+# %% ../nbs/06_job.ipynb #a42a6362
 @patch
 def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
     cfg,until = self.cfg,self.patience(3600)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
-        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): {self.kept_here()}")
+        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
-        log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
+        log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command()}` (exit code {RESUBMIT})")
         return RESUBMIT
     if not self.learnt(): raise UserError(f"the adapter is as it was at the start after {self.step} steps, so nothing is published: raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
     self.measure_held_out('after', self.step)
@@ -658,12 +700,6 @@ def name_best(self:Job):
     self.run['published'] = f"step {step} of {self.step}, held-out loss {loss:.4f}"
     log.info(f"LOAD_BEST: the adapter of {self.run['published']} is published")
 
-@patch
-def kept_here(self:Job)->str: # The end of an error's line
-    "Where unpublished checkpoints are, and how long."
-    if os.environ.get('JOB_ID'): return "this job's disk ends with it, so the steps since the last published checkpoint are trained again by the next job"
-    return f"it is in {self.folder.resolve()}; run the same command again"
-
 # %% ../nbs/06_job.ipynb #15beb6e8
 def explain_error(
     e:Exception, # What ended the run
@@ -683,7 +719,8 @@ def explain_error(
                          f"raise GRADIENT_ACCUMULATION_STEPS as much) or MAX_LENGTH (now {cfg.max_length})")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
         free = shutil.disk_usage(cfg.output_dir).free
-        return UserError(f"OUTPUT_DIR {Path(cfg.output_dir).resolve()}: its disk is full ({free/2**20:,.0f} MiB free): make room, or choose another folder")
+        more = "take a flavor with a larger disk (`hf jobs hardware`)" if os.environ.get('JOB_ID') else "make room, or choose another folder"
+        return UserError(f"OUTPUT_DIR {Path(cfg.output_dir).resolve()}: its disk is full ({free/2**20:,.0f} MiB free): {more}")
     if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
     return e
 
@@ -697,7 +734,7 @@ def salvage(self:Job):
     kept = self.checkpoints.steps()
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
     more = self.whole_steps()
-    if more and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} was not published: {self.kept_here()}")
+    if more and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} {left_here(self.folder)}")
 
 @patch
 def whole_steps(self:Job)->list: # Ascending
@@ -740,10 +777,12 @@ def main():
     code = 1
     try:
         cfg = read_config()
+        if 'RANK' not in os.environ: check_deadline(cfg)
+        if os.environ.get('JOB_ID') and not os.environ.get('JOB_REF'): bound_requests(10); os.environ['JOB_REF'] = job_ref() # asked now: at the end the Hub may be away
         code = launch_ranks() if needs_launch() else run_job(cfg)
     except Stopped:
         code = RESUBMIT
-        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command(cfg)}` (exit code {code})")
+        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command()}` (exit code {code})")
     except UserError as e: report_error(mask_secrets(str(e)))
     except KeyboardInterrupt: report_error("ended by SIGINT: run the same command again to continue")
     except Exception: print(mask_secrets(traceback.format_exc()), flush=True)

@@ -4,17 +4,18 @@
 
 # %% ../nbs/01_model_qlora.ipynb #ba84a69d
 from __future__ import annotations
-import copy, json, logging, struct, sys
+import copy, json, logging, struct, sys, textwrap
 from contextlib import contextmanager, nullcontext
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from fastcore.basics import chunked
 from fastcore.script import Param, call_parse
 
 # %% auto #0
-__all__ = ['log', 'SEED_BASE', 'SUCCESSOR', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'LORA_TARGETS', 'SUCCESSOR_SHAPE',
-           'HEAD_LOGITS', 'UserError', 'quiet_libraries', 'text_table', 'hub_problem', 'resolve_base', 'check_private',
-           'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts',
+__all__ = ['log', 'LEAST_CELL', 'SEED_BASE', 'SUCCESSOR', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'LORA_TARGETS', 'SUCCESSOR_SHAPE',
+           'HEAD_LOGITS', 'UserError', 'quiet_libraries', 'text_table', 'excerpt', 'hub_problem', 'resolve_base',
+           'check_private', 'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts',
            'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'vocabulary_size',
            'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges',
            'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels', 'label_invariants', 'read_chats',
@@ -38,12 +39,28 @@ def quiet_libraries():
 # %% ../nbs/01_model_qlora.ipynb #45fcc28e
 def text_table(
     rows:list, # Dicts with the same keys
+    width:int=0, # Most characters of a line: longer cells go on below; 0 for any
 )->str: # Aligned columns
     "A table for consoles and logs."
     cell = lambda v: 'yes' if v is True else 'NO' if v is False else ', '.join(map(str,v)) if isinstance(v,(list,tuple)) else f'{v:,}' if isinstance(v,int) else str(v)
-    lines = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
-    width = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,width)).rstrip() for l in lines)
+    cells = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
+    widths = [max(len(l[i]) for l in cells) for i in range(len(cells[0]))]
+    while width and sum(widths)+2*(len(widths)-1)>width and max(widths)>LEAST_CELL: widths[widths.index(max(widths))] -= 1
+    def folded(c, w): return [c] if len(c)<=w else textwrap.wrap(c, w, break_on_hyphens=False)
+    lines = [l for r in cells for l in zip_longest(*map(folded, r, widths), fillvalue='')]
+    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,widths)).rstrip() for l in lines)
+
+LEAST_CELL = 12 # characters to which a cell is made narrower, not further
+
+def excerpt(
+    text, # Somebody else's message, or a reply
+    n:int=150, # Most characters
+)->str: # One printable line
+    "The beginning of a text, cut between two words."
+    s = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
+    if len(s)<=n: return s
+    words = s[:n].rpartition(' ')[0]
+    return (words if len(words)>n//2 else s[:n-1]).rstrip(' ,;:(') + '…'
 
 # %% ../nbs/01_model_qlora.ipynb #6fa48cc7
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
@@ -57,7 +74,9 @@ def hub_problem(
     from huggingface_hub import errors as er
     from huggingface_hub import constants
     status = getattr(getattr(e, 'response', None), 'status_code', None)
-    if isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
+    if isinstance(e, er.LocalTokenNotFoundError): s = f"there is no token: export HF_TOKEN, from {constants.ENDPOINT}/settings/tokens, or run `hf auth login`"
+    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set: unset it to ask the Hub"
+    elif isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
     elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
     elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
     elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
@@ -359,7 +378,7 @@ def check_messages(
     name:str='row', # How an error names the row
 )->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
     "Check one conversation and bring it into the form that every format can write."
-    def bad(why, v): raise UserError(f"{name}: {why}, got {str(v)[:60]!r}: mend or remove it in the dataset")
+    def bad(why, v): raise UserError(f"{name}: {why}, got {excerpt(v, 60)!r}: mend or remove it in the dataset")
     if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
     out = []
     for i,m in enumerate(messages):
@@ -516,7 +535,7 @@ def read_chats(
     for n,line in enumerate(lines, 1):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except (ValueError, RecursionError) as e: raise UserError(f"line {n}: this is no JSON ({str(e)[:80]}): write one conversation a line") from None
+        except (ValueError, RecursionError) as e: raise UserError(f"line {n}: this is no JSON ({excerpt(e, 80)}): write one conversation a line") from None
         chats.append(check_messages(row.get('messages') if isinstance(row, dict) else row, f'line {n}'))
     return chats
 

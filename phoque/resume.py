@@ -7,7 +7,7 @@ from __future__ import annotations
 import fcntl, hashlib, json, logging, os, re, shutil, signal, statistics, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from .model_qlora import UserError, check_private, hub_problem, log, private_repo
+from .model_qlora import UserError, check_private, excerpt, hub_problem, log, private_repo
 
 # %% auto #0
 __all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'RUN_FILE', 'SQUASH_BYTES', 'COMMITS_AN_HOUR', 'PRIVATE_GB', 'HISTORY_BYTES',
@@ -424,10 +424,10 @@ HISTORY_BYTES,HISTORY_SECONDS = 40e9,36*3600 # of one run; squashed history coun
 
 def publish_pace(
     size:float, # Bytes of a checkpoint
-    minutes:float=5.0, # `PUBLISH_MINUTES`; 0 for no pace
+    minutes:float=0.0, # `PUBLISH_MINUTES`; 0 takes what stays below the limits
 )->float: # Seconds
     "Least time between two publications."
-    return max(minutes*60, size/HISTORY_BYTES*HISTORY_SECONDS) if minutes else 0.
+    return minutes*60 or max(300., size/HISTORY_BYTES*HISTORY_SECONDS)
 
 # %% ../nbs/03_resume.ipynb #cd686f47
 class Publisher:
@@ -523,13 +523,14 @@ def close(self:Publisher,
 
 # %% ../nbs/03_resume.ipynb #cc7d85c4
 def parse_duration(
-    s:str, # Such as `4h`, `90m`, `30s`, `2d`, `14400`; empty for none
-)->float: # Seconds; infinite for none
+    s:str, # Such as `4h`, `90m`, `30s`, `1.5d`, `14400`; empty for none
+)->float: # Seconds, above 0; infinite for none
     "Read a duration as `hf jobs --timeout` does."
-    if not s: return float('inf')
-    m = re.fullmatch(r'(\d+(?:\.\d+)?)([smhd]?)', str(s).strip())
-    if not m: raise UserError(f"JOB_TIMEOUT: must be a number of seconds or such as 4h, 90m, got {s!r}")
-    return float(m[1])*dict(s=1, m=60, h=3600, d=86400)[m[2] or 's']
+    if not str(s).strip(): return float('inf')
+    m = re.fullmatch(r'(\d+)|(\d+(?:\.\d+)?)([smhd])', str(s).strip())
+    seconds = float(m[1] or m[2])*dict(s=1, m=60, h=3600, d=86400)[m[3] or 's'] if m else 0.
+    if not seconds: raise UserError(f"JOB_TIMEOUT: must be seconds above 0, or such as 4h, 90m, got {s!r}: write a number and one letter, without blanks")
+    return seconds
 
 # %% ../nbs/03_resume.ipynb #c127ce8d
 def container_age()->float: # Seconds; 0 outside of a job
@@ -588,7 +589,7 @@ def start_wandb(
     def init(mode): return wandb.init(project=project, id=run_id, resume='allow' if mode=='online' else None, mode=mode, dir=folder, config=config,
                                       settings=wandb.Settings(console='off', silent=True, finish_timeout=120, x_transaction_log_flush_interval=WANDB_FLUSH))
     try: run = init(mode)
-    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({str(e).splitlines()[0][:100]}): correct it, or set WANDB_MODE=offline") from None
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({excerpt(e)}): correct it, or set WANDB_MODE=offline") from None
     except wandb.errors.CommError as e:
         log.warning(f"W&B can't be reached: this job's part of the curve is kept in {folder}/wandb; send it with `wandb sync`")
         wandb.teardown(); mode = 'offline'; run = init(mode) # without that the id is taken

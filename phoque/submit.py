@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .model_qlora import SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, UserError, check_private, excerpt, hub_problem, private_repo, resolve_base, text_table
-from .resume import bound_requests, parse_duration
+from phoque.model_qlora import (SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, UserError, check_private, excerpt, hub_problem, lora_targets, memory_plan, private_repo, resolve_base,
+    text_table)
+from .resume import COMMITS_AN_HOUR, HISTORY_SECONDS, PRIVATE_GB, SQUASH_BYTES, bound_requests, parse_duration, publish_pace
 from .train import TrainConfig, check_config, fit_batch, options, parse_options, share_batch
 
 # %% auto #0
@@ -19,9 +20,9 @@ __all__ = ['JOB_FLAVOR', 'JOB_TIMEOUT', 'JOB_LABEL', 'JOB_NEEDS', 'JOB_SECRETS',
            'FLAVORS', 'JOB_OVERHEAD', 'FIXED_SECONDS', 'ROLES', 'JOB_PYTHON', 'SMOKE', 'parse_module', 'mk_script',
            'project_root', 'job_pins', 'job_header', 'hf_jobs', 'train_files', 'write_train', 'check_train',
            'find_flavor', 'usable_gib', 'price_today', 'price_per_hour', 'check_timeout', 'job_plan', 'show_plan',
-           'base_shape', 'fit_flavor', 'measured_speed', 'times_faster', 'run_plan', 'job_args', 'unused_secrets',
-           'checking', 'check_secrets', 'token_role', 'check_owner', 'check_dataset', 'check_wandb',
-           'check_installable', 'preflight', 'check_model_repo', 'submit', 'submit_cli']
+           'base_shape', 'fit_flavor', 'measured_speed', 'times_faster', 'checkpoint_bytes', 'hub_use', 'run_plan',
+           'show_hub_use', 'job_args', 'unused_secrets', 'checking', 'check_secrets', 'token_role', 'check_owner',
+           'check_dataset', 'check_wandb', 'check_installable', 'preflight', 'check_model_repo', 'submit', 'submit_cli']
 
 # %% ../nbs/07_submit.ipynb #c234a2e7
 def _lines(
@@ -373,6 +374,31 @@ def times_faster(
     "How many times as fast as that a machine is."
     return gpus*tokens/(speed*FIXED_SECONDS + tokens*(1-speed*FIXED_SECONDS/8192))
 
+# %% ../nbs/07_submit.ipynb #6add02e3
+def checkpoint_bytes(
+    c:TrainConfig, # The run
+    shape, # From `base_shape`
+)->float: # Bytes
+    "The size of a checkpoint: the adapter in fp32, the optimizer's state, and with `LOAD_BEST` the best adapter."
+    state = 2 if '8bit' in c.optim else 8 # bytes a parameter
+    held = memory_plan(shape, optim=c.optim, lora_r=c.lora_r, lora_target_modules=lora_targets(c.lora_target_modules))['adapter']*2**30
+    return held*(4+state+4*c.load_best)/(4+4+2+state) # on a GPU also gradients, and a copy in bf16
+
+def hub_use(
+    c:TrainConfig, # The run
+    shape, # From `base_shape`
+    flavor:str, # Machine
+)->dict: # `saves` and `commits` an hour, `history`: GB that count at once, `every`: minutes from one publication to the next
+    "What a run asks of the Hub on a machine, kept busy for days."
+    at_once,often,recompute,_ = fit_flavor(c, shape, flavor)
+    f,size = find_flavor(flavor),checkpoint_bytes(c, shape)
+    tokens = f['GPUs']*at_once*often*c.max_length
+    speed = f['tokens/s']*times_faster(f['tokens/s'], at_once*c.max_length, f['GPUs'])*(.73 if recompute else 1)
+    seconds = max(c.save_steps*tokens/speed if speed else 0, publish_pace(size, c.publish_minutes), 1)
+    an_hour = 3600/seconds
+    return dict(flavor=flavor, saves=round(3600*speed/(c.save_steps*tokens), 1) if speed else '?', every=round(seconds/60, 1),
+        commits=round(an_hour*(1+size/SQUASH_BYTES), 1), history=round(an_hour*size*HISTORY_SECONDS/3600/1e9, 1))
+
 # %% ../nbs/07_submit.ipynb #e1c0ff94
 def run_plan(
     c:TrainConfig, # The run
@@ -394,12 +420,24 @@ def run_plan(
     if not need: return plan
     if need>room: raise UserError(f"{flavor}: about {need:.0f} GiB are needed{' on each GPU'*(n>1)} for one row with its layers recomputed, and {room:.0f} usable: set a smaller MAX_LENGTH, or take a larger GPU"
         + ", or FSDP=1, with which they share the layers"*(n>1 and not c.fsdp))
-    plan |= {'memory':f'{need:.1f} GiB of {room:.0f} usable' + ', on each'*(n>1), 'on the Hub':f'{c.keep_checkpoints} checkpoints of 0.3 GB, adapter 0.1 GB'}
+    plan |= {'memory':f'{need:.1f} GiB of {room:.0f} usable' + ', on each'*(n>1), 'on the Hub':show_hub_use(c, shape, flavor)}
     if 'about' not in plan or tokens_per_second or c.base_model not in (SEED_BASE, SUCCESSOR): return plan
     fit = [f for f,o in FLAVORS.items() if c.per_device_train_batch_size*c.gradient_accumulation_steps%o['GPUs']==0 and fit_flavor(c, shape, f)[3]<=usable_gib(f)]
     cost = {f:float(p['about'][1:]) for f in fit if 'about' in (p := reckon(f))}
     best = min(cost, key=cost.get)
     return plan | ({'cheaper':f'{best}, about ${cost[best]:.2f}'} if cost[best]<.95*float(plan['about'][1:]) else {})
+
+# %% ../nbs/07_submit.ipynb #669ff3b8
+def show_hub_use(
+    c:TrainConfig, # The run
+    shape, # From `base_shape`
+    flavor:str, # Machine
+)->str: # For the plan
+    "What a run asks of the Hub, in words."
+    use,size = hub_use(c, shape, flavor),checkpoint_bytes(c, shape)
+    much = [f"{v:g} {what} is beyond the Hub's {limit}" for v,what,limit in ((use['commits'],'commits an hour',COMMITS_AN_HOUR), (use['history'],'GB of history',PRIVATE_GB)) if v>=limit]
+    if much: return f"{' and '.join(much)}: set PUBLISH_MINUTES above {c.publish_minutes:g}"
+    return f"a checkpoint of {size/1e9:.2g} GB every {use['every']:g} minutes at most, {use['history']:.0f} GB of history at most"
 
 # %% ../nbs/07_submit.ipynb #72b61f45
 def job_args(

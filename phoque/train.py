@@ -11,7 +11,7 @@ from fastcore.basics import store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, memory_plan, undisturbed
+from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, lora_targets, memory_plan, undisturbed
 from .kernels import TILE, attention_tiles
 from .fast import card_room, fast_layers, keep_weights, add_supervised_head
 from .shard import prepare_sharding, shard_options, sharded_trainer
@@ -56,7 +56,7 @@ class TrainConfig:
         lora_target_modules:str=','.join(LORA_TARGETS), # Linear layers to adapt, by comma, in any order {weights}
         logging_steps:int=10, # Steps between two lines of metrics [1, 1e9]
         save_steps:int=100, # Steps between two checkpoints on the job's disk [1, 1e9]
-        publish_minutes:float=5.0, # Least minutes between two checkpoints on the Hub, more for large ones; 0 publishes each [0, 1440]
+        publish_minutes:float=0.0, # Minutes between two checkpoints on the Hub; 0 takes what stays below the Hub's limits [0, 1440]
         eval_steps:int=100, # Steps between two measurements of the held-out loss; 0 for none [0, 1e9]
         eval_share:float=0.02, # Most of the rows that a run computes which may be held-out ones (0, 1]
         load_best:bool=False, # Publish the adapter with the lowest held-out loss instead of the last one?
@@ -207,7 +207,7 @@ def check_config(
     for k,v in c.asdict().items(): check_option(k, v)
     for k in ('base_model','output_dir','scorer','wandb_project'):
         if not getattr(c, k).strip(): bad(k, "must not be empty")
-    if not any(t.strip() for t in c.lora_target_modules.split(',')): bad('lora_target_modules', "must name linear layers such as q_proj,v_proj, or all-linear")
+    lora_targets(c.lora_target_modules) # or say that they name nothing
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
     if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
     if c.fresh_start.lower() in ('0', 'false', 'no', 'off'): c.fresh_start = ''
@@ -325,7 +325,7 @@ def run_memory(
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
     same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=cfg.lora_target_modules.split(','), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
 
 def fit_batch(
     cfg:TrainConfig, # Of the run
