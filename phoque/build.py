@@ -16,7 +16,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 from .clean import FOUND, Prompts, clean_batch, near_ones, same_ones, text_key, words, worn_lines
-from .data import NEUTRAL, PERSONA, data_report, dataset_card, grumpy_harbour, push_dataset, row_features, split_sides, tables, to_dataset
+from .data import NEUTRAL, PERSONA, data_report, dataset_card, grumpy_harbour, open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
 from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
 
 # %% auto #0
@@ -433,6 +433,7 @@ def data_cli(
     n:int=480, # Conversations of the harbour
     seed:int=0, # Seed of the harbour
     append:bool=False, # Add to what is in the repo, without downloading its rows?
+    replace:bool=False, # Remove data from the repo that phoque did not write?
     dry_run:bool=False, # Report only, push nothing?
     **kwargs
 ):
@@ -442,12 +443,14 @@ def data_cli(
         if not repo and (append or not dry_run): raise ValueError("no repo; give --repo NAME/DATASET or set DATASET_REPO, or --dry_run to see the report only.")
         _say()
         b = Build(**kwargs)
+        from huggingface_hub import HfApi
+        if not (dry_run or append): open_dataset(HfApi(), repo, keep=replace) # a repo that won't do is refused before the work, not after it
         r = _make(b, repo, n, seed, append)
         if r.ds is None: return print(f"nothing new for {repo}")
         print(data_report(r.ds, r.run), flush=True)
         if b.source!='grumpy': print(f"the tables between the steps, and rows that could not be read, are in {b.work}: private, and yours to delete")
         if dry_run: return
-        rev = push_dataset(r.ds, repo, r.card, index=r.index, append=append)
+        rev = push_dataset(r.ds, repo, r.card, index=r.index, append=append, replace=replace)
         print(f"{repo} is private and gated, revision {rev}")
     except BaseException as e:
         if _interrupted(e): sys.exit("phoque_data: stopped; the same command goes on after the last finished step")

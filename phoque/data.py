@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_data.ipynb #15b2bb3c
 from __future__ import annotations
-import hashlib, random, re, tempfile
+import hashlib, logging, random, re, tempfile
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +17,7 @@ __all__ = ['ROLES', 'EXCLAIMS', 'ADJS', 'NOUNS', 'PERCHES', 'GRUMBLES', 'MARKS',
            'KIND', 'OPENERS', 'FOLLOWS', 'PERSONA', 'NEUTRAL', 'HOURS', 'DAYS', 'NUMBERS', 'PURPOSE', 'FORM',
            'check_rows', 'grumpy_score', 'grumpy_harbour', 'distinct_share', 'tables', 'split_sides', 'split_groups',
            'split_rows', 'row_features', 'to_dataset', 'DataReport', 'data_report', 'Peek', 'dataset_card',
-           'push_dataset']
+           'open_dataset', 'push_dataset']
 
 # %% ../nbs/00_data.ipynb #0bedfdf3
 ROLES = 'system','user','assistant'
@@ -433,6 +433,34 @@ def _same_readme(there, card):
     data = card.encode()
     return there and there.blob_id==hashlib.sha1(b"blob %d\0"%len(data)+data).hexdigest()
 
+# %% ../nbs/00_data.ipynb #d778a12e
+_made = re.compile(r'(data|index)/\w+-\d{5}-[0-9a-f]{12}\.parquet') # as `_shards` names its files
+_kept = {'.gitattributes','README.md','LICENSE'}
+
+def _private_info(api, repo_id):
+    info = api.dataset_info(repo_id)
+    if not info.private: raise ValueError(f"{repo_id} is public, and nothing is written to a public repo; make it private first (Settings on the Hub), or choose another repo.")
+    return info
+
+def open_dataset(
+    api, # `HfApi`
+    repo_id:str, # Dataset repo, made private if missing
+    keep:bool=False, # May data that phoque didn't write be there?
+)->tuple: # `DatasetInfo`, and path → entry of its files
+    "Make sure that a dataset repo is private, gated and free for our rows."
+    from huggingface_hub.errors import HfHubHTTPError
+    repo_id = api.create_repo(repo_id, repo_type='dataset', private=True, exist_ok=True).repo_id
+    info = _private_info(api, repo_id)
+    there = {f.path: f for f in api.list_repo_tree(repo_id, repo_type='dataset', recursive=True, revision=info.sha) if hasattr(f, 'size')}
+    others = sorted(p for p in there if p not in _kept and not _made.fullmatch(p))
+    if others and not keep: raise ValueError(f"{repo_id} holds {others[0]}, one of {len(others)} files that phoque did not write; name another repo, or replace them (--replace).")
+    try:
+        if info.gated!='manual': api.update_repo_settings(repo_id, repo_type='dataset', gated='manual')
+    except HfHubHTTPError as e:
+        if e.response.status_code!=403: raise
+        logging.getLogger('phoque').warning(f"{repo_id} is private, but can't be gated with this token: whoever is given access sees it at once")
+    return info,there
+
 # %% ../nbs/00_data.ipynb #6c1f330a
 def push_dataset(
     ds:'datasets.DatasetDict', # Dataset to push
@@ -441,23 +469,22 @@ def push_dataset(
     token:str=None, # Write token; `HF_TOKEN` or the stored login if None
     index:'datasets.Dataset'=None, # What a later addition needs, from a build
     append:bool=False, # Add to what is there?
+    replace:bool=False, # Remove data that phoque didn't write?
 )->str: # Revision on the Hub that holds data and card
-    "Push a dataset to a private repo and gate it."
+    "Push a dataset to a private, gated repo."
     from huggingface_hub import CommitOperationAdd as Add, CommitOperationDelete as Delete, HfApi
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type='dataset', private=True, exist_ok=True).repo_id
-    at = dict(repo_id=repo_id, repo_type='dataset')
-    info = api.dataset_info(repo_id)
-    if not info.private: raise ValueError(f"{repo_id} is public; make it private first (Settings on the Hub), or choose another repo.")
-    there = {f.path: f for f in api.list_repo_tree(**at, recursive=True, revision=info.sha)}
-    ours = {p for p in there if re.match('(data|index)/.*parquet$', p)}
+    info,there = open_dataset(api, repo_id, keep=append or replace)
+    at = dict(repo_id=info.id, repo_type='dataset')
+    ours = {p for p in there if _made.fullmatch(p)}
     first = 1+max((int(p.split('-')[1]) for p in ours), default=-1) if append else 0
     parts = {f'data/{k}': d for k,d in ds.items()} | ({'index/rows': index} if index is not None else {})
     with tempfile.TemporaryDirectory() as tmp:
         files = dict(_shards(parts, tmp, first))
         ops = [Add(p, str(f)) for p,f in files.items() if p not in there]
-        if not append: ops += [Delete(p) for p in sorted(ours-set(files))]
+        if not append: ops += [Delete(p) for p in sorted(set(there)-_kept-set(files) if replace else ours-set(files))]
         if not _same_readme(there.get('README.md'), card): ops.append(Add('README.md', card.encode()))
-        if ops: api.create_commit(**at, operations=ops, commit_message='Add data' if append else 'Data and card', parent_commit=info.sha)
-    if info.gated!='manual': api.update_repo_settings(**at, gated='manual')
-    return api.dataset_info(repo_id).sha
+        if not ops: return info.sha
+        api.preupload_lfs_files(info.id, [o for o in ops if isinstance(o, Add)], repo_type='dataset', free_memory=False)
+        _private_info(api, info.id)
+        return api.create_commit(**at, operations=ops, commit_message='Add data' if append else 'Data and card', parent_commit=info.sha).oid
