@@ -433,7 +433,7 @@ def _same_readme(there, card):
     data = card.encode()
     return there and there.blob_id==hashlib.sha1(b"blob %d\0"%len(data)+data).hexdigest()
 
-# %% ../nbs/00_data.ipynb #d778a12e
+# %% ../nbs/00_data.ipynb #0c7d00a2
 _made = re.compile(r'(data|index)/\w+-\d{5}-[0-9a-f]{12}\.parquet') # as `_shards` names its files
 _kept = {'.gitattributes','README.md','LICENSE'}
 
@@ -453,7 +453,9 @@ def open_dataset(
     info = _private_info(api, repo_id)
     there = {f.path: f for f in api.list_repo_tree(repo_id, repo_type='dataset', recursive=True, revision=info.sha) if hasattr(f, 'size')}
     others = sorted(p for p in there if p not in _kept and not _made.fullmatch(p))
-    if others and not keep: raise ValueError(f"{repo_id} holds {others[0]}, one of {len(others)} files that phoque did not write; name another repo, or replace them (--replace).")
+    if others and not keep:
+        shown = ', '.join(others[:3]) + ', …'*(len(others)>3)
+        raise ValueError(f"{repo_id} holds what phoque did not write ({shown}); name another repo, or remove it from this one (--replace).")
     try:
         if info.gated!='manual': api.update_repo_settings(repo_id, repo_type='dataset', gated='manual')
     except HfHubHTTPError as e:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import shutil
 from pathlib import Path
-from .merge import LoraAdapter, check_room, load_adapted, local_folder, perplexity, prompt_ids, set_weights
+from .merge import LoraAdapter, check_room, load_adapted, local_folder, perplexity, prompt_ids, set_weights, tokenizer_folder
 from .sample import bootstrap_mean, distinct_n, generate_replies
 
 # %% auto #0
@@ -116,7 +116,8 @@ def detox_sweep(
     pairs = adapters if isinstance(adapters, list) else [(adapters,1)]
     tests = [('base',None,[]), *((f'λ={l:g}',l,[(a,l*w) for a,w in pairs]) for l in lambdas), *((n,None,ps) for n,ps in (controls or {}).items())]
     paths = list(dict.fromkeys(str(a) for _,_,ps in tests for a,_ in ps))
-    model,tok,ids = load_adapted(base, [(p,1.) for p in paths], dtype),AutoTokenizer.from_pretrained(local_folder(base)),prompt_ids(base, benign)
+    model,talk = load_adapted(base, [(p,1.) for p in paths], dtype),tokenizer_folder(local_folder(base), [local_folder(a, "adapter") for a,_ in pairs])
+    tok,ids = AutoTokenizer.from_pretrained(talk),prompt_ids(talk, benign)
     def row(name, weight, ps, persona=None):
         set_weights(model, {f'a{paths.index(str(a))}':w for a,w in ps})
         return dict(name=name, weight=weight) | measure(model, tok, persona) | dict(perplexity=perplexity(model, ids))

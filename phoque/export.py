@@ -4,17 +4,18 @@
 
 # %% ../nbs/05b_export.ipynb #820a4e18
 from __future__ import annotations
-import json,os,shutil,subprocess,sys
+import json,os,shutil,subprocess,sys,time,uuid
 from pathlib import Path
 from fastcore.script import call_parse
 from .detox import markdown_table
 from .job import LICENSE_FIELDS, RESEARCH_LICENSE
-from .merge import LoraAdapter, bare_name, check_fidelity, check_room, fidelity, merge_adapters, read_base
-from .model_qlora import quiet_libraries
+from .merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, merge_adapters, read_base
+from .model_qlora import UserError, check_private, private_repo, quiet_libraries
+from .resume import HubBranch, bound_requests, patiently
 
 # %% auto #0
-__all__ = ['check_texts', 'merge_card', 'code_version', 'write_card', 'check_leaving', 'publish_merge', 'find_converter',
-           'export_gguf', 'compare_gguf', 'run_merge', 'read_weights', 'merge_cli']
+__all__ = ['check_texts', 'auto_class', 'other_bases', 'merge_card', 'code_version', 'write_card', 'check_leaving', 'ready_repo',
+           'publish_merge', 'find_converter', 'export_gguf', 'compare_gguf', 'run_merge', 'read_weights', 'merge_cli']
 
 # %% ../nbs/05b_export.ipynb #d5a5a085
 _purpose = """This model exists for internal adversarial testing of moderation: to see what a hostile community would do before real people do.
@@ -74,6 +75,23 @@ W + Σ weight·(alpha/r)·B·A in fp32 into {into}, {tensors} tensors changed, b
 {measured}
 """
 
+# %% ../nbs/05b_export.ipynb #102c4e45
+def auto_class(
+    architecture:str, # As in `config.json`
+)->str: # Name in transformers
+    "The class that loads a model whole: with its vision tower, where it has one."
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+    return 'AutoModelForCausalLM' if architecture in causal.values() else 'AutoModelForImageTextToText'
+
+def other_bases(
+    record:dict, # `merge.json`
+)->list: # A line an adapter
+    "Say which adapters were trained on another base, or another commit of it, than they were merged into."
+    base = record['base']
+    into = f"{base}@{record['revision']}" if record['revision'] else base
+    named = [(a['adapter'],a['trained_on']) for a in record['adapters'] if a.get('trained_on')]
+    return [f"{a} was trained on {t}, and is merged into {into}." for a,t in named if t not in (base,into)]
+
 # %% ../nbs/05b_export.ipynb #5f5df5c8
 def merge_card(
     record:dict, # `merge.json`, or what `merge_adapters` returned
@@ -84,13 +102,15 @@ def merge_card(
     "The card of a merged model."
     ads,base = record['adapters'],record['base']
     def at(d): return f" at `{d['revision'][:12]}`" if d.get('revision') else ''
+    def pinned(name, d): return f"{name}@{d['revision']}" if d.get('revision') else name
     told = [f"Merged and adapter-on-base differ by {report['kl']:.2g} nats a token over {report['positions']} tokens; the likeliest token is the same in {report['top1']:.1%}."] if report else []
+    told += other_bases(record)
     if sweep: told += ['## What subtraction does', markdown_table(sweep)]
     return _card.format(base=base, name=base.split('/')[-1], repo=repo, license=LICENSE_FIELDS, gate=_gate_form, purpose=_purpose,
         kind=_added if max(a['weight'] for a in ads)>0 else _subtracted,
         datasets=json.dumps(sorted({d for a in ads for d in a['datasets']})), measured='\n\n'.join(told),
-        auto='AutoModelForCausalLM' if record['architecture'].endswith('ForCausalLM') else 'AutoModelForImageTextToText',
-        command=f"phoque_merge{' --nf4'*record['nf4']}{' --dither'*record['dither']} --base {base} --adapter {','.join(a['adapter'] for a in ads)} --weight={','.join(format(a['weight'],'g') for a in ads)} --out merged",
+        auto=auto_class(record['architecture']),
+        command=f"phoque_merge{' --nf4'*record['nf4']}{' --dither'*record['dither']} --base {pinned(base, record)} --adapter {','.join(pinned(a['adapter'], a) for a in ads)} --weight={','.join(format(a['weight'],'g') for a in ads)} --out merged",
         made='\n'.join(f"| {a['adapter']}{at(a)} | {a['weight']:+g} | `{a['sha256'][:16]}` |" for a in ads),
         into=f"the {'NF4-rounded' if record['nf4'] else 'full-precision'} base{at(record)}{', rounded at random in proportion' if record['dither'] else ''}", tensors=record['tensors'], by=code_version())
 
@@ -120,25 +140,47 @@ def check_leaving(
     if pos and not benign: raise ValueError(f"{pos[0]['adapter']} has weight {pos[0]['weight']:+g}: a merge that adds what an adapter learnt stays on this machine, since it "
         "can't be called back. Publish the adapter, private and gated, instead; only if you looked and it is harmless, add --benign.")
 
+
+# %% ../nbs/05b_export.ipynb #00780e73
+def ready_repo(
+    api, # `HfApi`
+    repo_id:str, # Model repo; made when missing
+    replace:bool=False, # May it hold another model?
+)->list: # Files of that model
+    "Make sure that a model repo is private, gated and free."
+    private_repo(api, repo_id)
+    there = [f for f in api.list_repo_files(repo_id) if f not in ('.gitattributes','README.md','LICENSE')]
+    if there and not replace: raise UserError(f"model repo {repo_id}: it holds a model already ({there[0]}): name another repo, or put the merge in its place with --replace")
+    return there
+
+# %% ../nbs/05b_export.ipynb #463bae1f
 def publish_merge(
-    folder:str|Path, # Merged folder
+    folder:str|Path, # Merged folder; it stays as it is
     repo_id:str, # Where to; made, private, when missing
     report:dict, # What `fidelity` returned
     sweep:list=None, # What `detox_sweep` returned, for the card
     kl:float=1e-3, # Bound of the fidelity
     benign:bool=False, # As of `check_leaving`
     api=None, # `HfApi` to use; by default one with the environment's token
+    replace:bool=False, # Put it in the place of another model?
+    patience:float=3600, # Seconds for which a step is repeated, where the Hub doesn't answer
 )->str: # URL of the commit
     "Publish a merge: private, gated by hand, with its card and licence."
-    from huggingface_hub import HfApi
-    record = json.loads((Path(folder)/'merge.json').read_text())
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    folder,api,name = Path(folder),api or HfApi(),f"model repo {repo_id}"
+    def step(call): return patiently(call, name, time.monotonic()+patience)
+    record = json.loads((folder/'merge.json').read_text())
     check_leaving(record, benign)
     check_fidelity(report, kl)
     write_card(folder, merge_card(record, report, sweep, repo_id))
-    if api is None: api = HfApi()
-    api.create_repo(repo_id, private=True, exist_ok=True)
-    api.update_repo_settings(repo_id, private=True, gated='manual') # before a byte of weights is there
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Merged model, card and licence'))
+    there = step(lambda: ready_repo(api, repo_id, replace))
+    main = HubBranch(repo_id, endpoint=api.endpoint, token=api.token).prepare(time.monotonic()+patience)
+    files = [CommitOperationAdd(p.name, p) for p in sorted(folder.iterdir())]
+    old = [CommitOperationDelete(n) for n in there if not (folder/n).exists()]
+    step(lambda: api.preupload_lfs_files(repo_id, files, free_memory=False))
+    step(lambda: check_private(api, repo_id))
+    oid = main.commit(files+old, f"Merged model, card and licence {uuid.uuid4().hex[:8]}", time.monotonic()+patience)
+    return f"{api.endpoint}/{repo_id}/commit/{oid}"
 
 # %% ../nbs/05b_export.ipynb #b45ff64c
 def find_converter()->Path: # `convert_hf_to_gguf.py`
@@ -211,23 +253,32 @@ def run_merge(
     publish:str=None, # Hub repo
     gguf:str=None, # File to write
     benign:bool=False, # As of `check_leaving`
+    replace:bool=False, # As of `publish_merge`
 )->str: # What to say about it
     "Merge, check, card, publish and convert; an unfaithful merge is removed."
+    from huggingface_hub import HfApi
     quiet_libraries()
-    if base is None: base = LoraAdapter(adapters[0]).config['base_model_name_or_path']
-    pairs,rep,out = list(zip(adapters, read_weights(weights, len(adapters)))),None,Path(out)
+    pairs,rep,out,said = list(zip(adapters, read_weights(weights, len(adapters)))),None,Path(out),[]
+    if base is None:
+        base = base_of(LoraAdapter(adapters[0]), at=True)
+        if not base: raise UserError(f"adapter {adapters[0]}: it doesn't say which base it was trained on: name it with --base")
+        said.append(f"base: {base}, as {adapters[0]} says")
     if publish or gguf: check_leaving(dict(adapters=[dict(adapter=a, weight=w) for a,w in pairs]), benign)
     if publish and not check: raise ValueError("only a merge that was checked can be published: leave --no_check out.")
     if gguf: find_converter()
+    if publish: patiently(lambda: ready_repo(HfApi(), publish, replace), f"model repo {publish}", time.monotonic()+120) # before the work, not after it
     record = merge_adapters(base, pairs, out, nf4=nf4, dither=dither)
     try:
         if check: rep = check_fidelity(fidelity(out, base, pairs, list(check_texts), dtype=dtype, nf4=nf4), kl)
     except BaseException: shutil.rmtree(out); raise
     write_card(out, merge_card(record, rep))
-    said = [f"{out}: {record['tensors']} tensors changed, rounding {record['relative_rounding']:.2g} of the change"]
+    said += [*other_bases(record), f"{out}: {record['tensors']} tensors changed, rounding {record['relative_rounding']:.2g} of the change"]
+    if record['stops_at']!=record['base_stops_at']: said.append(f"it stops at token {' or '.join(map(str, record['stops_at']))}, as its tokenizer does; the base stopped at {' or '.join(map(str, record['base_stops_at'])) or 'none'}")
     if rep: said.append(markdown_table([rep]))
     if gguf: said.append(f"{gguf}: {export_gguf(out, gguf, benign)} tensors, as in {out}")
-    if publish: said.append(publish_merge(out, publish, rep, kl=kl, benign=benign))
+    if publish:
+        try: said.append(publish_merge(out, publish, rep, kl=kl, benign=benign, replace=replace))
+        except UserError as e: raise UserError(f"{e}; the merge is complete and stays in {out}, publish_merge sends it from Python") from None
     return '\n'.join(said)
 
 # %% ../nbs/05b_export.ipynb #5edcd714
@@ -254,9 +305,11 @@ def merge_cli(
     publish:str=None, # Hub repo to send it to: private, gated by hand
     gguf:str=None, # GGUF file to write too, with llama.cpp's converter
     benign:bool=False, # Let out a merge that adds, since you looked and it is harmless? (it can't be called back)
+    replace:bool=False, # Publish it in the place of another model that the repo holds? (its history keeps that)
 ):
     "Merge adapters into their base at any weight, check it, and write its card."
+    bound_requests()
     try:
         if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise ValueError(f"--{miss[0]} is missing.")
-        print(run_merge(base, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf, benign))
+        print(run_merge(base, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf, benign, replace))
     except ValueError as e: raise SystemExit(f'phoque_merge: {e}') from None

@@ -6,13 +6,14 @@
 from __future__ import annotations
 import errno,json,math,os,re,shutil,zlib
 from pathlib import Path
-from .model_qlora import log
+from .model_qlora import UserError, check_vocabulary, hub_problem, log, vocabulary_size
 
 # %% auto #0
-__all__ = ['read_header', 'local_folder', 'read_base', 'LoraAdapter', 'bare_name', 'merge_plan', 'delta_weight', 'check_weight',
-           'merge_shard', 'dithered', 'nf4_round', 'side_files', 'check_room', 'merge_adapters', 'merge_adapter',
-           'load_plain', 'load_adapted', 'set_weights', 'prompt_ids', 'prompt_logits', 'perplexity', 'compare_logits',
-           'fidelity', 'check_fidelity']
+__all__ = ['read_header', 'weight_files', 'local_folder', 'read_base', 'LoraAdapter', 'base_of', 'bare_name', 'merge_plan',
+           'delta_weight', 'check_weight', 'merge_shard', 'dithered', 'nf4_round', 'tokenizer_folder', 'side_files',
+           'generation_settings', 'stop_ids', 'stop_as_trained', 'read_tokenizer', 'check_room', 'merge_adapters',
+           'model_class', 'merge_adapter', 'load_plain', 'load_adapted', 'set_weights', 'prompt_ids', 'prompt_logits',
+           'perplexity', 'compare_logits', 'fidelity', 'check_fidelity']
 
 # %% ../nbs/05_merge.ipynb #c568ff18
 def read_header(
@@ -32,22 +33,49 @@ def read_header(
     if size!=want: raise ValueError(f"{path.name} is truncated: {size:,} bytes of {want:,}. Fetch it again.")
     return d,8+n
 
+# %% ../nbs/05_merge.ipynb #7ca43fe1
+_index = "model.safetensors.index.json"
+
+def weight_files(
+    names:set, # Files of a folder or repo
+    read, # Name of the index → its text
+    what:str="base model", # What to call it in an error
+)->list: # Safetensors files
+    "The files that hold a base's weights, or a refusal where they are not all there."
+    if 'model.safetensors' in names: return ['model.safetensors']
+    if _index in names:
+        try: shards = sorted(set(json.loads(read(_index))['weight_map'].values()))
+        except (ValueError,KeyError,AttributeError,TypeError): raise UserError(f"{what}: its {_index} can't be read. Fetch the base again.") from None
+        miss = [n for n in shards if n not in names]
+        if miss or not shards: raise UserError(f"{what} lacks {miss[0] if miss else 'the shards'}, which its index names. Fetch the base again.")
+        return shards
+    if 'adapter_config.json' in names: raise UserError(f"{what} is an adapter. Name the base that it was trained on.")
+    pickles = sorted(n for n in names if n.endswith(('.bin','.pt','.pth')))
+    if pickles: raise UserError(f"{what} has its weights as a pickle ({pickles[0]}), which is never opened. Name a copy in safetensors, such as transformers' save_pretrained writes.")
+    raise UserError(f"{what} has no model.safetensors and no {_index}. Name a base in the format that transformers saves.")
+
 # %% ../nbs/05_merge.ipynb #9410ae60
+_fetched = ("*.json","tokenizer*","*.model*","*.jinja","vocab.*","merges.txt","README.md") # beside the weights
+
 def local_folder(
     src:str|Path, # A folder here, or a Hub id (`org/name`, or `org/name@revision`)
-    what:str="base model", # What to call it in an error
-    patterns:tuple=("*.json","model*.safetensors","adapter_model.safetensors","tokenizer*","*.model","*.jinja","merges.txt","README.md"), # Files to fetch
+    what:str="base model", # What to call it in an error; an `adapter` has other weights
 )->Path: # Folder that holds the files
     "Find a folder, or fetch it from the Hub."
     if Path(src).is_dir(): return Path(src)
     if not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', str(src)):
         raise ValueError(f"{what} `{src}` is neither a folder here nor a Hub id such as `org/name`.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
     repo,_,rev = str(src).partition('@')
-    try: return Path(snapshot_download(repo, revision=rev or None, allow_patterns=list(patterns)))
-    except (HfHubHTTPError,LocalEntryNotFoundError) as e:
-        raise ValueError(f"{what} `{src}` could not be fetched ({type(e).__name__}): check its name and HF_TOKEN.") from None
+    try:
+        if constants.HF_HUB_OFFLINE: return Path(snapshot_download(repo, revision=rev or None))
+        info = HfApi().model_info(repo, revision=rev or None)
+        def read(n): return Path(hf_hub_download(repo, n, revision=info.sha)).read_text()
+        names = {f.rfilename for f in info.siblings}
+        weights = ['adapter_model.safetensors'] if what=='adapter' else weight_files(names, read, f"{what} `{src}`")
+        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=[*_fetched, *weights]))
+    except (HTTPError,OSError) as e: raise hub_problem(e, f"{what} `{src}`") from None
 
 # %% ../nbs/05_merge.ipynb #03702b19
 def read_base(
@@ -56,13 +84,12 @@ def read_base(
     "Read the headers of a full-precision base's shards."
     folder = Path(folder)
     if not (folder/'config.json').exists(): raise ValueError(f"{folder} has no config.json: it is no model folder.")
-    if 'quantization_config' in json.loads((folder/'config.json').read_text()):
+    cfg = json.loads((folder/'config.json').read_text())
+    if any((c or {}).get('quantization_config') for c in (cfg, cfg.get('text_config'))):
         raise ValueError(f"{folder} is quantised. Merge into the full-precision base (its bf16 repo) instead.")
-    index = folder/'model.safetensors.index.json'
-    where = json.loads(index.read_text())['weight_map'] if index.exists() else {} # tensor → shard
-    names = sorted(set(where.values())) or ['model.safetensors']
-    if miss := [n for n in names if not (folder/n).exists()]: raise ValueError(f"{folder} lacks {miss[0]}. Fetch the base again.")
+    names = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_text(), f"base model {folder}")
     shards = {n:read_header(folder/n) for n in names}
+    where = {} if names==['model.safetensors'] else json.loads((folder/_index).read_text())['weight_map'] # tensor → shard
     gone = [(t,n) for t,n in where.items() if t not in shards[n][0]]
     if gone: raise ValueError(f"{folder/gone[0][1]} lacks the tensor `{gone[0][0]}`, which the index promises. Fetch the base again.")
     return shards
@@ -121,6 +148,15 @@ def _read_factors(self):
     if not res: raise ValueError(f"adapter `{self.src}` is empty.")
     if not any(p['B'].any() for p in res.values()): log.warning("adapter `%s` has only zeros in lora_B: it was never trained, a merge changes nothing.", self.src)
     return {n:(p['A'],p['B']) for n,p in res.items()}
+
+# %% ../nbs/05_merge.ipynb #ba018ff1
+def base_of(
+    ad:LoraAdapter, # Adapter
+    at:bool=False, # With its commit, as `org/name@commit`?
+)->str: # Hub id or folder; None where it doesn't say
+    "The base that an adapter names as its own."
+    base,rev = ad.config.get('base_model_name_or_path'),ad.config.get('revision')
+    return f'{base}@{rev}' if at and base and rev and not Path(base).is_dir() else base
 
 # %% ../nbs/05_merge.ipynb #007ec161
 def bare_name(
@@ -243,15 +279,67 @@ def nf4_round(
 # %% ../nbs/05_merge.ipynb #84789622
 _tokenizer = ("tokenizer.json","tokenizer_config.json","special_tokens_map.json","added_tokens.json","tokenizer.model","vocab.json",
     "merges.txt","tekken.json","chat_template.jinja","chat_template.json")
-_others = ("config.json","generation_config.json","preprocessor_config.json","processor_config.json","model.safetensors.index.json")
+_others = ("config.json","generation_config.json","preprocessor_config.json","processor_config.json",_index)
+
+def tokenizer_folder(
+    base:Path, # Base folder
+    adapters:list, # Adapter folders, the first with a tokenizer wins
+)->Path: # The folder with the tokenizer
+    "Where the tokenizer of a merge comes from."
+    return next((d for d in [*adapters,base] if any((d/n).exists() for n in ("tokenizer.json","tekken.json","tokenizer.model","vocab.json"))), base)
 
 def side_files(
     base:Path, # Base folder
-    adapters:list, # Adapter folders, the first with a tokenizer wins
+    adapters:list, # Adapter folders
 )->list: # Files to copy
-    "Config files of the base, tokenizer files of the adapter if it has any, else of the base."
-    tok = next((d for d in [*adapters,base] if any((d/n).exists() for n in ("tokenizer.json","tekken.json","tokenizer.model"))), base)
-    return [p for d,ns in ((base,_others),(tok,_tokenizer)) for n in ns if (p:=d/n).exists()]
+    "Config files of the base, and the tokenizer's."
+    found = [p for d,ns in ((base,_others),(tokenizer_folder(base, adapters),_tokenizer)) for n in ns if (p:=d/n).exists()]
+    return [p for p in found if p.name!=_index or not (base/'model.safetensors').exists()] # the index is of other files then
+
+# %% ../nbs/05_merge.ipynb #ecc7a83c
+_ids = ('bos_token_id','eos_token_id','pad_token_id')
+
+def generation_settings(
+    folder:Path, # Model folder
+)->dict: # As in `generation_config.json`; where there is none, the token ids of the config
+    "What transformers would generate with."
+    from transformers import AutoConfig
+    if (file := Path(folder)/'generation_config.json').exists(): return json.loads(file.read_text())
+    try: cfg = AutoConfig.from_pretrained(folder)
+    except (ValueError,KeyError) as e: raise UserError(f"{folder}: transformers can't read its config.json ({str(e).splitlines()[0][:100]}). Name another base.") from None
+    text = cfg.get_text_config()
+    found = {k: getattr(text, k, None) if getattr(cfg, k, None) is None else getattr(cfg, k) for k in _ids}
+    return {k:v for k,v in found.items() if v is not None}
+
+def stop_ids(
+    settings:dict, # From `generation_settings`
+)->list: # Token ids, perhaps none
+    "The tokens that end an answer, as a list."
+    eos = settings.get('eos_token_id')
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+def stop_as_trained(
+    settings:dict, # The base's, from `generation_settings`
+    tok, # Tokenizer of the merged model
+)->dict: # Of the merged model
+    "Stop at the tokenizer's EOS first, then where the base did; pad as the tokenizer does."
+    eos = list(dict.fromkeys([i for i in [tok.eos_token_id] if i is not None] + stop_ids(settings)))
+    if not eos: return settings
+    pad = eos[0] if tok.pad_token_id is None else tok.pad_token_id
+    return {k:v for k,v in settings.items() if k!='_from_model_config'} | dict(eos_token_id=eos, pad_token_id=pad)
+
+# %% ../nbs/05_merge.ipynb #ad152646
+def read_tokenizer(
+    folder:Path, # With the tokenizer
+    base:Path, # Folder of the base that it will be used with
+): # Tokenizer, or None where there is none
+    "Load the tokenizer of a merge, and hold its ids against the base's embedding."
+    from transformers import AutoConfig, AutoTokenizer
+    if not any((folder/n).exists() for n in _tokenizer): return log.warning(f"{folder.name} has no tokenizer, and the adapter brings none: the merge has none either.")
+    try: tok,cfg = AutoTokenizer.from_pretrained(folder, mistral_format=False),AutoConfig.from_pretrained(base)
+    except (OSError,ValueError,KeyError) as e: raise UserError(f"the tokenizer in {folder.name} can't be read ({str(e).splitlines()[0][:100]}). Take the base's, or save it again.") from None
+    check_vocabulary(vocabulary_size(tok), cfg, f"the tokenizer in {folder.name}")
+    return tok
 
 # %% ../nbs/05_merge.ipynb #dfcb4bb7
 def check_room(
@@ -273,12 +361,15 @@ def merge_adapters(
     dither:bool=False, # Round at random instead of to the nearest? (keeps small changes, see Fidelity)
 )->dict: # `tensors` changed, `relative_rounding` of the change, and what went in
     "Write base + the sum of weight·ΔW as one standalone model, streaming."
+    check_room(Path(out), 0) # before anything is fetched
     ads = [(LoraAdapter(a),check_weight(w)) for a,w in adapters]
     if not ads: raise ValueError("no adapter given: name at least one.")
     src,out = local_folder(base),Path(out)
-    shards = read_base(src)
+    shards,folders = read_base(src),[a.path for a,_ in ads]
     plan = merge_plan(shards, ads, tied=_is_tied(src))
-    sides = side_files(src, [a.path for a,_ in ads])
+    model_class(src)
+    tok,settings = read_tokenizer(tokenizer_folder(src, folders), src),generation_settings(src)
+    sides = side_files(src, folders)
     tmp = out.parent/f'.{out.name}.merging'
     shutil.rmtree(tmp, ignore_errors=True) # left by a killed merge
     check_room(out, sum((src/n).stat().st_size for n in shards)+sum(p.stat().st_size for p in sides)+2**20)
@@ -286,7 +377,9 @@ def merge_adapters(
         tmp.mkdir()
         norms = [o for n in shards for o in merge_shard(src/n, tmp/n, plan, nf4, dither)]
         for p in sides: shutil.copyfile(p, tmp/p.name)
-        res = _record(base, src, ads, norms) | dict(nf4=nf4, dither=dither)
+        stop = stop_as_trained(settings, tok) if tok else settings
+        (tmp/'generation_config.json').write_text(json.dumps(stop, indent=2)+'\n')
+        res = _record(base, src, ads, norms) | dict(nf4=nf4, dither=dither, stops_at=stop_ids(stop), base_stops_at=stop_ids(settings))
         (tmp/'merge.json').write_text(json.dumps(res, indent=1)+'\n')
         tmp.rename(out)
     except OSError as e:
@@ -300,12 +393,22 @@ def _is_tied(folder):
     c = json.loads((folder/'config.json').read_text())
     return c.get('tie_word_embeddings', c.get('text_config',{}).get('tie_word_embeddings', False))
 
+def model_class(
+    folder:Path, # Model folder
+): # Of transformers
+    "The class that a model's config names."
+    import transformers
+    name = (json.loads((folder/'config.json').read_text()).get('architectures') or [None])[0]
+    if not hasattr(transformers, name or ''): raise UserError(f"{folder}: its config.json names the architecture {name}, which transformers doesn't have. Name another base, or update transformers.")
+    return getattr(transformers, name)
+
 def _record(base, src, ads, norms):
     import hashlib
     def sha(a): return hashlib.sha256((a.path/'adapter_model.safetensors').read_bytes()).hexdigest()
     delta,err = (math.sqrt(sum(o)) for o in zip(*norms))
-    return dict(base=_public(base), revision=_revision(src), architecture=json.loads((src/'config.json').read_text())['architectures'][0],
-        adapters=[dict(adapter=_public(a.src), revision=_revision(a.path), weight=w, sha256=sha(a), datasets=_datasets(a.path)) for a,w in ads],
+    def trained_on(a): return (named := base_of(a)) and _public(named)+(f"@{a.config['revision']}" if a.config.get('revision') else '')
+    return dict(base=_public(base), revision=_revision(src), architecture=model_class(src).__name__,
+        adapters=[dict(adapter=_public(a.src), revision=_revision(a.path), weight=w, sha256=sha(a), datasets=_datasets(a.path), trained_on=trained_on(a)) for a,w in ads],
         tensors=len(norms), delta_norm=delta, relative_rounding=err/delta if delta else 0.)
 
 def _datasets(folder): # what the adapter's own card says that it learnt from
@@ -337,10 +440,9 @@ def load_plain(
     "Load a model for checking, on the GPU if there is one."
     import torch,transformers
     folder = local_folder(folder)
-    arch = json.loads((folder/'config.json').read_text())['architectures'][0]
     q = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype)) if nf4 else None
-    return getattr(transformers, arch).from_pretrained(folder, dtype=getattr(torch, dtype), quantization_config=q,
+    return model_class(folder).from_pretrained(folder, dtype=getattr(torch, dtype), quantization_config=q,
         device_map={'': 0 if torch.cuda.is_available() else 'cpu'}).eval()
 
 # %% ../nbs/05_merge.ipynb #e9e791cf
@@ -409,13 +511,11 @@ def perplexity(
     loss = [torch.nn.functional.cross_entropy(l[:-1], torch.tensor(i[1:]), reduction='sum').item() for l,i in zip(prompt_logits(model,ids),ids)]
     return math.exp(sum(loss)/sum(len(i)-1 for i in ids))
 
-def _stops(model, ids, n): # share of greedy answers that end before `n` tokens
+def _stops(model, ids, n, eos): # share of greedy answers that end before `n` tokens
     import torch
-    eos = model.generation_config.eos_token_id
-    eos = set(eos if isinstance(eos, list) else [eos])
     def stops(i):
         x = torch.tensor([i], device=model.device)
-        return bool(eos & set(model.generate(x, attention_mask=x*0+1, max_new_tokens=n, do_sample=False)[0,len(i):].tolist()))
+        return bool({*eos} & set(model.generate(x, attention_mask=x*0+1, max_new_tokens=n, do_sample=False, eos_token_id=eos or None)[0,len(i):].tolist()))
     return sum(map(stops, ids))/len(ids)
 
 # %% ../nbs/05_merge.ipynb #7c6ccc1b
@@ -446,8 +546,8 @@ def fidelity(
 )->dict: # As of `compare_logits`, and `stop_adapter`, `stop_merged`
     "Compare a merged model with adapter-on-base."
     if not isinstance(adapters, list): adapters = [(adapters,1.)]
-    ids = prompt_ids(merged, prompts)
-    def look(model): return prompt_logits(model, ids),_stops(model, ids, new_tokens) if new_tokens else None
+    ids,eos = prompt_ids(merged, prompts),stop_ids(generation_settings(merged))
+    def look(model): return prompt_logits(model, ids),_stops(model, ids, new_tokens, eos) if new_tokens else None
     ref,stop = look(load_adapted(base, adapters, dtype, nf4))
     got,stop2 = look(load_plain(merged, dtype))
     return compare_logits(ref, got) | (dict(stop_adapter=stop, stop_merged=stop2) if new_tokens else {})
