@@ -598,6 +598,7 @@ def add_lora(
     lora_dropout:float=0.0, # Share of the adapter's inputs set to zero in training
     lora_target_modules:tuple=LORA_TARGETS, # Suffixes of the linear layers to adapt
     seed:int=0, # Of lora_A's random start
+    revision:str=None, # The base's commit, for `adapter_config.json`; None for a folder
 ): # `PeftModel` whose adapter is fp32 and changes nothing yet
     "Put a fresh adapter on the language model."
     from peft import LoraConfig, get_peft_model
@@ -608,7 +609,7 @@ def add_lora(
     stem = r'.*\.language_model\..*' if any('.language_model.' in n for n in names) else '.*'
     set_seed(seed)
     return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
-        target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"))
+        target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"), revision=revision)
 
 # %% ../nbs/01_model_qlora.ipynb #4909923c
 def register_varlen():
