@@ -15,11 +15,11 @@ from fastcore.script import Param, call_parse
 __all__ = ['log', 'SEED_BASE', 'SUCCESSOR', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'LORA_TARGETS', 'SUCCESSOR_SHAPE',
            'HEAD_LOGITS', 'UserError', 'quiet_libraries', 'text_table', 'hub_problem', 'resolve_base', 'check_private',
            'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts',
-           'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'load_tokenizer',
-           'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset',
-           'control_ids', 'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'labels_cli', 'load_model',
-           'add_lora', 'register_varlen', 'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit',
-           'memory_plan']
+           'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'vocabulary_size',
+           'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges',
+           'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels', 'label_invariants', 'read_chats',
+           'write_labels', 'labels_cli', 'load_model', 'lora_targets', 'add_lora', 'register_varlen',
+           'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 log = logging.getLogger("phoque")
@@ -302,6 +302,28 @@ def _read_tekken(f): # Version, and the default settings of v15 as the JSON that
     effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
     return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
 
+# %% ../nbs/01_model_qlora.ipynb #13e577c5
+def vocabulary_size(
+    tok, # Tokenizer
+)->int: # One more than its largest id, which is more than `len(tok)` where ids are left out
+    "How many rows a tokenizer needs of an embedding."
+    return max(tok.get_vocab().values())+1
+
+def check_vocabulary(
+    tok_len:int, # Rows that the tokenizer needs, from `vocabulary_size`
+    rows, # Rows that the embedding has, or the model's config
+    name:str='tokenizer', # How an error names the tokenizer
+):
+    "Refuse a tokenizer that gives ids which the model doesn't have."
+    if not isinstance(rows, int): rows = rows.get_text_config().vocab_size
+    if tok_len>rows: raise UserError(f"{name}: it has {tok_len:,} tokens, and the model's embedding {rows:,} rows: take the tokenizer that belongs to the model, or enlarge the model first (resize_token_embeddings)")
+
+def _check_folder(tok, folder): # A tokenizer may lie there without a model
+    from transformers import AutoConfig
+    try: cfg = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError): return
+    if isinstance(getattr(cfg.get_text_config(), 'vocab_size', None), int): check_vocabulary(vocabulary_size(tok), cfg, f"tokenizer {tok.name_or_path!r}")
+
 # %% ../nbs/01_model_qlora.ipynb #85b213ca
 def load_tokenizer(
     path:str, # Hub id or local folder
@@ -327,6 +349,7 @@ def load_tokenizer(
     tok.eos_token = control[1]
     if not (pad := next((p for p in PADS if p in vocab and p!=tok.eos_token), None)): raise UserError(f"tokenizer {tok.name_or_path!r}: it has none of {', '.join(PADS)} to pad with")
     tok.pad_token,tok.chat_template = pad,template.replace('SETTINGS]SETTINGS[', f"SETTINGS]{tok.init_kwargs.get('model_settings')}[")
+    _check_folder(tok, folder)
     return tok
 
 # %% ../nbs/01_model_qlora.ipynb #d3730bd4
@@ -552,9 +575,18 @@ def load_model(
     model.config.get_text_config().use_cache = False
     return model
 
-# %% ../nbs/01_model_qlora.ipynb #fd4cfa65
+# %% ../nbs/01_model_qlora.ipynb #65cfd094
 LORA_TARGETS = ('q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj')
 
+def lora_targets(
+    text:str, # Names of linear layers, by comma, or `all-linear`
+)->tuple: # The same names sorted, each once; `('all-linear',)` stands for all
+    "Read which layers are to be adapted: however they are written, the same layers give the same run."
+    names = sorted({n.strip() for n in text.split(',')}-{''})
+    if not names: raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
+    return ('all-linear',) if 'all-linear' in names else tuple(names)
+
+# %% ../nbs/01_model_qlora.ipynb #fd4cfa65
 def add_lora(
     model, # From `load_model`
     lora_r:int=16, # Rank
@@ -679,7 +711,7 @@ def audit(
             ("embedding's dtype", 'bfloat16', str(emb.dtype)[6:]),
             ('attention', attn_implementation, text._attn_implementation),
             ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
-            ('vocabulary fits', True, len(tok)<=emb.shape[0]),
+            ('vocabulary fits', True, vocabulary_size(tok)<=emb.shape[0]),
             ('vision tower', 'none', 'loaded' if any('vision_tower' in k for k,_ in model.named_parameters()) else 'none')]
     by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in lora_target_modules}
     facts = {'base model': f"{type(model.get_base_model()).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}",
