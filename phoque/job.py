@@ -7,7 +7,7 @@ from __future__ import annotations
 import os, sys, json, math, time, shlex, logging, shutil, threading, traceback, uuid
 from pathlib import Path
 from types import SimpleNamespace
-from .model_qlora import (UserError, quiet_libraries, hub_problem, log, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed, choose_attention, load_model, add_lora,
+from .model_qlora import (UserError, quiet_libraries, hub_problem, log, base_config, lora_targets, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed, choose_attention, load_model, add_lora,
     audit, check_audit, text_table)
 from .shard import check_sharded, own_part, whole_adapter
 from .train import TrainConfig, options, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, held_out_loss
@@ -224,8 +224,8 @@ def build(self:Job):
     self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
     self.total = run_steps(cfg, len(packed))
     if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START=1 to begin again")
-    targets = tuple(cfg.lora_target_modules.split(','))
-    attn,why = choose_attention()
+    targets = lora_targets(cfg.lora_target_modules)
+    attn,why = choose_attention(patiently(lambda: base_config(base), name, until))
     log.info(f"attention: {attn}, {why}")
     model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
     self.trainer = make_trainer(cfg, model, self.tok, packed, self)

@@ -11,9 +11,9 @@ from fastcore.basics import store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, memory_plan, undisturbed
+from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, decoder_layers, log, lora_targets, memory_plan, undisturbed
 from .kernels import TILE, attention_tiles
-from .fast import card_room, fast_layers, keep_weights, add_supervised_head
+from .fast import card_room, check_packed, fast_layers, keep_weights, add_supervised_head
 from .shard import prepare_sharding, shard_options, sharded_trainer
 
 # %% auto #0
@@ -254,7 +254,7 @@ def run_memory(
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
     same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=cfg.lora_target_modules.split(','), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
 
 def fit_batch(
     cfg:TrainConfig, # Of the run
@@ -333,7 +333,7 @@ def compile_layers(
     "Compile every decoder layer on its own."
     import torch._functorch.config
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
-    for layer in model.get_base_model().get_decoder().layers: layer.compile()
+    for layer in decoder_layers(model.get_base_model()): layer.compile()
 
 # %% ../nbs/02_train.ipynb #bf7364ad
 def _background_saves():
@@ -461,6 +461,7 @@ def make_trainer(
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
     if stack and ranks>1: share_stack(trainer, stack)
+    if not shard: check_packed(trainer.model.get_base_model(), tok, cfg.max_length, stack)
     if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
     return trainer

@@ -116,12 +116,29 @@ def _holds_fp8(folder): # By the headers of its weights: https://huggingface.co/
         with open(f, 'rb') as s: return json.loads(s.read(int.from_bytes(s.read(8), 'little')))
     return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for k,t in header(f).items() if k!='__metadata__')
 
+WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
+
+def check_weights(
+    name:str, # Hub id or local folder
+    cfg:dict, # Its config
+    files:list, # Names of the files that it has
+    source:str=None, # Repo that it was made from, where its card says so
+):
+    "Refuse weights that can't be trained on and merged, before they are downloaded."
+    q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
+    if q and not _marked_fp8(cfg):
+        method = q.get('quant_method') or 'a method without a name'
+        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {source or 'the repo that it was made from'}")
+    if set(WEIGHTS)&set(files): return
+    found = ', '.join(sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
+    raise UserError(f"base model {name!r}: it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged: choose a repo with safetensors, or convert it (save_pretrained writes them)")
+
 def resolve_base(
     base_model:str=SEED_BASE, # Hub id or local folder
     strict:bool=False, # Refuse a substitute?
 )->dict: # `requested`, `id`, `revision` (commit, or None for a folder), `note` (why another one was taken, or None), `auto` (transformers' class that loads all of it)
     "Find the base model that stands for the name asked for."
-    here,rev,note,name = Path(base_model).is_dir(),None,None,base_model
+    here,rev,note,name,info = Path(base_model).is_dir(),None,None,base_model,None
     if here: fp8 = _marked_fp8(_model_config(name)) and _holds_fp8(name)
     elif info := _model_info(name): fp8 = _marked_fp8(_model_config(name, info.sha))
     elif name!=SEED_BASE: raise UserError(f"base model {name!r}: no such folder here, and the Hub has no such repo or HF_TOKEN may not see it: check BASE_MODEL")
@@ -132,7 +149,9 @@ def resolve_base(
         if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}: {note}, but there is no {name}: set BASE_MODEL")
         rev = info.sha
     if note: log.warning(f"BASE MODEL: {note}: {name}")
-    auto = 'AutoModelForImageTextToText' if 'vision_config' in _model_config(name, rev) else 'AutoModelForCausalLM'
+    cfg,card = _model_config(name, rev),getattr(info, 'card_data', None) or {}
+    check_weights(name, cfg, [s.rfilename for s in info.siblings] if rev else os.listdir(name), card.get('base_model'))
+    auto = 'AutoModelForImageTextToText' if 'vision_config' in cfg else 'AutoModelForCausalLM'
     return dict(requested=base_model, id=name, revision=rev, note=note, auto=auto)
 
 def check_private(
@@ -539,11 +558,42 @@ def write_labels(
     table = text_table(label_invariants(tok, rows)) if rows else 'no conversations'
     out.write(f'<!doctype html><meta charset=utf-8><title>labels</title><pre>{escape(table)}</pre>' + '<hr>'.join(show_labels(tok, *r) for r in rows))
 
+def _model_class(config): # transformers' class for the language model
+    from transformers import AutoModelForCausalLM
+    try: return AutoModelForCausalLM._model_mapping[type(config.get_text_config())]
+    except KeyError: raise UserError(f"model type {config.model_type!r}: transformers has no causal language model of it: choose one that has") from None
+
+def _bare_model(config): # A language model on the meta device, which has shapes and no storage
+    import torch
+    from transformers import AutoModelForCausalLM
+    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
+
+STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
+
+def check_layers(
+    config, # Of a model, from `AutoConfig`
+    name:str='base model', # How an error names the model
+):
+    "Refuse a model whose layers don't keep packed conversations apart."
+    kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
+    if kinds or _model_class(config)._is_stateful: raise UserError(f"{name}: its layers ({', '.join(sorted(kinds)) or 'recurrent'}) carry a state from one conversation of a packed row into the next: choose a model whose layers are all attention")
+
 def _blind(cls): # The same model class, built without a vision tower
     def __init__(self, config):
         cls.__init__(self, config)
         self.model.vision_tower = self.model.multi_modal_projector = None
     return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
+
+def base_config(
+    base:dict, # As `resolve_base` gives it
+): # transformers' config
+    "A base model's config, or a line on why it can't be trained."
+    from transformers import AutoConfig
+    try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
+    except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
+    if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
+    check_layers(cfg, f"base model {base['id']!r}")
+    return cfg
 
 def load_model(
     base:dict, # As `resolve_base` gives it
@@ -553,16 +603,14 @@ def load_model(
 ): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
-    try:
-        cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
-        cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
-    except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
-    if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+    cfg = base_config(base)
+    if load_in_4bit: say_unquantised(cfg)
+    cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
     cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
-    model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation,
+    model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation, use_safetensors=True,
         quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
@@ -577,24 +625,57 @@ def lora_targets(
     if not names: raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
+def language_layers(
+    model, # Causal language model, with or without an adapter
+)->dict: # Name within the decoder → linear layer
+    "The linear layers of a language model, without its head."
+    import torch
+    head = model.get_output_embeddings()
+    return {n:l for n,l in model.get_decoder().named_modules() if isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n}
+
+def decoder_layers(
+    model, # Causal language model
+): # `nn.ModuleList`
+    "The layers of its decoder, whatever they are called."
+    import torch
+    return next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+
+def resolve_targets(
+    model, # Without an adapter; on the meta device, too
+    targets:tuple, # From `lora_targets`
+)->tuple: # Last parts of the names of linear layers, sorted
+    "The layers that a model has of those to be adapted."
+    linear = {n.split('.')[-1] for n in language_layers(model)}
+    names = linear-{n.split('.')[-1] for n,m in model.get_decoder().named_modules() if n.split('.')[-1] in linear and n not in language_layers(model)}
+    if missing := set(targets)-names-{'all-linear'}:
+        raise UserError(f"lora_target_modules: {model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}: choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
+    return tuple(sorted(names if 'all-linear' in targets else targets))
+
+def say_unquantised(
+    config, # Of the base model
+)->float: # Share of its layers' weights that can be in 4 bits
+    "Say how much of a model stays in bf16."
+    m = _bare_model(config)
+    linear,whole = (sum(p.numel() for p in ps) for ps in ([l.weight for l in language_layers(m).values()], decoder_layers(m).parameters()))
+    if linear<.9*whole: log.warning(f"NF4: {1-linear/whole:.0%} of the layers' weights ({2*(whole-linear)/2**30:.1f} GiB) are no linear layers, such as experts: they stay in bf16, and aren't adapted")
+    return linear/whole
+
 def add_lora(
     model, # From `load_model`
     lora_r:int=16, # Rank
     lora_alpha:int=32, # The update is scaled by lora_alpha/lora_r
     lora_dropout:float=0.0, # Share of the adapter's inputs set to zero in training
-    lora_target_modules:tuple=LORA_TARGETS, # Suffixes of the linear layers to adapt
+    lora_target_modules:tuple=LORA_TARGETS, # Linear layers to adapt, from `lora_targets`
     seed:int=0, # Of lora_A's random start
 ): # `PeftModel` whose adapter is fp32 and changes nothing yet
     "Put a fresh adapter on the language model."
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
-    names = [n for n,_ in model.named_modules() if n.split('.')[-1] in lora_target_modules]
-    missing = set(lora_target_modules)-{n.split('.')[-1] for n in names}
-    if missing: raise UserError(f"lora_target_modules: {model.config._name_or_path} has no layer {', '.join(sorted(missing))}: name its linear layers")
-    stem = r'.*\.language_model\..*' if any('.language_model.' in n for n in names) else '.*'
+    names = resolve_targets(model, lora_target_modules)
+    stem = r'.*\.language_model\..*' if any('.language_model.' in n for n,_ in model.named_modules()) else '.*'
     set_seed(seed)
     return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
-        target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"))
+        target_modules=rf"{stem}\.({'|'.join(map(re.escape, names))})"))
 
 def register_varlen():
     "Register torch's variable-length flash attention with transformers, as `varlen`."
@@ -602,19 +683,33 @@ def register_varlen():
     from torch.nn.attention.varlen import varlen_attn
     from transformers import AttentionInterface, AttentionMaskInterface
     gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
-    def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+    def varlen(module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
         b,h,t,d = query.shape
         q,k,v = (x.transpose(1,2).reshape(b*t,-1,d).contiguous() for x in (query,key,value)) # a slice would keep all of what it is cut from
-        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1,0), **gqa) # causal
+        window = (sliding_window-1 if sliding_window else -1, 0) # tokens before and after a token; transformers counts the token itself
+        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **gqa)
         return o.view(b,t,h,d),None
     AttentionInterface.register('varlen', varlen)
     AttentionMaskInterface.register('varlen', lambda *args, **kwargs: None)
 
-def choose_attention()->tuple: # Name in transformers' `AttentionInterface`, and why
-    "The attention kernel for packed rows that this machine can run."
+def _why_not_varlen(cls, c):
+    if not (cls._supports_flash_attn and cls._supports_attention_backend): return f"{cls.__name__} knows no flash attention"
+    drop = next((k for k,v in c.to_dict().items() if 'att' in k and 'drop' in k and v), None)
+    if drop: return f"flash attention would leave out {drop}={getattr(c, drop)}"
+    d = getattr(c, 'qk_head_dim', None) or getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+    if (getattr(c, 'v_head_dim', None) or d)!=d: return f"its queries have {d} dimensions a head, its values {c.v_head_dim}"
+    if d>256: return f"its heads have {d} dimensions, flash attention takes 256"
+
+def choose_attention(
+    config, # Of the base model, from `base_config`
+)->tuple: # Name in transformers' `AttentionInterface`, and why
+    "The attention kernel for packed rows that this model and this machine can run."
     import torch
+    cls,c = _model_class(config),config.get_text_config()
+    if not cls._supports_sdpa: return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long rows"
     if not torch.cuda.is_available(): return 'sdpa',"there is no CUDA device"
     if torch.cuda.get_device_capability()<(8,0): return 'sdpa',f"{torch.cuda.get_device_name()} is older than Ampere"
+    if why := _why_not_varlen(cls, c): return 'sdpa',why
     register_varlen()
     return 'varlen',"flash attention, conversation by conversation"
 
@@ -676,7 +771,7 @@ def audit(
     tok, # From `load_tokenizer`
     load_in_4bit:bool=True, # Was NF4 asked for?
     attn_implementation:str='sdpa', # Attention kernel asked for
-    lora_target_modules:tuple=LORA_TARGETS, # Layers asked for
+    lora_target_modules:tuple=LORA_TARGETS, # Layers asked for, from `lora_targets`
     ask:bool=True, # Ask it something?
 )->list: # Dicts of `what`, `asked`, `actual`, `ok`
     "Compare what was asked for with what is there."
@@ -686,9 +781,10 @@ def audit(
     q4 = [m for _,m in mods if type(m).__name__=='Linear4bit' and type(m).__module__.startswith('bitsandbytes')] # PEFT has a class of that name too
     emb,head = model.get_input_embeddings().weight,model.get_output_embeddings().weight
     text = model.config.get_text_config()
-    n = len(lora_target_modules)*text.num_hidden_layers
-    rows = [('adapted layers', n, len(base)),
-            ('4-bit layers', n if load_in_4bit else 0, len(q4)),
+    bare = _bare_model(model.config)
+    targets,linear = resolve_targets(bare, lora_target_modules),[n.split('.')[-1] for n in language_layers(bare)]
+    rows = [('adapted layers', sum(n in targets for n in linear), len(base)),
+            ('4-bit layers', len(linear) if load_in_4bit else 0, len(q4)),
             ('quantisation', ['nf4 double bfloat16'] if load_in_4bit else [], sorted({f"{m.weight.quant_type}{' double' if m.weight.quant_state.nested else ''} {str(m.compute_dtype)[6:]}" for m in q4})),
             ('trained', ['lora_A','lora_B'], sorted({k.split('.')[-3] for k in train})),
             ("adapter's dtype", ['float32'], sorted({str(p.dtype)[6:] for p in train.values()})),
@@ -698,7 +794,7 @@ def audit(
             ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
             ('vocabulary fits', True, vocabulary_size(tok)<=emb.shape[0]),
             ('vision tower', 'none', 'loaded' if any('vision_tower' in k for k,_ in model.named_parameters()) else 'none')]
-    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in lora_target_modules}
+    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in targets}
     facts = {'base model': f"{type(model.get_base_model()).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}",
              'trained parameters': f"{sum(by.values()):,}: " + ', '.join(f'{k} {v:,}' for k,v in by.items()),
              'tokenizer': f"{type(tok).__name__}, {chat_format(tok)}, EOS {tok.eos_token_id}, pad {tok.pad_token_id}"}
@@ -712,14 +808,10 @@ def check_audit(
     if bad := [r for r in rows if r['ok'] is False]:
         raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
 
+FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer') # those that `fast` knows
 SUCCESSOR_SHAPE = dict(hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     vocab_size=131072, tie_word_embeddings=True) # of SUCCESSOR, for a plan before anything is downloaded
 HEAD_LOGITS = 2**27 # the head takes so many at a time
-
-def _bare_model(config): # A language model on the meta device, which has shapes and no storage
-    import torch
-    from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
 
 def memory_plan(
     config, # Of the base model, from `AutoConfig`
@@ -730,7 +822,7 @@ def memory_plan(
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation?
     lora_r:int=16, # Rank of the adapter
-    lora_dropout:float=0.0, # With one, without NF4, or shared, layers aren't `fast`'s
+    lora_dropout:float=0.0, # With one, without NF4, shared or not all adapted, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
     shards:int=1, # Ranks that share the layers, by FSDP
@@ -738,12 +830,14 @@ def memory_plan(
     "Predict the memory of a GPU in training."
     import torch
     c,m = config.get_text_config(),_bare_model(config)
-    linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
-    fast = load_in_4bit and not lora_dropout and shards==1
+    linear = language_layers(m)
+    known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(resolve_targets(m, tuple(lora_target_modules)))
+    fast = load_in_4bit and not lora_dropout and shards==1 and known
     four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
     layers = four*(1/2/shards + (1/c.num_hidden_layers if shards>1 else 0)) # its own part, and two layers that are together at a time
     load = layers + four*(1/64+4/64/256+4/64*fast) + 2*(sum(p.numel() for p in m.parameters())-four)
-    targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
+    names = resolve_targets(m, tuple(lora_target_modules))
+    targets = [l for n,l in linear.items() if n.split('.')[-1] in names]
     adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))/shards
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
     attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
@@ -1466,25 +1560,32 @@ def replay(self:Stack,
     if self.passes[shape]==4: self.replays[shape] = Replay(self, given)
     return self.replays.get(shape)
 
-FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer')
 PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
+
+def _other_blocks(weight): # `unpack` knows one layout, a byte for two weights and a scale for 64
+    q = weight.quant_state
+    if q.blocksize!=64: return f"its NF4 has blocks of {q.blocksize} weights"
+    if weight.element_size()!=1 or q.shape.numel()%64: return "its NF4 isn't in bytes and whole blocks of 64 weights"
 
 def why_not_fast(
     model, # From `add_lora`
     max_length:int, # Tokens of a row
 )->str: # None if it can
     "Why a model's layers can't be a `Stack`."
-    decoder,c = model.get_base_model().get_decoder(),model.config.get_text_config()
-    kinds = {type(l).__name__ for l in decoder.layers}
+    layers,c = decoder_layers(model.get_base_model()),model.config.get_text_config()
+    kinds = {type(l).__name__ for l in layers}
     if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
-    mods = [getattr(getattr(l, part), k) for l in decoder.layers for part,names in PROJECTIONS.items() for k in names]
+    mods = [getattr(getattr(l, part), k) for l in layers for part,names in PROJECTIONS.items() for k in names]
     if not all(hasattr(m, 'lora_A') and hasattr(m.base_layer.weight, 'quant_state') and m.base_layer.weight.quant_type=='nf4' for m in mods): return "not every projection is in NF4 and adapted"
     if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
+    if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
+    if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
     if any(m.lora_dropout.default.p for m in mods if hasattr(m.lora_dropout.default, 'p')): return "lora_dropout isn't 0"
     if c.hidden_act!='silu': return f"its activation is {c.hidden_act}"
     if (getattr(c, 'sliding_window', None) or max_length)<max_length: return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
-    d = decoder.layers[0].self_attn.head_dim
-    if d!=pow2(d): return f"its heads have {d} dimensions"
+    if c.attention_dropout: return f"its attention drops out weights ({c.attention_dropout})"
+    d = layers[0].self_attn.head_dim
+    if d!=pow2(d) or d>256: return f"its heads have {d} dimensions"
 
 def fast_layers(
     model, # From `add_lora`
@@ -1524,19 +1625,95 @@ def keep_weights(
     log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
     return size
 
+def own_logits(
+    model, # Causal language model
+    own, # Its forward
+    rows, # What enters the head, (rows, hidden)
+): # Logits, (rows, vocabulary)
+    "What a model's own forward makes of rows that its decoder gives."
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+    decoder = model.get_decoder()
+    kept = vars(decoder).get('forward')
+    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=rows[None])
+    try: return own(inputs_embeds=rows[None], use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+        if kept: decoder.forward = kept
+
+def head_is_plain(
+    model, # Causal language model, whose forward is its own
+)->bool:
+    "Is a model's head one product, and nothing else?"
+    import torch
+    weight = model.get_output_embeddings().weight
+    rows = torch.linspace(-1, 1, weight.shape[1], device=weight.device).repeat(3, 1)*torch.tensor([[0.],[1.],[1000.]], device=weight.device)
+    with torch.no_grad(): logits,product = own_logits(model, model.forward, rows.to(weight.dtype)).float(),(rows.to(weight.dtype)@weight.t()).float()
+    return torch.allclose(logits, product, rtol=.02, atol=1e-3*product[1].abs().max().item())
+
+def own_nll(
+    model, own, rows, targets, # As for `own_logits` and `supervised_nll`
+): # As from `supervised_nll`
+    "The same loss, by the model's own head."
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    def part(h, y): return torch.nn.functional.cross_entropy(own_logits(model, own, h).float(), y, reduction='sum')
+    n = max(HEAD_LOGITS//model.get_output_embeddings().weight.shape[0], 1)
+    return sum((checkpoint(part, h, y, use_reentrant=False) for h,y in zip(rows.split(n), targets.split(n)) if len(y)), rows.float().sum()*0)
+
 def add_supervised_head(
     model, # Causal language model, before or after an adapter was put on it
     stack=None, # From `fast_layers`
 ):
     "Let `model(…, supervised=positions, targets=tokens)` return `supervised_nll` of those positions."
-    own = model.forward
+    own,plain = model.forward,head_is_plain(model)
+    if not plain: log.info(f"loss: by {type(model).__name__}'s own head, which does more than multiply (a cap, a scale or a bias); it is slower")
     @functools.wraps(type(model).forward)
     def forward(self, *args, supervised=None, targets=None, tiles=None, keep=None, **kwargs):
         if supervised is None: return own(*args, **kwargs)
         if stack and self.training: rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)[:len(targets)]
         else: rows = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0,1)[supervised]
-        return supervised_nll(rows, self.get_output_embeddings().weight, targets)
+        return supervised_nll(rows, self.get_output_embeddings().weight, targets) if plain else own_nll(self, own, rows, targets)
     model.forward = MethodType(forward, model)
+
+PACKED_ERROR = .2 # of what enters the head, as a share of it; bf16 makes a few hundredths, and what is wrong about 1
+
+def packed_error(
+    model, # Causal language model, with an adapter or without
+    tok, # Its tokenizer
+    stack=None, # From `fast_layers`
+    sizes:tuple=(24,16), # Tokens of each document, two or more
+)->float: # The worst token's
+    "How far a packed row is from its documents alone."
+    import torch
+    from itertools import accumulate
+    begins,dev,cfg = list(accumulate(sizes, initial=0)),model.get_input_embeddings().weight.device,model.config.get_text_config()
+    ids = torch.randint(min(1000, cfg.vocab_size), (1,begins[-1]), generator=torch.Generator().manual_seed(0)).to(dev)
+    position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
+    decoder,attn = model.get_decoder(),cfg._attn_implementation
+    given = dict(cu_seq_lens_q=torch.tensor(begins, dtype=torch.int32, device=dev), max_length_q=max(sizes)) if attn=='varlen' else {}
+    with undisturbed(model, tok):
+        alone = [decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0] for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
+        cfg._attn_implementation = attn
+        if stack: row = stack(model.get_input_embeddings()(ids), position, torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev), torch.arange(begins[-1], device=dev))
+        else: row = decoder(input_ids=ids, position_ids=position, use_cache=False, **given).last_hidden_state[0]
+        return max(((r-a).float().norm(dim=1)/a.float().norm(dim=1)).max().item() for r,a in zip(row.split(sizes)[1:], alone))
+
+def check_packed(
+    model, # Causal language model, with an adapter or without
+    tok, # Its tokenizer
+    max_length:int, # Tokens of a row
+    stack=None, # From `fast_layers`
+):
+    "Refuse a model that reads a packed row otherwise than its documents."
+    c = model.config.get_text_config()
+    rope = getattr(c, 'rope_parameters', None) or {}
+    for r in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        if r.get('rope_type') not in ('dynamic','longrope'): continue
+        if max_length>(known := r.get('original_max_position_embeddings') or c.max_position_embeddings):
+            raise UserError(f"MAX_LENGTH: beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}: set MAX_LENGTH={known}")
+    window = getattr(c, 'sliding_window', None) or max_length
+    error = packed_error(model, tok, stack, (24,16)+(window+32,)*(window<max_length))
+    if not error<PACKED_ERROR: raise UserError(f"{type(model).__name__}: in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head): choose another base model")
 
 # ------------------------------------------------------------------------------
 # shard: A model that is too large for one GPU: each holds a part of it, and the layers come together one at a time
@@ -1858,7 +2035,7 @@ def run_memory(
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
     same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=cfg.lora_target_modules.split(','), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
 
 def fit_batch(
     cfg:TrainConfig, # Of the run
@@ -1932,7 +2109,7 @@ def compile_layers(
     "Compile every decoder layer on its own."
     import torch._functorch.config
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
-    for layer in model.get_base_model().get_decoder().layers: layer.compile()
+    for layer in decoder_layers(model.get_base_model()): layer.compile()
 
 def _background_saves():
     import torch
@@ -2055,6 +2232,7 @@ def make_trainer(
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
     if stack and ranks>1: share_stack(trainer, stack)
+    if not shard: check_packed(trainer.model.get_base_model(), tok, cfg.max_length, stack)
     if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
     return trainer
@@ -3205,8 +3383,8 @@ def build(self:Job):
     self.held = pack_dataset(encode_dataset(ds['test'], self.tok, cfg.max_length)[0], cfg.max_length, cfg.seed) if 'test' in ds else None
     self.total = run_steps(cfg, len(packed))
     if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START=1 to begin again")
-    targets = tuple(cfg.lora_target_modules.split(','))
-    attn,why = choose_attention()
+    targets = lora_targets(cfg.lora_target_modules)
+    attn,why = choose_attention(patiently(lambda: base_config(base), name, until))
     log.info(f"attention: {attn}, {why}")
     model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
     self.trainer = make_trainer(cfg, model, self.tok, packed, self)
