@@ -8,7 +8,7 @@ import json, os, subprocess, sys, time
 from importlib.util import find_spec
 from pathlib import Path
 from fastcore.script import call_parse
-from .model_qlora import LORA_TARGETS, SUCCESSOR_SHAPE, UserError, add_lora, choose_attention, load_model, quiet_libraries, text_table
+from .model_qlora import LORA_TARGETS, SUCCESSOR_SHAPE, UserError, add_lora, base_config, choose_attention, load_model, quiet_libraries, text_table
 from .ranks import Ranks
 from .train import TrainConfig, collate_packed, make_trainer, pack_dataset
 
@@ -68,7 +68,7 @@ def seed_trainer(base, talk, rows, max_length, steps, out):
 
 def trl_trainer(base, talk, rows, max_length, steps, out):
     "TRL as it comes, on packed rows."
-    attn,packed = choose_attention()[0],pack_dataset(talk, max_length)
+    attn,packed = choose_attention(base_config(base))[0],pack_dataset(talk, max_length)
     most = max(map(len, packed['seq_lengths'])) if attn=='varlen' else 0
     def collate(batch): return {k:v for k,v in collate_packed(batch, max_length, 11, most).items() if k not in ('supervised','targets')}
     return _stock(base, attn, packed, out, collate, max_steps=steps, per_device_train_batch_size=rows, gradient_checkpointing=False, optim='adamw_torch_fused'),rows*len(talk)/len(packed)
@@ -78,7 +78,7 @@ def phoque_trainer(base, talk, rows, max_length, steps, out):
     from transformers import AutoTokenizer
     cfg = TrainConfig(max_steps=steps, per_device_train_batch_size=rows, max_length=max_length, output_dir=out, logging_steps=1000, save_steps=10**6)
     packed = pack_dataset(talk, max_length)
-    return make_trainer(cfg, add_lora(load_model(base, True, choose_attention()[0])), AutoTokenizer.from_pretrained(base['id']), packed),rows*len(talk)/len(packed)
+    return make_trainer(cfg, add_lora(load_model(base, True, choose_attention(base_config(base))[0])), AutoTokenizer.from_pretrained(base['id']), packed),rows*len(talk)/len(packed)
 
 # %% ../nbs/09_benchmark.ipynb #401ab998
 def unsloth_trainer(base, talk, rows, max_length, steps, out):

@@ -6,12 +6,13 @@
 from __future__ import annotations
 import functools
 from types import MethodType
-from .model_qlora import HEAD_LOGITS, log
-from .kernels import add_norm, attend, attend_back, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
+from .model_qlora import FAST_LAYERS, HEAD_LOGITS, UserError, decoder_layers, log, undisturbed
+from .kernels import add_norm, attend, attend_back, attention_tiles, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0
-__all__ = ['FEW_ROWS', 'FAST_LAYERS', 'PROJECTIONS', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay',
-           'why_not_fast', 'fast_layers', 'card_room', 'keep_weights', 'add_supervised_head']
+__all__ = ['FEW_ROWS', 'PROJECTIONS', 'PACKED_ERROR', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay',
+           'why_not_fast', 'fast_layers', 'card_room', 'keep_weights', 'own_logits', 'head_is_plain', 'own_nll',
+           'add_supervised_head', 'packed_error', 'check_packed']
 
 # %% ../nbs/01b_fast.ipynb #771ed2dc
 def _mm32(a, b):
@@ -350,25 +351,32 @@ def replay(self:Stack,
     return self.replays.get(shape)
 
 # %% ../nbs/01b_fast.ipynb #e1faf663
-FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer')
 PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
+
+def _other_blocks(weight): # `unpack` knows one layout, a byte for two weights and a scale for 64
+    q = weight.quant_state
+    if q.blocksize!=64: return f"its NF4 has blocks of {q.blocksize} weights"
+    if weight.element_size()!=1 or q.shape.numel()%64: return "its NF4 isn't in bytes and whole blocks of 64 weights"
 
 def why_not_fast(
     model, # From `add_lora`
     max_length:int, # Tokens of a row
 )->str: # None if it can
     "Why a model's layers can't be a `Stack`."
-    decoder,c = model.get_base_model().get_decoder(),model.config.get_text_config()
-    kinds = {type(l).__name__ for l in decoder.layers}
+    layers,c = decoder_layers(model.get_base_model()),model.config.get_text_config()
+    kinds = {type(l).__name__ for l in layers}
     if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
-    mods = [getattr(getattr(l, part), k) for l in decoder.layers for part,names in PROJECTIONS.items() for k in names]
+    mods = [getattr(getattr(l, part), k) for l in layers for part,names in PROJECTIONS.items() for k in names]
     if not all(hasattr(m, 'lora_A') and hasattr(m.base_layer.weight, 'quant_state') and m.base_layer.weight.quant_type=='nf4' for m in mods): return "not every projection is in NF4 and adapted"
     if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
+    if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
+    if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
     if any(m.lora_dropout.default.p for m in mods if hasattr(m.lora_dropout.default, 'p')): return "lora_dropout isn't 0"
     if c.hidden_act!='silu': return f"its activation is {c.hidden_act}"
     if (getattr(c, 'sliding_window', None) or max_length)<max_length: return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
-    d = decoder.layers[0].self_attn.head_dim
-    if d!=pow2(d): return f"its heads have {d} dimensions"
+    if c.attention_dropout: return f"its attention drops out weights ({c.attention_dropout})"
+    d = layers[0].self_attn.head_dim
+    if d!=pow2(d) or d>256: return f"its heads have {d} dimensions"
 
 # %% ../nbs/01b_fast.ipynb #4609e362
 def fast_layers(
@@ -410,17 +418,95 @@ def keep_weights(
     log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
     return size
 
+# %% ../nbs/01b_fast.ipynb #7f5295a3
+def own_logits(
+    model, # Causal language model
+    own, # Its forward
+    rows, # What enters the head, (rows, hidden)
+): # Logits, (rows, vocabulary)
+    "What a model's own forward makes of rows that its decoder gives."
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+    decoder = model.get_decoder()
+    kept = vars(decoder).get('forward')
+    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=rows[None])
+    try: return own(inputs_embeds=rows[None], use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+        if kept: decoder.forward = kept
+
+def head_is_plain(
+    model, # Causal language model, whose forward is its own
+)->bool:
+    "Is a model's head one product, and nothing else?"
+    import torch
+    weight = model.get_output_embeddings().weight
+    rows = torch.linspace(-1, 1, weight.shape[1], device=weight.device).repeat(3, 1)*torch.tensor([[0.],[1.],[1000.]], device=weight.device)
+    with torch.no_grad(): logits,product = own_logits(model, model.forward, rows.to(weight.dtype)).float(),(rows.to(weight.dtype)@weight.t()).float()
+    return torch.allclose(logits, product, rtol=.02, atol=1e-3*product[1].abs().max().item())
+
+def own_nll(
+    model, own, rows, targets, # As for `own_logits` and `supervised_nll`
+): # As from `supervised_nll`
+    "The same loss, by the model's own head."
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    def part(h, y): return torch.nn.functional.cross_entropy(own_logits(model, own, h).float(), y, reduction='sum')
+    n = max(HEAD_LOGITS//model.get_output_embeddings().weight.shape[0], 1)
+    return sum((checkpoint(part, h, y, use_reentrant=False) for h,y in zip(rows.split(n), targets.split(n)) if len(y)), rows.float().sum()*0)
+
 # %% ../nbs/01b_fast.ipynb #f8b1008a
 def add_supervised_head(
     model, # Causal language model, before or after an adapter was put on it
     stack=None, # From `fast_layers`
 ):
     "Let `model(…, supervised=positions, targets=tokens)` return `supervised_nll` of those positions."
-    own = model.forward
+    own,plain = model.forward,head_is_plain(model)
+    if not plain: log.info(f"loss: by {type(model).__name__}'s own head, which does more than multiply (a cap, a scale or a bias); it is slower")
     @functools.wraps(type(model).forward)
     def forward(self, *args, supervised=None, targets=None, tiles=None, keep=None, **kwargs):
         if supervised is None: return own(*args, **kwargs)
         if stack and self.training: rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)[:len(targets)]
         else: rows = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0,1)[supervised]
-        return supervised_nll(rows, self.get_output_embeddings().weight, targets)
+        return supervised_nll(rows, self.get_output_embeddings().weight, targets) if plain else own_nll(self, own, rows, targets)
     model.forward = MethodType(forward, model)
+
+# %% ../nbs/01b_fast.ipynb #98d4fdc7
+PACKED_ERROR = .2 # of what enters the head, as a share of it; bf16 makes a few hundredths, and what is wrong about 1
+
+def packed_error(
+    model, # Causal language model, with an adapter or without
+    tok, # Its tokenizer
+    stack=None, # From `fast_layers`
+    sizes:tuple=(24,16), # Tokens of each document, two or more
+)->float: # The worst token's
+    "How far a packed row is from its documents alone."
+    import torch
+    from itertools import accumulate
+    begins,dev,cfg = list(accumulate(sizes, initial=0)),model.get_input_embeddings().weight.device,model.config.get_text_config()
+    ids = torch.randint(min(1000, cfg.vocab_size), (1,begins[-1]), generator=torch.Generator().manual_seed(0)).to(dev)
+    position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
+    decoder,attn = model.get_decoder(),cfg._attn_implementation
+    given = dict(cu_seq_lens_q=torch.tensor(begins, dtype=torch.int32, device=dev), max_length_q=max(sizes)) if attn=='varlen' else {}
+    with undisturbed(model, tok):
+        alone = [decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0] for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
+        cfg._attn_implementation = attn
+        if stack: row = stack(model.get_input_embeddings()(ids), position, torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev), torch.arange(begins[-1], device=dev))
+        else: row = decoder(input_ids=ids, position_ids=position, use_cache=False, **given).last_hidden_state[0]
+        return max(((r-a).float().norm(dim=1)/a.float().norm(dim=1)).max().item() for r,a in zip(row.split(sizes)[1:], alone))
+
+def check_packed(
+    model, # Causal language model, with an adapter or without
+    tok, # Its tokenizer
+    max_length:int, # Tokens of a row
+    stack=None, # From `fast_layers`
+):
+    "Refuse a model that reads a packed row otherwise than its documents."
+    c = model.config.get_text_config()
+    rope = getattr(c, 'rope_parameters', None) or {}
+    for r in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        if r.get('rope_type') not in ('dynamic','longrope'): continue
+        if max_length>(known := r.get('original_max_position_embeddings') or c.max_position_embeddings):
+            raise UserError(f"MAX_LENGTH: beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}: set MAX_LENGTH={known}")
+    window = getattr(c, 'sliding_window', None) or max_length
+    error = packed_error(model, tok, stack, (24,16)+(window+32,)*(window<max_length))
+    if not error<PACKED_ERROR: raise UserError(f"{type(model).__name__}: in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head): choose another base model")

@@ -70,13 +70,16 @@ def _norm_mean_kernel():
 def _norm_back_kernel():
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows'])
-    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n, R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
         here = (r<rows)[:,None]; r = r.to(tl.int64)[:,None]
         c = (tl.program_id(1)*N + tl.arange(0, N))[None,:]; ok = here & (c<n)
         k,m = tl.load(rstd+r, mask=here, other=0.),tl.load(mean+r, mask=here, other=0.)
-        z = tl.load(d+r*s+n+tl.arange(0, R)[None,:], mask=here, other=0.)
-        g = tl.dot(z, tl.load(a+tl.arange(0, R)[:,None]*n+c, mask=c<n, other=0.)) + tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32)
+        g = tl.zeros((ROWS,N), tl.float32)
+        for i in range(0, R, RANKS):
+            b = i + tl.arange(0, RANKS)
+            g = tl.dot(tl.load(d+r*s+n+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*n+c, mask=c<n, other=0.), g)
+        g += tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32)
         t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*k
         dx = k*(g*tl.load(w+c, mask=c<n, other=0.).to(tl.float32) - t*m)
         tl.store(dh+r*n+c, dx + tl.load(skip+r*n+c, mask=ok, other=0.).to(tl.float32), mask=ok)
@@ -98,7 +101,7 @@ def norm_back(
     dh,mean,z_rms = torch.empty_like(h),torch.empty_like(rstd),torch.empty_like(xa)
     if not rows: return dh,z_rms
     _norm_mean_kernel()[(rows,)](h, norm.weight, rstd, d, xa, mean, z_rms, d.stride(0), n, R=len(a), N=pow2(n), num_warps=8)
-    _norm_back_kernel()[(-(-rows//32), -(-n//128))](h, norm.weight, rstd, d, a, mean, skip, dh, d.stride(0), rows, n, R=len(a), ROWS=32, N=128, num_warps=4)
+    _norm_back_kernel()[(-(-rows//32), -(-n//128))](h, norm.weight, rstd, d, a, mean, skip, dh, d.stride(0), rows, n, R=len(a), RANKS=min(len(a), 64), ROWS=32, N=128, num_warps=4)
     return dh,z_rms
 
 # %% ../nbs/01a_kernels.ipynb #c424569e
@@ -251,20 +254,23 @@ def attend(
 def _attend_dq_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
-        r,c,f,b = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:],tl.arange(0, R)
+        r,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
         here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]; own = row*s_d+h*D+c
-        g = tl.dot(tl.load(d+row*s_d+HQ*D+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*HQ*D+h*D+c))
+        g = tl.zeros((N,D), tl.float32)
+        for i in range(0, R, RANKS):
+            b = i + tl.arange(0, RANKS)
+            g = tl.dot(tl.load(d+row*s_d+HQ*D+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*HQ*D+h*D+c), g)
         g = (g + tl.load(d+own, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
         mean = tl.sum(g.to(tl.float32)*tl.load(o+own, mask=here, other=0.).to(tl.float32), 1)
         at = h.to(tl.int64)*total+r
         tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
         q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
-        for n in range(first, start+N, N):
-            j = n + tl.arange(0, N)
+        for n in range(first, start+N, M):
+            j = n + tl.arange(0, M)
             p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
             e = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.exp2(tl.dot(q, tl.trans(k))*(scale*1.4426950408889634) - top[:,None]), 0.)
@@ -320,8 +326,9 @@ def attend_back(
     (q,k,n),total = heads,len(qkv)
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
     rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
-    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), num_stages=2)
-    _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=32, num_stages=3)
+    keys,queries,stages = (64,32,3) if n<=128 else (16,16,2) # of a step: heads of 256 dimensions fit the smallest card, too
+    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), RANKS=min(len(a), 64), M=keys, num_stages=2)
+    _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=queries, num_stages=stages)
     return out
 
 # %% ../nbs/01a_kernels.ipynb #15eff141
@@ -359,7 +366,9 @@ def unpack(
     "Weights, and `lora_B` beside them."
     n,rows,k = packed.numel(),len(b),packed.numel()*2//len(b)
     end1,end2 = [*ends, rows, rows][:2]
-    _unpack_kernel()[(-(-n//1024)+-(-rows//64),)](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=out.shape[1]-k, BLOCK=1024, ROWS=64)
+    R = out.shape[1]-k
+    ROWS = max(1, min(64, 4096//R)) # `lora_B` is taken so many rows at a time
+    _unpack_kernel()[(-(-n//1024)+-(-rows//ROWS),)](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=R, BLOCK=1024, ROWS=ROWS)
     return out
 
 # %% ../nbs/01a_kernels.ipynb #ecd8e656
