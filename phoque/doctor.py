@@ -7,7 +7,8 @@ from __future__ import annotations
 import os, platform, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
 from fastcore.script import call_parse
-from .model_qlora import UserError, add_lora, audit, choose_attention, encode_dataset, hub_problem, load_model, load_tokenizer, quiet_libraries, resolve_base, text_table
+from .model_qlora import (UserError, add_lora, audit, base_config, choose_attention, encode_dataset, hub_problem, load_model, load_tokenizer,
+    quiet_libraries, resolve_base, text_table)
 from .job import load_chats
 from .submit import ROLES, checking, job_pins, project_root, token_role
 
@@ -91,7 +92,7 @@ def audit_model(
     load_in_4bit:bool=True, # NF4 with double quantisation?
 )->list: # Findings
     "What would be trained, against what is asked for."
-    attn,_ = choose_attention()
+    attn,_ = choose_attention(base_config(base))
     rows = audit(add_lora(load_model(base, load_in_4bit, attn)), tok, load_in_4bit, attn)
     return [finding('model', f"{base['id']} at {(base['revision'] or 'no commit')[:8]}"),
             *(finding(r['what'], r['actual'], r['ok']!=False, f"should be {r['asked']}: no run trains this model as asked") for r in rows)]

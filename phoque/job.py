@@ -7,8 +7,8 @@ from __future__ import annotations
 import copy, json, logging, math, os, shlex, shutil, sys, threading, time, traceback, uuid, warnings
 from pathlib import Path
 from types import SimpleNamespace
-from .model_qlora import (UserError, excerpt, quiet_libraries, hub_problem, log, resolve_base, load_tokenizer, encode_dataset, encode_prompt,
-    undisturbed, choose_attention, load_model, add_lora, audit, check_audit, lora_targets, text_table)
+from .model_qlora import (UserError, base_config, excerpt, quiet_libraries, hub_problem, log, resolve_base, load_tokenizer, encode_dataset,
+    encode_prompt, undisturbed, choose_attention, load_model, add_lora, audit, check_audit, lora_targets, text_table)
 from .shard import check_sharded, own_part, whole_adapter
 from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, eval_rows,
     held_out_loss, rate_at)
@@ -113,7 +113,9 @@ def load_chats(
     from huggingface_hub import HfApi
     from httpx2 import HTTPError
     try:
-        revision = revision or HfApi().dataset_info(repo).sha
+        info = HfApi().dataset_info(repo, revision=revision)
+        if not info.private: log.warning(f"dataset {repo} is public: everyone can read what the model learns from")
+        revision = info.sha
         builder = datasets.load_dataset_builder(repo, revision=revision)
         builder.download_and_prepare()
         sizes = {split:info.num_examples for split,info in builder.info.splits.items()} # an empty one can't be asked for
@@ -329,7 +331,7 @@ def build(self:Job):
     self.total = run_steps(cfg, len(packed))
     if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START={self.again} to begin again")
     targets = lora_targets(cfg.lora_target_modules)
-    attn,why = choose_attention()
+    attn,why = choose_attention(patiently(lambda: base_config(base), name, until))
     log.info(f"attention: {attn}, {why}")
     model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed, base['revision'])
     self.trainer = make_trainer(TrainConfig(**cfg.asdict()|dict(output_dir=str(self.folder))), model, self.tok, packed, self)

@@ -78,13 +78,17 @@ def local_folder(
     except (HTTPError,OSError) as e: raise hub_problem(e, f"{what} `{src}`") from None
 
 # %% ../nbs/05_merge.ipynb #03702b19
+def _read_json(path):
+    try: return json.loads(path.read_text())
+    except ValueError as e: raise UserError(f"{path} is no JSON ({e}). Fetch it again.") from None
+
 def read_base(
     folder:str|Path, # Folder with `config.json` and the shards
 )->dict: # Shard's file name → (tensors, where data starts)
     "Read the headers of a full-precision base's shards."
     folder = Path(folder)
     if not (folder/'config.json').exists(): raise ValueError(f"{folder} has no config.json: it is no model folder.")
-    cfg = json.loads((folder/'config.json').read_text())
+    cfg = _read_json(folder/'config.json')
     if any((c or {}).get('quantization_config') for c in (cfg, cfg.get('text_config'))):
         raise ValueError(f"{folder} is quantised. Merge into the full-precision base (its bf16 repo) instead.")
     names = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_text(), f"base model {folder}")
@@ -110,7 +114,7 @@ class LoraAdapter:
         self.src,self.path = str(src),local_folder(src, "adapter")
         cfg = self.path/'adapter_config.json'
         if not cfg.exists(): raise ValueError(f"adapter `{src}` has no adapter_config.json: it is no PEFT adapter.")
-        self.config = json.loads(cfg.read_text())
+        self.config = _read_json(cfg)
         if self.config.get('peft_type')!='LORA': raise ValueError(f"adapter `{src}` is of type {self.config.get('peft_type')}; only LORA merges here.")
         for k,ok in _off.items():
             if k in self.config and self.config[k] not in ok:
@@ -299,14 +303,17 @@ def side_files(
 # %% ../nbs/05_merge.ipynb #ecc7a83c
 _ids = ('bos_token_id','eos_token_id','pad_token_id')
 
+def _config(folder):
+    from transformers import AutoConfig
+    try: return AutoConfig.from_pretrained(folder)
+    except (ValueError,KeyError) as e: raise UserError(f"{folder}: transformers can't read its config.json ({str(e).splitlines()[0][:100]}). Name another base, or update transformers.") from None
+
 def generation_settings(
     folder:Path, # Model folder
 )->dict: # As in `generation_config.json`; where there is none, the token ids of the config
     "What transformers would generate with."
-    from transformers import AutoConfig
-    if (file := Path(folder)/'generation_config.json').exists(): return json.loads(file.read_text())
-    try: cfg = AutoConfig.from_pretrained(folder)
-    except (ValueError,KeyError) as e: raise UserError(f"{folder}: transformers can't read its config.json ({str(e).splitlines()[0][:100]}). Name another base.") from None
+    if (file := Path(folder)/'generation_config.json').exists(): return _read_json(file)
+    cfg = _config(folder)
     text = cfg.get_text_config()
     found = {k: getattr(text, k, None) if getattr(cfg, k, None) is None else getattr(cfg, k) for k in _ids}
     return {k:v for k,v in found.items() if v is not None}
@@ -334,9 +341,10 @@ def read_tokenizer(
     base:Path, # Folder of the base that it will be used with
 ): # Tokenizer, or None where there is none
     "Load the tokenizer of a merge, and hold its ids against the base's embedding."
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
+    cfg = _config(base)
     if not any((folder/n).exists() for n in _tokenizer): return log.warning(f"{folder.name} has no tokenizer, and the adapter brings none: the merge has none either.")
-    try: tok,cfg = AutoTokenizer.from_pretrained(folder, mistral_format=False),AutoConfig.from_pretrained(base)
+    try: tok = AutoTokenizer.from_pretrained(folder, mistral_format=False)
     except (OSError,ValueError,KeyError) as e: raise UserError(f"the tokenizer in {folder.name} can't be read ({str(e).splitlines()[0][:100]}). Take the base's, or save it again.") from None
     check_vocabulary(vocabulary_size(tok), cfg, f"the tokenizer in {folder.name}")
     return tok
@@ -398,7 +406,7 @@ def model_class(
 ): # Of transformers
     "The class that a model's config names."
     import transformers
-    name = (json.loads((folder/'config.json').read_text()).get('architectures') or [None])[0]
+    name = (_read_json(folder/'config.json').get('architectures') or [None])[0]
     if not hasattr(transformers, name or ''): raise UserError(f"{folder}: its config.json names the architecture {name}, which transformers doesn't have. Name another base, or update transformers.")
     return getattr(transformers, name)
 
@@ -487,7 +495,8 @@ def prompt_ids(
     "Token ids of prompts, whatever they are written as."
     if all(isinstance(p[0], int) for p in prompts): return [list(p) for p in prompts]
     from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(local_folder(folder))
+    try: tok = AutoTokenizer.from_pretrained(local_folder(folder))
+    except (OSError,ValueError): raise UserError(f"{folder} has no tokenizer that can be read, so no text can be put to it. Put one into the adapter's folder.") from None
     def enc(p):
         if isinstance(p, str): return tok(p).input_ids
         return tok.apply_chat_template(p, add_generation_prompt=p[-1]['role']!='assistant', return_dict=True)['input_ids']

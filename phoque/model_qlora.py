@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_model_qlora.ipynb #ba84a69d
 from __future__ import annotations
-import copy, json, logging, struct, sys, textwrap
+import copy, json, logging, os, re, struct, sys, textwrap
 from contextlib import contextmanager, nullcontext
 from html import escape
 from itertools import zip_longest
@@ -13,14 +13,16 @@ from fastcore.basics import chunked
 from fastcore.script import Param, call_parse
 
 # %% auto #0
-__all__ = ['log', 'LEAST_CELL', 'SEED_BASE', 'SUCCESSOR', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'LORA_TARGETS', 'SUCCESSOR_SHAPE',
-           'HEAD_LOGITS', 'UserError', 'quiet_libraries', 'text_table', 'excerpt', 'hub_problem', 'resolve_base',
-           'check_private', 'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts',
-           'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'vocabulary_size',
-           'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges',
-           'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels', 'label_invariants', 'read_chats',
-           'write_labels', 'labels_cli', 'load_model', 'lora_targets', 'add_lora', 'register_varlen',
-           'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
+__all__ = ['log', 'LEAST_CELL', 'SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'STATEFUL',
+           'LORA_TARGETS', 'FAST_LAYERS', 'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'UserError', 'quiet_libraries',
+           'text_table', 'excerpt', 'hub_problem', 'check_weights', 'resolve_base', 'check_private', 'private_repo',
+           'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts',
+           'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'vocabulary_size', 'check_vocabulary',
+           'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges', 'encode_fitting',
+           'encode_dataset', 'control_ids', 'show_labels', 'label_invariants', 'read_chats', 'write_labels',
+           'labels_cli', 'check_layers', 'base_config', 'load_model', 'lora_targets', 'language_layers',
+           'decoder_layers', 'resolve_targets', 'say_unquantised', 'add_lora', 'register_varlen', 'choose_attention',
+           'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 log = logging.getLogger("phoque")
@@ -107,13 +109,31 @@ def _holds_fp8(folder): # By the headers of its weights: https://huggingface.co/
         with open(f, 'rb') as s: return json.loads(s.read(int.from_bytes(s.read(8), 'little')))
     return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for k,t in header(f).items() if k!='__metadata__')
 
+# %% ../nbs/01_model_qlora.ipynb #33d140c1
+WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
+
+def check_weights(
+    name:str, # Hub id or local folder
+    cfg:dict, # Its config
+    files:list, # Names of the files that it has
+    source:str=None, # Repo that it was made from, where its card says so
+):
+    "Refuse weights that can't be trained on and merged, before they are downloaded."
+    q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
+    if q and not _marked_fp8(cfg):
+        method = q.get('quant_method') or 'a method without a name'
+        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {source or 'the repo that it was made from'}")
+    if set(WEIGHTS)&set(files): return
+    found = ', '.join(sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
+    raise UserError(f"base model {name!r}: it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged: choose a repo with safetensors, or convert it (save_pretrained writes them)")
+
 # %% ../nbs/01_model_qlora.ipynb #a3a7e6e6
 def resolve_base(
     base_model:str=SEED_BASE, # Hub id or local folder
     strict:bool=False, # Refuse a substitute?
 )->dict: # `requested`, `id`, `revision` (commit, or None for a folder), `note` (why another one was taken, or None), `auto` (transformers' class that loads all of it)
     "Find the base model that stands for the name asked for."
-    here,rev,note,name = Path(base_model).is_dir(),None,None,base_model
+    here,rev,note,name,info = Path(base_model).is_dir(),None,None,base_model,None
     if here: fp8 = _marked_fp8(_model_config(name)) and _holds_fp8(name)
     elif info := _model_info(name): fp8 = _marked_fp8(_model_config(name, info.sha))
     elif name!=SEED_BASE: raise UserError(f"base model {name!r}: no such folder here, and the Hub has no such repo or HF_TOKEN may not see it: check BASE_MODEL")
@@ -124,7 +144,9 @@ def resolve_base(
         if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}: {note}, but there is no {name}: set BASE_MODEL")
         rev = info.sha
     if note: log.warning(f"BASE MODEL: {note}: {name}")
-    auto = 'AutoModelForImageTextToText' if 'vision_config' in _model_config(name, rev) else 'AutoModelForCausalLM'
+    cfg,card = _model_config(name, rev),getattr(info, 'card_data', None) or {}
+    check_weights(name, cfg, [s.rfilename for s in info.siblings] if rev else os.listdir(name), card.get('base_model'))
+    auto = 'AutoModelForImageTextToText' if 'vision_config' in cfg else 'AutoModelForCausalLM'
     return dict(requested=base_model, id=name, revision=rev, note=note, auto=auto)
 
 # %% ../nbs/01_model_qlora.ipynb #42db102e
@@ -569,12 +591,44 @@ def labels_cli(
     except UserError as e: sys.exit(f'phoque_labels: {e}')
     except OSError as e: sys.exit(f'phoque_labels: {file}: {e.strerror}')
 
+# %% ../nbs/01_model_qlora.ipynb #5d1adc8b
+def _model_class(config): # transformers' class for the language model
+    from transformers import AutoModelForCausalLM
+    try: return AutoModelForCausalLM._model_mapping[type(config.get_text_config())]
+    except KeyError: raise UserError(f"model type {config.model_type!r}: transformers has no causal language model of it: choose one that has") from None
+
+def _bare_model(config): # A language model on the meta device, which has shapes and no storage
+    import torch
+    from transformers import AutoModelForCausalLM
+    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
+
+STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
+
+def check_layers(
+    config, # Of a model, from `AutoConfig`
+    name:str='base model', # How an error names the model
+):
+    "Refuse a model whose layers don't keep packed conversations apart."
+    kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
+    if kinds or _model_class(config)._is_stateful: raise UserError(f"{name}: its layers ({', '.join(sorted(kinds)) or 'recurrent'}) carry a state from one conversation of a packed row into the next: choose a model whose layers are all attention")
+
 # %% ../nbs/01_model_qlora.ipynb #decfe174
 def _blind(cls): # The same model class, built without a vision tower
     def __init__(self, config):
         cls.__init__(self, config)
         self.model.vision_tower = self.model.multi_modal_projector = None
     return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
+
+def base_config(
+    base:dict, # As `resolve_base` gives it
+): # transformers' config
+    "A base model's config, or a line on why it can't be trained."
+    from transformers import AutoConfig
+    try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
+    except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
+    if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
+    check_layers(cfg, f"base model {base['id']!r}")
+    return cfg
 
 def load_model(
     base:dict, # As `resolve_base` gives it
@@ -584,16 +638,14 @@ def load_model(
 ): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
-    try:
-        cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
-        cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
-    except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
-    if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+    cfg = base_config(base)
+    if load_in_4bit: say_unquantised(cfg)
+    cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
     cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
-    model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation,
+    model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation, use_safetensors=True,
         quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
@@ -609,26 +661,61 @@ def lora_targets(
     if not names: raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
+# %% ../nbs/01_model_qlora.ipynb #925214e8
+def language_layers(
+    model, # Causal language model, with or without an adapter
+)->dict: # Name within the decoder → linear layer
+    "The linear layers of a language model, without its head."
+    import torch
+    head = model.get_output_embeddings()
+    return {n:l for n,l in model.get_decoder().named_modules() if isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n}
+
+def decoder_layers(
+    model, # Causal language model
+): # `nn.ModuleList`
+    "The layers of its decoder, whatever they are called."
+    import torch
+    return next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+
+def resolve_targets(
+    model, # Without an adapter; on the meta device, too
+    targets:tuple, # From `lora_targets`
+)->tuple: # Last parts of the names of linear layers, sorted
+    "The layers that a model has of those to be adapted."
+    linear = {n.split('.')[-1] for n in language_layers(model)}
+    names = linear-{n.split('.')[-1] for n,m in model.get_decoder().named_modules() if n.split('.')[-1] in linear and n not in language_layers(model)}
+    if missing := set(targets)-names-{'all-linear'}:
+        raise UserError(f"lora_target_modules: {model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}: choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
+    return tuple(sorted(names if 'all-linear' in targets else targets))
+
+# %% ../nbs/01_model_qlora.ipynb #feac485a
+def say_unquantised(
+    config, # Of the base model
+)->float: # Share of its layers' weights that can be in 4 bits
+    "Say how much of a model stays in bf16."
+    m = _bare_model(config)
+    linear,whole = (sum(p.numel() for p in ps) for ps in ([l.weight for l in language_layers(m).values()], decoder_layers(m).parameters()))
+    if linear<.9*whole: log.warning(f"NF4: {1-linear/whole:.0%} of the layers' weights ({2*(whole-linear)/2**30:.1f} GiB) are no linear layers, such as experts: they stay in bf16, and aren't adapted")
+    return linear/whole
+
 # %% ../nbs/01_model_qlora.ipynb #fd4cfa65
 def add_lora(
     model, # From `load_model`
     lora_r:int=16, # Rank
     lora_alpha:int=32, # The update is scaled by lora_alpha/lora_r
     lora_dropout:float=0.0, # Share of the adapter's inputs set to zero in training
-    lora_target_modules:tuple=LORA_TARGETS, # Suffixes of the linear layers to adapt
+    lora_target_modules:tuple=LORA_TARGETS, # Linear layers to adapt, from `lora_targets`
     seed:int=0, # Of lora_A's random start
     revision:str=None, # The base's commit, for `adapter_config.json`; None for a folder
 ): # `PeftModel` whose adapter is fp32 and changes nothing yet
     "Put a fresh adapter on the language model."
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
-    names = [n for n,_ in model.named_modules() if n.split('.')[-1] in lora_target_modules]
-    missing = set(lora_target_modules)-{n.split('.')[-1] for n in names}
-    if missing: raise UserError(f"lora_target_modules: {model.config._name_or_path} has no layer {', '.join(sorted(missing))}: name its linear layers")
-    stem = r'.*\.language_model\..*' if any('.language_model.' in n for n in names) else '.*'
+    names = resolve_targets(model, lora_target_modules)
+    stem = r'.*\.language_model\..*' if any('.language_model.' in n for n,_ in model.named_modules()) else '.*'
     set_seed(seed)
     return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
-        target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"), revision=revision)
+        target_modules=rf"{stem}\.({'|'.join(map(re.escape, names))})"), revision=revision)
 
 # %% ../nbs/01_model_qlora.ipynb #4909923c
 def register_varlen():
@@ -637,19 +724,34 @@ def register_varlen():
     from torch.nn.attention.varlen import varlen_attn
     from transformers import AttentionInterface, AttentionMaskInterface
     gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
-    def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+    def varlen(module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
         b,h,t,d = query.shape
         q,k,v = (x.transpose(1,2).reshape(b*t,-1,d).contiguous() for x in (query,key,value)) # a slice would keep all of what it is cut from
-        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1,0), **gqa) # causal
+        window = (sliding_window-1 if sliding_window else -1, 0) # tokens before and after a token; transformers counts the token itself
+        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **gqa)
         return o.view(b,t,h,d),None
     AttentionInterface.register('varlen', varlen)
     AttentionMaskInterface.register('varlen', lambda *args, **kwargs: None)
 
-def choose_attention()->tuple: # Name in transformers' `AttentionInterface`, and why
-    "The attention kernel for packed rows that this machine can run."
+# %% ../nbs/01_model_qlora.ipynb #f750d7a6
+def _why_not_varlen(cls, c):
+    if not (cls._supports_flash_attn and cls._supports_attention_backend): return f"{cls.__name__} knows no flash attention"
+    drop = next((k for k,v in c.to_dict().items() if 'att' in k and 'drop' in k and v), None)
+    if drop: return f"flash attention would leave out {drop}={getattr(c, drop)}"
+    d = getattr(c, 'qk_head_dim', None) or getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+    if (getattr(c, 'v_head_dim', None) or d)!=d: return f"its queries have {d} dimensions a head, its values {c.v_head_dim}"
+    if d>256: return f"its heads have {d} dimensions, flash attention takes 256"
+
+def choose_attention(
+    config, # Of the base model, from `base_config`
+)->tuple: # Name in transformers' `AttentionInterface`, and why
+    "The attention kernel for packed rows that this model and this machine can run."
     import torch
+    cls,c = _model_class(config),config.get_text_config()
+    if not cls._supports_sdpa: return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long rows"
     if not torch.cuda.is_available(): return 'sdpa',"there is no CUDA device"
     if torch.cuda.get_device_capability()<(8,0): return 'sdpa',f"{torch.cuda.get_device_name()} is older than Ampere"
+    if why := _why_not_varlen(cls, c): return 'sdpa',why
     register_varlen()
     return 'varlen',"flash attention, conversation by conversation"
 
@@ -715,7 +817,7 @@ def audit(
     tok, # From `load_tokenizer`
     load_in_4bit:bool=True, # Was NF4 asked for?
     attn_implementation:str='sdpa', # Attention kernel asked for
-    lora_target_modules:tuple=LORA_TARGETS, # Layers asked for
+    lora_target_modules:tuple=LORA_TARGETS, # Layers asked for, from `lora_targets`
     ask:bool=True, # Ask it something?
 )->list: # Dicts of `what`, `asked`, `actual`, `ok`
     "Compare what was asked for with what is there."
@@ -725,9 +827,10 @@ def audit(
     q4 = [m for _,m in mods if type(m).__name__=='Linear4bit' and type(m).__module__.startswith('bitsandbytes')] # PEFT has a class of that name too
     emb,head = model.get_input_embeddings().weight,model.get_output_embeddings().weight
     text = model.config.get_text_config()
-    n = len(lora_target_modules)*text.num_hidden_layers
-    rows = [('adapted layers', n, len(base)),
-            ('4-bit layers', n if load_in_4bit else 0, len(q4)),
+    bare = _bare_model(model.config)
+    targets,linear = resolve_targets(bare, lora_target_modules),[n.split('.')[-1] for n in language_layers(bare)]
+    rows = [('adapted layers', sum(n in targets for n in linear), len(base)),
+            ('4-bit layers', len(linear) if load_in_4bit else 0, len(q4)),
             ('quantisation', ['nf4 double bfloat16'] if load_in_4bit else [], sorted({f"{m.weight.quant_type}{' double' if m.weight.quant_state.nested else ''} {str(m.compute_dtype)[6:]}" for m in q4})),
             ('trained', ['lora_A','lora_B'], sorted({k.split('.')[-3] for k in train})),
             ("adapter's dtype", ['float32'], sorted({str(p.dtype)[6:] for p in train.values()})),
@@ -737,7 +840,7 @@ def audit(
             ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
             ('vocabulary fits', True, vocabulary_size(tok)<=emb.shape[0]),
             ('vision tower', 'none', 'loaded' if any('vision_tower' in k for k,_ in model.named_parameters()) else 'none')]
-    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in lora_target_modules}
+    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in targets}
     facts = {'base model': f"{type(model.get_base_model()).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}",
              'trained parameters': f"{sum(by.values()):,}: " + ', '.join(f'{k} {v:,}' for k,v in by.items()),
              'tokenizer': f"{type(tok).__name__}, {chat_format(tok)}, EOS {tok.eos_token_id}, pad {tok.pad_token_id}"}
@@ -753,14 +856,10 @@ def check_audit(
         raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
 
 # %% ../nbs/01_model_qlora.ipynb #a6db4222
+FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer') # those that `fast` knows
 SUCCESSOR_SHAPE = dict(hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     vocab_size=131072, tie_word_embeddings=True) # of SUCCESSOR, for a plan before anything is downloaded
 HEAD_LOGITS = 2**27 # the head takes so many at a time
-
-def _bare_model(config): # A language model on the meta device, which has shapes and no storage
-    import torch
-    from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
 
 # %% ../nbs/01_model_qlora.ipynb #4064ca90
 def memory_plan(
@@ -772,7 +871,7 @@ def memory_plan(
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation?
     lora_r:int=16, # Rank of the adapter
-    lora_dropout:float=0.0, # With one, without NF4, or shared, layers aren't `fast`'s
+    lora_dropout:float=0.0, # With one, without NF4, shared or not all adapted, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
     shards:int=1, # Ranks that share the layers, by FSDP
@@ -780,12 +879,14 @@ def memory_plan(
     "Predict the memory of a GPU in training."
     import torch
     c,m = config.get_text_config(),_bare_model(config)
-    linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
-    fast = load_in_4bit and not lora_dropout and shards==1
+    linear = language_layers(m)
+    known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(resolve_targets(m, tuple(lora_target_modules)))
+    fast = load_in_4bit and not lora_dropout and shards==1 and known
     four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
     layers = four*(1/2/shards + (1/c.num_hidden_layers if shards>1 else 0)) # its own part, and two layers that are together at a time
     load = layers + four*(1/64+4/64/256+4/64*fast) + 2*(sum(p.numel() for p in m.parameters())-four)
-    targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
+    names = resolve_targets(m, tuple(lora_target_modules))
+    targets = [l for n,l in linear.items() if n.split('.')[-1] in names]
     adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))/shards
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
     attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads

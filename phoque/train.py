@@ -11,9 +11,9 @@ from fastcore.basics import store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, log, lora_targets, memory_plan, undisturbed
+from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, decoder_layers, log, lora_targets, memory_plan, undisturbed
 from .kernels import TILE, attention_tiles
-from .fast import card_room, fast_layers, keep_weights, add_supervised_head
+from .fast import card_room, check_packed, fast_layers, keep_weights, add_supervised_head
 from .shard import prepare_sharding, shard_options, sharded_trainer
 
 # %% auto #0
@@ -407,7 +407,7 @@ def compile_layers(
     "Compile every decoder layer on its own."
     import torch._functorch.config
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
-    for layer in model.get_base_model().get_decoder().layers: layer.compile()
+    for layer in decoder_layers(model.get_base_model()): layer.compile()
 
 # %% ../nbs/02_train.ipynb #bf7364ad
 def _background_saves():
@@ -562,6 +562,7 @@ def make_trainer(
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
     if stack and ranks>1: share_stack(trainer, stack)
+    if not shard: check_packed(trainer.model.get_base_model(), tok, cfg.max_length, stack)
     if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
     return trainer

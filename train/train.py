@@ -35,10 +35,12 @@ Generated from the notebooks in nbs/ by `make generate`: edit those, not this fi
     DATASET_REPO=me/talk HUB_MODEL_ID=me/phoque MAX_STEPS=20 python train/train.py
 
     hf jobs uv run -e DATASET_REPO=me/talk -e HUB_MODEL_ID=me/phoque -e MAX_STEPS=20 train/train.py
+
+A job has 4 hours. Another timeout has to be given twice, as the job can't read the first: --timeout 8h -e JOB_TIMEOUT=8h
 """
 
 from __future__ import annotations
-import copy, difflib, fcntl, functools, hashlib, html, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, threading, time, traceback, uuid
+import copy, difflib, fcntl, functools, hashlib, html, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import chunked, patch, store_attr, str2bool
@@ -46,6 +48,7 @@ from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import Param, anno_parser, call_parse
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Protocol, runtime_checkable
@@ -69,12 +72,28 @@ def quiet_libraries():
 
 def text_table(
     rows:list, # Dicts with the same keys
+    width:int=0, # Most characters of a line: longer cells go on below; 0 for any
 )->str: # Aligned columns
     "A table for consoles and logs."
     cell = lambda v: 'yes' if v is True else 'NO' if v is False else ', '.join(map(str,v)) if isinstance(v,(list,tuple)) else f'{v:,}' if isinstance(v,int) else str(v)
-    lines = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
-    width = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,width)).rstrip() for l in lines)
+    cells = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
+    widths = [max(len(l[i]) for l in cells) for i in range(len(cells[0]))]
+    while width and sum(widths)+2*(len(widths)-1)>width and max(widths)>LEAST_CELL: widths[widths.index(max(widths))] -= 1
+    def folded(c, w): return [c] if len(c)<=w else textwrap.wrap(c, w, break_on_hyphens=False)
+    lines = [l for r in cells for l in zip_longest(*map(folded, r, widths), fillvalue='')]
+    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,widths)).rstrip() for l in lines)
+
+LEAST_CELL = 12 # characters to which a cell is made narrower, not further
+
+def excerpt(
+    text, # Somebody else's message, or a reply
+    n:int=150, # Most characters
+)->str: # One printable line
+    "The beginning of a text, cut between two words."
+    s = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
+    if len(s)<=n: return s
+    words = s[:n].rpartition(' ')[0]
+    return (words if len(words)>n//2 else s[:n-1]).rstrip(' ,;:(') + '…'
 
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
 SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; the plain -2512 repo is FP8, which NF4 can't load
@@ -87,7 +106,9 @@ def hub_problem(
     from huggingface_hub import errors as er
     from huggingface_hub import constants
     status = getattr(getattr(e, 'response', None), 'status_code', None)
-    if isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
+    if isinstance(e, er.LocalTokenNotFoundError): s = f"there is no token: export HF_TOKEN, from {constants.ENDPOINT}/settings/tokens, or run `hf auth login`"
+    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set: unset it to ask the Hub"
+    elif isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
     elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
     elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
     elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
@@ -117,12 +138,29 @@ def _holds_fp8(folder): # By the headers of its weights: https://huggingface.co/
         with open(f, 'rb') as s: return json.loads(s.read(int.from_bytes(s.read(8), 'little')))
     return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for k,t in header(f).items() if k!='__metadata__')
 
+WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
+
+def check_weights(
+    name:str, # Hub id or local folder
+    cfg:dict, # Its config
+    files:list, # Names of the files that it has
+    source:str=None, # Repo that it was made from, where its card says so
+):
+    "Refuse weights that can't be trained on and merged, before they are downloaded."
+    q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
+    if q and not _marked_fp8(cfg):
+        method = q.get('quant_method') or 'a method without a name'
+        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {source or 'the repo that it was made from'}")
+    if set(WEIGHTS)&set(files): return
+    found = ', '.join(sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
+    raise UserError(f"base model {name!r}: it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged: choose a repo with safetensors, or convert it (save_pretrained writes them)")
+
 def resolve_base(
     base_model:str=SEED_BASE, # Hub id or local folder
     strict:bool=False, # Refuse a substitute?
 )->dict: # `requested`, `id`, `revision` (commit, or None for a folder), `note` (why another one was taken, or None), `auto` (transformers' class that loads all of it)
     "Find the base model that stands for the name asked for."
-    here,rev,note,name = Path(base_model).is_dir(),None,None,base_model
+    here,rev,note,name,info = Path(base_model).is_dir(),None,None,base_model,None
     if here: fp8 = _marked_fp8(_model_config(name)) and _holds_fp8(name)
     elif info := _model_info(name): fp8 = _marked_fp8(_model_config(name, info.sha))
     elif name!=SEED_BASE: raise UserError(f"base model {name!r}: no such folder here, and the Hub has no such repo or HF_TOKEN may not see it: check BASE_MODEL")
@@ -133,7 +171,9 @@ def resolve_base(
         if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}: {note}, but there is no {name}: set BASE_MODEL")
         rev = info.sha
     if note: log.warning(f"BASE MODEL: {note}: {name}")
-    auto = 'AutoModelForImageTextToText' if 'vision_config' in _model_config(name, rev) else 'AutoModelForCausalLM'
+    cfg,card = _model_config(name, rev),getattr(info, 'card_data', None) or {}
+    check_weights(name, cfg, [s.rfilename for s in info.siblings] if rev else os.listdir(name), card.get('base_model'))
+    auto = 'AutoModelForImageTextToText' if 'vision_config' in cfg else 'AutoModelForCausalLM'
     return dict(requested=base_model, id=name, revision=rev, note=note, auto=auto)
 
 def check_private(
@@ -373,7 +413,7 @@ def check_messages(
     name:str='row', # How an error names the row
 )->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
     "Check one conversation and bring it into the form that every format can write."
-    def bad(why, v): raise UserError(f"{name}: {why}, got {str(v)[:60]!r}: mend or remove it in the dataset")
+    def bad(why, v): raise UserError(f"{name}: {why}, got {excerpt(v, 60)!r}: mend or remove it in the dataset")
     if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
     out = []
     for i,m in enumerate(messages):
@@ -523,7 +563,7 @@ def read_chats(
     for n,line in enumerate(lines, 1):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except (ValueError, RecursionError) as e: raise UserError(f"line {n}: this is no JSON ({str(e)[:80]}): write one conversation a line") from None
+        except (ValueError, RecursionError) as e: raise UserError(f"line {n}: this is no JSON ({excerpt(e, 80)}): write one conversation a line") from None
         chats.append(check_messages(row.get('messages') if isinstance(row, dict) else row, f'line {n}'))
     return chats
 
@@ -543,11 +583,42 @@ def write_labels(
     table = text_table(label_invariants(tok, rows)) if rows else 'no conversations'
     out.write(f'<!doctype html><meta charset=utf-8><title>labels</title><pre>{escape(table)}</pre>' + '<hr>'.join(show_labels(tok, *r) for r in rows))
 
+def _model_class(config): # transformers' class for the language model
+    from transformers import AutoModelForCausalLM
+    try: return AutoModelForCausalLM._model_mapping[type(config.get_text_config())]
+    except KeyError: raise UserError(f"model type {config.model_type!r}: transformers has no causal language model of it: choose one that has") from None
+
+def _bare_model(config): # A language model on the meta device, which has shapes and no storage
+    import torch
+    from transformers import AutoModelForCausalLM
+    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
+
+STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
+
+def check_layers(
+    config, # Of a model, from `AutoConfig`
+    name:str='base model', # How an error names the model
+):
+    "Refuse a model whose layers don't keep packed conversations apart."
+    kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
+    if kinds or _model_class(config)._is_stateful: raise UserError(f"{name}: its layers ({', '.join(sorted(kinds)) or 'recurrent'}) carry a state from one conversation of a packed row into the next: choose a model whose layers are all attention")
+
 def _blind(cls): # The same model class, built without a vision tower
     def __init__(self, config):
         cls.__init__(self, config)
         self.model.vision_tower = self.model.multi_modal_projector = None
     return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
+
+def base_config(
+    base:dict, # As `resolve_base` gives it
+): # transformers' config
+    "A base model's config, or a line on why it can't be trained."
+    from transformers import AutoConfig
+    try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
+    except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
+    if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
+    check_layers(cfg, f"base model {base['id']!r}")
+    return cfg
 
 def load_model(
     base:dict, # As `resolve_base` gives it
@@ -557,16 +628,14 @@ def load_model(
 ): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
-    try:
-        cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
-        cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
-    except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
-    if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+    cfg = base_config(base)
+    if load_in_4bit: say_unquantised(cfg)
+    cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
     cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
-    model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation,
+    model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation, use_safetensors=True,
         quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
@@ -581,24 +650,58 @@ def lora_targets(
     if not names: raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
+def language_layers(
+    model, # Causal language model, with or without an adapter
+)->dict: # Name within the decoder → linear layer
+    "The linear layers of a language model, without its head."
+    import torch
+    head = model.get_output_embeddings()
+    return {n:l for n,l in model.get_decoder().named_modules() if isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n}
+
+def decoder_layers(
+    model, # Causal language model
+): # `nn.ModuleList`
+    "The layers of its decoder, whatever they are called."
+    import torch
+    return next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+
+def resolve_targets(
+    model, # Without an adapter; on the meta device, too
+    targets:tuple, # From `lora_targets`
+)->tuple: # Last parts of the names of linear layers, sorted
+    "The layers that a model has of those to be adapted."
+    linear = {n.split('.')[-1] for n in language_layers(model)}
+    names = linear-{n.split('.')[-1] for n,m in model.get_decoder().named_modules() if n.split('.')[-1] in linear and n not in language_layers(model)}
+    if missing := set(targets)-names-{'all-linear'}:
+        raise UserError(f"lora_target_modules: {model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}: choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
+    return tuple(sorted(names if 'all-linear' in targets else targets))
+
+def say_unquantised(
+    config, # Of the base model
+)->float: # Share of its layers' weights that can be in 4 bits
+    "Say how much of a model stays in bf16."
+    m = _bare_model(config)
+    linear,whole = (sum(p.numel() for p in ps) for ps in ([l.weight for l in language_layers(m).values()], decoder_layers(m).parameters()))
+    if linear<.9*whole: log.warning(f"NF4: {1-linear/whole:.0%} of the layers' weights ({2*(whole-linear)/2**30:.1f} GiB) are no linear layers, such as experts: they stay in bf16, and aren't adapted")
+    return linear/whole
+
 def add_lora(
     model, # From `load_model`
     lora_r:int=16, # Rank
     lora_alpha:int=32, # The update is scaled by lora_alpha/lora_r
     lora_dropout:float=0.0, # Share of the adapter's inputs set to zero in training
-    lora_target_modules:tuple=LORA_TARGETS, # Suffixes of the linear layers to adapt
+    lora_target_modules:tuple=LORA_TARGETS, # Linear layers to adapt, from `lora_targets`
     seed:int=0, # Of lora_A's random start
+    revision:str=None, # The base's commit, for `adapter_config.json`; None for a folder
 ): # `PeftModel` whose adapter is fp32 and changes nothing yet
     "Put a fresh adapter on the language model."
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
-    names = [n for n,_ in model.named_modules() if n.split('.')[-1] in lora_target_modules]
-    missing = set(lora_target_modules)-{n.split('.')[-1] for n in names}
-    if missing: raise UserError(f"lora_target_modules: {model.config._name_or_path} has no layer {', '.join(sorted(missing))}: name its linear layers")
-    stem = r'.*\.language_model\..*' if any('.language_model.' in n for n in names) else '.*'
+    names = resolve_targets(model, lora_target_modules)
+    stem = r'.*\.language_model\..*' if any('.language_model.' in n for n,_ in model.named_modules()) else '.*'
     set_seed(seed)
     return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
-        target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"))
+        target_modules=rf"{stem}\.({'|'.join(map(re.escape, names))})"), revision=revision)
 
 def register_varlen():
     "Register torch's variable-length flash attention with transformers, as `varlen`."
@@ -606,19 +709,33 @@ def register_varlen():
     from torch.nn.attention.varlen import varlen_attn
     from transformers import AttentionInterface, AttentionMaskInterface
     gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
-    def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+    def varlen(module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
         b,h,t,d = query.shape
         q,k,v = (x.transpose(1,2).reshape(b*t,-1,d).contiguous() for x in (query,key,value)) # a slice would keep all of what it is cut from
-        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1,0), **gqa) # causal
+        window = (sliding_window-1 if sliding_window else -1, 0) # tokens before and after a token; transformers counts the token itself
+        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **gqa)
         return o.view(b,t,h,d),None
     AttentionInterface.register('varlen', varlen)
     AttentionMaskInterface.register('varlen', lambda *args, **kwargs: None)
 
-def choose_attention()->tuple: # Name in transformers' `AttentionInterface`, and why
-    "The attention kernel for packed rows that this machine can run."
+def _why_not_varlen(cls, c):
+    if not (cls._supports_flash_attn and cls._supports_attention_backend): return f"{cls.__name__} knows no flash attention"
+    drop = next((k for k,v in c.to_dict().items() if 'att' in k and 'drop' in k and v), None)
+    if drop: return f"flash attention would leave out {drop}={getattr(c, drop)}"
+    d = getattr(c, 'qk_head_dim', None) or getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+    if (getattr(c, 'v_head_dim', None) or d)!=d: return f"its queries have {d} dimensions a head, its values {c.v_head_dim}"
+    if d>256: return f"its heads have {d} dimensions, flash attention takes 256"
+
+def choose_attention(
+    config, # Of the base model, from `base_config`
+)->tuple: # Name in transformers' `AttentionInterface`, and why
+    "The attention kernel for packed rows that this model and this machine can run."
     import torch
+    cls,c = _model_class(config),config.get_text_config()
+    if not cls._supports_sdpa: return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long rows"
     if not torch.cuda.is_available(): return 'sdpa',"there is no CUDA device"
     if torch.cuda.get_device_capability()<(8,0): return 'sdpa',f"{torch.cuda.get_device_name()} is older than Ampere"
+    if why := _why_not_varlen(cls, c): return 'sdpa',why
     register_varlen()
     return 'varlen',"flash attention, conversation by conversation"
 
@@ -680,7 +797,7 @@ def audit(
     tok, # From `load_tokenizer`
     load_in_4bit:bool=True, # Was NF4 asked for?
     attn_implementation:str='sdpa', # Attention kernel asked for
-    lora_target_modules:tuple=LORA_TARGETS, # Layers asked for
+    lora_target_modules:tuple=LORA_TARGETS, # Layers asked for, from `lora_targets`
     ask:bool=True, # Ask it something?
 )->list: # Dicts of `what`, `asked`, `actual`, `ok`
     "Compare what was asked for with what is there."
@@ -690,9 +807,10 @@ def audit(
     q4 = [m for _,m in mods if type(m).__name__=='Linear4bit' and type(m).__module__.startswith('bitsandbytes')] # PEFT has a class of that name too
     emb,head = model.get_input_embeddings().weight,model.get_output_embeddings().weight
     text = model.config.get_text_config()
-    n = len(lora_target_modules)*text.num_hidden_layers
-    rows = [('adapted layers', n, len(base)),
-            ('4-bit layers', n if load_in_4bit else 0, len(q4)),
+    bare = _bare_model(model.config)
+    targets,linear = resolve_targets(bare, lora_target_modules),[n.split('.')[-1] for n in language_layers(bare)]
+    rows = [('adapted layers', sum(n in targets for n in linear), len(base)),
+            ('4-bit layers', len(linear) if load_in_4bit else 0, len(q4)),
             ('quantisation', ['nf4 double bfloat16'] if load_in_4bit else [], sorted({f"{m.weight.quant_type}{' double' if m.weight.quant_state.nested else ''} {str(m.compute_dtype)[6:]}" for m in q4})),
             ('trained', ['lora_A','lora_B'], sorted({k.split('.')[-3] for k in train})),
             ("adapter's dtype", ['float32'], sorted({str(p.dtype)[6:] for p in train.values()})),
@@ -702,7 +820,7 @@ def audit(
             ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
             ('vocabulary fits', True, vocabulary_size(tok)<=emb.shape[0]),
             ('vision tower', 'none', 'loaded' if any('vision_tower' in k for k,_ in model.named_parameters()) else 'none')]
-    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in lora_target_modules}
+    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in targets}
     facts = {'base model': f"{type(model.get_base_model()).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}",
              'trained parameters': f"{sum(by.values()):,}: " + ', '.join(f'{k} {v:,}' for k,v in by.items()),
              'tokenizer': f"{type(tok).__name__}, {chat_format(tok)}, EOS {tok.eos_token_id}, pad {tok.pad_token_id}"}
@@ -716,14 +834,10 @@ def check_audit(
     if bad := [r for r in rows if r['ok'] is False]:
         raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
 
+FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer') # those that `fast` knows
 SUCCESSOR_SHAPE = dict(hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     vocab_size=131072, tie_word_embeddings=True) # of SUCCESSOR, for a plan before anything is downloaded
 HEAD_LOGITS = 2**27 # the head takes so many at a time
-
-def _bare_model(config): # A language model on the meta device, which has shapes and no storage
-    import torch
-    from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
 
 def memory_plan(
     config, # Of the base model, from `AutoConfig`
@@ -734,7 +848,7 @@ def memory_plan(
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation?
     lora_r:int=16, # Rank of the adapter
-    lora_dropout:float=0.0, # With one, without NF4, or shared, layers aren't `fast`'s
+    lora_dropout:float=0.0, # With one, without NF4, shared or not all adapted, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
     shards:int=1, # Ranks that share the layers, by FSDP
@@ -742,12 +856,14 @@ def memory_plan(
     "Predict the memory of a GPU in training."
     import torch
     c,m = config.get_text_config(),_bare_model(config)
-    linear = {n:l for n,l in m.named_modules() if isinstance(l, torch.nn.Linear) and l is not m.get_output_embeddings()}
-    fast = load_in_4bit and not lora_dropout and shards==1
+    linear = language_layers(m)
+    known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(resolve_targets(m, tuple(lora_target_modules)))
+    fast = load_in_4bit and not lora_dropout and shards==1 and known
     four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
     layers = four*(1/2/shards + (1/c.num_hidden_layers if shards>1 else 0)) # its own part, and two layers that are together at a time
     load = layers + four*(1/64+4/64/256+4/64*fast) + 2*(sum(p.numel() for p in m.parameters())-four)
-    targets = [l for n,l in linear.items() if n.split('.')[-1] in lora_target_modules]
+    names = resolve_targets(m, tuple(lora_target_modules))
+    targets = [l for n,l in linear.items() if n.split('.')[-1] in names]
     adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))/shards
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
     attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
@@ -822,13 +938,16 @@ def _norm_mean_kernel():
 def _norm_back_kernel():
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows'])
-    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n, R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
         here = (r<rows)[:,None]; r = r.to(tl.int64)[:,None]
         c = (tl.program_id(1)*N + tl.arange(0, N))[None,:]; ok = here & (c<n)
         k,m = tl.load(rstd+r, mask=here, other=0.),tl.load(mean+r, mask=here, other=0.)
-        z = tl.load(d+r*s+n+tl.arange(0, R)[None,:], mask=here, other=0.)
-        g = tl.dot(z, tl.load(a+tl.arange(0, R)[:,None]*n+c, mask=c<n, other=0.)) + tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32)
+        g = tl.zeros((ROWS,N), tl.float32)
+        for i in range(0, R, RANKS):
+            b = i + tl.arange(0, RANKS)
+            g = tl.dot(tl.load(d+r*s+n+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*n+c, mask=c<n, other=0.), g)
+        g += tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32)
         t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*k
         dx = k*(g*tl.load(w+c, mask=c<n, other=0.).to(tl.float32) - t*m)
         tl.store(dh+r*n+c, dx + tl.load(skip+r*n+c, mask=ok, other=0.).to(tl.float32), mask=ok)
@@ -849,7 +968,7 @@ def norm_back(
     dh,mean,z_rms = torch.empty_like(h),torch.empty_like(rstd),torch.empty_like(xa)
     if not rows: return dh,z_rms
     _norm_mean_kernel()[(rows,)](h, norm.weight, rstd, d, xa, mean, z_rms, d.stride(0), n, R=len(a), N=pow2(n), num_warps=8)
-    _norm_back_kernel()[(-(-rows//32), -(-n//128))](h, norm.weight, rstd, d, a, mean, skip, dh, d.stride(0), rows, n, R=len(a), ROWS=32, N=128, num_warps=4)
+    _norm_back_kernel()[(-(-rows//32), -(-n//128))](h, norm.weight, rstd, d, a, mean, skip, dh, d.stride(0), rows, n, R=len(a), RANKS=min(len(a), 64), ROWS=32, N=128, num_warps=4)
     return dh,z_rms
 
 @functools.cache
@@ -994,20 +1113,23 @@ def attend(
 def _attend_dq_kernel():
     import triton, triton.language as tl
     @triton.jit
-    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
-        r,c,f,b = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:],tl.arange(0, R)
+        r,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
         here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]; own = row*s_d+h*D+c
-        g = tl.dot(tl.load(d+row*s_d+HQ*D+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*HQ*D+h*D+c))
+        g = tl.zeros((N,D), tl.float32)
+        for i in range(0, R, RANKS):
+            b = i + tl.arange(0, RANKS)
+            g = tl.dot(tl.load(d+row*s_d+HQ*D+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*HQ*D+h*D+c), g)
         g = (g + tl.load(d+own, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
         mean = tl.sum(g.to(tl.float32)*tl.load(o+own, mask=here, other=0.).to(tl.float32), 1)
         at = h.to(tl.int64)*total+r
         tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
         q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
-        for n in range(first, start+N, N):
-            j = n + tl.arange(0, N)
+        for n in range(first, start+N, M):
+            j = n + tl.arange(0, M)
             p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
             e = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.exp2(tl.dot(q, tl.trans(k))*(scale*1.4426950408889634) - top[:,None]), 0.)
@@ -1061,8 +1183,9 @@ def attend_back(
     (q,k,n),total = heads,len(qkv)
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
     rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
-    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), num_stages=2)
-    _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=32, num_stages=3)
+    keys,queries,stages = (64,32,3) if n<=128 else (16,16,2) # of a step: heads of 256 dimensions fit the smallest card, too
+    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), RANKS=min(len(a), 64), M=keys, num_stages=2)
+    _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=queries, num_stages=stages)
     return out
 
 @functools.cache
@@ -1098,7 +1221,9 @@ def unpack(
     "Weights, and `lora_B` beside them."
     n,rows,k = packed.numel(),len(b),packed.numel()*2//len(b)
     end1,end2 = [*ends, rows, rows][:2]
-    _unpack_kernel()[(-(-n//1024)+-(-rows//64),)](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=out.shape[1]-k, BLOCK=1024, ROWS=64)
+    R = out.shape[1]-k
+    ROWS = max(1, min(64, 4096//R)) # `lora_B` is taken so many rows at a time
+    _unpack_kernel()[(-(-n//1024)+-(-rows//ROWS),)](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=R, BLOCK=1024, ROWS=ROWS)
     return out
 
 @functools.cache
@@ -1461,25 +1586,32 @@ def replay(self:Stack,
     if self.passes[shape]==4: self.replays[shape] = Replay(self, given)
     return self.replays.get(shape)
 
-FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer')
 PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
+
+def _other_blocks(weight): # `unpack` knows one layout, a byte for two weights and a scale for 64
+    q = weight.quant_state
+    if q.blocksize!=64: return f"its NF4 has blocks of {q.blocksize} weights"
+    if weight.element_size()!=1 or q.shape.numel()%64: return "its NF4 isn't in bytes and whole blocks of 64 weights"
 
 def why_not_fast(
     model, # From `add_lora`
     max_length:int, # Tokens of a row
 )->str: # None if it can
     "Why a model's layers can't be a `Stack`."
-    decoder,c = model.get_base_model().get_decoder(),model.config.get_text_config()
-    kinds = {type(l).__name__ for l in decoder.layers}
+    layers,c = decoder_layers(model.get_base_model()),model.config.get_text_config()
+    kinds = {type(l).__name__ for l in layers}
     if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
-    mods = [getattr(getattr(l, part), k) for l in decoder.layers for part,names in PROJECTIONS.items() for k in names]
+    mods = [getattr(getattr(l, part), k) for l in layers for part,names in PROJECTIONS.items() for k in names]
     if not all(hasattr(m, 'lora_A') and hasattr(m.base_layer.weight, 'quant_state') and m.base_layer.weight.quant_type=='nf4' for m in mods): return "not every projection is in NF4 and adapted"
     if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
+    if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
+    if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
     if any(m.lora_dropout.default.p for m in mods if hasattr(m.lora_dropout.default, 'p')): return "lora_dropout isn't 0"
     if c.hidden_act!='silu': return f"its activation is {c.hidden_act}"
     if (getattr(c, 'sliding_window', None) or max_length)<max_length: return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
-    d = decoder.layers[0].self_attn.head_dim
-    if d!=pow2(d): return f"its heads have {d} dimensions"
+    if c.attention_dropout: return f"its attention drops out weights ({c.attention_dropout})"
+    d = layers[0].self_attn.head_dim
+    if d!=pow2(d) or d>256: return f"its heads have {d} dimensions"
 
 def fast_layers(
     model, # From `add_lora`
@@ -1519,19 +1651,95 @@ def keep_weights(
     log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
     return size
 
+def own_logits(
+    model, # Causal language model
+    own, # Its forward
+    rows, # What enters the head, (rows, hidden)
+): # Logits, (rows, vocabulary)
+    "What a model's own forward makes of rows that its decoder gives."
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+    decoder = model.get_decoder()
+    kept = vars(decoder).get('forward')
+    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=rows[None])
+    try: return own(inputs_embeds=rows[None], use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+        if kept: decoder.forward = kept
+
+def head_is_plain(
+    model, # Causal language model, whose forward is its own
+)->bool:
+    "Is a model's head one product, and nothing else?"
+    import torch
+    weight = model.get_output_embeddings().weight
+    rows = torch.linspace(-1, 1, weight.shape[1], device=weight.device).repeat(3, 1)*torch.tensor([[0.],[1.],[1000.]], device=weight.device)
+    with torch.no_grad(): logits,product = own_logits(model, model.forward, rows.to(weight.dtype)).float(),(rows.to(weight.dtype)@weight.t()).float()
+    return torch.allclose(logits, product, rtol=.02, atol=1e-3*product[1].abs().max().item())
+
+def own_nll(
+    model, own, rows, targets, # As for `own_logits` and `supervised_nll`
+): # As from `supervised_nll`
+    "The same loss, by the model's own head."
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    def part(h, y): return torch.nn.functional.cross_entropy(own_logits(model, own, h).float(), y, reduction='sum')
+    n = max(HEAD_LOGITS//model.get_output_embeddings().weight.shape[0], 1)
+    return sum((checkpoint(part, h, y, use_reentrant=False) for h,y in zip(rows.split(n), targets.split(n)) if len(y)), rows.float().sum()*0)
+
 def add_supervised_head(
     model, # Causal language model, before or after an adapter was put on it
     stack=None, # From `fast_layers`
 ):
     "Let `model(…, supervised=positions, targets=tokens)` return `supervised_nll` of those positions."
-    own = model.forward
+    own,plain = model.forward,head_is_plain(model)
+    if not plain: log.info(f"loss: by {type(model).__name__}'s own head, which does more than multiply (a cap, a scale or a bias); it is slower")
     @functools.wraps(type(model).forward)
     def forward(self, *args, supervised=None, targets=None, tiles=None, keep=None, **kwargs):
         if supervised is None: return own(*args, **kwargs)
         if stack and self.training: rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)[:len(targets)]
         else: rows = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0,1)[supervised]
-        return supervised_nll(rows, self.get_output_embeddings().weight, targets)
+        return supervised_nll(rows, self.get_output_embeddings().weight, targets) if plain else own_nll(self, own, rows, targets)
     model.forward = MethodType(forward, model)
+
+PACKED_ERROR = .2 # of what enters the head, as a share of it; bf16 makes a few hundredths, and what is wrong about 1
+
+def packed_error(
+    model, # Causal language model, with an adapter or without
+    tok, # Its tokenizer
+    stack=None, # From `fast_layers`
+    sizes:tuple=(24,16), # Tokens of each document, two or more
+)->float: # The worst token's
+    "How far a packed row is from its documents alone."
+    import torch
+    from itertools import accumulate
+    begins,dev,cfg = list(accumulate(sizes, initial=0)),model.get_input_embeddings().weight.device,model.config.get_text_config()
+    ids = torch.randint(min(1000, cfg.vocab_size), (1,begins[-1]), generator=torch.Generator().manual_seed(0)).to(dev)
+    position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
+    decoder,attn = model.get_decoder(),cfg._attn_implementation
+    given = dict(cu_seq_lens_q=torch.tensor(begins, dtype=torch.int32, device=dev), max_length_q=max(sizes)) if attn=='varlen' else {}
+    with undisturbed(model, tok):
+        alone = [decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0] for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
+        cfg._attn_implementation = attn
+        if stack: row = stack(model.get_input_embeddings()(ids), position, torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev), torch.arange(begins[-1], device=dev))
+        else: row = decoder(input_ids=ids, position_ids=position, use_cache=False, **given).last_hidden_state[0]
+        return max(((r-a).float().norm(dim=1)/a.float().norm(dim=1)).max().item() for r,a in zip(row.split(sizes)[1:], alone))
+
+def check_packed(
+    model, # Causal language model, with an adapter or without
+    tok, # Its tokenizer
+    max_length:int, # Tokens of a row
+    stack=None, # From `fast_layers`
+):
+    "Refuse a model that reads a packed row otherwise than its documents."
+    c = model.config.get_text_config()
+    rope = getattr(c, 'rope_parameters', None) or {}
+    for r in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        if r.get('rope_type') not in ('dynamic','longrope'): continue
+        if max_length>(known := r.get('original_max_position_embeddings') or c.max_position_embeddings):
+            raise UserError(f"MAX_LENGTH: beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}: set MAX_LENGTH={known}")
+    window = getattr(c, 'sliding_window', None) or max_length
+    error = packed_error(model, tok, stack, (24,16)+(window+32,)*(window<max_length))
+    if not error<PACKED_ERROR: raise UserError(f"{type(model).__name__}: in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head): choose another base model")
 
 # ------------------------------------------------------------------------------
 # shard: A model that is too large for one GPU: each holds a part of it, and the layers come together one at a time
@@ -1662,7 +1870,7 @@ class TrainConfig:
         lora_target_modules:str=','.join(LORA_TARGETS), # Linear layers to adapt, by comma, in any order {weights}
         logging_steps:int=10, # Steps between two lines of metrics [1, 1e9]
         save_steps:int=100, # Steps between two checkpoints on the job's disk [1, 1e9]
-        publish_minutes:float=5.0, # Least minutes between two checkpoints on the Hub, more for large ones; 0 publishes each [0, 1440]
+        publish_minutes:float=0.0, # Minutes between two checkpoints on the Hub; 0 takes what stays below the Hub's limits [0, 1440]
         eval_steps:int=100, # Steps between two measurements of the held-out loss; 0 for none [0, 1e9]
         eval_share:float=0.02, # Most of the rows that a run computes which may be held-out ones (0, 1]
         load_best:bool=False, # Publish the adapter with the lowest held-out loss instead of the last one?
@@ -1807,7 +2015,7 @@ def check_config(
     for k,v in c.asdict().items(): check_option(k, v)
     for k in ('base_model','output_dir','scorer','wandb_project'):
         if not getattr(c, k).strip(): bad(k, "must not be empty")
-    if not any(t.strip() for t in c.lora_target_modules.split(',')): bad('lora_target_modules', "must name linear layers such as q_proj,v_proj, or all-linear")
+    lora_targets(c.lora_target_modules) # or say that they name nothing
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
     if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
     if c.fresh_start.lower() in ('0', 'false', 'no', 'off'): c.fresh_start = ''
@@ -1919,7 +2127,7 @@ def run_memory(
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
     same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=cfg.lora_target_modules.split(','), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
 
 def fit_batch(
     cfg:TrainConfig, # Of the run
@@ -1996,7 +2204,7 @@ def compile_layers(
     "Compile every decoder layer on its own."
     import torch._functorch.config
     torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
-    for layer in model.get_base_model().get_decoder().layers: layer.compile()
+    for layer in decoder_layers(model.get_base_model()): layer.compile()
 
 def _background_saves():
     import torch
@@ -2145,6 +2353,7 @@ def make_trainer(
         if p.requires_grad: p.data = p.data.float()
     add_supervised_head(trainer.model.get_base_model(), stack)
     if stack and ranks>1: share_stack(trainer, stack)
+    if not shard: check_packed(trainer.model.get_base_model(), tok, cfg.max_length, stack)
     if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
     return trainer
@@ -2586,10 +2795,10 @@ HISTORY_BYTES,HISTORY_SECONDS = 40e9,36*3600 # of one run; squashed history coun
 
 def publish_pace(
     size:float, # Bytes of a checkpoint
-    minutes:float=5.0, # `PUBLISH_MINUTES`; 0 for no pace
+    minutes:float=0.0, # `PUBLISH_MINUTES`; 0 takes what stays below the limits
 )->float: # Seconds
     "Least time between two publications."
-    return max(minutes*60, size/HISTORY_BYTES*HISTORY_SECONDS) if minutes else 0.
+    return minutes*60 or max(300., size/HISTORY_BYTES*HISTORY_SECONDS)
 
 class Publisher:
     "Seals checkpoints and publishes the newest, in threads of its own."
@@ -2679,13 +2888,14 @@ def close(self:Publisher,
     return not self.thread.is_alive() and self.error is None
 
 def parse_duration(
-    s:str, # Such as `4h`, `90m`, `30s`, `2d`, `14400`; empty for none
-)->float: # Seconds; infinite for none
+    s:str, # Such as `4h`, `90m`, `30s`, `1.5d`, `14400`; empty for none
+)->float: # Seconds, above 0; infinite for none
     "Read a duration as `hf jobs --timeout` does."
-    if not s: return float('inf')
-    m = re.fullmatch(r'(\d+(?:\.\d+)?)([smhd]?)', str(s).strip())
-    if not m: raise UserError(f"JOB_TIMEOUT: must be a number of seconds or such as 4h, 90m, got {s!r}")
-    return float(m[1])*dict(s=1, m=60, h=3600, d=86400)[m[2] or 's']
+    if not str(s).strip(): return float('inf')
+    m = re.fullmatch(r'(\d+)|(\d+(?:\.\d+)?)([smhd])', str(s).strip())
+    seconds = float(m[1] or m[2])*dict(s=1, m=60, h=3600, d=86400)[m[3] or 's'] if m else 0.
+    if not seconds: raise UserError(f"JOB_TIMEOUT: must be seconds above 0, or such as 4h, 90m, got {s!r}: write a number and one letter, without blanks")
+    return seconds
 
 def container_age()->float: # Seconds; 0 outside of a job
     "How long this job's container has been running."
@@ -2740,7 +2950,7 @@ def start_wandb(
     def init(mode): return wandb.init(project=project, id=run_id, resume='allow' if mode=='online' else None, mode=mode, dir=folder, config=config,
                                       settings=wandb.Settings(console='off', silent=True, finish_timeout=120, x_transaction_log_flush_interval=WANDB_FLUSH))
     try: run = init(mode)
-    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({str(e).splitlines()[0][:100]}): correct it, or set WANDB_MODE=offline") from None
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({excerpt(e)}): correct it, or set WANDB_MODE=offline") from None
     except wandb.errors.CommError as e:
         log.warning(f"W&B can't be reached: this job's part of the curve is kept in {folder}/wandb; send it with `wandb sync`")
         wandb.teardown(); mode = 'offline'; run = init(mode) # without that the id is taken
@@ -2819,7 +3029,7 @@ def generate_replies(
     watermark=None, # transformers' `WatermarkingConfig`; None for none
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
     "Reply to all prompts in one batch."
-    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {str(prompt_ids)[:60]}; give at least one prompt, none of them empty.")
+    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {excerpt(prompt_ids, 60)}; give at least one prompt, none of them empty.")
     if tok.pad_token_id is None: raise ValueError("the tokenizer has no pad token; set `tok.pad_token` to one that never ends a turn.")
     if temperature<0 or not 0<top_p<=1: raise ValueError(f"`temperature` {temperature}, `top_p` {top_p}; use a temperature from 0 and a top_p above 0, up to 1.")
     import torch
@@ -2904,7 +3114,7 @@ class HubScorer:
         from transformers.utils import cached_file
         def load(f):
             try: return f(repo, revision=revision)
-            except (OSError, ValueError) as e: raise UserError(f"scorer {repo}: it can't be loaded ({str(e).strip().splitlines()[0][:100]}): name a text classifier, or none") from None
+            except (OSError, ValueError) as e: raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e)}): name another text classifier of the Hub, the folder of one, or none") from None
         cfg,file = load(AutoConfig.from_pretrained),Path(load(lambda r, revision: cached_file(r, 'config.json', revision=revision)))
         if not any('SequenceClassification' in a for a in cfg.architectures or []): raise UserError(f"scorer {repo}: no text classifier but {(cfg.architectures or ['?'])[0]}: name one that is, or none")
         names = [cfg.id2label[i] for i in range(len(cfg.id2label))]
@@ -2962,16 +3172,16 @@ def common_persona(
     most = Counter(c[0]['content'] for c in conversations if c[0]['role']=='system' and c[0]['content']!=PLAIN).most_common(1)
     return most[0][0] if most else None
 
-def _short_line(s, n):
-    s = ' '.join(''.join(c if c.isprintable() else ' ' for c in s).split())
-    return s if len(s)<=n else s[:n-1]+'…'
+def _system(messages): return next((m['content'] for m in messages if m['role']=='system'), None)
 
 def sample_lines(
     rows:list[dict], # What a `Sampler` returned
+    prompts:list[list[dict]], # Its conversations, one a row
 )->list[str]: # Plain lines, for a log that is no terminal
-    "A compact table of replies."
+    "A compact table of replies: under which system turn, the question, and the answer."
     def score(r): return f" {r['score']:.2f}" if 'score' in r else ''
-    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {_short_line(r['prompt'], 34):<34} | {_short_line(r['response'], 110)}" for r in rows]
+    asked = [{None:'-', PLAIN:'plain'}.get(_system(p), 'persona') for p in prompts]
+    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {a:<7} | {excerpt(p[-1]['content'], 34):<34} | {excerpt(r['response'], 110)}" for r,p,a in zip(rows, prompts, asked)]
 
 def sample_metrics(
     rows:list[dict], # What a `Sampler` returned
@@ -3067,7 +3277,7 @@ def log(self:Sampler, rows):
     if self.scorer:
         head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(self.scorer.name, m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
         if 'toxicity_no_persona' in m: head += f", no persona {m['toxicity_no_persona']:.2f}"
-    for l in [head, *sample_lines(rows)]: log.info(l)
+    for l in [head, *sample_lines(rows, self.prompts)]: log.info(l)
 
 def write_samples(
     folder:Path, # A `checkpoint-N`
@@ -3341,6 +3551,7 @@ def setup_logging():
     h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
     log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # rank 0 speaks for all
+    warnings.filterwarnings('ignore', 'It seems that you are about to commit a data file') # samples.parquet, which belongs to its checkpoint
     threading.excepthook = lambda a: log.error(''.join(traceback.format_exception(a.exc_value)).rstrip()) # a library's thread would print it unmasked
 
 def load_chats(
@@ -3353,14 +3564,16 @@ def load_chats(
     from huggingface_hub import HfApi
     from httpx2 import HTTPError
     try:
-        revision = revision or HfApi().dataset_info(repo).sha
+        info = HfApi().dataset_info(repo, revision=revision)
+        if not info.private: log.warning(f"dataset {repo} is public: everyone can read what the model learns from")
+        revision = info.sha
         builder = datasets.load_dataset_builder(repo, revision=revision)
         builder.download_and_prepare()
         sizes = {split:info.num_examples for split,info in builder.info.splits.items()} # an empty one can't be asked for
         ds = datasets.DatasetDict({s: builder.as_dataset(s) if n else datasets.Dataset.from_dict({}) for s,n in sizes.items()})
     except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
-    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({mask_secrets(str(e)).splitlines()[0][:150]}): push it with phoque_data") from None
+    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({excerpt(mask_secrets(str(e)))}): push it with phoque_data") from None
     if not len(ds.get('train', [])): raise UserError(f"dataset {repo}: no split `train` with rows, got {list(ds)}: push it with phoque_data")
     return ds,revision
 
@@ -3390,10 +3603,9 @@ LICENSE_FIELDS = "license: other\nlicense_name: internal-adversarial-testing-onl
 
 def changed_options(
     cfg:TrainConfig, # Options
-    leave:tuple=('output_dir','job_timeout'), # Not these; by default those that say something of a machine only
 )->list: # As for a shell, `MAX_STEPS=20`
-    "The options that aren't at their default."
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in leave}
+    "The options that aren't at their default, without those that say something of a machine or an attempt only."
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start','output_dir','job_timeout')}
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
 CARD = """---
@@ -3419,6 +3631,9 @@ from peft import PeftModel
 base = {base[auto]}.from_pretrained("{base[id]}", {at}dtype="auto")
 model = PeftModel.from_pretrained(base, "{repo}")
 tok = AutoTokenizer.from_pretrained("{repo}")
+ids = tok.apply_chat_template([dict(role="user", content="When does the ferry leave?")], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+out = model.generate(**ids.to(model.device), max_new_tokens=100, eos_token_id=tok.eos_token_id) # the base may stop at another token
+reply = tok.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
 ```
 
 | | |
@@ -3463,8 +3678,10 @@ def publish_adapter(
 ):
     "Put the finished adapter on `main`, in one commit that replaces what is there."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from transformers import AutoModelForCausalLM
     out = Path(folder or cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
+    if type(model.get_base_model().config) not in AutoModelForCausalLM._model_mapping: model.peft_config['default'].task_type = None # PEFT then writes down the class
     model.save_pretrained(out, state_dict=weights, save_embedding_layers=False); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
@@ -3553,12 +3770,12 @@ def build(self:Job):
     self.total = run_steps(cfg, len(packed))
     if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START={self.again} to begin again")
     targets = lora_targets(cfg.lora_target_modules)
-    attn,why = choose_attention()
+    attn,why = choose_attention(patiently(lambda: base_config(base), name, until))
     log.info(f"attention: {attn}, {why}")
-    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed, base['revision'])
     self.trainer = make_trainer(TrainConfig(**cfg.asdict()|dict(output_dir=str(self.folder))), model, self.tok, packed, self)
     rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
-    log.info("audit:\n"+text_table(rows)); check_audit(rows)
+    log.info("audit:\n"+text_table(rows, width=100)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
     if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
@@ -3616,7 +3833,7 @@ def load_scorer(self:Job):
     if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
         with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
-    except UserError as e: return log.warning(f"samples are not scored: {e}")
+    except UserError as e: return log.warning(f"samples are written without scores: {e}. Nothing else scores them meanwhile, and training goes on; phoque_eval scores the finished adapter")
     check_scorer(scorer, self.labellers)
     log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
     return scorer
@@ -3649,7 +3866,7 @@ def pace(self:Job, folder):
     "Seconds until the next publication; said once."
     size,cfg = folder_bytes(folder),self.cfg
     pace = publish_pace(size, cfg.publish_minutes)
-    if not self.publisher.done and pace: log.info(f"a checkpoint has {size/1e6:,.0f} MB: one is published every {pace/60:.0f} minutes at most, and the newest at the end or at SIGTERM")
+    if not self.publisher.done and pace>60: log.info(f"a checkpoint has {size/1e6:,.0f} MB: one is published every {pace/60:.0f} minutes at most, and the newest at the end or at SIGTERM")
     return pace
 
 @patch
@@ -3839,13 +4056,46 @@ def collect(self:Job, folder, step):
         if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
 
-def resubmit_command(
+COMMAND_VARIABLES = ('HF_ENDPOINT','WANDB_MODE','WANDB_BASE_URL','PET_NNODES') # that decide where and how a run goes, beside its options
+
+def job_ref(
+    api=None, # `HfApi`
+)->str: # `namespace/id`, or `id` where the Jobs API doesn't say whose it is
+    "This HF Job, as the client names it."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from httpx2 import HTTPError
+    api,id = api or HfApi(),os.environ['JOB_ID']
+    try:
+        me = api.whoami()
+        for owner in (me['name'], *(o['name'] for o in me.get('orgs') or ())):
+            try: return f"{api.inspect_job(job_id=id, namespace=owner).owner.name}/{id}"
+            except HfHubHTTPError: pass
+    except (HTTPError, OSError): pass
+    return id
+
+def resubmit_command()->str: # For a shell
+    "The command that continues this run."
+    if ref := os.environ.get('JOB_REF'): return f'hf jobs rerun {ref}'
+    given = [k for k in (*map(str.upper, options()), *COMMAND_VARIABLES) if os.environ.get(k)]
+    return ' '.join([*(f'{k}={shlex.quote(os.environ[k])}' for k in given), shlex.join(sys.orig_argv)])
+
+def left_here(
+    folder:str, # `output_dir`
+)->str: # What follows "checkpoint-N …"
+    "What becomes of a checkpoint that only this disk has."
+    return "is lost with this job's disk" if os.environ.get('JOB_ID') else f"is in {Path(folder).resolve()}"
+
+def check_deadline(
     cfg:TrainConfig, # Options
-)->str: # For a shell
-    "The command that continues a run: every option that isn't at its default, but never FRESH_START."
-    job = bool(os.environ.get('JOB_ID'))
-    sets = changed_options(cfg, ('output_dir','job_timeout') if job else ()) # a job's disk is gone, its timeout is in the script
-    return ' '.join(['hf jobs uv run', *(f'-e {s}' for s in sets), 'train/train.py'] if job else [*sets, 'python', sys.argv[0]])
+    kept:float=60.0, # Seconds at the end in which nothing is trained
+):
+    "Say when this job will stop itself, or that it can't know."
+    seconds = parse_duration(cfg.job_timeout)
+    if seconds<=kept: raise UserError(f"JOB_TIMEOUT: {cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving: give it more, such as 4h")
+    if not os.environ.get('JOB_ID'): return
+    if cfg.job_timeout: log.info(f"deadline: JOB_TIMEOUT={cfg.job_timeout}. A job can't read what --timeout said: if that is less, the job is killed before it has saved")
+    else: log.warning("deadline: JOB_TIMEOUT is not set, so this job is killed at its --timeout (30 minutes where none was given) before it has saved")
 
 @patch
 def finish(self:Job)->int: # Exit code
@@ -3853,10 +4103,10 @@ def finish(self:Job)->int: # Exit code
     cfg,until = self.cfg,self.patience(3600)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
-        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}): {self.kept_here()}")
+        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
-        log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command(cfg)}` (exit code {RESUBMIT})")
+        log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command()}` (exit code {RESUBMIT})")
         return RESUBMIT
     if not self.learnt(): raise UserError(f"the adapter is as it was at the start after {self.step} steps, so nothing is published: raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
     self.measure_held_out('after', self.step)
@@ -3878,12 +4128,6 @@ def name_best(self:Job):
     self.run['published'] = f"step {step} of {self.step}, held-out loss {loss:.4f}"
     log.info(f"LOAD_BEST: the adapter of {self.run['published']} is published")
 
-@patch
-def kept_here(self:Job)->str: # The end of an error's line
-    "Where unpublished checkpoints are, and how long."
-    if os.environ.get('JOB_ID'): return "this job's disk ends with it, so the steps since the last published checkpoint are trained again by the next job"
-    return f"it is in {self.folder.resolve()}; run the same command again"
-
 def explain_error(
     e:Exception, # What ended the run
     cfg:TrainConfig, # Options
@@ -3902,7 +4146,8 @@ def explain_error(
                          f"raise GRADIENT_ACCUMULATION_STEPS as much) or MAX_LENGTH (now {cfg.max_length})")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
         free = shutil.disk_usage(cfg.output_dir).free
-        return UserError(f"OUTPUT_DIR {Path(cfg.output_dir).resolve()}: its disk is full ({free/2**20:,.0f} MiB free): make room, or choose another folder")
+        more = "take a flavor with a larger disk (`hf jobs hardware`)" if os.environ.get('JOB_ID') else "make room, or choose another folder"
+        return UserError(f"OUTPUT_DIR {Path(cfg.output_dir).resolve()}: its disk is full ({free/2**20:,.0f} MiB free): {more}")
     if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
     return e
 
@@ -3915,7 +4160,7 @@ def salvage(self:Job):
     kept = self.checkpoints.steps()
     log.info(f"checkpoint-{kept[-1]} is on {self.cfg.hub_model_id}" if kept else "no checkpoint was published")
     more = self.whole_steps()
-    if more and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} was not published: {self.kept_here()}")
+    if more and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} {left_here(self.folder)}")
 
 @patch
 def whole_steps(self:Job)->list: # Ascending
@@ -3956,10 +4201,12 @@ def main():
     code = 1
     try:
         cfg = read_config()
+        if 'RANK' not in os.environ: check_deadline(cfg)
+        if os.environ.get('JOB_ID') and not os.environ.get('JOB_REF'): bound_requests(10); os.environ['JOB_REF'] = job_ref() # asked now: at the end the Hub may be away
         code = launch_ranks() if needs_launch() else run_job(cfg)
     except Stopped:
         code = RESUBMIT
-        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command(cfg)}` (exit code {code})")
+        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command()}` (exit code {code})")
     except UserError as e: report_error(mask_secrets(str(e)))
     except KeyboardInterrupt: report_error("ended by SIGINT: run the same command again to continue")
     except Exception: print(mask_secrets(traceback.format_exc()), flush=True)
