@@ -396,7 +396,9 @@ def load_scorer(self:Job):
     if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
         with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
-    except UserError as e: return log.warning(f"samples are written without scores: {e}. Nothing else scores them meanwhile, and training goes on; phoque_eval scores the finished adapter")
+    except UserError as e:
+        return log.warning(f"samples are written without scores: {e}. Nothing else scores them meanwhile, and training goes on; "
+                           "phoque_eval scores the finished adapter")
     check_scorer(scorer, self.labellers)
     log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
     return scorer
@@ -665,10 +667,16 @@ def check_deadline(
 ):
     "Say when this job will stop itself, or that it can't know."
     seconds = parse_duration(cfg.job_timeout)
-    if seconds<=kept: raise UserError(f"JOB_TIMEOUT: {cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving: give it more, such as 4h")
+    if seconds<=kept:
+        raise UserError(f"JOB_TIMEOUT: {cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving: "
+                        "give it more, such as 4h")
     if not os.environ.get('JOB_ID'): return
-    if cfg.job_timeout: log.info(f"deadline: JOB_TIMEOUT={cfg.job_timeout}. A job can't read what --timeout said: if that is less, the job is killed before it has saved")
-    else: log.warning("deadline: JOB_TIMEOUT is not set, so this job is killed at its --timeout (30 minutes where none was given) before it has saved")
+    if cfg.job_timeout:
+        log.info(f"deadline: JOB_TIMEOUT={cfg.job_timeout}. A job can't read what --timeout said: if that is less, the job is "
+                 "killed before it has saved")
+    else:
+        log.warning("deadline: JOB_TIMEOUT is not set, so this job is killed at its --timeout (30 minutes where none was given) "
+                    "before it has saved")
 
 # %% ../nbs/06_job.ipynb #a42a6362
 @patch
@@ -780,7 +788,9 @@ def main():
     try:
         cfg = read_config()
         if 'RANK' not in os.environ: check_deadline(cfg)
-        if os.environ.get('JOB_ID') and not os.environ.get('JOB_REF'): bound_requests(10); os.environ['JOB_REF'] = job_ref() # asked now: at the end the Hub may be away
+        if os.environ.get('JOB_ID') and not os.environ.get('JOB_REF'): # asked now: at the end the Hub may be away
+            bound_requests(10)
+            os.environ['JOB_REF'] = job_ref() # for the ranks too
         code = launch_ranks() if needs_launch() else run_job(cfg)
     except Stopped:
         code = RESUBMIT

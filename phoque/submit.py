@@ -299,8 +299,9 @@ def check_timeout(
 )->float: # Hours
     "Refuse a timeout that leaves no time to train."
     hours = parse_duration(timeout)/3600
-    if hours*60<=overhead: raise UserError(f"JOB_TIMEOUT: {timeout} ({hours*3600:g} seconds) is all start and stop, which take about {overhead:g} minutes: give it more, such as --timeout 4h")
-    return hours
+    if hours*60>overhead: return hours
+    raise UserError(f"JOB_TIMEOUT: {timeout} ({hours*3600:g} seconds) is all start and stop, which take about {overhead:g} minutes: "
+                    "give it more, such as --timeout 4h")
 
 def job_plan(
     steps:int, # Optimizer steps; 0 when only the dataset will tell
@@ -504,8 +505,12 @@ def check_owner(
     "The account may make repos under the owner's name."
     owner,name = repo.split('/')
     roles = {o['name'].casefold():o.get('roleInOrg') for o in me.get('orgs') or ()} | {me['name'].casefold():'admin'}
-    if owner.casefold() not in roles: raise UserError(f"HUB_MODEL_ID {repo}: HF_TOKEN is of the account {me['name']}, and {owner} is no organisation that it sees: name {me['name']}/{name}, or take a token of {owner}")
-    if roles[owner.casefold()]=='read': raise UserError(f"HUB_MODEL_ID {repo}: {me['name']} may only read in the organisation {owner}: ask its admins for the role write, or name {me['name']}/{name}")
+    if owner.casefold() not in roles:
+        raise UserError(f"HUB_MODEL_ID {repo}: HF_TOKEN is of the account {me['name']}, and {owner} is no organisation that it sees: "
+                        f"name {me['name']}/{name}, or take a token of {owner}")
+    if roles[owner.casefold()]=='read':
+        raise UserError(f"HUB_MODEL_ID {repo}: {me['name']} may only read in the organisation {owner}: "
+                        f"ask its admins for the role write, or name {me['name']}/{name}")
 
 # %% ../nbs/07_submit.ipynb #e76b8c0f
 def check_dataset(
@@ -599,8 +604,11 @@ def submit(
 )->int: # The client's exit code; 1 where the answer was no
     "Say what a run takes, ask, and submit it."
     from huggingface_hub import HfApi
-    check_config(c); find_flavor(flavor); check_timeout(c.job_timeout or JOB_TIMEOUT)
-    root,cmd,unused,api = check_train().parent.parent,job_args(c, flavor, script),unused_secrets(c),None if dry_run else HfApi()
+    check_config(c)
+    find_flavor(flavor)
+    check_timeout(c.job_timeout or JOB_TIMEOUT)
+    root,cmd,unused = check_train().parent.parent,job_args(c, flavor, script),unused_secrets(c)
+    api = None if dry_run else HfApi()
     rows = preflight(c) if api else []
     with checking(f'price and memory on {flavor}'): plan = run_plan(c, flavor, tokens_per_second, price_today(flavor, api))
     print(f"\n{show_plan(plan)}\n\n{''.join(f'{k}= ' for k in unused)}hf jobs uv run --detach {shlex.join(cmd)}\n", flush=True)

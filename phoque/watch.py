@@ -164,13 +164,14 @@ def status_line(
 )->str:
     "One line that says how a run is doing: what matters least is left out until it fits."
     p,until = parse_step(line),'' if left==float('inf') else f'{clock(left)} left'
-    if not p: return cut_columns('  '.join(filter(None, (f'job {n}/{budget}', 'starting', until, f'${dollars:.2f}'))), width)
+    job,cost = f'job {n}/{budget}',f'${dollars:.2f}'
+    if not p: return cut_columns('  '.join(filter(None, (job, 'starting', until, cost))), width)
     done = p['step']/p['total']
     bar = f"[{'#'*round(10*done):<10}]"
     step,loss,*others = line[line.index('step '):].split(' · ')
     speed = next((o for o in others if o.startswith('tokens/s')), '')
-    parts = [*filter(None, (f'job {n}/{budget}', bar, f'{done:.0%}', step, loss, *others, until, f'${dollars:.2f}'))]
-    for least in filter(None, (*(o for o in others[::-1] if o!=speed), bar, speed, parts[0], f'{done:.0%}', until, loss)):
+    parts = [*filter(None, (job, bar, f'{done:.0%}', step, loss, *others, until, cost))]
+    for least in filter(None, (*(o for o in others[::-1] if o!=speed), bar, speed, job, f'{done:.0%}', until, loss)):
         if columns('  '.join(parts))<=width: break
         parts.remove(least)
     return cut_columns('  '.join(parts), width)
@@ -191,15 +192,15 @@ def watch_job(
     inspect = lambda: patiently(lambda: api.inspect_job(job_id=job.id, namespace=job.owner.name), f'job {ref}', waits, view.say)
     name = (job.labels or {}).get('name')
     view.say(f"job {n}{f' ({name})'*bool(name)}: {job.url}")
-    view.show(status_line(n, budget, '', job_timeout(job)-ran_seconds(job), spent, view.width()))
+    def show(ran): view.show(status_line(n, budget, metrics, job_timeout(job)-ran, spent+ran/3600*price, view.width()))
+    show(ran_seconds(job))
     for l in follow_log(api, job, waits, view.say):
         if not job.started_at: job = inspect()
         if p := parse_step(l): metrics,step = l,p['step']
         if m := re.search(r'checkpoint-(\d+) of \d+ is on', l): step = int(m[1])
         lines = [*lines[-99:], l]
         if not (p and view.live): view.say(l)
-        ran = ran_seconds(job)
-        view.show(status_line(n, budget, metrics, job_timeout(job)-ran, spent+ran/3600*price, view.width()))
+        show(ran_seconds(job))
     while str((job := inspect()).status.stage) in ('SCHEDULING', 'RUNNING'): time.sleep(waits[0])
     view.show('')
     return job,lines,step
@@ -211,7 +212,9 @@ def ended_early(
     "Was a job killed before the time that it goes by?"
     ran,asked = ran_seconds(job),job_timeout(job)
     if not re.search('time.?out', job.status.message or '', re.I) or ran>=asked-60: return ''
-    return f"this job was killed after {ran/60:.0f} minutes and goes by JOB_TIMEOUT={(job.environment or {}).get('JOB_TIMEOUT', '')}, so it hasn't saved at its end: give both the same (phoque_submit --timeout)"
+    goes_by = (job.environment or {}).get('JOB_TIMEOUT', '')
+    return (f"this job was killed after {ran/60:.0f} minutes and goes by JOB_TIMEOUT={goes_by}, so it hasn't saved at its end: "
+            "give both the same (phoque_submit --timeout)")
 
 def watch_command(
     ref:str, # `namespace/id` of the job
@@ -285,6 +288,6 @@ def watch_cli(
     except UserError as e: sys.exit(f'phoque_watch: {e}')
     except KeyboardInterrupt:
         ref = re.search(r'--job (\S+)', view.back)
-        view.say(f"\nthe job runs on; to come back: {view.back}" + f"; to end it: hf jobs cancel {ref[1]}" if ref else "\ninterrupted")
+        if ref: view.say(f"\nthe job runs on; to come back: {view.back}; to end it: hf jobs cancel {ref[1]}")
         sys.exit(130)
     sys.exit(code)
