@@ -588,6 +588,7 @@ def add_lora(
     lora_dropout:float=0.0, # Share of the adapter's inputs set to zero in training
     lora_target_modules:tuple=LORA_TARGETS, # Suffixes of the linear layers to adapt
     seed:int=0, # Of lora_A's random start
+    revision:str=None, # The base's commit, for `adapter_config.json`; None for a folder
 ): # `PeftModel` whose adapter is fp32 and changes nothing yet
     "Put a fresh adapter on the language model."
     from peft import LoraConfig, get_peft_model
@@ -598,7 +599,7 @@ def add_lora(
     stem = r'.*\.language_model\..*' if any('.language_model.' in n for n in names) else '.*'
     set_seed(seed)
     return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
-        target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"))
+        target_modules=rf"{stem}\.({'|'.join(lora_target_modules)})"), revision=revision)
 
 def register_varlen():
     "Register torch's variable-length flash attention with transformers, as `varlen`."
@@ -3419,6 +3420,9 @@ from peft import PeftModel
 base = {base[auto]}.from_pretrained("{base[id]}", {at}dtype="auto")
 model = PeftModel.from_pretrained(base, "{repo}")
 tok = AutoTokenizer.from_pretrained("{repo}")
+ids = tok.apply_chat_template([dict(role="user", content="When does the ferry leave?")], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+out = model.generate(**ids.to(model.device), max_new_tokens=100, eos_token_id=tok.eos_token_id) # the base may stop at another token
+reply = tok.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
 ```
 
 | | |
@@ -3463,8 +3467,10 @@ def publish_adapter(
 ):
     "Put the finished adapter on `main`, in one commit that replaces what is there."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from transformers import AutoModelForCausalLM
     out = Path(folder or cfg.output_dir)/'final'
     shutil.rmtree(out, ignore_errors=True)
+    if type(model.get_base_model().config) not in AutoModelForCausalLM._model_mapping: model.peft_config['default'].task_type = None # PEFT then writes down the class
     model.save_pretrained(out, state_dict=weights, save_embedding_layers=False); tok.save_pretrained(out)
     (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
     main = HubBranch(cfg.hub_model_id).prepare(until)
@@ -3555,7 +3561,7 @@ def build(self:Job):
     targets = lora_targets(cfg.lora_target_modules)
     attn,why = choose_attention()
     log.info(f"attention: {attn}, {why}")
-    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed)
+    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed, base['revision'])
     self.trainer = make_trainer(TrainConfig(**cfg.asdict()|dict(output_dir=str(self.folder))), model, self.tok, packed, self)
     rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
     log.info("audit:\n"+text_table(rows)); check_audit(rows)
