@@ -2380,17 +2380,21 @@ def parse_step(
 def held_out_loss(
     trainer, # From `make_trainer`
     packed, # Packed held-out rows
-    stop=lambda: False, # Asked before each row, on every rank: true gives up
+    stop=lambda: False, # Asked before each batch, on every rank: true gives up
 )->float: # Mean negative log-likelihood of a supervised token, in nats; None where it was given up
     "Loss on conversations that training never sees."
     import torch
     model,here,nll,n = trainer.model,trainer.accelerator,0.,0
+    at_once = trainer.args.per_device_train_batch_size
+    batches = [range(i, min(i+at_once, len(packed))) for i in range(0, len(packed), at_once)]
+    turns = range(here.process_index, -(-len(batches)//here.num_processes)*here.num_processes, here.num_processes) # as often on every rank: they may share the layers
     with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
-        for i in range(here.process_index, -(-len(packed)//here.num_processes)*here.num_processes, here.num_processes): # as often on every rank: they may share the layers
+        for i in turns:
             if stop(): return
-            batch = {k:v.to(here.device) for k,v in trainer.data_collator([packed[i%len(packed)]]).items() if k in ('input_ids','position_ids','supervised','targets')}
+            rows = trainer.data_collator([packed[k] for k in batches[i%len(batches)]])
+            batch = {k:v.to(here.device) for k,v in rows.items() if k in ('input_ids','position_ids','supervised','targets')}
             loss = model(**batch).item()
-            if i<len(packed): nll += loss; n += len(batch['targets'])
+            if i<len(batches): nll += loss; n += len(batch['targets'])
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
 
