@@ -867,6 +867,7 @@ def memory_plan(
     adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))/shards
     h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
     attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
+    if not _model_class(config)._supports_sdpa: attention += 8*heads*max_length # scores, as transformers' plainest attention keeps them
     ours = 4*h + attention + 4*f + 18*lora_r + 8
     lora = 2*lora_r*len(targets)/n_layers
     eager,compiled = 12*h+attention+8*f+lora, 4*h+attention+4*f+lora
