@@ -12,7 +12,8 @@ from .model_qlora import (UserError, quiet_libraries, hub_problem, log, resolve_
 from .shard import check_sharded, own_part, whole_adapter
 from .train import TrainConfig, options, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, held_out_loss
 from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound_requests, patiently, hub_answer, container_age, write_manifest,
-    check_same_run, local_steps, start_wandb, log_adapter, WANDB_FLUSH, MANIFEST)
+    check_same_run, local_steps, MANIFEST)
+from .curve import Curve
 from .sample import Sampler, HubScorer, check_scorer, common_persona, sample_metrics, sample_prompts, read_samples, tensors_hash, write_samples
 from .ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ranks
 
@@ -186,7 +187,7 @@ class Job:
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.n) # or say that they can't
         self.shard = cfg.fsdp and self.ranks.n>1
-        self.wandb,self.publisher,self.step = None,None,0
+        self.curve,self.publisher,self.step = Curve(),None,0
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
 
@@ -245,8 +246,10 @@ def begin(self:Job):
     cfg,run = self.cfg,self.run
     self.save_seconds,*sent = run['seconds'] or [0.]
     self.publisher = Publisher(self.publish, self.seal, sent)
-    if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
     self.samples = read_samples(self.resume_from) if self.resume_from else []
+    if self.resume_from: self.curve.restore(self.resume_from, self.samples)
+    if cfg.report_to=='wandb': self.curve.start(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
+    if self.resume_from and cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(self.resume_from, self.step)
     self.sampler = Sampler(encode_prompt, sample_prompts(self.persona), max_new_tokens=cfg.sample_tokens, seed=cfg.seed, scorer=self.load_scorer(), share=cfg.sample_share)
     self.sampler.remember(self.samples)
 
@@ -275,8 +278,7 @@ def set_aside(
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
-    if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
-    if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
+    if self.cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(folder, int(folder.name.split('-')[1]))
     write_manifest(folder, self.run)
     self.prune()
 
@@ -294,25 +296,6 @@ def prune(self:Job):
         if p not in self.publisher.pending: shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/06_job.ipynb #83d4db24
-@patch
-def log_metrics(self:Job,
-    step:int, # Optimizer steps done
-    metrics:dict, # By W&B name
-):
-    "Metrics to W&B, by step and never backwards."
-    self.tell_wandb(lambda run: run.log({**metrics, 'train/global_step': step}))
-
-@patch
-def tell_wandb(self:Job,
-    what, # Function of the W&B run
-):
-    "Tell W&B, for as long as it is there."
-    if not self.wandb: return
-    try: what(self.wandb)
-    except Exception as e: # a library's process and its network: nothing of it is worth a run
-        self.wandb = None
-        log.warning(f"W&B has failed ({type(e).__name__}): this job's part of the curve ends here, training goes on")
-
 @patch
 def on_start(self:Job, model, step):
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
@@ -342,7 +325,7 @@ def on_log(self:Job, step, metrics):
     m = {**metrics, 'tokens_per_second': (step-s)*batch/max(self.clock[0]-t, 1e-6)}
     if torch.cuda.is_available(): m['gpu_gib'] = torch.cuda.max_memory_allocated()/2**30
     log.info(step_line(step, self.total, m))
-    self.log_metrics(step, {f'train/{k}':v for k,v in m.items()})
+    self.curve.log(step, {f'train/{k}':v for k,v in m.items()})
     if self.ranks.first and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
 # %% ../nbs/06_job.ipynb #abfa90ae
@@ -371,7 +354,7 @@ def on_save(self:Job, folder, step):
     finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
     if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
-    write_samples(folder, self.samples)
+    write_samples(folder, self.samples); self.curve.save(folder)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
     self.publisher.submit(folder)
@@ -383,10 +366,7 @@ def sample(self:Job, model, step):
     start = time.monotonic()
     rows = self.sampler(model, self.tok, step, start-self.began, last=step==self.total)
     self.samples += rows
-    if rows and self.wandb:
-        import wandb
-        table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
-        self.log_metrics(step, {f'sample/{k}': v for k,v in sample_metrics(rows).items()} | {'sample/tokens_per_second': self.sampler.speed, 'sample_outputs': table})
+    if rows: self.curve.log(step, {f'sample/{k}': v for k,v in sample_metrics(rows).items()} | {'sample/tokens_per_second': self.sampler.speed}, rows)
     self.clock = self.clock[0]+time.monotonic()-start,self.clock[1] # not counted as training
 
 @patch
@@ -396,7 +376,7 @@ def measure_held_out(self:Job, when, step):
     start = time.monotonic()
     loss = self.run[f'held_out_{when}'] = round(held_out_loss(self.trainer, self.held), 4)
     log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
-    self.log_metrics(step, {'eval/loss': loss})
+    self.curve.log(step, {'eval/loss': loss})
     self.clock = time.monotonic(),step
 
 # %% ../nbs/06_job.ipynb #dc6a0352
@@ -519,8 +499,7 @@ def run_job(
     except Exception as e:
         job.salvage()
         raise explain_error(e, cfg) from e
-    finally:
-        job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
+    finally: job.curve.close(0 if code in (COMPLETE,RESUBMIT) else code)
     return job.ranks.share(code) # all end together
 
 # %% ../nbs/06_job.ipynb #53b895d7

@@ -2059,7 +2059,7 @@ def held_out_loss(
 # ------------------------------------------------------------------------------
 
 MANIFEST = 'manifest.json'
-STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet')
+STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet|metrics\.jsonl')
 NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
@@ -2431,41 +2431,267 @@ def due(self:Deadline,
     self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
     return self.reason is not None
 
-WANDB_FLUSH = 1.0 # seconds after which W&B has written down what it was told; it would take 15, and a kill loses what isn't
+# ------------------------------------------------------------------------------
+# curve: What a run logs, kept in its checkpoints and sent to W&B
+# ------------------------------------------------------------------------------
 
-def start_wandb(
+METRICS = 'metrics.jsonl' # in a checkpoint: the rows so far, one a line
+REPLIES = 'sample_outputs' # in a row: how many replies there are; in W&B: the table of them
+AXIS = 'train/global_step'
+
+class Curve:
+    "What a run logs, and the thread that sends it to W&B."
+    def __init__(self,
+        patience:float=10.0, # Seconds that a job's start and its end may wait for W&B
+        retry:float=60.0, # Seconds between two attempts to reach it, and between two looks at whether it is there
+    ):
+        self.patience,self.retry = patience,retry
+        self.rows,self.whole,self.replies = [],0,{} # whole: so many rows are complete; replies: optimizer step → the table's rows
+        self.changed,self.answered = threading.Condition(),threading.Event()
+        self.thread,self.run,self.adapter,self.handed,self.upload = None,None,None,None,None # adapter: the newest, handed: the one that was sent last
+        self.started = self.closing = self.told = self.delivered = False
+        self.refused,self.exit_code = None,0
+
+@patch
+def log(self:Curve,
+    step:int, # Optimizer steps done
+    metrics:dict, # By W&B name
+    replies:list=(), # What a `Sampler` returned
+):
+    "Keep metrics and replies; returns at once."
+    with self.changed:
+        if self.whole==len(self.rows) or self.rows[-1][AXIS]!=step:
+            self._complete()
+            self.rows.append({'_step': max(2*step, self.rows[-1]['_step']+1 if self.rows else 0), AXIS: step})
+        self.rows[-1] |= metrics
+        if replies: self.rows[-1][REPLIES],self.replies[step] = len(replies),list(replies)
+
+@patch
+def _complete(self:Curve):
+    self.whole = len(self.rows)
+    self.changed.notify()
+
+@patch
+def save(self:Curve,
+    folder:Path, # `checkpoint-N`
+):
+    "Write the rows to a checkpoint."
+    with self.changed: self._complete()
+    (Path(folder)/METRICS).write_text(''.join(json.dumps(r, default=float)+'\n' for r in self.rows))
+
+@patch
+def restore(self:Curve,
+    folder:Path, # `checkpoint-N`
+    samples:list, # Its replies
+):
+    "Take over the rows of the jobs before."
+    path = Path(folder)/METRICS
+    self.rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
+    self.whole = len(self.rows)
+    for r in samples: self.replies.setdefault(r['step'], []).append(r)
+
+def ask_wandb(
+    query:str, # GraphQL
+    key:str=None, # Nobody's where None
+    **variables, # Of the query
+)->dict: # `data`; empty where the server refuses
+    "Ask W&B's server a question, and wait five seconds for the answer."
+    import httpx2
+    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
+    r = httpx2.post(f'{url}/graphql', json=dict(query=query, variables=variables), auth=('api', key) if key else None, timeout=5)
+    if r.status_code not in (401,403): r.raise_for_status()
+    return r.json().get('data') or {}
+
+def find_entity(
+    key:str, # WANDB_API_KEY
+)->str: # User or team
+    "Whose project a run goes to."
+    me = ask_wandb('{ viewer { entity } }', key).get('viewer')
+    if not me: raise UserError("WANDB_API_KEY: W&B doesn't know it: copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
+    return os.environ.get('WANDB_ENTITY') or me['entity']
+
+def check_not_public(
+    entity:str, # User or team
+    project:str, # W&B project
+):
+    "Refuse a project that anyone can read."
+    seen = ask_wandb('query($entity: String!, $project: String!) { project(entityName: $entity, name: $project) { id } }', entity=entity, project=project)
+    if seen.get('project'): raise UserError(f"WANDB_PROJECT: anyone can read {entity}/{project}, and the model's replies would go there: make the project private, or set REPORT_TO=none")
+
+@patch
+def start(self:Curve,
     project:str, # W&B project
     run_id:str, # The run's own, the same over all its jobs
     config:dict, # Shown with the run; no secrets
-    folder:str, # For W&B's files
-): # `wandb.Run`; offline where there is no WANDB_API_KEY
-    "Open the run's W&B run, or open it again."
-    import wandb
+    folder:Path, # For W&B's files
+):
+    "Begin to send."
     mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    def init(mode): return wandb.init(project=project, id=run_id, resume='allow' if mode=='online' else None, mode=mode, dir=folder, config=config,
-                                      settings=wandb.Settings(console='off', silent=True, finish_timeout=120, x_transaction_log_flush_interval=WANDB_FLUSH))
-    try: run = init(mode)
-    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({str(e).splitlines()[0][:100]}): correct it, or set WANDB_MODE=offline") from None
-    except wandb.errors.CommError as e:
-        log.warning(f"W&B can't be reached: this job's part of the curve is kept in {folder}/wandb; send it with `wandb sync`")
-        wandb.teardown(); mode = 'offline'; run = init(mode) # without that the id is taken
-    run.define_metric('train/global_step')
-    run.define_metric('*', step_metric='train/global_step')
-    log.info(f"W&B run {run_id}: {run.url if mode=='online' else f'{mode}, no account needed'}")
-    return run
+    if mode=='disabled': return
+    self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
+    self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder), resume='allow' if self.online else None)
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
+    self.copies.mkdir(parents=True, exist_ok=True)
+    os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve())) | dict(WANDB_SILENT='true') # its own lines repeat ours
+    self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
+    self.thread.start()
+    self.answered.wait(self.patience)
+    with self.changed: self.started,refused = True,self.refused
+    if refused: raise refused
 
-def log_adapter(
-    run, # From `start_wandb`
-    folder:Path, # `checkpoint-N`
+@patch
+def _work(self:Curve):
+    while True:
+        try:
+            self._connect(); self.answered.set()
+            while self._send(): pass
+            self.run.finish(exit_code=self.exit_code)
+            self.delivered = True
+        except UserError as e: self._refuse(e)
+        except Exception as e: self._lose(e)
+        self.answered.set()
+        if self.refused or self.closing: return
+        with self.changed: self.changed.wait_for(lambda: self.closing, self.retry)
+
+@patch
+def _refuse(self:Curve, e):
+    with self.changed: self.refused,late = e,self.started
+    if late: log.warning(f"{e}; nothing more goes to W&B, training goes on")
+    self._drop()
+
+@patch
+def _lose(self:Curve, e):
+    if self.closing: return # `close` says so
+    why = (str(e).splitlines() or [''])[0][:80] or type(e).__name__
+    if not self.told: log.warning(f"W&B can't be reached ({why}): training goes on, every checkpoint has the curve and the replies, and W&B gets what it lacks when it is back")
+    self.told = True
+    self._drop()
+
+@patch
+def _drop(self:Curve):
+    import wandb
+    try: wandb.teardown()
+    except Exception: pass # its process is gone already
+
+@patch
+def _connect(self:Curve):
+    import wandb
+    project,key = self.opening['project'],os.environ.get('WANDB_API_KEY')
+    if self.online and key: check_not_public(find_entity(key), project)
+    settings = wandb.Settings(console='off', silent=True, init_timeout=20, finish_timeout=max(self.patience-2, 1), finish_timeout_raises=True,
+                              x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
+    try: run = wandb.init(**self.opening, settings=settings)
+    except wandb.errors.AuthenticationError as e: raise UserError(f"WANDB_API_KEY: refused ({_first_line(e)}): correct it, or set WANDB_MODE=offline") from None
+    except (wandb.errors.CommError, wandb.errors.UsageError) as e:
+        answer = re.search(r'returned error (4\d\d)', str(e))
+        if isinstance(e, wandb.errors.UsageError) or answer and answer[1] not in ('408','429'):
+            raise UserError(f"WANDB_PROJECT: W&B refuses {project} ({_first_line(e)}): correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
+        raise
+    if self.online: check_not_public(run.entity, project) # it may have been made just now
+    run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
+    self.run,self.sent,self.handed,self.upload,self.look = run,0,None,None,time.monotonic()+self.retry
+    self._say_where()
+
+def _first_line(e): return str(e).splitlines()[0][:100]
+
+@patch
+def _say_where(self:Curve):
+    run = self.run
+    if self.told: log.info("W&B answers again, and gets what it lacks")
+    elif self.online:
+        what = "the curve, the sampled replies and the adapters" if self.opening['config'].get('wandb_log_model')=='checkpoint' else "the curve and the sampled replies"
+        log.info(f"W&B: {what} go to {run.url}: whoever may see the project {run.entity}/{run.project} sees them, without an account nobody does")
+    elif os.environ.get('JOB_ID'): log.info(f"W&B run {run.id}: {run.settings.mode}, and this job's disk is gone at its end: the checkpoints keep the curve, and the first job with WANDB_API_KEY sends it")
+    else: log.info(f"W&B run {run.id}: {run.settings.mode}, the whole curve so far; `wandb sync {run.settings.sync_dir}` sends it")
+    self.told = False
+
+UPLOAD = 60 # seconds after which a row goes without waiting for its table
+
+@patch
+def _send(self:Curve)->bool: # Is there more to come?
+    "Send one row or one adapter."
+    busy = self._uploading()
+    if self.online and time.monotonic()>self.look: check_not_public(self.run.entity, self.run.project); self.look = time.monotonic()+self.retry
+    with self.changed:
+        self.changed.wait_for(lambda: self.sent<self.whole or self.closing or not busy and self.adapter!=self.handed, 1 if busy else None)
+        row = self.rows[self.sent] if self.sent<self.whole else None
+        adapter = self.adapter if self.adapter!=self.handed and not busy else None
+    if row: self._send_row(dict(row))
+    elif adapter: self._send_adapter(*adapter)
+    return bool(row or adapter or not self.closing)
+
+@patch
+def _send_row(self:Curve, row):
+    at = row.pop('_step')
+    if at>=self.run.starting_step:
+        if rows := self.replies.get(row[AXIS]) if REPLIES in row else None: row[REPLIES] = self._send_table(rows, at)
+        self.run.log(row, step=at, commit=True)
+    self.sent += 1
+
+@patch
+def _send_table(self:Curve, rows, at):
+    import wandb
+    from wandb.sdk.artifacts._internal_artifact import InternalArtifact # what `run.log` makes of a table
+    from wandb.sdk.artifacts.exceptions import WaitTimeoutError
+    table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
+    if not self.online: return table
+    check_not_public(self.run.entity, self.run.project)
+    a = InternalArtifact(f'run-{self.run.id}-{REPLIES}', 'run_table')
+    a.add(table, REPLIES)
+    self.run.log_artifact(a)
+    table.bind_to_run(self.run, REPLIES, at)
+    try: a.wait(UPLOAD)
+    except (ValueError, WaitTimeoutError) as e: log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
+    return table
+
+@patch
+def send_adapter(self:Curve,
+    folder:Path, # `checkpoint-N`, every file written
     step:int, # N
 ):
-    "Log a checkpoint's adapter as a version of the run's model artifact."
+    "Send a checkpoint's adapter as a version of the run's model artifact; returns at once."
+    if not self.thread or self.refused: return
+    to = self.copies/f'adapter-{step}'
+    to.mkdir(exist_ok=True)
+    for f in ('adapter_model.safetensors','adapter_config.json'):
+        try: os.link(Path(folder)/f, to/f)
+        except OSError: shutil.copy(Path(folder)/f, to/f) # no links on this disk
+    with self.changed: old,self.adapter = self.adapter,(to,step); self.changed.notify()
+    if old and old!=self.handed: log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
+
+@patch
+def _send_adapter(self:Curve, folder, step):
     import wandb
-    a = wandb.Artifact(f'adapter-{run.id}', type='model', metadata=dict(step=step))
-    copy = 'immutable' if run.settings.mode=='online' else 'mutable' # offline it is sent when the folder may be gone: W&B keeps a copy
-    for f in ('adapter_model.safetensors','adapter_config.json'): a.add_file(str(Path(folder)/f), policy=copy)
-    run.log_artifact(a, aliases=['latest', f'step-{step}'])
+    if self.online: check_not_public(self.run.entity, self.run.project)
+    a = wandb.Artifact(f'adapter-{self.run.id}', type='model', metadata=dict(step=step))
+    for f in sorted(folder.iterdir()): a.add_file(str(f), policy='immutable', skip_cache=True)
+    self.run.log_artifact(a, aliases=['latest', f'step-{step}'])
+    self.handed = folder,step
+    if self.online: self.upload = a
+
+@patch
+def _uploading(self:Curve)->bool: # Is an adapter on its way?
+    from wandb.sdk.artifacts.exceptions import WaitTimeoutError
+    if not self.upload: return False
+    try: self.upload.wait(0)
+    except WaitTimeoutError: return True
+    except ValueError as e: log.warning(f"W&B has not taken the adapter of step {self.handed[1]} ({_first_line(e)})")
+    self.upload = None
+    for p in self.copies.glob('adapter-*'):
+        if p!=self.adapter[0]: shutil.rmtree(p, ignore_errors=True)
+    return False
+
+@patch
+def close(self:Curve,
+    exit_code:int=0, # Shown with the run
+):
+    "Send what is left, for as long as there is patience."
+    if not self.thread: return
+    with self.changed: self.exit_code,self.closing = exit_code,True; self._complete()
+    self.thread.join(self.patience)
+    if not (self.delivered or self.refused):
+        log.warning(f"W&B has not taken all of the curve: it is in {METRICS} and samples.parquet of the last checkpoint, and the same command again sends what W&B lacks")
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
 
 # ------------------------------------------------------------------------------
 # sample: Hear the model while it trains, without disturbing it
@@ -3131,7 +3357,7 @@ class Job:
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.n) # or say that they can't
         self.shard = cfg.fsdp and self.ranks.n>1
-        self.wandb,self.publisher,self.step = None,None,0
+        self.curve,self.publisher,self.step = Curve(),None,0
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
 
@@ -3186,8 +3412,10 @@ def begin(self:Job):
     cfg,run = self.cfg,self.run
     self.save_seconds,*sent = run['seconds'] or [0.]
     self.publisher = Publisher(self.publish, self.seal, sent)
-    if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
     self.samples = read_samples(self.resume_from) if self.resume_from else []
+    if self.resume_from: self.curve.restore(self.resume_from, self.samples)
+    if cfg.report_to=='wandb': self.curve.start(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, cfg.output_dir)
+    if self.resume_from and cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(self.resume_from, self.step)
     self.sampler = Sampler(encode_prompt, sample_prompts(self.persona), max_new_tokens=cfg.sample_tokens, seed=cfg.seed, scorer=self.load_scorer(), share=cfg.sample_share)
     self.sampler.remember(self.samples)
 
@@ -3215,8 +3443,7 @@ def set_aside(
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
-    if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
-    if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
+    if self.cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(folder, int(folder.name.split('-')[1]))
     write_manifest(folder, self.run)
     self.prune()
 
@@ -3232,25 +3459,6 @@ def prune(self:Job):
     for s in local_steps(self.cfg.output_dir)[:-self.cfg.keep_checkpoints]:
         p = Path(self.cfg.output_dir)/f'checkpoint-{s}'
         if p not in self.publisher.pending: shutil.rmtree(p, ignore_errors=True)
-
-@patch
-def log_metrics(self:Job,
-    step:int, # Optimizer steps done
-    metrics:dict, # By W&B name
-):
-    "Metrics to W&B, by step and never backwards."
-    self.tell_wandb(lambda run: run.log({**metrics, 'train/global_step': step}))
-
-@patch
-def tell_wandb(self:Job,
-    what, # Function of the W&B run
-):
-    "Tell W&B, for as long as it is there."
-    if not self.wandb: return
-    try: what(self.wandb)
-    except Exception as e: # a library's process and its network: nothing of it is worth a run
-        self.wandb = None
-        log.warning(f"W&B has failed ({type(e).__name__}): this job's part of the curve ends here, training goes on")
 
 @patch
 def on_start(self:Job, model, step):
@@ -3280,7 +3488,7 @@ def on_log(self:Job, step, metrics):
     m = {**metrics, 'tokens_per_second': (step-s)*batch/max(self.clock[0]-t, 1e-6)}
     if torch.cuda.is_available(): m['gpu_gib'] = torch.cuda.max_memory_allocated()/2**30
     log.info(step_line(step, self.total, m))
-    self.log_metrics(step, {f'train/{k}':v for k,v in m.items()})
+    self.curve.log(step, {f'train/{k}':v for k,v in m.items()})
     if self.ranks.first and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
 @patch
@@ -3308,7 +3516,7 @@ def on_save(self:Job, folder, step):
     finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
     if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
-    write_samples(folder, self.samples)
+    write_samples(folder, self.samples); self.curve.save(folder)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
     self.publisher.submit(folder)
@@ -3319,10 +3527,7 @@ def sample(self:Job, model, step):
     start = time.monotonic()
     rows = self.sampler(model, self.tok, step, start-self.began, last=step==self.total)
     self.samples += rows
-    if rows and self.wandb:
-        import wandb
-        table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
-        self.log_metrics(step, {f'sample/{k}': v for k,v in sample_metrics(rows).items()} | {'sample/tokens_per_second': self.sampler.speed, 'sample_outputs': table})
+    if rows: self.curve.log(step, {f'sample/{k}': v for k,v in sample_metrics(rows).items()} | {'sample/tokens_per_second': self.sampler.speed}, rows)
     self.clock = self.clock[0]+time.monotonic()-start,self.clock[1] # not counted as training
 
 @patch
@@ -3332,7 +3537,7 @@ def measure_held_out(self:Job, when, step):
     start = time.monotonic()
     loss = self.run[f'held_out_{when}'] = round(held_out_loss(self.trainer, self.held), 4)
     log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
-    self.log_metrics(step, {'eval/loss': loss})
+    self.curve.log(step, {'eval/loss': loss})
     self.clock = time.monotonic(),step
 
 @patch
@@ -3450,8 +3655,7 @@ def run_job(
     except Exception as e:
         job.salvage()
         raise explain_error(e, cfg) from e
-    finally:
-        job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
+    finally: job.curve.close(0 if code in (COMPLETE,RESUBMIT) else code)
     return job.ranks.share(code) # all end together
 
 def main():
