@@ -49,6 +49,7 @@ from html import escape
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Protocol, runtime_checkable
+from urllib.parse import urljoin
 
 # ------------------------------------------------------------------------------
 # model_qlora: What goes into the model: base, tokenizer, assistant mask, NF4, LoRA, and an audit of all five
@@ -2442,13 +2443,13 @@ AXIS = 'train/global_step'
 class Curve:
     "What a run logs, and the thread that sends it to W&B."
     def __init__(self,
-        patience:float=10.0, # Seconds that a job's start and its end may wait for W&B
+        patience:float=10.0, # Seconds that a job's start and its end wait for a W&B that says nothing
         retry:float=60.0, # Seconds between two attempts to reach it, and between two looks at whether it is there
     ):
         self.patience,self.retry = patience,retry
         self.rows,self.whole,self.replies = [],0,{} # whole: so many rows are complete; replies: optimizer step → the table's rows
         self.changed,self.answered = threading.Condition(),threading.Event()
-        self.thread,self.run,self.adapter,self.handed,self.upload = None,None,None,None,None # adapter: the newest, handed: the one that was sent last
+        self.thread,self.run,self.adapter,self.upload = None,None,None,None # folder and step of the newest adapter that W&B lacks, and of the one on its way
         self.started = self.closing = self.told = self.delivered = False
         self.refused,self.exit_code = None,0
 
@@ -2488,7 +2489,9 @@ def restore(self:Curve,
     path = Path(folder)/METRICS
     self.rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
     self.whole = len(self.rows)
-    for r in samples: self.replies.setdefault(r['step'], []).append(r)
+    for r in samples: self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None}) # a file's columns are those of all its rows
+
+def wandb_url(): return os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
 
 def ask_wandb(
     query:str, # GraphQL
@@ -2497,8 +2500,7 @@ def ask_wandb(
 )->dict: # `data`; empty where the server refuses
     "Ask W&B's server a question, and wait five seconds for the answer."
     import httpx2
-    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
-    r = httpx2.post(f'{url}/graphql', json=dict(query=query, variables=variables), auth=('api', key) if key else None, timeout=5)
+    r = httpx2.post(f'{wandb_url()}/graphql', json=dict(query=query, variables=variables), auth=('api', key) if key else None, timeout=5)
     if r.status_code not in (401,403): r.raise_for_status()
     return r.json().get('data') or {}
 
@@ -2546,7 +2548,8 @@ def _work(self:Curve):
             self._connect(); self.answered.set()
             while self._send(): pass
             self.run.finish(exit_code=self.exit_code)
-            self.delivered = True
+            self.run,self.delivered = None,True
+            self._drop() # or its process would write to the folder that `close` removes
         except UserError as e: self._refuse(e)
         except Exception as e: self._lose(e)
         self.answered.set()
@@ -2555,7 +2558,7 @@ def _work(self:Curve):
 
 @patch
 def _refuse(self:Curve, e):
-    with self.changed: self.refused,late = e,self.started
+    with self.changed: self.refused,late = e,self.started # before that, `start` raises it
     if late: log.warning(f"{e}; nothing more goes to W&B, training goes on")
     self._drop()
 
@@ -2570,8 +2573,10 @@ def _lose(self:Curve, e):
 @patch
 def _drop(self:Curve):
     import wandb
-    try: wandb.teardown()
-    except Exception: pass # its process is gone already
+    run,self.run,self.upload = self.run,None,None
+    for end in (run and run.finish, wandb.teardown):
+        try: end and end()
+        except (Exception, SystemExit): pass # the server or the client's own process is gone: that is why
 
 @patch
 def _connect(self:Curve):
@@ -2583,13 +2588,11 @@ def _connect(self:Curve):
     try: run = wandb.init(**self.opening, settings=settings)
     except wandb.errors.AuthenticationError as e: raise UserError(f"WANDB_API_KEY: refused ({_first_line(e)}): correct it, or set WANDB_MODE=offline") from None
     except (wandb.errors.CommError, wandb.errors.UsageError) as e:
-        answer = re.search(r'returned error (4\d\d)', str(e))
-        if isinstance(e, wandb.errors.UsageError) or answer and answer[1] not in ('408','429'):
-            raise UserError(f"WANDB_PROJECT: W&B refuses {project} ({_first_line(e)}): correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
-        raise
+        if re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I): raise # what is not tried again was refused
+        raise UserError(f"WANDB_PROJECT: W&B refuses {project} ({_first_line(e)}): correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
     if self.online: check_not_public(run.entity, project) # it may have been made just now
     run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
-    self.run,self.sent,self.handed,self.upload,self.look = run,0,None,None,time.monotonic()+self.retry
+    self.run,self.sent,self.upload,self.look = run,0,None,time.monotonic()+self.retry
     self._say_where()
 
 def _first_line(e): return str(e).splitlines()[0][:100]
@@ -2605,20 +2608,50 @@ def _say_where(self:Curve):
     else: log.info(f"W&B run {run.id}: {run.settings.mode}, the whole curve so far; `wandb sync {run.settings.sync_dir}` sends it")
     self.told = False
 
+@patch
+def close(self:Curve,
+    exit_code:int=0, # Shown with the run
+):
+    "Send what is left, and wait for that as long as it moves."
+    if not self.thread: return
+    with self.changed: self.exit_code,self.closing = exit_code,True; self._complete()
+    begun = self.moved = time.monotonic()
+    while self.thread.is_alive() and time.monotonic()<min(begun+6*self.patience, self.moved+self.patience): self.thread.join(.05)
+    if not (self.delivered or self.refused):
+        log.warning(f"W&B has not taken all of the curve: it is in {METRICS} and samples.parquet of the last checkpoint, and the same command again sends what W&B lacks")
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
+
+_PUT = """mutation CreateRunFiles($entity: String!, $project: String!, $run: String!, $files: [String!]!) {
+  createRunFiles(input: {entityName: $entity, projectName: $project, runName: $run, files: $files}) { runID uploadHeaders files { name uploadUrl } } }"""
+
+def put_file(
+    run, # `wandb.Run`
+    path:str, # Of a file in its folder
+):
+    "Upload a file of a run; returns when W&B has it."
+    import httpx2
+    if not (key := os.environ.get('WANDB_API_KEY')): return # the client has one from elsewhere: it does it, some time
+    to = ask_wandb(_PUT, key, entity=run.entity, project=run.project, run=run.id, files=[path]).get('createRunFiles')
+    if not to: raise ValueError(f"it names no address for {path}")
+    headers = dict(h.split(':', 1) for h in to['uploadHeaders'] or [])
+    httpx2.put(urljoin(wandb_url(), to['files'][0]['uploadUrl']), content=(Path(run.dir)/path).read_bytes(), headers=headers, timeout=30).raise_for_status()
+
 UPLOAD = 60 # seconds after which a row goes without waiting for its table
 
 @patch
 def _send(self:Curve)->bool: # Is there more to come?
     "Send one row or one adapter."
-    busy = self._uploading()
     if self.online and time.monotonic()>self.look: check_not_public(self.run.entity, self.run.project); self.look = time.monotonic()+self.retry
     with self.changed:
-        self.changed.wait_for(lambda: self.sent<self.whole or self.closing or not busy and self.adapter!=self.handed, 1 if busy else None)
-        row = self.rows[self.sent] if self.sent<self.whole else None
-        adapter = self.adapter if self.adapter!=self.handed and not busy else None
+        self.changed.wait_for(lambda: self.sent<self.whole or self._next_adapter() or self.closing)
+        row,adapter = self.rows[self.sent] if self.sent<self.whole else None,self._next_adapter()
     if row: self._send_row(dict(row))
     elif adapter: self._send_adapter(*adapter)
     return bool(row or adapter or not self.closing)
+
+@patch
+def _next_adapter(self:Curve): # folder and step; None while another is on its way
+    return self.adapter if self.adapter!=self.upload and (self.closing or not self.upload) else None
 
 @patch
 def _send_row(self:Curve, row):
@@ -2626,23 +2659,35 @@ def _send_row(self:Curve, row):
     if at>=self.run.starting_step:
         if rows := self.replies.get(row[AXIS]) if REPLIES in row else None: row[REPLIES] = self._send_table(rows, at)
         self.run.log(row, step=at, commit=True)
-    self.sent += 1
+    self.sent,self.moved = self.sent+1,time.monotonic()
 
 @patch
 def _send_table(self:Curve, rows, at):
     import wandb
+    from httpx2 import HTTPError
     from wandb.sdk.artifacts._internal_artifact import InternalArtifact # what `run.log` makes of a table
     from wandb.sdk.artifacts.exceptions import WaitTimeoutError
     table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
-    if not self.online: return table
-    check_not_public(self.run.entity, self.run.project)
+    if self.online: check_not_public(self.run.entity, self.run.project)
     a = InternalArtifact(f'run-{self.run.id}-{REPLIES}', 'run_table')
+    a._tmp_dir = tempfile.TemporaryDirectory(dir=self.copies) # or it would be one in /tmp, and the end of a job leaves it there
     a.add(table, REPLIES)
     self.run.log_artifact(a)
     table.bind_to_run(self.run, REPLIES, at)
-    try: a.wait(UPLOAD)
-    except (ValueError, WaitTimeoutError) as e: log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
+    try: self.online and self._await_table(a, table.to_json(self.run)['path'])
+    except (ValueError, WaitTimeoutError, HTTPError) as e: log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
     return table
+
+@patch
+def _await_table(self:Curve, artifact, path):
+    from httpx2 import HTTPError
+    end = time.monotonic()+UPLOAD
+    artifact.wait(UPLOAD)
+    while True:
+        try: return put_file(self.run, path)
+        except HTTPError:
+            if time.monotonic()>end: raise
+            time.sleep(1)
 
 @patch
 def send_adapter(self:Curve,
@@ -2657,7 +2702,7 @@ def send_adapter(self:Curve,
         try: os.link(Path(folder)/f, to/f)
         except OSError: shutil.copy(Path(folder)/f, to/f) # no links on this disk
     with self.changed: old,self.adapter = self.adapter,(to,step); self.changed.notify()
-    if old and old!=self.handed: log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
+    if old and old!=self.upload: log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
 
 @patch
 def _send_adapter(self:Curve, folder, step):
@@ -2666,32 +2711,21 @@ def _send_adapter(self:Curve, folder, step):
     a = wandb.Artifact(f'adapter-{self.run.id}', type='model', metadata=dict(step=step))
     for f in sorted(folder.iterdir()): a.add_file(str(f), policy='immutable', skip_cache=True)
     self.run.log_artifact(a, aliases=['latest', f'step-{step}'])
-    self.handed = folder,step
-    if self.online: self.upload = a
+    if not self.online: self.adapter = None; return
+    self.upload = folder,step
+    threading.Thread(target=self._await, args=(a,self.upload), daemon=True).start()
 
 @patch
-def _uploading(self:Curve)->bool: # Is an adapter on its way?
-    from wandb.sdk.artifacts.exceptions import WaitTimeoutError
-    if not self.upload: return False
-    try: self.upload.wait(0)
-    except WaitTimeoutError: return True
-    except ValueError as e: log.warning(f"W&B has not taken the adapter of step {self.handed[1]} ({_first_line(e)})")
-    self.upload = None
-    for p in self.copies.glob('adapter-*'):
-        if p!=self.adapter[0]: shutil.rmtree(p, ignore_errors=True)
-    return False
-
-@patch
-def close(self:Curve,
-    exit_code:int=0, # Shown with the run
-):
-    "Send what is left, for as long as there is patience."
-    if not self.thread: return
-    with self.changed: self.exit_code,self.closing = exit_code,True; self._complete()
-    self.thread.join(self.patience)
-    if not (self.delivered or self.refused):
-        log.warning(f"W&B has not taken all of the curve: it is in {METRICS} and samples.parquet of the last checkpoint, and the same command again sends what W&B lacks")
-    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
+def _await(self:Curve, artifact, upload):
+    why = None
+    try: artifact.wait()
+    except Exception as e: why = _first_line(e)
+    with self.changed:
+        if self.upload is not upload: return # connected anew since then: it is sent again
+        self.upload,self.adapter = None,None if self.adapter==upload else self.adapter
+        self.changed.notify()
+    if why: log.warning(f"W&B has not taken the adapter of step {upload[1]} ({why})")
+    shutil.rmtree(upload[0], ignore_errors=True)
 
 # ------------------------------------------------------------------------------
 # sample: Hear the model while it trains, without disturbing it
