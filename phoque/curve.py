@@ -11,7 +11,7 @@ from .model_qlora import UserError, log
 
 # %% auto #0
 __all__ = ['METRICS', 'REPLIES', 'AXIS', 'UPLOAD', 'Curve', 'wandb_url', 'ask_wandb', 'find_entity', 'check_not_public',
-           'put_file']
+           'put_file', 'link_or_copy']
 
 # %% ../nbs/03a_curve.ipynb #d16b51b3
 METRICS = 'metrics.jsonl' # in a checkpoint: the rows so far, one a line
@@ -84,8 +84,9 @@ def ask_wandb(
     "Ask W&B's server a question, and wait five seconds for the answer."
     import httpx2
     r = httpx2.post(f'{wandb_url()}/graphql', json=dict(query=query, variables=variables), auth=('api', key) if key else None, timeout=5)
-    if r.status_code not in (401,403): r.raise_for_status()
-    return r.json().get('data') or {}
+    refused = r.status_code in (401,403) or not key and r.status_code in (400,404)
+    if not refused: r.raise_for_status()
+    return {} if refused else r.json().get('data') or {}
 
 def find_entity(
     key:str, # WANDB_API_KEY
@@ -150,8 +151,7 @@ def _refuse(self:Curve, e):
 @patch
 def _lose(self:Curve, e):
     if self.closing: return # `close` says so
-    why = (str(e).splitlines() or [''])[0][:80] or type(e).__name__
-    if not self.told: log.warning(f"W&B can't be reached ({why}): training goes on, every checkpoint has the curve and the replies, and W&B gets what it lacks when it is back")
+    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, every checkpoint has the curve and the replies, and W&B gets what it lacks when it is back")
     self.told = True
     self._drop()
 
@@ -182,7 +182,7 @@ def _connect(self:Curve):
     self._say_where()
 
 # %% ../nbs/03a_curve.ipynb #6c3cea00
-def _first_line(e): return str(e).splitlines()[0][:100]
+def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
 
 @patch
 def _say_where(self:Curve):
@@ -281,6 +281,14 @@ def _await_table(self:Curve, artifact, path):
             time.sleep(1)
 
 # %% ../nbs/03a_curve.ipynb #527a4857
+def link_or_copy(
+    file:Path, # That is not changed any more
+    to:Path, # New
+):
+    "Keep a file under another name, without a copy where the disk has links."
+    try: os.link(file, to)
+    except OSError: shutil.copy(file, to)
+
 @patch
 def send_adapter(self:Curve,
     folder:Path, # `checkpoint-N`, every file written
@@ -289,10 +297,10 @@ def send_adapter(self:Curve,
     "Send a checkpoint's adapter as a version of the run's model artifact; returns at once."
     if not self.thread or self.refused: return
     to = self.copies/f'adapter-{step}'
-    to.mkdir(exist_ok=True)
-    for f in ('adapter_model.safetensors','adapter_config.json'):
-        try: os.link(Path(folder)/f, to/f)
-        except OSError: shutil.copy(Path(folder)/f, to/f) # no links on this disk
+    try:
+        to.mkdir()
+        for f in ('adapter_model.safetensors','adapter_config.json'): link_or_copy(Path(folder)/f, to/f)
+    except OSError as e: return log.warning(f"W&B gets no adapter of step {step} ({_first_line(e)})")
     with self.changed: old,self.adapter = self.adapter,(to,step); self.changed.notify()
     if old and old!=self.upload: log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
 
