@@ -58,7 +58,8 @@ _ops = {}
 def _answers(f): _ops[f.__name__] = f; return f
 
 @_answers
-def Viewer(w, v): return dict(viewer=dict(id='u1', entity=w.entity, username=w.entity, email='', flags='{}', teams=dict(edges=[])))
+def Viewer(w, v):
+    return dict(viewer=dict(id='u1', entity=w.entity, username=w.entity, email='', flags='{}', teams=dict(edges=[])))
 
 @_answers
 def ServerFeaturesQuery(w, v): return dict(serverInfo=dict(features=[]))
@@ -71,8 +72,9 @@ def RunResumeStatus(w, v):
     r,bucket = w.runs.get(v['name']),None
     if r:
         tail = [r['history'][k][-1] for k in sorted(r['history'])[-1:]]
-        bucket = dict(id=v['name'], name=v['name'], displayName=v['name'], summaryMetrics=r['summary'], config=r['config'], historyLineCount=len(r['history']),
-            historyTail=json.dumps(tail), eventsLineCount=0, eventsTail='[]', logLineCount=0, tags=[], notes='', wandbConfig='{"t":1}')
+        bucket = dict(id=v['name'], name=v['name'], displayName=v['name'], summaryMetrics=r['summary'], config=r['config'],
+            historyLineCount=len(r['history']), historyTail=json.dumps(tail), eventsLineCount=0, eventsTail='[]', logLineCount=0,
+            tags=[], notes='', wandbConfig='{"t":1}')
     return dict(model=_project(w, v['project'])|dict(bucket=bucket))
 
 @_answers
@@ -81,8 +83,8 @@ def UpsertBucket(w, v):
     new = name not in w.runs
     r = w.runs.setdefault(name, dict(history={}, summary='{}', config='{}', exit_code=None, project=v['project']))
     r['config'] = v.get('config') or r['config']
-    bucket = dict(id=name, name=name, displayName=name, description='', config=r['config'], sweepName=None, historyLineCount=len(r['history']),
-        project=_project(w, r['project']))
+    bucket = dict(id=name, name=name, displayName=name, description='', config=r['config'], sweepName=None,
+        historyLineCount=len(r['history']), project=_project(w, r['project']))
     return dict(upsertBucket=dict(bucket=bucket, inserted=new))
 
 # %% ../nbs/07e_wandb_server.ipynb #2dcaa862
@@ -90,7 +92,8 @@ def _address(w, path): return dict(uploadUrl=f'{w.url}/upload/{path}', uploadHea
 
 @_answers
 def CreateRunFiles(w, v):
-    return dict(createRunFiles=dict(runID=v['run'], uploadHeaders=[], files=[dict(name=f, **_address(w, f'{v["run"]}/{f}')) for f in v['files']]))
+    files = [dict(name=f, **_address(w, f'{v["run"]}/{f}')) for f in v['files']]
+    return dict(createRunFiles=dict(runID=v['run'], uploadHeaders=[], files=files))
 
 @_answers
 def CreateArtifact(w, v):
@@ -98,11 +101,12 @@ def CreateArtifact(w, v):
     name,aliases = i['artifactCollectionName'],[a['alias'] for a in i['aliases'] or []]
     a = next((a for a in w.versions(name) if a['digest']==i['digest']), None) # the same bytes are the same version
     if not a:
-        a = dict(id=f'a{len(w.artifacts)}', name=name, digest=i['digest'], type=i['artifactTypeName'], metadata=json.loads(i['metadata'] or '{}'),
-            aliases=[], files=[], committed=False)
+        a = dict(id=f'a{len(w.artifacts)}', name=name, digest=i['digest'], type=i['artifactTypeName'],
+            metadata=json.loads(i['metadata'] or '{}'), aliases=[], files=[], committed=False)
         w.artifacts[a['id']] = a
     a['aliases'] += aliases
-    return dict(createArtifact=dict(artifact=dict(id=a['id'], state='COMMITTED' if a['committed'] else 'PENDING', artifactSequence=dict(latestArtifact=None))))
+    state = 'COMMITTED' if a['committed'] else 'PENDING'
+    return dict(createArtifact=dict(artifact=dict(id=a['id'], state=state, artifactSequence=dict(latestArtifact=None))))
 
 # %% ../nbs/07e_wandb_server.ipynb #4202dd5f
 @_answers
@@ -132,9 +136,11 @@ def ArtifactType(w, v): # asked before a version is added: a name keeps its type
 @_answers
 def ArtifactByID(w, v):
     a = w.artifacts[v['id']]
-    return dict(artifact=dict(__typename='Artifact', id=a['id'], artifactSequence=dict(__typename='ArtifactSequence', name=a['name'], project=None),
-        versionIndex=0, artifactType=dict(name=a['type']), description=None, metadata=json.dumps(a['metadata']), ttlDurationSeconds=-2, ttlIsInherited=True,
-        tags=[], historyStep=None, state='COMMITTED', size=0, digest=a['digest'], commitHash=None, fileCount=len(a['files']), createdAt='2026-01-01', updatedAt=None))
+    sequence = dict(__typename='ArtifactSequence', name=a['name'], project=None)
+    return dict(artifact=dict(__typename='Artifact', id=a['id'], artifactSequence=sequence, artifactType=dict(name=a['type']),
+        versionIndex=0, description=None, metadata=json.dumps(a['metadata']), ttlDurationSeconds=-2, ttlIsInherited=True, tags=[],
+        historyStep=None, state='COMMITTED', size=0, digest=a['digest'], commitHash=None, fileCount=len(a['files']),
+        createdAt='2026-01-01', updatedAt=None))
 
 # %% ../nbs/07e_wandb_server.ipynb #4bc07422
 @patch
@@ -144,7 +150,8 @@ def graphql(self:LocalWandb, ask, known):
     name = (re.search(r'(?:query|mutation)\s+(\w+)', text) or [None,''])[1]
     if not known:
         seen = dict(id='p1') if v.get('project') in self.public and 'project(' in text else None
-        return (200, dict(data=dict(project=seen))) if 'project(' in text else (401, dict(errors=[dict(message='permission denied')]))
+        if 'project(' in text: return 200,dict(data=dict(project=seen))
+        return 401,dict(errors=[dict(message='permission denied')])
     if not name and 'viewer' in text: name = 'Viewer'
     with self.lock: return 200,dict(data=_ops[name](self, v) if name in _ops else {})
 
@@ -235,4 +242,5 @@ def mend(self:LocalWandb):
 @patch
 def env(self:LocalWandb)->dict: # Variables to add to `os.environ`
     "Environment of a client that talks to this server."
-    return dict(WANDB_BASE_URL=self.url, WANDB_API_KEY=self.key, WANDB_MODE='online', NO_PROXY='127.0.0.1,localhost', no_proxy='127.0.0.1,localhost')
+    d = dict(WANDB_BASE_URL=self.url, WANDB_API_KEY=self.key, WANDB_MODE='online')
+    return d | dict.fromkeys(('NO_PROXY','no_proxy'), '127.0.0.1,localhost')

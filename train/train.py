@@ -2447,9 +2447,11 @@ class Curve:
         retry:float=60.0, # Seconds between two attempts to reach it, and between two looks at whether it is there
     ):
         self.patience,self.retry = patience,retry
-        self.rows,self.whole,self.replies = [],0,{} # whole: so many rows are complete; replies: optimizer step → the table's rows
+        self.rows,self.whole = [],0 # whole: so many rows are complete
+        self.replies = {} # optimizer step → the table's rows
         self.changed,self.answered = threading.Condition(),threading.Event()
-        self.thread,self.run,self.adapter,self.upload = None,None,None,None # folder and step of the newest adapter that W&B lacks, and of the one on its way
+        self.thread,self.run = None,None
+        self.adapter,self.upload = None,None # folder and step: of the newest adapter that W&B lacks, and of the one on its way
         self.started = self.closing = self.told = self.delivered = False
         self.refused,self.exit_code = None,0
 
@@ -2489,7 +2491,8 @@ def restore(self:Curve,
     path = Path(folder)/METRICS
     self.rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
     self.whole = len(self.rows)
-    for r in samples: self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None}) # a file's columns are those of all its rows
+    for r in samples: # a file has a column for whatever any of its rows has
+        self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
 
 def wandb_url(): return os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
 
@@ -2500,7 +2503,8 @@ def ask_wandb(
 )->dict: # `data`; empty where the server refuses
     "Ask W&B's server a question, and wait five seconds for the answer."
     import httpx2
-    r = httpx2.post(f'{wandb_url()}/graphql', json=dict(query=query, variables=variables), auth=('api', key) if key else None, timeout=5)
+    auth = ('api', key) if key else None
+    r = httpx2.post(f'{wandb_url()}/graphql', json=dict(query=query, variables=variables), auth=auth, timeout=5)
     refused = r.status_code in (401,403) or not key and r.status_code in (400,404)
     if not refused: r.raise_for_status()
     return {} if refused else r.json().get('data') or {}
@@ -2510,16 +2514,18 @@ def find_entity(
 )->str: # User or team
     "Whose project a run goes to."
     me = ask_wandb('{ viewer { entity } }', key).get('viewer')
-    if not me: raise UserError("WANDB_API_KEY: W&B doesn't know it: copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
-    return os.environ.get('WANDB_ENTITY') or me['entity']
+    if me: return os.environ.get('WANDB_ENTITY') or me['entity']
+    raise UserError("WANDB_API_KEY: W&B doesn't know it: copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
 
 def check_not_public(
     entity:str, # User or team
     project:str, # W&B project
 ):
     "Refuse a project that anyone can read."
-    seen = ask_wandb('query($entity: String!, $project: String!) { project(entityName: $entity, name: $project) { id } }', entity=entity, project=project)
-    if seen.get('project'): raise UserError(f"WANDB_PROJECT: anyone can read {entity}/{project}, and the model's replies would go there: make the project private, or set REPORT_TO=none")
+    ask = 'query($entity: String!, $project: String!) { project(entityName: $entity, name: $project) { id } }'
+    if not ask_wandb(ask, entity=entity, project=project).get('project'): return
+    raise UserError(f"WANDB_PROJECT: anyone can read {entity}/{project}, and the model's replies would go there: "
+                    "make the project private, or set REPORT_TO=none")
 
 @patch
 def start(self:Curve,
@@ -2532,10 +2538,12 @@ def start(self:Curve,
     mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
     if mode=='disabled': return
     self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
-    self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder), resume='allow' if self.online else None)
+    self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder))
+    if self.online: self.opening['resume'] = 'allow'
     if self.online: shutil.rmtree(self.copies, ignore_errors=True)
     self.copies.mkdir(parents=True, exist_ok=True)
-    os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve())) | dict(WANDB_SILENT='true') # its own lines repeat ours
+    os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve()))
+    os.environ['WANDB_SILENT'] = 'true' # its own lines repeat ours
     self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
     self.thread.start()
     self.answered.wait(self.patience)
@@ -2566,7 +2574,8 @@ def _refuse(self:Curve, e):
 @patch
 def _lose(self:Curve, e):
     if self.closing: return # `close` says so
-    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, every checkpoint has the curve and the replies, and W&B gets what it lacks when it is back")
+    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, every checkpoint has the curve and the replies, "
+                                  "and W&B gets what it lacks when it is back")
     self.told = True
     self._drop()
 
@@ -2583,13 +2592,15 @@ def _connect(self:Curve):
     import wandb
     project,key = self.opening['project'],os.environ.get('WANDB_API_KEY')
     if self.online and key: check_not_public(find_entity(key), project)
-    settings = wandb.Settings(console='off', silent=True, init_timeout=20, finish_timeout=max(self.patience-2, 1), finish_timeout_raises=True,
-                              x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
+    settings = wandb.Settings(console='off', silent=True, init_timeout=20, finish_timeout=max(self.patience-2, 1),
+        finish_timeout_raises=True, x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
     try: run = wandb.init(**self.opening, settings=settings)
-    except wandb.errors.AuthenticationError as e: raise UserError(f"WANDB_API_KEY: refused ({_first_line(e)}): correct it, or set WANDB_MODE=offline") from None
+    except wandb.errors.AuthenticationError as e:
+        raise UserError(f"WANDB_API_KEY: refused ({_first_line(e)}): correct it, or set WANDB_MODE=offline") from None
     except (wandb.errors.CommError, wandb.errors.UsageError) as e:
-        if re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I): raise # what is not tried again was refused
-        raise UserError(f"WANDB_PROJECT: W&B refuses {project} ({_first_line(e)}): correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
+        if re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I): raise # what isn't tried again was refused
+        raise UserError(f"WANDB_PROJECT: W&B refuses {project} ({_first_line(e)}): correct it or WANDB_ENTITY, "
+                        "or set REPORT_TO=none") from None
     if self.online: check_not_public(run.entity, project) # it may have been made just now
     run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
     self.run,self.sent,self.upload,self.look = run,0,None,time.monotonic()+self.retry
@@ -2599,13 +2610,15 @@ def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
 
 @patch
 def _say_where(self:Curve):
-    run = self.run
-    if self.told: log.info("W&B answers again, and gets what it lacks")
-    elif self.online:
-        what = "the curve, the sampled replies and the adapters" if self.opening['config'].get('wandb_log_model')=='checkpoint' else "the curve and the sampled replies"
-        log.info(f"W&B: {what} go to {run.url}: whoever may see the project {run.entity}/{run.project} sees them, without an account nobody does")
-    elif os.environ.get('JOB_ID'): log.info(f"W&B run {run.id}: {run.settings.mode}, and this job's disk is gone at its end: the checkpoints keep the curve, and the first job with WANDB_API_KEY sends it")
-    else: log.info(f"W&B run {run.id}: {run.settings.mode}, the whole curve so far; `wandb sync {run.settings.sync_dir}` sends it")
+    run,adapters = self.run,self.opening['config'].get('wandb_log_model')=='checkpoint'
+    what = "the curve, the sampled replies and the adapters" if adapters else "the curve and the sampled replies"
+    if self.told: said = "W&B answers again, and gets what it lacks"
+    elif self.online: said = (f"W&B: {what} go to {run.url}: whoever may see the project {run.entity}/{run.project} sees them, "
+                              "without an account nobody does")
+    elif os.environ.get('JOB_ID'): said = (f"W&B run {run.id}: offline, and this job's disk is gone at its end: the checkpoints keep the curve, "
+                                           "and the first job with WANDB_API_KEY sends it")
+    else: said = f"W&B run {run.id}: offline, the whole curve so far; `wandb sync {run.settings.sync_dir}` sends it"
+    log.info(said)
     self.told = False
 
 @patch
@@ -2615,14 +2628,17 @@ def close(self:Curve,
     "Send what is left, and wait for that as long as it moves."
     if not self.thread: return
     with self.changed: self.exit_code,self.closing = exit_code,True; self._complete()
-    begun = self.moved = time.monotonic()
-    while self.thread.is_alive() and time.monotonic()<min(begun+6*self.patience, self.moved+self.patience): self.thread.join(.05)
+    self.moved = time.monotonic()
+    end = self.moved+6*self.patience
+    while self.thread.is_alive() and time.monotonic()<min(end, self.moved+self.patience): self.thread.join(.05)
     if not (self.delivered or self.refused):
-        log.warning(f"W&B has not taken all of the curve: it is in {METRICS} and samples.parquet of the last checkpoint, and the same command again sends what W&B lacks")
+        log.warning(f"W&B has not taken all of the curve: it is in {METRICS} and samples.parquet of the last checkpoint, "
+                    "and the same command again sends what W&B lacks")
     if self.online: shutil.rmtree(self.copies, ignore_errors=True)
 
 _PUT = """mutation CreateRunFiles($entity: String!, $project: String!, $run: String!, $files: [String!]!) {
-  createRunFiles(input: {entityName: $entity, projectName: $project, runName: $run, files: $files}) { runID uploadHeaders files { name uploadUrl } } }"""
+  createRunFiles(input: {entityName: $entity, projectName: $project, runName: $run, files: $files}) {
+    runID uploadHeaders files { name uploadUrl } } }"""
 
 def put_file(
     run, # `wandb.Run`
@@ -2634,14 +2650,17 @@ def put_file(
     to = ask_wandb(_PUT, key, entity=run.entity, project=run.project, run=run.id, files=[path]).get('createRunFiles')
     if not to: raise ValueError(f"it names no address for {path}")
     headers = dict(h.split(':', 1) for h in to['uploadHeaders'] or [])
-    httpx2.put(urljoin(wandb_url(), to['files'][0]['uploadUrl']), content=(Path(run.dir)/path).read_bytes(), headers=headers, timeout=30).raise_for_status()
+    data,url = (Path(run.dir)/path).read_bytes(),urljoin(wandb_url(), to['files'][0]['uploadUrl'])
+    httpx2.put(url, content=data, headers=headers, timeout=30).raise_for_status()
 
 UPLOAD = 60 # seconds after which a row goes without waiting for its table
 
 @patch
 def _send(self:Curve)->bool: # Is there more to come?
     "Send one row or one adapter."
-    if self.online and time.monotonic()>self.look: check_not_public(self.run.entity, self.run.project); self.look = time.monotonic()+self.retry
+    if self.online and time.monotonic()>self.look:
+        check_not_public(self.run.entity, self.run.project)
+        self.look = time.monotonic()+self.retry
     with self.changed:
         self.changed.wait_for(lambda: self.sent<self.whole or self._next_adapter() or self.closing)
         row,adapter = self.rows[self.sent] if self.sent<self.whole else None,self._next_adapter()
@@ -2670,12 +2689,13 @@ def _send_table(self:Curve, rows, at):
     table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
     if self.online: check_not_public(self.run.entity, self.run.project)
     a = InternalArtifact(f'run-{self.run.id}-{REPLIES}', 'run_table')
-    a._tmp_dir = tempfile.TemporaryDirectory(dir=self.copies) # or it would be one in /tmp, and the end of a job leaves it there
+    a._tmp_dir = tempfile.TemporaryDirectory(dir=self.copies) # else one in /tmp, that stays there
     a.add(table, REPLIES)
     self.run.log_artifact(a)
     table.bind_to_run(self.run, REPLIES, at)
     try: self.online and self._await_table(a, table.to_json(self.run)['path'])
-    except (ValueError, WaitTimeoutError, HTTPError) as e: log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
+    except (ValueError, WaitTimeoutError, HTTPError) as e:
+        log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
     return table
 
 @patch
