@@ -292,13 +292,13 @@ def _send_table(self:Curve, rows, at):
 @patch
 def _await_table(self:Curve, artifact, path):
     from httpx2 import HTTPError
-    end = time.monotonic()+UPLOAD
-    artifact.wait(UPLOAD)
-    while True:
-        try: return put_file(self.run, path)
+    end,there = time.monotonic()+UPLOAD,False
+    while not there:
+        try: there = put_file(self.run, path) or True
         except HTTPError:
             if time.monotonic()>end: raise
             time.sleep(1)
+    artifact.wait(max(int(end-time.monotonic()), 1))
 
 # %% ../nbs/03a_curve.ipynb #527a4857
 def link_or_copy(
