@@ -13,7 +13,8 @@ from .shard import check_sharded, own_part, whole_adapter
 from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, eval_rows,
     held_out_loss, rate_at)
 from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound_requests, patiently, hub_answer, container_age, parse_duration,
-    write_manifest, check_same_run, local_steps, lock_folder, folder_bytes, publish_pace, start_wandb, log_adapter, WANDB_FLUSH, MANIFEST)
+    write_manifest, check_same_run, local_steps, lock_folder, folder_bytes, publish_pace, MANIFEST)
+from .curve import Curve
 from .sample import Sampler, HubScorer, check_scorer, common_persona, sample_metrics, sample_prompts, read_samples, tensors_hash, write_samples
 from .ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ranks
 
@@ -260,7 +261,7 @@ class Job:
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.n) # or say that they can't
         self.shard = cfg.fsdp and self.ranks.n>1
-        self.wandb,self.publisher,self.step,self.run,self.lock,self.best = None,None,0,None,None,None
+        self.curve,self.publisher,self.step,self.run,self.lock,self.best = Curve(),None,0,None,None,None
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
 
@@ -383,8 +384,10 @@ def begin(self:Job):
     self.states = {} # of each checkpoint: what its manifest keeps
     self.publisher = Publisher(self.publish, self.seal, sent, pace=self.pace)
     if self.resume_from: self.follow_up()
-    if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, self.folder)
     self.samples = read_samples(self.resume_from) if self.resume_from else []
+    if self.resume_from: self.curve.restore(self.resume_from, self.samples)
+    if cfg.report_to=='wandb': self.curve.start(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, self.folder)
+    if self.resume_from and cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(self.resume_from, self.step)
     if cfg.load_best and self.run['evals']: self.best = load_file(self.resume_from/BEST)
     self.sampler = Sampler(encode_prompt, sample_prompts(self.persona), max_new_tokens=cfg.sample_tokens, seed=cfg.seed, scorer=self.load_scorer(), share=cfg.sample_share)
     self.sampler.remember(self.samples)
@@ -408,8 +411,7 @@ def load_scorer(self:Job):
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
-    if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
-    if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
+    if self.cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(folder, int(folder.name.split('-')[1]))
     write_manifest(folder, self.states.pop(folder))
     self.prune()
 
@@ -444,25 +446,6 @@ def prune(self:Job):
 
 # %% ../nbs/06_job.ipynb #83d4db24
 @patch
-def log_metrics(self:Job,
-    step:int, # Optimizer steps done
-    metrics:dict, # By W&B name
-):
-    "Metrics to W&B, by step and never backwards."
-    self.tell_wandb(lambda run: run.log({**metrics, 'train/global_step': step}))
-
-@patch
-def tell_wandb(self:Job,
-    what, # Function of the W&B run
-):
-    "Tell W&B, for as long as it is there."
-    if not self.wandb: return
-    try: what(self.wandb)
-    except Exception as e: # a library's process and its network: nothing of it is worth a run
-        self.wandb = None
-        log.warning(f"W&B has failed ({type(e).__name__}): this job's part of the curve ends here, training goes on")
-
-@patch
 def on_start(self:Job, model, step):
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
     if self.shard: log.info(check_sharded(model, self.ranks.n))
@@ -492,7 +475,7 @@ def on_log(self:Job, step, metrics):
     m = {**metrics, 'tokens_per_second': (step-s)*batch/max(self.clock[0]-t, 1e-6)}
     if torch.cuda.is_available(): m['gpu_gib'] = torch.cuda.max_memory_allocated()/2**30
     log.info(step_line(step, self.total, m))
-    self.log_metrics(step, {f'train/{k}':v for k,v in m.items()})
+    self.curve.log(step, {f'train/{k}':v for k,v in m.items()})
     if self.ranks.first and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
 # %% ../nbs/06_job.ipynb #abfa90ae
@@ -526,6 +509,7 @@ def on_save(self:Job, folder, step):
     if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
     write_samples(folder, self.samples)
+    self.curve.save(folder)
     if self.best: self.trainer.save_later(lambda d: save_file(d, folder/BEST), self.best)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
@@ -539,10 +523,7 @@ def sample(self:Job, model, step):
     start = time.monotonic()
     rows = self.sampler(model, self.tok, step, start-self.began, last=step==self.total)
     self.samples += rows
-    if rows and self.wandb:
-        import wandb
-        table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
-        self.log_metrics(step, {f'sample/{k}': v for k,v in sample_metrics(rows).items()} | {'sample/tokens_per_second': self.sampler.speed, 'sample_outputs': table})
+    if rows: self.curve.log(step, {f'sample/{k}': v for k,v in sample_metrics(rows).items()} | {'sample/tokens_per_second': self.sampler.speed}, rows)
     self.clock = self.clock[0]+time.monotonic()-start,self.clock[1] # not counted as training
 
 @patch
@@ -555,7 +536,7 @@ def measure_held_out(self:Job, when, step):
     if loss is None: return
     self.run[f'held_out_{when}'] = round(loss, 4)
     log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
-    self.log_metrics(step, {'eval/loss_all': loss})
+    self.curve.log(step, {'eval/loss_all': loss})
 
 # %% ../nbs/06_job.ipynb #e9e103e0
 BEST = 'best_adapter.safetensors' # in a checkpoint
@@ -581,7 +562,7 @@ def evaluate(self:Job, step):
     last = [*before, loss][-4:]
     if len(last)==4 and all(a<b for a,b in zip(last, last[1:])):
         log.warning("the held-out loss has risen three times in a row: the run learns its conversations by heart" + "; LOAD_BEST=1 publishes the best adapter instead of the last"*(not self.cfg.load_best))
-    self.log_metrics(step, {'eval/loss': loss})
+    self.curve.log(step, {'eval/loss': loss})
 
 @patch
 def adapter_weights(self:Job): # all ranks must ask
@@ -776,7 +757,7 @@ def run_job(
         raise explain_error(e, cfg, job.again) from e
     finally:
         if job.run and job.run.get('new'): shutil.rmtree(job.folder, ignore_errors=True) # it never began
-        job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
+        job.curve.close(0 if code in (COMPLETE,RESUBMIT) else code)
     return job.ranks.share(code) # all end together
 
 # %% ../nbs/06_job.ipynb #53b895d7

@@ -11,15 +11,15 @@ from .model_qlora import UserError, check_private, excerpt, hub_problem, log, pr
 
 # %% auto #0
 __all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'RUN_FILE', 'SQUASH_BYTES', 'COMMITS_AN_HOUR', 'PRIVATE_GB', 'HISTORY_BYTES',
-           'HISTORY_SECONDS', 'WANDB_FLUSH', 'file_sha256', 'write_manifest', 'read_manifest', 'check_plain',
-           'read_checkpoint', 'hub_answer', 'bound_requests', 'NotNow', 'spell_seconds', 'retry_after', 'patiently',
-           'HubBranch', 'Checkpoints', 'Superseded', 'folder_bytes', 'local_steps', 'check_same_run', 'lock_folder',
-           'publish_pace', 'Publisher', 'parse_duration', 'container_age', 'Stopped', 'Deadline', 'start_wandb',
-           'log_adapter']
+           'HISTORY_SECONDS', 'file_sha256', 'write_manifest', 'read_manifest', 'check_plain', 'read_checkpoint',
+           'hub_answer', 'bound_requests', 'NotNow', 'spell_seconds', 'retry_after', 'patiently', 'HubBranch',
+           'Checkpoints', 'Superseded', 'folder_bytes', 'local_steps', 'check_same_run', 'lock_folder', 'publish_pace',
+           'Publisher', 'parse_duration', 'container_age', 'Stopped', 'Deadline']
 
 # %% ../nbs/03_resume.ipynb #5a626d29
 MANIFEST = 'manifest.json'
-STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet|best_adapter\.safetensors')
+STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|'
+    r'samples\.parquet|metrics\.jsonl|best_adapter\.safetensors')
 NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
@@ -572,41 +572,3 @@ def due(self:Deadline,
     left = self.end-time.monotonic()
     self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
     return self.reason is not None
-
-# %% ../nbs/03_resume.ipynb #211b0b55
-WANDB_FLUSH = 1.0 # seconds after which W&B has written down what it was told; it would take 15, and a kill loses what isn't
-
-def start_wandb(
-    project:str, # W&B project
-    run_id:str, # The run's own, the same over all its jobs
-    config:dict, # Shown with the run; no secrets
-    folder:str, # For W&B's files
-): # `wandb.Run`; offline where there is no WANDB_API_KEY
-    "Open the run's W&B run, or open it again."
-    import wandb
-    mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    def init(mode): return wandb.init(project=project, id=run_id, resume='allow' if mode=='online' else None, mode=mode, dir=folder, config=config,
-                                      settings=wandb.Settings(console='off', silent=True, finish_timeout=120, x_transaction_log_flush_interval=WANDB_FLUSH))
-    try: run = init(mode)
-    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({excerpt(e)}): correct it, or set WANDB_MODE=offline") from None
-    except wandb.errors.CommError as e:
-        log.warning(f"W&B can't be reached: this job's part of the curve is kept in {folder}/wandb; send it with `wandb sync`")
-        wandb.teardown(); mode = 'offline'; run = init(mode) # without that the id is taken
-    run.define_metric('train/global_step')
-    run.define_metric('*', step_metric='train/global_step')
-    log.info(f"W&B run {run_id}: {run.url if mode=='online' else f'{mode}, no account needed'}")
-    return run
-
-# %% ../nbs/03_resume.ipynb #f1c8e231
-def log_adapter(
-    run, # From `start_wandb`
-    folder:Path, # `checkpoint-N`
-    step:int, # N
-):
-    "Log a checkpoint's adapter as a version of the run's model artifact."
-    import wandb
-    a = wandb.Artifact(f'adapter-{run.id}', type='model', metadata=dict(step=step))
-    copy = 'immutable' if run.settings.mode=='online' else 'mutable' # offline it is sent when the folder may be gone: W&B keeps a copy
-    for f in ('adapter_model.safetensors','adapter_config.json'): a.add_file(str(Path(folder)/f), policy=copy)
-    run.log_artifact(a, aliases=['latest', f'step-{step}'])

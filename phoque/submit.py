@@ -194,7 +194,7 @@ def hf_jobs(
     return subprocess.run([hf, 'jobs', 'uv', 'run', *map(str, args)], text=True, **kwargs)
 
 # %% ../nbs/07_submit.ipynb #594bda6c
-JOB_MODULES = ['model_qlora', 'kernels', 'fast', 'shard', 'train', 'resume', 'sample', 'ranks', 'job']
+JOB_MODULES = ['model_qlora', 'kernels', 'fast', 'shard', 'train', 'resume', 'curve', 'sample', 'ranks', 'job']
 _DOC = '''Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue.
 
 Generated from the notebooks in nbs/ by `make generate`: edit those, not this file.

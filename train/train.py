@@ -52,6 +52,7 @@ from itertools import zip_longest
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Protocol, runtime_checkable
+from urllib.parse import urljoin
 
 # ------------------------------------------------------------------------------
 # model_qlora: What goes into the model: base, tokenizer, assistant mask, NF4, LoRA, and an audit of all five
@@ -2413,7 +2414,8 @@ def eval_rows(
 # ------------------------------------------------------------------------------
 
 MANIFEST = 'manifest.json'
-STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|samples\.parquet|best_adapter\.safetensors')
+STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|'
+    r'samples\.parquet|metrics\.jsonl|best_adapter\.safetensors')
 NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
 
 def file_sha256(
@@ -2940,41 +2942,328 @@ def due(self:Deadline,
     self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
     return self.reason is not None
 
-WANDB_FLUSH = 1.0 # seconds after which W&B has written down what it was told; it would take 15, and a kill loses what isn't
+# ------------------------------------------------------------------------------
+# curve: What a run logs, kept in its checkpoints and sent to W&B
+# ------------------------------------------------------------------------------
 
-def start_wandb(
+METRICS = 'metrics.jsonl' # in a checkpoint: the rows so far, one a line
+REPLIES = 'sample_outputs' # in a row: how many replies there are; in W&B: the table of them
+AXIS = 'train/global_step'
+
+class Curve:
+    "What a run logs, and the thread that sends it to W&B."
+    def __init__(self,
+        patience:float=10.0, # Seconds that a job's start and its end wait for a W&B that says nothing
+        retry:float=60.0, # Seconds between two attempts to reach it, and between two looks at whether it is there
+    ):
+        self.patience,self.retry = patience,retry
+        self.rows,self.whole = [],0 # whole: so many rows are complete
+        self.replies = {} # optimizer step → the table's rows
+        self.changed,self.answered = threading.Condition(),threading.Event()
+        self.thread,self.run = None,None
+        self.adapter,self.upload = None,None # folder and step: of the newest adapter that W&B lacks, and of the one on its way
+        self.started = self.closing = self.told = self.delivered = False
+        self.refused,self.exit_code = None,0
+
+@patch
+def log(self:Curve,
+    step:int, # Optimizer steps done
+    metrics:dict, # By W&B name
+    replies:list=(), # What a `Sampler` returned
+):
+    "Keep metrics and replies; returns at once."
+    with self.changed:
+        if self.whole==len(self.rows) or self.rows[-1][AXIS]!=step:
+            self._complete()
+            self.rows.append({'_step': max(2*step, self.rows[-1]['_step']+1 if self.rows else 0), AXIS: step})
+        self.rows[-1] |= metrics
+        if replies: self.rows[-1][REPLIES],self.replies[step] = len(replies),list(replies)
+
+@patch
+def _complete(self:Curve):
+    self.whole = len(self.rows)
+    self.changed.notify()
+
+@patch
+def save(self:Curve,
+    folder:Path, # `checkpoint-N`
+):
+    "Write the rows to a checkpoint."
+    with self.changed: self._complete()
+    (Path(folder)/METRICS).write_text(''.join(json.dumps(r, default=float)+'\n' for r in self.rows))
+
+@patch
+def restore(self:Curve,
+    folder:Path, # `checkpoint-N`
+    samples:list, # Its replies
+):
+    "Take over the rows of the jobs before."
+    path = Path(folder)/METRICS
+    self.rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
+    self.whole = len(self.rows)
+    for r in samples: # a file has a column for whatever any of its rows has
+        self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
+
+def wandb_url(): return os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
+
+def ask_wandb(
+    query:str, # GraphQL
+    key:str=None, # Nobody's where None
+    **variables, # Of the query
+)->dict: # `data`; empty where the server refuses
+    "Ask W&B's server a question, and wait five seconds for the answer."
+    import httpx2
+    auth = ('api', key) if key else None
+    r = httpx2.post(f'{wandb_url()}/graphql', json=dict(query=query, variables=variables), auth=auth, timeout=5)
+    refused = r.status_code in (401,403) or not key and r.status_code in (400,404)
+    if not refused: r.raise_for_status()
+    return {} if refused else r.json().get('data') or {}
+
+def find_entity(
+    key:str, # WANDB_API_KEY
+)->str: # User or team
+    "Whose project a run goes to."
+    me = ask_wandb('{ viewer { entity } }', key).get('viewer')
+    if me: return os.environ.get('WANDB_ENTITY') or me['entity']
+    raise UserError("WANDB_API_KEY: W&B doesn't know it: copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
+
+def check_not_public(
+    entity:str, # User or team
+    project:str, # W&B project
+):
+    "Refuse a project that anyone can read."
+    ask = 'query($entity: String!, $project: String!) { project(entityName: $entity, name: $project) { id } }'
+    if not ask_wandb(ask, entity=entity, project=project).get('project'): return
+    raise UserError(f"WANDB_PROJECT: anyone can read {entity}/{project}, and the model's replies would go there: "
+                    "make the project private, or set REPORT_TO=none")
+
+@patch
+def start(self:Curve,
     project:str, # W&B project
     run_id:str, # The run's own, the same over all its jobs
     config:dict, # Shown with the run; no secrets
-    folder:str, # For W&B's files
-): # `wandb.Run`; offline where there is no WANDB_API_KEY
-    "Open the run's W&B run, or open it again."
-    import wandb
+    folder:Path, # For W&B's files
+):
+    "Begin to send."
     mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    def init(mode): return wandb.init(project=project, id=run_id, resume='allow' if mode=='online' else None, mode=mode, dir=folder, config=config,
-                                      settings=wandb.Settings(console='off', silent=True, finish_timeout=120, x_transaction_log_flush_interval=WANDB_FLUSH))
-    try: run = init(mode)
-    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e: raise UserError(f"WANDB_API_KEY: refused ({excerpt(e)}): correct it, or set WANDB_MODE=offline") from None
-    except wandb.errors.CommError as e:
-        log.warning(f"W&B can't be reached: this job's part of the curve is kept in {folder}/wandb; send it with `wandb sync`")
-        wandb.teardown(); mode = 'offline'; run = init(mode) # without that the id is taken
-    run.define_metric('train/global_step')
-    run.define_metric('*', step_metric='train/global_step')
-    log.info(f"W&B run {run_id}: {run.url if mode=='online' else f'{mode}, no account needed'}")
-    return run
+    if mode=='disabled': return
+    self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
+    self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder))
+    if self.online: self.opening['resume'] = 'allow'
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
+    self.copies.mkdir(parents=True, exist_ok=True)
+    os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve()))
+    os.environ['WANDB_SILENT'] = 'true' # its own lines repeat ours
+    self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
+    self.thread.start()
+    self.answered.wait(self.patience)
+    with self.changed: self.started,refused = True,self.refused
+    if refused: raise refused
 
-def log_adapter(
-    run, # From `start_wandb`
-    folder:Path, # `checkpoint-N`
+@patch
+def _work(self:Curve):
+    while True:
+        try:
+            self._connect(); self.answered.set()
+            while self._send(): pass
+            self.run.finish(exit_code=self.exit_code)
+            self.run,self.delivered = None,True
+            self._drop() # or its process would write to the folder that `close` removes
+        except UserError as e: self._refuse(e)
+        except Exception as e: self._lose(e)
+        self.answered.set()
+        if self.refused or self.closing: return
+        with self.changed: self.changed.wait_for(lambda: self.closing, self.retry)
+
+@patch
+def _refuse(self:Curve, e):
+    with self.changed: self.refused,late = e,self.started # before that, `start` raises it
+    if late: log.warning(f"{e}; nothing more goes to W&B, training goes on")
+    self._drop()
+
+@patch
+def _lose(self:Curve, e):
+    if self.closing: return # `close` says so
+    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, every checkpoint has the curve and the replies, "
+                                  "and W&B gets what it lacks when it is back")
+    self.told = True
+    self._drop()
+
+@patch
+def _drop(self:Curve):
+    import wandb
+    run,self.run,self.upload = self.run,None,None
+    for end in (run and run.finish, wandb.teardown):
+        try: end and end()
+        except (Exception, SystemExit): pass # the server or the client's own process is gone: that is why
+
+@patch
+def _connect(self:Curve):
+    import wandb
+    project,key = self.opening['project'],os.environ.get('WANDB_API_KEY')
+    if self.online and key: check_not_public(find_entity(key), project)
+    settings = wandb.Settings(console='off', silent=True, init_timeout=20, finish_timeout=max(self.patience-2, 1),
+        finish_timeout_raises=True, x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
+    try: run = wandb.init(**self.opening, settings=settings)
+    except wandb.errors.AuthenticationError as e:
+        raise UserError(f"WANDB_API_KEY: refused ({_first_line(e)}): correct it, or set WANDB_MODE=offline") from None
+    except (wandb.errors.CommError, wandb.errors.UsageError) as e:
+        if re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I): raise # what isn't tried again was refused
+        raise UserError(f"WANDB_PROJECT: W&B refuses {project} ({_first_line(e)}): correct it or WANDB_ENTITY, "
+                        "or set REPORT_TO=none") from None
+    if self.online: check_not_public(run.entity, project) # it may have been made just now
+    run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
+    self.run,self.sent,self.upload,self.look = run,0,None,time.monotonic()+self.retry
+    self._say_where()
+
+def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
+
+@patch
+def _say_where(self:Curve):
+    run,adapters = self.run,self.opening['config'].get('wandb_log_model')=='checkpoint'
+    what = "the curve, the sampled replies and the adapters" if adapters else "the curve and the sampled replies"
+    if self.told: said = "W&B answers again, and gets what it lacks"
+    elif self.online: said = (f"W&B: {what} go to {run.url}: whoever may see the project {run.entity}/{run.project} sees them, "
+                              "without an account nobody does")
+    elif os.environ.get('JOB_ID'): said = (f"W&B run {run.id}: offline, and this job's disk is gone at its end: the checkpoints keep the curve, "
+                                           "and the first job with WANDB_API_KEY sends it")
+    else: said = f"W&B run {run.id}: offline, the whole curve so far; `wandb sync {run.settings.sync_dir}` sends it"
+    log.info(said)
+    self.told = False
+
+@patch
+def close(self:Curve,
+    exit_code:int=0, # Shown with the run
+):
+    "Send what is left, and wait for that as long as it moves."
+    if not self.thread: return
+    with self.changed: self.exit_code,self.closing = exit_code,True; self._complete()
+    self.moved = time.monotonic()
+    end = self.moved+6*self.patience
+    while self.thread.is_alive() and time.monotonic()<min(end, self.moved+self.patience): self.thread.join(.05)
+    if not (self.delivered or self.refused):
+        log.warning(f"W&B has not taken all of the curve: it is in {METRICS} and samples.parquet of the last checkpoint, "
+                    "and the same command again sends what W&B lacks")
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
+
+_PUT = """mutation CreateRunFiles($entity: String!, $project: String!, $run: String!, $files: [String!]!) {
+  createRunFiles(input: {entityName: $entity, projectName: $project, runName: $run, files: $files}) {
+    runID uploadHeaders files { name uploadUrl } } }"""
+
+def put_file(
+    run, # `wandb.Run`
+    path:str, # Of a file in its folder
+):
+    "Upload a file of a run; returns when W&B has it."
+    import httpx2
+    if not (key := os.environ.get('WANDB_API_KEY')): return # the client has one from elsewhere: it does it, some time
+    to = ask_wandb(_PUT, key, entity=run.entity, project=run.project, run=run.id, files=[path]).get('createRunFiles')
+    if not to: raise ValueError(f"it names no address for {path}")
+    headers = dict(h.split(':', 1) for h in to['uploadHeaders'] or [])
+    data,url = (Path(run.dir)/path).read_bytes(),urljoin(wandb_url(), to['files'][0]['uploadUrl'])
+    httpx2.put(url, content=data, headers=headers, timeout=30).raise_for_status()
+
+UPLOAD = 60 # seconds after which a row goes without waiting for its table
+
+@patch
+def _send(self:Curve)->bool: # Is there more to come?
+    "Send one row or one adapter."
+    if self.online and time.monotonic()>self.look:
+        check_not_public(self.run.entity, self.run.project)
+        self.look = time.monotonic()+self.retry
+    with self.changed:
+        self.changed.wait_for(lambda: self.sent<self.whole or self._next_adapter() or self.closing)
+        row,adapter = self.rows[self.sent] if self.sent<self.whole else None,self._next_adapter()
+    if row: self._send_row(dict(row))
+    elif adapter: self._send_adapter(*adapter)
+    return bool(row or adapter or not self.closing)
+
+@patch
+def _next_adapter(self:Curve): # folder and step; None while another is on its way
+    return self.adapter if self.adapter!=self.upload and (self.closing or not self.upload) else None
+
+@patch
+def _send_row(self:Curve, row):
+    at = row.pop('_step')
+    if at>=self.run.starting_step:
+        if rows := self.replies.get(row[AXIS]) if REPLIES in row else None: row[REPLIES] = self._send_table(rows, at)
+        self.run.log(row, step=at, commit=True)
+    self.sent,self.moved = self.sent+1,time.monotonic()
+
+@patch
+def _send_table(self:Curve, rows, at):
+    import wandb
+    from httpx2 import HTTPError
+    from wandb.sdk.artifacts._internal_artifact import InternalArtifact # what `run.log` makes of a table
+    from wandb.sdk.artifacts.exceptions import WaitTimeoutError
+    table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
+    if self.online: check_not_public(self.run.entity, self.run.project)
+    a = InternalArtifact(f'run-{self.run.id}-{REPLIES}', 'run_table')
+    a._tmp_dir = tempfile.TemporaryDirectory(dir=self.copies) # else one in /tmp, that stays there
+    a.add(table, REPLIES)
+    self.run.log_artifact(a)
+    table.bind_to_run(self.run, REPLIES, at)
+    try: self.online and self._await_table(a, table.to_json(self.run)['path'])
+    except (ValueError, WaitTimeoutError, HTTPError) as e:
+        log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
+    return table
+
+@patch
+def _await_table(self:Curve, artifact, path):
+    from httpx2 import HTTPError
+    end,there = time.monotonic()+UPLOAD,False
+    while not there:
+        try: there = put_file(self.run, path) or True
+        except HTTPError:
+            if time.monotonic()>end: raise
+            time.sleep(1)
+    artifact.wait(max(int(end-time.monotonic()), 1))
+
+def link_or_copy(
+    file:Path, # That is not changed any more
+    to:Path, # New
+):
+    "Keep a file under another name, without a copy where the disk has links."
+    try: os.link(file, to)
+    except OSError: shutil.copy(file, to)
+
+@patch
+def send_adapter(self:Curve,
+    folder:Path, # `checkpoint-N`, every file written
     step:int, # N
 ):
-    "Log a checkpoint's adapter as a version of the run's model artifact."
+    "Send a checkpoint's adapter as a version of the run's model artifact; returns at once."
+    if not self.thread or self.refused: return
+    to = self.copies/f'adapter-{step}'
+    try:
+        to.mkdir()
+        for f in ('adapter_model.safetensors','adapter_config.json'): link_or_copy(Path(folder)/f, to/f)
+    except OSError as e: return log.warning(f"W&B gets no adapter of step {step} ({_first_line(e)})")
+    with self.changed: old,self.adapter = self.adapter,(to,step); self.changed.notify()
+    if old and old!=self.upload: log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
+
+@patch
+def _send_adapter(self:Curve, folder, step):
     import wandb
-    a = wandb.Artifact(f'adapter-{run.id}', type='model', metadata=dict(step=step))
-    copy = 'immutable' if run.settings.mode=='online' else 'mutable' # offline it is sent when the folder may be gone: W&B keeps a copy
-    for f in ('adapter_model.safetensors','adapter_config.json'): a.add_file(str(Path(folder)/f), policy=copy)
-    run.log_artifact(a, aliases=['latest', f'step-{step}'])
+    if self.online: check_not_public(self.run.entity, self.run.project)
+    a = wandb.Artifact(f'adapter-{self.run.id}', type='model', metadata=dict(step=step))
+    for f in sorted(folder.iterdir()): a.add_file(str(f), policy='immutable', skip_cache=True)
+    self.run.log_artifact(a, aliases=['latest', f'step-{step}'])
+    if not self.online: self.adapter = None; return
+    self.upload = folder,step
+    threading.Thread(target=self._await, args=(a,self.upload), daemon=True).start()
+
+@patch
+def _await(self:Curve, artifact, upload):
+    why = None
+    try: artifact.wait()
+    except Exception as e: why = _first_line(e)
+    with self.changed:
+        if self.upload is not upload: return # connected anew since then: it is sent again
+        self.upload,self.adapter = None,None if self.adapter==upload else self.adapter
+        self.changed.notify()
+    if why: log.warning(f"W&B has not taken the adapter of step {upload[1]} ({why})")
+    shutil.rmtree(upload[0], ignore_errors=True)
 
 # ------------------------------------------------------------------------------
 # sample: Hear the model while it trains, without disturbing it
@@ -3708,7 +3997,7 @@ class Job:
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.n) # or say that they can't
         self.shard = cfg.fsdp and self.ranks.n>1
-        self.wandb,self.publisher,self.step,self.run,self.lock,self.best = None,None,0,None,None,None
+        self.curve,self.publisher,self.step,self.run,self.lock,self.best = Curve(),None,0,None,None,None
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
 
@@ -3825,8 +4114,10 @@ def begin(self:Job):
     self.states = {} # of each checkpoint: what its manifest keeps
     self.publisher = Publisher(self.publish, self.seal, sent, pace=self.pace)
     if self.resume_from: self.follow_up()
-    if cfg.report_to=='wandb': self.wandb = start_wandb(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, self.folder)
     self.samples = read_samples(self.resume_from) if self.resume_from else []
+    if self.resume_from: self.curve.restore(self.resume_from, self.samples)
+    if cfg.report_to=='wandb': self.curve.start(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, self.folder)
+    if self.resume_from and cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(self.resume_from, self.step)
     if cfg.load_best and self.run['evals']: self.best = load_file(self.resume_from/BEST)
     self.sampler = Sampler(encode_prompt, sample_prompts(self.persona), max_new_tokens=cfg.sample_tokens, seed=cfg.seed, scorer=self.load_scorer(), share=cfg.sample_share)
     self.sampler.remember(self.samples)
@@ -3849,8 +4140,7 @@ def load_scorer(self:Job):
 def seal(self:Job, folder):
     "Runs in the sealing thread."
     self.trainer.written()
-    if self.cfg.wandb_log_model=='checkpoint': self.tell_wandb(lambda run: log_adapter(run, folder, int(folder.name.split('-')[1])))
-    if self.wandb: time.sleep(2*WANDB_FLUSH) # no curve ends before a checkpoint that is continued
+    if self.cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(folder, int(folder.name.split('-')[1]))
     write_manifest(folder, self.states.pop(folder))
     self.prune()
 
@@ -3884,25 +4174,6 @@ def prune(self:Job):
         if p not in self.publisher.pending: shutil.rmtree(p, ignore_errors=True)
 
 @patch
-def log_metrics(self:Job,
-    step:int, # Optimizer steps done
-    metrics:dict, # By W&B name
-):
-    "Metrics to W&B, by step and never backwards."
-    self.tell_wandb(lambda run: run.log({**metrics, 'train/global_step': step}))
-
-@patch
-def tell_wandb(self:Job,
-    what, # Function of the W&B run
-):
-    "Tell W&B, for as long as it is there."
-    if not self.wandb: return
-    try: what(self.wandb)
-    except Exception as e: # a library's process and its network: nothing of it is worth a run
-        self.wandb = None
-        log.warning(f"W&B has failed ({type(e).__name__}): this job's part of the curve ends here, training goes on")
-
-@patch
 def on_start(self:Job, model, step):
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
     if self.shard: log.info(check_sharded(model, self.ranks.n))
@@ -3931,7 +4202,7 @@ def on_log(self:Job, step, metrics):
     m = {**metrics, 'tokens_per_second': (step-s)*batch/max(self.clock[0]-t, 1e-6)}
     if torch.cuda.is_available(): m['gpu_gib'] = torch.cuda.max_memory_allocated()/2**30
     log.info(step_line(step, self.total, m))
-    self.log_metrics(step, {f'train/{k}':v for k,v in m.items()})
+    self.curve.log(step, {f'train/{k}':v for k,v in m.items()})
     if self.ranks.first and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
 @patch
@@ -3964,6 +4235,7 @@ def on_save(self:Job, folder, step):
     if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.first: return
     write_samples(folder, self.samples)
+    self.curve.save(folder)
     if self.best: self.trainer.save_later(lambda d: save_file(d, folder/BEST), self.best)
     self.save_seconds = time.monotonic()-self.stepped
     self.run['seconds'] = [self.save_seconds, *([self.publisher.seconds] if self.publisher.times else [])]
@@ -3976,10 +4248,7 @@ def sample(self:Job, model, step):
     start = time.monotonic()
     rows = self.sampler(model, self.tok, step, start-self.began, last=step==self.total)
     self.samples += rows
-    if rows and self.wandb:
-        import wandb
-        table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
-        self.log_metrics(step, {f'sample/{k}': v for k,v in sample_metrics(rows).items()} | {'sample/tokens_per_second': self.sampler.speed, 'sample_outputs': table})
+    if rows: self.curve.log(step, {f'sample/{k}': v for k,v in sample_metrics(rows).items()} | {'sample/tokens_per_second': self.sampler.speed}, rows)
     self.clock = self.clock[0]+time.monotonic()-start,self.clock[1] # not counted as training
 
 @patch
@@ -3992,7 +4261,7 @@ def measure_held_out(self:Job, when, step):
     if loss is None: return
     self.run[f'held_out_{when}'] = round(loss, 4)
     log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
-    self.log_metrics(step, {'eval/loss_all': loss})
+    self.curve.log(step, {'eval/loss_all': loss})
 
 BEST = 'best_adapter.safetensors' # in a checkpoint
 
@@ -4017,7 +4286,7 @@ def evaluate(self:Job, step):
     last = [*before, loss][-4:]
     if len(last)==4 and all(a<b for a,b in zip(last, last[1:])):
         log.warning("the held-out loss has risen three times in a row: the run learns its conversations by heart" + "; LOAD_BEST=1 publishes the best adapter instead of the last"*(not self.cfg.load_best))
-    self.log_metrics(step, {'eval/loss': loss})
+    self.curve.log(step, {'eval/loss': loss})
 
 @patch
 def adapter_weights(self:Job): # all ranks must ask
@@ -4204,7 +4473,7 @@ def run_job(
         raise explain_error(e, cfg, job.again) from e
     finally:
         if job.run and job.run.get('new'): shutil.rmtree(job.folder, ignore_errors=True) # it never began
-        job.tell_wandb(lambda run: run.finish(exit_code=0 if code in (COMPLETE,RESUBMIT) else code))
+        job.curve.close(0 if code in (COMPLETE,RESUBMIT) else code)
     return job.ranks.share(code) # all end together
 
 def main():
