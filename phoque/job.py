@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from .model_qlora import (UserError, base_config, excerpt, quiet_libraries, hub_problem, log, resolve_base, load_tokenizer, encode_dataset,
     encode_prompt, undisturbed, choose_attention, load_model, add_lora, audit, check_audit, lora_targets, text_table)
 from .shard import check_sharded, own_part, whole_adapter
-from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, eval_rows,
+from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, eval_plan,
     held_out_loss, rate_at)
 from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound_requests, patiently, hub_answer, container_age, parse_duration,
     write_manifest, check_same_run, local_steps, lock_folder, folder_bytes, publish_pace, MANIFEST)
@@ -356,8 +356,9 @@ def hold_out(self:Job,
     if report.get('dropped'): log.warning(f"dataset: {report['dropped']} of {report['conversations']} held-out conversations are too long for MAX_LENGTH={cfg.max_length} and left out")
     if cfg.load_best and not len(rows): raise UserError("LOAD_BEST: the dataset has no held-out conversations to find the best adapter with: push it with a split `test`, or unset LOAD_BEST")
     held = pack_dataset(rows, cfg.max_length, cfg.seed) if len(rows) else None
-    self.n_eval = eval_rows(cfg, len(held)) if held else 0
-    if self.n_eval: log.info(f"held-out loss: every {cfg.eval_steps} steps on {self.n_eval} of {len(held)} packed sequences of split {name} (EVAL_SHARE {cfg.eval_share:g})")
+    self.eval_every,self.n_eval = eval_plan(cfg, len(held) if held else 0)
+    rarer = f" instead of {cfg.eval_steps}"*(self.eval_every>cfg.eval_steps)
+    if self.n_eval: log.info(f"held-out loss: every {self.eval_every} steps{rarer} on {self.n_eval} of {len(held)} packed sequences of split {name} (EVAL_SHARE {cfg.eval_share:g})")
     return held
 
 @patch
@@ -543,7 +544,7 @@ BEST = 'best_adapter.safetensors' # in a checkpoint
 
 @patch
 def eval_now(self:Job, step): # the same on every rank
-    return bool(self.n_eval) and (step%self.cfg.eval_steps==0 or step==self.total) and step not in [s for s,_ in self.run['evals']]
+    return bool(self.n_eval) and (step%self.eval_every==0 or step==self.total) and step not in [s for s,_ in self.run['evals']]
 
 @patch
 def evaluate(self:Job, step):

@@ -121,7 +121,7 @@ def find(self:Stage,
 BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct' # the id under which the loopback Hub serves it
 DATA,MODEL = 'me/grumpy-harbour','me/phoque-rehearsal'
 SETTINGS = dict(BASE_MODEL=BASE, DATASET_REPO=DATA, HUB_MODEL_ID=MODEL, MAX_LENGTH=512, PER_DEVICE_TRAIN_BATCH_SIZE=2, LEARNING_RATE=1e-3,
-                LOGGING_STEPS=1, SAVE_STEPS=10, PUBLISH_MINUTES=.001, EVAL_STEPS=10, SAMPLE_TOKENS=32, WANDB_MODE='offline')
+                LOGGING_STEPS=1, SAVE_STEPS=10, PUBLISH_MINUTES=.001, EVAL_STEPS=10, EVAL_SHARE=.2, SAMPLE_TOKENS=32, WANDB_MODE='offline')
 
 def clean_env(
     hub, # `LocalHub`
@@ -396,7 +396,7 @@ def wait(self:ForkedJob,
     return self.code
 
 # %% ../nbs/08_rehearse.ipynb #37ef9848
-PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=2, LORA_DROPOUT=.1, GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=4, SAMPLE_STEPS=0, REPORT_TO='none', PUBLISH_MINUTES=.001, EVAL_STEPS=8, LOAD_BEST=1)
+PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=2, LORA_DROPOUT=.1, GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=4, SAMPLE_STEPS=0, REPORT_TO='none', PUBLISH_MINUTES=.001, EVAL_STEPS=8, EVAL_SHARE=1, LOAD_BEST=1)
 FAULTS = (dict(match='POST .*/commit/', kind='500'), dict(match='POST .*/commit/', kind='429', seconds=0), dict(match='POST .*/commit/', kind='lost_answer'),
           dict(match='POST .*/commit/', kind='reset'), dict(match='POST .*/commit/', kind='hang', seconds=2), dict(match='POST .*/commit/', kind='kill'),
           dict(match='PUT /_lfs/', kind='reset'), dict(match='GET', kind='500', skip=3), dict(match='HEAD', kind='reset'), dict(match='GET /_lfs/', kind='cut'))
