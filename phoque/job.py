@@ -285,26 +285,36 @@ def restore(self:Job):
     branch.check_write(until)
     self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
     base,self.run = self.find_base(until),self.checkpoints.run()
-    acted = self.run and self.run.get('fresh_start', '')==cfg.fresh_start
-    fresh = bool(cfg.fresh_start) and not acted
-    if cfg.fresh_start and acted: log.info(f"FRESH_START={cfg.fresh_start} has begun run {self.run['id']}, which continues; FRESH_START={self.again} begins again")
-    if not self.run and not fresh: check_free(HubBranch(cfg.hub_model_id).prepare(until), self.again)
-    if fresh: self.checkpoints.start_fresh()
-    if fresh or not self.run: self.run = self.new_run(base)
-    else: check_same_run(run_identity(self.run['identity'], self.run['base']['id']), run_identity(kept_options(cfg), base['id']), self.again)
+    if not self.run and not cfg.fresh_start: check_free(HubBranch(cfg.hub_model_id).prepare(until), self.again)
+    if not self.run or self.begins_again(): self.run = self.new_run(base)
     self.open_folder()
-    self.resume_from,m = (None,None) if self.run.get('new') else self.checkpoints.restore(self.folder, until)
-    if m: self.run = m['run']
-    self.run.setdefault('evals', [])
+    begun = self.checkpoints.steps() or local_steps(self.folder)
+    if begun: check_same_run(run_identity(self.run['identity'], self.run['base']['id']), run_identity(kept_options(cfg), base['id']), self.again)
+    self.resume_from,m = self.checkpoints.restore(self.folder, until) if begun else (None,None)
     self.step = m['step'] if m else 0
+    self.run = {'evals':[], **m['run']} if m else self.new_run(base, self.run['id'], self.run.get('fresh_start', ''))
     if m: self.recall_best()
+
+@patch
+def begins_again(self:Job)->bool: # Has FRESH_START another value than the one that began the run?
+    "Abandon the run on the Hub if that is asked for."
+    new,run = self.cfg.fresh_start,self.run
+    if not new: return False
+    if run.get('fresh_start', '')==new:
+        log.info(f"FRESH_START={new} has begun run {run['id']}, which continues; FRESH_START={self.again} begins again")
+        return False
+    self.checkpoints.start_fresh()
+    return True
 
 @patch
 def new_run(self:Job,
     base:dict, # From `resolve_base`
+    id:str='', # Of a run that hasn't come to a checkpoint; a new one where empty
+    fresh_start:str=None, # Value that began it; this job's where None
 )->dict: # What a manifest keeps
     "What a run is when it begins."
-    return dict(id=uuid.uuid4().hex[:8], repo=self.cfg.hub_model_id, fresh_start=self.cfg.fresh_start, identity=kept_options(self.cfg), base=base,
+    if fresh_start is None: fresh_start = self.cfg.fresh_start
+    return dict(id=id or uuid.uuid4().hex[:8], repo=self.cfg.hub_model_id, fresh_start=fresh_start, identity=kept_options(self.cfg), base=base,
         dataset_revision=None, seconds=[], evals=[], new=True)
 
 @patch
@@ -707,8 +717,8 @@ def explain_error(
     if isinstance(e, UserError): return e
     if isinstance(e, torch.OutOfMemoryError):
         first = "set GRADIENT_CHECKPOINTING=1, or " if not cfg.gradient_checkpointing else ""
-        return UserError(f"out of GPU memory: {first}begin again with FRESH_START={again} and a lower PER_DEVICE_TRAIN_BATCH_SIZE (now {cfg.per_device_train_batch_size}; "
-                         f"raise GRADIENT_ACCUMULATION_STEPS as much) or MAX_LENGTH (now {cfg.max_length})")
+        rows = f"PER_DEVICE_TRAIN_BATCH_SIZE below {cfg.per_device_train_batch_size} with GRADIENT_ACCUMULATION_STEPS raised as much"
+        return UserError(f"out of GPU memory: {first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
         free = shutil.disk_usage(cfg.output_dir).free
         more = "take a flavor with a larger disk (`hf jobs hardware`)" if os.environ.get('JOB_ID') else "make room, or choose another folder"

@@ -288,7 +288,7 @@ def begin_run(self:Checkpoints,
     old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in self.stale]
     text = json.dumps(run, indent=1).encode()
     self.branch.commit([CommitOperationAdd(RUN_FILE, text), *old], f"run {run['id']} {hashlib.sha256(text).hexdigest()[:8]}", until)
-    self.found,self.stale = [],[]
+    self.stale = []
 
 # %% ../nbs/03_resume.ipynb #79fbde15
 class Superseded(Exception):
