@@ -90,9 +90,10 @@ def hub_problem(
 # %% ../nbs/01_model_qlora.ipynb #c5a9dfe5
 def _model_info(repo):
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, GatedRepoError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
     from httpx2 import HTTPError
     try: return HfApi().model_info(repo)
+    except HFValidationError: raise UserError(f"base model {repo!r}: no such folder here, and no name that a Hub repo may have: check BASE_MODEL") from None
     except RepositoryNotFoundError as e:
         if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
     except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None

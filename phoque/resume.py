@@ -412,8 +412,10 @@ def lock_folder(
     folder:Path, # Of a run; made when missing
 ): # Open file; the lock ends with it, or with the process
     "Keep other jobs out of a run's folder."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    held = open(Path(folder)/'.lock', 'a')
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        held = open(Path(folder)/'.lock', 'a')
+    except OSError as e: raise UserError(f"OUTPUT_DIR {folder}: {e.strerror}: choose a folder that can be written") from None
     try: fcntl.flock(held, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except OSError: raise UserError(f"OUTPUT_DIR {folder}: another job of this run is writing there: let it finish, or choose another OUTPUT_DIR") from None
     return held

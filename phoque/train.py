@@ -200,17 +200,21 @@ def check_config(
     c:TrainConfig, # To be checked
 )->TrainConfig: # The same
     "Refuse values that would fail, or do nothing, hours later."
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
     def bad(k, why): raise UserError(f"{k.upper()}: {why}, got {getattr(c,k)!r}")
     for k in ('dataset_repo','hub_model_id'):
         if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
-        if not re.fullmatch(r'[\w.-]+/[\w.-]+', getattr(c,k)): bad(k, "must have the form owner/name")
+        if getattr(c,k).count('/')!=1: bad(k, "must have the form owner/name")
+        try: validate_repo_id(getattr(c,k))
+        except HFValidationError: bad(k, "must be a name that the Hub allows (letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)")
     for k,v in c.asdict().items(): check_option(k, v)
     for k in ('base_model','output_dir','scorer','wandb_project'):
         if not getattr(c, k).strip(): bad(k, "must not be empty")
     lora_targets(c.lora_target_modules) # or say that they name nothing
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
     if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
-    if c.fresh_start.lower() in ('0', 'false', 'no', 'off'): c.fresh_start = ''
+    c.fresh_start = c.fresh_start.strip().lower()
+    if c.fresh_start in ('0', 'false', 'no', 'off'): c.fresh_start = ''
     return c
 
 # %% ../nbs/02_train.ipynb #3f8b8b19
