@@ -120,9 +120,10 @@ def hub_problem(
 
 def _model_info(repo):
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, GatedRepoError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
     from httpx2 import HTTPError
     try: return HfApi().model_info(repo)
+    except HFValidationError: raise UserError(f"base model {repo!r}: no such folder here, and no name that a Hub repo may have: check BASE_MODEL") from None
     except RepositoryNotFoundError as e:
         if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
     except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
@@ -2010,17 +2011,21 @@ def check_config(
     c:TrainConfig, # To be checked
 )->TrainConfig: # The same
     "Refuse values that would fail, or do nothing, hours later."
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
     def bad(k, why): raise UserError(f"{k.upper()}: {why}, got {getattr(c,k)!r}")
     for k in ('dataset_repo','hub_model_id'):
         if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
-        if not re.fullmatch(r'[\w.-]+/[\w.-]+', getattr(c,k)): bad(k, "must have the form owner/name")
+        if getattr(c,k).count('/')!=1: bad(k, "must have the form owner/name")
+        try: validate_repo_id(getattr(c,k))
+        except HFValidationError: bad(k, "must be a name that the Hub allows (letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)")
     for k,v in c.asdict().items(): check_option(k, v)
     for k in ('base_model','output_dir','scorer','wandb_project'):
         if not getattr(c, k).strip(): bad(k, "must not be empty")
     lora_targets(c.lora_target_modules) # or say that they name nothing
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
     if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
-    if c.fresh_start.lower() in ('0', 'false', 'no', 'off'): c.fresh_start = ''
+    c.fresh_start = c.fresh_start.strip().lower()
+    if c.fresh_start in ('0', 'false', 'no', 'off'): c.fresh_start = ''
     return c
 
 def pack_lengths(
@@ -2795,8 +2800,10 @@ def lock_folder(
     folder:Path, # Of a run; made when missing
 ): # Open file; the lock ends with it, or with the process
     "Keep other jobs out of a run's folder."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    held = open(Path(folder)/'.lock', 'a')
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        held = open(Path(folder)/'.lock', 'a')
+    except OSError as e: raise UserError(f"OUTPUT_DIR {folder}: {e.strerror}: choose a folder that can be written") from None
     try: fcntl.flock(held, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except OSError: raise UserError(f"OUTPUT_DIR {folder}: another job of this run is writing there: let it finish, or choose another OUTPUT_DIR") from None
     return held
