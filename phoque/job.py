@@ -59,7 +59,7 @@ def say_differences(
     now:dict, # As it is in this job
     step:int, # Where it continues
     rate, # Function of (step, steps of the run): the learning rate
-    again:str, # Value of FRESH_START that would begin again
+    again:int, # Number of FRESH_START that would begin again
     dropout:bool=False, # Has the adapter dropout?
 )->list: # Lines
     "How a continued run differs from one that went through."
@@ -158,7 +158,7 @@ def changed_options(
     cfg:TrainConfig, # Options
 )->list: # As for a shell, `MAX_STEPS=20`
     "The options that aren't at their default, without those that say something of a machine or an attempt only."
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start','output_dir','job_timeout')}
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('preset','fresh_start','output_dir','job_timeout')} # what a preset stands for is in the others
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
 # %% ../nbs/06_job.ipynb #5a03e40c
@@ -216,7 +216,7 @@ HARMLESS = {'.gitattributes','README.md','LICENSE'} # what a repo may hold befor
 
 def check_free(
     branch:HubBranch, # `main` of the model repo, prepared
-    again:str, # Value of FRESH_START that would begin again
+    again:int, # Number of FRESH_START that would begin again
 ):
     "Refuse a repo that holds somebody's model."
     there = patiently(lambda: branch.api.list_repo_files(branch.repo, revision=branch.head), branch.name)
@@ -262,13 +262,13 @@ class Job:
         share_batch(cfg, self.ranks.n) # or say that they can't
         self.shard = cfg.fsdp and self.ranks.n>1
         self.curve,self.publisher,self.step,self.run,self.lock,self.best = Curve(),None,0,None,None,None
+        self.folder = None
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
 
     @property
     def again(self): # a value of FRESH_START that hasn't acted yet
-        was = (self.run or {}).get('fresh_start') or '0'
-        return str(int(was)+1) if was.isdigit() else '1'
+        return (self.run or {}).get('fresh_start', 0)+1
 
 # %% ../nbs/06_job.ipynb #f31a1f3f
 from fastcore.basics import patch
@@ -285,23 +285,32 @@ def restore(self:Job):
     branch.check_write(until)
     self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
     base,self.run = self.find_base(until),self.checkpoints.run()
-    if not self.run and not cfg.fresh_start: check_free(HubBranch(cfg.hub_model_id).prepare(until), self.again)
+    if not self.run: self.check_repo(until)
     if not self.run or self.begins_again(): self.run = self.new_run(base)
     self.open_folder()
     begun = self.checkpoints.steps() or local_steps(self.folder)
-    if begun: check_same_run(run_identity(self.run['identity'], self.run['base']['id']), run_identity(kept_options(cfg), base['id']), self.again)
+    if begun: check_same_run(run_identity(self.run['identity'], self.run.get('base', {}).get('id')), run_identity(kept_options(cfg), base['id']), self.again)
     self.resume_from,m = self.checkpoints.restore(self.folder, until) if begun else (None,None)
     self.step = m['step'] if m else 0
-    self.run = {'evals':[], **m['run']} if m else self.new_run(base, self.run['id'], self.run.get('fresh_start', ''))
+    self.run = {'evals':[], **m['run']} if m else self.new_run(base, self.run['id'], self.run.get('fresh_start', 0))
     if m: self.recall_best()
 
 @patch
-def begins_again(self:Job)->bool: # Has FRESH_START another value than the one that began the run?
+def check_repo(self:Job, until):
+    "A repo without a run may hold nothing of anybody's."
+    main = HubBranch(self.cfg.hub_model_id).prepare(until)
+    if not self.cfg.fresh_start: check_free(main, self.again)
+    there = patiently(lambda: main.api.list_repo_files(main.repo, revision=main.head), main.name, until)
+    if held := sorted(set(self.checkpoints.files())-HARMLESS-set(there)): # the branch began as main was
+        raise UserError(f"model repo {main.repo}: its branch `checkpoints` holds {len(held)} files of no run ({', '.join(held[:3])}{', …'*(len(held)>3)}): choose another HUB_MODEL_ID, or delete the branch")
+
+@patch
+def begins_again(self:Job)->bool: # Is FRESH_START higher than the number that began the run?
     "Abandon the run on the Hub if that is asked for."
     new,run = self.cfg.fresh_start,self.run
     if not new: return False
-    if run.get('fresh_start', '')==new:
-        log.info(f"FRESH_START={new} has begun run {run['id']}, which continues; FRESH_START={self.again} begins again")
+    if run.get('fresh_start', 0)>=new:
+        log.info(f"FRESH_START={new} has acted: run {run['id']} continues; FRESH_START={self.again} begins again")
         return False
     self.checkpoints.start_fresh()
     return True
@@ -310,7 +319,7 @@ def begins_again(self:Job)->bool: # Has FRESH_START another value than the one t
 def new_run(self:Job,
     base:dict, # From `resolve_base`
     id:str='', # Of a run that hasn't come to a checkpoint; a new one where empty
-    fresh_start:str=None, # Value that began it; this job's where None
+    fresh_start:int=None, # Number that began it; this job's where None
 )->dict: # What a manifest keeps
     "What a run is when it begins."
     if fresh_start is None: fresh_start = self.cfg.fresh_start
@@ -380,6 +389,10 @@ def compare_jobs(self:Job):
     if self.resume_from:
         for l in say_differences(self.run, now, self.step, rate, self.again, cfg.lora_dropout>0): log.warning(l)
     self.run |= now
+    if self.run['evals'] and self.run.get('eval_rows', self.n_eval)!=self.n_eval:
+        log.warning(f"held-out loss: measured on {self.run['eval_rows']} packed sequences before and on {self.n_eval} from here on: only these are compared")
+        self.run['evals'] = []
+    self.run['eval_rows'] = self.n_eval
 
 # %% ../nbs/06_job.ipynb #9c3763b8
 @patch
@@ -674,7 +687,8 @@ def check_deadline(
 @patch
 def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
-    cfg,until = self.cfg,self.patience(3600)
+    public = self.publisher and self.checkpoints.branch.public # somebody has to act: that isn't waited for as long as a limit of the Hub
+    cfg,until = self.cfg,self.patience(600 if public else 3600)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
         raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
@@ -706,7 +720,7 @@ def name_best(self:Job):
 def explain_error(
     e:Exception, # What ended the run
     cfg:TrainConfig, # Options
-    again:str='1', # Value of FRESH_START that would begin again
+    again:int=1, # Number of FRESH_START that would begin again
 )->Exception: # A `UserError` where there is something to say; else the same
     "Say in one line what went wrong and what to do."
     import torch
@@ -767,7 +781,7 @@ def run_job(
         job.salvage()
         raise explain_error(e, cfg, job.again) from e
     finally:
-        if job.run and job.run.get('new'): shutil.rmtree(job.folder, ignore_errors=True) # it never began
+        if job.folder and job.run and job.run.get('new'): shutil.rmtree(job.folder, ignore_errors=True) # it never began
         job.curve.close(0 if code in (COMPLETE,RESUBMIT) else code)
     return job.ranks.share(code) # all end together
 

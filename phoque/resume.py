@@ -11,10 +11,10 @@ from .model_qlora import UserError, check_private, excerpt, hub_problem, log, pr
 
 # %% auto #0
 __all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'RUN_FILE', 'SQUASH_BYTES', 'COMMITS_AN_HOUR', 'PRIVATE_GB', 'HISTORY_BYTES',
-           'HISTORY_SECONDS', 'file_sha256', 'write_manifest', 'read_manifest', 'check_plain', 'read_checkpoint',
-           'hub_answer', 'bound_requests', 'NotNow', 'spell_seconds', 'retry_after', 'patiently', 'HubBranch',
-           'Checkpoints', 'Superseded', 'folder_bytes', 'local_steps', 'check_same_run', 'lock_folder', 'publish_pace',
-           'Publisher', 'parse_duration', 'container_age', 'Stopped', 'Deadline']
+           'HISTORY_SECONDS', 'file_sha256', 'write_manifest', 'is_run', 'read_manifest', 'check_plain',
+           'read_checkpoint', 'hub_answer', 'bound_requests', 'NotNow', 'spell_seconds', 'retry_after', 'patiently',
+           'HubBranch', 'Checkpoints', 'Superseded', 'folder_bytes', 'local_steps', 'check_same_run', 'lock_folder',
+           'publish_pace', 'Publisher', 'parse_duration', 'container_age', 'Stopped', 'Deadline']
 
 # %% ../nbs/03_resume.ipynb #5a626d29
 MANIFEST = 'manifest.json'
@@ -40,6 +40,13 @@ def write_manifest(
     return m
 
 # %% ../nbs/03_resume.ipynb #78f13eaf
+def is_run(
+    run, # As read from a repo
+)->bool: # Has it an id that can name a folder, and options?
+    "Is this what a run is? Whoever can write to the repo could have written anything."
+    if not (isinstance(run, dict) and isinstance(run.get('id'), str) and isinstance(run.get('base', {}), dict)): return False
+    return bool(re.fullmatch(r'[\w-]{1,64}', run['id'])) and isinstance(run.get('identity'), dict) and bool(run['identity'])
+
 def read_manifest(
     path:Path, # A `checkpoint-N/manifest.json`
 )->dict: # With `step`, `files` and `run`
@@ -48,7 +55,7 @@ def read_manifest(
         m = json.loads(path.read_text())
         files,run = m['files'],m['run']
         good = [f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
-            all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in files.items()), run['id'], run['identity']]
+            all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in files.items()), is_run(run)]
     except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError): good = [False]
     if not all(good): raise ValueError("its manifest is damaged")
@@ -162,7 +169,7 @@ class HubBranch:
     ):
         from huggingface_hub import HfApi
         self.api,self.repo,self.branch,self.head = HfApi(endpoint=endpoint, token=token),repo,branch,None
-        self.name = f"model repo {repo}"
+        self.name,self.public = f"model repo {repo}",False
 
     def prepare(self,
         until:float=float('inf'), # `time.monotonic()` after which to give up
@@ -174,6 +181,10 @@ class HubBranch:
             self.head = self.newest().commit_id
         patiently(make, self.name, until)
         return self
+
+    def rewritten(self):
+        "The error where the history that we know is gone."
+        return UserError(f"{self.repo}@{self.branch}: another job is writing there and has dropped its history: let it finish, or choose another HUB_MODEL_ID")
 
     def newest(self):
         "The branch's newest commit."
@@ -197,8 +208,11 @@ def commit(self:HubBranch,
     "One atomic commit to a private repo, repeated until it has landed or can't."
     from httpx2 import HTTPError
     def once():
+        self.public = False
         try: check_private(self.api, self.repo) # its owner may have changed that since
-        except UserError as e: raise NotNow(str(e)) from None
+        except UserError as e:
+            self.public = True
+            raise NotNow(str(e)) from None
         try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
         except (HTTPError, RuntimeError, OSError) as e: err = e
         now = self.newest()
@@ -255,7 +269,12 @@ class Checkpoints:
 
     def files(self)->list: # Paths
         "What is on the branch."
-        return patiently(lambda: self.branch.api.list_repo_files(self.branch.repo, revision=self.branch.head), self.branch.name)
+        from huggingface_hub.errors import RevisionNotFoundError
+        b = self.branch
+        def ask():
+            try: return b.api.list_repo_files(b.repo, revision=b.head)
+            except RevisionNotFoundError: raise b.rewritten() from None
+        return patiently(ask, b.name)
 
     def steps(self)->list: # Ascending
         "Steps that have a folder with a manifest on the branch."
@@ -273,7 +292,7 @@ def run(self:Checkpoints)->dict: # What the run is; None where the branch has no
             try:
                 file = self.fetch(name, d)
                 found = read_manifest(file)['run'] if name!=RUN_FILE else json.loads(file.read_text())
-                if found['id'] and found['identity']: return found
+                if is_run(found): return found
             except UserError: raise
             except (ValueError, TypeError, KeyError): continue
 
@@ -346,11 +365,12 @@ def fetch(self:Checkpoints,
     until:float=float('inf'), # `time.monotonic()` after which to give up
 )->Path: # The file
     "Download one file of the newest known commit; a `ValueError` if it isn't there."
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
     b = self.branch
     def get():
         try: return Path(b.api.hf_hub_download(b.repo, name, revision=b.head, local_dir=folder))
         except RemoteEntryNotFoundError: raise ValueError(f"{Path(name).name} is missing") from None
+        except RevisionNotFoundError: raise b.rewritten() from None
     return patiently(get, f"{name} of {b.repo}", until)
 
 # %% ../nbs/03_resume.ipynb #254f26c0
@@ -385,7 +405,7 @@ def restore(self:Checkpoints,
 def check_same_run(
     saved:dict, # Identity in a manifest
     now:dict, # Identity of this run
-    again:str='1', # Value of FRESH_START that would begin again
+    again:int=1, # Number of FRESH_START that would begin again
 ):
     "Refuse to continue a run under settings that would silently alter it."
     if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:

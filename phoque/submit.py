@@ -314,6 +314,7 @@ def job_plan(
     share:float=1, # Of one GPU's speed: less where layers are recomputed, more where GPUs share the work
 )->dict: # tokens, hours, jobs, dollars; `at most` is what the timeouts allow
     "What a run takes, before it is paid for."
+    if not 0<=tokens_per_second<math.inf: raise UserError(f"tokens_per_second: must be 0 (what is known of the flavor) or more, got {tokens_per_second}")
     f,day = find_flavor(flavor),'today' if price else f'on {FLAVORS_READ}'
     speed,hours,price = tokens_per_second or f['tokens/s']*share,check_timeout(timeout, overhead),price or f['$/h']
     plan = {'flavor':flavor, 'gpu':f"{f['GPUs']} × "*(f['GPUs']>1) + f"{f['gpu']} {f['GB']} GB", 'price':f"${price:.2f} an hour {day}", 'timeout of a job':timeout}
@@ -448,7 +449,7 @@ def job_args(
 )->list[str]: # What follows `hf jobs uv run`
     "The client's arguments for a run."
     timeout = c.job_timeout.strip() or JOB_TIMEOUT
-    changed = {k.upper():v for k,o in options().items() if (v := getattr(c, k))!=o['default'] and k!='job_timeout'}
+    changed = {k.upper():v for k,o in options().items() if (v := getattr(c, k))!=o['default'] and k not in ('preset','job_timeout')} # what a preset stands for is in the others
     env = {k:str(int(v)) if isinstance(v, bool) else str(v) for k,v in changed.items()} | {'JOB_TIMEOUT':timeout}
     args = ['--name', c.hub_model_id.split('/')[-1], '--flavor', flavor, '--timeout', timeout]
     for k,v in env.items(): args += ['-e', f'{k}={v}']

@@ -58,7 +58,7 @@ class TrainConfig:
         save_steps:int=100, # Steps between two checkpoints on the job's disk [1, 1e9]
         publish_minutes:float=0.0, # Minutes between two checkpoints on the Hub; 0 takes what stays below the Hub's limits [0, 1440]
         eval_steps:int=100, # Steps between two measurements of the held-out loss; 0 for none [0, 1e9]
-        eval_share:float=0.02, # Most of the time that these measurements may take: they are of fewer rows, or rarer, to keep it (0, 1]
+        eval_share:float=0.02, # Most of the time that these measurements may take: they are of fewer rows, or rarer, to keep it [0.0001, 1]
         load_best:bool=False, # Publish the adapter with the lowest held-out loss instead of the last one?
         sample_steps:int=100, # Steps between two sets of sample replies; 0 for none [0, 1e9]
         sample_tokens:int=48, # Longest sample reply [1, 4096]
@@ -70,7 +70,7 @@ class TrainConfig:
         wandb_project:str='what-the-phoque', # W&B project
         wandb_log_model:str='checkpoint', # `checkpoint` logs the adapter as an artifact each time; `false` never
         job_timeout:str='', # The job's own timeout, such as 4h or 14400: it stops in time and exits with 75
-        fresh_start:str='', # Begin again, once for each new value (1, then 2): a repeated command continues
+        fresh_start:int=0, # Begin again, once for each higher number (1, then 2): a repeated command continues [0, 1e9]
     ): store_attr()
 
     def asdict(self)->dict: # Option → value
@@ -110,13 +110,15 @@ def env_options(
         kind = type(o['default'])
         wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
         try: res[k] = str2bool(v) if kind is bool else kind(v)
-        except ValueError: raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
+        except (TypeError, ValueError): raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
     return res
 
 # %% ../nbs/02_train.ipynb #a3974e62
 #: what other trainers call our options
 OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='num_train_epochs', MAX_SEQ_LENGTH='max_length', MAX_SEQ_LEN='max_length',
     CUTOFF_LEN='max_length', SEQUENCE_LEN='max_length', MICRO_BATCH_SIZE='per_device_train_batch_size', GRAD_ACCUM='gradient_accumulation_steps',
+    NUM_EPOCH='num_train_epochs', N_EPOCHS='num_train_epochs', MAX_EPOCHS='num_train_epochs', MAX_LEN='max_length', SEQ_LEN='max_length',
+    GRAD_ACC='gradient_accumulation_steps', GRAD_ACCUM_STEPS='gradient_accumulation_steps', LORA_TARGETS='lora_target_modules', OPTIMISER='optim',
     LORA_RANK='lora_r', WARMUP_STEPS='warmup_ratio', OPTIMIZER='optim', SAVE_TOTAL_LIMIT='keep_checkpoints', EVALUATION_STEPS='eval_steps',
     MODEL_NAME='base_model', MODEL_NAME_OR_PATH='base_model', MODEL_ID='base_model', DATASET='dataset_repo', DATASET_NAME='dataset_repo',
     DATASET_ID='dataset_repo', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
@@ -126,7 +128,7 @@ def meant_option(
 )->str: # Variable that was probably meant; None where the name is nobody's or is right
     "The option that a misspelt variable means."
     ours = [k.upper() for k in options()]
-    if name in ours: return
+    if name in ours or name.startswith('SM_'): return # SageMaker's
     if name.upper() in ours: return name.upper()
     if name in OTHER_NAMES: return OTHER_NAMES[name].upper()
     words = name.split('_')
@@ -193,8 +195,8 @@ def check_option(
     if not (ends := option_range(name)): return
     low_in,low,high,high_in = ends
     if (low<value or low_in and value==low) and (value<high or high_in and value==high): return
-    if low_in and value<low: bad(f"must be at least {low:g}")
-    bad(f"must be {'at least' if low_in else 'above'} {low:g} and {'at most' if high_in else 'below'} {high:g}")
+    if low_in and value<low: bad(f"must be at least {low:.10g}")
+    bad(f"must be {'at least' if low_in else 'above'} {low:.10g} and {'at most' if high_in else 'below'} {high:.10g}")
 
 def check_config(
     c:TrainConfig, # To be checked
@@ -213,8 +215,8 @@ def check_config(
     lora_targets(c.lora_target_modules) # or say that they name nothing
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
     if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
-    c.fresh_start = c.fresh_start.strip().lower()
-    if c.fresh_start in ('0', 'false', 'no', 'off'): c.fresh_start = ''
+    if c.hub_model_id.lower()==c.base_model.lower(): bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
+    c.output_dir = str(Path(c.output_dir).expanduser())
     return c
 
 # %% ../nbs/02_train.ipynb #3f8b8b19

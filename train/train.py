@@ -1875,7 +1875,7 @@ class TrainConfig:
         save_steps:int=100, # Steps between two checkpoints on the job's disk [1, 1e9]
         publish_minutes:float=0.0, # Minutes between two checkpoints on the Hub; 0 takes what stays below the Hub's limits [0, 1440]
         eval_steps:int=100, # Steps between two measurements of the held-out loss; 0 for none [0, 1e9]
-        eval_share:float=0.02, # Most of the time that these measurements may take: they are of fewer rows, or rarer, to keep it (0, 1]
+        eval_share:float=0.02, # Most of the time that these measurements may take: they are of fewer rows, or rarer, to keep it [0.0001, 1]
         load_best:bool=False, # Publish the adapter with the lowest held-out loss instead of the last one?
         sample_steps:int=100, # Steps between two sets of sample replies; 0 for none [0, 1e9]
         sample_tokens:int=48, # Longest sample reply [1, 4096]
@@ -1887,7 +1887,7 @@ class TrainConfig:
         wandb_project:str='what-the-phoque', # W&B project
         wandb_log_model:str='checkpoint', # `checkpoint` logs the adapter as an artifact each time; `false` never
         job_timeout:str='', # The job's own timeout, such as 4h or 14400: it stops in time and exits with 75
-        fresh_start:str='', # Begin again, once for each new value (1, then 2): a repeated command continues
+        fresh_start:int=0, # Begin again, once for each higher number (1, then 2): a repeated command continues [0, 1e9]
     ): store_attr()
 
     def asdict(self)->dict: # Option → value
@@ -1925,12 +1925,14 @@ def env_options(
         kind = type(o['default'])
         wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
         try: res[k] = str2bool(v) if kind is bool else kind(v)
-        except ValueError: raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
+        except (TypeError, ValueError): raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
     return res
 
 #: what other trainers call our options
 OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='num_train_epochs', MAX_SEQ_LENGTH='max_length', MAX_SEQ_LEN='max_length',
     CUTOFF_LEN='max_length', SEQUENCE_LEN='max_length', MICRO_BATCH_SIZE='per_device_train_batch_size', GRAD_ACCUM='gradient_accumulation_steps',
+    NUM_EPOCH='num_train_epochs', N_EPOCHS='num_train_epochs', MAX_EPOCHS='num_train_epochs', MAX_LEN='max_length', SEQ_LEN='max_length',
+    GRAD_ACC='gradient_accumulation_steps', GRAD_ACCUM_STEPS='gradient_accumulation_steps', LORA_TARGETS='lora_target_modules', OPTIMISER='optim',
     LORA_RANK='lora_r', WARMUP_STEPS='warmup_ratio', OPTIMIZER='optim', SAVE_TOTAL_LIMIT='keep_checkpoints', EVALUATION_STEPS='eval_steps',
     MODEL_NAME='base_model', MODEL_NAME_OR_PATH='base_model', MODEL_ID='base_model', DATASET='dataset_repo', DATASET_NAME='dataset_repo',
     DATASET_ID='dataset_repo', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
@@ -1940,7 +1942,7 @@ def meant_option(
 )->str: # Variable that was probably meant; None where the name is nobody's or is right
     "The option that a misspelt variable means."
     ours = [k.upper() for k in options()]
-    if name in ours: return
+    if name in ours or name.startswith('SM_'): return # SageMaker's
     if name.upper() in ours: return name.upper()
     if name in OTHER_NAMES: return OTHER_NAMES[name].upper()
     words = name.split('_')
@@ -2004,8 +2006,8 @@ def check_option(
     if not (ends := option_range(name)): return
     low_in,low,high,high_in = ends
     if (low<value or low_in and value==low) and (value<high or high_in and value==high): return
-    if low_in and value<low: bad(f"must be at least {low:g}")
-    bad(f"must be {'at least' if low_in else 'above'} {low:g} and {'at most' if high_in else 'below'} {high:g}")
+    if low_in and value<low: bad(f"must be at least {low:.10g}")
+    bad(f"must be {'at least' if low_in else 'above'} {low:.10g} and {'at most' if high_in else 'below'} {high:.10g}")
 
 def check_config(
     c:TrainConfig, # To be checked
@@ -2024,8 +2026,8 @@ def check_config(
     lora_targets(c.lora_target_modules) # or say that they name nothing
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
     if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
-    c.fresh_start = c.fresh_start.strip().lower()
-    if c.fresh_start in ('0', 'false', 'no', 'off'): c.fresh_start = ''
+    if c.hub_model_id.lower()==c.base_model.lower(): bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
+    c.output_dir = str(Path(c.output_dir).expanduser())
     return c
 
 def pack_lengths(
@@ -2444,6 +2446,13 @@ def write_manifest(
     tmp.write_text(json.dumps(m, indent=1)); tmp.rename(Path(folder)/MANIFEST)
     return m
 
+def is_run(
+    run, # As read from a repo
+)->bool: # Has it an id that can name a folder, and options?
+    "Is this what a run is? Whoever can write to the repo could have written anything."
+    if not (isinstance(run, dict) and isinstance(run.get('id'), str) and isinstance(run.get('base', {}), dict)): return False
+    return bool(re.fullmatch(r'[\w-]{1,64}', run['id'])) and isinstance(run.get('identity'), dict) and bool(run['identity'])
+
 def read_manifest(
     path:Path, # A `checkpoint-N/manifest.json`
 )->dict: # With `step`, `files` and `run`
@@ -2452,7 +2461,7 @@ def read_manifest(
         m = json.loads(path.read_text())
         files,run = m['files'],m['run']
         good = [f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
-            all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in files.items()), run['id'], run['identity']]
+            all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in files.items()), is_run(run)]
     except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError): good = [False]
     if not all(good): raise ValueError("its manifest is damaged")
@@ -2562,7 +2571,7 @@ class HubBranch:
     ):
         from huggingface_hub import HfApi
         self.api,self.repo,self.branch,self.head = HfApi(endpoint=endpoint, token=token),repo,branch,None
-        self.name = f"model repo {repo}"
+        self.name,self.public = f"model repo {repo}",False
 
     def prepare(self,
         until:float=float('inf'), # `time.monotonic()` after which to give up
@@ -2574,6 +2583,10 @@ class HubBranch:
             self.head = self.newest().commit_id
         patiently(make, self.name, until)
         return self
+
+    def rewritten(self):
+        "The error where the history that we know is gone."
+        return UserError(f"{self.repo}@{self.branch}: another job is writing there and has dropped its history: let it finish, or choose another HUB_MODEL_ID")
 
     def newest(self):
         "The branch's newest commit."
@@ -2594,8 +2607,11 @@ def commit(self:HubBranch,
     "One atomic commit to a private repo, repeated until it has landed or can't."
     from httpx2 import HTTPError
     def once():
+        self.public = False
         try: check_private(self.api, self.repo) # its owner may have changed that since
-        except UserError as e: raise NotNow(str(e)) from None
+        except UserError as e:
+            self.public = True
+            raise NotNow(str(e)) from None
         try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
         except (HTTPError, RuntimeError, OSError) as e: err = e
         now = self.newest()
@@ -2650,7 +2666,12 @@ class Checkpoints:
 
     def files(self)->list: # Paths
         "What is on the branch."
-        return patiently(lambda: self.branch.api.list_repo_files(self.branch.repo, revision=self.branch.head), self.branch.name)
+        from huggingface_hub.errors import RevisionNotFoundError
+        b = self.branch
+        def ask():
+            try: return b.api.list_repo_files(b.repo, revision=b.head)
+            except RevisionNotFoundError: raise b.rewritten() from None
+        return patiently(ask, b.name)
 
     def steps(self)->list: # Ascending
         "Steps that have a folder with a manifest on the branch."
@@ -2667,7 +2688,7 @@ def run(self:Checkpoints)->dict: # What the run is; None where the branch has no
             try:
                 file = self.fetch(name, d)
                 found = read_manifest(file)['run'] if name!=RUN_FILE else json.loads(file.read_text())
-                if found['id'] and found['identity']: return found
+                if is_run(found): return found
             except UserError: raise
             except (ValueError, TypeError, KeyError): continue
 
@@ -2738,11 +2759,12 @@ def fetch(self:Checkpoints,
     until:float=float('inf'), # `time.monotonic()` after which to give up
 )->Path: # The file
     "Download one file of the newest known commit; a `ValueError` if it isn't there."
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
     b = self.branch
     def get():
         try: return Path(b.api.hf_hub_download(b.repo, name, revision=b.head, local_dir=folder))
         except RemoteEntryNotFoundError: raise ValueError(f"{Path(name).name} is missing") from None
+        except RevisionNotFoundError: raise b.rewritten() from None
     return patiently(get, f"{name} of {b.repo}", until)
 
 @patch
@@ -2775,7 +2797,7 @@ def restore(self:Checkpoints,
 def check_same_run(
     saved:dict, # Identity in a manifest
     now:dict, # Identity of this run
-    again:str='1', # Value of FRESH_START that would begin again
+    again:int=1, # Number of FRESH_START that would begin again
 ):
     "Refuse to continue a run under settings that would silently alter it."
     if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
@@ -3817,7 +3839,7 @@ def say_differences(
     now:dict, # As it is in this job
     step:int, # Where it continues
     rate, # Function of (step, steps of the run): the learning rate
-    again:str, # Value of FRESH_START that would begin again
+    again:int, # Number of FRESH_START that would begin again
     dropout:bool=False, # Has the adapter dropout?
 )->list: # Lines
     "How a continued run differs from one that went through."
@@ -3910,7 +3932,7 @@ def changed_options(
     cfg:TrainConfig, # Options
 )->list: # As for a shell, `MAX_STEPS=20`
     "The options that aren't at their default, without those that say something of a machine or an attempt only."
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('fresh_start','output_dir','job_timeout')}
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('preset','fresh_start','output_dir','job_timeout')} # what a preset stands for is in the others
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
 CARD = """---
@@ -3965,7 +3987,7 @@ HARMLESS = {'.gitattributes','README.md','LICENSE'} # what a repo may hold befor
 
 def check_free(
     branch:HubBranch, # `main` of the model repo, prepared
-    again:str, # Value of FRESH_START that would begin again
+    again:int, # Number of FRESH_START that would begin again
 ):
     "Refuse a repo that holds somebody's model."
     there = patiently(lambda: branch.api.list_repo_files(branch.repo, revision=branch.head), branch.name)
@@ -4009,13 +4031,13 @@ class Job:
         share_batch(cfg, self.ranks.n) # or say that they can't
         self.shard = cfg.fsdp and self.ranks.n>1
         self.curve,self.publisher,self.step,self.run,self.lock,self.best = Curve(),None,0,None,None,None
+        self.folder = None
 
     def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
 
     @property
     def again(self): # a value of FRESH_START that hasn't acted yet
-        was = (self.run or {}).get('fresh_start') or '0'
-        return str(int(was)+1) if was.isdigit() else '1'
+        return (self.run or {}).get('fresh_start', 0)+1
 
 @patch
 def find_base(self:Job, until): return patiently(lambda: resolve_base(self.cfg.base_model, self.cfg.base_model_strict), f"base model {self.cfg.base_model}", until)
@@ -4029,23 +4051,32 @@ def restore(self:Job):
     branch.check_write(until)
     self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
     base,self.run = self.find_base(until),self.checkpoints.run()
-    if not self.run and not cfg.fresh_start: check_free(HubBranch(cfg.hub_model_id).prepare(until), self.again)
+    if not self.run: self.check_repo(until)
     if not self.run or self.begins_again(): self.run = self.new_run(base)
     self.open_folder()
     begun = self.checkpoints.steps() or local_steps(self.folder)
-    if begun: check_same_run(run_identity(self.run['identity'], self.run['base']['id']), run_identity(kept_options(cfg), base['id']), self.again)
+    if begun: check_same_run(run_identity(self.run['identity'], self.run.get('base', {}).get('id')), run_identity(kept_options(cfg), base['id']), self.again)
     self.resume_from,m = self.checkpoints.restore(self.folder, until) if begun else (None,None)
     self.step = m['step'] if m else 0
-    self.run = {'evals':[], **m['run']} if m else self.new_run(base, self.run['id'], self.run.get('fresh_start', ''))
+    self.run = {'evals':[], **m['run']} if m else self.new_run(base, self.run['id'], self.run.get('fresh_start', 0))
     if m: self.recall_best()
 
 @patch
-def begins_again(self:Job)->bool: # Has FRESH_START another value than the one that began the run?
+def check_repo(self:Job, until):
+    "A repo without a run may hold nothing of anybody's."
+    main = HubBranch(self.cfg.hub_model_id).prepare(until)
+    if not self.cfg.fresh_start: check_free(main, self.again)
+    there = patiently(lambda: main.api.list_repo_files(main.repo, revision=main.head), main.name, until)
+    if held := sorted(set(self.checkpoints.files())-HARMLESS-set(there)): # the branch began as main was
+        raise UserError(f"model repo {main.repo}: its branch `checkpoints` holds {len(held)} files of no run ({', '.join(held[:3])}{', …'*(len(held)>3)}): choose another HUB_MODEL_ID, or delete the branch")
+
+@patch
+def begins_again(self:Job)->bool: # Is FRESH_START higher than the number that began the run?
     "Abandon the run on the Hub if that is asked for."
     new,run = self.cfg.fresh_start,self.run
     if not new: return False
-    if run.get('fresh_start', '')==new:
-        log.info(f"FRESH_START={new} has begun run {run['id']}, which continues; FRESH_START={self.again} begins again")
+    if run.get('fresh_start', 0)>=new:
+        log.info(f"FRESH_START={new} has acted: run {run['id']} continues; FRESH_START={self.again} begins again")
         return False
     self.checkpoints.start_fresh()
     return True
@@ -4054,7 +4085,7 @@ def begins_again(self:Job)->bool: # Has FRESH_START another value than the one t
 def new_run(self:Job,
     base:dict, # From `resolve_base`
     id:str='', # Of a run that hasn't come to a checkpoint; a new one where empty
-    fresh_start:str=None, # Value that began it; this job's where None
+    fresh_start:int=None, # Number that began it; this job's where None
 )->dict: # What a manifest keeps
     "What a run is when it begins."
     if fresh_start is None: fresh_start = self.cfg.fresh_start
@@ -4122,6 +4153,10 @@ def compare_jobs(self:Job):
     if self.resume_from:
         for l in say_differences(self.run, now, self.step, rate, self.again, cfg.lora_dropout>0): log.warning(l)
     self.run |= now
+    if self.run['evals'] and self.run.get('eval_rows', self.n_eval)!=self.n_eval:
+        log.warning(f"held-out loss: measured on {self.run['eval_rows']} packed sequences before and on {self.n_eval} from here on: only these are compared")
+        self.run['evals'] = []
+    self.run['eval_rows'] = self.n_eval
 
 @patch
 def begin(self:Job):
@@ -4404,7 +4439,8 @@ def check_deadline(
 @patch
 def finish(self:Job)->int: # Exit code
     "Wait for what is under way, publish what is finished, and say which it was."
-    cfg,until = self.cfg,self.patience(3600)
+    public = self.publisher and self.checkpoints.branch.public # somebody has to act: that isn't waited for as long as a limit of the Hub
+    cfg,until = self.cfg,self.patience(600 if public else 3600)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
         raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
@@ -4435,7 +4471,7 @@ def name_best(self:Job):
 def explain_error(
     e:Exception, # What ended the run
     cfg:TrainConfig, # Options
-    again:str='1', # Value of FRESH_START that would begin again
+    again:int=1, # Number of FRESH_START that would begin again
 )->Exception: # A `UserError` where there is something to say; else the same
     "Say in one line what went wrong and what to do."
     import torch
@@ -4494,7 +4530,7 @@ def run_job(
         job.salvage()
         raise explain_error(e, cfg, job.again) from e
     finally:
-        if job.run and job.run.get('new'): shutil.rmtree(job.folder, ignore_errors=True) # it never began
+        if job.folder and job.run and job.run.get('new'): shutil.rmtree(job.folder, ignore_errors=True) # it never began
         job.curve.close(0 if code in (COMPLETE,RESUBMIT) else code)
     return job.ranks.share(code) # all end together
 
