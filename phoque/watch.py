@@ -282,6 +282,8 @@ def watch_cli(
     bound_requests(60)
     api,view = HfApi(),View()
     try:
+        if budget_jobs<1: raise UserError(f"budget_jobs: must be at least 1, got {budget_jobs}")
+        if not 0<=budget_dollars<float('inf'): raise UserError(f"budget_dollars: must be 0 (no limit) or more, got {budget_dollars}")
         info = find_job(api, job)
         if again: info = patiently(lambda: api.rerun_job(job_id=info.id, namespace=info.owner.name), f'running job {info.id} again')
         code = watch_run(api, info, budget_jobs, budget_dollars, view)
