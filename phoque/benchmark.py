@@ -8,7 +8,8 @@ import json, os, subprocess, sys, time
 from importlib.util import find_spec
 from pathlib import Path
 from fastcore.script import call_parse
-from .model_qlora import LORA_TARGETS, SUCCESSOR_SHAPE, UserError, add_lora, base_config, choose_attention, load_model, quiet_libraries, text_table
+from .core import UserError, text_table
+from .model_qlora import LORA_TARGETS, SUCCESSOR_SHAPE, add_lora, base_config, choose_attention, load_model, quiet_libraries
 from .ranks import Ranks
 from .train import TrainConfig, collate_packed, make_trainer, pack_dataset
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os, re, json, time, shutil, tempfile, threading
 from pathlib import Path
 from urllib.parse import urljoin
-from .model_qlora import UserError, log
+from .core import UserError, log
 
 # %% auto #0
 __all__ = ['METRICS', 'REPLIES', 'AXIS', 'UPLOAD', 'Curve', 'wandb_url', 'ask_wandb', 'find_entity', 'check_not_public',

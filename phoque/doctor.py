@@ -7,8 +7,9 @@ from __future__ import annotations
 import os, platform, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
 from fastcore.script import call_parse
-from .model_qlora import (UserError, add_lora, audit, base_config, choose_attention, encode_dataset, hub_problem, load_model, load_tokenizer,
-    quiet_libraries, resolve_base, text_table)
+from .core import UserError, text_table
+from .model_qlora import (add_lora, audit, base_config, choose_attention, encode_dataset, hub_problem, load_model, load_tokenizer,
+    quiet_libraries, resolve_base)
 from .job import load_chats
 from .submit import ROLES, checking, job_pins, project_root, token_role
 

@@ -10,7 +10,8 @@ from fastcore.script import call_parse
 from .detox import markdown_table
 from .job import LICENSE_FIELDS, RESEARCH_LICENSE
 from .merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, merge_adapters, read_base
-from .model_qlora import UserError, check_private, excerpt, private_repo, quiet_libraries
+from .core import UserError, excerpt
+from .model_qlora import check_private, private_repo, quiet_libraries
 from .resume import HubBranch, bound_requests, patiently
 
 # %% auto #0

@@ -6,7 +6,8 @@
 from __future__ import annotations
 import functools
 from types import MethodType
-from .model_qlora import FAST_LAYERS, HEAD_LOGITS, UserError, decoder_layers, log, undisturbed
+from .core import UserError, log
+from .model_qlora import FAST_LAYERS, HEAD_LOGITS, decoder_layers, undisturbed
 from .kernels import add_norm, attend, attend_back, attention_tiles, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0

@@ -7,8 +7,9 @@ from __future__ import annotations
 import copy, json, logging, math, os, shlex, shutil, sys, threading, time, traceback, uuid, warnings
 from pathlib import Path
 from types import SimpleNamespace
-from .model_qlora import (UserError, base_config, excerpt, quiet_libraries, hub_problem, log, resolve_base, load_tokenizer, encode_dataset,
-    encode_prompt, undisturbed, choose_attention, load_model, add_lora, audit, check_audit, lora_targets, text_table)
+from .core import UserError, excerpt, log, text_table
+from .model_qlora import (base_config, quiet_libraries, hub_problem, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed,
+    choose_attention, load_model, add_lora, audit, check_audit, lora_targets)
 from .shard import check_sharded, own_part, whole_adapter
 from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, eval_plan,
     held_out_loss, rate_at)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 import errno,json,math,os,re,shutil,zlib
 from pathlib import Path
-from .model_qlora import UserError, check_vocabulary, hub_problem, log, vocabulary_size
+from .core import UserError, log
+from .model_qlora import check_vocabulary, hub_problem, vocabulary_size
 
 # %% auto #0
 __all__ = ['read_header', 'weight_files', 'local_folder', 'read_base', 'LoraAdapter', 'base_of', 'bare_name', 'merge_plan',

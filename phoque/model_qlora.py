@@ -4,32 +4,26 @@
 
 # %% ../nbs/01_model_qlora.ipynb #ba84a69d
 from __future__ import annotations
-import copy, json, logging, os, re, struct, sys, textwrap
+import copy, json, logging, os, re, struct, sys
 from contextlib import contextmanager, nullcontext
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 from fastcore.basics import chunked
 from fastcore.script import Param, call_parse
+from .core import UserError, excerpt, log, text_table
 
 # %% auto #0
-__all__ = ['log', 'LEAST_CELL', 'SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'STATEFUL',
-           'LORA_TARGETS', 'FAST_LAYERS', 'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'UserError', 'quiet_libraries',
-           'text_table', 'excerpt', 'hub_problem', 'check_weights', 'resolve_base', 'check_private', 'private_repo',
-           'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts',
-           'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'vocabulary_size', 'check_vocabulary',
-           'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges', 'encode_fitting',
-           'encode_dataset', 'control_ids', 'show_labels', 'label_invariants', 'read_chats', 'write_labels',
-           'labels_cli', 'check_layers', 'base_config', 'load_model', 'lora_targets', 'language_layers',
+__all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'STATEFUL', 'LORA_TARGETS', 'FAST_LAYERS',
+           'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'quiet_libraries', 'hub_problem', 'check_weights', 'resolve_base',
+           'check_private', 'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts',
+           'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'vocabulary_size',
+           'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges',
+           'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels', 'label_invariants', 'read_chats',
+           'write_labels', 'labels_cli', 'check_layers', 'base_config', 'load_model', 'lora_targets', 'language_layers',
            'decoder_layers', 'resolve_targets', 'say_unquantised', 'add_lora', 'register_varlen', 'choose_attention',
            'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
-log = logging.getLogger("phoque")
-
-class UserError(ValueError):
-    "Something the user can mend: shown as one line, without a traceback."
-
 def quiet_libraries():
     "No progress bars, and no advice that doesn't concern the user."
     import datasets, transformers, warnings
@@ -37,32 +31,6 @@ def quiet_libraries():
     datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', category=FutureWarning)
-
-# %% ../nbs/01_model_qlora.ipynb #45fcc28e
-def text_table(
-    rows:list, # Dicts with the same keys
-    width:int=0, # Most characters of a line: longer cells go on below; 0 for any
-)->str: # Aligned columns
-    "A table for consoles and logs."
-    cell = lambda v: 'yes' if v is True else 'NO' if v is False else ', '.join(map(str,v)) if isinstance(v,(list,tuple)) else f'{v:,}' if isinstance(v,int) else str(v)
-    cells = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
-    widths = [max(len(l[i]) for l in cells) for i in range(len(cells[0]))]
-    while width and sum(widths)+2*(len(widths)-1)>width and max(widths)>LEAST_CELL: widths[widths.index(max(widths))] -= 1
-    def folded(c, w): return [c] if len(c)<=w else textwrap.wrap(c, w, break_on_hyphens=False)
-    lines = [l for r in cells for l in zip_longest(*map(folded, r, widths), fillvalue='')]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,widths)).rstrip() for l in lines)
-
-LEAST_CELL = 12 # characters to which a cell is made narrower, not further
-
-def excerpt(
-    text, # Somebody else's message, or a reply
-    n:int=150, # Most characters
-)->str: # One printable line
-    "The beginning of a text, cut between two words."
-    s = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
-    if len(s)<=n: return s
-    words = s[:n].rpartition(' ')[0]
-    return (words if len(words)>n//2 else s[:n-1]).rstrip(' ,;:(') + '…'
 
 # %% ../nbs/01_model_qlora.ipynb #6fa48cc7
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for

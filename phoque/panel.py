@@ -7,7 +7,7 @@ from __future__ import annotations
 import html, io, re, threading, time
 from pathlib import Path
 from fastcore.basics import patch
-from .model_qlora import UserError
+from .core import UserError
 from .sample import PLAIN, SAMPLE_QUESTIONS, generate_replies
 from .train import parse_step
 

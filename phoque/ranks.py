@@ -8,7 +8,7 @@ import os, re, sys, json, time, signal, socket, logging
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
-from .model_qlora import UserError, log
+from .core import UserError, log
 from .resume import Stopped
 
 # %% auto #0

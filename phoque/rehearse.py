@@ -298,7 +298,7 @@ def rehearse_cli(
     script:str='train/train.py', # What a job would run
 ):
     "Rehearse the whole run on this machine: dataset, job, kill, resume, merge, report."
-    from phoque.model_qlora import text_table
+    from phoque.core import text_table
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try: seen = rehearse(out, steps, script=script)
     except (ValueError, RuntimeError, FileNotFoundError) as e: raise SystemExit(f"phoque_rehearse: {e}")
@@ -618,7 +618,7 @@ def prove_cli(
     base:str='', # Folder of a model; a tiny random one if empty
 ):
     "Prove on this machine that a killed and continued run gives the same model; options of a run come from the environment."
-    from phoque.model_qlora import text_table
+    from phoque.core import text_table
     from phoque.train import env_options
     own = {k.upper():v for k,v in env_options().items() if k.upper() in {*PROOF, 'OPTIM','LORA_R','LORA_TARGET_MODULES','LEARNING_RATE','LOAD_IN_4BIT'}}
     try: p = prove(out, steps, kills, seed, base, **own)

@@ -7,7 +7,8 @@ from __future__ import annotations
 import fcntl, hashlib, json, logging, os, re, shutil, signal, statistics, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from .model_qlora import UserError, check_private, excerpt, hub_problem, log, private_repo
+from .core import UserError, excerpt, log
+from .model_qlora import check_private, hub_problem, private_repo
 
 # %% auto #0
 __all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'RUN_FILE', 'SQUASH_BYTES', 'COMMITS_AN_HOUR', 'PRIVATE_GB', 'HISTORY_BYTES',

@@ -8,7 +8,8 @@ import hashlib, html, logging, math, random, re, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
-from .model_qlora import UserError, excerpt, undisturbed
+from .core import UserError, excerpt
+from .model_qlora import undisturbed
 
 # %% auto #0
 __all__ = ['PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'generate_replies', 'distinct_n',

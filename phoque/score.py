@@ -7,7 +7,8 @@ from __future__ import annotations
 import hashlib, json, random, re, time
 from pathlib import Path
 from fastcore.script import call_parse
-from .model_qlora import UserError, encode_prompt
+from .core import UserError
+from .model_qlora import encode_prompt
 from .sample import LEAST_TOKENS, SAMPLE_QUESTIONS, HubScorer, Scorer, adapter_weight, bootstrap_mean, distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
 from .train import TrainConfig
 
@@ -200,7 +201,7 @@ def eval_cli(
 ):
     "Measure an adapter and its base: expected maximum toxicity, toxicity probability, perplexity, distinct-n."
     import sys
-    from phoque.model_qlora import text_table
+    from phoque.core import text_table
     try:
         texts,(m,tok) = eval_prompts(prompts, n, seed),load_voice(base, adapter)
         judge = load_scorer(scorer)

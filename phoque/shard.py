@@ -5,7 +5,7 @@
 # %% ../nbs/01c_shard.ipynb #17a9f324
 from __future__ import annotations
 import logging
-from .model_qlora import UserError
+from .core import UserError
 
 # %% auto #0
 __all__ = ['shard_options', 'prepare_sharding', 'whole_tensor', 'whole_adapter', 'own_part', 'sharded_trainer', 'check_sharded']

@@ -8,7 +8,8 @@ import json, random
 from pathlib import Path
 from statistics import median
 from fastcore.script import call_parse
-from .model_qlora import UserError, encode_prompt, excerpt, text_table
+from .core import UserError, excerpt, text_table
+from .model_qlora import encode_prompt
 from .sample import PLAIN, generate_replies, scorer_id
 from .score import adapter_hash, load_scorer, load_voice
 from .train import TrainConfig

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from phoque.model_qlora import (SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, UserError, check_private, excerpt, hub_problem, lora_targets, memory_plan, private_repo, resolve_base,
-    text_table)
+from .core import UserError, excerpt, text_table
+from phoque.model_qlora import (SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, check_private, hub_problem, lora_targets, memory_plan, private_repo,
+    resolve_base)
 from .resume import COMMITS_AN_HOUR, HISTORY_SECONDS, PRIVATE_GB, SQUASH_BYTES, bound_requests, parse_duration, publish_pace
 from .train import TrainConfig, check_config, fit_batch, options, parse_options, share_batch
 
@@ -194,7 +195,7 @@ def hf_jobs(
     return subprocess.run([hf, 'jobs', 'uv', 'run', *map(str, args)], text=True, **kwargs)
 
 # %% ../nbs/07_submit.ipynb #594bda6c
-JOB_MODULES = ['model_qlora', 'kernels', 'fast', 'shard', 'train', 'resume', 'curve', 'sample', 'ranks', 'job']
+JOB_MODULES = ['core', 'model_qlora', 'kernels', 'fast', 'shard', 'train', 'resume', 'curve', 'sample', 'ranks', 'job']
 _DOC = '''Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue.
 
 Generated from the notebooks in nbs/ by `make generate`: edit those, not this file.

@@ -11,7 +11,8 @@ from fastcore.basics import store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .model_qlora import UserError, SEED_BASE, LORA_TARGETS, decoder_layers, log, lora_targets, memory_plan, undisturbed
+from .core import UserError, log
+from .model_qlora import SEED_BASE, LORA_TARGETS, decoder_layers, lora_targets, memory_plan, undisturbed
 from .kernels import TILE, attention_tiles
 from .fast import card_room, check_packed, fast_layers, keep_weights, add_supervised_head
 from .shard import prepare_sharding, shard_options, sharded_trainer

@@ -8,7 +8,8 @@ import re, sys, time, unicodedata
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from .job import RESUBMIT
-from .model_qlora import UserError, hub_problem
+from .core import UserError
+from .model_qlora import hub_problem
 from .resume import bound_requests, parse_duration
 from .submit import JOB_LABEL, price_per_hour
 from .train import parse_step

@@ -55,21 +55,13 @@ from typing import Protocol, runtime_checkable
 from urllib.parse import urljoin
 
 # ------------------------------------------------------------------------------
-# model_qlora: What goes into the model: base, tokenizer, assistant mask, NF4, LoRA, and an audit of all five
+# core: Log, errors, tables, and one checked way for the names, JSON and text that others wrote
 # ------------------------------------------------------------------------------
 
 log = logging.getLogger("phoque")
 
 class UserError(ValueError):
     "Something the user can mend: shown as one line, without a traceback."
-
-def quiet_libraries():
-    "No progress bars, and no advice that doesn't concern the user."
-    import datasets, transformers, warnings
-    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
-    warnings.filterwarnings('ignore', category=FutureWarning)
 
 def text_table(
     rows:list, # Dicts with the same keys
@@ -86,15 +78,90 @@ def text_table(
 
 LEAST_CELL = 12 # characters to which a cell is made narrower, not further
 
+# ECMA-48 control sequences, and the strings that end in BEL or ESC \; a lone ESC goes with the other control characters
+_STEERS = re.compile(r'(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]')
+
+def printable(
+    text, # Somebody else's text
+)->str: # One line of what can be seen
+    "Text without what steers a terminal or hides in a line: escape sequences, control characters, line breaks."
+    return ' '.join(''.join(c if c.isprintable() else ' ' if c.isspace() else '' for c in _STEERS.sub('', str(text))).split())
+
 def excerpt(
     text, # Somebody else's message, or a reply
     n:int=150, # Most characters
 )->str: # One printable line
     "The beginning of a text, cut between two words."
-    s = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
+    s = printable(str(text)[:20*n])
     if len(s)<=n: return s
     words = s[:n].rpartition(' ')[0]
     return (words if len(words)>n//2 else s[:n-1]).rstrip(' ,;:(') + '…'
+
+_NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')
+
+def safe_path(
+    folder:str|Path, # Where the result has to stay
+    name:str, # A name from a file, an archive or a server: parts joined by `/`
+    what:str='this file', # Whose name it is, for the message
+)->Path: # `folder/name`, neither opened nor made; UserError when the name could lead anywhere else
+    "The path of a name that somebody else wrote, inside `folder` or refused."
+    parts = name.split('/') if isinstance(name, str) else ['']
+    fine = all(p not in ('','.','..') and not _NO_NAME.search(p) and len(p.encode())<256 for p in parts)
+    path = Path(folder, *parts) if fine else None
+    if fine and path.parent.resolve().is_relative_to(Path(folder).resolve()): return path
+    raise UserError(f"{what} names {excerpt(repr(name), 80)}, which isn't a name inside its folder: don't use what it came with")
+
+MOST_JSON = 256<<20 # bytes; the index of the largest public model has 3 MB
+
+def read_json(
+    source:Path|str|bytes, # A file, or the text itself
+    kind:type=dict, # What it has to be: `dict` or `list`
+    what:str='', # What the message calls it; a file's name when empty
+)->dict|list: # What it says; UserError when it can't be read or is something else
+    "Read JSON that somebody else wrote."
+    what = what or (source.name if isinstance(source, Path) else 'this JSON')
+    try:
+        if isinstance(source, Path):
+            if source.stat().st_size>MOST_JSON: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
+            source = source.read_bytes()
+        got = json.loads(source)
+    except OSError as e: raise UserError(f"{what}: {e.strerror or type(e).__name__}: check the path") from None
+    except RecursionError: raise UserError(f"{what}: nested too deeply to be what it should be: use another") from None
+    except ValueError as e:
+        if isinstance(e, UserError): raise
+        raise UserError(f"{what}: not JSON ({excerpt(e, 60)}): use another, or download it again") from None
+    if isinstance(got, kind): return got
+    raise UserError(f"{what}: it holds a {type(got).__name__} where a {kind.__name__} belongs: use another, or download it again")
+
+def front_matter(
+    **fields, # What a card's head says, such as `license='apache-2.0'`
+)->str: # The lines between and with the two `---`
+    "A card's YAML head, which reads back as what was given, whatever is in it."
+    import yaml
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)}---\n"
+
+def md_text(
+    text, # Somebody else's text
+    n:int=300, # Most characters
+)->str: # One line that Markdown shows as it is
+    "Text for a card or a table: no HTML, link, image, code, column or heading comes of it."
+    return re.sub(r'([\\`*_{}\[\]<>()#+!|~$&:@])', lambda m: f'&#{ord(m[1])};', excerpt(text, n))
+
+def private_files():
+    "Let only this account read what this process writes from here on: folders 0700, files 0600."
+    os.umask(0o077)
+
+# ------------------------------------------------------------------------------
+# model_qlora: What goes into the model: base, tokenizer, assistant mask, NF4, LoRA, and an audit of all five
+# ------------------------------------------------------------------------------
+
+def quiet_libraries():
+    "No progress bars, and no advice that doesn't concern the user."
+    import datasets, transformers, warnings
+    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', category=FutureWarning)
 
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
 SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; the plain -2512 repo is FP8, which NF4 can't load
