@@ -22,9 +22,9 @@ from .ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ra
 # %% auto #0
 __all__ = ['RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'HARMLESS', 'COMPLETE', 'RESUBMIT', 'BEST', 'COMMAND_VARIABLES',
            'run_identity', 'kept_options', 'arithmetic', 'say_differences', 'be_deterministic', 'mask_secrets',
-           'MaskFormatter', 'setup_logging', 'load_chats', 'pick_held_out', 'changed_options', 'adapter_card',
-           'check_free', 'publish_adapter', 'Job', 'job_ref', 'resubmit_command', 'left_here', 'check_deadline',
-           'explain_error', 'run_job', 'main']
+           'MaskFormatter', 'setup_logging', 'why_unread', 'load_chats', 'pick_held_out', 'changed_options',
+           'adapter_card', 'check_free', 'publish_adapter', 'Job', 'job_ref', 'resubmit_command', 'left_here',
+           'check_deadline', 'explain_error', 'run_job', 'main']
 
 # %% ../nbs/06_job.ipynb #ff7c48c8
 def run_identity(
@@ -105,6 +105,15 @@ def setup_logging():
     threading.excepthook = lambda a: log.error(''.join(traceback.format_exception(a.exc_value)).rstrip()) # a library's thread would print it unmasked
 
 # %% ../nbs/06_job.ipynb #a0cc9eed
+def why_unread(
+    e:Exception, # What `datasets` raised
+)->str: # The columns, where they are why
+    "What is wrong with a dataset: the cause, where the exception itself names none."
+    from datasets.table import CastError
+    cause = e.__cause__ or e
+    if isinstance(cause, CastError): return f"a split or file has other columns than the first: {excerpt(cause.details())}"
+    return excerpt(mask_secrets(str(cause)))
+
 def load_chats(
     repo:str, # Hub dataset
     revision:str=None, # Commit; the newest where None
@@ -124,7 +133,7 @@ def load_chats(
         ds = datasets.DatasetDict({s: builder.as_dataset(s) if n else datasets.Dataset.from_dict({}) for s,n in sizes.items()})
     except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
-    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({excerpt(mask_secrets(str(e)))}): push it with phoque_data") from None
+    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({why_unread(e)}): push it with phoque_data") from None
     if not len(ds.get('train', [])): raise UserError(f"dataset {repo}: no split `train` with rows, got {list(ds)}: push it with phoque_data")
     return ds,revision
 
@@ -302,6 +311,8 @@ def check_repo(self:Job, until):
     main = HubBranch(self.cfg.hub_model_id).prepare(until)
     if not self.cfg.fresh_start: check_free(main, self.again)
     there = patiently(lambda: main.api.list_repo_files(main.repo, revision=main.head), main.name, until)
+    if kept := sorted({'README.md','LICENSE'} & set(there)):
+        log.info(f"model repo {main.repo}: the finished adapter's own {' and '.join(kept)} will replace what is there, which stays in the history of main")
     if held := sorted(set(self.checkpoints.files())-HARMLESS-set(there)): # the branch began as main was
         raise UserError(f"model repo {main.repo}: its branch `checkpoints` holds {len(held)} files of no run ({', '.join(held[:3])}{', …'*(len(held)>3)}): choose another HUB_MODEL_ID, or delete the branch")
 

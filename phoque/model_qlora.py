@@ -627,7 +627,7 @@ def lora_targets(
 )->tuple: # The same names sorted, each once; `('all-linear',)` stands for all
     "Read which layers are to be adapted: however they are written, the same layers give the same run."
     names = sorted({n.strip() for n in text.split(',')}-{''})
-    if not names: raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
+    if not names or not all(n=='all-linear' or n.isidentifier() for n in names): raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
 # %% ../nbs/01_model_qlora.ipynb #925214e8

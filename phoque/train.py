@@ -122,7 +122,7 @@ OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='nu
     GRAD_ACC='gradient_accumulation_steps', GRAD_ACCUM_STEPS='gradient_accumulation_steps', LORA_TARGETS='lora_target_modules', OPTIMISER='optim',
     LORA_RANK='lora_r', WARMUP_STEPS='warmup_ratio', OPTIMIZER='optim', SAVE_TOTAL_LIMIT='keep_checkpoints', EVALUATION_STEPS='eval_steps',
     MODEL_NAME='base_model', MODEL_NAME_OR_PATH='base_model', MODEL_ID='base_model', DATASET='dataset_repo', DATASET_NAME='dataset_repo',
-    DATASET_ID='dataset_repo', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
+    DATASET_ID='dataset_repo', RANDOM_SEED='seed', BATCHSIZE='per_device_train_batch_size', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
 
 def meant_option(
     name:str, # Of an environment variable
@@ -135,7 +135,9 @@ def meant_option(
     words = name.split('_')
     part = [o for o in ours if len(words)>1 and (o.endswith('_'+name) or o.startswith(name+'_'))]
     least = .93 if name.startswith(('WANDB_', 'HF_')) or len(name)<7 else .85 # their own variables, and short names, are near by chance
-    return part[0] if len(part)==1 else next(iter(difflib.get_close_matches(name, ours, 1, least)), None)
+    if len(part)==1: return part[0]
+    near = difflib.get_close_matches(name, [*ours, *OTHER_NAMES], 1, least)
+    return OTHER_NAMES.get(near[0], near[0]).upper() if near else None
 
 def check_names(
     env:dict, # Environment

@@ -716,7 +716,7 @@ def lora_targets(
 )->tuple: # The same names sorted, each once; `('all-linear',)` stands for all
     "Read which layers are to be adapted: however they are written, the same layers give the same run."
     names = sorted({n.strip() for n in text.split(',')}-{''})
-    if not names: raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
+    if not names or not all(n=='all-linear' or n.isidentifier() for n in names): raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
 def language_layers(
@@ -2002,7 +2002,7 @@ OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='nu
     GRAD_ACC='gradient_accumulation_steps', GRAD_ACCUM_STEPS='gradient_accumulation_steps', LORA_TARGETS='lora_target_modules', OPTIMISER='optim',
     LORA_RANK='lora_r', WARMUP_STEPS='warmup_ratio', OPTIMIZER='optim', SAVE_TOTAL_LIMIT='keep_checkpoints', EVALUATION_STEPS='eval_steps',
     MODEL_NAME='base_model', MODEL_NAME_OR_PATH='base_model', MODEL_ID='base_model', DATASET='dataset_repo', DATASET_NAME='dataset_repo',
-    DATASET_ID='dataset_repo', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
+    DATASET_ID='dataset_repo', RANDOM_SEED='seed', BATCHSIZE='per_device_train_batch_size', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
 
 def meant_option(
     name:str, # Of an environment variable
@@ -2015,7 +2015,9 @@ def meant_option(
     words = name.split('_')
     part = [o for o in ours if len(words)>1 and (o.endswith('_'+name) or o.startswith(name+'_'))]
     least = .93 if name.startswith(('WANDB_', 'HF_')) or len(name)<7 else .85 # their own variables, and short names, are near by chance
-    return part[0] if len(part)==1 else next(iter(difflib.get_close_matches(name, ours, 1, least)), None)
+    if len(part)==1: return part[0]
+    near = difflib.get_close_matches(name, [*ours, *OTHER_NAMES], 1, least)
+    return OTHER_NAMES.get(near[0], near[0]).upper() if near else None
 
 def check_names(
     env:dict, # Environment
@@ -3948,6 +3950,15 @@ def setup_logging():
     warnings.filterwarnings('ignore', 'It seems that you are about to commit a data file') # samples.parquet, which belongs to its checkpoint
     threading.excepthook = lambda a: log.error(''.join(traceback.format_exception(a.exc_value)).rstrip()) # a library's thread would print it unmasked
 
+def why_unread(
+    e:Exception, # What `datasets` raised
+)->str: # The columns, where they are why
+    "What is wrong with a dataset: the cause, where the exception itself names none."
+    from datasets.table import CastError
+    cause = e.__cause__ or e
+    if isinstance(cause, CastError): return f"a split or file has other columns than the first: {excerpt(cause.details())}"
+    return excerpt(mask_secrets(str(cause)))
+
 def load_chats(
     repo:str, # Hub dataset
     revision:str=None, # Commit; the newest where None
@@ -3967,7 +3978,7 @@ def load_chats(
         ds = datasets.DatasetDict({s: builder.as_dataset(s) if n else datasets.Dataset.from_dict({}) for s,n in sizes.items()})
     except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
-    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({excerpt(mask_secrets(str(e)))}): push it with phoque_data") from None
+    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({why_unread(e)}): push it with phoque_data") from None
     if not len(ds.get('train', [])): raise UserError(f"dataset {repo}: no split `train` with rows, got {list(ds)}: push it with phoque_data")
     return ds,revision
 
@@ -4134,6 +4145,8 @@ def check_repo(self:Job, until):
     main = HubBranch(self.cfg.hub_model_id).prepare(until)
     if not self.cfg.fresh_start: check_free(main, self.again)
     there = patiently(lambda: main.api.list_repo_files(main.repo, revision=main.head), main.name, until)
+    if kept := sorted({'README.md','LICENSE'} & set(there)):
+        log.info(f"model repo {main.repo}: the finished adapter's own {' and '.join(kept)} will replace what is there, which stays in the history of main")
     if held := sorted(set(self.checkpoints.files())-HARMLESS-set(there)): # the branch began as main was
         raise UserError(f"model repo {main.repo}: its branch `checkpoints` holds {len(held)} files of no run ({', '.join(held[:3])}{', …'*(len(held)>3)}): choose another HUB_MODEL_ID, or delete the branch")
 
