@@ -13,6 +13,10 @@ __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'text_table', 'printab
            'front_matter', 'md_text', 'private_files']
 
 # %% ../nbs/00_core.ipynb #dc92069e
+# `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
+os.environ |= dict(HF_UPDATE_DOWNLOAD_COUNTS='0', HF_HUB_DISABLE_TELEMETRY='1', WANDB_ERROR_REPORTING='false')
+
+# %% ../nbs/00_core.ipynb #85b92e14
 log = logging.getLogger("phoque")
 
 class UserError(ValueError):

@@ -58,6 +58,9 @@ from urllib.parse import urljoin
 # core: Log, errors, tables, and one checked way for the names, JSON and text that others wrote
 # ------------------------------------------------------------------------------
 
+# `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
+os.environ |= dict(HF_UPDATE_DOWNLOAD_COUNTS='0', HF_HUB_DISABLE_TELEMETRY='1', WANDB_ERROR_REPORTING='false')
+
 log = logging.getLogger("phoque")
 
 class UserError(ValueError):
