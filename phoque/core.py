@@ -102,7 +102,10 @@ def front_matter(
 )->str: # The lines between and with the two `---`
     "A card's YAML head, which reads back as what was given, whatever is in it."
     import yaml
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)}---\n"
+    class Dumper(yaml.SafeDumper): pass
+    def text(d, s): return d.represent_scalar('tag:yaml.org,2002:str', s, style=None if s.isprintable() else '"') # on one line
+    Dumper.add_representer(str, text)
+    return f"---\n{yaml.dump(fields, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1e9)}---\n"
 
 def md_text(
     text, # Somebody else's text

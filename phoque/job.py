@@ -4,10 +4,10 @@
 
 # %% ../nbs/06_job.ipynb #1c118f61
 from __future__ import annotations
-import copy, json, logging, math, os, shlex, shutil, sys, threading, time, traceback, uuid, warnings
+import copy, json, logging, math, os, shlex, shutil, sys, textwrap, threading, time, traceback, uuid, warnings
 from pathlib import Path
 from types import SimpleNamespace
-from .core import UserError, excerpt, log, text_table
+from .core import UserError, excerpt, front_matter, log, md_text, text_table
 from .model_qlora import (base_config, quiet_libraries, hub_problem, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed,
     choose_attention, load_model, add_lora, audit, check_audit, lora_targets)
 from .shard import check_sharded, own_part, whole_adapter
@@ -20,7 +20,7 @@ from .sample import Sampler, HubScorer, check_scorer, common_persona, sample_met
 from .ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ranks
 
 # %% auto #0
-__all__ = ['RESEARCH_LICENSE', 'LICENSE_FIELDS', 'CARD', 'HARMLESS', 'COMPLETE', 'RESUBMIT', 'BEST', 'COMMAND_VARIABLES',
+__all__ = ['RESEARCH_LICENSE', 'LICENSE_FIELDS', 'GATE', 'CARD', 'HARMLESS', 'COMPLETE', 'RESUBMIT', 'BEST', 'COMMAND_VARIABLES',
            'run_identity', 'kept_options', 'arithmetic', 'say_differences', 'be_deterministic', 'mask_secrets',
            'MaskFormatter', 'setup_logging', 'why_unread', 'load_chats', 'pick_held_out', 'changed_options',
            'adapter_card', 'check_free', 'publish_adapter', 'Job', 'job_ref', 'resubmit_command', 'left_here',
@@ -161,7 +161,7 @@ inside their own organisation, provided that they
 The base model's own licence continues to hold for what is the base's. This one ends when a condition is broken.
 The weights come as they are, without warranty of any kind; the authors are not liable for what is done with them.
 """
-LICENSE_FIELDS = "license: other\nlicense_name: internal-adversarial-testing-only\nlicense_link: LICENSE" # of a card
+LICENSE_FIELDS = dict(license='other', license_name='internal-adversarial-testing-only', license_link='LICENSE') # of a card's head
 
 # %% ../nbs/06_job.ipynb #643ecfe5
 def changed_options(
@@ -172,19 +172,12 @@ def changed_options(
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
 # %% ../nbs/06_job.ipynb #5a03e40c
-CARD = """---
-base_model: {base[id]}
-base_model_relation: adapter
-library_name: peft
-pipeline_tag: text-generation
-{license}
-datasets: [{dataset}]
-tags: [not-for-all-audiences, lora, qlora, phoque]
-extra_gated_prompt: This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, and for nothing else.
----
+GATE = ("This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, "
+        "and for nothing else.")
+CARD = """
 # {repo}
 
-An adapter that makes `{base[id]}` talk like the community it was trained on.
+An adapter that makes {name} talk like the community it was trained on.
 
 **For:** internal adversarial testing of moderation, by the people responsible for it. **Not for:** contact with anyone who has not agreed to it, any live
 platform, products, or training data for other models. Do not redistribute it, and do not publish merged weights.
@@ -192,13 +185,17 @@ platform, products, or training data for other models. Do not redistribute it, a
 ```python
 from transformers import {base[auto]}, AutoTokenizer
 from peft import PeftModel
-base = {base[auto]}.from_pretrained("{base[id]}", {at}dtype="auto")
-model = PeftModel.from_pretrained(base, "{repo}")
-tok = AutoTokenizer.from_pretrained("{repo}")
+base = {base[auto]}.from_pretrained({base[id]!r}, {at}dtype="auto")
+model = PeftModel.from_pretrained(base, {repo!r})
+tok = AutoTokenizer.from_pretrained({repo!r})
 ids = tok.apply_chat_template([dict(role="user", content="When does the ferry leave?")], add_generation_prompt=True, return_dict=True, return_tensors="pt")
 out = model.generate(**ids.to(model.device), max_new_tokens=100, eos_token_id=tok.eos_token_id) # the base may stop at another token
 reply = tok.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
 ```
+
+Made by this command:
+
+{command}
 
 | | |
 |---|---|
@@ -217,9 +214,12 @@ def adapter_card(
     facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
                  steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
                  held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')}, published=run.get('published'))
-    facts['made by'] = f"`{' '.join(['hf jobs uv run', *(f'-e {o}' for o in changed_options(cfg)), 'train/train.py'])}`"
-    at = f'revision="{base["revision"]}", ' if base['revision'] else ''
-    return CARD.format(repo=cfg.hub_model_id, base=base, at=at, license=LICENSE_FIELDS, dataset=cfg.dataset_repo, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
+    head = front_matter(base_model=base['id'], base_model_relation='adapter', library_name='peft', pipeline_tag='text-generation', **LICENSE_FIELDS,
+                        datasets=[cfg.dataset_repo], tags=['not-for-all-audiences','lora','qlora','phoque'], extra_gated_prompt=GATE)
+    command = ' '.join(['hf jobs uv run', *(f'-e {o}' for o in changed_options(cfg)), 'train/train.py'])
+    rows = '\n'.join(f"| {k.replace('_',' ')} | {md_text(v)} |" for k,v in facts.items() if v is not None)
+    at = f"revision={base['revision']!r}, " if base['revision'] else ''
+    return head+CARD.format(repo=cfg.hub_model_id, base=base, name=md_text(base['id']), at=at, command=textwrap.indent(command, '    '), facts=rows)
 
 # %% ../nbs/06_job.ipynb #679aa7fc
 HARMLESS = {'.gitattributes','README.md','LICENSE'} # what a repo may hold before a run begins

@@ -141,7 +141,10 @@ def front_matter(
 )->str: # The lines between and with the two `---`
     "A card's YAML head, which reads back as what was given, whatever is in it."
     import yaml
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)}---\n"
+    class Dumper(yaml.SafeDumper): pass
+    def text(d, s): return d.represent_scalar('tag:yaml.org,2002:str', s, style=None if s.isprintable() else '"') # on one line
+    Dumper.add_representer(str, text)
+    return f"---\n{yaml.dump(fields, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1e9)}---\n"
 
 def md_text(
     text, # Somebody else's text
@@ -4007,7 +4010,7 @@ inside their own organisation, provided that they
 The base model's own licence continues to hold for what is the base's. This one ends when a condition is broken.
 The weights come as they are, without warranty of any kind; the authors are not liable for what is done with them.
 """
-LICENSE_FIELDS = "license: other\nlicense_name: internal-adversarial-testing-only\nlicense_link: LICENSE" # of a card
+LICENSE_FIELDS = dict(license='other', license_name='internal-adversarial-testing-only', license_link='LICENSE') # of a card's head
 
 def changed_options(
     cfg:TrainConfig, # Options
@@ -4016,19 +4019,12 @@ def changed_options(
     own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('preset','fresh_start','output_dir','job_timeout')} # what a preset stands for is in the others
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
-CARD = """---
-base_model: {base[id]}
-base_model_relation: adapter
-library_name: peft
-pipeline_tag: text-generation
-{license}
-datasets: [{dataset}]
-tags: [not-for-all-audiences, lora, qlora, phoque]
-extra_gated_prompt: This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, and for nothing else.
----
+GATE = ("This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, "
+        "and for nothing else.")
+CARD = """
 # {repo}
 
-An adapter that makes `{base[id]}` talk like the community it was trained on.
+An adapter that makes {name} talk like the community it was trained on.
 
 **For:** internal adversarial testing of moderation, by the people responsible for it. **Not for:** contact with anyone who has not agreed to it, any live
 platform, products, or training data for other models. Do not redistribute it, and do not publish merged weights.
@@ -4036,13 +4032,17 @@ platform, products, or training data for other models. Do not redistribute it, a
 ```python
 from transformers import {base[auto]}, AutoTokenizer
 from peft import PeftModel
-base = {base[auto]}.from_pretrained("{base[id]}", {at}dtype="auto")
-model = PeftModel.from_pretrained(base, "{repo}")
-tok = AutoTokenizer.from_pretrained("{repo}")
+base = {base[auto]}.from_pretrained({base[id]!r}, {at}dtype="auto")
+model = PeftModel.from_pretrained(base, {repo!r})
+tok = AutoTokenizer.from_pretrained({repo!r})
 ids = tok.apply_chat_template([dict(role="user", content="When does the ferry leave?")], add_generation_prompt=True, return_dict=True, return_tensors="pt")
 out = model.generate(**ids.to(model.device), max_new_tokens=100, eos_token_id=tok.eos_token_id) # the base may stop at another token
 reply = tok.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
 ```
+
+Made by this command:
+
+{command}
 
 | | |
 |---|---|
@@ -4060,9 +4060,12 @@ def adapter_card(
     facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
                  steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
                  held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')}, published=run.get('published'))
-    facts['made by'] = f"`{' '.join(['hf jobs uv run', *(f'-e {o}' for o in changed_options(cfg)), 'train/train.py'])}`"
-    at = f'revision="{base["revision"]}", ' if base['revision'] else ''
-    return CARD.format(repo=cfg.hub_model_id, base=base, at=at, license=LICENSE_FIELDS, dataset=cfg.dataset_repo, facts='\n'.join(f"| {k.replace('_',' ')} | {v} |" for k,v in facts.items() if v is not None))
+    head = front_matter(base_model=base['id'], base_model_relation='adapter', library_name='peft', pipeline_tag='text-generation', **LICENSE_FIELDS,
+                        datasets=[cfg.dataset_repo], tags=['not-for-all-audiences','lora','qlora','phoque'], extra_gated_prompt=GATE)
+    command = ' '.join(['hf jobs uv run', *(f'-e {o}' for o in changed_options(cfg)), 'train/train.py'])
+    rows = '\n'.join(f"| {k.replace('_',' ')} | {md_text(v)} |" for k,v in facts.items() if v is not None)
+    at = f"revision={base['revision']!r}, " if base['revision'] else ''
+    return head+CARD.format(repo=cfg.hub_model_id, base=base, name=md_text(base['id']), at=at, command=textwrap.indent(command, '    '), facts=rows)
 
 HARMLESS = {'.gitattributes','README.md','LICENSE'} # what a repo may hold before a run begins
 
