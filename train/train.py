@@ -3963,7 +3963,20 @@ def why_unread(
     from datasets.table import CastError
     cause = e.__cause__ or e
     if isinstance(cause, CastError): return f"a split or file has other columns than the first: {excerpt(cause.details())}"
+    if scripts := re.search(r'Dataset scripts are no longer supported, but found (.*)', str(e)): return f"it is made by {excerpt(scripts[1], 60)}, and no repo's code is run"
     return excerpt(mask_secrets(str(cause)))
+
+def check_data_files(
+    info, # `DatasetInfo`
+):
+    "Refuse a card that leads to files outside its repo: they have no commit, and asking for them tells somebody."
+    def texts(x):
+        if isinstance(x, str): yield x
+        for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else (): yield from texts(y)
+    configs = (info.card_data or {}).get('configs') or []
+    for t in texts(configs):
+        if '://' in t or t.startswith(('/','~')) or '..' in t.split('/'):
+            raise UserError(f"dataset {info.id}: its card names {excerpt(repr(t), 80)}, which is no file of that repo: copy the data into a repo, by phoque_data")
 
 def load_chats(
     repo:str, # Hub dataset
@@ -3978,13 +3991,17 @@ def load_chats(
         info = HfApi().dataset_info(repo, revision=revision)
         if not info.private: log.warning(f"dataset {repo} is public: everyone can read what the model learns from")
         revision = info.sha
+        check_data_files(info)
         builder = datasets.load_dataset_builder(repo, revision=revision)
         builder.download_and_prepare()
         sizes = {split:info.num_examples for split,info in builder.info.splits.items()} # an empty one can't be asked for
         ds = datasets.DatasetDict({s: builder.as_dataset(s) if n else datasets.Dataset.from_dict({}) for s,n in sizes.items()})
     except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
+    except UserError: raise
+    except (ValueError, RuntimeError, ImportError, FileNotFoundError, datasets.exceptions.DatasetsError) as e:
+        if isinstance(e.__cause__, (HTTPError, ConnectionError)): raise hub_problem(hub_answer(e.__cause__), f"dataset {repo}{began}") from None
+        raise UserError(f"dataset {repo}: it can't be read ({why_unread(e)}): push it with phoque_data") from None
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
-    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: it can't be read ({why_unread(e)}): push it with phoque_data") from None
     if not len(ds.get('train', [])): raise UserError(f"dataset {repo}: no split `train` with rows, got {list(ds)}: push it with phoque_data")
     return ds,revision
 
