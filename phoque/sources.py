@@ -15,9 +15,9 @@ from .core import UserError, excerpt
 
 # %% auto #0
 __all__ = ['MOST_ROW', 'FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVAL_ONLY', 'SOURCES', 'MOST_TEXT', 'MOST_NAME',
-           'YEAR_1', 'YEAR_10000', 'START', 'refuse', 'Quarantine', 'records', 'source', 'line', 'jigsaw', 'civil',
-           'conda', 'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table', 'Thread', 'threads', 'pick_persona',
-           'turns']
+           'MOST_WHO', 'YEAR_1', 'YEAR_10000', 'START', 'refuse', 'Quarantine', 'records', 'source', 'line', 'jigsaw',
+           'civil', 'conda', 'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table', 'Thread', 'threads',
+           'pick_persona', 'turns']
 
 # %% ../nbs/00a_sources.ipynb #2a1f4ac0
 def refuse(where, reason, row): raise UserError(f"{where}: {reason}")
@@ -73,7 +73,8 @@ class _Unpacked(gzip.GzipFile):
 def _whole(name):
     "What is wrong with a file as a whole, in one line."
     try: yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as e:
+    except UserError: raise
+    except (*FAULTS, OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e: # what zipfile and gzip raise
         raise UserError(f"{name}: it can't be read ({excerpt(e)}); export or download it again.") from None
 
 # %% ../nbs/00a_sources.ipynb #0716446b
@@ -227,7 +228,7 @@ def source(
     return _inner
 
 # %% ../nbs/00a_sources.ipynb #21a24a92
-MOST_TEXT,MOST_NAME = 100_000,1000 # characters of a line; of a speaker, a room, an id
+MOST_TEXT,MOST_NAME,MOST_WHO = 100_000,1000,100 # characters of a line; of a room or an id; of a speaker
 YEAR_1,YEAR_10000 = -62135596800,253402300800 # s since 1970
 
 def _str(s, what, most=MOST_NAME):
@@ -236,7 +237,7 @@ def _str(s, what, most=MOST_NAME):
     if len(s)>most: raise ValueError(f"the {what} has {len(s):,} characters, more than {most:,}")
     return s if s.isascii() else s.encode('utf-8', 'ignore').decode()
 
-def _name(v, what): return _str(str(v) if isinstance(v, (int,float)) else v, what)
+def _name(v, what, most=MOST_NAME): return _str(str(v) if isinstance(v, (int,float)) else v, what, most)
 
 def _time(t):
     if t is None or YEAR_1<=t<YEAR_10000: return t
@@ -255,7 +256,7 @@ def line(
     room = _name(room, 'room')
     for k in ('by','id','reply_to','author','system'):
         if kw.get(k) is not None: kw[k] = _str(kw[k], k, MOST_TEXT) if k=='system' else _name(kw[k], k)
-    return dict(room=room, who=_name(who, 'speaker'), text=_str(text, 'text', MOST_TEXT), t=_time(t),
+    return dict(room=room, who=_name(who, 'speaker', MOST_WHO), text=_str(text, 'text', MOST_TEXT), t=_time(t),
         group=room if group in (None,'') else _name(group, 'group'), score=score, **kw)
 
 def _score(v):
