@@ -28,11 +28,11 @@ _TLD = r"""(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|
     |cc|ws|click|party|stream|social|store|space|top|icu|pro|cloud|tech|blog|wiki|chat|zone|media|art|lol|page|museum)"""
 _WDOT = r"(?:\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s{1,5}dot\s{1,5})"
 _DOT = rf"(?:\s?\.\s?|{_WDOT}|_dot_)"
-_AT = r"(?:\s?@\s?|\s?[\[({<]\s?(?:at?|@)\s?[\])}>]\s?|_at_)"
-_NAME = r"[\w.+%'!/-]{1,100}"
+_AT = r"(?:\s?@\s?|\s?[\[({<]\s?(?:at?|@)\s?[\])}>]\s?)"
+_NAME = r"[\w.+%'!/-]{1,100}+"
 _LABEL = r"(?:[^\W_]|-|_(?!dot_)){1,63}+" # of a domain; what can be read in two ways is looked at for ever
 _LINK = re.compile(r"""\b(?:h(?:tt|xx|\*\*)ps?|ftp|steam|wss?|irc)\s?(?::|\[:\])\s?/\s?/\s?[^\s<>]+|\bmagnet:\?\S+|\blocalhost:\d+\S*""", re.I|re.X)
-_EMAIL = re.compile(rf"""(?:{_NAME}|"[^"\s]{{1,100}}")@\[?[\w-]++(?:\.[\w-]++)++\]?|{_NAME}{_AT}[^\W_](?:[^\W_]|-){{0,63}}+(?:{_DOT}{_LABEL}){{0,8}}{_DOT}{_TLD}\b
+_EMAIL = re.compile(rf"""(?:{_NAME}|"[^"\s]{{1,100}}")@\[?[\w-]++(?:\.[\w-]++)++\]?|(?:{_NAME}{_AT}|(?<![\w.-])[\w.+%'!/-]{{1,100}}_at_)[^\W_](?:[^\W_]|-){{0,63}}+(?:{_DOT}{_LABEL}){{0,8}}{_DOT}{_TLD}\b
     |{_NAME}\s{{1,5}}at\s{{1,5}}{_LABEL}(?:{_WDOT}{_LABEL}){{0,8}}{_WDOT}{_TLD}\b|{_NAME}\s{{1,5}}at\s{{1,5}}(?!www){_LABEL}(?:\.{_LABEL}){{0,8}}\.{_TLD}\b(?!/)""", re.I|re.X)
 _URL = re.compile(rf"""\bwww{_DOT}[^\s<>]+|(?<![\w@.-])[a-z0-9][\w-]*+(?:(?:\.|{_WDOT})[\w-]++){{0,30}}(?:\.|{_WDOT}){_TLD}\b(?::\d+)?(?:[/?\#][^\s<>]*)?
     |(?<![\w@.-])[a-z0-9][\w-]*+(?:\.[\w-]++)*\.[a-z]{{2,24}}/[^\s<>]+|\b[\w-]{{1,63}}\s\.\s(?:com|net|org|gg)\b""", re.I|re.X)
