@@ -86,7 +86,8 @@ _UNSEEN_TOO = '\u115f\u1160\u2800\u3164\uffa0' # letters and a symbol without in
 def _seen(c):
     "What a reader sees of a character: letters and digits as in ASCII, of joiners and marks nothing."
     if unicodedata.category(c) in ('Cf','Mn','Me','Cn','Co') or c in _UNSEEN_TOO: return ''
-    return ''.join(str(unicodedata.decimal(x, x)) for x in unicodedata.normalize('NFKC', c) if not unicodedata.combining(x))
+    like = unicodedata.normalize('NFKC', c)
+    return ''.join(str(unicodedata.decimal(x, x)) for x in like if not unicodedata.combining(x)) if len(like)<5 else c # some are whole sentences
 
 class Seen:
     "A text beside what is seen of it."
