@@ -33,7 +33,8 @@ def parse_sources(
         kind,_,path = part.partition(':')
         if not path or kind=='hub': kind,path = 'messages',part
         if kind not in SOURCES: raise ValueError(f"no source {kind!r}; use one of {', '.join(SOURCES)}, as in discord:pier.json.")
-        if not (hub := path.startswith('hub:')) and not Path(path).is_file(): raise ValueError(f"no such file: {path}; give {SOURCES[kind].doc}.")
+        if not (hub := path.startswith('hub:')) and not Path(path).is_file():
+            raise UserError(f"{'this is no file' if Path(path).exists() else 'no such file'}: {path}; give {SOURCES[kind].doc}.")
         st = None if hub else Path(path).stat()
         res.append((kind, path, st and f'{st.st_size}-{st.st_mtime_ns}'))
     if not res: raise ValueError("no source; give a file, as in discord:pier.json.")
@@ -93,7 +94,8 @@ def _conversations(part, work, opts, gap, max_bad, code):
         for l in src.read(path, bad=q, **opts): n['lines'] += 1; yield l
     yield from threads(lines(), name, src.license, gap)
     q.check(name)
-    note = dict(name=name, license=src.license, pass_on=src.pass_on, rows=q.rows, bad=q.bad, reasons=dict(q.reasons.most_common(9)), lines=n['lines'], aside=str(q.path))
+    note = dict(name=name, license=src.license, pass_on=src.pass_on, rows=q.rows, bad=q.bad,
+        reasons=dict(q.reasons.most_common(9)), lines=n['lines'], aside=str(q.path))
     _note(work, part, 'read').write_text(json.dumps(note))
 
 def _features(clean=False):
@@ -140,7 +142,8 @@ def read_prompts(
     for where,r in records(path, training=False):
         p = r.get('prompt') or r.get('user_input') or r.get('text')
         p = p.get('text') if isinstance(p, dict) else p
-        if not isinstance(p, str): raise ValueError(f"{where}: no prompt; it has {excerpt(', '.join(map(str, r)))}; name the column prompt, user_input or text.")
+        if not isinstance(p, str):
+            raise UserError(f"{where}: no prompt; it has {excerpt(', '.join(map(str, r)))}; name the column prompt, user_input or text.")
         yield p
 
 def _quiet():
@@ -176,7 +179,9 @@ def prepare(self:Build):
     raws = [self.read(p) for p in parts]
     notes = [_read(self.work, p) for p in parts]
     for n in notes:
-        if n['bad']: log.info(printable(f"{n['name']}: {n['bad']:,} of {n['rows']:,} rows put aside (most often: {next(iter(n['reasons']))}); they are in {n['aside']}"))
+        if n['bad']:
+            log.info(printable(f"{n['name']}: {n['bad']:,} of {n['rows']:,} rows put aside, to {n['aside']} "
+                f"(most often: {next(iter(n['reasons']))})"))
     self.sources = {n['name']: n for n in notes}
     if not any(map(len, raws)): raise ValueError(f"no conversation in {self.source}; look at the file.")
     self.step('read', {n['name']: len(raw) for n,raw in zip(notes, raws)}, sum(n['lines'] for n in notes), made=raws)
@@ -233,7 +238,8 @@ def _row(c, n):
     if (k := c['persona']) not in c['who']: return
     ms,scores = turns(c, k, c['system']),[s for s,w in zip(c['scores'], c['who']) if w==k and s is not None]
     score = round(mean(scores), 4) if scores else None
-    return c | dict(n=n, messages=ms, toxicity_score=score, label_source=scrub(mend(c['label_source'])) if scores and c['label_source'] else None, categories=c['cats'], n_pii=sum(c['found'][FOUND.index('EMAIL'):]),
+    by = scrub(mend(c['label_source'])) if scores and c['label_source'] else None
+    return c | dict(n=n, messages=ms, toxicity_score=score, label_source=by, categories=c['cats'], n_pii=sum(c['found'][FOUND.index('EMAIL'):]),
         replies=_learnt(ms, c, k), author=c['authors'][k], keys=[h for h,w in zip(c['keys'], c['who']) if w==k], lines=len(c['who']))
 
 def _rows(batch, at, cols):
@@ -307,7 +313,9 @@ def _left_out(self:Build, db):
 def _written(self:Build, db, ds):
     "What the report says of a run."
     found = db.execute("select sum(f) from (select unnest(found) as f, generate_subscripts(found, 1) as i from conv) group by i order by i").fetchall()
-    settings = {k: 'given' if k in ('persona','prompts') and getattr(self, k) else getattr(self, k) for k in 'persona min_score benign gap line_cap near prompts rejected max_bad test_share by_author redistributable_only'.split()}
+    names = 'persona min_score benign gap line_cap near prompts rejected max_bad test_share by_author redistributable_only'
+    settings = {k: getattr(self, k) for k in names.split()}
+    for k in ('persona','prompts'): settings[k] = 'given' if settings[k] else '' # a name, and a file of this machine
     return dict(sources=self.sources, steps=[{k:v for k,v in s.items() if k!='rate'} for s in self.steps], found={k: int(n) for k,(n,) in zip(FOUND, found)},
         left_out=self._left_out(db), author_overlap=self.overlap, settings=settings,
         langs=dict(Counter(x or 'too short to say' for v in ds.values() for x in v['lang']).most_common(8)),

@@ -325,7 +325,8 @@ def _run_tables(self:DataReport,
     yield "Conversations left after each step, by source\n\n"+_table(rows, show)
     yield "What cleaning found (counts, never the values): "+(', '.join(f'{k} {v:,}' for k,v in r['found'].items() if v) or 'nothing')
     yield "Left out: "+(', '.join(f'{k} {v:,}' for k,v in r['left_out'].items() if v) or 'nothing')
-    yield "Rows that could not be read: "+', '.join(f"{show(k)} {v['bad']:,} of {v['rows']:,}" for k,v in r['sources'].items())
+    bad = (f"{show(k)} {v['bad']:,} of {v['rows']:,}" for k,v in r['sources'].items())
+    yield "Rows that could not be read: "+', '.join(bad)
     yield "Languages: "+', '.join(f'{k} {v:,}' for k,v in r['langs'].items())
     yield f"Personas of the test split who are in training too: {r['author_overlap']}"
     yield "Licences: "+', '.join(f"{show(k)}: {v['license'] or 'your own'}" for k,v in r['sources'].items())
@@ -407,12 +408,15 @@ def dataset_card(
     else: terms = {}
     langs = [l for l in run['langs'] if len(l)<4] if run else ['en']
     origin = dict(annotations_creators=['found']) if run else dict(annotations_creators=['machine-generated'], source_datasets=['original'])
-    head = front_matter(language=langs or ['und'], license=license, pretty_name=repo_id.split('/')[-1], task_categories=['text-generation'],
+    name = repo_id.split('/')[-1]
+    head = front_matter(language=langs or ['und'], license=license, pretty_name=name, task_categories=['text-generation'],
         size_categories=[_size(sum(map(len, ds.values())))], tags=['not-for-all-audiences','moderation','adversarial-testing'], **origin, **terms,
         configs=[dict(config_name='default', data_files=[dict(split=k, path=f'data/{k}-*') for k in ds])], **FORM)
-    def counts(col): return ', '.join(f'{md_text(k or "nobody", 60)} {v:,}' for k,v in Counter(x for d in ds.values() for x in d[col]).most_common(20))
+    def counts(col):
+        top = Counter(x for d in ds.values() for x in d[col]).most_common(20)
+        return ', '.join(f'{md_text(k or "nobody", 60)} {n:,}' for k,n in top)
     return f"""{head}
-# {md_text(repo_id.split('/')[-1])}
+# {md_text(name)}
 
 {PURPOSE}
 

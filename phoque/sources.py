@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from .core import UserError, excerpt
 
 # %% auto #0
-__all__ = ['MOST_ROW', 'FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVAL_ONLY', 'SOURCES', 'MOST_TEXT', 'MOST_NAME',
+__all__ = ['MOST_ROW', 'ROW_FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVAL_ONLY', 'SOURCES', 'MOST_TEXT', 'MOST_NAME',
            'MOST_WHO', 'YEAR_1', 'YEAR_10000', 'START', 'refuse', 'Quarantine', 'records', 'source', 'line', 'jigsaw',
            'civil', 'conda', 'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table', 'Thread', 'threads',
            'pick_persona', 'turns']
@@ -23,7 +23,8 @@ __all__ = ['MOST_ROW', 'FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVA
 def refuse(where, reason, row): raise UserError(f"{where}: {reason}")
 
 MOST_ROW = 1<<22 # characters of a record, a message or a user
-FAULTS = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError # what a row of another shape leads to
+# what a row of another shape leads to
+ROW_FAULTS = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
 
 
 class Quarantine:
@@ -41,9 +42,11 @@ class Quarantine:
     def __call__(self, where, reason, row):
         self.reasons[re.sub(r"[\d.]+|'[^']*'", '…', excerpt(reason))] += 1
         if self.path:
-            try: text = json.dumps(row, default=str)
-            except (ValueError, TypeError, RecursionError) as e: text = json.dumps(f'not written: {e}') # nested too deeply, or keys that JSON can't have
-            with open(self.path, 'a') as f: f.write(f'{{"where": {json.dumps(where)}, "reason": {json.dumps(excerpt(reason))}, "row": {text}}}\n')
+            said = dict(where=where, reason=excerpt(reason), row=row)
+            try: text = json.dumps(said, default=str)
+            except (ValueError, TypeError, RecursionError) as e: # nested too deeply, or keys that JSON can't have
+                text = json.dumps(said | dict(row=f'not written: {e}'))
+            with open(self.path, 'a') as f: f.write(f'{text}\n')
         if self.bad>=100: self.check(where)
 
     def check(self, where='the end'):
@@ -55,14 +58,14 @@ class Quarantine:
 # %% ../nbs/00a_sources.ipynb #8585dc06
 MOST_UNPACKED,MOST_TIMES = 8<<20,100 # what a packed file may hold: bytes in any case, and times its size
 
-def _file(path):
+def _export_file(path):
     "A file that has an end."
     if (path := Path(path)).is_file(): return path
     raise UserError(f"{'this is no file' if path.exists() else 'no such file'}: {path}; give a file that was exported.")
 
 def _refuse_bomb(path, size):
     if size>max(MOST_UNPACKED, MOST_TIMES*path.stat().st_size):
-        raise UserError(f"{path.name}: it unpacks to more than {MOST_TIMES} times its size, which no export does; leave it out.")
+        raise UserError(f"{path.name}: it unpacks to more than {MOST_TIMES} times its size, as no export does; leave it out.")
 
 class _Unpacked(gzip.GzipFile):
     def read1(self, size=-1):
@@ -74,7 +77,7 @@ def _whole(name):
     "What is wrong with a file as a whole, in one line."
     try: yield
     except UserError: raise
-    except (*FAULTS, OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e: # what zipfile and gzip raise
+    except (*ROW_FAULTS, OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
         raise UserError(f"{name}: it can't be read ({excerpt(e)}); export or download it again.") from None
 
 # %% ../nbs/00a_sources.ipynb #0716446b
@@ -90,7 +93,7 @@ def _text(path):
 
 TOO_LONG = f'longer than {MOST_ROW:,} characters'
 
-def _lines(f):
+def _text_lines(f):
     "Lines of a file; one with more than `MOST_ROW` characters ends there."
     while line := f.readline(MOST_ROW+1):
         rest = line
@@ -100,7 +103,7 @@ def _lines(f):
 # %% ../nbs/00a_sources.ipynb #89cc41a8
 def _csv(path, bad):
     with _text(path) as f:
-        lines,again,taken,head,n,size = _lines(f),[],[],None,0,0
+        lines,again,taken,head,n,size = _text_lines(f),[],[],None,0,0
         def feed():
             nonlocal size
             while line := again.pop() if again else next(lines, ''):
@@ -115,7 +118,8 @@ def _csv(path, bad):
             return row,f'{len(row)} columns, not {len(head)}' if row and head and len(row)!=len(head) else ''
         rows = csv.reader(feed(), strict=True)
         head,fault = record(rows)
-        if fault or head==[]: raise UserError(f"{path.name} line 1: {fault or 'it is empty'}; it has to name the columns.")
+        if fault or head==[]:
+            raise UserError(f"{path.name} line 1: {fault or 'it is empty'}; it has to name the columns.")
         while head:
             n += len(taken)
             taken.clear()
@@ -135,7 +139,7 @@ def _csv(path, bad):
 # %% ../nbs/00a_sources.ipynb #82cd573a
 def _jsonl(path, bad):
     with _text(path) as f:
-        for n,line in enumerate(_lines(f), 1):
+        for n,line in enumerate(_text_lines(f), 1):
             if not line.strip(): continue
             where,fault = f'{path.name} line {n}','not a JSON object'
             try: row = json.loads(_legible(line)) if len(line)<=MOST_ROW else None
@@ -150,14 +154,16 @@ def _parquet(path, bad):
         f = pq.ParquetFile(path)
         _refuse_bomb(path, sum(f.metadata.row_group(i).total_byte_size for i in range(f.metadata.num_row_groups)))
         texts = [c.path for c in map(f.schema.column, range(len(f.schema))) if c.physical_type=='BYTE_ARRAY']
-        for b in pq.ParquetFile(path, read_dictionary=texts).iter_batches(1000): # what is in it a thousand times, in memory once
+        f = pq.ParquetFile(path, read_dictionary=texts) # a text that is in it a thousand times is in memory once
+        for b in f.iter_batches(1000):
             for i in range(len(b)):
                 n += 1
                 try: row = b.slice(i, 1).to_pylist()[0]
-                except (*FAULTS, pa.ArrowException) as e: bad(f'{path.name} row {n}', str(e), None)
+                except (*ROW_FAULTS, pa.ArrowException) as e: bad(f'{path.name} row {n}', str(e), None)
                 else: yield f'{path.name} row {n}',row
     except UserError: raise
-    except (*FAULTS, OSError, MemoryError, pa.ArrowException) as e: raise UserError(f"{path.name} after row {n}: it can't be read as Parquet ({excerpt(e)}); get it again.") from None
+    except (*ROW_FAULTS, OSError, MemoryError, pa.ArrowException) as e:
+        raise UserError(f"{path.name} after row {n}: it can't be read as Parquet ({excerpt(e)}); get it again.") from None
 
 def _hub(name, bad):
     from datasets import load_dataset
@@ -165,9 +171,11 @@ def _hub(name, bad):
     import pyarrow as pa
     n,(repo,_,config) = 0,name.partition(':')
     try:
-        for n,row in enumerate(load_dataset(repo, config or None, split='train', streaming=True), 1): yield f'{name} row {n}',row
-    except (*FAULTS, OSError, RuntimeError, DatasetGenerationError, pa.ArrowException) as e:
-        raise UserError(f"{name}, split `train` after row {n}: it can't be read ({excerpt(e)}); give a dataset of data files.") from None
+        ds = load_dataset(repo, config or None, split='train', streaming=True)
+        for n,row in enumerate(ds, 1): yield f'{name} row {n}',row
+    except (*ROW_FAULTS, OSError, RuntimeError, DatasetGenerationError, pa.ArrowException) as e:
+        raise UserError(f"{name}, split `train` after row {n}: it can't be read ({excerpt(e)}); "
+            "give a dataset of data files.") from None
 
 # %% ../nbs/00a_sources.ipynb #be38a79d
 EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'}, 'ToxicChat': {'user_input','model_output','jailbreaking'},
@@ -175,7 +183,9 @@ EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'}, 'To
 
 def _keep_out(columns, where):
     for name,sign in EVAL_ONLY.items():
-        if sign<=set(columns): raise UserError(f"{where}: this is {name}, which is for evaluation only; give it to --prompts to keep it out of the training data.")
+        if sign<=set(columns):
+            raise UserError(f"{where}: this is {name}, which is for evaluation only; "
+                "give it to --prompts to keep it out of the training data.")
 
 # %% ../nbs/00a_sources.ipynb #b6975238
 def records(
@@ -187,10 +197,11 @@ def records(
     "The records of a file, one at a time."
     if str(path).startswith('hub:'): read,path,name = _hub,path[4:],path
     else:
-        path = _file(path)
+        path = _export_file(path)
         kind,name = next((s for s in reversed(path.suffixes) if s!='.gz'), ''),path.name
         read = {'.csv':_csv, '.jsonl':_jsonl, '.json':_jsonl, '.parquet':_parquet}.get(kind)
-        if not read: raise UserError(f"{name}: {kind or 'no'} suffix; give a .csv, .jsonl or .parquet file, or a .gz of the first two.")
+        if not read:
+            raise UserError(f"{name}: {kind or 'no'} suffix; give a .csv, .jsonl or .parquet file, or a .gz of the first two.")
     def put_aside(*a):
         if isinstance(bad, Quarantine): bad.rows += 1
         bad(*a)
@@ -221,7 +232,7 @@ def source(
         def read(path, bad=refuse, **opts):
             for where,rec in records(path, bad, opts.get('need', need)):
                 try: lines = f(rec, **opts)
-                except FAULTS as e: bad(where, _reason(e), rec)
+                except ROW_FAULTS as e: bad(where, _reason(e), rec)
                 else: yield from lines
         SOURCES[name] = SimpleNamespace(name=name, read=read, license=license, pass_on=pass_on, doc=f.__doc__)
         return f
@@ -341,10 +352,11 @@ def _past(s, i):
         elif m[0]==',' and not depth: return m.start()
 
 def _items(f, begin, name, size=2**16):
-    "Of JSON text: what is before the match of `begin`, then each value of the list that begins there, with what is wrong with it."
+    "The text before the match of `begin`, then each value of the list that begins there, with what is wrong with it."
     buf,dec,end = '',json.JSONDecoder(),f'{name}: it ends in the middle of its list; export it again.'
     while not (m := begin.search(buf)):
-        if len(buf)>16*size or not (more := f.read(size)): raise UserError(f"{name}: no list of messages or users in it; export it again.")
+        if len(buf)>16*size or not (more := f.read(size)):
+            raise UserError(f"{name}: no list of messages or users in it; export it again.")
         buf += more
     yield buf[:m.start()],''
     i = m.end()
@@ -360,7 +372,7 @@ def _items(f, begin, name, size=2**16):
             yield row,fault
             i = past
             continue
-        if len(buf)-i>MOST_ROW: raise UserError(f"{name}: an entry of its list is {TOO_LONG}; leave it out or export it again.")
+        if len(buf)-i>MOST_ROW: raise UserError(f"{name}: an entry of its list is {TOO_LONG}; export it again.")
         if not (more := f.read(max(size, len(buf)-i))): raise UserError(end)
         buf,i = buf[i:]+more,0
 
@@ -374,7 +386,7 @@ def _said(items, name, bad, say):
         try:
             if fault: raise ValueError(fault)
             l = say(m)
-        except FAULTS as e: bad(f'{name} {n}', _reason(e), m)
+        except ROW_FAULTS as e: bad(f'{name} {n}', _reason(e), m)
         else:
             if l: yield l
 
@@ -382,16 +394,16 @@ _MESSAGES = re.compile(r'"messages"\s*:\s*\[')
 
 def read_discord(path, bad=refuse, **_):
     "DiscordChatExporter JSON"
-    path = _file(path)
+    path = _export_file(path)
     with _whole(path.name), _text(path) as f:
         items = _items(f, _MESSAGES, path.name)
         found = re.search(r'"channel"\s*:\s*\{\s*"id"\s*:\s*"(\w+)"', next(items)[0])
-        if not found: raise UserError(f"{path.name}: no channel before its messages; is it JSON of DiscordChatExporter?")
+        if not found: raise UserError(f"{path.name}: no channel before its messages; is it DiscordChatExporter's JSON?")
         def say(m):
             if m['type'] not in ('Default','Reply') or m['author']['isBot']: return
             who,t = m['author'],_when(m['timestamp'])
-            return line(found[1], who.get('nickname') or who['name'], _legible(m['content']), t, group=f'discord-{found[1]}-{int(t//86400)}', author=who['id'],
-                id=m['id'], reply_to=(m.get('reference') or {}).get('messageId'))
+            return line(found[1], who.get('nickname') or who['name'], _legible(m['content']), t, author=who['id'],
+                group=f'discord-{found[1]}-{int(t//86400)}', id=m['id'], reply_to=(m.get('reference') or {}).get('messageId'))
         yield from _said(items, f'{path.name} message', bad, say)
 SOURCES['discord'] = SimpleNamespace(name='discord', read=read_discord, license='', pass_on=False, doc=read_discord.__doc__)
 
@@ -399,14 +411,15 @@ SOURCES['discord'] = SimpleNamespace(name='discord', read=read_discord, license=
 def _slack_text(s, users):
     s = re.sub(r'<@(\w+)(?:\|[^<>]*)?>', lambda m: f"@{users[m[1]]}" if m[1] in users else m[0], s)
     s = re.sub(r'<#\w+\|([^<>]*)>', r'#\1', s)
-    return re.sub(r'<((?:https?|mailto):[^|<>]+)(?:\|[^<>]*)?>', r'\1', s).replace('&lt;','<').replace('&gt;','>').replace('&amp;','&')
+    s = re.sub(r'<((?:https?|mailto):[^|<>]+)(?:\|[^<>]*)?>', r'\1', s)
+    return s.replace('&lt;','<').replace('&gt;','>').replace('&amp;','&')
 
 _LIST = re.compile(r'\A\s*\[')
 
 def _entry(z, e):
     "The entries of a list in a zip; what breaks it is the last one."
     try:
-        with _whole(e.filename), z.open(e) as raw, io.TextIOWrapper(raw, encoding='utf-8-sig', errors='surrogateescape') as f:
+        with _whole(e.filename), z.open(e) as raw, io.TextIOWrapper(raw, 'utf-8-sig', 'surrogateescape') as f:
             items = _items(f, _LIST, e.filename)
             next(items)
             yield from items
@@ -419,16 +432,19 @@ def _slack_files(z, path):
         if e.filename=='users.json' or re.fullmatch(r'[^/]+/\d{4}-\d\d-\d\d\.json', e.filename):
             if e.flag_bits & 1: raise UserError(f"{path.name}: it is encrypted; unpack it and zip it without a password.")
             if files.setdefault(e.filename, e) is not e: twice.append(e.filename)
-    if 'users.json' not in files or len(files)==1: raise UserError(f"{path.name}: no users.json or no CHANNEL/YYYY-MM-DD.json in it; is it a Slack export?")
+    if 'users.json' not in files or len(files)==1:
+        raise UserError(f"{path.name}: no users.json or no CHANNEL/YYYY-MM-DD.json in it; is it a Slack export?")
     _refuse_bomb(path, sum(e.file_size for e in files.values()))
     return files.pop('users.json'),sorted(files.items()),twice
 
 # %% ../nbs/00a_sources.ipynb #48f620d5
-def _slack_user(u): return _name(u['id'], 'id'),_name((u.get('profile') or {}).get('display_name') or u.get('name') or u['id'], 'user')
+def _slack_user(u):
+    name = (u.get('profile') or {}).get('display_name') or u.get('name') or u['id']
+    return _name(u['id'], 'id'),_name(name, 'user')
 
 def read_slack(path, bad=refuse, **_):
     "Slack export zip"
-    path = _file(path)
+    path = _export_file(path)
     if not zipfile.is_zipfile(path): raise UserError(f"{path.name}: no such zip; give the file that Slack's export gave you.")
     with _whole(path.name), zipfile.ZipFile(path) as z:
         first,days,twice = _slack_files(z, path)
@@ -440,8 +456,8 @@ def read_slack(path, bad=refuse, **_):
             chan,day = name[:-5].split('/')
             def say(m):
                 if m['type']!='message' or m.get('subtype'): return
-                return line(chan, users.get(m['user'], m['user']), _slack_text(m['text'], users), float(m['ts']), group=f'slack-{chan}-{day}',
-                    author=m['user'], id=m['ts'], reply_to=m.get('thread_ts'))
+                return line(chan, users.get(m['user'], m['user']), _slack_text(m['text'], users), float(m['ts']),
+                    group=f'slack-{chan}-{day}', author=m['user'], id=m['ts'], reply_to=m.get('thread_ts'))
             yield from _said(_entry(z, e), f'{name} message', bad, say)
 SOURCES['slack'] = SimpleNamespace(name='slack', read=read_slack, license='', pass_on=False, doc=read_slack.__doc__)
 
