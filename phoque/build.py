@@ -60,7 +60,11 @@ class Build:
         by_author:bool=False, # Keep each persona on one side of the split?
         redistributable_only:bool=False, # Leave out what its licence doesn't let pass on?
         workers:int=2, # Processes
-    ): store_attr(); self.steps,self.began,self.t = [],time.time(),time.perf_counter()
+    ):
+        store_attr()
+        for k in ('min_score','benign','near','max_bad'):
+            if not 0<=getattr(self, k)<=1: raise UserError(f"`{k}` is {getattr(self, k)}; use a number from 0 to 1.")
+        self.steps,self.began,self.t = [],time.time(),time.perf_counter()
 
     def step(self, name, by_source, lines, worked=None, made=()):
         "Write down what a step left of each source, and how fast it went if its tables (`made`) weren't there before."
@@ -124,7 +128,10 @@ def read(self:Build, part):
     from datasets.exceptions import DatasetGenerationError
     Path(self.work).mkdir(parents=True, exist_ok=True)
     opts = dict(rejected=self.rejected)
-    if self.columns: opts |= dict(columns=(cols := dict(c.split('=') for c in self.columns.split())), need=tuple(cols.values()))
+    if self.columns:
+        pairs = [c.partition('=')[::2] for c in self.columns.split()]
+        if odd := [k for k,v in pairs if not (k and v)]: raise UserError(f"--columns has {odd[0]!r}; give NAME=COLUMN, as in text=body.")
+        opts |= dict(columns=dict(pairs), need=tuple(v for _,v in pairs))
     try: return Dataset.from_generator(_conversations, features=_features(), cache_dir=self.work,
         gen_kwargs=dict(part=part, work=self.work, opts=opts, gap=self.gap, max_bad=self.max_bad, code=_code()))
     except DatasetGenerationError as e:
@@ -484,6 +491,6 @@ def data_cli(
         print(f"{repo} is private and gated, revision {rev}")
     except BaseException as e:
         if _interrupted(e): sys.exit("phoque_data: stopped; the same command goes on after the last finished step")
-        if isinstance(e, (ValueError, OSError)): sys.exit(f"phoque_data: {printable(e)}")
+        if isinstance(e, (ValueError, OSError)): sys.exit(f"phoque_data: {excerpt(e, 500)}")
         if isinstance(e, getattr(sys.modules.get('duckdb'), 'Error', ())): sys.exit(f"phoque_data: {excerpt(e)}: make room in {b.work}, or build the source in parts with --append")
         raise

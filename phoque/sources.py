@@ -96,8 +96,10 @@ TOO_LONG = f'longer than {MOST_ROW:,} characters'
 def _text_lines(f):
     "Lines of a file; one with more than `MOST_ROW` characters ends there."
     while line := f.readline(MOST_ROW+1):
-        rest = line
-        while len(rest)>MOST_ROW and rest[-1] not in '\r\n': rest = f.readline(MOST_ROW+1)
+        rest,n = line,0
+        while len(rest)>MOST_ROW and rest[-1] not in '\r\n':
+            rest,n = f.readline(MOST_ROW+1),n+1
+            if n>64: raise UserError(f"{Path(f.name).name}: no end of a line in {n*MOST_ROW:,} characters; give a file of rows.")
         yield line
 
 # %% ../nbs/00a_sources.ipynb #89cc41a8
