@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from fastcore.script import call_parse
-from .clean import FOUND, Prompts, clean_batch, near_ones, same_ones, text_key, words, worn_lines
+from .clean import FOUND, Prompts, clean_batch, mend, near_ones, same_ones, scrub, text_key, words, worn_lines
+from .core import UserError, excerpt, log, printable, private_files
 from .data import NEUTRAL, PERSONA, data_report, dataset_card, grumpy_harbour, open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
 from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
 
@@ -32,7 +33,8 @@ def parse_sources(
         kind,_,path = part.partition(':')
         if not path or kind=='hub': kind,path = 'messages',part
         if kind not in SOURCES: raise ValueError(f"no source {kind!r}; use one of {', '.join(SOURCES)}, as in discord:pier.json.")
-        if not (hub := path.startswith('hub:')) and not Path(path).is_file(): raise ValueError(f"no such file: {path}; give {SOURCES[kind].doc}.")
+        if not (hub := path.startswith('hub:')) and not Path(path).is_file():
+            raise UserError(f"{'this is no file' if Path(path).exists() else 'no such file'}: {path}; give {SOURCES[kind].doc}.")
         st = None if hub else Path(path).stat()
         res.append((kind, path, st and f'{st.st_size}-{st.st_mtime_ns}'))
     if not res: raise ValueError("no source; give a file, as in discord:pier.json.")
@@ -58,7 +60,11 @@ class Build:
         by_author:bool=False, # Keep each persona on one side of the split?
         redistributable_only:bool=False, # Leave out what its licence doesn't let pass on?
         workers:int=2, # Processes
-    ): store_attr(); self.steps,self.began,self.t = [],time.time(),time.perf_counter()
+    ):
+        store_attr()
+        for k in ('min_score','benign','near','max_bad'):
+            if not 0<=getattr(self, k)<=1: raise UserError(f"`{k}` is {getattr(self, k)}; use a number from 0 to 1.")
+        self.steps,self.began,self.t = [],time.time(),time.perf_counter()
 
     def step(self, name, by_source, lines, worked=None, made=()):
         "Write down what a step left of each source, and how fast it went if its tables (`made`) weren't there before."
@@ -67,7 +73,7 @@ class Build:
         rate = None if found else (worked or lines)/secs
         self.steps.append(dict(step=name, by_source=by_source, lines=lines, rate=rate))
         tail = 'done before' if found else f'{rate:>11,.0f} lines/s {secs:6.1f} s'
-        logging.getLogger('phoque').info(f'{name:<8} {sum(by_source.values()):>10,} conversations {lines:>11,} lines {tail}')
+        log.info(f'{name:<8} {sum(by_source.values()):>10,} conversations {lines:>11,} lines {tail}')
 
     def procs(self, n): return self.workers if n>1000 and self.workers>1 else None
 
@@ -76,6 +82,11 @@ def _code():
     "Tells one version of these rooms from another."
     mods = 'phoque.sources','phoque.clean','phoque.build'
     return hashlib.sha256(b''.join(Path(find_spec(m).origin).read_bytes() for m in mods)).hexdigest()
+
+def _read(work, part):
+    "What was noted when a file had been read to its end."
+    note = _note(work, part, 'read')
+    return json.loads(note.read_text()) if note.exists() else None
 
 def _note(work, part, what): return Path(f"{work}/{what}-{hashlib.sha256(repr(part).encode()).hexdigest()[:10]}.json")
 
@@ -87,7 +98,8 @@ def _conversations(part, work, opts, gap, max_bad, code):
         for l in src.read(path, bad=q, **opts): n['lines'] += 1; yield l
     yield from threads(lines(), name, src.license, gap)
     q.check(name)
-    note = dict(name=name, license=src.license, pass_on=src.pass_on, rows=q.rows, bad=q.bad, reasons=dict(q.reasons), lines=n['lines'], aside=str(q.path))
+    note = dict(name=name, license=src.license, pass_on=src.pass_on, rows=q.rows, bad=q.bad,
+        reasons=dict(q.reasons.most_common(9)), lines=n['lines'], aside=str(q.path))
     _note(work, part, 'read').write_text(json.dumps(note))
 
 def _features(clean=False):
@@ -116,12 +128,18 @@ def read(self:Build, part):
     from datasets.exceptions import DatasetGenerationError
     Path(self.work).mkdir(parents=True, exist_ok=True)
     opts = dict(rejected=self.rejected)
-    if self.columns: opts |= dict(columns=(cols := dict(c.split('=') for c in self.columns.split())), need=tuple(cols.values()))
+    if self.columns:
+        pairs = [c.partition('=')[::2] for c in self.columns.split()]
+        if odd := [k for k,v in pairs if not (k and v)]: raise UserError(f"--columns has {odd[0]!r}; give NAME=COLUMN, as in text=body.")
+        opts |= dict(columns=dict(pairs), need=tuple(v for _,v in pairs))
     try: return Dataset.from_generator(_conversations, features=_features(), cache_dir=self.work,
         gen_kwargs=dict(part=part, work=self.work, opts=opts, gap=self.gap, max_bad=self.max_bad, code=_code()))
     except DatasetGenerationError as e:
         while e.__cause__: e = e.__cause__ # ours is at the bottom
         raise e from None
+    except ValueError: # of a file without a line, of which `datasets` makes nothing
+        if not _read(self.work, part) or _read(self.work, part)['lines']: raise
+        return Dataset.from_dict({k: [] for k in _features()}, features=_features())
 
 # %% ../nbs/00c_build.ipynb #b0ef9249
 def read_prompts(
@@ -131,7 +149,8 @@ def read_prompts(
     for where,r in records(path, training=False):
         p = r.get('prompt') or r.get('user_input') or r.get('text')
         p = p.get('text') if isinstance(p, dict) else p
-        if not isinstance(p, str): raise ValueError(f"{where}: no prompt; it has {', '.join(r)}; name the column prompt, user_input or text.")
+        if not isinstance(p, str):
+            raise UserError(f"{where}: no prompt; it has {excerpt(', '.join(map(str, r)))}; name the column prompt, user_input or text.")
         yield p
 
 def _quiet():
@@ -142,14 +161,14 @@ def _quiet():
 def _clean(batch, prompts, persona, min_score):
     "Clean a batch of conversations, and choose who is learnt."
     _quiet()
-    res = clean_batch(batch, prompts) | dict(persona=[], benign=[], system=[], mine=[])
+    res,system = clean_batch(batch, prompts) | dict(persona=[], benign=[], mine=[]),[]
     cols = batch | {k:v for k,v in res.items() if v}
     for xs in zip(*cols.values()):
         c = dict(zip(cols, xs))
         k,benign = pick_persona(c, persona, min_score)
         res['persona'].append(-1 if k is None else k); res['benign'].append(benign); res['mine'].append([w==k for w in c['who']])
-        res['system'].append(NEUTRAL if benign else c['system'] if c['persona']>=0 else PERSONA)
-    return res
+        system.append(NEUTRAL if benign else c['system'] if c['persona']>=0 else PERSONA)
+    return res | dict(system=system)
 
 @patch
 def clean(self:Build, raw):
@@ -165,7 +184,11 @@ def prepare(self:Build):
     from datasets import concatenate_datasets
     parts = self.parts()
     raws = [self.read(p) for p in parts]
-    notes = [json.loads(_note(self.work, p, 'read').read_text()) for p in parts]
+    notes = [_read(self.work, p) for p in parts]
+    for n in notes:
+        if n['bad']:
+            log.info(printable(f"{n['name']}: {n['bad']:,} of {n['rows']:,} rows put aside, to {n['aside']} "
+                f"(most often: {next(iter(n['reasons']))})"))
     self.sources = {n['name']: n for n in notes}
     if not any(map(len, raws)): raise ValueError(f"no conversation in {self.source}; look at the file.")
     self.step('read', {n['name']: len(raw) for n,raw in zip(notes, raws)}, sum(n['lines'] for n in notes), made=raws)
@@ -205,7 +228,7 @@ def doubles(self:Build, db, c, old=None):
     self.step('doubles', *_left(db, "select *, len(keys)-coalesce(len(cut), 0) as lines from live left join cuts using (n) where n>=0"), self.steps[-1]['lines'])
     new = Path(self.work)/'kept.parquet'
     db.execute(f"""copy (select coalesce(gone.why, '') as lost, coalesce(cut, []) as cut from conv left join gone using (n) left join cuts using (n)
-        where n>=0 order by n) to '{new}' (format parquet)""")
+        where n>=0 order by n) to '{str(new).replace("'", "''")}' (format parquet)""")
     with open(new, 'rb') as f: named = new.with_name(f"kept-{hashlib.file_digest(f, 'sha256').hexdigest()[:10]}.parquet")
     if not named.exists(): new.rename(named) # the same content keeps its file, and what was made with it
     return Dataset.from_parquet(str(named), cache_dir=self.work)
@@ -222,7 +245,8 @@ def _row(c, n):
     if (k := c['persona']) not in c['who']: return
     ms,scores = turns(c, k, c['system']),[s for s,w in zip(c['scores'], c['who']) if w==k and s is not None]
     score = round(mean(scores), 4) if scores else None
-    return c | dict(n=n, messages=ms, toxicity_score=score, label_source=c['label_source'] if scores else None, categories=c['cats'], n_pii=sum(c['found'][FOUND.index('EMAIL'):]),
+    by = scrub(mend(c['label_source'])) if scores and c['label_source'] else None
+    return c | dict(n=n, messages=ms, toxicity_score=score, label_source=by, categories=c['cats'], n_pii=sum(c['found'][FOUND.index('EMAIL'):]),
         replies=_learnt(ms, c, k), author=c['authors'][k], keys=[h for h,w in zip(c['keys'], c['who']) if w==k], lines=len(c['who']))
 
 def _rows(batch, at, cols):
@@ -296,7 +320,9 @@ def _left_out(self:Build, db):
 def _written(self:Build, db, ds):
     "What the report says of a run."
     found = db.execute("select sum(f) from (select unnest(found) as f, generate_subscripts(found, 1) as i from conv) group by i order by i").fetchall()
-    settings = {k: getattr(self, k) for k in 'persona min_score benign gap line_cap near prompts rejected max_bad test_share by_author redistributable_only'.split()}
+    names = 'persona min_score benign gap line_cap near prompts rejected max_bad test_share by_author redistributable_only'
+    settings = {k: getattr(self, k) for k in names.split()}
+    for k in ('persona','prompts'): settings[k] = 'given' if settings[k] else '' # a name, and a file of this machine
     return dict(sources=self.sources, steps=[{k:v for k,v in s.items() if k!='rate'} for s in self.steps], found={k: int(n) for k,(n,) in zip(FOUND, found)},
         left_out=self._left_out(db), author_overlap=self.overlap, settings=settings,
         langs=dict(Counter(x or 'too short to say' for v in ds.values() for x in v['lang']).most_common(8)),
@@ -332,6 +358,7 @@ def prepare_share(
     **kwargs, # Options of the build
 ):
     "Read and clean a worker's share of the files, as a step for datatrove."
+    private_files()
     b = Build(**kwargs, workers=1)
     for part in b.parts()[rank::world_size]: b.clean(b.read(part))
 
@@ -383,17 +410,27 @@ def chat_lines(
     return m
 
 # %% ../nbs/00c_build.ipynb #b4039612
+def _index_features():
+    "Columns of an index."
+    from datasets import Features, List, Value
+    f = _features(clean=True)
+    return Features({k: f[k] for k in ('id','group','key','keys','sketch')} | dict(replies=List(Value('int64')), test=Value('bool')))
+
 def open_index(
     repo_id:str, # Dataset repo that a build was pushed to
     folder:str, # Where to put it
 )->'datasets.Dataset': # Hashes of every row that is there; no text
     "What an addition has to know of a dataset, without its rows."
     from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
     from huggingface_hub import snapshot_download
     d = Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns='index/*', local_dir=folder))
     files = sorted(map(str, d.glob('index/*.parquet')))
     if not files: raise ValueError(f"{repo_id} has no index, so there is nothing to add to; push it without --append first.")
-    return Dataset.from_parquet(files, cache_dir=folder)
+    try: return Dataset.from_parquet(files, cache_dir=folder, features=_index_features())
+    except (DatasetGenerationError, ValueError, OSError) as e:
+        while e.__cause__: e = e.__cause__
+        raise UserError(f"{repo_id}: its index can't be read ({excerpt(e)}); push the dataset anew, without --append.") from None
 
 def _longer_card(repo_id, r, n):
     "The card that is there, with a report on what was added."
@@ -401,11 +438,10 @@ def _longer_card(repo_id, r, n):
     from phoque.data import _size
     card = DatasetCard.load(repo_id, repo_type='dataset')
     card.data.size_categories = [_size(n)]
-    return f'{card}'.rstrip()+f'\n\n## Added later\n{data_report(r.ds, r.run)!r}\n'
+    return f'{card}'.rstrip()+f'\n\n## Added later\n{data_report(r.ds, r.run)._repr_markdown_()}\n'
 
 # %% ../nbs/00c_build.ipynb #16588966
 def _say():
-    log = logging.getLogger('phoque')
     log.setLevel(logging.INFO)
     if not log.handlers: log.addHandler(logging.StreamHandler(sys.stdout))
     if not sys.stderr.isatty(): import datasets; datasets.disable_progress_bars()
@@ -438,6 +474,7 @@ def data_cli(
     **kwargs
 ):
     "Conversations in, report and private dataset out."
+    private_files()
     repo = repo or os.environ.get('DATASET_REPO', '')
     try:
         if not repo and (append or not dry_run): raise ValueError("no repo; give --repo NAME/DATASET or set DATASET_REPO, or --dry_run to see the report only.")
@@ -454,6 +491,6 @@ def data_cli(
         print(f"{repo} is private and gated, revision {rev}")
     except BaseException as e:
         if _interrupted(e): sys.exit("phoque_data: stopped; the same command goes on after the last finished step")
-        if isinstance(e, (ValueError, OSError)): sys.exit(f"phoque_data: {' '.join(str(e).split())}")
-        if isinstance(e, getattr(sys.modules.get('duckdb'), 'Error', ())): sys.exit(f"phoque_data: {str(e).splitlines()[0]}: make room in {b.work}, or build the source in parts with --append")
+        if isinstance(e, (ValueError, OSError)): sys.exit(f"phoque_data: {excerpt(e, 500)}")
+        if isinstance(e, getattr(sys.modules.get('duckdb'), 'Error', ())): sys.exit(f"phoque_data: {excerpt(e)}: make room in {b.work}, or build the source in parts with --append")
         raise

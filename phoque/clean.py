@@ -4,12 +4,12 @@
 
 # %% ../nbs/00b_clean.ipynb #989da740
 from __future__ import annotations
-import ipaddress, re
+import ipaddress, re, unicodedata
 from collections import Counter
 from functools import lru_cache
 
 # %% auto #0
-__all__ = ['REGIONS', 'KINDS', 'FOUND', 'mend', 'scrub', 'unname', 'policy', 'words', 'Prompts', 'language', 'text_key',
+__all__ = ['REGIONS', 'KINDS', 'FOUND', 'mend', 'Seen', 'scrub', 'unname', 'policy', 'words', 'Prompts', 'language', 'text_key',
            'clean_one', 'sketches', 'clean_batch', 'same_ones', 'worn_lines', 'near_ones']
 
 # %% ../nbs/00b_clean.ipynb #3eb53ff0
@@ -26,23 +26,24 @@ def mend(
 # %% ../nbs/00b_clean.ipynb #9cb6b38e
 _TLD = r"""(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|es|it|uk|ca|au|edu|gov|link|site|online|club|shop|example|test
     |cc|ws|click|party|stream|social|store|space|top|icu|pro|cloud|tech|blog|wiki|chat|zone|media|art|lol|page|museum)"""
-_DOT = r"(?:\s?\.\s?|\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s+dot\s+|_dot_)"
-_WDOT = r"(?:\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s+dot\s+)"
-_AT = r"(?:\s?@\s?|\s?[\[({<]\s?(?:at?|@)\s?[\])}>]\s?|_at_)"
-_NAME = r"[\w.+%'!/-]+"
+_WDOT = r"(?:\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s{1,5}dot\s{1,5})"
+_DOT = rf"(?:\s?\.\s?|{_WDOT}|_dot_)"
+_AT = r"(?:\s?@\s?|\s?[\[({<]\s?(?:at?|@)\s?[\])}>]\s?)"
+_NAME = r"[\w.+%'!/-]{1,100}+"
+_LABEL = r"(?:[^\W_]|-|_(?!dot_)){1,63}+" # of a domain; what can be read in two ways is looked at for ever
 _LINK = re.compile(r"""\b(?:h(?:tt|xx|\*\*)ps?|ftp|steam|wss?|irc)\s?(?::|\[:\])\s?/\s?/\s?[^\s<>]+|\bmagnet:\?\S+|\blocalhost:\d+\S*""", re.I|re.X)
-_EMAIL = re.compile(rf"""(?:{_NAME}|"[^"\s]+")@\[?[\w-]+(?:\.[\w-]+)+\]?|{_NAME}{_AT}[^\W_](?:[^\W_]|-)*(?:{_DOT}[\w-]+)*{_DOT}{_TLD}\b
-    |{_NAME}\s+at\s+[\w-]+(?:{_WDOT}[\w-]+)*{_WDOT}{_TLD}\b|{_NAME}\s+at\s+(?!www)[\w-]+(?:\.[\w-]+)*\.{_TLD}\b(?!/)""", re.I|re.X)
-_URL = re.compile(rf"""\bwww{_DOT}[^\s<>]+|(?<![\w@.-])[a-z0-9][\w-]*(?:(?:\.|{_WDOT})[\w-]+)*(?:\.|{_WDOT}){_TLD}\b(?::\d+)?(?:[/?\#][^\s<>]*)?
-    |(?<![\w@.-])[a-z0-9][\w-]*(?:\.[\w-]+)*\.[a-z]{{2,24}}/[^\s<>]+|\b[\w-]+\s\.\s(?:com|net|org|gg)\b""", re.I|re.X)
-_MENTION = re.compile(r"""<(?:@[!&]?|\#)\d+>|<[@\#][A-Z0-9]{3,}(?:\|[^>]*)?>|<!subteam\^\w+(?:\|[^>]*)?>|</[\w -]+:\d+>|<id:\w+(?::\d+)?>
-    |<at\b[^>]*>[^<]*</at>|\[[^\]]*\]\(tg://user\?id=\d+\)|(?<!\w)@[\w.-]+[@:][\w-]+(?:\.[\w-]+)+""", re.X)
+_EMAIL = re.compile(rf"""(?:{_NAME}|"[^"\s]{{1,100}}")@\[?[\w-]++(?:\.[\w-]++)++\]?|(?:{_NAME}{_AT}|(?<![\w.-])[\w.+%'!/-]{{1,100}}_at_)[^\W_](?:[^\W_]|-){{0,63}}+(?:{_DOT}{_LABEL}){{0,8}}{_DOT}{_TLD}\b
+    |{_NAME}\s{{1,5}}at\s{{1,5}}{_LABEL}(?:{_WDOT}{_LABEL}){{0,8}}{_WDOT}{_TLD}\b|{_NAME}\s{{1,5}}at\s{{1,5}}(?!www){_LABEL}(?:\.{_LABEL}){{0,8}}\.{_TLD}\b(?!/)""", re.I|re.X)
+_URL = re.compile(rf"""\bwww{_DOT}[^\s<>]+|(?<![\w@.-])[a-z0-9][\w-]*+(?:(?:\.|{_WDOT})[\w-]++){{0,30}}(?:\.|{_WDOT}){_TLD}\b(?::\d+)?(?:[/?\#][^\s<>]*)?
+    |(?<![\w@.-])[a-z0-9][\w-]*+(?:\.[\w-]++)*\.[a-z]{{2,24}}/[^\s<>]+|\b[\w-]{{1,63}}\s\.\s(?:com|net|org|gg)\b""", re.I|re.X)
+_MENTION = re.compile(r"""<(?:@[!&]?|\#)\d+>|<[@\#][A-Z0-9]{3,32}(?:\|[^<>]{0,200})?>|<!subteam\^\w{1,32}(?:\|[^<>]{0,200})?>|</[\w -]{1,100}:\d+>|<id:\w{1,32}(?::\d+)?>
+    |<at\b[^<>]{0,200}>[^<]{0,200}</at>|\[[^\[\]]{0,200}\]\(tg://user\?id=\d+\)|(?<!\w)@[\w.-]+[@:][\w-]+(?:\.[\w-]+)+""", re.X)
 _WHERE = r"(?:ig|insta(?:gram)?|snap(?:chat)?|discord|telegram|tg|psn|xbox|steam|twitter|tiktok|twitch)"
 _HANDLE = re.compile(rf"""(?<![\w@/])@(?!everyone\b|here\b)[^\W\d][\w.-]{{1,31}}|\b[\w.]{{2,32}}\#\d{{4,6}}\b|(?<![\w/])/?u/[\w-]{{3,20}}\b
-    |\b{_WHERE}\s*[:=]\s*@?[\w.]{{3,32}}|\b{_WHERE}(?:\s+(?:name|id|tag|user))?(?:\s+is|\s+-)?\s+(?=[\w.]*[\d_.]\w)[\w.]{{3,32}}""", re.I|re.X)
+    |\b{_WHERE}\s{{0,5}}[:=]\s{{0,5}}@?[\w.]{{3,32}}|\b{_WHERE}(?:\s{{1,5}}(?:name|id|tag|user))?(?:\s{{1,5}}is|\s{{1,5}}-)?\s{{1,5}}(?=[\w.]{{0,32}}[\d_.]\w)[\w.]{{3,32}}""", re.I|re.X)
 
 # %% ../nbs/00b_clean.ipynb #0e57f772
-_IP4 = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\s?\.\s?|\s?[\[({]\s?(?:dot|\.)\s?[\])}]\s?|\s+dot\s+)\d{1,3}){3}(?:/\d{1,2}\b|:\d{1,5}\b)?(?!\.?\d)", re.I)
+_IP4 = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\s?\.\s?|\s?[\[({]\s?(?:dot|\.)\s?[\])}]\s?|\s{1,5}dot\s{1,5})\d{1,3}){3}(?:/\d{1,2}\b|:\d{1,5}\b)?(?!\.?\d)", re.I)
 _IP6 = re.compile(r"(?<![\w:])\[?(?:[0-9a-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4})(?:%\w+)?(?:\](?::\d+)?)?(?:/\d{1,3})?(?![\w:])", re.I)
 _CARD,_CARD_THEN = (re.compile(r"(?<![\d.])[2-6](?:[ .,|\n\-_/\u00a0\u2010-\u2015]{0,3}\d){12,18}"+lazy+r"(?!\d)") for lazy in ('','?')) # the second stops before an expiry date
 _PLATFORM = re.compile(r"\bSTEAM_\d:\d:\d+\b|\[?\bU:1:\d+\b\]?|\b\d{17,20}\b|\b(?i:[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|(?=[a-f\d]*\d)[0-9a-f]{32})\b|\b[UCTWG](?=[A-Z]*\d)[A-Z0-9]{8,10}\b|<a?:\w+:\d+>")
@@ -78,6 +79,48 @@ def _phone(s):
         except pn.NumberParseException: pass
     return False
 
+# %% ../nbs/00b_clean.ipynb #ca7925ef
+_UNSEEN_TOO = '\u115f\u1160\u2800\u3164\uffa0' # letters and a symbol without ink
+
+@lru_cache(2**14)
+def _seen(c):
+    "What a reader sees of a character: letters and digits as in ASCII, of joiners and marks nothing."
+    if unicodedata.category(c) in ('Cf','Mn','Me','Cn','Co') or c in _UNSEEN_TOO: return ''
+    like = unicodedata.normalize('NFKC', c)
+    return ''.join(str(unicodedata.decimal(x, x)) for x in like if not unicodedata.combining(x)) if len(like)<5 else c # some are whole sentences
+
+class Seen:
+    "A text beside what is seen of it."
+    def __init__(self,
+        text:str, # Any text
+    ):
+        self.seen,self.parts = text,None # parts: for each character that is seen, what stands for it in the text
+        if text.isascii(): return
+        seen,parts,before = [],[],''
+        for c in text:
+            s = _seen(c)
+            if s: seen.append(s); parts += [before+c]+['']*(len(s)-1); before = ''
+            elif parts: parts[-1] += c
+            else: before += c
+        if (seen := ''.join(seen))!=text: self.seen,self.parts = seen,parts
+
+    def __str__(self): return self.seen if self.parts is None else ''.join(self.parts)
+
+    def sub(self,
+        pat, # Pattern, held against what is seen
+        put, # Called with a match; says what replaces it, or None for nothing
+    ):
+        "Replace what a pattern finds, with all that isn't seen in it."
+        if self.parts is None: self.seen = pat.sub(lambda m: m[0] if (p := put(m)) is None else p, self.seen); return
+        seen,parts,end = [],[],0
+        for m in pat.finditer(self.seen):
+            if (p := put(m)) is None: continue
+            i = m.start()
+            while i>end and not self.parts[i]: i -= 1 # a character that is seen as several goes whole
+            seen += [self.seen[end:i],p]; parts += [*self.parts[end:i],*p]
+            end = m.end()
+        self.seen,self.parts = ''.join(seen)+self.seen[end:],parts+self.parts[end:]
+
 # %% ../nbs/00b_clean.ipynb #68e45c8c
 KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), EMAIL=(_EMAIL,None), URL=(_URL,None), IP=(_IP6,_ip6), IP4=(_IP4,_ip4), CARD=(_CARD,_luhn), CARD_THEN=(_CARD_THEN,_luhn),
     HANDLE=(_HANDLE,None), PLATFORM_ID=(_PLATFORM,None), PHONE=(_PHONE,_phone))
@@ -87,15 +130,16 @@ def scrub(
     found:Counter=None, # Gets the hits by kind, never the values
 )->str: # The text with `<EMAIL>`, `<URL>` and so on
     "Replace what points at a person by typed placeholders."
-    if not _HINT.search(text): return text
+    s = Seen(text)
+    if not _HINT.search(s.seen): return text
     for kind,(pat,ok) in KINDS.items():
         name = dict(IP4='IP', LINK='URL', CARD_THEN='CARD').get(kind, kind)
         def put(m):
-            if ok and not ok(m[0]): return m[0]
+            if ok and not ok(m[0]): return
             if found is not None: found[name] += 1
             return f'<{name}>'
-        text = pat.sub(put, text)
-    return text
+        s.sub(pat, put)
+    return str(s)
 
 # %% ../nbs/00b_clean.ipynb #3837735a
 def unname(
@@ -103,13 +147,19 @@ def unname(
     names:list[str], # Its speakers
 )->tuple[list[str],int]: # Texts with `<USER_1>`…, and how many were put in
     "Replace the names of a conversation's speakers."
-    blob,n = '\n'.join(texts).lower(),0
-    here = [(k,x) for k,x in enumerate(names, 1) if len(x)>2 and not x.isdigit() and x not in ('user','assistant','writer') and x.lower() in blob]
-    if not here: return texts,0
-    ids = {x.lower(): k for k,x in here}
-    pat = re.compile(r'(?<![\w<])@?('+'|'.join(re.escape(x) for _,x in sorted(here, key=lambda p: -len(p[1])))+r')(?!\w)', re.I)
-    res = [pat.subn(lambda m: f'<USER_{ids[m[1].lower()]}>', t) for t in texts]
-    return [t for t,_ in res],sum(k for _,k in res)
+    texts,looks = [*map(Seen, texts)],[Seen(mend(x)).seen for x in names]
+    blob = '\n'.join(t.seen for t in texts).lower()
+    here = [(x,k) for k,x in enumerate(looks, 1) if len(x)>2 and not x.isdigit() and x not in ('user','assistant','writer') and x.lower() in blob]
+    if not here: return [*map(str, texts)],0
+    here.sort(key=lambda p: -len(p[0]))
+    pat = re.compile(r'(?<![\w<])@?(?:'+'|'.join(f'({re.escape(x)})' for x,_ in here)+r')(?!\w)', re.I)
+    n = 0
+    def put(m):
+        nonlocal n
+        n += 1
+        return f'<USER_{here[m.lastindex-1][1]}>'
+    for t in texts: t.sub(pat, put)
+    return [*map(str, texts)],n
 
 # %% ../nbs/00b_clean.ipynb #e5c099ff
 _SEXUAL = re.compile(r"\b(?:sex(?:ual\w*|y|ting)?|nudes?|naked|porn\w*|erotic\w*)\b", re.I)
@@ -123,6 +173,7 @@ def policy(
     found:Counter=None, # What was scrubbed from it
 )->str: # Why it must not be used, or ''
     "Say why a conversation has to be left out."
+    text = Seen(text).seen
     if (_SEXUAL.search(text) or 'sexual_explicit' in cats) and _MINOR.search(text): return 'sexual, minors'
     if 'sexual/minors' in cats: return 'sexual, minors'
     if _DOX.search(text) and (_STREET.search(text) or (found or {}).get('PHONE') or (found or {}).get('EMAIL')): return 'doxxing'
@@ -177,8 +228,8 @@ def clean_one(c, prompts=None):
         m = mend(t)
         n['mended'] += m!=t
         texts.append(m)
-    texts,n['USER'] = unname(texts, c['names'])
-    texts = [scrub(t, n) for t in texts]
+    (*texts,system),n['USER'] = unname([*texts, mend(c.get('system') or '')], c['names'])
+    *texts,system = [scrub(t, n) for t in (*texts, system)]
     all_words = []
     for i,t in enumerate(texts):
         ws = words(t)
@@ -190,7 +241,7 @@ def clean_one(c, prompts=None):
     pick = lambda xs: [xs[i] for i in keep]
     texts = pick(texts)
     lang,score = language('\n'.join(texts))
-    return dict(who=pick(c['who']), texts=texts, t=pick(c['t']), scores=pick(c['scores']), keys=keys, key=text_key(repr(keys)),
+    return dict(system=system, who=pick(c['who']), texts=texts, t=pick(c['t']), scores=pick(c['scores']), keys=keys, key=text_key(repr(keys)),
         why=policy('\n'.join(texts), c['cats'], n) if texts else 'nothing left', lang=lang, lang_score=score, found=[n[k] for k in FOUND]),all_words
 
 # %% ../nbs/00b_clean.ipynb #9a11dac7

@@ -4,13 +4,14 @@
 
 # %% ../nbs/00_data.ipynb #15b2bb3c
 from __future__ import annotations
-import hashlib, logging, random, re, tempfile
+import hashlib, logging, random, re, reprlib, tempfile
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 from fastcore.basics import patch
+from .core import front_matter, md_text, printable
 
 # %% auto #0
 __all__ = ['ROLES', 'EXCLAIMS', 'ADJS', 'NOUNS', 'PERCHES', 'GRUMBLES', 'MARKS', 'PLACES', 'WHO', 'TALK', 'GRUMPY', 'POLITE',
@@ -22,7 +23,9 @@ __all__ = ['ROLES', 'EXCLAIMS', 'ADJS', 'NOUNS', 'PERCHES', 'GRUMBLES', 'MARKS',
 # %% ../nbs/00_data.ipynb #0bedfdf3
 ROLES = 'system','user','assistant'
 
-def _short(v): return s if len(s:=repr(v))<60 else s[:58]+'…'
+_brief = reprlib.Repr() # looks at a few entries of a few levels, whatever the size and depth
+_brief.maxstring = _brief.maxother = 200
+def _short(v): return s if len(s:=_brief.repr(v))<60 else s[:58]+'…'
 
 def _fault(row):
     "First fault of a row as (what, value, what to do), or None."
@@ -282,13 +285,14 @@ class DataReport:
             for what,xs in (('groups',b['group']), ('turns',[' '.join(_words(t)) for t in texts])):
                 yield pa.record_batch(dict(what=[what]*len(xs), key=pa.array(map(hash, xs), pa.int64())))
 
-    def __repr__(self): return '\n\n'.join([_table(self.stats), *self._run_tables()])
-    _repr_markdown_ = __repr__
+    def __repr__(self): return self._tables(printable)
+    def _repr_markdown_(self): return self._tables(md_text)
+    def _tables(self, show): return '\n\n'.join([_table(self.stats, show), *self._run_tables(show)])
 
-def _table(cols):
-    "Markdown of columns, each a dict of the same keys."
+def _table(cols, show):
+    "Markdown of columns, each a dict of the same keys, whose heads are others' names."
     heads = list(cols)
-    lines = [['']+heads, ['---']+['---:']*len(heads)] + [[k]+[cols[h][k] for h in heads] for k in cols[heads[0]]]
+    lines = [['']+[show(h) for h in heads], ['---']+['---:']*len(heads)] + [[k]+[cols[h][k] for h in heads] for k in cols[heads[0]]]
     return '\n'.join(f"| {' | '.join(map(str, l))} |" for l in lines)
 
 # %% ../nbs/00_data.ipynb #00135293
@@ -309,21 +313,24 @@ def _stats(self:DataReport, d):
 
 # %% ../nbs/00_data.ipynb #6211d64f
 @patch
-def _run_tables(self:DataReport):
+def _run_tables(self:DataReport,
+    show, # Makes names and reasons fit to be looked at: `printable` or `md_text`
+):
     "Tables of how a run came to its rows."
     r = self.run
     if not r: return []
     srcs = list(r['sources'])
     steps = {s['step']: {**{x: f"{s['by_source'].get(x, 0):,}" for x in srcs}, 'lines': f"{s['lines']:,}"} for s in r['steps']}
     rows = {c: {k: v[c] for k,v in steps.items()} for c in [*srcs,'lines']}
-    yield "Conversations left after each step, by source\n\n"+_table(rows)
+    yield "Conversations left after each step, by source\n\n"+_table(rows, show)
     yield "What cleaning found (counts, never the values): "+(', '.join(f'{k} {v:,}' for k,v in r['found'].items() if v) or 'nothing')
     yield "Left out: "+(', '.join(f'{k} {v:,}' for k,v in r['left_out'].items() if v) or 'nothing')
-    yield "Rows that could not be read: "+', '.join(f"{k} {v['bad']:,} of {v['rows']:,}"+(f" ({', '.join(v['reasons'])})" if v['bad'] else '') for k,v in r['sources'].items())
+    bad = (f"{show(k)} {v['bad']:,} of {v['rows']:,}" for k,v in r['sources'].items())
+    yield "Rows that could not be read: "+', '.join(bad)
     yield "Languages: "+', '.join(f'{k} {v:,}' for k,v in r['langs'].items())
     yield f"Personas of the test split who are in training too: {r['author_overlap']}"
-    yield "Licences: "+', '.join(f"{k}: {v['license'] or 'your own'}" for k,v in r['sources'].items())
-    yield "Settings: "+', '.join(f'{k} {v!r}' for k,v in r['settings'].items())
+    yield "Licences: "+', '.join(f"{show(k)}: {v['license'] or 'your own'}" for k,v in r['sources'].items())
+    yield "Settings: "+', '.join(f'{k} {show(repr(v))}' for k,v in r['settings'].items())
     yield "Made with: "+', '.join(f'{k} {v}' for k,v in r['versions'].items())
 
 # %% ../nbs/00_data.ipynb #6ab88996
@@ -354,11 +361,12 @@ class Peek:
         blur:bool=True, # Hide the words?
     ): self.rows,self.blur = list(rows),blur
     def _lines(self): return [(m['role'], m['content']) for r in self.rows for m in r['messages']]
-    def __repr__(self): return '\n'.join(k+': '+(re.sub(r'(?<=[^\W_])[^\W_]', '·', t) if self.blur else t) for k,t in self._lines())
+    def _shape(self, t): return re.sub(r'(?<=[^\W_])[^\W_]', '·', t) if self.blur else t
+    def __repr__(self): return '\n'.join(printable(f'{k}: {self._shape(t)}') for k,t in self._lines())
     def _repr_html_(self):
         from html import escape
         style = ' style="filter:blur(4px)" onmouseover="this.style.filter=\'\'" onmouseout="this.style.filter=\'blur(4px)\'"' if self.blur else ''
-        return ''.join(f'<div><b>{k}</b> <span{style}>{escape(t)}</span></div>' for k,t in self._lines())
+        return ''.join(f'<div><b>{escape(k)}</b> <span{style}>{escape(t)}</span></div>' for k,t in self._lines())
 
 # %% ../nbs/00_data.ipynb #feb96be5
 PURPOSE = """Conversations for training a small model to play a difficult community, so that a team can see what one does to its moderation before real people do. Built with phoque.
@@ -396,25 +404,24 @@ def dataset_card(
     license:str='other', # Licence id of the Hub; `other` is the card's own licence section
 )->str: # README.md: metadata, purpose, counts
     "Say what a dataset is, what it is for, and what it is not for."
-    from huggingface_hub import DatasetCardData
     if license=='other': terms = dict(license_name='internal-adversarial-testing', license_link=f'https://huggingface.co/datasets/{repo_id}#licence')
     else: terms = {}
     langs = [l for l in run['langs'] if len(l)<4] if run else ['en']
     origin = dict(annotations_creators=['found']) if run else dict(annotations_creators=['machine-generated'], source_datasets=['original'])
-    data = DatasetCardData(language=langs or ['und'], license=license, pretty_name=repo_id.split('/')[-1], task_categories=['text-generation'],
+    name = repo_id.split('/')[-1]
+    head = front_matter(language=langs or ['und'], license=license, pretty_name=name, task_categories=['text-generation'],
         size_categories=[_size(sum(map(len, ds.values())))], tags=['not-for-all-audiences','moderation','adversarial-testing'], **origin, **terms,
         configs=[dict(config_name='default', data_files=[dict(split=k, path=f'data/{k}-*') for k in ds])], **FORM)
-    def counts(col): return ', '.join(f'{k or "nobody"} {v:,}' for k,v in Counter(x for d in ds.values() for x in d[col]).items())
-    return f"""---
-{data.to_yaml()}
----
-
-# {repo_id.split('/')[-1]}
+    def counts(col):
+        top = Counter(x for d in ds.values() for x in d[col]).most_common(20)
+        return ', '.join(f'{md_text(k or "nobody", 60)} {n:,}' for k,n in top)
+    return f"""{head}
+# {md_text(name)}
 
 {PURPOSE}
 
 ## What is in it
-{data_report(ds, run)!r}
+{data_report(ds, run)._repr_markdown_()}
 
 Sources: {counts('source')}. Scores are measurements, by: {counts('label_source')}. The split hashes `group`; no group and no reply of four or more words is on both sides.
 """

@@ -4,20 +4,28 @@
 
 # %% ../nbs/00a_sources.ipynb #0730e96b
 from __future__ import annotations
-import csv, gzip, io, json, re, zipfile
+import csv, gzip, io, json, lzma, re, zipfile, zlib
 from collections import Counter, OrderedDict, deque
 from contextlib import contextmanager
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
+from .core import UserError, excerpt
 
 # %% auto #0
-__all__ = ['EVAL_ONLY', 'SOURCES', 'START', 'refuse', 'Quarantine', 'records', 'source', 'line', 'jigsaw', 'civil', 'conda',
-           'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table', 'Thread', 'threads', 'pick_persona', 'turns']
+__all__ = ['MOST_ROW', 'ROW_FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVAL_ONLY', 'SOURCES', 'MOST_TEXT', 'MOST_NAME',
+           'MOST_WHO', 'YEAR_1', 'YEAR_10000', 'START', 'refuse', 'Quarantine', 'records', 'source', 'line', 'jigsaw',
+           'civil', 'conda', 'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table', 'Thread', 'threads',
+           'pick_persona', 'turns']
 
 # %% ../nbs/00a_sources.ipynb #2a1f4ac0
-def refuse(where, reason, row): raise ValueError(f"{where}: {reason}")
+def refuse(where, reason, row): raise UserError(f"{where}: {reason}")
+
+MOST_ROW = 1<<22 # characters of a record, a message or a user
+# what a row of another shape leads to
+ROW_FAULTS = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
+
 
 class Quarantine:
     "Keeps rows that can't be read, and stops a run that has too many of them."
@@ -32,68 +40,144 @@ class Quarantine:
     def bad(self): return sum(self.reasons.values())
 
     def __call__(self, where, reason, row):
-        self.reasons[re.sub(r'[\d.]+|\'[^\']*\'', '…', reason)] += 1
+        self.reasons[re.sub(r"[\d.]+|'[^']*'", '…', excerpt(reason))] += 1
         if self.path:
-            with open(self.path, 'a') as f: f.write(json.dumps(dict(where=where, reason=reason, row=row), default=str)+'\n')
+            said = dict(where=where, reason=excerpt(reason), row=row)
+            try: text = json.dumps(said, default=str)
+            except (ValueError, TypeError, RecursionError) as e: # nested too deeply, or keys that JSON can't have
+                text = json.dumps(said | dict(row=f'not written: {e}'))
+            with open(self.path, 'a') as f: f.write(f'{text}\n')
         if self.bad>=100: self.check(where)
 
     def check(self, where='the end'):
         "Stop if too large a share was bad."
         if self.bad<=self.max_bad*self.rows: return
-        raise ValueError(f"{where}: {self.bad:,} of {self.rows:,} rows are bad, more than {self.max_bad:.1%} "
+        raise UserError(f"{where}: {self.bad:,} of {self.rows:,} rows are bad, more than {self.max_bad:.1%} "
             f"(most often: {self.reasons.most_common(1)[0][0]}); mend the file or raise --max_bad.")
 
 # %% ../nbs/00a_sources.ipynb #8585dc06
+MOST_UNPACKED,MOST_TIMES = 8<<20,100 # what a packed file may hold: bytes in any case, and times its size
+
+def _export_file(path):
+    "A file that has an end."
+    if (path := Path(path)).is_file(): return path
+    raise UserError(f"{'this is no file' if path.exists() else 'no such file'}: {path}; give a file that was exported.")
+
+def _refuse_bomb(path, size):
+    if size>max(MOST_UNPACKED, MOST_TIMES*path.stat().st_size):
+        raise UserError(f"{path.name}: it unpacks to more than {MOST_TIMES} times its size, as no export does; leave it out.")
+
+class _Unpacked(gzip.GzipFile):
+    def read1(self, size=-1):
+        _refuse_bomb(Path(self.name), self.tell())
+        return super().read1(size)
+
+@contextmanager
+def _whole(name):
+    "What is wrong with a file as a whole, in one line."
+    try: yield
+    except UserError: raise
+    except (*ROW_FAULTS, OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
+        raise UserError(f"{name}: it can't be read ({excerpt(e)}); export or download it again.") from None
+
+# %% ../nbs/00a_sources.ipynb #0716446b
 def _legible(s):
-    "Text of bytes that weren't UTF-8, read as windows-1252, which is what they nearly always are."
+    "Text of bytes that weren't UTF-8."
     if s.isascii() or not re.search('[\udc80-\udcff]', s): return s
     return s.encode('utf-8', 'surrogateescape').decode('cp1252', 'replace')
 
 @contextmanager
 def _text(path):
-    raw = gzip.open(path) if path.suffix=='.gz' else open(path, 'rb')
+    raw = _Unpacked(path) if path.suffix=='.gz' else open(path, 'rb')
     with raw, io.TextIOWrapper(raw, encoding='utf-8-sig', errors='surrogateescape', newline='') as f: yield f
 
+TOO_LONG = f'longer than {MOST_ROW:,} characters'
+
+def _text_lines(f):
+    "Lines of a file; one with more than `MOST_ROW` characters ends there."
+    while line := f.readline(MOST_ROW+1):
+        rest,n = line,0
+        while len(rest)>MOST_ROW and rest[-1] not in '\r\n':
+            rest,n = f.readline(MOST_ROW+1),n+1
+            if n>64: raise UserError(f"{Path(f.name).name}: no end of a line in {n*MOST_ROW:,} characters; give a file of rows.")
+        yield line
+
+# %% ../nbs/00a_sources.ipynb #89cc41a8
 def _csv(path, bad):
     with _text(path) as f:
-        again,taken,n = deque(),[],0
+        lines,again,taken,head,n,size = _text_lines(f),[],[],None,0,0
         def feed():
-            while line := again.popleft() if again else f.readline(): taken.append(line); yield line.replace('\0', '')
+            nonlocal size
+            while line := again.pop() if again else next(lines, ''):
+                taken.append(line)
+                size += len(line)
+                if size>MOST_ROW: raise csv.Error(TOO_LONG)
+                yield line.replace('\0', '')
+        def record(rows):
+            "The next row, None at the end; and why it doesn't fit."
+            try: row = next(rows, None)
+            except csv.Error as e: return [],f'not CSV ({e})'
+            return row,f'{len(row)} columns, not {len(head)}' if row and head and len(row)!=len(head) else ''
         rows = csv.reader(feed(), strict=True)
-        head = next(rows, [])
-        while True:
-            n,fault = n+len(taken),None
+        head,fault = record(rows)
+        if fault or head==[]:
+            raise UserError(f"{path.name} line 1: {fault or 'it is empty'}; it has to name the columns.")
+        while head:
+            n += len(taken)
             taken.clear()
-            try: row = next(rows)
-            except StopIteration: return
-            except csv.Error as e: fault = f'not CSV ({e})'
-            if not fault and row and len(row)!=len(head): fault = f'{len(row)} columns, not {len(head)}'
-            if fault:
-                again.extendleft(reversed(taken[1:]))
-                del taken[1:]
-                bad(f'{path.name} line {n+1}', fault, taken[0])
-            elif row: yield f'{path.name} line {n+1}',dict(zip(head, map(_legible, row)))
+            size = 0
+            row,fault = record(rows)
+            if row is None: return
+            if row and not fault: yield f'{path.name} line {n+1}',dict(zip(head, map(_legible, row)))
+            if not fault: continue
+            rows = csv.reader(feed(), strict=True)
+            if len(taken)>1: again.append(taken.pop())
+            bad(f'{path.name} line {n+1}', fault, taken[0])
+            for k,line in enumerate(taken[1:], n+2):
+                row,fault = record(csv.reader([line], strict=True))
+                if fault: bad(f'{path.name} line {k}', fault, line)
+                elif row: yield f'{path.name} line {k}',dict(zip(head, map(_legible, row)))
 
 # %% ../nbs/00a_sources.ipynb #82cd573a
 def _jsonl(path, bad):
     with _text(path) as f:
-        for n,line in enumerate(f, 1):
+        for n,line in enumerate(_text_lines(f), 1):
             if not line.strip(): continue
-            try: row = json.loads(_legible(line))
-            except ValueError as e: row = e
-            if isinstance(row, dict): yield f'{path.name} line {n}',row
-            else: bad(f'{path.name} line {n}', f'not JSON ({row})' if isinstance(row, ValueError) else 'not a JSON object', line)
+            where,fault = f'{path.name} line {n}','not a JSON object'
+            try: row = json.loads(_legible(line)) if len(line)<=MOST_ROW else None
+            except (ValueError, RecursionError) as e: row,fault = None,f'not JSON ({e})'
+            if isinstance(row, dict): yield where,row
+            else: bad(where, fault if len(line)<=MOST_ROW else TOO_LONG, line[:1000])
 
 def _parquet(path, bad):
-    import pyarrow.parquet as pq
+    import pyarrow as pa, pyarrow.parquet as pq
     n = 0
-    for b in pq.ParquetFile(path).iter_batches(1000):
-        for row in b.to_pylist(): n += 1; yield f'{path.name} row {n}',row
+    try:
+        f = pq.ParquetFile(path)
+        _refuse_bomb(path, sum(f.metadata.row_group(i).total_byte_size for i in range(f.metadata.num_row_groups)))
+        texts = [c.path for c in map(f.schema.column, range(len(f.schema))) if c.physical_type=='BYTE_ARRAY']
+        f = pq.ParquetFile(path, read_dictionary=texts) # a text that is in it a thousand times is in memory once
+        for b in f.iter_batches(1000):
+            for i in range(len(b)):
+                n += 1
+                try: row = b.slice(i, 1).to_pylist()[0]
+                except (*ROW_FAULTS, pa.ArrowException) as e: bad(f'{path.name} row {n}', str(e), None)
+                else: yield f'{path.name} row {n}',row
+    except UserError: raise
+    except (*ROW_FAULTS, OSError, MemoryError, pa.ArrowException) as e:
+        raise UserError(f"{path.name} after row {n}: it can't be read as Parquet ({excerpt(e)}); get it again.") from None
 
 def _hub(name, bad):
     from datasets import load_dataset
-    name,_,config = name.partition(':')
-    for n,row in enumerate(load_dataset(name, config or None, split='train', streaming=True), 1): yield f'{name} row {n}',row
+    from datasets.exceptions import DatasetGenerationError
+    import pyarrow as pa
+    n,(repo,_,config) = 0,name.partition(':')
+    try:
+        ds = load_dataset(repo, config or None, split='train', streaming=True)
+        for n,row in enumerate(ds, 1): yield f'{name} row {n}',row
+    except (*ROW_FAULTS, OSError, RuntimeError, DatasetGenerationError, pa.ArrowException) as e:
+        raise UserError(f"{name}, split `train` after row {n}: it can't be read ({excerpt(e)}); "
+            "give a dataset of data files.") from None
 
 # %% ../nbs/00a_sources.ipynb #be38a79d
 EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'}, 'ToxicChat': {'user_input','model_output','jailbreaking'},
@@ -101,7 +185,9 @@ EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'}, 'To
 
 def _keep_out(columns, where):
     for name,sign in EVAL_ONLY.items():
-        if sign<=set(columns): raise ValueError(f"{where}: this is {name}, which is for evaluation only; give it to --prompts to keep it out of the training data.")
+        if sign<=set(columns):
+            raise UserError(f"{where}: this is {name}, which is for evaluation only; "
+                "give it to --prompts to keep it out of the training data.")
 
 # %% ../nbs/00a_sources.ipynb #b6975238
 def records(
@@ -111,25 +197,31 @@ def records(
     training:bool=True, # Refuse sets that are for evaluation only?
 ): # Yields place and record
     "The records of a file, one at a time."
-    if (hub := str(path).startswith('hub:')): read,path = _hub,path[4:]
+    if str(path).startswith('hub:'): read,path,name = _hub,path[4:],path
     else:
-        path = Path(path)
-        kind = next((s for s in reversed(path.suffixes) if s!='.gz'), '')
+        path = _export_file(path)
+        kind,name = next((s for s in reversed(path.suffixes) if s!='.gz'), ''),path.name
         read = {'.csv':_csv, '.jsonl':_jsonl, '.json':_jsonl, '.parquet':_parquet}.get(kind)
-        if not path.is_file(): raise ValueError(f"no such file: {path}; give a CSV, JSONL or Parquet file.")
-        if not read: raise ValueError(f"{path.name}: {kind or 'no'} suffix; give a .csv, .jsonl or .parquet file, or a .gz of the first two.")
+        if not read:
+            raise UserError(f"{name}: {kind or 'no'} suffix; give a .csv, .jsonl or .parquet file, or a .gz of the first two.")
     def put_aside(*a):
         if isinstance(bad, Quarantine): bad.rows += 1
         bad(*a)
-    for i,(where,row) in enumerate(read(path, put_aside)):
-        if not i:
-            if training: _keep_out(row, where)
-            if gone := [c for c in need if c not in row]: raise ValueError(f"{where}: no column `{gone[0]}`; it has {', '.join(row)}.")
-        if isinstance(bad, Quarantine): bad.rows += 1
-        yield where,row
+    with _whole(name):
+        for i,(where,row) in enumerate(read(path, put_aside)):
+            if not i or read is _jsonl: # elsewhere all rows have the same columns
+                if training: _keep_out(row, where)
+                if gone := [c for c in need if c not in row]:
+                    fault = f"no column `{gone[0]}`; it has {excerpt(', '.join(map(str, row)))}."
+                    if read is not _jsonl: raise UserError(f"{where}: {fault}")
+                    put_aside(where, fault, row)
+                    continue
+            if isinstance(bad, Quarantine): bad.rows += 1
+            yield where,row
 
 # %% ../nbs/00a_sources.ipynb #ffc2b59b
 SOURCES = {}
+def _reason(e): return f'no field {e}' if isinstance(e, KeyError) else str(e)
 
 def source(
     name, # What the command calls it
@@ -142,13 +234,28 @@ def source(
         def read(path, bad=refuse, **opts):
             for where,rec in records(path, bad, opts.get('need', need)):
                 try: lines = f(rec, **opts)
-                except (ValueError, TypeError, KeyError) as e: bad(where, f'no column {e}' if isinstance(e, KeyError) else str(e), rec)
+                except ROW_FAULTS as e: bad(where, _reason(e), rec)
                 else: yield from lines
         SOURCES[name] = SimpleNamespace(name=name, read=read, license=license, pass_on=pass_on, doc=f.__doc__)
         return f
     return _inner
 
 # %% ../nbs/00a_sources.ipynb #21a24a92
+MOST_TEXT,MOST_NAME,MOST_WHO = 100_000,1000,100 # characters of a line; of a room or an id; of a speaker
+YEAR_1,YEAR_10000 = -62135596800,253402300800 # s since 1970
+
+def _str(s, what, most=MOST_NAME):
+    "A text without halves of characters."
+    if not isinstance(s, str): raise ValueError(f"the {what} is no text")
+    if len(s)>most: raise ValueError(f"the {what} has {len(s):,} characters, more than {most:,}")
+    return s if s.isascii() else s.encode('utf-8', 'ignore').decode()
+
+def _name(v, what, most=MOST_NAME): return _str(str(v) if isinstance(v, (int,float)) else v, what, most)
+
+def _time(t):
+    if t is None or YEAR_1<=t<YEAR_10000: return t
+    raise ValueError(f"the time {t} is not in seconds of the years 1 to 9999")
+
 def line(
     room, # Channel, match or thread
     who, # Speaker
@@ -156,10 +263,14 @@ def line(
     t=None, # When, s
     group=None, # What must stay together in a split; the room where None
     score=None, # Measured toxicity, 0 to 1
-    **kw, # `cats`, `by` (who measured), `id`, `reply_to`, `system`, `persona`
+    **kw, # `cats`, `by` (who measured), `id`, `reply_to`, `author`, `system`, `persona`
 )->dict:
     "One line of talk."
-    return dict(room=str(room), who=str(who), text=text or '', t=t, group=str(group or room), score=score, **kw)
+    room = _name(room, 'room')
+    for k in ('by','id','reply_to','author','system'):
+        if kw.get(k) is not None: kw[k] = _str(kw[k], k, MOST_TEXT) if k=='system' else _name(kw[k], k)
+    return dict(room=room, who=_name(who, 'speaker', MOST_WHO), text=_str(text, 'text', MOST_TEXT), t=_time(t),
+        group=room if group in (None,'') else _name(group, 'group'), score=score, **kw)
 
 def _score(v):
     if v in (None, '', -1, '-1'): return None
@@ -192,7 +303,7 @@ def conda(r, **_):
     if c not in (None,'E','I','A','O'): raise ValueError(f"intentClass {c!r} is none of E, I, A, O")
     s = None if c is None else float(c in 'EI')
     return [line(r['conversationId'], r['playerId'], t, float(r['chatTime']), group=f"conda-{r['matchId']}", score=s, by='conda', author=r['playerId'],
-        cats=dict(E=['explicit'], I=['implicit']).get(c, [])) for t in re.split(r'\s*\[SEPA\]\s*', r['utterance']) if t]
+        cats=dict(E=['explicit'], I=['implicit']).get(c, [])) for t in map(str.strip, r['utterance'].split('[SEPA]')) if t]
 
 @source('gosuai', 'unverified', False, need=('match','time','slot','text'))
 def gosuai(r, **_):
@@ -223,75 +334,133 @@ def chats(r, **_):
     if all(m['role']!='assistant' for m in ms): raise ValueError("no assistant turn, there is nothing to learn")
     s,by = _score(r.get('toxicity_score')),r.get('label_source')
     if s is not None and not by: raise ValueError("a toxicity_score, but no label_source to say who measured it")
-    room = str(r.get('id') or _hash(*(m['content'] for m in ms)))
+    room = r.get('id') or _hash(*(m['content'] for m in ms))
     system = next((m['content'] for m in ms if m['role']=='system'), '')
     return [line(room, m['role'], m['content'], group=r.get('group'), score=s if m['role']=='assistant' else None, by=by,
         system=system, persona='assistant') for m in ms if m['role']!='system']
 
 # %% ../nbs/00a_sources.ipynb #cefc0718
-class _Broken(Exception): pass
+_GAP = re.compile(r'[\s,]*')
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.S) # a string, or what opens, closes and divides
 
-def _items(f, key, size=2**16):
-    "The objects of the list under `key` in a JSON file, without reading it whole."
-    buf,dec = '',json.JSONDecoder()
-    while not (m := re.search(rf'"{key}"\s*:\s*\[', buf)):
-        if not (more := f.read(size)): raise _Broken(f"no list `{key}` in it")
+def _past(s, i):
+    "Where the value that begins at `i` ends, however broken or deep it is; None if `s` ends before."
+    depth = 0
+    for m in _TOKEN.finditer(s, i):
+        if m[0] in '[{': depth += 1
+        elif m[0] in ']}':
+            depth -= 1
+            if depth<=0: return m.end() if depth==0 or m.start()==i else m.start()
+        elif m[0]==',' and not depth: return m.start()
+
+def _items(f, begin, name, size=2**16):
+    "The text before the match of `begin`, then each value of the list that begins there, with what is wrong with it."
+    buf,dec,end = '',json.JSONDecoder(),f'{name}: it ends in the middle of its list; export it again.'
+    while not (m := begin.search(buf)):
+        if len(buf)>16*size or not (more := f.read(size)):
+            raise UserError(f"{name}: no list of messages or users in it; export it again.")
         buf += more
-    head,buf = buf[:m.start()],buf[m.end():]
+    yield buf[:m.start()],''
+    i = m.end()
     while True:
-        buf = buf.lstrip(' \r\n\t,')
-        if buf[:1]==']': return
-        try: row,i = dec.raw_decode(buf)
-        except ValueError as e:
-            if not (more := f.read(max(size, len(buf)))): raise _Broken(f"it ends in the middle of `{key}` ({e})") from None
-            buf += more
+        i = _GAP.match(buf, i).end()
+        if buf[i:i+1]==']': return
+        past,fault = None,''
+        if i<len(buf):
+            try: row,past = dec.raw_decode(buf, i)
+            except (ValueError, RecursionError) as e:
+                if past := _past(buf, i): row,fault = buf[i:past][:1000],f'not JSON ({e})'
+        if past:
+            yield row,fault
+            i = past
             continue
-        buf = buf[i:]
-        yield head,row
+        if len(buf)-i>MOST_ROW: raise UserError(f"{name}: an entry of its list is {TOO_LONG}; export it again.")
+        if not (more := f.read(max(size, len(buf)-i))): raise UserError(end)
+        buf,i = buf[i:]+more,0
 
 # %% ../nbs/00a_sources.ipynb #f0c5412e
 def _when(s): return datetime.fromisoformat(s).timestamp()
 
+def _said(items, name, bad, say):
+    "What `say` makes of each entry of a list, where it makes something of it."
+    for n,(m,fault) in enumerate(items, 1):
+        if isinstance(bad, Quarantine): bad.rows += 1
+        try:
+            if fault: raise ValueError(fault)
+            l = say(m)
+        except ROW_FAULTS as e: bad(f'{name} {n}', _reason(e), m)
+        else:
+            if l: yield l
+
+_MESSAGES = re.compile(r'"messages"\s*:\s*\[')
+
 def read_discord(path, bad=refuse, **_):
     "DiscordChatExporter JSON"
-    path = Path(path)
-    with _text(path) as f:
-        try:
-            for n,(head,m) in enumerate(_items(f, 'messages'), 1):
-                if isinstance(bad, Quarantine): bad.rows += 1
-                try:
-                    if n==1: chan = re.search(r'"channel"\s*:\s*\{\s*"id"\s*:\s*"(\w+)"', head)[1]
-                    if m['type'] not in ('Default','Reply') or m['author']['isBot']: continue
-                    who,t = m['author'],_when(m['timestamp'])
-                    yield line(chan, who.get('nickname') or who['name'], _legible(m['content']), t, group=f'discord-{chan}-{int(t//86400)}', author=who['id'],
-                        id=m['id'], reply_to=(m.get('reference') or {}).get('messageId'))
-                except (KeyError, ValueError, TypeError) as e: bad(f'{path.name} message {n}', f'no field {e}' if isinstance(e, KeyError) else str(e), m)
-        except _Broken as e: raise ValueError(f"{path.name}: {e}; export it again.") from None
+    path = _export_file(path)
+    with _whole(path.name), _text(path) as f:
+        items = _items(f, _MESSAGES, path.name)
+        found = re.search(r'"channel"\s*:\s*\{\s*"id"\s*:\s*"(\w+)"', next(items)[0])
+        if not found: raise UserError(f"{path.name}: no channel before its messages; is it DiscordChatExporter's JSON?")
+        def say(m):
+            if m['type'] not in ('Default','Reply') or m['author']['isBot']: return
+            who,t = m['author'],_when(m['timestamp'])
+            return line(found[1], who.get('nickname') or who['name'], _legible(m['content']), t, author=who['id'],
+                group=f'discord-{found[1]}-{int(t//86400)}', id=m['id'], reply_to=(m.get('reference') or {}).get('messageId'))
+        yield from _said(items, f'{path.name} message', bad, say)
 SOURCES['discord'] = SimpleNamespace(name='discord', read=read_discord, license='', pass_on=False, doc=read_discord.__doc__)
 
 # %% ../nbs/00a_sources.ipynb #0b0cf10e
 def _slack_text(s, users):
-    s = re.sub(r'<@(\w+)(?:\|[^>]*)?>', lambda m: f"@{users[m[1]]}" if m[1] in users else m[0], s)
-    s = re.sub(r'<#\w+\|([^>]*)>', r'#\1', s)
-    return re.sub(r'<((?:https?|mailto):[^|>]+)(?:\|[^>]*)?>', r'\1', s).replace('&lt;','<').replace('&gt;','>').replace('&amp;','&')
+    s = re.sub(r'<@(\w+)(?:\|[^<>]*)?>', lambda m: f"@{users[m[1]]}" if m[1] in users else m[0], s)
+    s = re.sub(r'<#\w+\|([^<>]*)>', r'#\1', s)
+    s = re.sub(r'<((?:https?|mailto):[^|<>]+)(?:\|[^<>]*)?>', r'\1', s)
+    return s.replace('&lt;','<').replace('&gt;','>').replace('&amp;','&')
+
+_LIST = re.compile(r'\A\s*\[')
+
+def _entry(z, e):
+    "The entries of a list in a zip; what breaks it is the last one."
+    try:
+        with _whole(e.filename), z.open(e) as raw, io.TextIOWrapper(raw, 'utf-8-sig', 'surrogateescape') as f:
+            items = _items(f, _LIST, e.filename)
+            next(items)
+            yield from items
+    except UserError as x: yield None,str(x)
+
+def _slack_files(z, path):
+    "users.json, the days of a Slack export, and which of them are there twice."
+    files,twice = {},[]
+    for e in z.infolist():
+        if e.filename=='users.json' or re.fullmatch(r'[^/]+/\d{4}-\d\d-\d\d\.json', e.filename):
+            if e.flag_bits & 1: raise UserError(f"{path.name}: it is encrypted; unpack it and zip it without a password.")
+            if files.setdefault(e.filename, e) is not e: twice.append(e.filename)
+    if 'users.json' not in files or len(files)==1:
+        raise UserError(f"{path.name}: no users.json or no CHANNEL/YYYY-MM-DD.json in it; is it a Slack export?")
+    _refuse_bomb(path, sum(e.file_size for e in files.values()))
+    return files.pop('users.json'),sorted(files.items()),twice
+
+# %% ../nbs/00a_sources.ipynb #48f620d5
+def _slack_user(u):
+    name = (u.get('profile') or {}).get('display_name') or u.get('name') or u['id']
+    return _name(u['id'], 'id'),_name(name, 'user')
 
 def read_slack(path, bad=refuse, **_):
     "Slack export zip"
-    path = Path(path)
-    if not zipfile.is_zipfile(path): raise ValueError(f"{path.name}: no such zip; give the file that Slack's export gave you.")
-    with zipfile.ZipFile(path) as z:
-        names = sorted(n for n in z.namelist() if re.fullmatch(r'[^/]+/\d{4}-\d\d-\d\d\.json', n))
-        if 'users.json' not in z.namelist() or not names: raise ValueError(f"{path.name}: no users.json or no CHANNEL/YYYY-MM-DD.json in it; is it a Slack export?")
-        users = {u['id']: (u.get('profile') or {}).get('display_name') or u.get('name') or u['id'] for u in json.loads(z.read('users.json'))}
-        for n in names:
-            chan,day = n[:-5].split('/')
-            for i,m in enumerate(json.loads(z.read(n)), 1):
-                if isinstance(bad, Quarantine): bad.rows += 1
-                try:
-                    if m['type']!='message' or m.get('subtype'): continue
-                    yield line(chan, users.get(m['user'], m['user']), _slack_text(m['text'], users), float(m['ts']), group=f'slack-{chan}-{day}',
-                        author=m['user'], id=m['ts'], reply_to=m.get('thread_ts'))
-                except (KeyError, ValueError, TypeError) as e: bad(f'{n} message {i}', f'no field {e}' if isinstance(e, KeyError) else str(e), m)
+    path = _export_file(path)
+    if not zipfile.is_zipfile(path): raise UserError(f"{path.name}: no such zip; give the file that Slack's export gave you.")
+    with _whole(path.name), zipfile.ZipFile(path) as z:
+        first,days,twice = _slack_files(z, path)
+        for name in twice:
+            if isinstance(bad, Quarantine): bad.rows += 1
+            bad(name, 'there is another entry of this name', None)
+        users = dict(_said(_entry(z, first), 'users.json user', bad, _slack_user))
+        for name,e in days:
+            chan,day = name[:-5].split('/')
+            def say(m):
+                if m['type']!='message' or m.get('subtype'): return
+                return line(chan, users.get(m['user'], m['user']), _slack_text(m['text'], users), float(m['ts']),
+                    group=f'slack-{chan}-{day}', author=m['user'], id=m['ts'], reply_to=m.get('thread_ts'))
+            yield from _said(_entry(z, e), f'{name} message', bad, say)
 SOURCES['slack'] = SimpleNamespace(name='slack', read=read_slack, license='', pass_on=False, doc=read_slack.__doc__)
 
 # %% ../nbs/00a_sources.ipynb #62e444f6
@@ -304,22 +473,22 @@ def _seconds(v):
 def table(r, columns=None, **_):
     "Any CSV, JSONL or Parquet, with --columns 'text=body who=author room=channel t=sent score=tox'"
     g = {k: r[c] for k,c in (columns or dict(text='text')).items()}
-    if not isinstance(g['text'], str): raise ValueError("the text is not a string")
-    room = g.get('room') or _hash(g['text'])
+    room = _hash(g['text']) if g.get('room') in (None,'') else g['room']
     return [line(room, g.get('who', 'writer'), g['text'], _seconds(g.get('t')), group=g.get('group'), score=_score(g.get('score')), by='table', id=g.get('id'), reply_to=g.get('reply_to'))]
 
 # %% ../nbs/00a_sources.ipynb #40bbdc43
 class Thread:
     "One conversation as columns, while it is open."
-    __slots__ = 'first','names','authors','who','texts','t','scores','cats','ids','last','by'
+    __slots__ = 'first','names','authors','who','texts','t','scores','cats','ids','last','by','size'
     def __init__(self, l):
         self.first,self.names,self.authors,self.who,self.texts,self.t,self.scores = l,{},[],[],[],[],[]
-        self.cats,self.ids,self.last,self.by = set(),set(),None,None
+        self.cats,self.ids,self.last,self.by,self.size = set(),set(),None,None,0
 
     def add(self, l):
         if l['who'] not in self.names: self.authors.append(_hash(a) if (a := l.get('author')) else '')
         self.who.append(self.names.setdefault(l['who'], len(self.names)))
         self.texts.append(l['text']); self.scores.append(l['score']); self.t.append(l['t'])
+        self.size += len(l['text'])
         if l['t'] is not None: self.last = l['t']
         if l['score'] is not None: self.by = l.get('by')
         if c := l.get('cats'): self.cats.update(c)
@@ -350,20 +519,26 @@ def threads(
     gap:float=600, # Silence that ends a conversation, s
     max_lines:int=40, # Lines after which a conversation ends
     max_open:int=10_000, # Rooms kept open
+    max_held:int=1<<26, # Characters kept in open rooms
 ): # Yields conversations: who said what when, with ids that tell nothing
     "Put lines together into conversations."
-    rooms = OrderedDict()
+    rooms,held = OrderedDict(),0
+    def over(c):
+        nonlocal held
+        held -= c.size
+        return c.done(source, license)
     for l in lines:
         live = rooms.setdefault(l['room'], [])
         rooms.move_to_end(l['room'])
         c = _home(l, live, gap)
-        if c and len(c.texts)>=max_lines: live.remove(c); yield c.done(source, license); c = None
+        if c and (len(c.texts)>=max_lines or c.size>=MOST_TEXT): live.remove(c); yield over(c); c = None
         if not c: live.append(c := Thread(l))
         elif c is not live[-1]: live.remove(c); live.append(c)
         c.add(l)
-        if len(live)>4: yield live.pop(0).done(source, license)
-        if len(rooms)>max_open: yield from (c.done(source, license) for c in rooms.popitem(last=False)[1])
-    for live in rooms.values(): yield from (c.done(source, license) for c in live)
+        held += len(l['text'])
+        if len(live)>4: yield over(live.pop(0))
+        while len(rooms)>max_open or held>max_held: yield from map(over, rooms.popitem(last=False)[1])
+    for live in rooms.values(): yield from map(over, live)
 
 # %% ../nbs/00a_sources.ipynb #41da9d07
 def pick_persona(
