@@ -86,7 +86,7 @@ _UNSEEN_TOO = '\u115f\u1160\u2800\u3164\uffa0' # letters and a symbol without in
 def _seen(c):
     "What a reader sees of a character: letters and digits as in ASCII, of joiners and marks nothing."
     if unicodedata.category(c) in ('Cf','Mn','Me','Cn','Co') or c in _UNSEEN_TOO: return ''
-    like = unicodedata.normalize('NFKC', c)
+    like = unicodedata.normalize('NFKC', c).replace('\u3002', '.') # an ideographic full stop
     return ''.join(str(unicodedata.decimal(x, x)) for x in like if not unicodedata.combining(x)) if len(like)<5 else c # some are whole sentences
 
 class Seen:
@@ -152,7 +152,7 @@ def unname(
     here = [(x,k) for k,x in enumerate(looks, 1) if len(x)>2 and not x.isdigit() and x not in ('user','assistant','writer') and x.lower() in blob]
     if not here: return [*map(str, texts)],0
     here.sort(key=lambda p: -len(p[0]))
-    pat = re.compile(r'(?<![\w<])@?(?:'+'|'.join(f'({re.escape(x)})' for x,_ in here)+r')(?!\w)', re.I)
+    pat = re.compile(r'(?<![^\W_<])(?<!\w_)(?<!<)@?(?:'+'|'.join(f'({re.escape(x)})' for x,_ in here)+r')(?!_?[^\W_])', re.I)
     n = 0
     def put(m):
         nonlocal n
