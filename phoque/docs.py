@@ -277,7 +277,7 @@ def _site_pages(cfg)->Path:
 UNFETCHED = {'canonical', 'alternate', 'next', 'prev', 'author', 'license', 'help', 'noopener', 'noreferrer', 'nofollow'} # `rel` of a link that no browser follows by itself
 _IMPORT = re.compile(r'@import\s+(?:url\(\s*)?["\']?(?:https?:)?//[^)"\']*["\']?\)?[^;{}]*;?')
 
-def _css_urls(text): return re.findall(r'(?:url\(\s*|@import\s+)["\']?([^)"\'\s]+)', text)
+def _css_urls(text): return re.findall(r'(?:@import\s+(?:url\(\s*)?|url\(\s*)["\']?([^)"\'\s]+)', text)
 def _remote(url): return re.match(r'\s*(?:[a-z]+:)?//', url, re.I) is not None
 
 class _Page(HTMLParser):
