@@ -10,7 +10,7 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'text_table', 'printable', 'excerpt', 'safe_path', 'read_json',
-           'front_matter', 'md_text', 'private_files']
+           'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets']
 
 # %% ../nbs/00_core.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -118,3 +118,27 @@ def md_text(
 def private_files():
     "Let only this account read what this process writes from here on: folders 0700, files 0600."
     os.umask(0o077)
+
+# %% ../nbs/00_core.ipynb #494caeaa
+_SECRET = r'(?:token|api_?key|secret|passw(?:or)?d)'
+_TOKENS = re.compile(r'(?<![A-Za-z0-9])(?:(?:hf|api_org|gh[opusr]|github_pat|sk|wandb_v\d)[_-](?:[A-Za-z0-9]{16,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})|local-[0-9a-f]{40})[\w-]*')
+
+def masked(
+    text, # To be shown
+)->str: # The same without secrets
+    "Text without the values of secret variables, without passwords in addresses, without tokens."
+    text = str(text)
+    for k,v in os.environ.items():
+        if len(v)>=6 and k.endswith(('_TOKEN','_KEY','_SECRET','_PASSWORD')): text = text.replace(v, f'[{k}]')
+    text = re.sub(r'(?<=://)[^/\s@]+(?=@)', '[password]', text)
+    text = re.sub(rf'(?i)({_SECRET}=|Bearer )(?!\[)[^\s&\'"]{{6,}}', r'\1[secret]', text)
+    return _TOKENS.sub('[token]', text)
+
+def refuse_secrets(
+    **given, # What something is called → its value
+):
+    "Refuse values that hold a secret, before they are shown, stored or sent."
+    for k,v in given.items():
+        if not re.search(rf'(?i)^-+[\w-]*{_SECRET}$', k) and masked(v)==str(v): continue
+        raise UserError(f"{k}: a secret has no place here, where others can read it: export it as HF_TOKEN or WANDB_API_KEY, "
+                        "and make a new one if it is real")

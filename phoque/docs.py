@@ -4,7 +4,7 @@
 
 # %% ../nbs/10_docs.ipynb #98346b26
 from __future__ import annotations
-import hashlib, json, os, re, shutil, signal, subprocess, sys, tempfile, time, traceback
+import hashlib, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, time, traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ from fastcore.script import call_parse
 from fastcore.xtras import modified_env
 
 # %% auto #0
-__all__ = ['HEAVY', 'project', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'write_readme', 'generate',
-           'check_generated', 'check_site', 'build_site', 'screenshots', 'page_texts', 'command_help', 'check_commands',
-           'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'docs_cli']
+__all__ = ['UNFETCHED', 'HEAVY', 'project', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'write_readme',
+           'generate', 'check_generated', 'check_site', 'build_site', 'screenshots', 'page_texts', 'command_help',
+           'check_commands', 'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'docs_cli']
 
 # %% ../nbs/10_docs.ipynb #e7430943
 @contextmanager
@@ -274,10 +274,17 @@ def _site_pages(cfg)->Path:
     return cache
 
 # %% ../nbs/10_docs.ipynb #535acbeb
+UNFETCHED = {'canonical', 'alternate', 'next', 'prev', 'author', 'license', 'help', 'noopener', 'noreferrer', 'nofollow'} # `rel` of a link that no browser follows by itself
+_IMPORT = re.compile(r'@import\s+(?:url\(\s*)?["\']?(?:https?:)?//[^)"\']*["\']?\)?[^;{}]*;?')
+
+def _css_urls(text): return re.findall(r'(?:@import\s+(?:url\(\s*)?|url\(\s*)["\']?([^)"\'\s]+)', text)
+def _remote(url): return re.match(r'\s*(?:[a-z]+:)?//', url, re.I) is not None
+
 class _Page(HTMLParser):
-    "What a page links to, and what can be linked to in it."
+    "What a page links to, what can be linked to in it, and what a browser fetches to show it."
     def __init__(self, text):
         super().__init__()
+        self.fetched = _css_urls(text)
         self.links,self.ids,self.title,self._in_title = [],set(),'',False
         self.feed(text)
     def handle_starttag(self, tag, attrs):
@@ -285,6 +292,9 @@ class _Page(HTMLParser):
         self.links += [d[k] for k in ('href', 'src') if d.get(k)]
         self.ids |= {d[k] for k in ('id', 'name') if d.get(k)}
         self._in_title = tag=='title'
+        keys = ('src', 'srcset', 'poster', 'data', 'background') + ('href', 'xlink:href')*(tag not in ('a', 'area', 'base'))
+        if not (d.get('rel') or '').split() or not {*d['rel'].lower().split()} <= UNFETCHED: self.fetched += [u for k in keys if d.get(k) for u in d[k].split()]
+        if tag=='meta' and 'refresh' in (d.get('http-equiv') or '').lower(): self.fetched += (d.get('content') or '').lower().split('url=')[1:]
     def handle_data(self, data):
         if self._in_title: self.title += data.strip()
     def handle_endtag(self, tag): self._in_title = False
@@ -293,10 +303,12 @@ class _Page(HTMLParser):
 def check_site(
     site:str|Path, # The folder of the built site
 )->list[str]: # One line a problem; none is good
-    "Titles are there, and every link inside the site leads somewhere."
+    "Titles are there, every link inside the site leads somewhere, and nothing is fetched from elsewhere."
     site = Path(site).resolve()
     pages = {p:_Page(p.read_text()) for p in sorted(site.rglob('*.html'))}
     bad = [f'{p.relative_to(site)}: no title' for p,page in pages.items() if not page.title]
+    bad += [f'{p.relative_to(site)}: it fetches {u}' for p,page in pages.items() for u in dict.fromkeys(page.fetched) if _remote(u)]
+    bad += [f'{p.relative_to(site)}: it fetches {u}' for p in sorted(site.rglob('*.css')) for u in dict.fromkeys(_css_urls(p.read_text())) if _remote(u)]
     bad += [f'{p.relative_to(site)}: a saved output is an error' for p in pages if 'cell-output-error' in p.read_text()]
     for p,page in pages.items():
         for link in dict.fromkeys(page.links):
@@ -318,6 +330,7 @@ def build_site(
     with project(path) as cfg:
         cache = _site_pages(cfg)
         site = build(cache, quiet=True)
+        for f in Path(site.out).rglob('*.css'): f.write_text(_IMPORT.sub('', f.read_text())) # the themes' fonts; a system's own take their place
         bad = site.warnings + check_site(site.out)
         dest = Path(cfg.doc_path)
         shutil.rmtree(dest, ignore_errors=True)
@@ -493,7 +506,7 @@ def docs_cli(
         if outputs: run_notebooks(names)
         if generate: globals()['generate']()
         if check: check_generated()
-        if site: print(f'open {build_site()}/index.html')
+        if site: print(f"open {shlex.quote(f'{build_site()}/index.html')}")
         if shots:
             with project() as cfg: where = cfg.config_path/cfg.doc_path
             print(f'{len(screenshots(where))} pictures')

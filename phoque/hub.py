@@ -4,7 +4,8 @@
 
 # %% ../nbs/07a_hub.ipynb #09726612
 from __future__ import annotations
-import base64, contextlib, hashlib, json, logging, os, re, shutil, socket, struct, subprocess, sys, threading, time, uuid
+import base64, binascii, contextlib, hashlib, hmac, json, logging, os, re, secrets, shutil, socket, struct, subprocess, sys, threading, time, uuid
+from collections import deque
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ from urllib.parse import parse_qs, unquote
 from fastcore.basics import AttrDict, patch
 from fastcore.foundation import L
 from fastcore.script import call_parse
+from .core import UserError, excerpt, private_files, read_json, safe_path
 
 # %% auto #0
-__all__ = ['HubError', 'HubDisk', 'LocalHub', 'HubProcess', 'hub_process', 'hub_cli']
+__all__ = ['CARD_CHARS', 'LINK_SECONDS', 'MOST_BODY', 'MOST_FROM_NOBODY', 'MOST_ROWS', 'HubError', 'HubDisk', 'is_ours',
+           'LocalHub', 'HubProcess', 'hub_process', 'hub_cli']
 
 # %% ../nbs/07a_hub.ipynb #4140b674
 def _replace(file, d, die=False):
@@ -38,7 +41,7 @@ class HubError(Exception):
 
     def response(self):
         from starlette.responses import JSONResponse
-        h = {"X-Error-Message":str(self).encode("ascii", "replace").decode(), **self.headers}
+        h = {"X-Error-Message":excerpt(self, 300).encode("ascii", "replace").decode(), **self.headers}
         if self.code: h["X-Error-Code"] = self.code
         return JSONResponse({"error":str(self), **self.body}, self.status, h)
 
@@ -47,15 +50,17 @@ class HubDisk:
     "Users and repos under one folder."
     def __init__(self,
         root:str|Path, # Folder that holds everything, made when missing
-        users:dict=None, # Name → token; each user writes under their own name
+        users:list|dict=(), # Their names, each with a random token, or name → token; each user writes under their own name
         port:int=0, # Port on 127.0.0.1 (0: a free one)
         log:str=None, # File that gets each request as a line of JSON
     ):
         self.root,self.users,self.port,self.log = Path(root),{},port,log
+        self.secret = secrets.token_hex(32) # signs links to storage, and opens faults and the log of requests
         self.commit_limit,self.committed = None,{} # (commits, seconds) that a repo takes; when each repo was committed to
         self.lock = threading.RLock()
-        for o in ("objects", "repos", "uploads"): (self.root/o).mkdir(parents=True, exist_ok=True)
-        for u,t in (users or {}).items(): self.set_token(u, token=t)
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for o in ("objects", "repos", "uploads"): (self.root/o).mkdir(exist_ok=True)
+        for u in users or (): self.set_token(u, token=users[u] if isinstance(users, dict) else None)
 
     @property
     def url(self): return f"http://127.0.0.1:{self.port}"
@@ -65,16 +70,19 @@ class HubDisk:
         return json.loads(f.read_text()) if f.exists() else {}
 
 # %% ../nbs/07a_hub.ipynb #703ee8c5
+_NAME = re.compile(r"(?!.*(\.\.|\.git$))[A-Za-z0-9][A-Za-z0-9_.-]{0,95}") # of a user, a repo, a bucket
+_BRANCH = re.compile(r"(?!.*(\.\.|//|/$))[A-Za-z0-9][A-Za-z0-9_./-]{0,199}")
+
 @patch
 def set_token(self:HubDisk,
     user:str, # Name of the user, made when new
     role:str="write", # `write`, `read` or `expired`
-    token:str=None, # The token (default: the user's own)
+    token:str=None, # The token (default: the user's own, or a random one)
 ):
     "Give a token its role, at once and also for a server that is running."
     if role not in ("write", "read", "expired"): raise ValueError(f"`role` must be write, read or expired, got {role!r}.")
-    token = token or self.users.get(user)
-    if not token: raise ValueError(f"{user!r} has no token yet: pass `token`.")
+    if not _NAME.fullmatch(user): raise ValueError(f"a user's name is letters, digits and -_. after the first, got {user!r}.")
+    token = token or self.users.get(user) or secrets.token_urlsafe(24)
     self.users.setdefault(user, token)
     with self.lock: _replace(self.root/"users.json", self._tokens() | {hashlib.sha256(token.encode()).hexdigest():[user,role]})
 
@@ -96,7 +104,7 @@ def _is_lfs(path, size): return size>10*2**20 or path.rsplit(".",1)[-1] in _lfs_
 @patch
 def blob(self:HubDisk, sha):
     "Where the content with this sha256 lies."
-    if not re.fullmatch("[0-9a-f]{64}", sha): raise HubError(400, f"not a sha256: {sha!r}")
+    if not re.fullmatch("[0-9a-f]{64}", str(sha)): raise HubError(400, f"not a sha256: {sha!r}")
     return self.root/"objects"/sha[:2]/sha
 
 @patch
@@ -128,7 +136,8 @@ def lfs_entry(self:HubDisk, sha):
 # %% ../nbs/07a_hub.ipynb #39d0dba7
 @patch
 def _file(self:HubDisk, kind, repo_id):
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id): raise HubError(400, f"not a repo id: {repo_id!r}; want owner/name")
+    if kind not in ("model", "dataset"): raise HubError(400, f"a repo is a model or a dataset, not {kind!r}")
+    if not all(map(_NAME.fullmatch, repo_id.split("/"))) or repo_id.count("/")!=1: raise HubError(400, f"not a repo id: {repo_id!r}; want owner/name")
     return self.root/"repos"/f"{kind}s"/f"{repo_id}.json"
 
 @patch
@@ -245,28 +254,43 @@ def commits(self:HubDisk,
     return L(AttrDict({"oid":o, **{k:v for k,v in d["commits"][o].items() if k!="files"}}) for o in _history(d, _at(d, revision)))
 
 # %% ../nbs/07a_hub.ipynb #8b9f3367
-_routes = []
+_hub_routes = []
 _parts = {"{api}":"/api/(?P<kind>model|dataset)s/{ns}/{name}", "{repo}":"/(?P<kind>datasets/)?{ns}/{name}", "{path*}":"(?P<path>.*)"}
 
-def _on(verbs, template, write=False):
+def _on(verbs, template, write=False, routes=_hub_routes):
     "Register the decorated function as the answer to `verbs` on paths of this form."
     for k,v in _parts.items(): template = template.replace(k, v)
     rx = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", template))
-    def _inner(f): _routes.append((verbs.split(), rx, write, f)); return f
+    def _inner(f): routes.append((verbs.split(), rx, write, f)); return f
     return _inner
 
-def _route(hub, method, path, auth, q):
+def _route(hub, method, path, q):
     "Find the function for a request and call it."
-    hits = ((rx.fullmatch(path),w,f) for verbs,rx,w,f in _routes if method in verbs)
+    hits = ((rx.fullmatch(path),w,f) for verbs,rx,w,f in hub.routes if method in verbs)
     m,write,f = next((h for h in hits if h[0]), (None,None,None))
     if not f: raise HubError(404, f"this Hub has no {method} {path}")
     kw = {k:unquote(v) for k,v in m.groupdict(default="").items()}
-    q.user,q.role = hub._who(auth)
+    q.user,q.role = hub._who(q.auth)
     with hub.lock if write else contextlib.nullcontext():
         if "name" in kw:
             kind = "dataset" if kw.pop("kind").startswith("dataset") else "model"
             kw["repo"] = hub.access(kind, f'{kw.pop("ns")}/{kw.pop("name")}', q.user, q.role, write)
         return f(hub, q, **kw)
+
+# %% ../nbs/07a_hub.ipynb #7f171f69
+def _fields(d, **kinds):
+    "A dict with what each field is; 400 when one is something else."
+    if not isinstance(d, dict): raise HubError(400, f"an object belongs here, not a {type(d).__name__}")
+    for k,kind in kinds.items():
+        if not isinstance(d.get(k), kind): raise HubError(400, f"`{k}` can't be a {type(d.get(k)).__name__}" if k in d else f"`{k}` is missing")
+    return d
+
+def _said(body, **kinds):
+    "The JSON object that a body is."
+    d = read_json(body, what="the request's body")
+    try: json.dumps(d, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError): raise HubError(400, "the body can't be written back as JSON") from None
+    return _fields(d, **kinds)
 
 # %% ../nbs/07a_hub.ipynb #b559585f
 @_on("GET", "/api/whoami-v2")
@@ -277,9 +301,9 @@ def _whoami(hub, q):
 
 @_on("POST", "/api/repos/create")
 def _create(hub, q):
-    a = json.loads(q.body)
-    kind,ns = a.get("type") or "model",a.get("organization") or q.user
     if not q.user: raise HubError(401, "Making a repo needs a token")
+    a = _said(q.body, name=str, type=str|None, organization=str|None, visibility=str|None)
+    kind,ns = a.get("type") or "model",a.get("organization") or q.user
     if ns!=q.user or q.role!="write": raise HubError(403, f"this token may not make repos under {ns}")
     repo_id,prefix = f'{ns}/{a["name"]}',"datasets/" if kind=="dataset" else ""
     res = dict(url=f"{hub.url}/{prefix}{repo_id}", name=repo_id, id=repo_id)
@@ -292,16 +316,18 @@ def _create(hub, q):
 
 @_on("DELETE", "/api/repos/delete", write=True)
 def _delete(hub, q):
-    a = json.loads(q.body)
+    a = _said(q.body, name=str, type=str|None, organization=str|None)
     d = hub.access(a.get("type") or "model", f'{a.get("organization") or q.user}/{a["name"]}', q.user, q.role, write=True)
     hub._file(d["kind"], d["id"]).unlink()
     return {}
 
 @_on("PUT", "{api}/settings", write=True)
 def _settings(hub, q, repo):
-    a = json.loads(q.body)
-    if "visibility" in a: repo["private"] = a["visibility"]=="private"
-    if "gated" in a: repo["gated"] = a["gated"]
+    a = _said(q.body, visibility=str|None, gated=bool|str|None)
+    if a.get("visibility") not in (None, "private", "public"): raise HubError(400, "`visibility` is private or public")
+    if a.get("gated") not in (None, False, "auto", "manual"): raise HubError(400, "`gated` is false, auto or manual")
+    if a.get("visibility"): repo["private"] = a["visibility"]=="private"
+    if a.get("gated") is not None: repo["gated"] = a["gated"]
     hub.save(repo)
     return dict(private=repo["private"], gated=repo["gated"])
 
@@ -319,15 +345,23 @@ def _gate(q, repo):
 
 # %% ../nbs/07a_hub.ipynb #5b29562e
 def _card(text):
-    "The YAML block at the head of a README."
+    "The YAML block at the head of a README; `YAMLError` where it is none."
     import yaml
-    m = re.match(r"---\s*\n(.*?)\n---", text, re.S)
-    return (yaml.safe_load(m[1]) if m else None) or {}
+    m = re.match(r"---[ \t\r]*\n(.*?)\n---", text, re.S)
+    if not m: return {}
+    if len(m[1])>CARD_CHARS: raise yaml.YAMLError(f"longer than {CARD_CHARS:,} characters")
+    try:
+        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(m[1], yaml.SafeLoader)): raise yaml.YAMLError("no aliases: write it out")
+        d = json.loads(json.dumps(yaml.safe_load(m[1]), default=str).replace("NaN", "null").replace("Infinity", "null"))
+    except (ValueError, TypeError, RecursionError) as e: raise yaml.YAMLError(excerpt(e)) from None # a date that is none, a key that is a list
+    return d if isinstance(d, dict) else {}
+
+CARD_CHARS = 1<<16 # of a card's YAML
 
 @_on("POST", "/api/validate-yaml")
 def _validate(hub, q):
     import yaml
-    try: card = _card(json.loads(q.body)["content"])
+    try: card = _card(_said(q.body, content=str)["content"])
     except yaml.YAMLError as e:
         why = " ".join(str(e).split())
         raise HubError(400, "Invalid YAML", errors=[dict(message=why)], warnings=[])
@@ -336,6 +370,14 @@ def _validate(hub, q):
 # %% ../nbs/07a_hub.ipynb #9d348ea2
 def _lfs(f): return dict(oid=f["sha256"], sha256=f["sha256"], size=f["size"], pointerSize=len(_pointer(f["sha256"], f["size"])))
 
+def _card_data(hub, readme):
+    "What a README's head says; nothing where it can't be read."
+    import yaml
+    if not readme: return {}
+    with open(hub.blob(readme["sha256"]), "rb") as f: text = f.read(4*CARD_CHARS).decode("utf-8", "replace")
+    try: return _card(text)
+    except yaml.YAMLError: return {}
+
 @_on("GET", "{api}")
 def _info(hub, q, repo, rev="main"):
     oid = _at(repo, rev)
@@ -343,10 +385,9 @@ def _info(hub, q, repo, rev="main"):
     def sibling(p, f):
         if "blobs" not in q.query: return dict(rfilename=p)
         return dict(rfilename=p, size=f["size"], blobId=f["oid"], **(dict(lfs=_lfs(f)) if f["lfs"] else {}))
-    readme = c["files"].get("README.md")
     return dict(id=repo["id"], modelId=repo["id"], author=repo["owner"], sha=oid, private=repo["private"], gated=repo["gated"],
         disabled=False, downloads=0, likes=0, tags=[], createdAt=repo["created"], lastModified=c["date"],
-        cardData=_card(hub.blob(readme["sha256"]).read_text()) if readme else {},
+        cardData=_card_data(hub, c["files"].get("README.md")),
         siblings=[sibling(p, f) for p,f in sorted(c["files"].items())])
 
 @_on("GET", "{api}/revision/{rev}")
@@ -370,7 +411,7 @@ def _tree(hub, q, repo, rev, path):
 
 @_on("POST", "{api}/paths-info/{rev}")
 def _paths_info(hub, q, repo, rev):
-    want = {p.strip("/") for p in parse_qs(q.body.decode()).get("paths", [])}
+    want = {p.strip("/") for p in parse_qs(q.body.decode("utf-8", "replace")).get("paths", [])}
     return [r for r in _rows(repo["commits"][_at(repo, rev)]["files"]) if r["path"] in want]
 
 # %% ../nbs/07a_hub.ipynb #6aaa99bd
@@ -381,8 +422,9 @@ def _refs(hub, q, repo):
 
 @_on("POST", "{api}/branch/{rev}", write=True)
 def _branch(hub, q, repo, rev):
+    if not _BRANCH.fullmatch(rev): raise HubError(400, f"not a branch's name: {rev!r}")
     if rev in repo["branches"]: raise HubError(409, f"branch {rev} already exists")
-    repo["branches"][rev] = _at(repo, json.loads(q.body or "{}").get("startingPoint", "main"))
+    repo["branches"][rev] = _at(repo, _said(q.body or b"{}", startingPoint=str|None).get("startingPoint") or "main")
     hub.save(repo)
     return {}
 
@@ -402,8 +444,9 @@ def _commits(hub, q, repo, rev):
 # %% ../nbs/07a_hub.ipynb #9869f041
 @_on("POST", "{api}/super-squash/{rev}", write=True)
 def _squash(hub, q, repo, rev):
+    if rev not in repo["branches"]: raise HubError(404, f"Invalid rev id: {rev}", "RevisionNotFound")
     files = repo["commits"][_at(repo, rev)]["files"]
-    _add(repo, rev, files, json.loads(q.body).get("message") or f"Super-squash branch '{rev}'", q.user)
+    _add(repo, rev, files, _said(q.body or b"{}", message=str|None).get("message") or f"Super-squash branch '{rev}'", q.user)
     _prune(repo)
     hub.save(repo)
     return {}
@@ -414,19 +457,21 @@ def _preupload(hub, q, repo, rev):
     there = repo["commits"][_at(repo, rev)]["files"]
     def old(p): return there[p]["sha256" if there[p]["lfs"] else "oid"] if p in there else None
     def row(p, size): return dict(path=p, uploadMode="lfs" if _is_lfs(p, size) else "regular", shouldIgnore=False, oid=old(p))
-    return dict(files=[row(f["path"], f["size"]) for f in json.loads(q.body)["files"]])
+    asked = [_fields(f, path=str, size=int) for f in _said(q.body, files=list)["files"]]
+    return dict(files=[row(f["path"], f["size"]) for f in asked])
 
 @_on("POST", "{repo}.git/info/lfs/objects/batch", write=True)
 def _lfs_batch(hub, q, repo):
     base = hub.url+q.path.removesuffix("/objects/batch")
     def row(o):
         if hub.blob(o["oid"]).exists(): return o
-        return dict(o, actions=dict(upload=dict(href=f'{hub.storage}/{o["oid"]}', header={}), verify=dict(href=f"{base}/verify")))
-    return dict(transfer="basic", objects=[row(dict(oid=o["oid"], size=o["size"])) for o in json.loads(q.body)["objects"]])
+        return dict(o, actions=dict(upload=dict(href=hub._link_to("PUT", **o), header={}), verify=dict(href=f"{base}/verify")))
+    asked = [_fields(o, oid=str, size=int) for o in _said(q.body, objects=list)["objects"]]
+    return dict(transfer="basic", objects=[row(dict(oid=o["oid"], size=o["size"])) for o in asked])
 
 @_on("POST", "{repo}.git/info/lfs/verify", write=True)
 def _lfs_verify(hub, q, repo):
-    o = json.loads(q.body)
+    o = _said(q.body, oid=str, size=int)
     if hub.lfs_entry(o["oid"])["size"]!=o["size"]: raise HubError(400, "stored size differs")
     return {}
 
@@ -441,11 +486,17 @@ def _within_limit(hub, repo_id):
     if left: raise HubError(429, f"{n} commits in {seconds} s: retry in {left} s", headers={"Retry-After":left})
     times.append(now)
 
+def _check_path(p):
+    "Refuse a file's path that a client couldn't keep inside its folder."
+    safe_path("repo", p, "a commit")
+    if len(p)>1024 or p.split("/")[0]==".git": raise HubError(400, f"not a path for a repo: {excerpt(p, 80)!r}")
+
 def _apply(hub, files, key, v):
     "One line of a commit, done to its list of files."
-    p = v["path"]
-    if key=="file": files[p] = hub.put(base64.b64decode(v["content"]))
-    elif key=="lfsFile": files[p] = hub.lfs_entry(v["oid"])
+    p = _fields(v, path=str)["path"]
+    if key in ("file", "lfsFile"): _check_path(p)
+    if key=="file": files[p] = hub.put(base64.b64decode(_fields(v, content=str)["content"]))
+    elif key=="lfsFile": files[p] = hub.lfs_entry(_fields(v, oid=str)["oid"])
     elif key in ("deletedFile", "deletedFolder"):
         gone = [f for f in files if f==p or (key=="deletedFolder" and f.startswith(p.rstrip("/")+"/"))]
         if not gone: raise HubError(404, f"A file with this name doesn't exist: {p}", "EntryNotFound")
@@ -457,19 +508,38 @@ def _commit(hub, q, repo, rev):
     if "create_pr" in q.query: raise HubError(400, "this Hub has no pull requests")
     if rev not in repo["branches"]: raise HubError(404, f"Invalid rev id: {rev}", "RevisionNotFound")
     _within_limit(hub, repo["id"])
-    head,*ops = [json.loads(o) for o in q.body.splitlines()]
-    head,parent = head["value"],repo["branches"][rev]
+    head,*ops = [_said(o, key=str, value=dict) for o in q.body.splitlines() or [b""]]
+    head,parent = _fields(head["value"], summary=str, description=str|None),repo["branches"][rev]
     if head.get("parentCommit") not in (None, parent):
         raise HubError(412, "A commit has happened since. Please refresh and try again.")
     files = dict(repo["commits"][parent]["files"])
     for o in ops: _apply(hub, files, o["key"], o["value"])
-    oid = _add(repo, rev, files, head["summary"], q.user, head.get("description", ""), parent)
+    oid = _add(repo, rev, files, head["summary"], q.user, head.get("description") or "", parent)
     hub.save(repo, die=q.die)
     return dict(success=True, commitOid=oid, commitUrl=f'{hub.url}/{repo["id"]}/commit/{oid}', hookOutput="")
 
 # %% ../nbs/07a_hub.ipynb #31234e91
 @patch(as_prop=True)
 def storage(self:HubDisk): return f"http://localhost:{self.port}/_lfs"
+
+LINK_SECONDS = 3600 # that a link to storage is good for
+
+@patch
+def _sign(self:HubDisk, *what): return hmac.new(self.secret.encode(), json.dumps(what).encode(), "sha256").hexdigest()
+
+@patch
+def _link_to(self:HubDisk, verb, oid, size=0):
+    "A signed link: `verb` (GET or PUT) of this content, for an hour."
+    until = int(time.time())+LINK_SECONDS
+    return f"{self.storage}/{oid}?size={size}&until={until}&sig={self._sign(verb, oid, str(size), str(until))}"
+
+@patch
+def _check_link(self:HubDisk, verb, oid, query):
+    "The size that a signed link was made for."
+    size,until,sig = ((query.get(k) or [""])[0] for k in ("size", "until", "sig"))
+    right = hmac.compare_digest(sig.encode(), self._sign(verb, oid, size, until).encode()) and int(until)>time.time()
+    if not right: raise HubError(403, "storage takes only links that this Hub has signed, for an hour")
+    return int(size)
 
 def _send(hub, f, etag, headers=None):
     from starlette.responses import FileResponse
@@ -485,11 +555,12 @@ def _resolve(hub, q, repo, rev, path):
     f,h = repo["commits"][oid]["files"].get(path),{"X-Repo-Commit":oid}
     if not f: raise HubError(404, f"{path} is not in {rev}", "EntryNotFound", headers=h)
     if not f["lfs"]: return _send(hub, f, f["oid"], h)
-    h |= {"Location":f'{hub.storage}/{f["sha256"]}', "X-Linked-Size":str(f["size"]), "X-Linked-ETag":f'"{f["sha256"]}"'}
+    h |= {"Location":hub._link_to("GET", f["sha256"]), "X-Linked-Size":str(f["size"]), "X-Linked-ETag":f'"{f["sha256"]}"'}
     return Response(status_code=302, headers=h)
 
 @_on("GET HEAD", "/_lfs/{sha}")
 def _stored(hub, q, sha):
+    hub._check_link("GET", sha, q.query)
     if not hub.blob(sha).exists(): raise HubError(404, "no such object")
     return _send(hub, dict(sha256=sha), sha)
 
@@ -498,16 +569,18 @@ class _Line:
     "One request's wire, which counts and can be cut."
     def __init__(self, scope, receive, send):
         self.scope,self._receive,self._send = scope,receive,send
-        self.method,self.path = scope["method"],scope["raw_path"].decode()
+        self.method,self.path = scope["method"],scope["raw_path"].decode("latin-1")
+        self.query = parse_qs(scope["query_string"].decode("latin-1"))
         self.status,self.received,self.sent,self.lost,self.limit = 0,0,0,False,None
         self.headers = {k.decode():v.decode("latin-1") for k,v in scope["headers"]}
 
-    async def body(self):
+    async def body(self, most):
         more = True
         while more:
             m = await self._receive()
             if m["type"]=="http.disconnect": raise ConnectionError("the client hung up")
             self.received += len(m.get("body", b""))
+            if self.received>most: raise HubError(413, f"more than {most:,} bytes")
             yield m.get("body", b"")
             more = m.get("more_body", False)
 
@@ -526,7 +599,7 @@ async def send(self:_Line, m):
     body = m.get("body", b"")
     if m["type"]=="http.response.start":
         self.status = m["status"]
-        m = dict(m, headers=[*m["headers"], (b"x-request-id", uuid.uuid4().hex.encode())])
+        m = dict(m, headers=[*m["headers"], (b"x-request-id", uuid.uuid4().hex.encode()), (b"x-content-type-options", b"nosniff")])
         if self.limit is not None: self.limit = int(dict(m["headers"]).get(b"content-length", 0))//2
     if self.lost: return
     cut = self.limit is not None and self.sent+len(body)>self.limit
@@ -542,10 +615,11 @@ async def send(self:_Line, m):
 async def _store(hub, line):
     "Take an upload into the store."
     from starlette.responses import Response
-    sha,new,h = line.path.rsplit("/",1)[-1],hub._upload(),hashlib.sha256()
+    sha = line.path.removeprefix("/_lfs/")
+    size,new,h = hub._check_link("PUT", sha, line.query),hub._upload(),hashlib.sha256()
     try:
         with open(new, "wb") as f:
-            async for b in line.body(): h.update(b); f.write(b)
+            async for b in line.body(size): h.update(b); f.write(b)
         if h.hexdigest()!=sha: raise HubError(400, "the content does not have the sha256 it was announced with")
         hub._keep(new, sha)
     finally: new.unlink(missing_ok=True)
@@ -555,19 +629,36 @@ async def _answer(hub, line, die):
     "The response to a request."
     from starlette.concurrency import run_in_threadpool
     from starlette.responses import JSONResponse, Response
+    auth = line.headers.get("authorization")
     try:
-        auth = line.headers.get("authorization")
         if auth and line.path.startswith("/_lfs/"): raise HubError(400, "storage takes no hub token")
         if line.method=="PUT" and line.path.startswith("/_lfs/"): return await _store(hub, line)
-        body,query = b"".join([b async for b in line.body()]),parse_qs(line.scope["query_string"].decode())
-        q = SimpleNamespace(body=body, query=query, path=line.path, die=die)
-        r = await run_in_threadpool(_route, hub, line.method, line.path, auth, q)
+        body = b"".join([b async for b in line.body(_most(hub, auth))])
+        q = SimpleNamespace(body=body, query=line.query, path=line.path, auth=auth, die=die)
+        r = await run_in_threadpool(_route, hub, line.method, line.path, q)
         return r if isinstance(r, Response) else JSONResponse(r)
     except HubError as e: return e.response()
     except ConnectionError: raise
+    except (UserError, binascii.Error) as e: return HubError(400, excerpt(e)).response()
     except Exception as e:
         logging.getLogger("phoque").exception("hub: %s %s", line.method, line.path)
         return HubError(500, f"bug in phoque.hub: {e!r}").response()
+
+MOST_BODY,MOST_FROM_NOBODY = 256<<20,1<<20 # bytes of a request: a commit's small files; what comes without a token
+
+def _most(hub, auth):
+    try: return MOST_BODY if hub._who(auth)[1] else MOST_FROM_NOBODY
+    except HubError: return MOST_FROM_NOBODY
+
+# %% ../nbs/07a_hub.ipynb #ced4f973
+def is_ours(
+    headers, # Of a request, their names in lower case
+    port:int, # On which the server listens
+)->bool: # Whether to go on
+    "Was a request meant for this server, and sent by no web page of somebody else's?"
+    host = headers.get("host")
+    if host not in (f"127.0.0.1:{port}", f"localhost:{port}"): return False
+    return headers.get("origin", f"http://{host}")==f"http://{host}" and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
 # %% ../nbs/07a_hub.ipynb #9b3d5bff
 _kinds = ("reset", "hang", "lost_answer", "cut", "kill")
@@ -587,7 +678,7 @@ def _clear_faults(hub, q):
     return left
 
 @_on("GET", "/_requests")
-def _requests(hub, q): return hub.rows
+def _requests(hub, q): return list(hub.rows)
 
 def _pick(hub, what):
     "The fault that strikes this request, if any."
@@ -608,7 +699,7 @@ async def _serve(hub, line):
     if kind in ("hang", "reset"): return line.drop()
     line.lost,line.limit = kind=="lost_answer",0 if kind=="cut" else None
     if kind and kind.isdigit():
-        async for _ in line.body(): pass
+        async for _ in line.body(1<<40): pass
         h = {"Retry-After":str(int(f["seconds"]))} if kind=="429" else {}
         answer = HubError(int(kind), "a fault was asked for", headers=h).response()
     else: answer = await _answer(hub, line, die=kind=="kill")
@@ -619,7 +710,11 @@ def _app(hub):
     "The ASGI application of a hub."
     async def app(scope, receive, send):
         line,start = _Line(scope, receive, send),time.perf_counter()
-        if re.match("/_(fault|requests)", line.path): return await (await _answer(hub, line, False))(scope, receive, send)
+        mine = hmac.compare_digest(line.headers.get("x-hub-secret", "").encode(), hub.secret.encode())
+        inside = re.match("/_(fault|requests)", line.path)
+        if not is_ours(line.headers, hub.port) or (inside and not mine):
+            return await HubError(403, "this server is for the clients that were given its address").response()(scope, receive, send)
+        if inside: return await (await _answer(hub, line, False))(scope, receive, send)
         try: await _serve(hub, line)
         except ConnectionError: pass # the client hung up
         finally: hub._note(line, time.perf_counter()-start)
@@ -628,7 +723,7 @@ def _app(hub):
 # %% ../nbs/07a_hub.ipynb #b9367ae3
 class LocalHub(HubDisk):
     "A Hub on 127.0.0.1, in a thread of this process."
-    killable = False
+    killable,routes = False,_hub_routes
     def __enter__(self): return self.start()
     def __exit__(self, *_): self.stop()
     def _note(self, line, secs):
@@ -643,7 +738,7 @@ class LocalHub(HubDisk):
         import uvicorn
         shutil.rmtree(self.root/"uploads") # halves that a killed server left
         (self.root/"uploads").mkdir()
-        self.rows,self.faults,sock = [],[],socket.create_server(("127.0.0.1", self.port), backlog=128)
+        self.rows,self.faults,sock = deque(maxlen=MOST_ROWS),[],socket.create_server(("127.0.0.1", self.port), backlog=128)
         self.port = sock.getsockname()[1]
         self._server = uvicorn.Server(uvicorn.Config(_app(self), http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None,
             log_level="critical", proxy_headers=False, server_header=False, timeout_graceful_shutdown=1))
@@ -657,12 +752,14 @@ class LocalHub(HubDisk):
         self._server.should_exit = True
         self._thread.join()
 
+MOST_ROWS = 100_000 # requests that are remembered
+
 # %% ../nbs/07a_hub.ipynb #6b7bec99
 @patch
 def _tell(self:HubDisk, verb, path, **kw):
     from http.client import HTTPConnection
     c = HTTPConnection("127.0.0.1", self.port, timeout=10)
-    c.request(verb, path, json.dumps(kw))
+    c.request(verb, path, json.dumps(kw), {"X-Hub-Secret":self.secret})
     r = c.getresponse()
     d = json.loads(r.read())
     c.close()
@@ -715,6 +812,7 @@ class HubProcess(HubDisk):
         if self.log: cmd += ["--log", str(self.log)]
         with open(self.root/"server.log", "a") as err:
             self.proc = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True)
+        with contextlib.suppress(BrokenPipeError): print(self.secret, file=self.proc.stdin, flush=True) # not an argument: those can be listed
         said = self.proc.stdout.readline()
         if not said: raise RuntimeError(f"the hub did not start on port {self.port}; {self.root/'server.log'} says why.")
         self.port = int(said.rsplit(":",1)[1])
@@ -735,7 +833,7 @@ class HubProcess(HubDisk):
 # %% ../nbs/07a_hub.ipynb #d1f67475
 def hub_process(
     root:str|Path, # Folder that holds everything, made when missing
-    users:dict=None, # Name → token
+    users:list|dict=(), # Their names, each with a random token, or name → token
     port:int=0, # Port on 127.0.0.1 (0: a free one)
     log:str=None, # File that gets each request as a line of JSON
 )->HubProcess: # Has all that `LocalHub` has, and `kill`, `alive`
@@ -747,10 +845,12 @@ def hub_cli(
     root:str="hub", # Folder that holds everything
     port:int=0, # Port on 127.0.0.1 (0: a free one)
     log:str=None, # File that gets each request as a line of JSON
-    tied:bool=False, # End when stdin is closed?
+    tied:bool=False, # Take the secret from the first line of stdin, and end when that is closed
 ):
     "Serve a Hub on this machine."
+    private_files()
     hub = LocalHub(root, port=port, log=log)
+    if tied: hub.secret = sys.stdin.readline().strip()
     hub.killable = True
     print(hub.start().url, flush=True)
     if tied: sys.stdin.read()

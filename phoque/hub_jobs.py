@@ -4,14 +4,16 @@
 
 # %% ../nbs/07b_hub_jobs.ipynb #39119c99
 from __future__ import annotations
-import json, os, re, shutil, struct, subprocess, sys, threading, time, uuid
+import json, os, re, secrets, shutil, struct, subprocess, sys, threading, time, uuid
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from fastcore.basics import patch
-from .hub import HubError, LocalHub, _now, _on
+from .core import safe_path
+from .hub import HubError, LocalHub, MOST_BODY, _NAME, _check_path, _fields, _hub_routes, _now, _on, _said
 
 # %% auto #0
-__all__ = ['COUNTER', 'HubJob', 'JobsHub']
+__all__ = ['XET_SECONDS', 'MOST_JOB_SECONDS', 'COUNTER', 'HubJob', 'JobsHub']
 
 # %% ../nbs/07b_hub_jobs.ipynb #28943239
 def _hex(b):
@@ -32,52 +34,85 @@ def _shard_files(shard)->dict[str,list]:
     "What each file in a shard is made of: `{hash: [(xorb, first chunk, end)]}`."
     out,at = {},48 # after the header
     while (head := shard[at:at+48])[:32]!=b'\xff'*32:
+        if len(head)<48: raise HubError(400, "this shard has no end")
         flags,n = struct.unpack('<2I', head[32:40])
+        if at+48*(n+1)>len(shard): raise HubError(400, f"this shard names {n:,} pieces and doesn't hold them")
         rows = [shard[at+48*(i+1):at+48*(i+2)] for i in range(n)]
         out[_hex(head[:32])] = [(_hex(r[:32]), *struct.unpack('<2I', r[40:48])) for r in rows]
         at += 48*(1 + n + n*bool(flags>>31) + bool(flags>>30 & 1)) # verification rows, and one with a sha256
     return out
 
 # %% ../nbs/07b_hub_jobs.ipynb #61a727f6
-@_on("POST", "/api/buckets/{ns}/{bucket}")
+_jobs_routes = [*_hub_routes]
+_on_jobs = partial(_on, routes=_jobs_routes)
+
+def _bucket(hub, q, ns, bucket):
+    "A bucket's folder, for who may write to it."
+    if q.user!=ns or q.role!="write": raise HubError(403, f"this token may not write to {ns}/{bucket}")
+    if not _NAME.fullmatch(bucket): raise HubError(400, f"not a bucket's name: {bucket!r}")
+    return hub.root/"buckets"/ns/bucket
+
+@_on_jobs("POST", "/api/buckets/{ns}/{bucket}")
 def _make_bucket(hub, q, ns, bucket):
-    if q.user!=ns or q.role!="write": raise HubError(403, f"this token may not make buckets under {ns}")
-    (hub.root/"buckets"/ns/bucket).mkdir(parents=True, exist_ok=True)
+    _bucket(hub, q, ns, bucket).mkdir(parents=True, exist_ok=True)
     return dict(url=f"{hub.url}/buckets/{ns}/{bucket}", id=f"{ns}/{bucket}", name=f"{ns}/{bucket}")
 
-@_on("GET", "/api/buckets/{ns}/{bucket}/xet-write-token")
+@_on_jobs("GET", "/api/buckets/{ns}/{bucket}/xet-write-token")
 def _xet_token(hub, q, ns, bucket):
     from starlette.responses import JSONResponse
-    if q.user!=ns or q.role!="write": raise HubError(403, f"this token may not write to {ns}/{bucket}")
-    hub.set_token("xet", "read", token := uuid.uuid4().hex)
-    d = dict(casUrl=hub.url, accessToken=token, exp=int(time.time())+3600)
+    _bucket(hub, q, ns, bucket)
+    token,until = secrets.token_urlsafe(24),int(time.time())+XET_SECONDS
+    hub.xet_tokens[token] = ns,until
+    d = dict(casUrl=hub.url, accessToken=token, exp=until)
     return JSONResponse(d, headers={"X-Xet-Cas-Url":hub.url, "X-Xet-Access-Token":token, "X-Xet-Token-Expiration":str(d["exp"])})
 
-@_on("POST", "/v1/xorbs/default/{xorb}")
-def _put_xorb(hub, q, xorb):
-    (hub.root/"xorbs").mkdir(exist_ok=True)
-    (hub.root/"xorbs"/xorb).write_bytes(q.body)
-    return dict(was_inserted=True)
+XET_SECONDS = 3600 # that a token for uploading is good for
 
-@_on("POST", "/v1/shards")
+def _xorbs(hub, q):
+    "Where the xorbs lie of whom an upload token was given to, and whose files they are."
+    if q.role!="xet": raise HubError(401, "uploading needs a token from xet-write-token")
+    ns = hub.xet_tokens[q.auth.removeprefix("Bearer ").strip()][0]
+    return hub.root/"xorbs"/ns,hub.xet_files.setdefault(ns, {})
+
+@_on_jobs("POST", "/v1/xorbs/default/{xorb}")
+def _put_xorb(hub, q, xorb):
+    folder,_ = _xorbs(hub, q)
+    if not re.fullmatch("[0-9a-f]{64}", xorb): raise HubError(400, f"not a xorb's hash: {xorb!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if new := not (folder/xorb).exists(): (folder/xorb).write_bytes(q.body)
+    return dict(was_inserted=new)
+
+@_on_jobs("POST", "/v1/shards")
 def _put_shard(hub, q):
-    hub.xet_files.update(_shard_files(q.body))
+    _xorbs(hub, q)[1].update(_shard_files(q.body))
     return dict(result=1)
 
-@_on("POST", "/api/buckets/{ns}/{bucket}/batch")
+def _xet_content(hub, ns, name):
+    "A file put together from its pieces."
+    pieces,out,size = hub.xet_files.get(ns, {}).get(name),[],0
+    if pieces is None: raise HubError(400, f"no shard has told of {name!r}")
+    for x,a,b in pieces:
+        if not (hub.root/"xorbs"/ns/x).exists(): raise HubError(400, f"xorb {x} was never uploaded")
+        out.append(b"".join(_chunks((hub.root/"xorbs"/ns/x).read_bytes())[a:b]))
+        size += len(out[-1])
+        if size>MOST_BODY: raise HubError(413, f"a file in a bucket has at most {MOST_BODY:,} bytes here")
+    return b"".join(out)
+
+@_on_jobs("POST", "/api/buckets/{ns}/{bucket}/batch")
 def _batch(hub, q, ns, bucket):
-    if q.user!=ns or q.role!="write": raise HubError(403, f"this token may not write to {ns}/{bucket}")
-    for o in map(json.loads, q.body.splitlines()):
-        dest = hub.root/"buckets"/ns/bucket/o["path"]
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        parts = ((_chunks((hub.root/"xorbs"/x).read_bytes()),a,b) for x,a,b in hub.xet_files[o["xetHash"]])
-        dest.write_bytes(b"".join(c for cs,a,b in parts for c in cs[a:b]))
+    folder = _bucket(hub, q, ns, bucket)
+    for o in [_said(l, path=str, xetHash=str) for l in q.body.splitlines()]:
+        _check_path(o["path"])
+        dest,content = safe_path(folder, o["path"]),_xet_content(hub, ns, o["xetHash"])
+        try: dest.parent.mkdir(parents=True, exist_ok=True); dest.write_bytes(content)
+        except OSError as e: raise HubError(400, f"{o['path']}: {e.strerror}") from None
     return dict(success=True, failed=[])
 
 # %% ../nbs/07b_hub_jobs.ipynb #02bbe7b2
 class HubJob:
     "One job: its spec, its process, its lines."
     def __init__(self, hub, spec, owner):
+        self.proc = None
         self.spec,self.owner,self.id,self.lines = spec,owner,uuid.uuid4().hex[:24],[]
         self.stage,self.message,self.created,self.started,self.finished = "SCHEDULING",None,_now(),None,None
         self.disk = hub.root/"jobs"/self.id
@@ -89,7 +124,7 @@ class HubJob:
 @patch
 def command(self:HubJob, hub):
     "`uv run … /data/x.py args`, as it can be run here."
-    at = {v["mountPath"]:hub.root/"buckets"/v["source"]/v.get("path", "") for v in self.spec.get("volumes", [])}
+    at = {v["mountPath"]:safe_path(hub.root/"buckets", '/'.join(filter(None, (v["source"], v.get("path"))))) for v in self.spec.get("volumes") or []}
     cmd = self.spec["command"]
     i = next(i for i,c in enumerate(cmd) if c.endswith(".py"))
     return [sys.executable, *(re.sub(r"^/data", str(at.get("/data", "/data")), c) for c in cmd[i:])]
@@ -98,15 +133,17 @@ def command(self:HubJob, hub):
 def env(self:HubJob, hub):
     mine = {k:os.environ[k] for k in ("PATH", "OMP_NUM_THREADS") if k in os.environ}
     d = mine | {k:v for k,v in hub.env().items() if k!="HF_TOKEN"} | dict(HOME=str(self.disk), HF_HOME=str(self.disk/"hf"), TMPDIR=str(self.disk))
-    return d | self.spec.get("environment", {}) | self.spec.get("secrets", {}) | dict(JOB_ID=self.id)
+    return d | self.spec["environment"] | (self.spec.get("secrets") or {}) | dict(JOB_ID=self.id)
 
 # %% ../nbs/07b_hub_jobs.ipynb #19cb18b5
 @patch
 def run(self:HubJob, hub):
     p = self.proc = subprocess.Popen(self.command(hub), cwd=self.disk, env=self.env(hub), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace")
-    self.stage,self.started = "RUNNING",_now()
-    timer = threading.Timer(self.spec.get("timeoutSeconds", 1800), self.end, ("ERROR", "Job timeout"))
+    self.started = _now()
+    if self.stage=="SCHEDULING": self.stage = "RUNNING"
+    else: p.kill() # it was cancelled meanwhile
+    timer = threading.Timer(self.spec.get("timeoutSeconds") or 1800, self.end, ("ERROR", "Job timeout"))
     timer.start()
     for l in p.stdout: self.lines.append((_now(), l.rstrip("\n")))
     code = p.wait()
@@ -118,25 +155,30 @@ def run(self:HubJob, hub):
 def end(self:HubJob, stage, message):
     if self.finished: return
     self.stage,self.message = stage,message
-    self.proc.kill()
+    if self.proc: self.proc.kill()
 
 # %% ../nbs/07b_hub_jobs.ipynb #2c76a0d3
 @patch
 def info(self:HubJob):
     s = self.spec
     return dict(id=self.id, createdAt=self.created, startedAt=self.started, finishedAt=self.finished, dockerImage=s.get("dockerImage"), command=s["command"],
-        arguments=s["arguments"], environment=s["environment"], secrets={k:"" for k in s.get("secrets", {})}, flavor=s["flavor"], labels=s.get("labels"),
+        arguments=s.get("arguments"), environment=s["environment"], secrets={k:"" for k in s.get("secrets") or ()}, flavor=s["flavor"], labels=s.get("labels"),
         volumes=s.get("volumes"), status=dict(stage=self.stage, message=self.message), owner=dict(id=self.owner, name=self.owner, type="user"))
 
 # %% ../nbs/07b_hub_jobs.ipynb #3de265f9
 class JobsHub(LocalHub):
     "A Hub on 127.0.0.1 that runs jobs."
+    routes = _jobs_routes
     def start(self):
-        self.jobs,self.xet_files = {},{}
+        self.jobs,self.xet_files,self.xet_tokens = {},{},{}
         return super().start()
 
+    def _who(self, auth):
+        if auth and self.xet_tokens.get(auth.removeprefix("Bearer ").strip(), ('', 0))[1]>time.time(): return None,"xet"
+        return super()._who(auth)
+
     def stop(self):
-        for j in self.jobs.values(): j.end("CANCELED", "the Hub stops")
+        for j in list(self.jobs.values()): j.end("CANCELED", "the Hub stops")
         super().stop()
 
     def env(self, user=None, home=None):
@@ -147,33 +189,51 @@ def _job(hub, q, ns, id):
     if q.user!=ns or id not in hub.jobs or hub.jobs[id].owner!=ns: raise HubError(404 if q.user else 401, "Job not found")
     return hub.jobs[id]
 
+def _texts(d): return all(isinstance(x, str) and '\0' not in x for kv in (d or {}).items() for x in kv)
+
+def _spec(body, ns):
+    "A job's spec, if it is one that can be run here."
+    s = _said(body, command=list, arguments=list|None, environment=dict, secrets=dict|None, labels=dict|None, volumes=list|None,
+        flavor=str, timeoutSeconds=int|float|None)
+    fine = all(_texts(s.get(k)) for k in ('environment', 'secrets', 'labels')) and _texts({c:'' for c in map(str, s['command'])})
+    if not fine or any('=' in k or not k for k in (*s['environment'], *(s.get('secrets') or ()))): raise HubError(400, "environment, secrets, labels and command are text")
+    if not any(str(c).endswith('.py') for c in s['command']): raise HubError(400, "this Hub runs Python scripts, and the command names none")
+    if not 0<(s.get('timeoutSeconds') or 1)<=MOST_JOB_SECONDS: raise HubError(400, f"timeoutSeconds: more than 0 and at most {MOST_JOB_SECONDS:,}")
+    for v in s.get('volumes') or []:
+        source = _fields(v, mountPath=str, source=str, path=str|None)['source'].split('/')
+        if len(source)!=2 or source[0]!=ns or not _NAME.fullmatch(source[1]): raise HubError(403, f"this token may not mount {v['source']!r}")
+        if v.get('path'): _check_path(v['path'])
+    return s
+
+MOST_JOB_SECONDS = 7*24*3600
+
 def _start_job(hub, q, ns, spec):
     if q.user!=ns or q.role!="write": raise HubError(403, f"this token may not run jobs under {ns}")
-    j = HubJob(hub, spec, ns)
+    j = HubJob(hub, spec or _spec(q.body, ns), ns)
     hub.jobs[j.id] = j
     return j.info()
 
-@_on("POST", "/api/jobs/{ns}")
-def _run_job(hub, q, ns): return _start_job(hub, q, ns, json.loads(q.body))
+@_on_jobs("POST", "/api/jobs/{ns}")
+def _run_job(hub, q, ns): return _start_job(hub, q, ns, None)
 
-@_on("POST", "/api/jobs/{ns}/{id}/duplicate")
+@_on_jobs("POST", "/api/jobs/{ns}/{id}/duplicate")
 def _rerun_job(hub, q, ns, id): return _start_job(hub, q, ns, _job(hub, q, ns, id).spec)
 
 # %% ../nbs/07b_hub_jobs.ipynb #20c26a8e
-@_on("GET", "/api/jobs/{ns}")
+@_on_jobs("GET", "/api/jobs/{ns}")
 def _list_jobs(hub, q, ns):
     if q.user!=ns: raise HubError(403, f"these are the jobs of {ns}")
-    want = dict(l.split("=", 1) for l in q.query.get("label", []))
-    return [j.info() for j in reversed(hub.jobs.values()) if want.items() <= (j.spec.get("labels") or {}).items()]
+    want = dict(l.partition("=")[::2] for l in q.query.get("label", []))
+    return [j.info() for j in reversed(list(hub.jobs.values())) if want.items() <= (j.spec.get("labels") or {}).items()]
 
-@_on("GET", "/api/jobs/{ns}/{id}")
+@_on_jobs("GET", "/api/jobs/{ns}/{id}")
 def _inspect_job(hub, q, ns, id): return _job(hub, q, ns, id).info()
 
-@_on("POST", "/api/jobs/{ns}/{id}/cancel")
+@_on_jobs("POST", "/api/jobs/{ns}/{id}/cancel")
 def _cancel_job(hub, q, ns, id): return _job(hub, q, ns, id).end("CANCELED", None) or {}
 
 # %% ../nbs/07b_hub_jobs.ipynb #68e907a9
-@_on("GET", "/api/jobs/{ns}/{id}/logs")
+@_on_jobs("GET", "/api/jobs/{ns}/{id}/logs")
 def _job_logs(hub, q, ns, id):
     from starlette.responses import StreamingResponse
     j = _job(hub, q, ns, id)

@@ -9,11 +9,11 @@ from pathlib import Path
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'cache_folder', 'smollm2',
-           'interpret_bf16', 'say_line', 'Stage', 'clean_env', 'rehearse', 'compare_replies', 'plot_rehearsal',
-           'held_out', 'where_time_went', 'verdict', 'html_table', 'write_report', 'rehearse_cli', 'serve_forks',
-           'WarmJobs', 'ForkedJob', 'tiny_model', 'hub_state', 'Killer', 'prove', 'batches_of', 'compare_runs',
-           'proof_table', 'plot_proof', 'proof_verdict', 'prove_cli', 'wandb_records']
+__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'SECRET_ENDS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'cache_folder',
+           'smollm2', 'interpret_bf16', 'say_line', 'Stage', 'clean_env', 'fresh_folder', 'check_range', 'rehearse',
+           'compare_replies', 'plot_rehearsal', 'held_out', 'where_time_went', 'verdict', 'html_table', 'write_report',
+           'rehearse_cli', 'serve_forks', 'WarmJobs', 'ForkedJob', 'tiny_model', 'hub_state', 'Killer', 'prove',
+           'batches_of', 'compare_runs', 'proof_table', 'plot_proof', 'proof_verdict', 'prove_cli', 'wandb_records']
 
 # %% ../nbs/08_rehearse.ipynb #3e9af119
 def cache_folder()->Path: # `$XDG_CACHE_HOME/phoque`, or `~/.cache/phoque`
@@ -66,6 +66,7 @@ def interpret_bf16():
 # %% ../nbs/08_rehearse.ipynb #e54aac52
 import re, sys, json, time, signal, subprocess
 from fastcore.script import call_parse
+from .core import UserError
 from .train import parse_step
 
 # %% ../nbs/08_rehearse.ipynb #aefd0cf4
@@ -121,7 +122,9 @@ def find(self:Stage,
 BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct' # the id under which the loopback Hub serves it
 DATA,MODEL = 'me/grumpy-harbour','me/phoque-rehearsal'
 SETTINGS = dict(BASE_MODEL=BASE, DATASET_REPO=DATA, HUB_MODEL_ID=MODEL, MAX_LENGTH=512, PER_DEVICE_TRAIN_BATCH_SIZE=2, LEARNING_RATE=1e-3,
-                LOGGING_STEPS=1, SAVE_STEPS=10, PUBLISH_MINUTES=.001, EVAL_STEPS=10, EVAL_SHARE=.2, SAMPLE_TOKENS=32, WANDB_MODE='offline')
+                LOGGING_STEPS=1, PUBLISH_MINUTES=.001, EVAL_SHARE=.2, SAMPLE_TOKENS=32, WANDB_MODE='offline')
+
+SECRET_ENDS = ('_TOKEN', '_KEY', '_SECRET', '_PASSWORD')
 
 def clean_env(
     hub, # `LocalHub`
@@ -130,8 +133,8 @@ def clean_env(
 )->dict: # Environment of a process
     "This process's environment without its secrets and settings, pointed at the loopback Hub."
     from phoque.train import options
-    drop = {k.upper() for k in options()} | {'WANDB_API_KEY'}
-    env = {k:v for k,v in os.environ.items() if k not in drop and not k.startswith(('HF_','HUGGING_FACE_'))}
+    drop = {k.upper() for k in options()}
+    env = {k:v for k,v in os.environ.items() if k not in drop and not k.startswith(('HF_','HUGGING_FACE_','WANDB_')) and not k.endswith(SECRET_ENDS)}
     env |= hub.env('me') | dict(HF_HOME=str(home), TOKENIZERS_PARALLELISM='true', PYTHONUNBUFFERED='1')
     return env | {k:str(v) for k,v in kw.items()}
 
@@ -140,26 +143,54 @@ def _stages(stage, out, steps, conversations, script):
     "The commands of the rehearsal, in the order in which a user would give them."
     cli = Path(sys.executable).with_name # console scripts lie beside the interpreter
     stage('push the dataset', cli('phoque_data'), '--repo', DATA, '--n', conversations)
-    at = lambda l: (s := parse_step(l)) and s['step']>=round(.55*steps)
-    job = lambda n: dict(**SETTINGS, MAX_STEPS=steps, SAMPLE_STEPS=steps, OUTPUT_DIR=out/f'{n}-disk/output')
-    stage('the job, killed at about half', sys.executable, script, kill_when=at, **job(1))
+    every,published = max(1, steps//4),[]
+    def late(line):
+        "Is it past the middle, and a checkpoint on the Hub?"
+        if re.search(r'checkpoint-\d+ published', line): published.append(line)
+        return published and (s := parse_step(line)) and s['step']>=.55*steps
+    job = lambda n: dict(**SETTINGS, MAX_STEPS=steps, SAVE_STEPS=every, EVAL_STEPS=every, SAMPLE_STEPS=steps, OUTPUT_DIR=out/f'{n}-disk/output')
+    if not stage('the job, killed at about half', sys.executable, script, kill_when=late, **job(1)).killed: raise UserError(f"{steps} steps were done before one was on the Hub: give --steps 40")
     stage('the same command again', sys.executable, script, **job(2))
     stage('merge', cli('phoque_merge'), '--base', BASE, '--adapter', MODEL, '--out', out/'merged')
+
+# %% ../nbs/08_rehearse.ipynb #719d4a35
+def fresh_folder(
+    out:str|Path, # Where everything of a rehearsal or a proof goes
+)->Path: # The folder, empty and nobody else's to read
+    "Make the folder, in place of what a former rehearsal left there."
+    import shutil
+    out = Path(out).resolve()
+    if out.exists() and not out.is_dir(): raise UserError(f"--out {str(out)!r}: a file has this name: name a folder")
+    if out.exists() and any(out.iterdir()) and not (out/'hub'/'users.json').exists():
+        raise UserError(f"--out {str(out)!r}: it holds what no rehearsal has left there, and would be emptied: name a new folder")
+    try:
+        if out.exists(): shutil.rmtree(out)
+        out.mkdir(mode=0o700, parents=True)
+    except OSError as e: raise UserError(f"--out {str(out)!r}: {e.strerror}: name a folder that can be written to") from None
+    return out
+
+def check_range(
+    name:str, # Flag
+    n:int, # Its value
+    least:int, # Smallest
+    most:int, # Largest
+):
+    "A number that a rehearsal can do something with."
+    if not least<=n<=most: raise UserError(f"{name}: must be from {least:,} to {most:,}, got {n:,}")
 
 # %% ../nbs/08_rehearse.ipynb #67bfbffb
 def rehearse(
     out:Path='rehearsal', # Folder for everything; a former rehearsal in it is replaced
-    steps:int=40, # Optimizer steps
+    steps:int=40, # Optimizer steps [8, 10000]
     conversations:int=480, # Of the embedded set
     script:Path='train/train.py', # What a job would run
     say=say_line, # Called with each line
 )->dict: # What was seen: `stages`, `repos`, `replies`
     "Dataset, job, kill, resume, merge: every part as its user would start it."
-    import shutil
     from phoque.hub import LocalHub
-    if not Path(script).exists(): raise ValueError(f"{script}: no such file: run this in the project's folder, or `make generate` first")
-    out = Path(out).resolve()
-    shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
+    if not Path(script).is_file(): raise UserError(f"{script}: no such file: run this in the project's folder, or `make generate` first")
+    check_range('--steps', steps, 8, 10_000)
+    out = fresh_folder(out)
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # as the job does, for the merge too
     t0,stages = time.time(),[]
     def stage(name, *cmd, kill_when=None, **env):
@@ -169,7 +200,7 @@ def rehearse(
         if s.code and not s.killed: raise RuntimeError(f"{name}: ended with exit code {s.code}: its lines are above")
         return s
     folder = smollm2()
-    with LocalHub(out/'hub', users={'me':'token-of-me'}) as hub:
+    with LocalHub(out/'hub', users=['me']) as hub:
         hub.seed_repo(BASE, folder)
         _stages(stage, out, steps, conversations, script)
         repos = {f'{r}@{b}': hub.files(r, b, t) for r,b,t in ((DATA,'main','dataset'), (MODEL,'main','model'), (MODEL,'checkpoints','model'))}
@@ -252,9 +283,10 @@ def verdict(
     "What the rehearsal showed."
     first,second = [s for s in seen['stages'] if s.steps()]
     h = held_out(seen)
+    if not (found := second.find(r'(checkpoint-[0-9]+) found on the Hub')): raise RuntimeError("the second job found no checkpoint on the Hub: its lines are above")
     again = {n:l for _,n,l in second.steps()}
     twice = [(l,again[n]) for _,n,l in first.steps() if n in again]
-    return (f"Killed after step {first.steps()[-1][1]} of {seen['steps']}, found {second.find(r'(checkpoint-[0-9]+) found on the Hub')[1]} on the Hub, finished. "
+    return (f"Killed after step {first.steps()[-1][1]} of {seen['steps']}, found {found[1]} on the Hub, finished. "
             f"{len(twice)} steps were trained twice, {'with the same losses' if all(x==y for x,y in twice) else 'with OTHER losses'}. "
             f"Held-out loss {h[0]:.2f} → {h[1]:.2f} ({h[1]/h[0]-1:+.0%}). {seen['took']:.0f} seconds, {max(s.gib for s in seen['stages']):.1f} GiB at most.")
 
@@ -294,14 +326,15 @@ def write_report(
 @call_parse
 def rehearse_cli(
     out:str='rehearsal', # Folder for everything; a former rehearsal in it is replaced
-    steps:int=40, # Optimizer steps
+    steps:int=40, # Optimizer steps [8, 10000]
     script:str='train/train.py', # What a job would run
 ):
     "Rehearse the whole run on this machine: dataset, job, kill, resume, merge, report."
-    from phoque.core import text_table
+    from phoque.core import masked, private_files, text_table
+    private_files()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try: seen = rehearse(out, steps, script=script)
-    except (ValueError, RuntimeError, FileNotFoundError) as e: raise SystemExit(f"phoque_rehearse: {e}")
+    except (ValueError, RuntimeError, OSError) as e: raise SystemExit(f"phoque_rehearse: {masked(e)}")
     except KeyboardInterrupt: raise SystemExit("phoque_rehearse: stopped; nothing is left running")
     path = write_report(seen)
     print(f"\n{text_table(where_time_went(seen))}\n\n{verdict(seen)}\nreport: {path}")
@@ -475,10 +508,10 @@ def strike(self:Killer,
 def _proof_hub(out, base):
     "A Hub with a model and forty conversations, that writes down what it is asked."
     from phoque.hub import hub_process
+    hub = hub_process(out/'hub', users=['me'], log=str(out/'hub.log'))
     (out/'talk').mkdir()
     def line(i): return json.dumps(dict(messages=[dict(role='user', content=f'Who takes berth {i}?'), dict(role='assistant', content=f'The gull with {i} hats.')]))
     for split,n in dict(train=range(40), test=range(40, 48)).items(): (out/f'talk/{split}.jsonl').write_text('\n'.join(map(line, n)))
-    hub = hub_process(out/'hub', users={'me':'token-of-me'}, log=str(out/'hub.log'))
     hub.seed_repo(BASE, base or tiny_model(out/'tiny')); hub.seed_repo(DATA, out/'talk', repo_type='dataset', private=True)
     return hub
 
@@ -512,7 +545,7 @@ def _check_attempt(n, lines, on_hub, published):
 # %% ../nbs/08_rehearse.ipynb #4ba481b3
 def prove(
     out:Path='proof', # Folder for everything; a former proof in it is replaced
-    steps:int=60, # Optimizer steps
+    steps:int=60, # Optimizer steps [8, 10000]
     kills:int=8, # At least as many `SIGKILL`s
     seed:int=0, # Of the moments, the faults and the disks
     base:str='', # Folder of another model than the tiny one
@@ -520,9 +553,10 @@ def prove(
     **settings, # Options other than `PROOF`
 )->dict: # What was seen
     "Run straight and killed, and compare."
-    import random, shutil
-    out,rng,t0 = Path(out).resolve(),random.Random(seed),time.time()
-    shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
+    import random
+    check_range('--steps', steps, 8, 10_000)
+    check_range('--kills', kills, 0, 1_000)
+    out,rng,t0 = fresh_folder(out),random.Random(seed),time.time()
     hub = _proof_hub(out, base)
     env = PROOF | dict(BASE_MODEL=BASE, DATASET_REPO=DATA, MAX_STEPS=steps) | settings
     seen,published,disk,struck = [],0,0,[]
@@ -612,17 +646,19 @@ def proof_verdict(
 @call_parse
 def prove_cli(
     out:str='proof', # Folder for everything; a former proof in it is replaced
-    steps:int=60, # Optimizer steps
-    kills:int=8, # At least as many kills
+    steps:int=60, # Optimizer steps [8, 10000]
+    kills:int=8, # At least as many kills [0, 1000]
     seed:int=0, # Of the moments, the faults and the disks
     base:str='', # Folder of a model; a tiny random one if empty
 ):
     "Prove on this machine that a killed and continued run gives the same model; options of a run come from the environment."
-    from phoque.core import text_table
+    from phoque.core import masked, private_files, text_table
     from phoque.train import env_options
     own = {k.upper():v for k,v in env_options().items() if k.upper() in {*PROOF, 'OPTIM','LORA_R','LORA_TARGET_MODULES','LEARNING_RATE','LOAD_IN_4BIT'}}
+    private_files()
     try: p = prove(out, steps, kills, seed, base, **own)
-    except (ValueError, RuntimeError, FileNotFoundError) as e: raise SystemExit(f"phoque_prove: {e}")
+    except (ValueError, RuntimeError, OSError) as e: raise SystemExit(f"phoque_prove: {masked(e)}")
+    except KeyboardInterrupt: raise SystemExit("phoque_prove: stopped")
     text = text_table(proof_table(p))+'\n\n'+proof_verdict(p)
     plot_proof(p).savefig(Path(out)/'proof.png', dpi=110)
     (Path(out)/'proof.txt').write_text(text+'\n'); (Path(out)/'proof.json').write_text(json.dumps(p, indent=1))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .core import UserError, excerpt, text_table
+from .core import UserError, excerpt, masked, printable, private_files, read_json, refuse_secrets, text_table
 from phoque.model_qlora import (SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, check_private, hub_problem, lora_targets, memory_plan, private_repo,
     resolve_base)
 from .resume import COMMITS_AN_HOUR, HISTORY_SECONDS, PRIVATE_GB, SQUASH_BYTES, bound_requests, parse_duration, publish_pace
@@ -18,12 +18,13 @@ from .train import TrainConfig, check_config, fit_batch, options, parse_options,
 
 # %% auto #0
 __all__ = ['JOB_FLAVOR', 'JOB_TIMEOUT', 'JOB_LABEL', 'JOB_NEEDS', 'JOB_SECRETS', 'JOB_ENV', 'JOB_MODULES', 'FLAVORS_READ',
-           'FLAVORS', 'JOB_OVERHEAD', 'FIXED_SECONDS', 'ROLES', 'JOB_PYTHON', 'SMOKE', 'parse_module', 'mk_script',
-           'project_root', 'job_pins', 'job_header', 'hf_jobs', 'train_files', 'write_train', 'check_train',
-           'find_flavor', 'usable_gib', 'price_today', 'price_per_hour', 'check_timeout', 'job_plan', 'show_plan',
-           'base_shape', 'fit_flavor', 'measured_speed', 'times_faster', 'checkpoint_bytes', 'hub_use', 'run_plan',
-           'show_hub_use', 'job_args', 'unused_secrets', 'checking', 'check_secrets', 'token_role', 'check_owner',
-           'check_dataset', 'check_wandb', 'check_installable', 'preflight', 'check_model_repo', 'submit', 'submit_cli']
+           'FLAVORS', 'MOST_DOLLARS', 'STRANGE', 'JOB_OVERHEAD', 'FIXED_SECONDS', 'ROLES', 'JOB_PYTHON', 'SMOKE',
+           'parse_module', 'mk_script', 'project_root', 'job_pins', 'job_header', 'hf_jobs', 'train_files',
+           'write_train', 'check_train', 'find_flavor', 'usable_gib', 'price_today', 'price_per_hour', 'check_timeout',
+           'job_plan', 'show_plan', 'base_shape', 'fit_flavor', 'measured_speed', 'times_faster', 'checkpoint_bytes',
+           'hub_use', 'run_plan', 'show_hub_use', 'job_args', 'unused_secrets', 'checking', 'check_account',
+           'check_secrets', 'token_role', 'check_owner', 'check_dataset', 'check_wandb', 'check_installable',
+           'preflight', 'check_model_repo', 'submit', 'check_addresses', 'check_flags', 'submit_cli']
 
 # %% ../nbs/07_submit.ipynb #c234a2e7
 def _lines(
@@ -280,9 +281,12 @@ def price_today(
     "What an hour costs by the Hub's list."
     from httpx2 import HTTPError
     per = dict(second=3600, minute=60, hour=1)
-    try: listed = api.list_jobs_hardware() if api else ()
-    except HTTPError: return 0.
-    return next((round(h.unit_cost_usd*per[h.unit_label], 4) for h in listed if h.name==flavor), 0.)
+    try: price = next((h.unit_cost_usd*per[h.unit_label] for h in (api.list_jobs_hardware() if api else ()) if h.name==flavor), 0.)
+    except (HTTPError, *STRANGE): return 0.
+    return round(price, 4) if isinstance(price, float|int) and 0<price<MOST_DOLLARS else 0.
+
+MOST_DOLLARS = 10_000 # an hour, which no machine costs
+STRANGE = (LookupError, TypeError, AttributeError, ValueError) # what the Hub's client raises on an answer of another shape
 
 def price_per_hour(
     flavor:str, # Machine
@@ -340,8 +344,8 @@ def base_shape(
 ): # Config of its base model; None where that can't be read here
     "What the base model looks like."
     from transformers import AutoConfig, Ministral3Config
-    try: return Ministral3Config(**SUCCESSOR_SHAPE) if c.base_model in (SEED_BASE, SUCCESSOR) else AutoConfig.from_pretrained(c.base_model)
-    except (OSError, ValueError): return
+    try: return Ministral3Config(**SUCCESSOR_SHAPE) if c.base_model in (SEED_BASE, SUCCESSOR) else AutoConfig.from_pretrained(c.base_model, trust_remote_code=False)
+    except (OSError, *STRANGE): return
 
 def fit_flavor(
     c:TrainConfig, # The run
@@ -359,8 +363,8 @@ def measured_speed(
     path:str='benchmark/benchmark.json', # What `phoque_bench` wrote
 )->float: # Tokens a second, of all its GPUs; 0 where nothing was measured on such a GPU
     "The speed that was measured, where there is one."
-    try: r = json.loads((project_root()/path).read_text())
-    except (FileNotFoundError, UserError): return 0.
+    try: r = read_json(project_root()/path)
+    except UserError: return 0.
     f = find_flavor(flavor)
     if f['gpu'] not in r['machine'] or c.base_model not in (SEED_BASE, SUCCESSOR) or c.gradient_checkpointing or c.fsdp: return 0.
     like = {g:s['tokens_per_second']/g for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(at_once*(g := s.get('gpus', 1)),c.max_length)}
@@ -479,11 +483,21 @@ def checking(
         while not answered.wait(every): print(f'still checking: {what}', flush=True)
     threading.Thread(target=wait, daemon=True).start()
     try: yield
+    except UserError: raise
     except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
-    except json.JSONDecodeError: raise UserError(f"{what}: {ENDPOINT} doesn't answer as a Hub does: check HF_ENDPOINT") from None
+    except STRANGE: raise UserError(f"{what}: {ENDPOINT} doesn't answer as a Hub does: check HF_ENDPOINT") from None
     finally: answered.set()
 
 # %% ../nbs/07_submit.ipynb #53792a06
+def check_account(
+    me, # What `whoami` says
+)->dict: # The same
+    "It is an account: a name, and organisations that have one."
+    named = lambda d: isinstance(d, dict) and isinstance(d.get('name'), str)
+    if not named(me) or not all(map(named, me.get('orgs') or ())): raise TypeError("no account")
+    token_role(me)
+    return me
+
 def check_secrets(
     c:TrainConfig, # The run
 ):
@@ -496,7 +510,7 @@ def token_role(
     me:dict, # What `whoami` says
 )->str: # `write`, `read`, `fineGrained`, or '' where the Hub doesn't say, as for `hf auth login`
     "What kind of token it is."
-    return ((me.get('auth') or {}).get('accessToken') or {}).get('role') or ''
+    return printable(((me.get('auth') or {}).get('accessToken') or {}).get('role') or '')
 
 ROLES = {'fineGrained':'fine-grained: must allow to write repos and to start Jobs', '':'by hf auth login'}
 
@@ -524,9 +538,9 @@ def check_dataset(
     from httpx2 import HTTPError
     try: row = next(iter(datasets.load_dataset(repo, split='train', streaming=True, revision=revision)), None)
     except (HTTPError, OSError) as e: raise hub_problem(e, f"dataset {repo}") from None
-    except (ValueError, datasets.exceptions.DatasetsError) as e: raise UserError(f"dataset {repo}: no split `train` that can be read: push it with phoque_data") from None
-    turns = (row or {}).get('messages') or []
-    if not any(m.get('role')=='assistant' for m in turns): raise UserError(f"dataset {repo}: its first row has no assistant turn in `messages`: push it with phoque_data")
+    except (RuntimeError, *STRANGE, datasets.exceptions.DatasetsError): raise UserError(f"dataset {repo}: no split `train` that can be read: push it with phoque_data") from None
+    turns = (row or {}).get('messages')
+    if not isinstance(turns, list) or not any(isinstance(m, dict) and m.get('role')=='assistant' for m in turns): raise UserError(f"dataset {repo}: its first row has no assistant turn in `messages`: push it with phoque_data")
     return f"first row has {len(turns)} turns"
 
 # %% ../nbs/07_submit.ipynb #e1e0e2c8
@@ -540,12 +554,12 @@ def check_wandb(
     if c.report_to!='wandb': return 'not used'
     url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
     try: r = httpx2.post(f'{url}/graphql', json=dict(query='{ viewer { username } }'), auth=('api', os.environ['WANDB_API_KEY']), timeout=10)
-    except httpx2.HTTPError: return f'key is set, and not checked: {url} cannot be reached'
+    except (httpx2.HTTPError, httpx2.InvalidURL): return f'key is set, and not checked: {url} cannot be reached'
     if r.status_code>=500: return f'key is set, and not checked: {url} answered {r.status_code}'
-    try: viewer = (r.json().get('data') or {}).get('viewer')
-    except json.JSONDecodeError: raise UserError(f"W&B: {url} doesn't answer as W&B does: check WANDB_BASE_URL, or submit with --report_to none") from None
+    try: viewer = (read_json(r.content).get('data') or {}).get('viewer'); name = viewer and viewer['username']
+    except STRANGE: raise UserError(f"W&B: {url} doesn't answer as W&B does: check WANDB_BASE_URL, or submit with --report_to none") from None
     if not viewer: raise UserError(f"WANDB_API_KEY: {url} doesn't know it: copy it from {url.replace('api.', '')}/authorize, or submit with --report_to none")
-    return f"key of {viewer['username']}"
+    return f"key of {excerpt(name, 80)}"
 
 def check_installable(
     requirements:str|Path, # train/requirements.txt
@@ -569,7 +583,7 @@ def preflight(
     check_secrets(c)
     bound_requests(60)
     api = HfApi()
-    with checking('the account of HF_TOKEN'): me = api.whoami()
+    with checking('the account of HF_TOKEN'): me = check_account(api.whoami())
     if token_role(me)=='read': raise UserError(f"HF_TOKEN: it may only read: make one with write access, for the account {me['name']}")
     with checking(f"model repo {c.hub_model_id}"): model = check_model_repo(api, me, c.hub_model_id)
     with checking(f"dataset {c.dataset_repo}"): ds = api.dataset_info(c.dataset_repo)
@@ -581,7 +595,7 @@ def preflight(
             ('dataset', c.dataset_repo, f"{'private' if ds.private else 'PUBLIC, which anyone may read'}, {row}"),
             ('W&B', c.wandb_project if c.report_to=='wandb' else '-', wandb), ('base model', base['id'], (base['revision'] or 'folder')[:8]),
             ('packages', 'train/requirements.txt', packages)]
-    return [dict(zip(('check', 'which', 'is'), r)) for r in rows]
+    return [dict(zip(('check', 'which', 'is'), map(printable, r))) for r in rows]
 
 def check_model_repo(
     api, # `HfApi`
@@ -606,13 +620,16 @@ def submit(
 )->int: # The client's exit code; 1 where the answer was no
     "Say what a run takes, ask, and submit it."
     from huggingface_hub import HfApi
+    check_addresses()
+    refuse_secrets(**{k.upper():getattr(c, k) for k in options()}, flavor=flavor, script=script)
     check_config(c)
     find_flavor(flavor)
     check_timeout(c.job_timeout or JOB_TIMEOUT)
     root,cmd,unused = check_train().parent.parent,job_args(c, flavor, script),unused_secrets(c)
     api = None if dry_run else HfApi()
     rows = preflight(c) if api else []
-    with checking(f'price and memory on {flavor}'): plan = run_plan(c, flavor, tokens_per_second, price_today(flavor, api))
+    with checking(f'price and memory on {flavor}'): price = price_today(flavor, api)
+    plan = run_plan(c, flavor, tokens_per_second, price)
     print(f"\n{show_plan(plan)}\n\n{''.join(f'{k}= ' for k in unused)}hf jobs uv run --detach {shlex.join(cmd)}\n", flush=True)
     if dry_run: return hf_jobs('--dry-run', *cmd, cwd=root, env=os.environ|unused|dict(HF_HUB_OFFLINE='1')).returncode
     print(text_table(rows), flush=True)
@@ -622,12 +639,24 @@ def submit(
     if not code: print('\nto follow it, and to run it again until it is complete: phoque_watch')
     return code
 
+def check_addresses():
+    "The addresses of the Hub and of W&B hold no password: they are printed, and sent along."
+    refuse_secrets(**{k:os.environ[k] for k in ('HF_ENDPOINT', 'WANDB_BASE_URL') if k in os.environ})
+
 def _agreed(question):
     try: return input(question).strip().lower() in ('y', 'yes')
     except (EOFError, KeyboardInterrupt): return False
 
 # %% ../nbs/07_submit.ipynb #7c0dde87
 SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m') # about five minutes, most of them for installing and downloading; the rest is for a slow day
+
+def check_flags(
+    argv:list, # A command's arguments
+):
+    "No secret among them, under whichever flag."
+    for before,a in zip(['', *argv], argv):
+        flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
+        refuse_secrets(**{flag:value})
 
 def submit_cli(
     argv:list=None, # Flags; `sys.argv[1:]` where None
@@ -642,11 +671,14 @@ def submit_cli(
         dry_run:bool=False, # Show all of it and submit nothing?
         smoke:bool=False, # Twenty steps in one job of at most half an hour?
         **kwargs): "Plan a run, say what it costs, and submit it to HF Jobs. The other flags are the run's."
+    private_files()
     try:
+        check_addresses()
+        check_flags(sys.argv[1:] if argv is None else argv)
         args = parse_options(anno_parser(phoque_submit), argv)
         if args['smoke']: args |= SMOKE
         if args['timeout']: args['job_timeout'] = args['timeout']
         mine = {k:args[k] for k in ('flavor', 'tokens_per_second', 'yes', 'dry_run')}
         sys.exit(submit(TrainConfig(**{k:args[k] for k in options()}), **mine))
-    except UserError as e: sys.exit(f'phoque_submit: {e}')
+    except UserError as e: sys.exit(f'phoque_submit: {masked(e)}')
     except KeyboardInterrupt: sys.exit('phoque_submit: interrupted; `hf jobs ps` shows whether a job was started')

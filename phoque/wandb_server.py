@@ -4,22 +4,27 @@
 
 # %% ../nbs/07e_wandb_server.ipynb #6319c414
 from __future__ import annotations
-import base64, json, re, threading, time, uuid
+import base64, hmac, json, re, secrets, threading, time, uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote, unquote
 from fastcore.basics import patch
+from .core import UserError, excerpt, read_json
+from .hub import is_ours
 
 # %% auto #0
-__all__ = ['LocalWandb', 'Viewer', 'ServerFeaturesQuery', 'RunResumeStatus', 'UpsertBucket', 'CreateRunFiles', 'CreateArtifact',
-           'CreateArtifactManifest', 'CreateArtifactFiles', 'CommitArtifact', 'ArtifactType', 'ArtifactByID']
+__all__ = ['MOST_UPLOAD', 'MOST_LINES', 'MOST_ASKED', 'LocalWandb', 'Viewer', 'ServerFeaturesQuery', 'RunResumeStatus',
+           'UpsertBucket', 'CreateRunFiles', 'CreateArtifact', 'CreateArtifactManifest', 'CreateArtifactFiles',
+           'CommitArtifact', 'ArtifactType', 'ArtifactByID']
 
 # %% ../nbs/07e_wandb_server.ipynb #4dd5a8f3
 class LocalWandb:
     "A W&B server on 127.0.0.1, in a thread of this process."
     def __init__(self,
-        key:str='local-'+'w'*40, # The one API key that it knows; the client wants 40 characters after the dash
+        key:str='', # The one API key that it knows, random where empty; the client wants 40 characters after the dash
         entity:str='me', # Whose key that is
     ):
-        self.key,self.entity,self.port,self.lock = key,entity,0,threading.RLock()
+        self.key,self.secret = key or f'local-{secrets.token_hex(20)}',secrets.token_bytes(32)
+        self.entity,self.port,self.lock = entity,0,threading.RLock()
         self.runs,self.artifacts,self.uploads,self.public = {},{},{},set() # public: projects that anyone may read
         self.requests,self.faults,self.freed = [],[],threading.Event()
 
@@ -88,7 +93,8 @@ def UpsertBucket(w, v):
     return dict(upsertBucket=dict(bucket=bucket, inserted=new))
 
 # %% ../nbs/07e_wandb_server.ipynb #2dcaa862
-def _address(w, path): return dict(uploadUrl=f'{w.url}/upload/{path}', uploadHeaders=[])
+def _sign(w, path): return hmac.new(w.secret, path.encode(), 'sha256').hexdigest()
+def _address(w, path): return dict(uploadUrl=f'{w.url}/upload/{quote(path)}?sig={_sign(w, path)}', uploadHeaders=[])
 
 @_answers
 def CreateRunFiles(w, v):
@@ -146,7 +152,8 @@ def ArtifactByID(w, v):
 @patch
 def graphql(self:LocalWandb, ask, known):
     "Status and body of the answer to a question; `known`: it came with the key."
-    text,v = ask['query'],ask.get('variables') or {}
+    text,v = ask.get('query'),ask.get('variables') or {}
+    if not isinstance(text, str) or not isinstance(v, dict): raise UserError("a query is text, and its variables an object")
     name = (re.search(r'(?:query|mutation)\s+(\w+)', text) or [None,''])[1]
     if not known:
         seen = dict(id='p1') if v.get('project') in self.public and 'project(' in text else None
@@ -160,7 +167,7 @@ def graphql(self:LocalWandb, ask, known):
 def file_stream(self:LocalWandb, run_id, d):
     "Take lines of a run's files."
     with self.lock:
-        r = self.runs[run_id]
+        if not (r := self.runs.get(run_id)): return 404,dict(errors=[dict(message='no such run')])
         for name,f in (d.get('files') or {}).items():
             if name=='wandb-summary.json': r['summary'] = f['content'][-1]
             if name!='wandb-history.jsonl': continue
@@ -169,12 +176,21 @@ def file_stream(self:LocalWandb, run_id, d):
     return 200,{}
 
 # %% ../nbs/07e_wandb_server.ipynb #9a8512bc
-def _body(h):
-    if n := int(h.headers.get('Content-Length') or 0): return h.rfile.read(n)
-    data = b''
-    while h.headers.get('Transfer-Encoding')=='chunked' and (n := int(h.rfile.readline(), 16)):
-        data += h.rfile.read(n); h.rfile.readline()
-    return data
+def _body(h, most):
+    "A request's body; UserError where it is longer than `most`, or nobody can say how long."
+    def size(said, base):
+        try: n = int(said, base)
+        except ValueError: n = -1
+        if 0<=n<=most: return n
+        raise UserError(f"a body of {str(said)[:20]} bytes: at most {most:,}")
+    if h.headers.get('Transfer-Encoding')!='chunked': return h.rfile.read(size(h.headers.get('Content-Length') or '0', 10))
+    parts = []
+    while n := size(h.rfile.readline(100), 16):
+        most -= n
+        parts.append(h.rfile.read(n)); h.rfile.readline(100)
+    return b''.join(parts)
+
+MOST_UPLOAD,MOST_LINES,MOST_ASKED = 1<<30,64<<20,1<<20 # bytes of a body: a signed upload, with the key, from anybody
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
@@ -185,7 +201,7 @@ def _handler(w):
         protocol_version = 'HTTP/1.1'
         def log_message(self, *_): pass
         def do_GET(self): w.answer(self)
-        do_POST = do_PUT = do_GET
+        do_POST = do_PUT = do_HEAD = do_OPTIONS = do_DELETE = do_PATCH = do_GET
     return Handler
 
 @patch
@@ -206,22 +222,39 @@ def stop(self:LocalWandb):
 @patch
 def answer(self:LocalWandb, h):
     "Answer one request, or fail as told."
-    data,known = _body(h),h.headers.get('Authorization')=='Basic '+base64.b64encode(f'api:{self.key}'.encode()).decode()
-    ask = json.loads(data) if h.path=='/graphql' else {}
-    what = f'{h.command} {h.path} ' + ' '.join(ask.get('query', '').split())[:60]
+    known = hmac.compare_digest((h.headers.get('Authorization') or '').encode(), b'Basic '+base64.b64encode(f'api:{self.key}'.encode()))
+    path,_,query = h.path.partition('?')
+    upload = unquote(path.removeprefix('/upload/')) if path.startswith('/upload/') else None
+    if not is_ours(h.headers, self.port) or upload and not hmac.compare_digest(query.encode(), f'sig={_sign(self, upload)}'.encode()):
+        return _reply(h, 403, dict(errors=[dict(message='this server is for the clients that were given its address')]), close=True)
+    try: data = _body(h, MOST_UPLOAD if upload else MOST_LINES if known else MOST_ASKED)
+    except UserError as e: return _reply(h, 413, dict(errors=[dict(message=str(e))]), close=True)
+    try: answer = self.choose(h, path, upload, data, known)
+    except (UserError, LookupError, TypeError, AttributeError, ValueError) as e: answer = 400,dict(errors=[dict(message=excerpt(e))])
+    if answer: _reply(h, *answer)
+
+def _reply(h, status, d, close=False):
+    body = json.dumps(d).encode()
+    h.send_response(status)
+    for k,v in {'Content-Type':'application/json', 'Content-Length':len(body), 'X-Content-Type-Options':'nosniff'}.items(): h.send_header(k, str(v))
+    if close: h.send_header('Connection', 'close')
+    h.end_headers()
+    if h.command!='HEAD': h.wfile.write(body)
+
+@patch
+def choose(self:LocalWandb, h, path, upload, data, known):
+    "Status and body of the answer, None where there is none."
+    ask = read_json(data, what='the question') if path=='/graphql' else {}
+    what = f'{h.command} {path} ' + ' '.join(str(ask.get('query', '')).split())[:60]
     self.requests.append(what)
     f = next((f for f in self.faults if re.search(f['match'], what)), None)
     if f and f['kind']=='hang': self.freed.wait(f['seconds']); h.close_connection = True; return
-    stream = re.fullmatch(r'/files/[^/]+/[^/]+/([^/]+)/file_stream', h.path)
-    status,d = 404,{}
-    if f: status,d = int(f['kind']),dict(errors=[dict(message='as told')])
-    elif h.path=='/graphql': status,d = self.graphql(ask, known)
-    elif stream and known: status,d = self.file_stream(stream[1], json.loads(data))
-    elif h.path.startswith('/upload/'): status = 200; self.uploads[h.path.removeprefix('/upload/')] = data
-    body = json.dumps(d).encode()
-    h.send_response(status)
-    h.send_header('Content-Type', 'application/json'); h.send_header('Content-Length', str(len(body)))
-    h.end_headers(); h.wfile.write(body)
+    stream = re.fullmatch(r'/files/[^/]+/[^/]+/([^/]+)/file_stream', path)
+    if f: return int(f['kind']),dict(errors=[dict(message='as told')])
+    if path=='/graphql': return self.graphql(ask, known)
+    if stream and known: return self.file_stream(stream[1], read_json(data, what='the lines'))
+    if upload: self.uploads[upload] = data
+    return (200 if upload else 404),{}
 
 # %% ../nbs/07e_wandb_server.ipynb #a3acc8f6
 @patch
