@@ -4,13 +4,13 @@
 
 # %% ../nbs/00_core.ipynb #35f419e6
 from __future__ import annotations
-import json, logging, os, re, textwrap
+import json, logging, os, re, sys, textwrap
 from itertools import zip_longest
 from pathlib import Path
 
 # %% auto #0
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'text_table', 'printable', 'excerpt', 'safe_path', 'read_json',
-           'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets']
+           'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets', 'begin_command']
 
 # %% ../nbs/00_core.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -142,3 +142,16 @@ def refuse_secrets(
         if not re.search(rf'(?i)^-+[\w-]*{_SECRET}$', k) and masked(v)==str(v): continue
         raise UserError(f"{k}: a secret has no place here, where others can read it: export it as HF_TOKEN or WANDB_API_KEY, "
                         "and make a new one if it is real")
+
+# %% ../nbs/00_core.ipynb #4b4b8ace
+def begin_command(
+    argv:list=None, # Its arguments; this process's where None and a command was started
+):
+    "What a command does first: its files are private, and no secret is in an argument or an address."
+    from fastcore.script import is_cli
+    private_files()
+    refuse_secrets(**{k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if k in os.environ}) # printed, and sent along
+    if argv is None: argv = sys.argv[1:] if is_cli() else []
+    for before,a in zip(['', *argv], argv):
+        flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
+        refuse_secrets(**{flag:value})
