@@ -108,7 +108,7 @@ class LoraAdapter:
         r = self.rank(module)
         return self._pattern('alpha_pattern', module, self.config['lora_alpha'])/(math.sqrt(r) if self.config.get('use_rslora') else r)
 
-# %% ../nbs/05_merge.ipynb #ecb084af
+# %% ../nbs/05_merge.ipynb #a7c12cb8
 _part = r'(?:[\w-]|\\?\.|\\d\+?|\[0-9\]\+?|\.\*)'
 _plain_pattern = re.compile(rf'\^?(?:{_part}|\((?:\?:)?{_part}+(?:\|{_part}+)*\))+\$?')
 _dtypes = dict(F32='float32', BF16='bfloat16', F16='float16') # safetensors' names → torch's
@@ -519,8 +519,8 @@ def set_weights(
         if hasattr(m, 'set_scale'):
             for n in m.scaling: m.set_scale(n, weights.get(n, 0))
 
-# %% ../nbs/05_merge.ipynb #5a172cb3
-RENDER_SECONDS,RENDER_BYTES,LONGEST_PROMPT = 4,2**30,10_000_000 # of processor and memory for a call's templates; characters
+# %% ../nbs/05_merge.ipynb #4a33e0f9
+RENDER_SECONDS,RENDER_BYTES,LONGEST_PROMPT = 2,2**30,10_000_000 # of processor and memory for a call's templates; characters
 _render = '''import json, resource, sys
 from transformers.utils.chat_template_utils import render_jinja_template
 seconds,size,most,template,names,chats = json.load(sys.stdin)

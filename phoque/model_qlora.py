@@ -56,7 +56,7 @@ def hub_problem(
     else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
     return UserError(f"{what}: {s}")
 
-# %% ../nbs/01_model_qlora.ipynb #0c75fc96
+# %% ../nbs/01_model_qlora.ipynb #800ac28d
 @contextmanager
 def reading(
     what:str, # What is read, such as "base model org/name"
@@ -72,7 +72,7 @@ def reading(
         if type(e).__name__=='OutOfMemoryError' or hub and (isinstance(e, (HTTPError, OSError)) or type(e) is RuntimeError): raise
         raise UserError(f"{what} can't be read ({type(e).__name__}: {excerpt(e, 100)}): {do}") from None
 
-# %% ../nbs/01_model_qlora.ipynb #6a8806f5
+# %% ../nbs/01_model_qlora.ipynb #186af6f9
 def read_header(
     path:str|Path, # A safetensors file
 )->tuple[dict,int]: # Name → `dtype`, `shape`, `data_offsets`, in file order; and the byte where data starts
@@ -89,7 +89,7 @@ def read_header(
     d.pop('__metadata__', None)
     return dict(sorted(d.items(), key=lambda o: o[1]['data_offsets'])),8+n
 
-# %% ../nbs/01_model_qlora.ipynb #45c48b17
+# %% ../nbs/01_model_qlora.ipynb #793040be
 WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
 
 def weight_files(
@@ -114,7 +114,7 @@ def weight_files(
     if pickles: raise UserError(f"{what} has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened: name a copy in safetensors, such as transformers' save_pretrained writes")
     raise UserError(f"{what} has no {one} and no {index}: name a base in the format that transformers saves")
 
-# %% ../nbs/01_model_qlora.ipynb #6f56c3a8
+# %% ../nbs/01_model_qlora.ipynb #7a0d2d1e
 MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
 _counted = re.compile(r'(layers?|depth|experts|blocks)$')
 
@@ -512,7 +512,8 @@ def encode_chats(
     texts = list({p for c in chats for p,_ in c if isinstance(p, str)}) # each once: headers and system turns come back all the time
     rust = tok.backend_tokenizer
     rust.encode_special_tokens = True # text that reads like a control token stays text
-    try: ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
+    try:
+        with reading(f"tokenizer {tok.name_or_path!r}: a text"): ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
     finally: rust.encode_special_tokens = False
     out = []
     for c in chats:
