@@ -48,7 +48,7 @@ def local_folder(
 
 # %% ../nbs/05_merge.ipynb #03702b19
 def _read_config(folder):
-    if not (folder/'config.json').exists(): raise UserError(f"{folder} has no config.json: it is no model folder")
+    if not (folder/'config.json').is_file(): raise UserError(f"{folder} has no config.json: it is no model folder")
     cfg = check_config(read_json(folder/'config.json', what=f"base model {folder}: its config.json"), f"base model {folder}")
     if not isinstance(cfg.get('text_config') or {}, dict): raise UserError(f"base model {folder}: its config.json has a text_config that says nothing: choose another")
     return cfg
@@ -108,7 +108,7 @@ class LoraAdapter:
         r = self.rank(module)
         return self._pattern('alpha_pattern', module, self.config['lora_alpha'])/(math.sqrt(r) if self.config.get('use_rslora') else r)
 
-# %% ../nbs/05_merge.ipynb #a7c12cb8
+# %% ../nbs/05_merge.ipynb #9933ae34
 _part = r'(?:[\w-]|\\?\.|\\d\+?|\[0-9\]\+?|\.\*)'
 _plain_pattern = re.compile(rf'\^?(?:{_part}|\((?:\?:)?{_part}+(?:\|{_part}+)*\))+\$?')
 _dtypes = dict(F32='float32', BF16='bfloat16', F16='float16') # safetensors' names → torch's
@@ -519,7 +519,7 @@ def set_weights(
         if hasattr(m, 'set_scale'):
             for n in m.scaling: m.set_scale(n, weights.get(n, 0))
 
-# %% ../nbs/05_merge.ipynb #4a33e0f9
+# %% ../nbs/05_merge.ipynb #40cf1b30
 RENDER_SECONDS,RENDER_BYTES,LONGEST_PROMPT = 2,2**30,10_000_000 # of processor and memory for a call's templates; characters
 _render = '''import json, resource, sys
 from transformers.utils.chat_template_utils import render_jinja_template

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import copy, json, logging, math, os, re, struct, sys
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from html import escape
 from pathlib import Path
 from fastcore.basics import chunked
@@ -56,7 +57,7 @@ def hub_problem(
     else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
     return UserError(f"{what}: {s}")
 
-# %% ../nbs/01_model_qlora.ipynb #800ac28d
+# %% ../nbs/01_model_qlora.ipynb #5d156b85
 @contextmanager
 def reading(
     what:str, # What is read, such as "base model org/name"
@@ -72,7 +73,7 @@ def reading(
         if type(e).__name__=='OutOfMemoryError' or hub and (isinstance(e, (HTTPError, OSError)) or type(e) is RuntimeError): raise
         raise UserError(f"{what} can't be read ({type(e).__name__}: {excerpt(e, 100)}): {do}") from None
 
-# %% ../nbs/01_model_qlora.ipynb #186af6f9
+# %% ../nbs/01_model_qlora.ipynb #bd45848a
 def read_header(
     path:str|Path, # A safetensors file
 )->tuple[dict,int]: # Name → `dtype`, `shape`, `data_offsets`, in file order; and the byte where data starts
@@ -89,7 +90,7 @@ def read_header(
     d.pop('__metadata__', None)
     return dict(sorted(d.items(), key=lambda o: o[1]['data_offsets'])),8+n
 
-# %% ../nbs/01_model_qlora.ipynb #793040be
+# %% ../nbs/01_model_qlora.ipynb #8c39b4e0
 WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
 
 def weight_files(
@@ -114,7 +115,10 @@ def weight_files(
     if pickles: raise UserError(f"{what} has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened: name a copy in safetensors, such as transformers' save_pretrained writes")
     raise UserError(f"{what} has no {one} and no {index}: name a base in the format that transformers saves")
 
-# %% ../nbs/01_model_qlora.ipynb #7a0d2d1e
+# %% ../nbs/01_model_qlora.ipynb #834c0c57
+@cache
+def _say_code(what): log.warning(f"{what} brings code of its own (auto_map), which is never run")
+
 MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
 _counted = re.compile(r'(layers?|depth|experts|blocks)$')
 
@@ -128,7 +132,7 @@ def check_config(
             if _counted.search(k) and isinstance(v, (int,float)) and v>MOST_LAYERS: raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
         for k in ('quantization_config','compression_config'):
             if not isinstance(part.get(k) or {}, dict): raise UserError(f"{what}: its config.json has a {k} that says nothing: choose another")
-    if cfg.get('auto_map'): log.warning(f"{what} brings code of its own (auto_map), which is never run")
+    if cfg.get('auto_map'): _say_code(what)
     return cfg
 
 # %% ../nbs/01_model_qlora.ipynb #c5a9dfe5
@@ -398,7 +402,7 @@ def _check_patterns(rust, what): # What the tokenizer's file makes of every text
     def walk(d):
         if isinstance(d, list): return any(map(walk, d))
         if not isinstance(d, dict): return False
-        bare = re.sub(r'\\.|\[(?:\\.|[^\]\\])*\]', 'x', str(d.get('Regex') or '')) # without escapes and character classes
+        bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]', 'x', str(d.get('Regex') or '')) # without escapes and character classes
         return bool(re.search(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]', bare)) or len(str(d.get('content') or ''))>64 or any(map(walk, d.values()))
     if any(walk(json.loads(part.__getstate__())) for part in (rust.normalizer, rust.pre_tokenizer) if part):
         raise UserError(f"{what}: it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever: choose another")
@@ -409,8 +413,8 @@ def open_tokenizer(
 ): # Tokenizer as transformers reads it
     "Load somebody else's tokenizer: no code of theirs, no file outside of the folder, no endless pattern."
     from transformers import AutoTokenizer
-    parts = {f.name: read_json(f, what=f"{what}: {f.name}") for n in ('tokenizer_config','tokenizer','special_tokens_map','config') if (f := folder/f'{n}.json').exists()}
-    if (cfg := parts.get('tokenizer_config.json', {})).get('auto_map'): log.warning(f"{what} brings code of its own (auto_map), which is never run")
+    parts = {f.name: read_json(f, what=f"{what}: {f.name}") for n in ('tokenizer_config','tokenizer','special_tokens_map','config') if (f := folder/f'{n}.json').is_file()}
+    if (cfg := parts.get('tokenizer_config.json', {})).get('auto_map'): _say_code(what)
     named = {k: None for k in cfg if k.endswith('_file')} # paths of the machine where it was saved
     for k in named: named[k] = next((str(f) for f in [folder/f"{dict(tokenizer_file='tokenizer.json', merges_file='merges.txt').get(k, '')}"] if f.is_file()), None)
     with reading(what, 'download it again, or choose another'):
