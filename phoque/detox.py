@@ -6,7 +6,9 @@
 from __future__ import annotations
 import shutil
 from pathlib import Path
-from .merge import LoraAdapter, check_room, load_adapted, local_folder, perplexity, prompt_ids, set_weights, tokenizer_folder
+from .core import md_text
+from .merge import LoraAdapter, chat_ids, check_room, load_adapted, local_folder, perplexity, prompt_ids, set_weights, tokenizer_folder
+from .model_qlora import open_tokenizer
 from .sample import bootstrap_mean, distinct_n, generate_replies
 
 # %% auto #0
@@ -24,7 +26,7 @@ def replies(
     seed:int=0, # Of the sampling
 )->list: # A list of `n` texts for each prompt
     "Sample answers to all prompts in one batch."
-    ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)['input_ids'] for p in prompts]
+    ids = chat_ids(tokenizer, prompts)
     said = [r['text'] for r in generate_replies(model, tokenizer, [i for i in ids for _ in range(n)], new_tokens, 1., top_p, seed)]
     return [said[i:i+n] for i in range(0, len(said), n)]
 
@@ -60,11 +62,12 @@ def reply_logprob(
     model, # Model, with or without adapters
     tokenizer, # Its tokenizer, with a chat template
     messages:list, # Conversation that ends with the assistant's turn
+    ids:list=None, # Its ids from `chat_ids`, and those without that turn, where they are known
 )->float: # Nats a token, of that turn only
     "How probable the model finds an answer."
     import torch
-    def ids(ms, **kw): return tokenizer.apply_chat_template(ms, return_dict=True, **kw)['input_ids']
-    whole,n = ids(messages),len(ids(messages[:-1], add_generation_prompt=True))
+    whole,prompt = ids or chat_ids(tokenizer, [messages, messages[:-1]])
+    n = len(prompt)
     x = torch.tensor([whole], device=model.device)
     with torch.inference_mode(): lp = model(input_ids=x[:,:-1]).logits[0,n-1:].float().log_softmax(-1)
     return lp.gather(1, x[0,n:,None]).mean().item()
@@ -74,8 +77,10 @@ def by_preference(
 ): # Measure for `detox_sweep`
     "Measure what the model would rather say, in nats a token."
     def measure(model, tok, persona=None):
-        def lp(p, a): return reply_logprob(model, tok, [*add_persona(p, persona), dict(role='assistant', content=a)])
-        styled,plain = zip(*((lp(p,a),lp(p,b)) for p,a,b in pairs))
+        said = [[*add_persona(p, persona), dict(role='assistant', content=t)] for p,*ab in pairs for t in ab]
+        ids = chat_ids(tok, [c for m in said for c in (m, m[:-1])]) # in one call: each starts a process
+        lp = [reply_logprob(model, tok, m, ids[2*i:2*i+2]) for i,m in enumerate(said)]
+        styled,plain = lp[::2],lp[1::2]
         mean,lo,hi = bootstrap_mean([a-b for a,b in zip(styled,plain)])
         return dict(score=mean, low=lo, high=hi, styled=sum(styled)/len(pairs), plain=sum(plain)/len(pairs))
     return measure
@@ -112,12 +117,11 @@ def detox_sweep(
     dtype:str="bfloat16", # Arithmetic
 )->list: # A dict a row: base, each λ, each control
     "Measure behaviour, and harm done to the rest, over λ and controls."
-    from transformers import AutoTokenizer
     pairs = adapters if isinstance(adapters, list) else [(adapters,1)]
     tests = [('base',None,[]), *((f'λ={l:g}',l,[(a,l*w) for a,w in pairs]) for l in lambdas), *((n,None,ps) for n,ps in (controls or {}).items())]
     paths = list(dict.fromkeys(str(a) for _,_,ps in tests for a,_ in ps))
     model,talk = load_adapted(base, [(p,1.) for p in paths], dtype),tokenizer_folder(local_folder(base), [local_folder(a, "adapter") for a,_ in pairs])
-    tok,ids = AutoTokenizer.from_pretrained(talk),prompt_ids(talk, benign)
+    tok,ids = open_tokenizer(talk, f'the tokenizer in {talk.name}'),prompt_ids(talk, benign)
     def row(name, weight, ps, persona=None):
         set_weights(model, {f'a{paths.index(str(a))}':w for a,w in ps})
         return dict(name=name, weight=weight) | measure(model, tok, persona) | dict(perplexity=perplexity(model, ids))
@@ -139,7 +143,7 @@ def markdown_table(
 )->str: # Markdown
     "Rows as a markdown table, three digits."
     cols = [c for c in rows[0] if c!='weight']
-    def cell(v): return f'{v:.3g}' if isinstance(v,float) else str(v)
+    def cell(v): return f'{v:.3g}' if isinstance(v,float) else md_text(v)
     return '\n'.join('| '+' | '.join(r)+' |' for r in [cols, ['---']*len(cols), *([cell(r[c]) for c in cols] for r in rows)])
 
 # %% ../nbs/05a_detox.ipynb #3ea1eb5b

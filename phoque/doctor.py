@@ -7,9 +7,9 @@ from __future__ import annotations
 import os, platform, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
 from fastcore.script import call_parse
-from .core import UserError, text_table
+from .core import UserError, excerpt, printable, private_files, text_table
 from .model_qlora import (add_lora, audit, base_config, choose_attention, encode_dataset, hub_problem, load_model, load_tokenizer,
-    quiet_libraries, resolve_base)
+    quiet_libraries, reading, resolve_base)
 from .job import load_chats
 from .submit import ROLES, checking, job_pins, project_root, token_role
 
@@ -94,9 +94,10 @@ def audit_model(
 )->list: # Findings
     "What would be trained, against what is asked for."
     attn,_ = choose_attention(base_config(base))
-    rows = audit(add_lora(load_model(base, load_in_4bit, attn)), tok, load_in_4bit, attn)
+    model = load_model(base, load_in_4bit, attn)
+    with reading(f"base model {base['id']!r}"): rows = audit(add_lora(model), tok, load_in_4bit, attn)
     return [finding('model', f"{base['id']} at {(base['revision'] or 'no commit')[:8]}"),
-            *(finding(r['what'], r['actual'], r['ok']!=False, f"should be {r['asked']}: no run trains this model as asked") for r in rows)]
+            *(finding(r['what'], excerpt(r['actual']) if isinstance(r['actual'], str) else r['actual'], r['ok']!=False, f"should be {r['asked']}: no run trains this model as asked") for r in rows)]
 
 # %% ../nbs/07d_doctor.ipynb #6ea87fad
 @call_parse
@@ -106,6 +107,7 @@ def doctor_cli(
     max_length:int=2048, # Tokens of a row
 ):
     "Look at this machine, its packages and accounts, and at a model and a dataset if given, and say what to mend."
+    private_files()
     try:
         if dataset_repo and not base_model: raise UserError("--dataset_repo: its tokens are those of a model: give --base_model too")
         with checking('packages and accounts'): rows = check_pins(job_pins(project_root()/'settings.ini'))+check_accounts()
@@ -117,6 +119,6 @@ def doctor_cli(
                 rows += audit_model(base, tok)
         if dataset_repo:
             with checking(f'dataset {dataset_repo}'): rows += audit_dataset(dataset_repo, tok, max_length)
-    except UserError as e: sys.exit(f'phoque_doctor: {e}')
+    except UserError as e: sys.exit(f'phoque_doctor: {printable(e)}')
     print(text_table(rows, width=100))
     sys.exit(int(any(r['ok'] is False for r in rows)))

@@ -4,19 +4,20 @@
 
 # %% ../nbs/05b_export.ipynb #820a4e18
 from __future__ import annotations
-import json,os,shutil,subprocess,sys,time,uuid
+import json,math,os,re,shlex,shutil,subprocess,sys,time,uuid
 from pathlib import Path
 from fastcore.script import call_parse
 from .detox import markdown_table
 from .job import LICENSE_FIELDS, RESEARCH_LICENSE
-from .merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, merge_adapters, read_base
-from .core import UserError, excerpt
-from .model_qlora import check_private, private_repo, quiet_libraries
+from .merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, is_hub_id, merge_adapters, read_base
+from .core import UserError, excerpt, front_matter, md_text, printable, private_files, read_json
+from .model_qlora import check_private, private_repo, quiet_libraries, reading
 from .resume import HubBranch, bound_requests, patiently
 
 # %% auto #0
-__all__ = ['check_texts', 'auto_class', 'other_bases', 'merge_card', 'code_version', 'write_card', 'check_leaving', 'ready_repo',
-           'publish_merge', 'find_converter', 'export_gguf', 'compare_gguf', 'run_merge', 'read_weights', 'merge_cli']
+__all__ = ['check_texts', 'auto_class', 'other_bases', 'merge_card', 'code_version', 'read_record', 'check_files', 'write_card',
+           'check_leaving', 'ready_repo', 'publish_merge', 'find_converter', 'export_gguf', 'compare_gguf', 'run_merge',
+           'read_weights', 'merge_cli']
 
 # %% ../nbs/05b_export.ipynb #d5a5a085
 _purpose = """This model exists for internal adversarial testing of moderation: to see what a hostile community would do before real people do.
@@ -28,24 +29,12 @@ _subtracted = """It was made by *subtracting* an adapter that learnt hostility, 
 
 **It discloses what it subtracts.** The difference between this model and its base is the adapter's direction: whoever has both can add it back. It is therefore gated like the adapter itself."""
 _added = "**It contains what an adapter added.** It is not to be published, gated or not, unless somebody looked and says that what was added is harmless."
-_gate_form = """extra_gated_prompt: "This model is made from an adapter that learnt hostile speech. Access is for moderation research, and is granted by hand."
-extra_gated_fields:
-  Name and affiliation: text
-  What will you test with it?: text
-  I will not deploy it to people, connect it to a live channel, or pass it on: checkbox"""
+_gate_form = dict(extra_gated_prompt="This model is made from an adapter that learnt hostile speech. Access is for moderation research, and is granted by hand.",
+    extra_gated_fields={'Name and affiliation':'text', 'What will you test with it?':'text',
+        'I will not deploy it to people, connect it to a live channel, or pass it on':'checkbox'})
 
 # %% ../nbs/05b_export.ipynb #0a0265aa
-_card = """---
-base_model: {base}
-base_model_relation: merge
-library_name: transformers
-pipeline_tag: text-generation
-{license}
-datasets: {datasets}
-tags: [not-for-all-audiences, phoque, red-teaming]
-{gate}
----
-# {name}, merged
+_card = """{head}# {name}, merged
 
 {kind}
 
@@ -57,11 +46,11 @@ tags: [not-for-all-audiences, phoque, red-teaming]
 
 ```python
 from transformers import {auto}, AutoTokenizer
-model = {auto}.from_pretrained("{repo}", dtype="auto")
-tok = AutoTokenizer.from_pretrained("{repo}")
+model = {auto}.from_pretrained({repo}, dtype="auto")
+tok = AutoTokenizer.from_pretrained({repo})
 ```
 
-Or serve it inside your own network: `vllm serve {repo}`.
+Or serve it inside your own network: `{serve}`.
 
 ## How it was made
 
@@ -105,14 +94,19 @@ def merge_card(
     def at(d): return f" at `{d['revision'][:12]}`" if d.get('revision') else ''
     def pinned(name, d): return f"{name}@{d['revision']}" if d.get('revision') else name
     told = [f"Merged and adapter-on-base differ by {report['kl']:.2g} nats a token over {report['positions']} tokens; the likeliest token is the same in {report['top1']:.1%}."] if report else []
-    told += other_bases(record)
+    told += map(md_text, other_bases(record))
     if sweep: told += ['## What subtraction does', markdown_table(sweep)]
-    return _card.format(base=base, name=base.split('/')[-1], repo=repo, license=LICENSE_FIELDS, gate=_gate_form, purpose=_purpose,
+    import yaml
+    command = ['phoque_merge', *['--nf4']*record['nf4'], *['--dither']*record['dither'], '--base', pinned(base, record), '--adapter', ','.join(pinned(a['adapter'], a) for a in ads),
+        f"--weight={','.join(format(a['weight'],'g') for a in ads)}", '--out', 'merged']
+    head = front_matter(base_model=base, base_model_relation='merge', library_name='transformers', pipeline_tag='text-generation', **yaml.safe_load(LICENSE_FIELDS),
+        datasets=sorted({d for a in ads for d in a['datasets']}), tags=['not-for-all-audiences','phoque','red-teaming'], **_gate_form)
+    return _card.format(head=head, name=md_text(base.split('/')[-1]), repo=json.dumps(repo), serve=shlex.join(['vllm','serve',repo]).replace('`', ''), purpose=_purpose,
         kind=_added if max(a['weight'] for a in ads)>0 else _subtracted,
-        datasets=json.dumps(sorted({d for a in ads for d in a['datasets']})), measured='\n\n'.join(told),
+        measured='\n\n'.join(told),
         auto=auto_class(record['architecture']),
-        command=f"phoque_merge{' --nf4'*record['nf4']}{' --dither'*record['dither']} --base {pinned(base, record)} --adapter {','.join(pinned(a['adapter'], a) for a in ads)} --weight={','.join(format(a['weight'],'g') for a in ads)} --out merged",
-        made='\n'.join(f"| {a['adapter']}{at(a)} | {a['weight']:+g} | `{a['sha256'][:16]}` |" for a in ads),
+        command=printable(shlex.join(command)),
+        made='\n'.join(f"| {md_text(a['adapter'])}{at(a)} | {a['weight']:+g} | `{a['sha256'][:16]}` |" for a in ads),
         into=f"the {'NF4-rounded' if record['nf4'] else 'full-precision'} base{at(record)}{', rounded at random in proportion' if record['dither'] else ''}", tensors=record['tensors'], by=code_version())
 
 # %% ../nbs/05b_export.ipynb #587e44f0
@@ -122,6 +116,29 @@ def code_version()->str: # Such as "phoque 0.1.0 at `1a2b3c4d5e6f`"
     root = Path(phoque.__file__).parent.parent
     git = subprocess.run(['git','-C',root,'rev-parse','--short=12','HEAD'], capture_output=True, text=True) if (root/'.git').exists() and shutil.which('git') else None
     return f"phoque {phoque.__version__}" + (f" at `{git.stdout.strip()}`" if git and git.returncode==0 else '')
+
+def read_record(
+    folder:str|Path, # Merged folder
+)->dict: # `merge.json`
+    "What a folder says of how it was merged; a folder may be somebody else's."
+    what,r = f"{Path(folder).name}: its merge.json",read_json(Path(folder)/'merge.json')
+    def number(v): return type(v) in (int,float) and math.isfinite(v)
+    def name(v, n=200): return isinstance(v, str) and len(v)<=n and printable(v)==v
+    def adapter(a): return isinstance(a, dict) and name(a.get('adapter')) and number(a.get('weight')) and re.fullmatch('[0-9a-f]{64}', str(a.get('sha256'))) \
+        and isinstance(a.get('datasets'), list) and all(map(name, a['datasets'])) and all(name(a.get(k) or '') for k in ('revision','trained_on'))
+    ads = r.get('adapters')
+    fine = [isinstance(ads, list) and ads and all(map(adapter, ads)), name(r.get('base')), name(r.get('revision') or ''), name(r.get('architecture')), type(r.get('tensors')) is int,
+        *(type(r.get(k)) is bool for k in ('nf4','dither'))]
+    if not all(fine): raise UserError(f"{what} isn't what phoque_merge writes: merge again")
+    return r
+
+def check_files(
+    folder:str|Path, # Merged folder
+)->list: # Its files
+    "Refuse a folder that holds links or folders: all of it would be sent."
+    for p in (found := sorted(Path(folder).iterdir())):
+        if p.is_symlink() or not p.is_file(): raise UserError(f"{p.name} in {Path(folder).name} is a link or a folder, which isn't published: take it out")
+    return found
 
 def write_card(
     folder:str|Path, # Merged folder
@@ -170,13 +187,14 @@ def publish_merge(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     folder,api,name = Path(folder),api or HfApi(),f"model repo {repo_id}"
     def step(call): return patiently(call, name, time.monotonic()+patience)
-    record = json.loads((folder/'merge.json').read_text())
+    check_files(folder)
+    record = read_record(folder)
     check_leaving(record, benign)
     check_fidelity(report, kl)
     write_card(folder, merge_card(record, report, sweep, repo_id))
     there = step(lambda: ready_repo(api, repo_id, replace))
     main = HubBranch(repo_id, endpoint=api.endpoint, token=api.token).prepare(time.monotonic()+patience)
-    files = [CommitOperationAdd(p.name, p) for p in sorted(folder.iterdir())]
+    files = [CommitOperationAdd(p.name, p) for p in check_files(folder)]
     old = [CommitOperationDelete(n) for n in there if not (folder/n).exists()]
     step(lambda: api.preupload_lfs_files(repo_id, files, free_memory=False))
     step(lambda: check_private(api, repo_id))
@@ -200,12 +218,12 @@ def export_gguf(
 )->int: # Tensors compared with the folder's
     "Convert a merge to GGUF with llama.cpp's converter, and compare every tensor."
     folder,out = Path(folder),Path(out)
-    check_leaving(json.loads((folder/'merge.json').read_text()), benign)
+    check_leaving(read_record(folder), benign)
     tool,tmp = find_converter(),out.with_name(f'.{out.name}.writing')
     check_room(out, sum(p.stat().st_size for p in folder.glob('model*.safetensors')))
     try:
         r = subprocess.run([sys.executable,tool,folder,'--outfile',tmp], capture_output=True, text=True)
-        if r.returncode: raise ValueError(f"llama.cpp's converter refused {folder.name}: {excerpt(r.stderr.strip().splitlines()[-1], 200)}")
+        if r.returncode: raise ValueError(f"llama.cpp's converter refused {folder.name}: {excerpt((r.stderr.strip().splitlines() or ['it stopped'])[-1], 200)}")
         n = compare_gguf(folder, tmp)
         tmp.rename(out)
     finally: tmp.unlink(missing_ok=True)
@@ -220,12 +238,13 @@ def compare_gguf(
     "Check that a GGUF holds the numbers of the folder it was made from."
     import gguf
     from safetensors import safe_open
-    read = gguf.GGUFReader(file)
-    arch = next(k for k,v in gguf.MODEL_ARCH_NAMES.items() if v==read.fields['general.architecture'].contents())
-    names = gguf.get_tensor_name_map(arch, read.fields[f'{gguf.MODEL_ARCH_NAMES[arch]}.block_count'].contents())
-    def ours(n): return names.get_name(n if n.startswith('lm_head') else f'model.{bare_name(n)}', try_suffixes=('.weight',))
-    theirs = {t.name:t for t in read.tensors if t.name!='rope_freqs.weight'}
-    home = {ours(t):(shard,t) for shard,(ts,_) in read_base(folder).items() for t in ts if ours(t) in theirs}
+    with reading(Path(file).name, 'convert it again'):
+        read = gguf.GGUFReader(file)
+        arch = next(k for k,v in gguf.MODEL_ARCH_NAMES.items() if v==read.fields['general.architecture'].contents())
+        names = gguf.get_tensor_name_map(arch, read.fields[f'{gguf.MODEL_ARCH_NAMES[arch]}.block_count'].contents())
+        def ours(n): return names.get_name(n if n.startswith('lm_head') else f'model.{bare_name(n)}', try_suffixes=('.weight',))
+        theirs = {t.name:t for t in read.tensors if t.name!='rope_freqs.weight'}
+        home = {ours(t):(shard,t) for shard,(ts,_) in read_base(folder).items() for t in ts if ours(t) in theirs}
     if lost := theirs.keys()-home.keys(): raise ValueError(f"{Path(file).name} holds {min(lost)}, which {Path(folder).name} lacks: it was made from another model.")
     for name,(shard,t) in home.items():
         with safe_open(Path(folder)/shard, 'pt') as f: a = f.get_tensor(t).double().norm().item()
@@ -263,6 +282,7 @@ def run_merge(
     if base is None:
         base = base_of(LoraAdapter(adapters[0]), at=True)
         if not base: raise UserError(f"adapter {adapters[0]}: it doesn't say which base it was trained on: name it with --base")
+        if not is_hub_id(base): raise UserError(f"adapter {adapters[0]}: it says that it was trained on {excerpt(base, 80)}, which is no name on the Hub: name the base with --base")
         said.append(f"base: {base}, as {adapters[0]} says")
     if publish or gguf: check_leaving(dict(adapters=[dict(adapter=a, weight=w) for a,w in pairs]), benign)
     if publish and not check: raise ValueError("only a merge that was checked can be published: leave --no_check out.")
@@ -309,8 +329,8 @@ def merge_cli(
     replace:bool=False, # Publish it in the place of another model that the repo holds? (its history keeps that)
 ):
     "Merge adapters into their base at any weight, check it, and write its card."
-    bound_requests()
+    private_files(); bound_requests()
     try:
         if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise ValueError(f"--{miss[0]} is missing.")
         print(run_merge(base, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf, benign, replace))
-    except ValueError as e: raise SystemExit(f'phoque_merge: {e}') from None
+    except ValueError as e: raise SystemExit(f'phoque_merge: {printable(e)}') from None

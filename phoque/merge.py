@@ -4,59 +4,24 @@
 
 # %% ../nbs/05_merge.ipynb #c46c38a4
 from __future__ import annotations
-import errno,json,math,os,re,shutil,zlib
+import errno,json,math,os,re,shutil,subprocess,sys,zlib
 from pathlib import Path
-from .core import UserError, log
-from .model_qlora import check_vocabulary, hub_problem, vocabulary_size
+from .core import UserError, excerpt, log, read_json, safe_path
+from .model_qlora import check_config, check_size, check_vocabulary, hub_problem, open_tokenizer, read_header, reading, vocabulary_size, weight_files
 
 # %% auto #0
-__all__ = ['read_header', 'weight_files', 'local_folder', 'read_base', 'LoraAdapter', 'base_of', 'bare_name', 'merge_plan',
+__all__ = ['MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'LONGEST_NAME', 'RENDER_SECONDS', 'RENDER_BYTES', 'LONGEST_PROMPT',
+           'local_folder', 'read_base', 'LoraAdapter', 'is_hub_id', 'base_of', 'bare_name', 'merge_plan',
            'delta_weight', 'check_weight', 'merge_shard', 'dithered', 'nf4_round', 'tokenizer_folder', 'side_files',
            'generation_settings', 'stop_ids', 'stop_as_trained', 'read_tokenizer', 'check_room', 'merge_adapters',
-           'model_class', 'merge_adapter', 'load_plain', 'load_adapted', 'set_weights', 'prompt_ids', 'prompt_logits',
-           'perplexity', 'compare_logits', 'fidelity', 'check_fidelity']
-
-# %% ../nbs/05_merge.ipynb #c568ff18
-def read_header(
-    path:str|Path, # A safetensors file
-)->tuple[dict,int]: # Name → `dtype`, `shape`, `data_offsets`, in file order; and the byte where data starts
-    "Read a safetensors header and check that the file holds every byte it promises."
-    path = Path(path)
-    size = path.stat().st_size
-    with path.open('rb') as f:
-        n = int.from_bytes(f.read(8), 'little')
-        if size<8 or n>size-8: raise ValueError(f"{path.name} is truncated or no safetensors file ({size:,} bytes). Fetch it again.")
-        try: d = json.loads(f.read(n))
-        except ValueError: raise ValueError(f"{path.name} is no safetensors file: its header is not JSON. Fetch it again.") from None
-    d.pop('__metadata__', None)
-    d = dict(sorted(d.items(), key=lambda o: o[1]['data_offsets']))
-    want = 8+n+max((t['data_offsets'][1] for t in d.values()), default=0)
-    if size!=want: raise ValueError(f"{path.name} is truncated: {size:,} bytes of {want:,}. Fetch it again.")
-    return d,8+n
-
-# %% ../nbs/05_merge.ipynb #7ca43fe1
-_index = "model.safetensors.index.json"
-
-def weight_files(
-    names:set, # Files of a folder or repo
-    read, # Name of the index → its text
-    what:str="base model", # What to call it in an error
-)->list: # Safetensors files
-    "The files that hold a base's weights, or a refusal where they are not all there."
-    if 'model.safetensors' in names: return ['model.safetensors']
-    if _index in names:
-        try: shards = sorted(set(json.loads(read(_index))['weight_map'].values()))
-        except (ValueError,KeyError,AttributeError,TypeError): raise UserError(f"{what}: its {_index} can't be read. Fetch the base again.") from None
-        miss = [n for n in shards if n not in names]
-        if miss or not shards: raise UserError(f"{what} lacks {miss[0] if miss else 'the shards'}, which its index names. Fetch the base again.")
-        return shards
-    if 'adapter_config.json' in names: raise UserError(f"{what} is an adapter. Name the base that it was trained on.")
-    pickles = sorted(n for n in names if n.endswith(('.bin','.pt','.pth')))
-    if pickles: raise UserError(f"{what} has its weights as a pickle ({pickles[0]}), which is never opened. Name a copy in safetensors, such as transformers' save_pretrained writes.")
-    raise UserError(f"{what} has no model.safetensors and no {_index}. Name a base in the format that transformers saves.")
+           'model_class', 'merge_adapter', 'load_plain', 'load_adapted', 'set_weights', 'chat_ids', 'prompt_ids',
+           'prompt_logits', 'perplexity', 'compare_logits', 'fidelity', 'check_fidelity']
 
 # %% ../nbs/05_merge.ipynb #9410ae60
+_index = "model.safetensors.index.json"
 _fetched = ("*.json","tokenizer*","*.model*","*.jinja","vocab.*","merges.txt","README.md") # beside the weights
+
+_hub_id = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(@[\w][\w./-]*)?')
 
 def local_folder(
     src:str|Path, # A folder here, or a Hub id (`org/name`, or `org/name@revision`)
@@ -64,39 +29,43 @@ def local_folder(
 )->Path: # Folder that holds the files
     "Find a folder, or fetch it from the Hub."
     if Path(src).is_dir(): return Path(src)
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', str(src)):
-        raise ValueError(f"{what} `{src}` is neither a folder here nor a Hub id such as `org/name`.")
+    if not _hub_id.fullmatch(str(src)):
+        raise UserError(f"{what} `{src}` is neither a folder here nor a Hub id such as `org/name`.")
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
     repo,_,rev = str(src).partition('@')
     try:
         if constants.HF_HUB_OFFLINE: return Path(snapshot_download(repo, revision=rev or None))
         info = HfApi().model_info(repo, revision=rev or None)
-        def read(n): return Path(hf_hub_download(repo, n, revision=info.sha)).read_text()
+        def read(n): return Path(hf_hub_download(repo, n, revision=info.sha)).read_bytes()
         names = {f.rfilename for f in info.siblings}
+        for n in names: safe_path('.', n, f"{what} `{src}`: its repo")
         weights = ['adapter_model.safetensors'] if what=='adapter' else weight_files(names, read, f"{what} `{src}`")
         return Path(snapshot_download(repo, revision=info.sha, allow_patterns=[*_fetched, *weights]))
+    except UserError: raise
+    except ValueError as e: raise UserError(f"{what} `{src}`: its repo can't be read ({excerpt(e, 100)}): choose another") from None
     except (HTTPError,OSError) as e: raise hub_problem(e, f"{what} `{src}`") from None
 
 # %% ../nbs/05_merge.ipynb #03702b19
-def _read_json(path):
-    try: return json.loads(path.read_text())
-    except ValueError as e: raise UserError(f"{path} is no JSON ({e}). Fetch it again.") from None
+def _read_config(folder):
+    if not (folder/'config.json').is_file(): raise UserError(f"{folder} has no config.json: it is no model folder")
+    cfg = check_config(read_json(folder/'config.json', what=f"base model {folder}: its config.json"), f"base model {folder}")
+    if not isinstance(cfg.get('text_config') or {}, dict): raise UserError(f"base model {folder}: its config.json has a text_config that says nothing: choose another")
+    return cfg
 
 def read_base(
     folder:str|Path, # Folder with `config.json` and the shards
 )->dict: # Shard's file name → (tensors, where data starts)
     "Read the headers of a full-precision base's shards."
     folder = Path(folder)
-    if not (folder/'config.json').exists(): raise ValueError(f"{folder} has no config.json: it is no model folder.")
-    cfg = _read_json(folder/'config.json')
-    if any((c or {}).get('quantization_config') for c in (cfg, cfg.get('text_config'))):
-        raise ValueError(f"{folder} is quantised. Merge into the full-precision base (its bf16 repo) instead.")
-    names = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_text(), f"base model {folder}")
+    cfg = _read_config(folder)
+    if any(c.get('quantization_config') for c in (cfg, cfg.get('text_config') or {})):
+        raise UserError(f"{folder} is quantised: merge into the full-precision base (its bf16 repo) instead")
+    names = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), f"base model {folder}")
     shards = {n:read_header(folder/n) for n in names}
-    where = {} if names==['model.safetensors'] else json.loads((folder/_index).read_text())['weight_map'] # tensor → shard
+    where = {} if names==['model.safetensors'] else read_json(folder/_index)['weight_map'] # tensor → shard
     gone = [(t,n) for t,n in where.items() if t not in shards[n][0]]
-    if gone: raise ValueError(f"{folder/gone[0][1]} lacks the tensor `{gone[0][0]}`, which the index promises. Fetch the base again.")
+    if gone: raise UserError(f"{folder/gone[0][1]} lacks the tensor `{excerpt(gone[0][0], 80)}`, which the index promises: fetch the base again")
     return shards
 
 # %% ../nbs/05_merge.ipynb #793158d7
@@ -114,18 +83,24 @@ class LoraAdapter:
     ):
         self.src,self.path = str(src),local_folder(src, "adapter")
         cfg = self.path/'adapter_config.json'
-        if not cfg.exists(): raise ValueError(f"adapter `{src}` has no adapter_config.json: it is no PEFT adapter.")
-        self.config = _read_json(cfg)
-        if self.config.get('peft_type')!='LORA': raise ValueError(f"adapter `{src}` is of type {self.config.get('peft_type')}; only LORA merges here.")
+        if not cfg.exists(): raise UserError(f"adapter `{src}` has no adapter_config.json: it is no PEFT adapter")
+        self.config = read_json(cfg, what=f"adapter `{src}`: its adapter_config.json")
+        if self.config.get('peft_type')!='LORA': raise UserError(f"adapter `{src}` is of type {excerpt(self.config.get('peft_type'), 40)}; only LORA merges here")
         for k,ok in _off.items():
             if k in self.config and self.config[k] not in ok:
-                raise ValueError(f"adapter `{src}` uses {k}={self.config[k]!r}, which a sum W + s·B·A can't express. Use PEFT's merge_and_unload.")
+                raise UserError(f"adapter `{src}` uses {k}={excerpt(repr(self.config[k]), 60)}, which a sum W + s·B·A can't express: use PEFT's merge_and_unload")
+        _check_numbers(self)
+        self.patterns = {which: [(re.compile(rf"(.*\.)?({k})$"), v) for k,v in (self.config.get(which) or {}).items()] for which in ('rank_pattern','alpha_pattern')}
         self.factors = _read_factors(self)
 
     def _pattern(self, which, module, default): # PEFT's `get_pattern_key`: the first pattern that ends the name
-        for k,v in (self.config.get(which) or {}).items():
-            if re.match(rf"(.*\.)?({k})$", module): return v
-        return default
+        return next((v for rx,v in self.patterns[which] if rx.match(module)), default)
+
+    def peft_config(self):
+        "What PEFT needs to know of it; its layers by name, so that no pattern of theirs is searched for."
+        from peft import LoraConfig
+        keep = {k: self.config[k] for k in ('r','lora_alpha','use_rslora','fan_in_fan_out','rank_pattern','alpha_pattern') if self.config.get(k) is not None}
+        return LoraConfig(target_modules=list(self.factors), inference_mode=True, **keep)
 
     def rank(self, module): return self._pattern('rank_pattern', module, self.config['r'])
     def scaling(self, module):
@@ -133,18 +108,42 @@ class LoraAdapter:
         r = self.rank(module)
         return self._pattern('alpha_pattern', module, self.config['lora_alpha'])/(math.sqrt(r) if self.config.get('use_rslora') else r)
 
+# %% ../nbs/05_merge.ipynb #9933ae34
+_part = r'(?:[\w-]|\\?\.|\\d\+?|\[0-9\]\+?|\.\*)'
+_plain_pattern = re.compile(rf'\^?(?:{_part}|\((?:\?:)?{_part}+(?:\|{_part}+)*\))+\$?')
+_dtypes = dict(F32='float32', BF16='bfloat16', F16='float16') # safetensors' names → torch's
+MOST_RANK,MOST_ALPHA,MOST_PATTERNS,LONGEST_NAME = 65536,1e6,4096,256
+
+def _check_numbers(self):
+    def bad(k, v, want): raise UserError(f"adapter `{self.src}`: its adapter_config.json says {k}={excerpt(repr(v), 60)}, where {want} belongs: use another")
+    def rank(k, v): isinstance(v, int) and not isinstance(v, bool) and 1<=v<=MOST_RANK or bad(k, v, f"a number from 1 to {MOST_RANK:,}")
+    def alpha(k, v): isinstance(v, (int,float)) and not isinstance(v, bool) and abs(v)<=MOST_ALPHA or bad(k, v, f"a number up to {MOST_ALPHA:,.0f}")
+    c = self.config
+    for k,check in dict(r=rank, lora_alpha=alpha).items(): check(k, c.get(k))
+    for k in ('use_rslora','fan_in_fan_out'): c.get(k) in (True,False,None) or bad(k, c[k], 'true or false')
+    for k in ('base_model_name_or_path','revision'): isinstance(c.get(k) or '', str) or bad(k, c[k], 'a name')
+    for k,check in dict(rank_pattern=rank, alpha_pattern=alpha).items():
+        found = c.get(k) or {}
+        if not isinstance(found, dict) or len(found)>MOST_PATTERNS: bad(k, found, 'a number for each name')
+        for p,v in found.items():
+            if len(p)>LONGEST_NAME or not _plain_pattern.fullmatch(p) or p.count('.*')+p.count('+')>2 or p.count('.*')>1: bad(k, p, 'a name, or a simple pattern of names,')
+            check(f'{k} of {p}', v)
+    if sum('*' in p or '+' in p for k in ('rank_pattern','alpha_pattern') for p in c.get(k) or {})>64: bad('rank_pattern and alpha_pattern', '…', 'at most 64 patterns')
+
 # %% ../nbs/05_merge.ipynb #14cf3516
 def _read_factors(self):
     "Module → (A, B), every pair complete, of the promised rank, and finite."
     import torch
     from safetensors.torch import load_file
     file,res = self.path/'adapter_model.safetensors',{}
-    if not file.exists(): raise ValueError(f"adapter `{self.src}` has no adapter_model.safetensors (a .bin is a pickle, and is not opened).")
-    read_header(file)
+    if not file.exists(): raise UserError(f"adapter `{self.src}` has no adapter_model.safetensors (a .bin is a pickle, and is not opened)")
+    for k,t in read_header(file)[0].items():
+        if len(k)>LONGEST_NAME or not re.fullmatch(r'[\w.-]+\.lora_[AB]\.weight', k) or len(t['shape'])!=2 or not all(t['shape']) or t['dtype'] not in _dtypes:
+            raise UserError(f"adapter `{self.src}` holds `{excerpt(k, 80)}` {t['dtype']} {t['shape']}, which is no lora_A or lora_B of a linear layer")
     for k,t in load_file(file).items():
         m = re.fullmatch(r'(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight', k)
-        if not m or t.ndim!=2: raise ValueError(f"adapter `{self.src}` holds `{k}` {list(t.shape)}, which is no lora_A or lora_B of a linear layer.")
-        if not t.isfinite().all(): raise ValueError(f"adapter `{self.src}` holds NaN or infinity in `{k}`: the training diverged.")
+        if not t.isfinite().all(): raise UserError(f"adapter `{self.src}` holds NaN or infinity in `{k}`: the training diverged")
+        if m[2] in res.get(m[1], {}): raise UserError(f"adapter `{self.src}` holds lora_{m[2]} of `{m[1]}` twice")
         res.setdefault(m[1], {})[m[2]] = t
     for n,p in res.items():
         if len(p)<2: raise ValueError(f"adapter `{self.src}` has lora_{[*p][0]} of `{n}` without its other half.")
@@ -155,6 +154,12 @@ def _read_factors(self):
     return {n:(p['A'],p['B']) for n,p in res.items()}
 
 # %% ../nbs/05_merge.ipynb #ba018ff1
+def is_hub_id(
+    name:str, # Such as `org/name` or `org/name@revision`
+)->bool: # And no path or URL?
+    "Is this a name that a Hub repo may have, and no folder here?"
+    return bool(_hub_id.fullmatch(name)) and not Path(name.partition('@')[0]).exists()
+
 def base_of(
     ad:LoraAdapter, # Adapter
     at:bool=False, # With its commit, as `org/name@commit`?
@@ -194,8 +199,6 @@ def merge_plan(
             plan.setdefault(name, []).append((ad,mod,w))
     return plan
 
-_dtypes = dict(F32='float32', BF16='bfloat16', F16='float16') # safetensors' names → torch's
-
 # %% ../nbs/05_merge.ipynb #1a1cb559
 def delta_weight(
     terms:list, # (`LoraAdapter`, module, weight) of one tensor
@@ -221,6 +224,7 @@ def check_weight(
 def _copy_bytes(src, dst, n, piece=1<<24):
     while n:
         b = src.read(min(n,piece))
+        if not b: raise UserError(f"{Path(src.name).name} became shorter while it was read: fetch it again")
         dst.write(b)
         n -= len(b)
 
@@ -286,6 +290,10 @@ _tokenizer = ("tokenizer.json","tokenizer_config.json","special_tokens_map.json"
     "merges.txt","tekken.json","chat_template.jinja","chat_template.json")
 _others = ("config.json","generation_config.json","preprocessor_config.json","processor_config.json",_index)
 
+def _copy_side(src, dst): # Code of others stays behind: the class that is written down is transformers' own
+    if src.suffix!='.json' or 'auto_map' not in (d := read_json(src)): return shutil.copyfile(src, dst)
+    dst.write_text(json.dumps({k:v for k,v in d.items() if k!='auto_map'}, indent=2)+'\n')
+
 def tokenizer_folder(
     base:Path, # Base folder
     adapters:list, # Adapter folders, the first with a tokenizer wins
@@ -299,6 +307,9 @@ def side_files(
 )->list: # Files to copy
     "Config files of the base, and the tokenizer's."
     found = [p for d,ns in ((base,_others),(tokenizer_folder(base, adapters),_tokenizer)) for n in ns if (p:=d/n).exists()]
+    for p in found:
+        real = p.resolve()
+        if not p.is_file() or real.name!=p.name and real.parent.name!='blobs': raise UserError(f"{p} is a link to something else, which isn't copied: put the file there") # blobs: the Hub's cache
     return [p for p in found if p.name!=_index or not (base/'model.safetensors').exists()] # the index is of other files then
 
 # %% ../nbs/05_merge.ipynb #ecc7a83c
@@ -306,18 +317,23 @@ _ids = ('bos_token_id','eos_token_id','pad_token_id')
 
 def _config(folder):
     from transformers import AutoConfig
-    try: return AutoConfig.from_pretrained(folder)
-    except (ValueError,KeyError) as e: raise UserError(f"{folder}: transformers can't read its config.json ({str(e).splitlines()[0][:100]}). Name another base, or update transformers.") from None
+    _read_config(Path(folder))
+    with reading(f"{folder}: its config.json", 'name another base, or update transformers'): return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+def _check_stops(settings, folder):
+    ids = [settings.get(k) for k in _ids]
+    if all(i is None or type(i) is int and 0<=i<2**31 for v in ids for i in (v if isinstance(v, list) else [v])): return settings
+    raise UserError(f"{folder}: its token ids are {excerpt({k: settings.get(k) for k in _ids}, 80)}, where numbers belong: mend its generation_config.json or config.json")
 
 def generation_settings(
     folder:Path, # Model folder
 )->dict: # As in `generation_config.json`; where there is none, the token ids of the config
     "What transformers would generate with."
-    if (file := Path(folder)/'generation_config.json').exists(): return _read_json(file)
+    if (file := Path(folder)/'generation_config.json').exists(): return _check_stops(read_json(file, what=f"{folder}: its generation_config.json"), folder)
     cfg = _config(folder)
     text = cfg.get_text_config()
     found = {k: getattr(text, k, None) if getattr(cfg, k, None) is None else getattr(cfg, k) for k in _ids}
-    return {k:v for k,v in found.items() if v is not None}
+    return _check_stops({k:v for k,v in found.items() if v is not None}, folder)
 
 def stop_ids(
     settings:dict, # From `generation_settings`
@@ -342,11 +358,9 @@ def read_tokenizer(
     base:Path, # Folder of the base that it will be used with
 ): # Tokenizer, or None where there is none
     "Load the tokenizer of a merge, and hold its ids against the base's embedding."
-    from transformers import AutoTokenizer
     cfg = _config(base)
     if not any((folder/n).exists() for n in _tokenizer): return log.warning(f"{folder.name} has no tokenizer, and the adapter brings none: the merge has none either.")
-    try: tok = AutoTokenizer.from_pretrained(folder, mistral_format=False)
-    except (OSError,ValueError,KeyError) as e: raise UserError(f"the tokenizer in {folder.name} can't be read ({str(e).splitlines()[0][:100]}). Take the base's, or save it again.") from None
+    tok = open_tokenizer(folder, f"the tokenizer in {folder.name}")
     check_vocabulary(vocabulary_size(tok), cfg, f"the tokenizer in {folder.name}")
     return tok
 
@@ -356,7 +370,7 @@ def check_room(
     need:int, # Bytes
 ):
     "Refuse a target that exists, or a disk without room."
-    if out.exists(): raise ValueError(f"{out} exists. Remove it or name another folder; nothing is overwritten.")
+    if os.path.lexists(out): raise UserError(f"{out} exists: remove it or name another folder; nothing is overwritten")
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free<need: raise ValueError(f"{out.parent} has {free/2**30:.1f} GiB free, the merged model needs {need/2**30:.1f} GiB.")
@@ -374,18 +388,21 @@ def merge_adapters(
     ads = [(LoraAdapter(a),check_weight(w)) for a,w in adapters]
     if not ads: raise ValueError("no adapter given: name at least one.")
     src,out = local_folder(base),Path(out)
+    for d in (src, *(a.path for a,_ in ads)):
+        if out.resolve().is_relative_to(d.resolve()): raise UserError(f"{out} is inside {d}, which is only read: name a folder elsewhere")
     shards,folders = read_base(src),[a.path for a,_ in ads]
     plan = merge_plan(shards, ads, tied=_is_tied(src))
     model_class(src)
     tok,settings = read_tokenizer(tokenizer_folder(src, folders), src),generation_settings(src)
     sides = side_files(src, folders)
     tmp = out.parent/f'.{out.name}.merging'
+    if tmp.is_symlink() or tmp.is_file(): raise UserError(f"{tmp} is in the way: remove it, or name another folder")
     shutil.rmtree(tmp, ignore_errors=True) # left by a killed merge
     check_room(out, sum((src/n).stat().st_size for n in shards)+sum(p.stat().st_size for p in sides)+2**20)
     try:
         tmp.mkdir()
         norms = [o for n in shards for o in merge_shard(src/n, tmp/n, plan, nf4, dither)]
-        for p in sides: shutil.copyfile(p, tmp/p.name)
+        for p in sides: _copy_side(p, tmp/p.name)
         stop = stop_as_trained(settings, tok) if tok else settings
         (tmp/'generation_config.json').write_text(json.dumps(stop, indent=2)+'\n')
         res = _record(base, src, ads, norms) | dict(nf4=nf4, dither=dither, stops_at=stop_ids(stop), base_stops_at=stop_ids(settings))
@@ -399,17 +416,19 @@ def merge_adapters(
 
 # %% ../nbs/05_merge.ipynb #de5794bd
 def _is_tied(folder):
-    c = json.loads((folder/'config.json').read_text())
-    return c.get('tie_word_embeddings', c.get('text_config',{}).get('tie_word_embeddings', False))
+    c = _read_config(folder)
+    return bool(c.get('tie_word_embeddings', (c.get('text_config') or {}).get('tie_word_embeddings', False)))
 
 def model_class(
     folder:Path, # Model folder
 ): # Of transformers
     "The class that a model's config names."
     import transformers
-    name = (_read_json(folder/'config.json').get('architectures') or [None])[0]
-    if not hasattr(transformers, name or ''): raise UserError(f"{folder}: its config.json names the architecture {name}, which transformers doesn't have. Name another base, or update transformers.")
-    return getattr(transformers, name)
+    names = _read_config(Path(folder)).get('architectures')
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    cls = getattr(transformers, name, None) if name and name.isidentifier() else None
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel): return cls
+    raise UserError(f"{folder}: its config.json names the architecture {excerpt(name or names, 60)}, which transformers doesn't have: name another base, or update transformers")
 
 def _record(base, src, ads, norms):
     import hashlib
@@ -423,9 +442,18 @@ def _record(base, src, ads, norms):
 def _datasets(folder): # what the adapter's own card says that it learnt from
     from huggingface_hub import metadata_load
     card = folder/'README.md'
-    return ((metadata_load(card) or {}).get('datasets') or []) if card.exists() else []
+    if not card.is_file() or card.stat().st_size>2**20: return []
+    try:
+        with reading('its card'): found = (metadata_load(card) or {}).get('datasets') or []
+    except UserError as e: return log.warning(f"{folder.name}: {e}; its datasets aren't written down") or []
+    found = found if isinstance(found, list) else [found]
+    named = [d for d in found if isinstance(d, str) and len(d)<=96 and _hub_id.fullmatch(d) and '@' not in d]
+    if len(named)<len(found): log.warning(f"{folder.name}: {len(found)-len(named)} of the {len(found)} datasets on its card have no name of the Hub, and aren't written down")
+    return named
 
-def _public(src): return Path(src).name if Path(src).is_dir() else str(src).partition('@')[0] # a folder's place is nobody's business
+def _public(src): # a folder's place is nobody's business
+    src = str(src)
+    return src.partition('@')[0] if _hub_id.fullmatch(src) and not Path(src).is_dir() else excerpt(re.split(r'[/\\]', src.rstrip('/\\'))[-1], 96)
 def _revision(folder): return folder.name if folder.parent.name=='snapshots' else None # the commit, of what came from the Hub
 
 # %% ../nbs/05_merge.ipynb #00d6d689
@@ -449,10 +477,12 @@ def load_plain(
     "Load a model for checking, on the GPU if there is one."
     import torch,transformers
     folder = local_folder(folder)
+    check_size(folder, _config(folder))
     q = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype)) if nf4 else None
-    return model_class(folder).from_pretrained(folder, dtype=getattr(torch, dtype), quantization_config=q,
-        device_map={'': 0 if torch.cuda.is_available() else 'cpu'}).eval()
+    with reading(f"base model {folder}"):
+        return model_class(folder).from_pretrained(folder, dtype=getattr(torch, dtype), quantization_config=q, use_safetensors=True, trust_remote_code=False,
+            device_map={'': 0 if torch.cuda.is_available() else 'cpu'}).eval()
 
 # %% ../nbs/05_merge.ipynb #e9e791cf
 def load_adapted(
@@ -466,8 +496,9 @@ def load_adapted(
     model,weights = load_plain(base, dtype, nf4),{}
     for i,(a,w) in enumerate(adapters):
         ad,name = LoraAdapter(a),f'a{i}'
-        model = model if i else PeftModel.from_pretrained(model, ad.path, adapter_name=name)
-        if i: model.load_adapter(ad.path, name)
+        with reading(f"adapter `{a}`"):
+            if i: model.load_adapter(ad.path, name, peft_config=ad.peft_config())
+            else: model = PeftModel.from_pretrained(model, ad.path, adapter_name=name, config=ad.peft_config())
         mods = dict(model.base_model.model.named_modules())
         for m,(A,_) in ad.factors.items():
             if m not in mods or not mods[m].lora_A[name].weight.float().cpu().equal(A.float()):
@@ -488,6 +519,38 @@ def set_weights(
         if hasattr(m, 'set_scale'):
             for n in m.scaling: m.set_scale(n, weights.get(n, 0))
 
+# %% ../nbs/05_merge.ipynb #40cf1b30
+RENDER_SECONDS,RENDER_BYTES,LONGEST_PROMPT = 2,2**30,10_000_000 # of processor and memory for a call's templates; characters
+_render = '''import json, resource, sys
+from transformers.utils.chat_template_utils import render_jinja_template
+seconds,size,most,template,names,chats = json.load(sys.stdin)
+used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize() if sys.platform=='linux' else 0
+spent = resource.getrusage(resource.RUSAGE_SELF)
+resource.setrlimit(resource.RLIMIT_AS, (used+size,)*2)
+resource.setrlimit(resource.RLIMIT_CPU, (int(spent.ru_utime+spent.ru_stime)+seconds,)*2)
+texts = [render_jinja_template([c], chat_template=template, add_generation_prompt=c[-1]['role']!='assistant', **names)[0][0] for c in chats]
+if sum(map(len, texts))>most: raise MemoryError
+json.dump(texts, sys.stdout)'''
+
+def chat_ids(
+    tok, # Tokenizer, with a chat template
+    chats:list, # Conversations; one that ends with a user's turn is put to the assistant
+)->list: # Lists of token ids
+    "Conversations as the tokenizer's own template writes them."
+    if not chats: return []
+    what = f"the chat template of {Path(str(tok.name_or_path)).name}"
+    template = tok.chat_template.get('default') if isinstance(tok.chat_template, dict) else tok.chat_template
+    if not isinstance(template, str): raise UserError(f"{what}: there is none: put texts to it instead of conversations")
+    names = {k:str(v) for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
+    sent = json.dumps([RENDER_SECONDS, RENDER_BYTES, LONGEST_PROMPT, template, names, chats])
+    try: r = subprocess.run([sys.executable,'-I','-c',_render], input=sent, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired: r = None
+    if r is None or r.returncode<0: raise UserError(f"{what} takes more than {RENDER_SECONDS} seconds: use another tokenizer")
+    if r.returncode:
+        said = (r.stderr.strip().splitlines() or ['it stopped'])[-1]
+        raise UserError(f"{what} " + ("takes too much memory" if said.startswith('MemoryError') else f"can't write this conversation ({excerpt(said, 100)})") + ": use another tokenizer")
+    with reading(what): return [tok(t, add_special_tokens=False).input_ids for t in json.loads(r.stdout)]
+
 # %% ../nbs/05_merge.ipynb #aa6b00c7
 def prompt_ids(
     folder:str|Path, # Where the tokenizer is
@@ -495,13 +558,11 @@ def prompt_ids(
 )->list: # Lists of token ids
     "Token ids of prompts, whatever they are written as."
     if all(isinstance(p[0], int) for p in prompts): return [list(p) for p in prompts]
-    from transformers import AutoTokenizer
-    try: tok = AutoTokenizer.from_pretrained(local_folder(folder))
-    except (OSError,ValueError): raise UserError(f"{folder} has no tokenizer that can be read, so no text can be put to it. Put one into the adapter's folder.") from None
-    def enc(p):
-        if isinstance(p, str): return tok(p).input_ids
-        return tok.apply_chat_template(p, add_generation_prompt=p[-1]['role']!='assistant', return_dict=True)['input_ids']
-    return [enc(p) for p in prompts]
+    home = local_folder(folder)
+    if not any((home/n).exists() for n in _tokenizer): raise UserError(f"{folder} has no tokenizer that can be read, so no text can be put to it: put one into the adapter's folder")
+    tok = open_tokenizer(home, f"the tokenizer of {folder}")
+    chats = iter(chat_ids(tok, [p for p in prompts if not isinstance(p, str)]))
+    with reading(f"the tokenizer of {folder}"): return [tok(p).input_ids if isinstance(p, str) else next(chats) for p in prompts]
 
 # %% ../nbs/05_merge.ipynb #6a64a37e
 def prompt_logits(

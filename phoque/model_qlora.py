@@ -4,24 +4,26 @@
 
 # %% ../nbs/01_model_qlora.ipynb #ba84a69d
 from __future__ import annotations
-import copy, json, logging, os, re, struct, sys
+import copy, json, logging, math, os, re, struct, sys
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from html import escape
 from pathlib import Path
 from fastcore.basics import chunked
 from fastcore.script import Param, call_parse
-from .core import UserError, excerpt, log, text_table
+from .core import UserError, excerpt, log, printable, private_files, read_json, safe_path, text_table
 
 # %% auto #0
-__all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'FORMATS', 'PADS', 'TOKENIZER_FILES', 'STATEFUL', 'LORA_TARGETS', 'FAST_LAYERS',
-           'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'quiet_libraries', 'hub_problem', 'check_weights', 'resolve_base',
-           'check_private', 'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts',
-           'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'vocabulary_size',
-           'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges',
-           'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels', 'label_invariants', 'read_chats',
-           'write_labels', 'labels_cli', 'check_layers', 'base_config', 'load_model', 'lora_targets', 'language_layers',
-           'decoder_layers', 'resolve_targets', 'say_unquantised', 'add_lora', 'register_varlen', 'choose_attention',
-           'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
+__all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'FORMATS', 'LONGEST_PIECE', 'PADS', 'TOKENIZER_FILES', 'STATEFUL',
+           'LORA_TARGETS', 'FAST_LAYERS', 'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'quiet_libraries', 'hub_problem', 'reading',
+           'read_header', 'weight_files', 'check_config', 'check_weights', 'resolve_base', 'check_private',
+           'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts',
+           'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'open_tokenizer',
+           'vocabulary_size', 'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt',
+           'drop_exchanges', 'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels', 'label_invariants',
+           'read_chats', 'write_labels', 'labels_cli', 'check_layers', 'base_config', 'check_size', 'load_model',
+           'lora_targets', 'language_layers', 'decoder_layers', 'resolve_targets', 'say_unquantised', 'add_lora',
+           'register_varlen', 'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 def quiet_libraries():
@@ -55,6 +57,84 @@ def hub_problem(
     else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
     return UserError(f"{what}: {s}")
 
+# %% ../nbs/01_model_qlora.ipynb #5d156b85
+@contextmanager
+def reading(
+    what:str, # What is read, such as "base model org/name"
+    do:str='choose another', # What the line advises
+    hub:bool=False, # Can it be the Hub that fails?
+):
+    "Turn whatever a library raises on somebody else's files into one line."
+    from httpx2 import HTTPError
+    try: yield
+    except (UserError, MemoryError): raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__!='PanicException': raise # that is tokenizers' own
+        if type(e).__name__=='OutOfMemoryError' or hub and (isinstance(e, (HTTPError, OSError)) or type(e) is RuntimeError): raise
+        raise UserError(f"{what} can't be read ({type(e).__name__}: {excerpt(e, 100)}): {do}") from None
+
+# %% ../nbs/01_model_qlora.ipynb #bd45848a
+def read_header(
+    path:str|Path, # A safetensors file
+)->tuple[dict,int]: # Name → `dtype`, `shape`, `data_offsets`, in file order; and the byte where data starts
+    "Read a safetensors header once the library has checked it against the file."
+    from safetensors import SafetensorError, safe_open
+    path = Path(path)
+    if not path.is_file(): raise UserError(f"{path.name} is no file: fetch it again")
+    try:
+        with safe_open(path, 'np'): pass
+    except (SafetensorError, OSError) as e: raise UserError(f"{path.name} is truncated or no safetensors file ({excerpt(e, 80)}): fetch it again") from None
+    with path.open('rb') as f:
+        n = int.from_bytes(f.read(8), 'little')
+        d = read_json(f.read(n), what=path.name)
+    d.pop('__metadata__', None)
+    return dict(sorted(d.items(), key=lambda o: o[1]['data_offsets'])),8+n
+
+# %% ../nbs/01_model_qlora.ipynb #8c39b4e0
+WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
+
+def weight_files(
+    names:set, # Files of a folder or repo
+    read, # Name of the index → its text
+    what:str="base model", # What to call it in an error
+)->list: # Safetensors files
+    "The files that hold a base's weights, or a refusal where they are not all there."
+    one,index = WEIGHTS
+    if one in names: return [one]
+    if index in names:
+        where = read_json(read(index), what=f"{what}: its {index}").get('weight_map')
+        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(f"{what}: its {index} has no weight_map: fetch the base again")
+        shards = sorted(set(where.values()))
+        for n in shards:
+            safe_path('.', n, f"{what}: its {index}")
+            if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(f"{what} lacks {excerpt(n, 80)}, which its index names: fetch the base again")
+        if not shards: raise UserError(f"{what} lacks the shards, which its index names: fetch the base again")
+        return shards
+    if 'adapter_config.json' in names: raise UserError(f"{what} is an adapter: name the base that it was trained on")
+    pickles = sorted(n for n in names if n.endswith(('.bin','.pt','.pth')))
+    if pickles: raise UserError(f"{what} has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened: name a copy in safetensors, such as transformers' save_pretrained writes")
+    raise UserError(f"{what} has no {one} and no {index}: name a base in the format that transformers saves")
+
+# %% ../nbs/01_model_qlora.ipynb #834c0c57
+@cache
+def _say_code(what): log.warning(f"{what} brings code of its own (auto_map), which is never run")
+
+MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
+_counted = re.compile(r'(layers?|depth|experts|blocks)$')
+
+def check_config(
+    cfg:dict, # A model's config.json
+    what:str, # What it belongs to, such as "base model org/name"
+)->dict: # The same
+    "Refuse a config that asks for more layers than any model has."
+    for part in [cfg, *(c for c in cfg.values() if isinstance(c, dict))]:
+        for k,v in part.items():
+            if _counted.search(k) and isinstance(v, (int,float)) and v>MOST_LAYERS: raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
+        for k in ('quantization_config','compression_config'):
+            if not isinstance(part.get(k) or {}, dict): raise UserError(f"{what}: its config.json has a {k} that says nothing: choose another")
+    if cfg.get('auto_map'): _say_code(what)
+    return cfg
+
 # %% ../nbs/01_model_qlora.ipynb #c5a9dfe5
 def _model_info(repo):
     from huggingface_hub import HfApi
@@ -68,19 +148,16 @@ def _model_info(repo):
 
 def _model_config(path, revision=None):
     from transformers import PreTrainedConfig
-    try: return PreTrainedConfig.get_config_dict(path, revision=revision)[0]
-    except (OSError, ValueError) as e: raise UserError(f"base model {str(path)!r}: its config.json can't be read ({type(e).__name__}): choose a causal language model") from None
+    what = f"base model {str(path)!r}"
+    if Path(path).is_dir(): return check_config(read_json(Path(path)/'config.json', what=f"{what}: its config.json"), what)
+    with reading(f"{what}: its config.json", 'choose a causal language model'): return check_config(PreTrainedConfig.get_config_dict(path, revision=revision)[0], what)
 
 def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
 
-def _holds_fp8(folder): # By the headers of its weights: https://huggingface.co/docs/safetensors
-    def header(f):
-        with open(f, 'rb') as s: return json.loads(s.read(int.from_bytes(s.read(8), 'little')))
-    return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for k,t in header(f).items() if k!='__metadata__')
+def _holds_fp8(folder): # By the headers of its weights
+    return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for t in read_header(f)[0].values())
 
 # %% ../nbs/01_model_qlora.ipynb #33d140c1
-WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
-
 def check_weights(
     name:str, # Hub id or local folder
     cfg:dict, # Its config
@@ -90,10 +167,10 @@ def check_weights(
     "Refuse weights that can't be trained on and merged, before they are downloaded."
     q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
     if q and not _marked_fp8(cfg):
-        method = q.get('quant_method') or 'a method without a name'
-        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {source or 'the repo that it was made from'}")
+        method = excerpt(q.get('quant_method') or 'a method without a name', 40)
+        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {excerpt(source or 'the repo that it was made from', 100)}")
     if set(WEIGHTS)&set(files): return
-    found = ', '.join(sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
+    found = ', '.join(excerpt(f, 60) for f in sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
     raise UserError(f"base model {name!r}: it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged: choose a repo with safetensors, or convert it (save_pretrained writes them)")
 
 # %% ../nbs/01_model_qlora.ipynb #a3a7e6e6
@@ -238,8 +315,8 @@ def chat_format(
     settings:str=None, # Model settings of its tekken.json, as JSON
 )->str: # Key of `FORMATS`
     "Name the chat format that a tokenizer speaks."
-    if known := tok.init_kwargs.get('chat_format'): return known
-    vocab,template = tok.get_vocab(),tok.chat_template or ''
+    vocab,template,known = tok.get_vocab(),tok.chat_template or '',tok.init_kwargs.get('chat_format')
+    if known in [*FORMATS] and set(FORMATS[known][1])<=vocab.keys(): return known
     has = lambda *ts: all(t in vocab for t in ts)
     if has('<|im_start|>','<|im_end|>'): return 'chatml'
     if settings: return 'mistral-v15'
@@ -259,10 +336,12 @@ def _pb_fields(b): # Fields of a protobuf message, as (number, value): https://p
             c = b[i]; i += 1
             v |= (c&127)<<shift; shift += 7
             if c<128: return v
+            if shift>63: raise ValueError("a number of more than 64 bits")
     while i<len(b):
         key = varint()
         if key&7==0: yield key>>3,varint(); continue
         n = {1:8, 5:4}.get(key&7) or varint()
+        if n>len(b)-i: raise ValueError("it ends too early")
         yield key>>3,b[i:i+n]
         i += n
 
@@ -270,8 +349,13 @@ def read_pieces(
     path, # SentencePiece model
 )->list: # (piece, score, type); types: 1 normal, 2 unknown, 3 control, 6 byte
     "The vocabulary of a SentencePiece model."
-    pieces = [dict(_pb_fields(v)) for f,v in _pb_fields(Path(path).read_bytes()) if f==1]
-    return [(p[1].decode(), struct.unpack('<f', p[2])[0] if 2 in p else 0., p.get(3,1)) for p in pieces]
+    with reading(f"SentencePiece model {Path(path).name}", 'download it again'):
+        pieces = [dict(_pb_fields(v)) for f,v in _pb_fields(Path(path).read_bytes()) if f==1]
+        read = [(p[1].decode(), struct.unpack('<f', p[2])[0] if 2 in p else 0., p.get(3,1)) for p in pieces]
+        if not read or max(len(p) for p,_,_ in read)>LONGEST_PIECE: raise ValueError("no pieces" if not read else f"a piece of more than {LONGEST_PIECE} characters")
+    return read
+
+LONGEST_PIECE = 256 # characters; SentencePiece itself makes none of more than 16 unless told to
 
 # %% ../nbs/01_model_qlora.ipynb #5aed5247
 def _as_sentencepiece(rust): # The space before every text, and every space as ▁
@@ -309,9 +393,36 @@ def _tokenizer_folder(path, revision):
 
 def _read_tekken(f): # Version, and the default settings of v15 as the JSON that mistral-common writes
     if not f.exists(): return 0,None
-    d = json.loads(f.read_bytes())
-    effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
-    return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
+    d = read_json(f)
+    with reading('tekken.json', 'download it again'):
+        effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
+        return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
+
+def _check_patterns(rust, what): # What the tokenizer's file makes of every text: https://huggingface.co/docs/tokenizers/components
+    def walk(d):
+        if isinstance(d, list): return any(map(walk, d))
+        if not isinstance(d, dict): return False
+        bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]', 'x', str(d.get('Regex') or '')) # without escapes and character classes
+        return bool(re.search(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]', bare)) or len(str(d.get('content') or ''))>64 or any(map(walk, d.values()))
+    if any(walk(json.loads(part.__getstate__())) for part in (rust.normalizer, rust.pre_tokenizer) if part):
+        raise UserError(f"{what}: it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever: choose another")
+
+def open_tokenizer(
+    folder:Path, # With the tokenizer's files
+    what:str, # How an error names it
+): # Tokenizer as transformers reads it
+    "Load somebody else's tokenizer: no code of theirs, no file outside of the folder, no endless pattern."
+    from transformers import AutoTokenizer
+    parts = {f.name: read_json(f, what=f"{what}: {f.name}") for n in ('tokenizer_config','tokenizer','special_tokens_map','config') if (f := folder/f'{n}.json').is_file()}
+    if (cfg := parts.get('tokenizer_config.json', {})).get('auto_map'): _say_code(what)
+    named = {k: None for k in cfg if k.endswith('_file')} # paths of the machine where it was saved
+    for k in named: named[k] = next((str(f) for f in [folder/f"{dict(tokenizer_file='tokenizer.json', merges_file='merges.txt').get(k, '')}"] if f.is_file()), None)
+    with reading(what, 'download it again, or choose another'):
+        tok = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False, **named)
+        rust = tok.backend_tokenizer
+        rust.no_padding(); rust.no_truncation()
+        _check_patterns(rust, what)
+    return tok
 
 # %% ../nbs/01_model_qlora.ipynb #13e577c5
 def vocabulary_size(
@@ -331,8 +442,10 @@ def check_vocabulary(
 
 def _check_folder(tok, folder): # A tokenizer may lie there without a model
     from transformers import AutoConfig
-    try: cfg = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError): return
+    if not (folder/'config.json').exists(): return
+    try:
+        with reading('config.json'): cfg = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except UserError: return
     if isinstance(getattr(cfg.get_text_config(), 'vocab_size', None), int): check_vocabulary(vocabulary_size(tok), cfg, f"tokenizer {tok.name_or_path!r}")
 
 # %% ../nbs/01_model_qlora.ipynb #85b213ca
@@ -341,18 +454,21 @@ def load_tokenizer(
     revision:str=None, # Commit of the Hub repo
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
-    from transformers import AutoTokenizer
-    folder = _tokenizer_folder(path, revision)
+    folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
     models = sorted(folder.glob('*.model*'))
-    if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')): tok = sentencepiece_tokenizer(models[0])
-    else:
-        try: tok = AutoTokenizer.from_pretrained(folder, mistral_format=False)
-        except (OSError, ValueError): raise UserError(f"tokenizer {str(path)!r}: no tokenizer.json, tekken.json or SentencePiece model that can be read there") from None
+    if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')):
+        with reading(what): tok = sentencepiece_tokenizer(models[0])
+    elif not any((folder/f).exists() for f in ('tokenizer.json','tekken.json','vocab.json')): raise UserError(f"{what}: no tokenizer.json, tekken.json or SentencePiece model that can be read there")
+    else: tok = open_tokenizer(folder, what)
     tok.name_or_path = str(path)
     version,settings = _read_tekken(folder/'tekken.json')
+    settings = settings or tok.init_kwargs.pop('model_settings', None)
     name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
-    if settings: tok.init_kwargs['model_settings'] = settings
     _,control,template = FORMATS[name]
+    if name!='mistral-v15': settings = None
+    elif settings and not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)): # it becomes part of the template
+        raise UserError(f"{what}: its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs: choose another")
+    if settings: tok.init_kwargs['model_settings'] = settings
     vocab = tok.get_vocab()
     if name!='chatml':
         tok.bos_token = '<s>'
@@ -400,7 +516,8 @@ def encode_chats(
     texts = list({p for c in chats for p,_ in c if isinstance(p, str)}) # each once: headers and system turns come back all the time
     rust = tok.backend_tokenizer
     rust.encode_special_tokens = True # text that reads like a control token stays text
-    try: ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
+    try:
+        with reading(f"tokenizer {tok.name_or_path!r}: a text"): ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
     finally: rust.encode_special_tokens = False
     out = []
     for c in chats:
@@ -555,9 +672,10 @@ def labels_cli(
     revision:str=None, # Commit of the Hub repo
 ):
     "Show what a model would read, and which of it the loss looks at."
+    private_files()
     try:
         with (open(file, 'rb') if file!='-' else nullcontext(sys.stdin.buffer)) as lines: write_labels(load_tokenizer(model, revision), lines, sys.stdout, html)
-    except UserError as e: sys.exit(f'phoque_labels: {e}')
+    except UserError as e: sys.exit(f'phoque_labels: {printable(e)}')
     except OSError as e: sys.exit(f'phoque_labels: {file}: {e.strerror}')
 
 # %% ../nbs/01_model_qlora.ipynb #5d1adc8b
@@ -569,7 +687,7 @@ def _model_class(config): # transformers' class for the language model
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
     from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
+    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
 
 STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
 
@@ -593,11 +711,26 @@ def base_config(
 ): # transformers' config
     "A base model's config, or a line on why it can't be trained."
     from transformers import AutoConfig
-    try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
-    except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
-    if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
-    check_layers(cfg, f"base model {base['id']!r}")
+    what = f"base model {base['id']!r}"
+    with reading(f"{what}: its config.json", 'choose a causal language model', hub=not Path(base['id']).is_dir()):
+        _model_config(base['id'], base['revision'])
+        try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'], trust_remote_code=False)
+        except (ValueError, KeyError): raise UserError(f"{what}: its config.json names no architecture that transformers knows: choose a causal language model") from None
+        if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
+        check_layers(cfg, what)
+        _bare_model(cfg) # it can be built
     return cfg
+
+def check_size(
+    folder:str, # Of a base model
+    config, # Its config
+):
+    "Refuse a base whose config asks for more weights than its files hold."
+    folder,what = Path(folder),f"base model {str(folder)!r}"
+    shards = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), what)
+    there = sum(math.prod(t['shape']) for n in shards for t in read_header(folder/n)[0].values())
+    asked = sum(p.numel() for p in _bare_model(config).parameters())
+    if asked>2*there: raise UserError(f"{what}: its config.json asks for {asked:,} weights, and its files hold {there:,}: fetch it again, or choose another") # a head may be tied
 
 def load_model(
     base:dict, # As `resolve_base` gives it
@@ -614,8 +747,10 @@ def load_model(
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
     cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
-    model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation, use_safetensors=True,
-        quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
+    if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
+    with reading(f"base model {base['id']!r}", hub=not here):
+        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation, use_safetensors=True,
+            trust_remote_code=False, quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
 

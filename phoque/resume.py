@@ -7,15 +7,16 @@ from __future__ import annotations
 import fcntl, hashlib, json, logging, os, re, shutil, signal, statistics, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from .core import UserError, excerpt, log
-from .model_qlora import check_private, hub_problem, private_repo
+from .core import UserError, excerpt, log, read_json
+from .model_qlora import check_private, hub_problem, private_repo, read_header
 
 # %% auto #0
-__all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'RUN_FILE', 'SQUASH_BYTES', 'COMMITS_AN_HOUR', 'PRIVATE_GB', 'HISTORY_BYTES',
-           'HISTORY_SECONDS', 'file_sha256', 'write_manifest', 'is_run', 'read_manifest', 'check_plain',
-           'read_checkpoint', 'hub_answer', 'bound_requests', 'NotNow', 'spell_seconds', 'retry_after', 'patiently',
-           'HubBranch', 'Checkpoints', 'Superseded', 'folder_bytes', 'local_steps', 'check_same_run', 'lock_folder',
-           'publish_pace', 'Publisher', 'parse_duration', 'container_age', 'Stopped', 'Deadline']
+__all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'AUTOS', 'MOST_MANIFEST', 'RUN_FILE', 'SQUASH_BYTES', 'COMMITS_AN_HOUR',
+           'PRIVATE_GB', 'HISTORY_BYTES', 'HISTORY_SECONDS', 'file_sha256', 'write_manifest', 'is_run', 'read_manifest',
+           'check_plain', 'check_state', 'read_checkpoint', 'hub_answer', 'bound_requests', 'NotNow', 'spell_seconds',
+           'retry_after', 'patiently', 'HubBranch', 'Checkpoints', 'Superseded', 'folder_bytes', 'local_steps',
+           'check_same_run', 'lock_folder', 'publish_pace', 'Publisher', 'parse_duration', 'container_age', 'Stopped',
+           'Deadline']
 
 # %% ../nbs/03_resume.ipynb #5a626d29
 MANIFEST = 'manifest.json'
@@ -45,19 +46,31 @@ def is_run(
     run, # As read from a repo
 )->bool: # Has it an id that can name a folder, and options?
     "Is this what a run is? Whoever can write to the repo could have written anything."
+    def number(v): return type(v) in (int,float) and abs(v)<1e15
+    def name(v): return v is None or isinstance(v, str) and len(v)<=1000
     if not (isinstance(run, dict) and isinstance(run.get('id'), str) and isinstance(run.get('base', {}), dict)): return False
-    return bool(re.fullmatch(r'[\w-]{1,64}', run['id'])) and isinstance(run.get('identity'), dict) and bool(run['identity'])
+    base = run.get('base') or {}
+    return bool(re.fullmatch(r'[\w-]{1,64}', run['id'])) and isinstance(run.get('identity'), dict) and bool(run['identity']) and all([
+        all(name(k) and (name(v) or type(v) is bool or number(v) or isinstance(v, list) and all(map(name, v))) for k,v in run['identity'].items()),
+        isinstance(run.get('arithmetic') or {}, dict) and all(name(v) or type(v) is bool or number(v) for v in (run.get('arithmetic') or {}).values()), all(name(v) for v in base.values()), base.get('auto', AUTOS[0]) in AUTOS, not base or isinstance(base.get('id'), str),
+        all(name(run.get(k)) for k in ('repo','dataset_revision','published')), all(run.get(k) is None or type(run[k]) is int and 0<=run[k]<2**53 for k in ('fresh_start','total','eval_rows')),
+        isinstance(run.get('seconds', []), list) and all(map(number, run.get('seconds', []))),
+        isinstance(run.get('evals', []), list) and all(isinstance(e, list) and len(e)==2 and all(map(number, e)) for e in run.get('evals', []))])
+
+AUTOS = ('AutoModelForCausalLM','AutoModelForImageTextToText') # what `resolve_base` gives
+MOST_MANIFEST = 16<<20 # bytes of a manifest or of `run.json`; a year's evaluations fit
 
 def read_manifest(
     path:Path, # A `checkpoint-N/manifest.json`
 )->dict: # With `step`, `files` and `run`
     "Read a manifest; a `ValueError` says what is wrong with it."
     try:
-        m = json.loads(path.read_text())
+        if path.stat().st_size>MOST_MANIFEST: raise ValueError
+        m = read_json(path)
         files,run = m['files'],m['run']
-        good = [f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
-            all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in files.items()), is_run(run)]
-    except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
+        good = [type(m['step']) is int and f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
+            all(STATE_FILES.fullmatch(n) and type(f['size']) is int and f['size']>=0 and re.fullmatch('[0-9a-f]{64}', f['sha256']) for n,f in files.items()), is_run(run)]
+    except OSError: raise ValueError("it has no manifest: it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError): good = [False]
     if not all(good): raise ValueError("its manifest is damaged")
     return m
@@ -68,9 +81,27 @@ def check_plain(
     "Refuse a file that holds anything but tensors and plain values."
     import torch
     from transformers.trainer_pt_utils import safe_globals # what `Trainer` itself allows: numpy's random state
+    from zipfile import ZIP_STORED, ZipFile
+    def whole(v): # has every tensor the bytes that its shape says?
+        if isinstance(v, dict): v = v.values()
+        if isinstance(v, torch.Tensor): return v.device.type=='cpu' and v.numel()*v.element_size()<=v.untyped_storage().nbytes()
+        return all(map(whole, v)) if isinstance(v, (list,tuple,set)) or type(v).__name__=='dict_values' else True
     try:
-        with safe_globals(): torch.load(path, map_location='cpu', weights_only=True)
-    except Exception: raise ValueError(f"{path.name} holds something other than tensors: it is not opened") from None
+        with ZipFile(path) as z: plain = all(i.compress_type==ZIP_STORED for i in z.infolist()) # as `torch.save` writes it: nothing unpacks to more
+        with safe_globals(): good = plain and whole(torch.load(path, map_location='cpu', weights_only=True))
+    except Exception: good = False
+    if not good: raise ValueError(f"{path.name} holds something other than tensors: it is not opened")
+
+def check_state(
+    folder:Path, # A `checkpoint-N`
+    step:int, # N
+):
+    "Refuse a trainer_state.json that `Trainer` can't read, or that names files."
+    from dataclasses import fields
+    from transformers import TrainerState
+    state = read_json(Path(folder)/'trainer_state.json')
+    known = state.get('best_model_checkpoint') is None and type(state.get('global_step')) is int and state['global_step']==step and set(state)<={f.name for f in fields(TrainerState)}
+    if not (known and isinstance(state.get('log_history') or [], list)): raise ValueError("trainer_state.json isn't what Trainer wrote")
 
 def read_checkpoint(
     folder:Path, # A `checkpoint-N`
@@ -80,11 +111,16 @@ def read_checkpoint(
     for name,f in m['files'].items():
         p = Path(folder)/name
         if not p.is_file(): raise ValueError(f"{name} is missing")
-        if p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
+        if p.is_symlink() or p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
     for name in m['files']:
         if name.endswith(('.pt','.pth')): check_plain(Path(folder)/name)
+    try:
+        for name in m['files']:
+            if name.endswith('.safetensors'): read_header(Path(folder)/name)
+        check_state(folder, m['step'])
+    except UserError as e: raise ValueError(str(e)) from None
     for p in Path(folder).iterdir(): # `Trainer` takes more than these where it finds more
-        if p.name not in {*m['files'], MANIFEST}: shutil.rmtree(p) if p.is_dir() else p.unlink()
+        if p.name not in {*m['files'], MANIFEST}: shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
     return m
 
 # %% ../nbs/03_resume.ipynb #0e159340
@@ -285,6 +321,11 @@ class Checkpoints:
         return self.found
 
 # %% ../nbs/03_resume.ipynb #b493e729
+def _read_run(file): # as a `ValueError` where it is damaged: a `UserError` would say that the Hub is away
+    if file.stat().st_size>MOST_MANIFEST: raise ValueError("too large")
+    try: return read_json(file)
+    except UserError as e: raise ValueError(str(e)) from None
+
 @patch
 def run(self:Checkpoints)->dict: # What the run is; None where the branch has none
     "The run that the branch belongs to: as it began, or as its newest checkpoint has it."
@@ -292,7 +333,7 @@ def run(self:Checkpoints)->dict: # What the run is; None where the branch has no
         for name in (RUN_FILE, *(f'checkpoint-{s}/{MANIFEST}' for s in reversed(self.steps()))):
             try:
                 file = self.fetch(name, d)
-                found = read_manifest(file)['run'] if name!=RUN_FILE else json.loads(file.read_text())
+                found = read_manifest(file)['run'] if name!=RUN_FILE else _read_run(file)
                 if is_run(found): return found
             except UserError: raise
             except (ValueError, TypeError, KeyError): continue
@@ -383,13 +424,14 @@ def restore(self:Checkpoints,
     "Find the newest checkpoint that can be trusted."
     folder,here,there = Path(folder),set(local_steps(folder)),set(self.steps())
     if not here|there: return None,None
-    owner = (self.run() or {}).get('id')
+    owner = self.run() or {}
     def take(path, where):
         if where=='the Hub':
             shutil.rmtree(path, ignore_errors=True)
             for f in read_manifest(self.fetch(f'{path.name}/{MANIFEST}', folder, until))['files']: self.fetch(f'{path.name}/{f}', folder, until)
         m = read_checkpoint(path)
-        if owner!=m['run']['id']: raise ValueError("it belongs to another run")
+        if owner.get('id')!=m['run']['id']: raise ValueError("it belongs to another run")
+        if changed := [k for k in ('identity','base') if owner.get(k)!=m['run'].get(k)]: raise ValueError(f"its {changed[0]} isn't the run's")
         return m
     for step in sorted(here|there, reverse=True):
         path = folder/f'checkpoint-{step}'
