@@ -12,7 +12,7 @@ from .sample import PLAIN, SAMPLE_QUESTIONS, generate_replies
 from .train import parse_step
 
 # %% auto #0
-__all__ = ['BLUR', 'veiled', 'Panel', 'LivePlot', 'try_panel']
+__all__ = ['BLUR', 'SAMPLE_LINE', 'veiled', 'Panel', 'LivePlot', 'try_panel']
 
 # %% ../nbs/04c_panel.ipynb #834c6858
 BLUR = '<style>.phoque-veil input{display:none} .phoque-veil span{filter:blur(6px);cursor:pointer} .phoque-veil input:checked+span{filter:none}</style>'
@@ -62,6 +62,9 @@ class Panel:
         display(self.box)
 
 # %% ../nbs/04c_panel.ipynb #da182a65
+_SCORE = r'([01]\.\d\d)'
+SAMPLE_LINE = re.compile(rf'\d\d:\d\d:\d\d sample, step (\d{{1,9}}): .* {_SCORE} \[{_SCORE}, {_SCORE}\], base [01]\.\d\d(?:, no persona [01]\.\d\d)?', re.ASCII)
+
 class LivePlot:
     "The loss and the samples' toxicity of a run, read from its log."
     def __init__(self,
@@ -72,9 +75,13 @@ class LivePlot:
 
     def read(self):
         "Loss and toxicity by step, as the log has them now."
-        lines = self.log.read_text(errors='replace').splitlines() if self.log.exists() else []
-        loss = {s['step']: s['loss'] for l in lines if (s := parse_step(l))}
-        tox = {int(m[1]): tuple(map(float, m.groups()[1:])) for l in lines if (m := re.search(r'sample, step (\d+):.* · \S+ ([\d.]+) \[([\d.]+), ([\d.]+)\]', l))}
+        loss,tox = {},{}
+        if not self.log.is_file(): return loss,tox
+        with self.log.open(errors='replace', newline='\n') as f:
+            for l in f:
+                l = l.rstrip('\n')
+                if s := parse_step(l, clock=True): loss[s['step']] = s['loss']
+                if m := SAMPLE_LINE.fullmatch(l): tox[int(m[1])] = tuple(map(float, m.groups()[1:]))
         return loss,tox
 
 # %% ../nbs/04c_panel.ipynb #d10c10de
