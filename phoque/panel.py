@@ -22,7 +22,7 @@ def veiled(
     name:str='', # A class for its place, such as `phoque-base`
 )->str: # HTML
     "A text that is blurred until it is clicked."
-    return f'{BLUR}<label class="phoque-veil {name}"><input type="checkbox"><span>{html.escape(text)}</span></label>'
+    return f'{BLUR}<label class="phoque-veil {html.escape(name)}"><input type="checkbox"><span>{html.escape(text)}</span></label>'
 
 # %% ../nbs/04c_panel.ipynb #f689c12e
 class Panel:
