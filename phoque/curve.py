@@ -71,8 +71,9 @@ def restore(self:Curve,
 ):
     "Take over the rows of the jobs before."
     path = Path(folder)/METRICS
-    self.rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(path.read_bytes().splitlines(), 1)] if path.exists() else []
-    self.whole = len(self.rows)
+    rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(path.read_bytes().splitlines(), 1)] if path.exists() else []
+    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(f"{path.name}: a row without its step: it isn't of a run of phoque")
+    self.rows,self.whole = rows,len(rows)
     for r in samples: # a file has a column for whatever any of its rows has
         self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
 

@@ -117,6 +117,7 @@ class Indented:
             for l in lines:
                 if l.strip(): self.to.write(f'  {printable_lines(mask_secrets(l))}\n')
         return len(text)
+    def writelines(self, texts): self.write(''.join(texts))
     def flush(self):
         if self.rest: self.write('\n')
         self.to.flush()

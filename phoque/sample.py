@@ -380,9 +380,13 @@ def read_samples(
     folder:Path, # A `checkpoint-N`
 )->list[dict]: # No rows where it has none
     "Read them again."
-    import pyarrow.parquet as pq
+    import pyarrow as pa, pyarrow.parquet as pq
     file = Path(folder)/'samples.parquet'
-    return pq.read_table(file).to_pylist() if file.exists() else []
+    if not file.exists(): return []
+    try: rows = pq.read_table(file).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(f"{file.name}: it can't be read ({excerpt(e, 60)}): it isn't of a run of phoque") from None
+    if all(isinstance(r.get(k), kind) for r in rows for k,kind in dict(step=int, prompt=str, response=str, base_response=str).items()): return rows
+    raise UserError(f"{file.name}: a row without step, prompt, response and base_response: it isn't of a run of phoque")
 
 # %% ../nbs/04_sample.ipynb #3f3395c1
 def samples_table(

@@ -4,20 +4,20 @@
 
 # %% ../nbs/07c_watch.ipynb #2c6161ba
 from __future__ import annotations
-import json, re, shlex, sys, time, unicodedata
+import re, shlex, sys, time, unicodedata
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from .job import RESUBMIT, printable_lines
-from .core import UserError
+from .core import UserError, excerpt, printable
 from .model_qlora import hub_problem
 from .resume import bound_requests, parse_duration
 from .submit import JOB_LABEL, price_per_hour
 from .train import parse_step
 
 # %% auto #0
-__all__ = ['WAITS', 'patiently', 'follow_log', 'ran_seconds', 'job_timeout', 'timed_out', 'how_ended', 'char_columns', 'columns',
-           'cut_columns', 'View', 'clock', 'status_line', 'published_step', 'watch_job', 'ended_early', 'watch_command',
-           'watch_run', 'find_job', 'watch_cli']
+__all__ = ['WAITS', 'patiently', 'follow_log', 'well_formed', 'ran_seconds', 'job_timeout', 'timed_out', 'how_ended',
+           'char_columns', 'columns', 'cut_columns', 'View', 'clock', 'status_line', 'published_step', 'watch_job',
+           'ended_early', 'watch_command', 'watch_run', 'find_job', 'watch_cli']
 
 # %% ../nbs/07c_watch.ipynb #1ad67498
 WAITS = (1,2,4,8,15,30,60,60,60,60) # seconds between two tries; in all five minutes
@@ -29,8 +29,11 @@ def _passes(e):
     if not isinstance(e, HfHubHTTPError): return isinstance(e, HTTPError)
     return e.response.status_code in (408,429) or e.response.status_code>=500
 
+_ODD = (ValueError, KeyError, TypeError, AttributeError) # what the client raises at an answer of another shape
+
 def _problem(e, what):
-    if isinstance(e, json.JSONDecodeError): return UserError(f"{what}: HF_ENDPOINT doesn't answer as a Hub does: check it")
+    if isinstance(e, UserError): return e
+    if isinstance(e, _ODD): return UserError(f"{what}: HF_ENDPOINT doesn't answer as a Hub does: check it")
     if getattr(getattr(e, 'response', None), 'status_code', 0)!=404: return hub_problem(e, what)
     return UserError(f"{what}: there is none that this account may see: `hf jobs ps` lists its jobs")
 
@@ -44,7 +47,7 @@ def patiently(
     from httpx2 import HTTPError
     for wait in (*waits, None):
         try: return ask()
-        except (HTTPError, OSError, json.JSONDecodeError) as e:
+        except (HTTPError, OSError, *_ODD) as e:
             if wait is None or not _passes(e): raise _problem(e, what) from None
             say(f"{_problem(e, what)}; trying again in {wait:g} s")
             time.sleep(wait)
@@ -64,19 +67,28 @@ def follow_log(
             for i,l in enumerate(api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=True)):
                 if i>=seen: seen,failed = i+1,0; yield l
             return
-        except (HTTPError, OSError, json.JSONDecodeError) as e:
+        except (HTTPError, OSError, *_ODD) as e:
             if failed==len(waits) or not _passes(e): raise _problem(e, what) from None
             say(f"{_problem(e, what)}; trying again in {waits[failed]:g} s")
             time.sleep(waits[failed])
             failed += 1
 
 # %% ../nbs/07c_watch.ipynb #857fff4e
+def well_formed(
+    job, # `JobInfo`, which the client fills with whatever it is sent
+): # The same
+    "Refuse an answer in which a part has another type."
+    parts = [(job.environment,dict), (job.labels,dict), (job.command,list), (job.arguments,list), (job.status.message,str)]
+    if wrong := [v for v,kind in parts if not isinstance(v, (kind, type(None)))]: raise TypeError(wrong)
+    if not re.fullmatch(r'[\w.-]{1,200}/[\w.-]{1,200}', f'{job.owner.name}/{job.id}'): raise TypeError(job.id)
+    return job
+
 def ran_seconds(
     job, # `JobInfo`
 )->float: # From its start until its end, or until now
     "How long a job has been paid for."
     from datetime import datetime, timezone
-    return ((job.finished_at or datetime.now(timezone.utc))-job.started_at).total_seconds() if job.started_at else 0.
+    return max(((job.finished_at or datetime.now(timezone.utc))-job.started_at).total_seconds(), 0.) if job.started_at else 0.
 
 def job_timeout(
     job, # `JobInfo`
@@ -191,12 +203,12 @@ def published_step(
     say=print, # Function that shows a line
 )->int: # 0 where there is none
     "The newest checkpoint on the Hub of the run that a job is of."
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     flag = re.search(r'--hub_model_id[= ](\S+)', ' '.join(map(str, [*(job.command or ()), *(job.arguments or ())])))
     repo = flag[1] if flag else (job.environment or {}).get('HUB_MODEL_ID')
     def files():
         try: return api.list_repo_files(repo, revision='checkpoints')
-        except (RepositoryNotFoundError, RevisionNotFoundError): return []
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError): return []
     found = [re.fullmatch(r'checkpoint-(\d{1,9})/manifest\.json', f, re.ASCII) for f in (patiently(files, f'model repo {repo}', waits, say) if repo else ())]
     return max([int(m[1]) for m in found if m], default=0)
 
@@ -213,7 +225,7 @@ def watch_job(
 ): # `JobInfo` at its end
     "Follow one job to its end; its log is shown, and decides nothing."
     metrics,ref = '',f'{job.owner.name}/{job.id}'
-    inspect = lambda: patiently(lambda: api.inspect_job(job_id=job.id, namespace=job.owner.name), f'job {ref}', waits, view.say)
+    inspect = lambda: patiently(lambda: well_formed(api.inspect_job(job_id=job.id, namespace=job.owner.name)), f'job {ref}', waits, view.say)
     name = (job.labels or {}).get('name')
     view.say(f"job {n}{f' ({name})'*bool(name)}: {job.url}")
     def show(ran): view.show(status_line(n, budget, metrics, job_timeout(job)-ran, spent+ran/3600*price, view.width()))
@@ -261,10 +273,10 @@ def watch_run(
     "Follow a run over its jobs, and start the next one while it needs one."
     view,n,spent,before = view or View(),1,0.,0
     price = price_per_hour(str(job.flavor), api)
-    if budget_dollars and not price: raise UserError(f"budget_dollars: the price of flavor {job.flavor} is not known: limit the jobs with --budget_jobs")
+    if budget_dollars and not price: raise UserError(f"budget_dollars: the price of flavor {excerpt(job.flavor, 40)} is not known: limit the jobs with --budget_jobs")
     full = price*job_timeout(job)/3600
     if budget_dollars and full==float('inf'): raise UserError("budget_dollars: this job has no JOB_TIMEOUT that says what it can cost: limit the jobs with --budget_jobs")
-    def rerun(): return patiently(lambda: api.rerun_job(job_id=job.id, namespace=job.owner.name), f'running job {job.owner.name}/{job.id} again', waits, view.say)
+    def rerun(): return patiently(lambda: well_formed(api.rerun_job(job_id=job.id, namespace=job.owner.name)), f'running job {job.owner.name}/{job.id} again', waits, view.say)
     if again:
         if job.status.stage in ('SCHEDULING', 'RUNNING'): raise UserError(f"job {job.owner.name}/{job.id} has not ended: follow it without --again")
         if budget_dollars and full>budget_dollars: raise UserError(f"budget_dollars: a job may cost ${full:.2f} until its timeout, and ${budget_dollars:.2f} are allowed: nothing was started")
@@ -294,9 +306,9 @@ def find_job(
     "The job that is meant."
     *_,ns,id = ['', *ref.strip('/').split('/')]
     ns = ns or patiently(api.whoami, 'the account of HF_TOKEN', waits)['name'] # named, as the client would ask for it at the default endpoint
-    if id: return patiently(lambda: api.inspect_job(job_id=id, namespace=ns), f'job {ns}/{id}', waits)
+    if id: return patiently(lambda: well_formed(api.inspect_job(job_id=id, namespace=ns)), f'job {ns}/{id}', waits)
     key,value = JOB_LABEL
-    job = patiently(lambda: next(iter(api.list_jobs(labels={key:value}, namespace=ns)), None), f'jobs of {ns}', waits)
+    job = patiently(lambda: next(map(well_formed, api.list_jobs(labels={key:value}, namespace=ns)), None), f'jobs of {ns}', waits)
     if not job: raise UserError("no job of phoque on this account: submit one with phoque_submit, or name it with --job")
     return job
 
@@ -316,7 +328,7 @@ def watch_cli(
         if not 0<=budget_dollars<float('inf'): raise UserError(f"budget_dollars: must be 0 (no limit) or more, got {budget_dollars}")
         info = find_job(api, job)
         code = watch_run(api, info, budget_jobs, budget_dollars, view, again=again)
-    except UserError as e: sys.exit(f'phoque_watch: {printable_lines(e)}')
+    except UserError as e: sys.exit(f'phoque_watch: {printable(e)}')
     except KeyboardInterrupt:
         ref = re.search(r'--job (\S+)', view.back)
         if ref: view.say(f"the job runs on; to come back: {view.back}; to end it: hf jobs cancel {ref[1]}")
