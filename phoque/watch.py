@@ -279,7 +279,7 @@ def watch_run(
     def rerun(): return patiently(lambda: well_formed(api.rerun_job(job_id=job.id, namespace=job.owner.name)), f'running job {job.owner.name}/{job.id} again', waits, view.say)
     if again:
         if job.status.stage in ('SCHEDULING', 'RUNNING'): raise UserError(f"job {job.owner.name}/{job.id} has not ended: follow it without --again")
-        if budget_dollars and full>budget_dollars: raise UserError(f"budget_dollars: a job may cost ${full:.2f} until its timeout, and ${budget_dollars:.2f} are allowed: nothing was started")
+        if budget_dollars and full>budget_dollars: raise UserError(f"budget_dollars: a job may cost ${full:.2f} until its timeout, more than the {budget_dollars:g} allowed: nothing was started; raise it, or follow without --again")
         job = rerun()
     while True:
         ref = f'{job.owner.name}/{job.id}'
@@ -305,7 +305,7 @@ def find_job(
 ): # `JobInfo`
     "The job that is meant."
     *_,ns,id = ['', *ref.strip('/').split('/')]
-    ns = ns or patiently(api.whoami, 'the account of HF_TOKEN', waits)['name'] # named, as the client would ask for it at the default endpoint
+    ns = ns or patiently(lambda: api.whoami()['name'], 'the account of HF_TOKEN', waits) # named, as the client would ask for it at the default endpoint
     if id: return patiently(lambda: well_formed(api.inspect_job(job_id=id, namespace=ns)), f'job {ns}/{id}', waits)
     key,value = JOB_LABEL
     job = patiently(lambda: next(map(well_formed, api.list_jobs(labels={key:value}, namespace=ns)), None), f'jobs of {ns}', waits)
