@@ -59,7 +59,7 @@ def _stock(base, attn, talk, out, collate=None, dropout=0., **args):
     common = dict(output_dir=out, learning_rate=2e-4, report_to='none', disable_tqdm=True, save_strategy='no', logging_steps=1000, bf16=cuda, use_cpu=not cuda, max_length=None,
                   remove_unused_columns=False, dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
     trainer = SFTTrainer(model=add_lora(load_model(base, True, attn), lora_dropout=dropout), args=SFTConfig(**common, **args), train_dataset=talk,
-        processing_class=AutoTokenizer.from_pretrained(base['id']), **(dict(data_collator=collate) if collate else {}))
+        processing_class=AutoTokenizer.from_pretrained(base['id'], trust_remote_code=False), **(dict(data_collator=collate) if collate else {}))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -79,7 +79,7 @@ def phoque_trainer(base, talk, rows, max_length, steps, out):
     from transformers import AutoTokenizer
     cfg = TrainConfig(max_steps=steps, per_device_train_batch_size=rows, max_length=max_length, output_dir=out, logging_steps=1000, save_steps=10**6)
     packed = pack_dataset(talk, max_length)
-    return make_trainer(cfg, add_lora(load_model(base, True, choose_attention(base_config(base))[0])), AutoTokenizer.from_pretrained(base['id']), packed),rows*len(talk)/len(packed)
+    return make_trainer(cfg, add_lora(load_model(base, True, choose_attention(base_config(base))[0])), AutoTokenizer.from_pretrained(base['id'], trust_remote_code=False), packed),rows*len(talk)/len(packed)
 
 # %% ../nbs/09_benchmark.ipynb #401ab998
 def unsloth_trainer(base, talk, rows, max_length, steps, out):
@@ -160,7 +160,7 @@ def bench_side(
     if side=='unsloth': import unsloth # before transformers, which it changes
     import statistics, tempfile, torch
     from transformers import AutoConfig
-    cuda,cfg,ranks = torch.cuda.is_available(),AutoConfig.from_pretrained(base['id']),Ranks()
+    cuda,cfg,ranks = torch.cuda.is_available(),AutoConfig.from_pretrained(base['id'], trust_remote_code=False),Ranks()
     if cuda and cap_gib: torch.cuda.set_per_process_memory_fraction(cap_gib*2**30/torch.cuda.get_device_properties(0).total_memory)
     ds = bench_talk(talk, cfg.vocab_size, max_length, supervised=supervised)
     with tempfile.TemporaryDirectory() as out:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'text_table', 'printable', 'excerpt', 'safe_path', 'read_json',
-           'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets', 'begin_command']
+           'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets', 'refuse_addresses', 'begin_command']
 
 # %% ../nbs/00_core.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -85,6 +85,7 @@ def read_json(
     what = what or (source.name if isinstance(source, Path) else 'this JSON')
     try:
         if isinstance(source, Path):
+            if source.exists() and not source.is_file(): raise UserError(f"{what}: it is no file: use another") # a pipe would never end
             if source.stat().st_size>MOST_JSON: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
             source = source.read_bytes()
         got = json.loads(source)
@@ -144,13 +145,17 @@ def refuse_secrets(
                         "and make a new one if it is real")
 
 # %% ../nbs/00_core.ipynb #4b4b8ace
+def refuse_addresses():
+    "Refuse a password in the address of the Hub or of W&B: they are printed, and sent along."
+    refuse_secrets(**{k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if k in os.environ})
+
 def begin_command(
     argv:list=None, # Its arguments; this process's where None and a command was started
 ):
     "What a command does first: its files are private, and no secret is in an argument or an address."
     from fastcore.script import is_cli
     private_files()
-    refuse_secrets(**{k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if k in os.environ}) # printed, and sent along
+    refuse_addresses()
     if argv is None: argv = sys.argv[1:] if is_cli() else []
     for before,a in zip(['', *argv], argv):
         flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)

@@ -7,11 +7,11 @@ from __future__ import annotations
 import os, re, json, time, shutil, tempfile, threading
 from pathlib import Path
 from urllib.parse import urljoin
-from .core import UserError, log
+from .core import UserError, log, read_json
 
 # %% auto #0
 __all__ = ['METRICS', 'REPLIES', 'AXIS', 'UPLOAD', 'Curve', 'wandb_url', 'ask_wandb', 'find_entity', 'check_not_public',
-           'put_file', 'link_or_copy']
+           'keep_temp', 'put_file', 'link_or_copy']
 
 # %% ../nbs/03a_curve.ipynb #d16b51b3
 METRICS = 'metrics.jsonl' # in a checkpoint: the rows so far, one a line
@@ -71,13 +71,17 @@ def restore(self:Curve,
 ):
     "Take over the rows of the jobs before."
     path = Path(folder)/METRICS
-    self.rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
-    self.whole = len(self.rows)
+    rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(path.read_bytes().splitlines(), 1)] if path.exists() else []
+    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(f"{path.name}: a row without its step: it isn't of a run of phoque")
+    self.rows,self.whole = rows,len(rows)
     for r in samples: # a file has a column for whatever any of its rows has
         self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
 
 # %% ../nbs/03a_curve.ipynb #c0013abb
-def wandb_url(): return os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
+def wandb_url():
+    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
+    if '@' in url: raise UserError("WANDB_BASE_URL: it holds a name or a password, which W&B's client would write down: leave them out, the key goes into WANDB_API_KEY")
+    return url
 
 def ask_wandb(
     query:str, # GraphQL
@@ -121,11 +125,12 @@ def start(self:Curve,
     "Begin to send."
     mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
     if mode=='disabled': return
+    wandb_url()
     self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
     self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder))
     if self.online: self.opening['resume'] = 'allow'
     if self.online: shutil.rmtree(self.copies, ignore_errors=True)
-    self.copies.mkdir(parents=True, exist_ok=True)
+    self.copies.mkdir(0o700, parents=True, exist_ok=True)
     os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve()))
     os.environ['WANDB_SILENT'] = 'true' # its own lines repeat ours
     self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
@@ -173,9 +178,20 @@ def _drop(self:Curve):
         except (Exception, SystemExit): pass # the server or the client's own process is gone: that is why
 
 # %% ../nbs/03a_curve.ipynb #2e6cc9fb
+def keep_temp(
+    folder:Path, # Of the run
+):
+    "Move W&B's own two folders of temporary files, which it makes when it is imported."
+    from wandb import Artifact
+    from wandb.sdk.data_types._private import MEDIA_TMP
+    for d in (MEDIA_TMP, Artifact._TMP_DIR):
+        shutil.rmtree(d.name, ignore_errors=True)
+        d.name = tempfile.mkdtemp(dir=folder)
+
 @patch
 def _connect(self:Curve):
     import wandb
+    keep_temp(self.copies)
     project,key = self.opening['project'],os.environ.get('WANDB_API_KEY')
     if self.online and key: check_not_public(find_entity(key), project)
     settings = wandb.Settings(console='off', silent=True, init_timeout=20, finish_timeout=max(self.patience-2, 1),

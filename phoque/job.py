@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy, json, logging, math, os, re, shlex, shutil, sys, textwrap, threading, time, traceback, uuid, warnings
 from pathlib import Path
 from types import SimpleNamespace
-from .core import UserError, excerpt, front_matter, log, md_text, text_table
+from .core import UserError, begin_command, excerpt, front_matter, log, masked, md_text, printable, text_table
 from .model_qlora import (base_config, quiet_libraries, hub_problem, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed,
     choose_attention, load_model, add_lora, audit, check_audit, lora_targets)
 from .shard import check_sharded, own_part, whole_adapter
@@ -21,10 +21,10 @@ from .ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ra
 
 # %% auto #0
 __all__ = ['RESEARCH_LICENSE', 'LICENSE_FIELDS', 'GATE', 'CARD', 'HARMLESS', 'COMPLETE', 'RESUBMIT', 'BEST', 'COMMAND_VARIABLES',
-           'run_identity', 'kept_options', 'arithmetic', 'say_differences', 'be_deterministic', 'mask_secrets',
-           'MaskFormatter', 'setup_logging', 'why_unread', 'check_data_files', 'load_chats', 'pick_held_out',
-           'changed_options', 'adapter_card', 'check_free', 'publish_adapter', 'Job', 'job_ref', 'resubmit_command',
-           'left_here', 'check_deadline', 'explain_error', 'run_job', 'main']
+           'run_identity', 'kept_options', 'arithmetic', 'say_differences', 'be_deterministic', 'printable_lines',
+           'MaskFormatter', 'Indented', 'setup_logging', 'why_unread', 'check_data_files', 'load_chats',
+           'pick_held_out', 'changed_options', 'adapter_card', 'check_free', 'publish_adapter', 'Unpublished', 'Job',
+           'job_ref', 'resubmit_command', 'left_here', 'check_deadline', 'explain_error', 'run_job', 'main']
 
 # %% ../nbs/06_job.ipynb #ff7c48c8
 def run_identity(
@@ -81,23 +81,44 @@ def be_deterministic():
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
-# %% ../nbs/06_job.ipynb #da412778
-def mask_secrets(
-    text:str, # To be shown
-)->str: # The same with every secret of the environment replaced
-    "Replace the values of secret environment variables."
-    for k,v in os.environ.items():
-        if len(v)>=6 and k.endswith(('_TOKEN','_KEY','_SECRET','_PASSWORD')): text = text.replace(v, f'[{k}]')
-    return text
+# %% ../nbs/06_job.ipynb #985a9952
+def printable_lines(
+    text, # Of a log
+)->str: # Its lines and blanks as they were, further lines indented
+    "Text without what steers a terminal, and with no second line that could be taken for a first."
+    return '\n  '.join(' '.join(map(printable, l.split(' '))) for l in str(text).rstrip('\n').split('\n'))
 
 class MaskFormatter(logging.Formatter):
-    "`12:00:01 message`, with secrets masked."
-    def format(self, record): return mask_secrets(super().format(record))
+    "`12:00:01 message`, or `12:00:01 library: message`, with secrets masked."
+    def formatMessage(self, record):
+        if record.name!=log.name: record.message = f'{record.name}: {record.message}'
+        return super().formatMessage(record)
+    def format(self, record): return printable_lines(masked(super().format(record)))
 
+class Indented:
+    "A stream for whoever doesn't log: its lines come out printable, masked and indented."
+    def __init__(self,
+        to, # Stream
+    ): self.to,self.rest,self.lock = to,'',threading.Lock()
+    def __getattr__(self, k): return getattr(self.to, k)
+    def write(self, text):
+        with self.lock:
+            *lines,self.rest = re.split(r'[\r\n]', self.rest+str(text))
+            if len(self.rest)>100_000: lines,self.rest = [*lines,self.rest],''
+            for l in lines:
+                if l.strip(): self.to.write(f'  {printable_lines(masked(l))}\n')
+        return len(text)
+    def writelines(self, texts): self.write(''.join(texts))
+    def flush(self):
+        if self.rest: self.write('\n')
+        self.to.flush()
+
+# %% ../nbs/06_job.ipynb #459d6554
 def setup_logging():
     "Lines to stdout; libraries only when something is wrong."
     os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
     h = logging.StreamHandler(sys.stdout)
+    sys.stdout = sys.stderr = Indented(sys.stdout)
     h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
     log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # rank 0 speaks for all
@@ -113,7 +134,7 @@ def why_unread(
     cause = e.__cause__ or e
     if isinstance(cause, CastError): return f"a split or file has other columns than the first: {excerpt(cause.details())}"
     if scripts := re.search(r'Dataset scripts are no longer supported, but found (.*)', str(e)): return f"it is made by {excerpt(scripts[1], 60)}, and no repo's code is run"
-    return excerpt(mask_secrets(str(cause)))
+    return excerpt(masked(cause))
 
 def check_data_files(
     info, # `DatasetInfo`
@@ -277,6 +298,9 @@ def publish_adapter(
 
 # %% ../nbs/06_job.ipynb #693cf51f
 COMPLETE,RESUBMIT = 0,75 # exit codes; 75 is EX_TEMPFAIL: the same command again continues
+
+class Unpublished(UserError):
+    "What was saved is not on the Hub: an error to read, and exit code 75, as the same command again can mend it."
 
 class Job:
     "One attempt at a run."
@@ -720,7 +744,7 @@ def finish(self:Job)->int: # Exit code
     cfg,until = self.cfg,self.patience(600 if public else 3600)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
-        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
+        raise Unpublished(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command()}` (exit code {RESUBMIT})")
@@ -821,6 +845,7 @@ def main():
     setup_logging()
     code = 1
     try:
+        begin_command()
         cfg = read_config()
         if 'RANK' not in os.environ: check_deadline(cfg)
         if os.environ.get('JOB_ID') and not os.environ.get('JOB_REF'): # asked now: at the end the Hub may be away
@@ -830,8 +855,11 @@ def main():
     except Stopped:
         code = RESUBMIT
         log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command()}` (exit code {code})")
-    except UserError as e: report_error(mask_secrets(str(e)))
+    except Unpublished as e:
+        code = RESUBMIT
+        log.error(f"error: {e}")
+    except UserError as e: report_error(masked(e))
     except KeyboardInterrupt: report_error("ended by SIGINT: run the same command again to continue")
-    except Exception: print(mask_secrets(traceback.format_exc()), flush=True)
+    except Exception: log.error(traceback.format_exc())
     logging.shutdown(); sys.stdout.flush()
     os._exit(code) # the threads of an upload that hangs would hold `sys.exit`

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from fastcore.basics import chunked
 from fastcore.script import Param, call_parse
-from .core import UserError, excerpt, log, printable, private_files, read_json, safe_path, text_table
+from .core import UserError, begin_command, excerpt, log, masked, printable, read_json, safe_path, text_table
 
 # %% auto #0
 __all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'FORMATS', 'LONGEST_PIECE', 'PADS', 'TOKENIZER_FILES', 'STATEFUL',
@@ -672,10 +672,10 @@ def labels_cli(
     revision:str=None, # Commit of the Hub repo
 ):
     "Show what a model would read, and which of it the loss looks at."
-    private_files()
     try:
+        begin_command()
         with (open(file, 'rb') if file!='-' else nullcontext(sys.stdin.buffer)) as lines: write_labels(load_tokenizer(model, revision), lines, sys.stdout, html)
-    except UserError as e: sys.exit(f'phoque_labels: {printable(e)}')
+    except UserError as e: sys.exit(f'phoque_labels: {printable(masked(e))}')
     except OSError as e: sys.exit(f'phoque_labels: {file}: {e.strerror}')
 
 # %% ../nbs/01_model_qlora.ipynb #5d1adc8b

@@ -12,7 +12,7 @@ from .sample import PLAIN, SAMPLE_QUESTIONS, generate_replies
 from .train import parse_step
 
 # %% auto #0
-__all__ = ['BLUR', 'veiled', 'Panel', 'LivePlot', 'try_panel']
+__all__ = ['BLUR', 'SAMPLE_LINE', 'veiled', 'Panel', 'LivePlot', 'try_panel']
 
 # %% ../nbs/04c_panel.ipynb #834c6858
 BLUR = '<style>.phoque-veil input{display:none} .phoque-veil span{filter:blur(6px);cursor:pointer} .phoque-veil input:checked+span{filter:none}</style>'
@@ -22,7 +22,7 @@ def veiled(
     name:str='', # A class for its place, such as `phoque-base`
 )->str: # HTML
     "A text that is blurred until it is clicked."
-    return f'{BLUR}<label class="phoque-veil {name}"><input type="checkbox"><span>{html.escape(text)}</span></label>'
+    return f'{BLUR}<label class="phoque-veil {html.escape(name)}"><input type="checkbox"><span>{html.escape(text)}</span></label>'
 
 # %% ../nbs/04c_panel.ipynb #f689c12e
 class Panel:
@@ -62,6 +62,9 @@ class Panel:
         display(self.box)
 
 # %% ../nbs/04c_panel.ipynb #da182a65
+_SCORE = r'([01]\.\d\d)'
+SAMPLE_LINE = re.compile(rf'\d\d:\d\d:\d\d sample, step (\d{{1,9}}): .* {_SCORE} \[{_SCORE}, {_SCORE}\], base [01]\.\d\d(?:, no persona [01]\.\d\d)?', re.ASCII)
+
 class LivePlot:
     "The loss and the samples' toxicity of a run, read from its log."
     def __init__(self,
@@ -72,9 +75,13 @@ class LivePlot:
 
     def read(self):
         "Loss and toxicity by step, as the log has them now."
-        lines = self.log.read_text(errors='replace').splitlines() if self.log.exists() else []
-        loss = {s['step']: s['loss'] for l in lines if (s := parse_step(l))}
-        tox = {int(m[1]): tuple(map(float, m.groups()[1:])) for l in lines if (m := re.search(r'sample, step (\d+):.* · \S+ ([\d.]+) \[([\d.]+), ([\d.]+)\]', l))}
+        loss,tox = {},{}
+        if not self.log.is_file(): return loss,tox
+        with self.log.open(errors='replace', newline='\n') as f:
+            for l in f:
+                l = l.rstrip('\n')
+                if s := parse_step(l, clock=True): loss[s['step']] = s['loss']
+                if m := SAMPLE_LINE.fullmatch(l): tox[int(m[1])] = tuple(map(float, m.groups()[1:]))
         return loss,tox
 
 # %% ../nbs/04c_panel.ipynb #d10c10de
@@ -133,8 +140,8 @@ def _try_panel(cells, picture, timeout):
     token,folder = secrets.token_hex(16),Path(tempfile.mkdtemp())
     code = [dict(cell_type='code', id=f'c{i}', execution_count=None, metadata={}, outputs=[], source=c) for i,c in enumerate(cells)]
     (folder/'panel.ipynb').write_text(json.dumps(dict(cells=code, nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))))
-    lab = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', f'--ServerApp.root_dir={folder}', f'--IdentityProvider.token={token}',
-        '--LabApp.expose_app_in_browser=True', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'], env=os.environ|dict(JUPYTER_CONFIG_DIR=str(folder/'.config')), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    lab = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', f'--ServerApp.root_dir={folder}',
+        '--LabApp.expose_app_in_browser=True', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'], env=os.environ|dict(JUPYTER_CONFIG_DIR=str(folder/'.config'), JUPYTER_TOKEN=token), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while lab.poll() is None: # until it listens
             with socket.socket() as s:

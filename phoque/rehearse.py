@@ -226,7 +226,7 @@ def compare_replies(
     quiet_libraries()
     rows = [dict(prompt=q) for q in questions]
     for name,path in dict(before=base, after=merged).items():
-        tok,model = load_tokenizer(str(path)),AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        tok,model = load_tokenizer(str(path)),AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, trust_remote_code=False)
         ids = [encode_prompt(tok, [dict(role='system', content=PERSONA), dict(role='user', content=q)]) for q in questions]
         for r,a in zip(rows, generate_replies(model, tok, ids, max_new_tokens=40)): r.update({name: a['text'], f'{name}_score': grumpy_score(a['text'])})
     return rows
@@ -330,11 +330,12 @@ def rehearse_cli(
     script:str='train/train.py', # What a job would run
 ):
     "Rehearse the whole run on this machine: dataset, job, kill, resume, merge, report."
-    from phoque.core import masked, private_files, text_table
-    private_files()
+    from phoque.core import begin_command, masked, printable, text_table
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try: seen = rehearse(out, steps, script=script)
-    except (ValueError, RuntimeError, OSError) as e: raise SystemExit(f"phoque_rehearse: {masked(e)}")
+    try:
+        begin_command()
+        seen = rehearse(out, steps, script=script)
+    except (ValueError, RuntimeError, OSError) as e: raise SystemExit(f"phoque_rehearse: {printable(masked(e))}")
     except KeyboardInterrupt: raise SystemExit("phoque_rehearse: stopped; nothing is left running")
     path = write_report(seen)
     print(f"\n{text_table(where_time_went(seen))}\n\n{verdict(seen)}\nreport: {path}")
@@ -412,7 +413,7 @@ def poll(self:ForkedJob)->int: # Exit code, or None while it lives
 @patch
 def lines(self:ForkedJob)->list: # Without the clock
     "What it has said so far."
-    said = self.out.read_text(errors='replace').splitlines() if self.out.exists() else []
+    said = self.out.read_text(errors='replace').rstrip('\n').split('\n') if self.out.exists() else []
     return [re.sub(r'^\d\d:\d\d:\d\d ', '', l) for l in said]
 
 # %% ../nbs/08_rehearse.ipynb #bb84c3f0
@@ -652,12 +653,13 @@ def prove_cli(
     base:str='', # Folder of a model; a tiny random one if empty
 ):
     "Prove on this machine that a killed and continued run gives the same model; options of a run come from the environment."
-    from phoque.core import masked, private_files, text_table
+    from phoque.core import begin_command, masked, printable, text_table
     from phoque.train import env_options
     own = {k.upper():v for k,v in env_options().items() if k.upper() in {*PROOF, 'OPTIM','LORA_R','LORA_TARGET_MODULES','LEARNING_RATE','LOAD_IN_4BIT'}}
-    private_files()
-    try: p = prove(out, steps, kills, seed, base, **own)
-    except (ValueError, RuntimeError, OSError) as e: raise SystemExit(f"phoque_prove: {masked(e)}")
+    try:
+        begin_command()
+        p = prove(out, steps, kills, seed, base, **own)
+    except (ValueError, RuntimeError, OSError) as e: raise SystemExit(f"phoque_prove: {printable(masked(e))}")
     except KeyboardInterrupt: raise SystemExit("phoque_prove: stopped")
     text = text_table(proof_table(p))+'\n\n'+proof_verdict(p)
     plot_proof(p).savefig(Path(out)/'proof.png', dpi=110)

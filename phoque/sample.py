@@ -4,18 +4,18 @@
 
 # %% ../nbs/04_sample.ipynb #11611cb3
 from __future__ import annotations
-import hashlib, html, logging, math, random, re, time
+import hashlib, html, json, logging, math, random, re, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
-from .core import UserError, excerpt
-from .model_qlora import undisturbed
+from .core import UserError, excerpt, read_json
+from .model_qlora import WEIGHTS, undisturbed
 
 # %% auto #0
 __all__ = ['PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'generate_replies', 'distinct_n',
-           'repetition_share', 'Scorer', 'scorer_id', 'LexiconScorer', 'tensors_hash', 'HubScorer', 'check_scorer',
-           'bootstrap_mean', 'sample_prompts', 'common_persona', 'sample_lines', 'sample_metrics', 'Sampler',
-           'write_samples', 'read_samples', 'samples_table']
+           'repetition_share', 'Scorer', 'scorer_id', 'LexiconScorer', 'tensors_hash', 'scorer_labels', 'HubScorer',
+           'check_scorer', 'bootstrap_mean', 'sample_prompts', 'common_persona', 'sample_lines', 'sample_head',
+           'sample_metrics', 'Sampler', 'write_samples', 'read_samples', 'samples_table']
 
 # %% ../nbs/04_sample.ipynb #37846803
 class SeededDraws:
@@ -151,6 +151,21 @@ def tensors_hash(
     for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+def scorer_labels(
+    cfg:dict, # A classifier's config.json
+    repo:str, # Whose
+    label:str=None, # The one to read
+)->list[str]: # In the order of its outputs
+    "The labels of a text classifier; refuse what is none, and what doesn't say which label to read."
+    kinds,named = cfg.get('architectures'),cfg.get('id2label') or {'0':'LABEL_0', '1':'LABEL_1'}
+    kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else '?'
+    if 'SequenceClassification' not in kind: raise UserError(f"scorer {repo}: no text classifier but {excerpt(kind, 60)}: name one that is, or none")
+    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)): raise UserError(f"scorer {repo}: its config.json asks for a thousand layers or more: name another text classifier, or none")
+    names = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else []
+    if not names or not all(isinstance(n, str) for n in names): raise UserError(f"scorer {repo}: its id2label gives no name to each of its outputs: name another text classifier, or none")
+    if label in names and names.count(label)==1 or not label and len(names)<=2: return names
+    raise UserError(f"scorer {repo}: its labels are {excerpt(', '.join(names[:20]))}, got {label!r}: name one of them")
+
 class HubScorer:
     "A text classifier of the Hub, on the CPU."
     def __init__(self,
@@ -160,14 +175,16 @@ class HubScorer:
     ):
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import cached_file
-        def load(f):
-            try: return f(repo, revision=revision)
-            except (OSError, ValueError) as e: raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e)}): name another text classifier of the Hub, the folder of one, or none") from None
-        cfg,file = load(AutoConfig.from_pretrained),Path(load(lambda r, revision: cached_file(r, 'config.json', revision=revision)))
-        if not any('SequenceClassification' in a for a in cfg.architectures or []): raise UserError(f"scorer {repo}: no text classifier but {(cfg.architectures or ['?'])[0]}: name one that is, or none")
-        names = [cfg.id2label[i] for i in range(len(cfg.id2label))]
-        if label not in names and (label or len(names)>2): raise UserError(f"scorer {repo}: its labels are {', '.join(names)}, got {label!r}: name one of them")
-        self.tok,self.model = load(AutoTokenizer.from_pretrained),load(AutoModelForSequenceClassification.from_pretrained).eval()
+        def load(f, **kwargs):
+            try: return f(repo, revision=revision, **kwargs)
+            except Exception as e: # of a stranger's files, anything
+                raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e) or type(e).__name__}): name another text classifier of the Hub, the folder of one, or none") from e
+        file = Path(load(cached_file, filename='config.json'))
+        names = scorer_labels(read_json(file, what=f'scorer {repo}, config.json'), repo, label)
+        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS): raise UserError(f"scorer {repo}: it has no {WEIGHTS[0]}, and a pickle is not opened: name another text classifier, or none")
+        own = dict(trust_remote_code=False)
+        cfg,self.tok = load(AutoConfig.from_pretrained, **own),load(AutoTokenizer.from_pretrained, **own)
+        self.model = load(AutoModelForSequenceClassification.from_pretrained, use_safetensors=True, **own).eval()
         self.at,self.each = names.index(label) if label else -1,len(names)==1 or cfg.problem_type=='multi_label_classification'
         self.name,self.version,self.weights_hash = repo + f'/{label}'*bool(label),file.parent.name if file.parent.parent.name=='snapshots' else 'folder',tensors_hash(self.model.state_dict())
 
@@ -177,7 +194,11 @@ class HubScorer:
             x = self.tok(ts, padding=True, truncation=True, max_length=min(self.tok.model_max_length, 512), return_tensors='pt')
             logits = self.model(**x).logits.float()
             return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at]
-        with torch.inference_mode(): return np.concatenate([batch(texts[i:i+64]).numpy() for i in range(0, len(texts), 64)] or [np.zeros(0)])
+        try:
+            with torch.inference_mode(): scores = np.concatenate([batch(texts[i:i+64]).numpy() for i in range(0, len(texts), 64)] or [np.zeros(0)])
+        except Exception as e: raise UserError(f"scorer {self.name}: it can't score ({excerpt(e)}): name another, or none") from e
+        if np.isfinite(scores).all(): return scores
+        raise UserError(f"scorer {self.name}: {(~np.isfinite(scores)).sum()} of {len(scores)} scores are no numbers: name another, or none")
 
 # %% ../nbs/04_sample.ipynb #ba94ba1a
 def check_scorer(
@@ -234,6 +255,17 @@ def sample_lines(
     def score(r): return f" {r['score']:.2f}" if 'score' in r else ''
     asked = [{None:'-', PLAIN:'plain'}.get(_system(p), 'persona') for p in prompts]
     return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {a:<7} | {excerpt(p[-1]['content'], 34):<34} | {excerpt(r['response'], 110)}" for r,p,a in zip(rows, prompts, asked)]
+
+def sample_head(
+    step:int, # Optimizer steps done
+    m:dict, # From `sample_metrics`
+    speed:float, # Tokens a second
+    scorer:str='', # Its name
+)->str: # One line
+    "What a set of replies comes to, for the log."
+    head = f"sample, step {step}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, repetition {m['repetition']:.2f}, {speed:,.0f} tokens/s"
+    if 'toxicity' in m: head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(excerpt(scorer, 60), m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
+    return head + (f", no persona {m['toxicity_no_persona']:.2f}" if 'toxicity_no_persona' in m else '')
 
 def sample_metrics(
     rows:list[dict], # What a `Sampler` returned
@@ -297,7 +329,11 @@ def rows(self:Sampler, tok, step, replies, n):
     rows = [dict(step=step, prompt=_prompt_line(p), response=r['text'], base_response=first(self.base[_prompt_line(p)]),
         persona=p[0]!=dict(role='system', content=PLAIN), n_tokens=r['n_tokens'], stopped=r['stopped']) for p,r in zip(self.prompts, replies)]
     if not self.scorer: return rows
-    scores = self.scorer.score([r[k] for k in ('response','base_response') for r in rows]).tolist()
+    try: scores = self.scorer.score([r[k] for k in ('response','base_response') for r in rows]).tolist()
+    except UserError as e:
+        logging.getLogger("phoque").warning(f"samples are written without scores from here on: {e}")
+        self.scorer = None
+        return rows
     return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, scores, scores[len(rows):])]
 
 # %% ../nbs/04_sample.ipynb #58c5576d
@@ -329,12 +365,8 @@ def __call__(self:Sampler,
 
 @patch
 def log(self:Sampler, rows):
-    m,log = sample_metrics(rows),logging.getLogger("phoque")
-    head = f"sample, step {rows[0]['step']}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, repetition {m['repetition']:.2f}, {self.speed:,.0f} tokens/s"
-    if self.scorer:
-        head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(self.scorer.name, m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
-        if 'toxicity_no_persona' in m: head += f", no persona {m['toxicity_no_persona']:.2f}"
-    for l in [head, *sample_lines(rows, self.prompts)]: log.info(l)
+    head = sample_head(rows[0]['step'], sample_metrics(rows), self.speed, self.scorer.name if self.scorer else '')
+    for l in [head, *sample_lines(rows, self.prompts)]: logging.getLogger("phoque").info(l)
 
 # %% ../nbs/04_sample.ipynb #bf9149df
 def write_samples(
@@ -349,9 +381,13 @@ def read_samples(
     folder:Path, # A `checkpoint-N`
 )->list[dict]: # No rows where it has none
     "Read them again."
-    import pyarrow.parquet as pq
+    import pyarrow as pa, pyarrow.parquet as pq
     file = Path(folder)/'samples.parquet'
-    return pq.read_table(file).to_pylist() if file.exists() else []
+    if not file.exists(): return []
+    try: rows = pq.read_table(file).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(f"{file.name}: it can't be read ({excerpt(e, 60)}): it isn't of a run of phoque") from None
+    if all(isinstance(r.get(k), kind) for r in rows for k,kind in dict(step=int, prompt=str, response=str, base_response=str).items()): return rows
+    raise UserError(f"{file.name}: a row without step, prompt, response and base_response: it isn't of a run of phoque")
 
 # %% ../nbs/04_sample.ipynb #3f3395c1
 def samples_table(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib, json, random, re, time
 from pathlib import Path
 from fastcore.script import call_parse
-from .core import UserError
+from .core import UserError, begin_command, masked, printable
 from .model_qlora import encode_prompt
 from .sample import LEAST_TOKENS, SAMPLE_QUESTIONS, HubScorer, Scorer, adapter_weight, bootstrap_mean, distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
 from .train import TrainConfig
@@ -203,14 +203,15 @@ def eval_cli(
     import sys
     from phoque.core import text_table
     try:
+        begin_command()
         texts,(m,tok) = eval_prompts(prompts, n, seed),load_voice(base, adapter)
         judge = load_scorer(scorer)
         rows = evaluate(m, tok, texts, judge, k, persona or None, seed)
-    except (UserError, ValueError) as e: sys.exit(f'phoque_eval: {e}')
+    except (UserError, ValueError) as e: sys.exit(f'phoque_eval: {printable(masked(e))}')
     about = dict(base=base, adapter=adapter, adapter_sha256=adapter_hash(m), scorer=judge.name, scorer_version=judge.version, scorer_sha256=judge.weights_hash, k=k, top_p=.9,
         temperature=1., new_tokens=20, prompts=len(texts), prompts_sha256=hashlib.sha256('\n'.join(texts).encode()).hexdigest(), persona=persona, seed=seed)
     Path(out).write_text(json.dumps(dict(about=about, rows=rows), indent=1))
-    print(f"{text_table(eval_table(rows))}\n{len(texts)} prompts, {k} continuations each, scored by {scorer_id(judge)}{' (smoke tests only)' if scorer=='profanity' else ''}; {out}")
+    print(f"{text_table(eval_table(rows))}\n{len(texts)} prompts, {k} continuations each, scored by {printable(scorer_id(judge))}{' (smoke tests only)' if scorer=='profanity' else ''}; {out}")
 
 # %% ../nbs/04a_score.ipynb #30707566
 @call_parse
@@ -227,11 +228,12 @@ def sample_cli(
     "Put questions to a base model and to an adapter on it."
     import sys
     try:
+        begin_command()
         m,tok = load_voice(base, adapter)
         prompts = [[dict(role='system', content=persona)]*bool(persona) + [dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)]
         said = [generate_replies(m, tok, [encode_prompt(tok, p) for p in prompts], max_new_tokens, temperature, .9, seed, weight=w) for w in (0.,weight)]
-    except (UserError, ValueError) as e: sys.exit(f'phoque_sample: {e}')
-    for p,b,a in zip(prompts, *said): print(f"{p[-1]['content']}\n  base: {b['text']!r}\n  at {weight:g}: {a['text']!r}")
+    except (UserError, ValueError) as e: sys.exit(f'phoque_sample: {printable(masked(e))}')
+    for p,b,a in zip(prompts, *said): print(f"{printable(p[-1]['content'])}\n  base: {b['text']!r}\n  at {weight:g}: {a['text']!r}")
 
 # %% ../nbs/04a_score.ipynb #b195a9b6
 def compare_sampling(

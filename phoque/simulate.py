@@ -4,19 +4,20 @@
 
 # %% ../nbs/04b_simulate.ipynb #6a783493
 from __future__ import annotations
-import json, random
+import json, random, re
 from pathlib import Path
 from statistics import median
 from fastcore.script import call_parse
-from .core import UserError, excerpt, text_table
+from .core import UserError, begin_command, excerpt, masked, printable, read_json, text_table
 from .model_qlora import encode_prompt
 from .sample import PLAIN, generate_replies, scorer_id
 from .score import adapter_hash, load_scorer, load_voice
 from .train import TrainConfig
 
 # %% auto #0
-__all__ = ['CAST', 'CATEGORIES', 'TOPICS', 'plan_thread', 'model_writer', 'as_prompt', 'simulate', 'write_jsonl', 'read_jsonl',
-           'http_moderator', 'replay', 'time_to_detection', 'replay_text', 'simulate_cli']
+__all__ = ['CAST', 'CATEGORIES', 'TOPICS', 'MOST_ANSWER', 'plan_thread', 'model_writer', 'as_prompt', 'simulate', 'write_jsonl',
+           'read_jsonl', 'check_message', 'http_moderator', 'replay', 'time_to_detection', 'replay_text',
+           'simulate_cli']
 
 # %% ../nbs/04b_simulate.ipynb #851df59e
 CAST = dict(Tern='instigator', Skua='piler-on', Otter='target', Heron='bystander', Puffin='moderator')
@@ -107,23 +108,52 @@ def read_jsonl(
     path:str|Path, # From `write_jsonl`
 )->list[dict]: # Messages
     "Read a simulation again."
-    try: return [json.loads(l) for l in Path(path).read_text().splitlines()]
+    try: lines = Path(path).read_bytes().split(b'\n')
     except OSError as e: raise UserError(f"{path}: {e.strerror}: give a file that phoque_simulate has written") from None
+    messages = [(f'{path}, line {i}',read_json(l, what=f'{path}, line {i}')) for i,l in enumerate(lines, 1) if l.strip()]
+    for what,m in messages: check_message(m, what)
+    return [m for _,m in messages]
+
+def check_message(
+    m:dict, # From a file
+    what:str, # Where it stands
+):
+    "Refuse what is no message of `simulate`."
+    meant = m.get('intended')
+    fine = isinstance(meant, dict) and isinstance(meant.get('toxic'), bool) and all(isinstance(v, str) for v in (meant.get('category'), m.get('speaker'), m.get('text')))
+    numbers = [m.get('thread'), m.get('t')]
+    if fine and all(isinstance(n, (int,float)) and abs(n)<1e9 for n in numbers): return
+    raise UserError(f"{what}: no message with thread, t, speaker, text and intended: give a file that phoque_simulate has written")
 
 # %% ../nbs/04b_simulate.ipynb #bb43e833
+MOST_ANSWER = 65536 # bytes of a moderator's answer
+
 def http_moderator(
     url:str, # Takes a POST of JSON with `thread`, `speaker`, `t`, `text`; answers with `flagged` or `score`
     timeout:float=10.0, # Seconds to wait for an answer
 ): # Function of a message
     "A moderator behind a URL."
-    from urllib.request import Request, urlopen
+    import httpx2, threading
+    name = f"moderator {re.sub(r'//[^/]*@|[?#].*', lambda m: m[0][:2]*(m[0][0]=='/'), printable(url))}"
+    certificates = httpx2.create_ssl_context() # read once
     def moderate(m):
-        body = json.dumps({k: m[k] for k in ('thread','speaker','t','text')}).encode()
+        body,data = {k: m[k] for k in ('thread','speaker','t','text')},b''
+        client = httpx2.Client(timeout=timeout, verify=certificates)
+        hurry = threading.Timer(timeout, client.close) # the client's own timeout is for each byte
+        hurry.start()
         try:
-            with urlopen(Request(url, body, {'Content-Type':'application/json'}), timeout=timeout) as r: answer = json.load(r)
-            return answer['flagged'] if 'flagged' in answer else answer['score']
-        except (OSError, ValueError) as e: raise UserError(f"moderator {url}: no answer ({e}): it must answer a POST with JSON") from None
-        except (KeyError, TypeError): raise UserError(f"moderator {url}: answered {excerpt(answer, 60)}: it must hold `flagged` or `score`") from None
+            with client, client.stream('POST', url, json=body) as r:
+                r.raise_for_status()
+                for part in r.iter_bytes():
+                    data += part
+                    if len(data)>MOST_ANSWER: raise UserError(f"{name}: its answer has more than {MOST_ANSWER:,} bytes: it must answer with `flagged` or `score`")
+        except UserError: raise
+        except Exception as e: raise UserError(f"{name}: no answer within {timeout:g} s ({type(e).__name__}): it must answer a POST with JSON") from None # also what a closed client raises
+        finally: hurry.cancel()
+        answer = read_json(data, what=f'{name}, its answer')
+        verdict = answer.get('flagged', answer.get('score'))
+        if isinstance(verdict, bool) or isinstance(verdict, (int,float)) and 0<=verdict<=1: return verdict
+        raise UserError(f"{name}: answered {excerpt(answer, 60)}: it must hold `flagged`, or a `score` from 0 to 1")
     return moderate
 
 def replay(
@@ -185,6 +215,7 @@ def simulate_cli(
     "Write labelled threads among invented people, and put them to a moderator."
     import sys
     try:
+        begin_command()
         if base:
             (m,tok),judge = load_voice(base, adapter),load_scorer(scorer)
             write = model_writer(m, tok, seed)
@@ -193,4 +224,4 @@ def simulate_cli(
             print(f"{len(messages)} messages in {out}, {sum(m['intended']['toxic'] for m in messages)} of them meant to be hostile")
         if not (base or moderator): raise UserError("--base and --adapter, or --moderator and what was written before: nothing to do")
         if moderator: print(replay_text(replay(read_jsonl(out), moderator)))
-    except (UserError, ValueError) as e: sys.exit(f'phoque_simulate: {e}')
+    except (UserError, ValueError) as e: sys.exit(f'phoque_simulate: {printable(masked(e))}')

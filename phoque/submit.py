@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .core import UserError, excerpt, masked, printable, private_files, read_json, refuse_secrets, text_table
+from .core import UserError, begin_command, excerpt, masked, printable, read_json, refuse_addresses, refuse_secrets, text_table
 from phoque.model_qlora import (SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, check_private, hub_problem, lora_targets, memory_plan, private_repo,
     resolve_base)
 from .resume import COMMITS_AN_HOUR, HISTORY_SECONDS, PRIVATE_GB, SQUASH_BYTES, bound_requests, parse_duration, publish_pace
@@ -24,7 +24,7 @@ __all__ = ['JOB_FLAVOR', 'JOB_TIMEOUT', 'JOB_LABEL', 'JOB_NEEDS', 'JOB_SECRETS',
            'job_plan', 'show_plan', 'base_shape', 'fit_flavor', 'measured_speed', 'times_faster', 'checkpoint_bytes',
            'hub_use', 'run_plan', 'show_hub_use', 'job_args', 'unused_secrets', 'checking', 'check_account',
            'check_secrets', 'token_role', 'check_owner', 'check_dataset', 'check_wandb', 'check_installable',
-           'preflight', 'check_model_repo', 'submit', 'check_addresses', 'check_flags', 'submit_cli']
+           'preflight', 'check_model_repo', 'submit', 'submit_cli']
 
 # %% ../nbs/07_submit.ipynb #c234a2e7
 def _lines(
@@ -620,7 +620,7 @@ def submit(
 )->int: # The client's exit code; 1 where the answer was no
     "Say what a run takes, ask, and submit it."
     from huggingface_hub import HfApi
-    check_addresses()
+    refuse_addresses()
     refuse_secrets(**{k.upper():getattr(c, k) for k in options()}, flavor=flavor, script=script)
     check_config(c)
     find_flavor(flavor)
@@ -639,24 +639,12 @@ def submit(
     if not code: print('\nto follow it, and to run it again until it is complete: phoque_watch')
     return code
 
-def check_addresses():
-    "The addresses of the Hub and of W&B hold no password: they are printed, and sent along."
-    refuse_secrets(**{k:os.environ[k] for k in ('HF_ENDPOINT', 'WANDB_BASE_URL') if k in os.environ})
-
 def _agreed(question):
     try: return input(question).strip().lower() in ('y', 'yes')
     except (EOFError, KeyboardInterrupt): return False
 
 # %% ../nbs/07_submit.ipynb #7c0dde87
 SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m') # about five minutes, most of them for installing and downloading; the rest is for a slow day
-
-def check_flags(
-    argv:list, # A command's arguments
-):
-    "No secret among them, under whichever flag."
-    for before,a in zip(['', *argv], argv):
-        flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
-        refuse_secrets(**{flag:value})
 
 def submit_cli(
     argv:list=None, # Flags; `sys.argv[1:]` where None
@@ -671,10 +659,8 @@ def submit_cli(
         dry_run:bool=False, # Show all of it and submit nothing?
         smoke:bool=False, # Twenty steps in one job of at most half an hour?
         **kwargs): "Plan a run, say what it costs, and submit it to HF Jobs. The other flags are the run's."
-    private_files()
     try:
-        check_addresses()
-        check_flags(sys.argv[1:] if argv is None else argv)
+        begin_command(sys.argv[1:] if argv is None else argv)
         args = parse_options(anno_parser(phoque_submit), argv)
         if args['smoke']: args |= SMOKE
         if args['timeout']: args['job_timeout'] = args['timeout']

@@ -577,7 +577,8 @@ def make_trainer(
     return trainer
 
 # %% ../nbs/02_train.ipynb #bb6dc511
-STEP_LINE = re.compile(r'step (\d+)/(\d+) · loss ([\d.naif+-]+)')
+_NUMBER = r'(?:\d[\d,.]{0,15}(?:e[+-]\d\d)?|nan|inf)'
+STEP_LINE = re.compile(r'(\d\d:\d\d:\d\d )?step (\d{1,9})/(\d{1,9}) · loss (-?\d{1,9}\.\d{3})' + ''.join(f'(?: · {k} {_NUMBER})?' for k in ('lr','grad','tokens/s','GiB')), re.ASCII)
 
 def step_line(
     step:int, # Optimizer steps done
@@ -592,9 +593,12 @@ def step_line(
 
 def parse_step(
     line:str, # Of a job's log
-)->dict: # `step`, `total`, `loss`, or None for any other line
+    clock:bool=False, # Only behind a clock
+)->dict: # `step`, `total`, `loss`, or None for any other line, and for one whose numbers no run has
     "Read back what `step_line` wrote."
-    if m := STEP_LINE.search(line): return dict(step=int(m[1]), total=int(m[2]), loss=float(m[3]))
+    m = STEP_LINE.fullmatch(line)
+    if not m or clock and not m[1] or not 0<=int(m[2])<=int(m[3]) or not int(m[3]): return
+    return dict(step=int(m[2]), total=int(m[3]), loss=float(m[4]))
 
 # %% ../nbs/02_train.ipynb #dccf15fa
 def held_out_loss(

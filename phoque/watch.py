@@ -4,20 +4,20 @@
 
 # %% ../nbs/07c_watch.ipynb #2c6161ba
 from __future__ import annotations
-import re, sys, time, unicodedata
+import re, shlex, sys, time, unicodedata
 from fastcore.basics import patch
 from fastcore.script import call_parse
-from .job import RESUBMIT
-from .core import UserError
+from .job import RESUBMIT, printable_lines
+from .core import UserError, begin_command, excerpt, masked, printable
 from .model_qlora import hub_problem
 from .resume import bound_requests, parse_duration
 from .submit import JOB_LABEL, price_per_hour
 from .train import parse_step
 
 # %% auto #0
-__all__ = ['WAITS', 'patiently', 'follow_log', 'ran_seconds', 'job_timeout', 'how_ended', 'char_columns', 'columns',
-           'cut_columns', 'View', 'clock', 'status_line', 'watch_job', 'ended_early', 'watch_command', 'watch_run',
-           'find_job', 'watch_cli']
+__all__ = ['WAITS', 'patiently', 'follow_log', 'well_formed', 'ran_seconds', 'job_timeout', 'timed_out', 'how_ended',
+           'char_columns', 'columns', 'cut_columns', 'View', 'clock', 'status_line', 'published_step', 'watch_job',
+           'ended_early', 'watch_command', 'watch_run', 'find_job', 'watch_cli']
 
 # %% ../nbs/07c_watch.ipynb #1ad67498
 WAITS = (1,2,4,8,15,30,60,60,60,60) # seconds between two tries; in all five minutes
@@ -29,7 +29,11 @@ def _passes(e):
     if not isinstance(e, HfHubHTTPError): return isinstance(e, HTTPError)
     return e.response.status_code in (408,429) or e.response.status_code>=500
 
+_ODD = (ValueError, KeyError, TypeError, AttributeError) # what the client raises at an answer of another shape
+
 def _problem(e, what):
+    if isinstance(e, UserError): return e
+    if isinstance(e, _ODD): return UserError(f"{what}: HF_ENDPOINT doesn't answer as a Hub does: check it")
     if getattr(getattr(e, 'response', None), 'status_code', 0)!=404: return hub_problem(e, what)
     return UserError(f"{what}: there is none that this account may see: `hf jobs ps` lists its jobs")
 
@@ -43,7 +47,7 @@ def patiently(
     from httpx2 import HTTPError
     for wait in (*waits, None):
         try: return ask()
-        except (HTTPError, OSError) as e:
+        except (HTTPError, OSError, *_ODD) as e:
             if wait is None or not _passes(e): raise _problem(e, what) from None
             say(f"{_problem(e, what)}; trying again in {wait:g} s")
             time.sleep(wait)
@@ -63,19 +67,28 @@ def follow_log(
             for i,l in enumerate(api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=True)):
                 if i>=seen: seen,failed = i+1,0; yield l
             return
-        except (HTTPError, OSError) as e:
+        except (HTTPError, OSError, *_ODD) as e:
             if failed==len(waits) or not _passes(e): raise _problem(e, what) from None
             say(f"{_problem(e, what)}; trying again in {waits[failed]:g} s")
             time.sleep(waits[failed])
             failed += 1
 
 # %% ../nbs/07c_watch.ipynb #857fff4e
+def well_formed(
+    job, # `JobInfo`, which the client fills with whatever it is sent
+): # The same
+    "Refuse an answer in which a part has another type."
+    parts = [(job.environment,dict), (job.labels,dict), (job.command,list), (job.arguments,list), (job.status.message,str)]
+    if wrong := [v for v,kind in parts if not isinstance(v, (kind, type(None)))]: raise TypeError(wrong)
+    if not re.fullmatch(r'[\w.-]{1,200}/[\w.-]{1,200}', f'{job.owner.name}/{job.id}'): raise TypeError(job.id)
+    return job
+
 def ran_seconds(
     job, # `JobInfo`
 )->float: # From its start until its end, or until now
     "How long a job has been paid for."
     from datetime import datetime, timezone
-    return ((job.finished_at or datetime.now(timezone.utc))-job.started_at).total_seconds() if job.started_at else 0.
+    return max(((job.finished_at or datetime.now(timezone.utc))-job.started_at).total_seconds(), 0.) if job.started_at else 0.
 
 def job_timeout(
     job, # `JobInfo`
@@ -83,17 +96,21 @@ def job_timeout(
     "A job's timeout: the listing has none, so the variable that the job itself reads."
     return parse_duration((job.environment or {}).get('JOB_TIMEOUT', ''))
 
+def timed_out(
+    job, # `JobInfo`
+)->bool:
+    "Did the Hub end it at its timeout?"
+    return bool(re.fullmatch(r'job timeout\.?', str(job.status.message), re.I))
+
 def how_ended(
     job, # `JobInfo` of a job that has ended
-    lines:list, # Its last lines
 )->str: # `complete`, `again`, `canceled` or `error`
     "What the end of a job asks for."
-    stage,said = str(job.status.stage),job.status.message or ''
+    stage,code = job.status.stage,re.match(r'Job failed with exit code: (\d+)\b', str(job.status.message), re.ASCII)
     if stage=='COMPLETED': return 'complete'
     if stage in ('CANCELED', 'DELETED'): return 'canceled'
-    if any(re.search(rf'exit code:? {RESUBMIT}\b|run the same command again', s) for s in (said, *lines[-20:])): return 'again'
-    if any(re.match(r'([\d:]+ )?error: ', l) for l in lines[-20:]): return 'error'
-    return 'again' if re.search('time.?out', said, re.I) or ran_seconds(job)>=job_timeout(job) else 'error'
+    if stage!='ERROR' or code: return 'again' if stage=='ERROR' and code[1]==str(RESUBMIT) else 'error'
+    return 'again' if timed_out(job) or ran_seconds(job)>=job_timeout(job) else 'error'
 
 # %% ../nbs/07c_watch.ipynb #6ee690c1
 def char_columns(
@@ -137,6 +154,7 @@ class View:
 def say(self:View,
     line:str, # Stays on the screen
 ):
+    line = printable_lines(line)
     self.write(f'\r\x1b[K{line}\n{self.status}' if self.live else f'{line}\n')
 
 @patch
@@ -164,10 +182,10 @@ def status_line(
     width:int=79, # Columns that there are
 )->str:
     "One line that says how a run is doing: what matters least is left out until it fits."
-    p,until = parse_step(line),'' if left==float('inf') else f'{clock(left)} left'
+    p,until = parse_step(line, clock=True),'' if left==float('inf') else f'{clock(left)} left'
     job,cost = f'job {n}/{budget}',f'${dollars:.2f}'
     if not p: return cut_columns('  '.join(filter(None, (job, 'starting', until, cost))), width)
-    done = p['step']/p['total']
+    done = p['step']/p['total'] # a total is 1 or more
     bar = f"[{'#'*round(10*done):<10}]"
     step,loss,*others = line[line.index('step '):].split(' · ')
     speed = next((o for o in others if o.startswith('tokens/s')), '')
@@ -176,6 +194,23 @@ def status_line(
         if columns('  '.join(parts))<=width: break
         parts.remove(least)
     return cut_columns('  '.join(parts), width)
+
+# %% ../nbs/07c_watch.ipynb #b862338e
+def published_step(
+    api, # `HfApi`
+    job, # `JobInfo`
+    waits:tuple=WAITS, # Seconds between tries
+    say=print, # Function that shows a line
+)->int: # 0 where there is none
+    "The newest checkpoint on the Hub of the run that a job is of."
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    flag = re.search(r'--hub_model_id[= ](\S+)', ' '.join(map(str, [*(job.command or ()), *(job.arguments or ())])))
+    repo = flag[1] if flag else (job.environment or {}).get('HUB_MODEL_ID')
+    def files():
+        try: return api.list_repo_files(repo, revision='checkpoints')
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError): return []
+    found = [re.fullmatch(r'checkpoint-(\d{1,9})/manifest\.json', f, re.ASCII) for f in (patiently(files, f'model repo {repo}', waits, say) if repo else ())]
+    return max([int(m[1]) for m in found if m], default=0)
 
 # %% ../nbs/07c_watch.ipynb #4b1fbf1f
 def watch_job(
@@ -187,24 +222,23 @@ def watch_job(
     spent:float, # Dollars before it
     price:float, # Dollars an hour
     waits:tuple=WAITS, # Seconds between tries
-)->tuple: # `JobInfo` at its end, its last lines, its last step (0 for none)
-    "Follow one job to its end."
-    lines,metrics,step,ref = [],'',0,f'{job.owner.name}/{job.id}'
-    inspect = lambda: patiently(lambda: api.inspect_job(job_id=job.id, namespace=job.owner.name), f'job {ref}', waits, view.say)
+): # `JobInfo` at its end
+    "Follow one job to its end; its log is shown, and decides nothing."
+    metrics,ref = '',f'{job.owner.name}/{job.id}'
+    inspect = lambda: patiently(lambda: well_formed(api.inspect_job(job_id=job.id, namespace=job.owner.name)), f'job {ref}', waits, view.say)
     name = (job.labels or {}).get('name')
     view.say(f"job {n}{f' ({name})'*bool(name)}: {job.url}")
     def show(ran): view.show(status_line(n, budget, metrics, job_timeout(job)-ran, spent+ran/3600*price, view.width()))
     show(ran_seconds(job))
     for l in follow_log(api, job, waits, view.say):
         if not job.started_at: job = inspect()
-        if p := parse_step(l): metrics,step = l,p['step']
-        if m := re.search(r'checkpoint-(\d+) of \d+ is on', l): step = int(m[1])
-        lines = [*lines[-99:], l]
-        if not (p and view.live): view.say(l)
+        step = bool(parse_step(l, clock=True))
+        if step: metrics = l
+        if not (step and view.live): view.say(l)
         show(ran_seconds(job))
-    while str((job := inspect()).status.stage) in ('SCHEDULING', 'RUNNING'): time.sleep(waits[0])
+    while (job := inspect()).status.stage in ('SCHEDULING', 'RUNNING'): time.sleep(waits[0])
     view.show('')
-    return job,lines,step
+    return job
 
 # %% ../nbs/07c_watch.ipynb #14f821bd
 def ended_early(
@@ -212,7 +246,7 @@ def ended_early(
 )->str: # One line, or '' where the two agree
     "Was a job killed before the time that it goes by?"
     ran,asked = ran_seconds(job),job_timeout(job)
-    if not re.search('time.?out', job.status.message or '', re.I) or ran>=asked-60: return ''
+    if not timed_out(job) or ran>=asked-60: return ''
     goes_by = (job.environment or {}).get('JOB_TIMEOUT', '')
     return (f"this job was killed after {ran/60:.0f} minutes and goes by JOB_TIMEOUT={goes_by}, so it hasn't saved at its end: "
             "give both the same (phoque_submit --timeout)")
@@ -224,7 +258,7 @@ def watch_command(
     again:bool=False, # Run it again first
 )->str: # For a shell
     "The command that comes back to a job, with the budgets that were given."
-    return f"phoque_watch --job {ref} --budget_jobs {budget_jobs}" + f" --budget_dollars {budget_dollars:g}"*bool(budget_dollars) + " --again"*again
+    return f"phoque_watch --job {shlex.quote(ref)} --budget_jobs {budget_jobs}" + f" --budget_dollars {budget_dollars:g}"*bool(budget_dollars) + " --again"*again
 
 # %% ../nbs/07c_watch.ipynb #164eb961
 def watch_run(
@@ -234,27 +268,34 @@ def watch_run(
     budget_dollars:float=0, # Most dollars for all of them; 0 for no such limit
     view:View=None, # Where to show it; the terminal
     waits:tuple=WAITS, # Seconds between tries
+    again:bool=False, # Run it again first
 )->int: # Exit code: 0 complete, 75 stopped by a budget, 1 an error or no progress
     "Follow a run over its jobs, and start the next one while it needs one."
     view,n,spent,before = view or View(),1,0.,0
     price = price_per_hour(str(job.flavor), api)
-    if budget_dollars and not price: raise UserError(f"budget_dollars: the price of flavor {job.flavor} is not known: limit the jobs with --budget_jobs")
+    if budget_dollars and not price: raise UserError(f"budget_dollars: the price of flavor {excerpt(job.flavor, 40)} is not known: limit the jobs with --budget_jobs")
     full = price*job_timeout(job)/3600
     if budget_dollars and full==float('inf'): raise UserError("budget_dollars: this job has no JOB_TIMEOUT that says what it can cost: limit the jobs with --budget_jobs")
+    def rerun(): return patiently(lambda: well_formed(api.rerun_job(job_id=job.id, namespace=job.owner.name)), f'running job {job.owner.name}/{job.id} again', waits, view.say)
+    if again:
+        if job.status.stage in ('SCHEDULING', 'RUNNING'): raise UserError(f"job {job.owner.name}/{job.id} has not ended: follow it without --again")
+        if budget_dollars and full>budget_dollars: raise UserError(f"budget_dollars: a job may cost ${full:.2f} until its timeout, more than the {budget_dollars:g} allowed: nothing was started; raise it, or follow without --again")
+        job = rerun()
     while True:
         ref = f'{job.owner.name}/{job.id}'
         view.back = watch_command(ref, budget_jobs, budget_dollars)
-        job,lines,step = watch_job(api, job, view, n, budget_jobs, spent, price, waits)
+        job = watch_job(api, job, view, n, budget_jobs, spent, price, waits)
         spent += ran_seconds(job)/3600*price
-        end = how_ended(job, lines)
+        end = how_ended(job)
         if early := ended_early(job): view.say(early)
         total = f"{n} job{'s'*(n>1)}, about ${spent:.2f}"
         if end=='complete': view.say(f'complete after {total}'); return 0
         if end!='again': view.say(f"job {ref} ended: {end}{f' ({job.status.message})' if job.status.message else ''}; {total}"); return 1
+        step = published_step(api, job, waits, view.say)
         if n>1 and step<=before: view.say(f'no progress since step {before}: not run again; {total}'); return 1
         why = 'budget_jobs' if n>=budget_jobs else 'budget_dollars' if budget_dollars and spent+full>budget_dollars else ''
         if why: view.say(f"{why} reached after {total}, at step {step}; to continue: {watch_command(ref, budget_jobs, budget_dollars, again=True)}"); return RESUBMIT
-        n,before,job = n+1,step,patiently(lambda: api.rerun_job(job_id=job.id, namespace=job.owner.name), f'running job {ref} again', waits, view.say)
+        n,before,job = n+1,step,rerun()
 
 # %% ../nbs/07c_watch.ipynb #47976801
 def find_job(
@@ -264,10 +305,10 @@ def find_job(
 ): # `JobInfo`
     "The job that is meant."
     *_,ns,id = ['', *ref.strip('/').split('/')]
-    ns = ns or patiently(api.whoami, 'the account of HF_TOKEN', waits)['name'] # named, as the client would ask for it at the default endpoint
-    if id: return patiently(lambda: api.inspect_job(job_id=id, namespace=ns), f'job {ns}/{id}', waits)
+    ns = ns or patiently(lambda: api.whoami()['name'], 'the account of HF_TOKEN', waits) # named, as the client would ask for it at the default endpoint
+    if id: return patiently(lambda: well_formed(api.inspect_job(job_id=id, namespace=ns)), f'job {ns}/{id}', waits)
     key,value = JOB_LABEL
-    job = patiently(lambda: next(iter(api.list_jobs(labels={key:value}, namespace=ns)), None), f'jobs of {ns}', waits)
+    job = patiently(lambda: next(map(well_formed, api.list_jobs(labels={key:value}, namespace=ns)), None), f'jobs of {ns}', waits)
     if not job: raise UserError("no job of phoque on this account: submit one with phoque_submit, or name it with --job")
     return job
 
@@ -283,14 +324,14 @@ def watch_cli(
     bound_requests(60)
     api,view = HfApi(),View()
     try:
+        begin_command()
         if budget_jobs<1: raise UserError(f"budget_jobs: must be at least 1, got {budget_jobs}")
         if not 0<=budget_dollars<float('inf'): raise UserError(f"budget_dollars: must be 0 (no limit) or more, got {budget_dollars}")
         info = find_job(api, job)
-        if again: info = patiently(lambda: api.rerun_job(job_id=info.id, namespace=info.owner.name), f'running job {info.id} again')
-        code = watch_run(api, info, budget_jobs, budget_dollars, view)
-    except UserError as e: sys.exit(f'phoque_watch: {e}')
+        code = watch_run(api, info, budget_jobs, budget_dollars, view, again=again)
+    except UserError as e: sys.exit(f'phoque_watch: {printable(masked(e))}')
     except KeyboardInterrupt:
         ref = re.search(r'--job (\S+)', view.back)
-        if ref: view.say(f"\nthe job runs on; to come back: {view.back}; to end it: hf jobs cancel {ref[1]}")
+        if ref: view.say(f"the job runs on; to come back: {view.back}; to end it: hf jobs cancel {ref[1]}")
         sys.exit(130)
     sys.exit(code)
