@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno,json,math,os,re,shutil,subprocess,sys,zlib
 from pathlib import Path
 from .core import UserError, excerpt, log, read_json, safe_path
-from .model_qlora import check_config, check_size, check_vocabulary, hub_problem, open_tokenizer, read_header, reading, vocabulary_size, weight_files
+from .model_qlora import check_model_config, check_size, check_vocabulary, hub_problem, open_tokenizer, read_header, reading, vocabulary_size, weight_files
 
 # %% auto #0
 __all__ = ['MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'LONGEST_NAME', 'RENDER_SECONDS', 'RENDER_BYTES', 'LONGEST_PROMPT',
@@ -49,7 +49,7 @@ def local_folder(
 # %% ../nbs/05_merge.ipynb #03702b19
 def _read_config(folder):
     if not (folder/'config.json').is_file(): raise UserError(f"{folder} has no config.json: it is no model folder")
-    cfg = check_config(read_json(folder/'config.json', what=f"base model {folder}: its config.json"), f"base model {folder}")
+    cfg = check_model_config(read_json(folder/'config.json', what=f"base model {folder}: its config.json"), f"base model {folder}")
     if not isinstance(cfg.get('text_config') or {}, dict): raise UserError(f"base model {folder}: its config.json has a text_config that says nothing: choose another")
     return cfg
 

@@ -16,7 +16,7 @@ from .core import UserError, begin_command, excerpt, log, masked, printable, rea
 # %% auto #0
 __all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'FORMATS', 'LONGEST_PIECE', 'PADS', 'TOKENIZER_FILES', 'STATEFUL',
            'LORA_TARGETS', 'FAST_LAYERS', 'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'quiet_libraries', 'hub_problem', 'reading',
-           'read_header', 'weight_files', 'check_config', 'check_weights', 'resolve_base', 'check_private',
+           'read_header', 'weight_files', 'check_model_config', 'check_weights', 'resolve_base', 'check_private',
            'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts',
            'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'open_tokenizer',
            'vocabulary_size', 'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt',
@@ -122,7 +122,7 @@ def _say_code(what): log.warning(f"{what} brings code of its own (auto_map), whi
 MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
 _counted = re.compile(r'(layers?|depth|experts|blocks)$')
 
-def check_config(
+def check_model_config(
     cfg:dict, # A model's config.json
     what:str, # What it belongs to, such as "base model org/name"
 )->dict: # The same
@@ -149,8 +149,8 @@ def _model_info(repo):
 def _model_config(path, revision=None):
     from transformers import PreTrainedConfig
     what = f"base model {str(path)!r}"
-    if Path(path).is_dir(): return check_config(read_json(Path(path)/'config.json', what=f"{what}: its config.json"), what)
-    with reading(f"{what}: its config.json", 'choose a causal language model'): return check_config(PreTrainedConfig.get_config_dict(path, revision=revision)[0], what)
+    if Path(path).is_dir(): return check_model_config(read_json(Path(path)/'config.json', what=f"{what}: its config.json"), what)
+    with reading(f"{what}: its config.json", 'choose a causal language model'): return check_model_config(PreTrainedConfig.get_config_dict(path, revision=revision)[0], what)
 
 def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
 

@@ -413,8 +413,8 @@ def poll(self:ForkedJob)->int: # Exit code, or None while it lives
 @patch
 def lines(self:ForkedJob)->list: # Without the clock
     "What it has said so far."
-    said = self.out.read_text(errors='replace').rstrip('\n').split('\n') if self.out.exists() else []
-    return [re.sub(r'^\d\d:\d\d:\d\d ', '', l) for l in said]
+    said = self.out.read_text(errors='replace').removesuffix('\n') if self.out.exists() else ''
+    return [re.sub(r'^\d\d:\d\d:\d\d ', '', l) for l in said.split('\n') if said]
 
 # %% ../nbs/08_rehearse.ipynb #bb84c3f0
 @patch

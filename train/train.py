@@ -47,6 +47,7 @@ from fastcore.basics import chunked, patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import Param, anno_parser, call_parse
+from functools import cache
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -125,6 +126,7 @@ def read_json(
     what = what or (source.name if isinstance(source, Path) else 'this JSON')
     try:
         if isinstance(source, Path):
+            if source.exists() and not source.is_file(): raise UserError(f"{what}: it is no file: use another") # a pipe would never end
             if source.stat().st_size>MOST_JSON: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
             source = source.read_bytes()
         got = json.loads(source)
@@ -180,6 +182,22 @@ def refuse_secrets(
         raise UserError(f"{k}: a secret has no place here, where others can read it: export it as HF_TOKEN or WANDB_API_KEY, "
                         "and make a new one if it is real")
 
+def refuse_addresses():
+    "Refuse a password in the address of the Hub or of W&B: they are printed, and sent along."
+    refuse_secrets(**{k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if k in os.environ})
+
+def begin_command(
+    argv:list=None, # Its arguments; this process's where None and a command was started
+):
+    "What a command does first: its files are private, and no secret is in an argument or an address."
+    from fastcore.script import is_cli
+    private_files()
+    refuse_addresses()
+    if argv is None: argv = sys.argv[1:] if is_cli() else []
+    for before,a in zip(['', *argv], argv):
+        flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
+        refuse_secrets(**{flag:value})
+
 # ------------------------------------------------------------------------------
 # model_qlora: What goes into the model: base, tokenizer, assistant mask, NF4, LoRA, and an audit of all five
 # ------------------------------------------------------------------------------
@@ -214,6 +232,80 @@ def hub_problem(
     else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
     return UserError(f"{what}: {s}")
 
+@contextmanager
+def reading(
+    what:str, # What is read, such as "base model org/name"
+    do:str='choose another', # What the line advises
+    hub:bool=False, # Can it be the Hub that fails?
+):
+    "Turn whatever a library raises on somebody else's files into one line."
+    from httpx2 import HTTPError
+    try: yield
+    except (UserError, MemoryError): raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__!='PanicException': raise # that is tokenizers' own
+        if type(e).__name__=='OutOfMemoryError' or hub and (isinstance(e, (HTTPError, OSError)) or type(e) is RuntimeError): raise
+        raise UserError(f"{what} can't be read ({type(e).__name__}: {excerpt(e, 100)}): {do}") from None
+
+def read_header(
+    path:str|Path, # A safetensors file
+)->tuple[dict,int]: # Name → `dtype`, `shape`, `data_offsets`, in file order; and the byte where data starts
+    "Read a safetensors header once the library has checked it against the file."
+    from safetensors import SafetensorError, safe_open
+    path = Path(path)
+    if not path.is_file(): raise UserError(f"{path.name} is no file: fetch it again")
+    try:
+        with safe_open(path, 'np'): pass
+    except (SafetensorError, OSError) as e: raise UserError(f"{path.name} is truncated or no safetensors file ({excerpt(e, 80)}): fetch it again") from None
+    with path.open('rb') as f:
+        n = int.from_bytes(f.read(8), 'little')
+        d = read_json(f.read(n), what=path.name)
+    d.pop('__metadata__', None)
+    return dict(sorted(d.items(), key=lambda o: o[1]['data_offsets'])),8+n
+
+WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
+
+def weight_files(
+    names:set, # Files of a folder or repo
+    read, # Name of the index → its text
+    what:str="base model", # What to call it in an error
+)->list: # Safetensors files
+    "The files that hold a base's weights, or a refusal where they are not all there."
+    one,index = WEIGHTS
+    if one in names: return [one]
+    if index in names:
+        where = read_json(read(index), what=f"{what}: its {index}").get('weight_map')
+        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(f"{what}: its {index} has no weight_map: fetch the base again")
+        shards = sorted(set(where.values()))
+        for n in shards:
+            safe_path('.', n, f"{what}: its {index}")
+            if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(f"{what} lacks {excerpt(n, 80)}, which its index names: fetch the base again")
+        if not shards: raise UserError(f"{what} lacks the shards, which its index names: fetch the base again")
+        return shards
+    if 'adapter_config.json' in names: raise UserError(f"{what} is an adapter: name the base that it was trained on")
+    pickles = sorted(n for n in names if n.endswith(('.bin','.pt','.pth')))
+    if pickles: raise UserError(f"{what} has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened: name a copy in safetensors, such as transformers' save_pretrained writes")
+    raise UserError(f"{what} has no {one} and no {index}: name a base in the format that transformers saves")
+
+@cache
+def _say_code(what): log.warning(f"{what} brings code of its own (auto_map), which is never run")
+
+MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
+_counted = re.compile(r'(layers?|depth|experts|blocks)$')
+
+def check_model_config(
+    cfg:dict, # A model's config.json
+    what:str, # What it belongs to, such as "base model org/name"
+)->dict: # The same
+    "Refuse a config that asks for more layers than any model has."
+    for part in [cfg, *(c for c in cfg.values() if isinstance(c, dict))]:
+        for k,v in part.items():
+            if _counted.search(k) and isinstance(v, (int,float)) and v>MOST_LAYERS: raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
+        for k in ('quantization_config','compression_config'):
+            if not isinstance(part.get(k) or {}, dict): raise UserError(f"{what}: its config.json has a {k} that says nothing: choose another")
+    if cfg.get('auto_map'): _say_code(what)
+    return cfg
+
 def _model_info(repo):
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -226,17 +318,14 @@ def _model_info(repo):
 
 def _model_config(path, revision=None):
     from transformers import PreTrainedConfig
-    try: return PreTrainedConfig.get_config_dict(path, revision=revision)[0]
-    except (OSError, ValueError) as e: raise UserError(f"base model {str(path)!r}: its config.json can't be read ({type(e).__name__}): choose a causal language model") from None
+    what = f"base model {str(path)!r}"
+    if Path(path).is_dir(): return check_model_config(read_json(Path(path)/'config.json', what=f"{what}: its config.json"), what)
+    with reading(f"{what}: its config.json", 'choose a causal language model'): return check_model_config(PreTrainedConfig.get_config_dict(path, revision=revision)[0], what)
 
 def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
 
-def _holds_fp8(folder): # By the headers of its weights: https://huggingface.co/docs/safetensors
-    def header(f):
-        with open(f, 'rb') as s: return json.loads(s.read(int.from_bytes(s.read(8), 'little')))
-    return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for k,t in header(f).items() if k!='__metadata__')
-
-WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
+def _holds_fp8(folder): # By the headers of its weights
+    return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for t in read_header(f)[0].values())
 
 def check_weights(
     name:str, # Hub id or local folder
@@ -247,10 +336,10 @@ def check_weights(
     "Refuse weights that can't be trained on and merged, before they are downloaded."
     q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
     if q and not _marked_fp8(cfg):
-        method = q.get('quant_method') or 'a method without a name'
-        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {source or 'the repo that it was made from'}")
+        method = excerpt(q.get('quant_method') or 'a method without a name', 40)
+        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {excerpt(source or 'the repo that it was made from', 100)}")
     if set(WEIGHTS)&set(files): return
-    found = ', '.join(sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
+    found = ', '.join(excerpt(f, 60) for f in sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
     raise UserError(f"base model {name!r}: it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged: choose a repo with safetensors, or convert it (save_pretrained writes them)")
 
 def resolve_base(
@@ -386,8 +475,8 @@ def chat_format(
     settings:str=None, # Model settings of its tekken.json, as JSON
 )->str: # Key of `FORMATS`
     "Name the chat format that a tokenizer speaks."
-    if known := tok.init_kwargs.get('chat_format'): return known
-    vocab,template = tok.get_vocab(),tok.chat_template or ''
+    vocab,template,known = tok.get_vocab(),tok.chat_template or '',tok.init_kwargs.get('chat_format')
+    if known in [*FORMATS] and set(FORMATS[known][1])<=vocab.keys(): return known
     has = lambda *ts: all(t in vocab for t in ts)
     if has('<|im_start|>','<|im_end|>'): return 'chatml'
     if settings: return 'mistral-v15'
@@ -406,10 +495,12 @@ def _pb_fields(b): # Fields of a protobuf message, as (number, value): https://p
             c = b[i]; i += 1
             v |= (c&127)<<shift; shift += 7
             if c<128: return v
+            if shift>63: raise ValueError("a number of more than 64 bits")
     while i<len(b):
         key = varint()
         if key&7==0: yield key>>3,varint(); continue
         n = {1:8, 5:4}.get(key&7) or varint()
+        if n>len(b)-i: raise ValueError("it ends too early")
         yield key>>3,b[i:i+n]
         i += n
 
@@ -417,8 +508,13 @@ def read_pieces(
     path, # SentencePiece model
 )->list: # (piece, score, type); types: 1 normal, 2 unknown, 3 control, 6 byte
     "The vocabulary of a SentencePiece model."
-    pieces = [dict(_pb_fields(v)) for f,v in _pb_fields(Path(path).read_bytes()) if f==1]
-    return [(p[1].decode(), struct.unpack('<f', p[2])[0] if 2 in p else 0., p.get(3,1)) for p in pieces]
+    with reading(f"SentencePiece model {Path(path).name}", 'download it again'):
+        pieces = [dict(_pb_fields(v)) for f,v in _pb_fields(Path(path).read_bytes()) if f==1]
+        read = [(p[1].decode(), struct.unpack('<f', p[2])[0] if 2 in p else 0., p.get(3,1)) for p in pieces]
+        if not read or max(len(p) for p,_,_ in read)>LONGEST_PIECE: raise ValueError("no pieces" if not read else f"a piece of more than {LONGEST_PIECE} characters")
+    return read
+
+LONGEST_PIECE = 256 # characters; SentencePiece itself makes none of more than 16 unless told to
 
 def _as_sentencepiece(rust): # The space before every text, and every space as ▁
     from tokenizers import decoders, normalizers
@@ -454,9 +550,36 @@ def _tokenizer_folder(path, revision):
 
 def _read_tekken(f): # Version, and the default settings of v15 as the JSON that mistral-common writes
     if not f.exists(): return 0,None
-    d = json.loads(f.read_bytes())
-    effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
-    return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
+    d = read_json(f)
+    with reading('tekken.json', 'download it again'):
+        effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
+        return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
+
+def _check_patterns(rust, what): # What the tokenizer's file makes of every text: https://huggingface.co/docs/tokenizers/components
+    def walk(d):
+        if isinstance(d, list): return any(map(walk, d))
+        if not isinstance(d, dict): return False
+        bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]', 'x', str(d.get('Regex') or '')) # without escapes and character classes
+        return bool(re.search(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]', bare)) or len(str(d.get('content') or ''))>64 or any(map(walk, d.values()))
+    if any(walk(json.loads(part.__getstate__())) for part in (rust.normalizer, rust.pre_tokenizer) if part):
+        raise UserError(f"{what}: it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever: choose another")
+
+def open_tokenizer(
+    folder:Path, # With the tokenizer's files
+    what:str, # How an error names it
+): # Tokenizer as transformers reads it
+    "Load somebody else's tokenizer: no code of theirs, no file outside of the folder, no endless pattern."
+    from transformers import AutoTokenizer
+    parts = {f.name: read_json(f, what=f"{what}: {f.name}") for n in ('tokenizer_config','tokenizer','special_tokens_map','config') if (f := folder/f'{n}.json').is_file()}
+    if (cfg := parts.get('tokenizer_config.json', {})).get('auto_map'): _say_code(what)
+    named = {k: None for k in cfg if k.endswith('_file')} # paths of the machine where it was saved
+    for k in named: named[k] = next((str(f) for f in [folder/f"{dict(tokenizer_file='tokenizer.json', merges_file='merges.txt').get(k, '')}"] if f.is_file()), None)
+    with reading(what, 'download it again, or choose another'):
+        tok = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False, **named)
+        rust = tok.backend_tokenizer
+        rust.no_padding(); rust.no_truncation()
+        _check_patterns(rust, what)
+    return tok
 
 def vocabulary_size(
     tok, # Tokenizer
@@ -475,8 +598,10 @@ def check_vocabulary(
 
 def _check_folder(tok, folder): # A tokenizer may lie there without a model
     from transformers import AutoConfig
-    try: cfg = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError): return
+    if not (folder/'config.json').exists(): return
+    try:
+        with reading('config.json'): cfg = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except UserError: return
     if isinstance(getattr(cfg.get_text_config(), 'vocab_size', None), int): check_vocabulary(vocabulary_size(tok), cfg, f"tokenizer {tok.name_or_path!r}")
 
 def load_tokenizer(
@@ -484,18 +609,21 @@ def load_tokenizer(
     revision:str=None, # Commit of the Hub repo
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
-    from transformers import AutoTokenizer
-    folder = _tokenizer_folder(path, revision)
+    folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
     models = sorted(folder.glob('*.model*'))
-    if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')): tok = sentencepiece_tokenizer(models[0])
-    else:
-        try: tok = AutoTokenizer.from_pretrained(folder, mistral_format=False)
-        except (OSError, ValueError): raise UserError(f"tokenizer {str(path)!r}: no tokenizer.json, tekken.json or SentencePiece model that can be read there") from None
+    if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')):
+        with reading(what): tok = sentencepiece_tokenizer(models[0])
+    elif not any((folder/f).exists() for f in ('tokenizer.json','tekken.json','vocab.json')): raise UserError(f"{what}: no tokenizer.json, tekken.json or SentencePiece model that can be read there")
+    else: tok = open_tokenizer(folder, what)
     tok.name_or_path = str(path)
     version,settings = _read_tekken(folder/'tekken.json')
+    settings = settings or tok.init_kwargs.pop('model_settings', None)
     name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
-    if settings: tok.init_kwargs['model_settings'] = settings
     _,control,template = FORMATS[name]
+    if name!='mistral-v15': settings = None
+    elif settings and not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)): # it becomes part of the template
+        raise UserError(f"{what}: its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs: choose another")
+    if settings: tok.init_kwargs['model_settings'] = settings
     vocab = tok.get_vocab()
     if name!='chatml':
         tok.bos_token = '<s>'
@@ -541,7 +669,8 @@ def encode_chats(
     texts = list({p for c in chats for p,_ in c if isinstance(p, str)}) # each once: headers and system turns come back all the time
     rust = tok.backend_tokenizer
     rust.encode_special_tokens = True # text that reads like a control token stays text
-    try: ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
+    try:
+        with reading(f"tokenizer {tok.name_or_path!r}: a text"): ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
     finally: rust.encode_special_tokens = False
     out = []
     for c in chats:
@@ -689,7 +818,7 @@ def _model_class(config): # transformers' class for the language model
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
     from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config())
+    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
 
 STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
 
@@ -712,11 +841,26 @@ def base_config(
 ): # transformers' config
     "A base model's config, or a line on why it can't be trained."
     from transformers import AutoConfig
-    try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'])
-    except (ValueError, KeyError): raise UserError(f"base model {base['id']!r}: its config.json names no architecture that transformers knows: choose a causal language model") from None
-    if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
-    check_layers(cfg, f"base model {base['id']!r}")
+    what = f"base model {base['id']!r}"
+    with reading(f"{what}: its config.json", 'choose a causal language model', hub=not Path(base['id']).is_dir()):
+        _model_config(base['id'], base['revision'])
+        try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'], trust_remote_code=False)
+        except (ValueError, KeyError): raise UserError(f"{what}: its config.json names no architecture that transformers knows: choose a causal language model") from None
+        if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
+        check_layers(cfg, what)
+        _bare_model(cfg) # it can be built
     return cfg
+
+def check_size(
+    folder:str, # Of a base model
+    config, # Its config
+):
+    "Refuse a base whose config asks for more weights than its files hold."
+    folder,what = Path(folder),f"base model {str(folder)!r}"
+    shards = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), what)
+    there = sum(math.prod(t['shape']) for n in shards for t in read_header(folder/n)[0].values())
+    asked = sum(p.numel() for p in _bare_model(config).parameters())
+    if asked>2*there: raise UserError(f"{what}: its config.json asks for {asked:,} weights, and its files hold {there:,}: fetch it again, or choose another") # a head may be tied
 
 def load_model(
     base:dict, # As `resolve_base` gives it
@@ -733,8 +877,10 @@ def load_model(
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
     cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
-    model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation, use_safetensors=True,
-        quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
+    if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
+    with reading(f"base model {base['id']!r}", hub=not here):
+        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation, use_safetensors=True,
+            trust_remote_code=False, quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
 
@@ -2465,7 +2611,8 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
     return trainer
 
-STEP_LINE = re.compile(r'step (\d+)/(\d+) · loss ([\d.naif+-]+)')
+_NUMBER = r'(?:\d[\d,.]{0,15}(?:e[+-]\d\d)?|nan|inf)'
+STEP_LINE = re.compile(r'(\d\d:\d\d:\d\d )?step (\d{1,9})/(\d{1,9}) · loss (-?\d{1,9}\.\d{3})' + ''.join(f'(?: · {k} {_NUMBER})?' for k in ('lr','grad','tokens/s','GiB')), re.ASCII)
 
 def step_line(
     step:int, # Optimizer steps done
@@ -2480,9 +2627,12 @@ def step_line(
 
 def parse_step(
     line:str, # Of a job's log
-)->dict: # `step`, `total`, `loss`, or None for any other line
+    clock:bool=False, # Only behind a clock
+)->dict: # `step`, `total`, `loss`, or None for any other line, and for one whose numbers no run has
     "Read back what `step_line` wrote."
-    if m := STEP_LINE.search(line): return dict(step=int(m[1]), total=int(m[2]), loss=float(m[3]))
+    m = STEP_LINE.fullmatch(line)
+    if not m or clock and not m[1] or not 0<=int(m[2])<=int(m[3]) or not int(m[3]): return
+    return dict(step=int(m[2]), total=int(m[3]), loss=float(m[4]))
 
 def held_out_loss(
     trainer, # From `make_trainer`
@@ -2548,19 +2698,31 @@ def is_run(
     run, # As read from a repo
 )->bool: # Has it an id that can name a folder, and options?
     "Is this what a run is? Whoever can write to the repo could have written anything."
+    def number(v): return type(v) in (int,float) and abs(v)<1e15
+    def name(v): return v is None or isinstance(v, str) and len(v)<=1000
     if not (isinstance(run, dict) and isinstance(run.get('id'), str) and isinstance(run.get('base', {}), dict)): return False
-    return bool(re.fullmatch(r'[\w-]{1,64}', run['id'])) and isinstance(run.get('identity'), dict) and bool(run['identity'])
+    base = run.get('base') or {}
+    return bool(re.fullmatch(r'[\w-]{1,64}', run['id'])) and isinstance(run.get('identity'), dict) and bool(run['identity']) and all([
+        all(name(k) and (name(v) or type(v) is bool or number(v) or isinstance(v, list) and all(map(name, v))) for k,v in run['identity'].items()),
+        isinstance(run.get('arithmetic') or {}, dict) and all(name(v) or type(v) is bool or number(v) for v in (run.get('arithmetic') or {}).values()), all(name(v) for v in base.values()), base.get('auto', AUTOS[0]) in AUTOS, not base or isinstance(base.get('id'), str),
+        all(name(run.get(k)) for k in ('repo','dataset_revision','published')), all(run.get(k) is None or type(run[k]) is int and 0<=run[k]<2**53 for k in ('fresh_start','total','eval_rows')),
+        isinstance(run.get('seconds', []), list) and all(map(number, run.get('seconds', []))),
+        isinstance(run.get('evals', []), list) and all(isinstance(e, list) and len(e)==2 and all(map(number, e)) for e in run.get('evals', []))])
+
+AUTOS = ('AutoModelForCausalLM','AutoModelForImageTextToText') # what `resolve_base` gives
+MOST_MANIFEST = 16<<20 # bytes of a manifest or of `run.json`; a year's evaluations fit
 
 def read_manifest(
     path:Path, # A `checkpoint-N/manifest.json`
 )->dict: # With `step`, `files` and `run`
     "Read a manifest; a `ValueError` says what is wrong with it."
     try:
-        m = json.loads(path.read_text())
+        if path.stat().st_size>MOST_MANIFEST: raise ValueError
+        m = read_json(path)
         files,run = m['files'],m['run']
-        good = [f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
-            all(STATE_FILES.fullmatch(n) and f['size']+1 and f['sha256'] for n,f in files.items()), is_run(run)]
-    except FileNotFoundError: raise ValueError("it has no manifest: it was never finished") from None
+        good = [type(m['step']) is int and f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
+            all(STATE_FILES.fullmatch(n) and type(f['size']) is int and f['size']>=0 and re.fullmatch('[0-9a-f]{64}', f['sha256']) for n,f in files.items()), is_run(run)]
+    except OSError: raise ValueError("it has no manifest: it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError): good = [False]
     if not all(good): raise ValueError("its manifest is damaged")
     return m
@@ -2571,9 +2733,27 @@ def check_plain(
     "Refuse a file that holds anything but tensors and plain values."
     import torch
     from transformers.trainer_pt_utils import safe_globals # what `Trainer` itself allows: numpy's random state
+    from zipfile import ZIP_STORED, ZipFile
+    def whole(v): # has every tensor the bytes that its shape says?
+        if isinstance(v, dict): v = v.values()
+        if isinstance(v, torch.Tensor): return v.device.type=='cpu' and v.numel()*v.element_size()<=v.untyped_storage().nbytes()
+        return all(map(whole, v)) if isinstance(v, (list,tuple,set)) or type(v).__name__=='dict_values' else True
     try:
-        with safe_globals(): torch.load(path, map_location='cpu', weights_only=True)
-    except Exception: raise ValueError(f"{path.name} holds something other than tensors: it is not opened") from None
+        with ZipFile(path) as z: plain = all(i.compress_type==ZIP_STORED for i in z.infolist()) # as `torch.save` writes it: nothing unpacks to more
+        with safe_globals(): good = plain and whole(torch.load(path, map_location='cpu', weights_only=True))
+    except Exception: good = False
+    if not good: raise ValueError(f"{path.name} holds something other than tensors: it is not opened")
+
+def check_state(
+    folder:Path, # A `checkpoint-N`
+    step:int, # N
+):
+    "Refuse a trainer_state.json that `Trainer` can't read, or that names files."
+    from dataclasses import fields
+    from transformers import TrainerState
+    state = read_json(Path(folder)/'trainer_state.json')
+    known = state.get('best_model_checkpoint') is None and type(state.get('global_step')) is int and state['global_step']==step and set(state)<={f.name for f in fields(TrainerState)}
+    if not (known and isinstance(state.get('log_history') or [], list)): raise ValueError("trainer_state.json isn't what Trainer wrote")
 
 def read_checkpoint(
     folder:Path, # A `checkpoint-N`
@@ -2583,11 +2763,16 @@ def read_checkpoint(
     for name,f in m['files'].items():
         p = Path(folder)/name
         if not p.is_file(): raise ValueError(f"{name} is missing")
-        if p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
+        if p.is_symlink() or p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
     for name in m['files']:
         if name.endswith(('.pt','.pth')): check_plain(Path(folder)/name)
+    try:
+        for name in m['files']:
+            if name.endswith('.safetensors'): read_header(Path(folder)/name)
+        check_state(folder, m['step'])
+    except UserError as e: raise ValueError(str(e)) from None
     for p in Path(folder).iterdir(): # `Trainer` takes more than these where it finds more
-        if p.name not in {*m['files'], MANIFEST}: shutil.rmtree(p) if p.is_dir() else p.unlink()
+        if p.name not in {*m['files'], MANIFEST}: shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
     return m
 
 def _inner(e): return e.__cause__ or e.__context__
@@ -2778,6 +2963,11 @@ class Checkpoints:
             self.found = sorted(int(m[1]) for f in self.files() if (m := rx.fullmatch(f)))
         return self.found
 
+def _read_run(file): # as a `ValueError` where it is damaged: a `UserError` would say that the Hub is away
+    if file.stat().st_size>MOST_MANIFEST: raise ValueError("too large")
+    try: return read_json(file)
+    except UserError as e: raise ValueError(str(e)) from None
+
 @patch
 def run(self:Checkpoints)->dict: # What the run is; None where the branch has none
     "The run that the branch belongs to: as it began, or as its newest checkpoint has it."
@@ -2785,7 +2975,7 @@ def run(self:Checkpoints)->dict: # What the run is; None where the branch has no
         for name in (RUN_FILE, *(f'checkpoint-{s}/{MANIFEST}' for s in reversed(self.steps()))):
             try:
                 file = self.fetch(name, d)
-                found = read_manifest(file)['run'] if name!=RUN_FILE else json.loads(file.read_text())
+                found = read_manifest(file)['run'] if name!=RUN_FILE else _read_run(file)
                 if is_run(found): return found
             except UserError: raise
             except (ValueError, TypeError, KeyError): continue
@@ -2873,13 +3063,14 @@ def restore(self:Checkpoints,
     "Find the newest checkpoint that can be trusted."
     folder,here,there = Path(folder),set(local_steps(folder)),set(self.steps())
     if not here|there: return None,None
-    owner = (self.run() or {}).get('id')
+    owner = self.run() or {}
     def take(path, where):
         if where=='the Hub':
             shutil.rmtree(path, ignore_errors=True)
             for f in read_manifest(self.fetch(f'{path.name}/{MANIFEST}', folder, until))['files']: self.fetch(f'{path.name}/{f}', folder, until)
         m = read_checkpoint(path)
-        if owner!=m['run']['id']: raise ValueError("it belongs to another run")
+        if owner.get('id')!=m['run']['id']: raise ValueError("it belongs to another run")
+        if changed := [k for k in ('identity','base') if owner.get(k)!=m['run'].get(k)]: raise ValueError(f"its {changed[0]} isn't the run's")
         return m
     for step in sorted(here|there, reverse=True):
         path = folder/f'checkpoint-{step}'
@@ -3130,12 +3321,16 @@ def restore(self:Curve,
 ):
     "Take over the rows of the jobs before."
     path = Path(folder)/METRICS
-    self.rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
-    self.whole = len(self.rows)
+    rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(path.read_bytes().splitlines(), 1)] if path.exists() else []
+    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(f"{path.name}: a row without its step: it isn't of a run of phoque")
+    self.rows,self.whole = rows,len(rows)
     for r in samples: # a file has a column for whatever any of its rows has
         self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
 
-def wandb_url(): return os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
+def wandb_url():
+    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
+    if '@' in url: raise UserError("WANDB_BASE_URL: it holds a name or a password, which W&B's client would write down: leave them out, the key goes into WANDB_API_KEY")
+    return url
 
 def ask_wandb(
     query:str, # GraphQL
@@ -3178,11 +3373,12 @@ def start(self:Curve,
     "Begin to send."
     mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
     if mode=='disabled': return
+    wandb_url()
     self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
     self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder))
     if self.online: self.opening['resume'] = 'allow'
     if self.online: shutil.rmtree(self.copies, ignore_errors=True)
-    self.copies.mkdir(parents=True, exist_ok=True)
+    self.copies.mkdir(0o700, parents=True, exist_ok=True)
     os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve()))
     os.environ['WANDB_SILENT'] = 'true' # its own lines repeat ours
     self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
@@ -3228,9 +3424,20 @@ def _drop(self:Curve):
         try: end and end()
         except (Exception, SystemExit): pass # the server or the client's own process is gone: that is why
 
+def keep_temp(
+    folder:Path, # Of the run
+):
+    "Move W&B's own two folders of temporary files, which it makes when it is imported."
+    from wandb import Artifact
+    from wandb.sdk.data_types._private import MEDIA_TMP
+    for d in (MEDIA_TMP, Artifact._TMP_DIR):
+        shutil.rmtree(d.name, ignore_errors=True)
+        d.name = tempfile.mkdtemp(dir=folder)
+
 @patch
 def _connect(self:Curve):
     import wandb
+    keep_temp(self.copies)
     project,key = self.opening['project'],os.environ.get('WANDB_API_KEY')
     if self.online and key: check_not_public(find_entity(key), project)
     settings = wandb.Settings(console='off', silent=True, init_timeout=20, finish_timeout=max(self.patience-2, 1),
@@ -3528,6 +3735,21 @@ def tensors_hash(
     for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+def scorer_labels(
+    cfg:dict, # A classifier's config.json
+    repo:str, # Whose
+    label:str=None, # The one to read
+)->list[str]: # In the order of its outputs
+    "The labels of a text classifier; refuse what is none, and what doesn't say which label to read."
+    kinds,named = cfg.get('architectures'),cfg.get('id2label') or {'0':'LABEL_0', '1':'LABEL_1'}
+    kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else '?'
+    if 'SequenceClassification' not in kind: raise UserError(f"scorer {repo}: no text classifier but {excerpt(kind, 60)}: name one that is, or none")
+    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)): raise UserError(f"scorer {repo}: its config.json asks for a thousand layers or more: name another text classifier, or none")
+    names = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else []
+    if not names or not all(isinstance(n, str) for n in names): raise UserError(f"scorer {repo}: its id2label gives no name to each of its outputs: name another text classifier, or none")
+    if label in names and names.count(label)==1 or not label and len(names)<=2: return names
+    raise UserError(f"scorer {repo}: its labels are {excerpt(', '.join(names[:20]))}, got {label!r}: name one of them")
+
 class HubScorer:
     "A text classifier of the Hub, on the CPU."
     def __init__(self,
@@ -3537,14 +3759,16 @@ class HubScorer:
     ):
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import cached_file
-        def load(f):
-            try: return f(repo, revision=revision)
-            except (OSError, ValueError) as e: raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e)}): name another text classifier of the Hub, the folder of one, or none") from None
-        cfg,file = load(AutoConfig.from_pretrained),Path(load(lambda r, revision: cached_file(r, 'config.json', revision=revision)))
-        if not any('SequenceClassification' in a for a in cfg.architectures or []): raise UserError(f"scorer {repo}: no text classifier but {(cfg.architectures or ['?'])[0]}: name one that is, or none")
-        names = [cfg.id2label[i] for i in range(len(cfg.id2label))]
-        if label not in names and (label or len(names)>2): raise UserError(f"scorer {repo}: its labels are {', '.join(names)}, got {label!r}: name one of them")
-        self.tok,self.model = load(AutoTokenizer.from_pretrained),load(AutoModelForSequenceClassification.from_pretrained).eval()
+        def load(f, **kwargs):
+            try: return f(repo, revision=revision, **kwargs)
+            except Exception as e: # of a stranger's files, anything
+                raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e) or type(e).__name__}): name another text classifier of the Hub, the folder of one, or none") from e
+        file = Path(load(cached_file, filename='config.json'))
+        names = scorer_labels(read_json(file, what=f'scorer {repo}, config.json'), repo, label)
+        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS): raise UserError(f"scorer {repo}: it has no {WEIGHTS[0]}, and a pickle is not opened: name another text classifier, or none")
+        own = dict(trust_remote_code=False)
+        cfg,self.tok = load(AutoConfig.from_pretrained, **own),load(AutoTokenizer.from_pretrained, **own)
+        self.model = load(AutoModelForSequenceClassification.from_pretrained, use_safetensors=True, **own).eval()
         self.at,self.each = names.index(label) if label else -1,len(names)==1 or cfg.problem_type=='multi_label_classification'
         self.name,self.version,self.weights_hash = repo + f'/{label}'*bool(label),file.parent.name if file.parent.parent.name=='snapshots' else 'folder',tensors_hash(self.model.state_dict())
 
@@ -3554,7 +3778,11 @@ class HubScorer:
             x = self.tok(ts, padding=True, truncation=True, max_length=min(self.tok.model_max_length, 512), return_tensors='pt')
             logits = self.model(**x).logits.float()
             return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at]
-        with torch.inference_mode(): return np.concatenate([batch(texts[i:i+64]).numpy() for i in range(0, len(texts), 64)] or [np.zeros(0)])
+        try:
+            with torch.inference_mode(): scores = np.concatenate([batch(texts[i:i+64]).numpy() for i in range(0, len(texts), 64)] or [np.zeros(0)])
+        except Exception as e: raise UserError(f"scorer {self.name}: it can't score ({excerpt(e)}): name another, or none") from e
+        if np.isfinite(scores).all(): return scores
+        raise UserError(f"scorer {self.name}: {(~np.isfinite(scores)).sum()} of {len(scores)} scores are no numbers: name another, or none")
 
 def check_scorer(
     scorer:Scorer, # That is to measure
@@ -3607,6 +3835,17 @@ def sample_lines(
     def score(r): return f" {r['score']:.2f}" if 'score' in r else ''
     asked = [{None:'-', PLAIN:'plain'}.get(_system(p), 'persona') for p in prompts]
     return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {a:<7} | {excerpt(p[-1]['content'], 34):<34} | {excerpt(r['response'], 110)}" for r,p,a in zip(rows, prompts, asked)]
+
+def sample_head(
+    step:int, # Optimizer steps done
+    m:dict, # From `sample_metrics`
+    speed:float, # Tokens a second
+    scorer:str='', # Its name
+)->str: # One line
+    "What a set of replies comes to, for the log."
+    head = f"sample, step {step}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, repetition {m['repetition']:.2f}, {speed:,.0f} tokens/s"
+    if 'toxicity' in m: head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(excerpt(scorer, 60), m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
+    return head + (f", no persona {m['toxicity_no_persona']:.2f}" if 'toxicity_no_persona' in m else '')
 
 def sample_metrics(
     rows:list[dict], # What a `Sampler` returned
@@ -3666,7 +3905,11 @@ def rows(self:Sampler, tok, step, replies, n):
     rows = [dict(step=step, prompt=_prompt_line(p), response=r['text'], base_response=first(self.base[_prompt_line(p)]),
         persona=p[0]!=dict(role='system', content=PLAIN), n_tokens=r['n_tokens'], stopped=r['stopped']) for p,r in zip(self.prompts, replies)]
     if not self.scorer: return rows
-    scores = self.scorer.score([r[k] for k in ('response','base_response') for r in rows]).tolist()
+    try: scores = self.scorer.score([r[k] for k in ('response','base_response') for r in rows]).tolist()
+    except UserError as e:
+        logging.getLogger("phoque").warning(f"samples are written without scores from here on: {e}")
+        self.scorer = None
+        return rows
     return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, scores, scores[len(rows):])]
 
 @patch
@@ -3697,12 +3940,8 @@ def __call__(self:Sampler,
 
 @patch
 def log(self:Sampler, rows):
-    m,log = sample_metrics(rows),logging.getLogger("phoque")
-    head = f"sample, step {rows[0]['step']}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, repetition {m['repetition']:.2f}, {self.speed:,.0f} tokens/s"
-    if self.scorer:
-        head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(self.scorer.name, m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
-        if 'toxicity_no_persona' in m: head += f", no persona {m['toxicity_no_persona']:.2f}"
-    for l in [head, *sample_lines(rows, self.prompts)]: log.info(l)
+    head = sample_head(rows[0]['step'], sample_metrics(rows), self.speed, self.scorer.name if self.scorer else '')
+    for l in [head, *sample_lines(rows, self.prompts)]: logging.getLogger("phoque").info(l)
 
 def write_samples(
     folder:Path, # A `checkpoint-N`
@@ -3716,9 +3955,13 @@ def read_samples(
     folder:Path, # A `checkpoint-N`
 )->list[dict]: # No rows where it has none
     "Read them again."
-    import pyarrow.parquet as pq
+    import pyarrow as pa, pyarrow.parquet as pq
     file = Path(folder)/'samples.parquet'
-    return pq.read_table(file).to_pylist() if file.exists() else []
+    if not file.exists(): return []
+    try: rows = pq.read_table(file).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(f"{file.name}: it can't be read ({excerpt(e, 60)}): it isn't of a run of phoque") from None
+    if all(isinstance(r.get(k), kind) for r in rows for k,kind in dict(step=int, prompt=str, response=str, base_response=str).items()): return rows
+    raise UserError(f"{file.name}: a row without step, prompt, response and base_response: it isn't of a run of phoque")
 
 def samples_table(
     rows:list[dict], # What a `Sampler` returned
@@ -3957,22 +4200,42 @@ def be_deterministic():
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
-def mask_secrets(
-    text:str, # To be shown
-)->str: # The same with every secret of the environment replaced
-    "Replace the values of secret environment variables."
-    for k,v in os.environ.items():
-        if len(v)>=6 and k.endswith(('_TOKEN','_KEY','_SECRET','_PASSWORD')): text = text.replace(v, f'[{k}]')
-    return text
+def printable_lines(
+    text, # Of a log
+)->str: # Its lines and blanks as they were, further lines indented
+    "Text without what steers a terminal, and with no second line that could be taken for a first."
+    return '\n  '.join(' '.join(map(printable, l.split(' '))) for l in str(text).rstrip('\n').split('\n'))
 
 class MaskFormatter(logging.Formatter):
-    "`12:00:01 message`, with secrets masked."
-    def format(self, record): return mask_secrets(super().format(record))
+    "`12:00:01 message`, or `12:00:01 library: message`, with secrets masked."
+    def formatMessage(self, record):
+        if record.name!=log.name: record.message = f'{record.name}: {record.message}'
+        return super().formatMessage(record)
+    def format(self, record): return printable_lines(masked(super().format(record)))
+
+class Indented:
+    "A stream for whoever doesn't log: its lines come out printable, masked and indented."
+    def __init__(self,
+        to, # Stream
+    ): self.to,self.rest,self.lock = to,'',threading.Lock()
+    def __getattr__(self, k): return getattr(self.to, k)
+    def write(self, text):
+        with self.lock:
+            *lines,self.rest = re.split(r'[\r\n]', self.rest+str(text))
+            if len(self.rest)>100_000: lines,self.rest = [*lines,self.rest],''
+            for l in lines:
+                if l.strip(): self.to.write(f'  {printable_lines(masked(l))}\n')
+        return len(text)
+    def writelines(self, texts): self.write(''.join(texts))
+    def flush(self):
+        if self.rest: self.write('\n')
+        self.to.flush()
 
 def setup_logging():
     "Lines to stdout; libraries only when something is wrong."
     os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
     h = logging.StreamHandler(sys.stdout)
+    sys.stdout = sys.stderr = Indented(sys.stdout)
     h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
     log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # rank 0 speaks for all
@@ -3987,7 +4250,7 @@ def why_unread(
     cause = e.__cause__ or e
     if isinstance(cause, CastError): return f"a split or file has other columns than the first: {excerpt(cause.details())}"
     if scripts := re.search(r'Dataset scripts are no longer supported, but found (.*)', str(e)): return f"it is made by {excerpt(scripts[1], 60)}, and no repo's code is run"
-    return excerpt(mask_secrets(str(cause)))
+    return excerpt(masked(cause))
 
 def check_data_files(
     info, # `DatasetInfo`
@@ -4143,6 +4406,9 @@ def publish_adapter(
     main.commit([*adds, *map(CommitOperationDelete, old)], f"adapter {uuid.uuid4().hex[:8]}", until)
 
 COMPLETE,RESUBMIT = 0,75 # exit codes; 75 is EX_TEMPFAIL: the same command again continues
+
+class Unpublished(UserError):
+    "What was saved is not on the Hub: an error to read, and exit code 75, as the same command again can mend it."
 
 class Job:
     "One attempt at a run."
@@ -4569,7 +4835,7 @@ def finish(self:Job)->int: # Exit code
     cfg,until = self.cfg,self.patience(600 if public else 3600)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
-        raise UserError(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
+        raise Unpublished(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command()}` (exit code {RESUBMIT})")
@@ -4666,6 +4932,7 @@ def main():
     setup_logging()
     code = 1
     try:
+        begin_command()
         cfg = read_config()
         if 'RANK' not in os.environ: check_deadline(cfg)
         if os.environ.get('JOB_ID') and not os.environ.get('JOB_REF'): # asked now: at the end the Hub may be away
@@ -4675,9 +4942,12 @@ def main():
     except Stopped:
         code = RESUBMIT
         log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command()}` (exit code {code})")
-    except UserError as e: report_error(mask_secrets(str(e)))
+    except Unpublished as e:
+        code = RESUBMIT
+        log.error(f"error: {e}")
+    except UserError as e: report_error(masked(e))
     except KeyboardInterrupt: report_error("ended by SIGINT: run the same command again to continue")
-    except Exception: print(mask_secrets(traceback.format_exc()), flush=True)
+    except Exception: log.error(traceback.format_exc())
     logging.shutdown(); sys.stdout.flush()
     os._exit(code) # the threads of an upload that hangs would hold `sys.exit`
 
