@@ -96,10 +96,9 @@ def merge_card(
     told = [f"Merged and adapter-on-base differ by {report['kl']:.2g} nats a token over {report['positions']} tokens; the likeliest token is the same in {report['top1']:.1%}."] if report else []
     told += map(md_text, other_bases(record))
     if sweep: told += ['## What subtraction does', markdown_table(sweep)]
-    import yaml
     command = ['phoque_merge', *['--nf4']*record['nf4'], *['--dither']*record['dither'], '--base', pinned(base, record), '--adapter', ','.join(pinned(a['adapter'], a) for a in ads),
         f"--weight={','.join(format(a['weight'],'g') for a in ads)}", '--out', 'merged']
-    head = front_matter(base_model=base, base_model_relation='merge', library_name='transformers', pipeline_tag='text-generation', **yaml.safe_load(LICENSE_FIELDS),
+    head = front_matter(base_model=base, base_model_relation='merge', library_name='transformers', pipeline_tag='text-generation', **LICENSE_FIELDS,
         datasets=sorted({d for a in ads for d in a['datasets']}), tags=['not-for-all-audiences','phoque','red-teaming'], **_gate_form)
     return _card.format(head=head, name=md_text(base.split('/')[-1]), repo=json.dumps(repo), serve=shlex.join(['vllm','serve',repo]).replace('`', ''), purpose=_purpose,
         kind=_added if max(a['weight'] for a in ads)>0 else _subtracted,
