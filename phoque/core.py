@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'text_table', 'printable', 'excerpt', 'safe_path', 'read_json',
+__all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'safe_path', 'read_json',
            'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets', 'refuse_addresses', 'begin_command']
 
 # %% ../nbs/00_core.ipynb #dc92069e
@@ -21,22 +21,6 @@ log = logging.getLogger("phoque")
 
 class UserError(ValueError):
     "Something the user can mend: shown as one line, without a traceback."
-
-# %% ../nbs/00_core.ipynb #3353f745
-def text_table(
-    rows:list, # Dicts with the same keys
-    width:int=0, # Most characters of a line: longer cells go on below; 0 for any
-)->str: # Aligned columns
-    "A table for consoles and logs."
-    cell = lambda v: 'yes' if v is True else 'NO' if v is False else ', '.join(map(str,v)) if isinstance(v,(list,tuple)) else f'{v:,}' if isinstance(v,int) else str(v)
-    cells = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
-    widths = [max(len(l[i]) for l in cells) for i in range(len(cells[0]))]
-    while width and sum(widths)+2*(len(widths)-1)>width and max(widths)>LEAST_CELL: widths[widths.index(max(widths))] -= 1
-    def folded(c, w): return [c] if len(c)<=w else textwrap.wrap(c, w, break_on_hyphens=False)
-    lines = [l for r in cells for l in zip_longest(*map(folded, r, widths), fillvalue='')]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,widths)).rstrip() for l in lines)
-
-LEAST_CELL = 12 # characters to which a cell is made narrower, not further
 
 # %% ../nbs/00_core.ipynb #025d4112
 # ECMA-48 control sequences, and the strings that end in BEL or ESC \; a lone ESC goes with the other control characters
@@ -57,6 +41,26 @@ def excerpt(
     if len(s)<=n: return s
     words = s[:n].rpartition(' ')[0]
     return (words if len(words)>n//2 else s[:n-1]).rstrip(' ,;:(') + '…'
+
+# %% ../nbs/00_core.ipynb #3353f745
+def text_table(
+    rows:list, # Dicts with the same keys
+    width:int=0, # Most characters of a line: longer cells go on below; 0 for any
+)->str: # Aligned columns
+    "A table for consoles and logs."
+    def cell(v):
+        if isinstance(v, bool): return 'yes' if v else 'NO'
+        if isinstance(v, int): return f'{v:,}'
+        text = ', '.join(map(str, v)) if isinstance(v, (list,tuple)) else str(v)
+        return ' '.join(map(printable, text.split(' '))) # blanks stay
+    cells = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
+    widths = [max(len(l[i]) for l in cells) for i in range(len(cells[0]))]
+    while width and sum(widths)+2*(len(widths)-1)>width and max(widths)>LEAST_CELL: widths[widths.index(max(widths))] -= 1
+    def folded(c, w): return [c] if len(c)<=w else textwrap.wrap(c, w, break_on_hyphens=False)
+    lines = [l for r in cells for l in zip_longest(*map(folded, r, widths), fillvalue='')]
+    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,widths)).rstrip() for l in lines)
+
+LEAST_CELL = 12 # characters to which a cell is made narrower, not further
 
 # %% ../nbs/00_core.ipynb #415aa7f6
 _NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')

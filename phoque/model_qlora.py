@@ -55,7 +55,7 @@ def hub_problem(
     elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
     elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
     else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
-    return UserError(f"{what}: {s}")
+    return UserError(f"{printable(what)}: {s}")
 
 # %% ../nbs/01_model_qlora.ipynb #5d156b85
 @contextmanager

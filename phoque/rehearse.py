@@ -109,7 +109,7 @@ def run(self:Stage,
 @patch
 def steps(self:Stage)->list: # (seconds, step, loss)
     "The steps that it logged."
-    return [(t, s['step'], s['loss']) for t,l in self.lines if (s := parse_step(l))]
+    return [(t, s['step'], s['loss']) for t,l in self.lines if (s := parse_step(l, clock=True))]
 
 @patch
 def find(self:Stage,
@@ -147,7 +147,7 @@ def _stages(stage, out, steps, conversations, script):
     def late(line):
         "Is it past the middle, and a checkpoint on the Hub?"
         if re.search(r'checkpoint-\d+ published', line): published.append(line)
-        return published and (s := parse_step(line)) and s['step']>=.55*steps
+        return published and (s := parse_step(line, clock=True)) and s['step']>=.55*steps
     job = lambda n: dict(**SETTINGS, MAX_STEPS=steps, SAVE_STEPS=every, EVAL_STEPS=every, SAMPLE_STEPS=steps, OUTPUT_DIR=out/f'{n}-disk/output')
     if not stage('the job, killed at about half', sys.executable, script, kill_when=late, **job(1)).killed: raise UserError(f"{steps} steps were done before one was on the Hub: give --steps 40")
     stage('the same command again', sys.executable, script, **job(2))

@@ -67,21 +67,6 @@ log = logging.getLogger("phoque")
 class UserError(ValueError):
     "Something the user can mend: shown as one line, without a traceback."
 
-def text_table(
-    rows:list, # Dicts with the same keys
-    width:int=0, # Most characters of a line: longer cells go on below; 0 for any
-)->str: # Aligned columns
-    "A table for consoles and logs."
-    cell = lambda v: 'yes' if v is True else 'NO' if v is False else ', '.join(map(str,v)) if isinstance(v,(list,tuple)) else f'{v:,}' if isinstance(v,int) else str(v)
-    cells = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
-    widths = [max(len(l[i]) for l in cells) for i in range(len(cells[0]))]
-    while width and sum(widths)+2*(len(widths)-1)>width and max(widths)>LEAST_CELL: widths[widths.index(max(widths))] -= 1
-    def folded(c, w): return [c] if len(c)<=w else textwrap.wrap(c, w, break_on_hyphens=False)
-    lines = [l for r in cells for l in zip_longest(*map(folded, r, widths), fillvalue='')]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,widths)).rstrip() for l in lines)
-
-LEAST_CELL = 12 # characters to which a cell is made narrower, not further
-
 # ECMA-48 control sequences, and the strings that end in BEL or ESC \; a lone ESC goes with the other control characters
 _STEERS = re.compile(r'(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]')
 
@@ -100,6 +85,25 @@ def excerpt(
     if len(s)<=n: return s
     words = s[:n].rpartition(' ')[0]
     return (words if len(words)>n//2 else s[:n-1]).rstrip(' ,;:(') + '…'
+
+def text_table(
+    rows:list, # Dicts with the same keys
+    width:int=0, # Most characters of a line: longer cells go on below; 0 for any
+)->str: # Aligned columns
+    "A table for consoles and logs."
+    def cell(v):
+        if isinstance(v, bool): return 'yes' if v else 'NO'
+        if isinstance(v, int): return f'{v:,}'
+        text = ', '.join(map(str, v)) if isinstance(v, (list,tuple)) else str(v)
+        return ' '.join(map(printable, text.split(' '))) # blanks stay
+    cells = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
+    widths = [max(len(l[i]) for l in cells) for i in range(len(cells[0]))]
+    while width and sum(widths)+2*(len(widths)-1)>width and max(widths)>LEAST_CELL: widths[widths.index(max(widths))] -= 1
+    def folded(c, w): return [c] if len(c)<=w else textwrap.wrap(c, w, break_on_hyphens=False)
+    lines = [l for r in cells for l in zip_longest(*map(folded, r, widths), fillvalue='')]
+    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,widths)).rstrip() for l in lines)
+
+LEAST_CELL = 12 # characters to which a cell is made narrower, not further
 
 _NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')
 
@@ -230,7 +234,7 @@ def hub_problem(
     elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
     elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
     else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
-    return UserError(f"{what}: {s}")
+    return UserError(f"{printable(what)}: {s}")
 
 @contextmanager
 def reading(
