@@ -185,9 +185,10 @@ def rehearse(
     conversations:int=480, # Of the embedded set
     script:Path='train/train.py', # What a job would run
     say=say_line, # Called with each line
-)->dict: # What was seen: `stages`, `repos`, `replies`
+)->dict: # What was seen: `stages`, `repos`, `replies`, `asked` (whom beyond this machine)
     "Dataset, job, kill, resume, merge: every part as its user would start it."
     from phoque.hub import LocalHub
+    from phoque.outside import watch_outside
     if not Path(script).is_file(): raise UserError(f"{script}: no such file: run this in the project's folder, or `make generate` first")
     check_range('--steps', steps, 8, 10_000)
     out = fresh_folder(out)
@@ -195,17 +196,18 @@ def rehearse(
     t0,stages = time.time(),[]
     def stage(name, *cmd, kill_when=None, **env):
         say(f'\n── {name} ' + '─'*max(2, 70-len(name)))
-        s = Stage(name, t0).run([*map(str,cmd)], clean_env(hub, out/f'{len(stages)}-disk/hf', **env), kill_when, say)
+        s = Stage(name, t0).run([*map(str,cmd)], clean_env(hub, out/f'{len(stages)}-disk/hf', **env) | outside.env, kill_when, say)
         stages.append(s)
         if s.code and not s.killed: raise RuntimeError(f"{name}: ended with exit code {s.code}: its lines are above")
         return s
     folder = smollm2()
-    with LocalHub(out/'hub', users=['me']) as hub:
+    with LocalHub(out/'hub', users=['me']) as hub, watch_outside() as outside:
         hub.seed_repo(BASE, folder)
         _stages(stage, out, steps, conversations, script)
+        asked = outside.asked()
         repos = {f'{r}@{b}': hub.files(r, b, t) for r,b,t in ((DATA,'main','dataset'), (MODEL,'main','model'), (MODEL,'checkpoints','model'))}
     say('\n── before and after ' + '─'*52)
-    seen = dict(stages=stages, repos=repos, steps=steps, replies=compare_replies(folder, out/'merged'), took=time.time()-t0, out=str(out))
+    seen = dict(stages=stages, repos=repos, steps=steps, asked=asked, replies=compare_replies(folder, out/'merged'), took=time.time()-t0, out=str(out))
     for r in seen['replies']: say(f"{r['prompt']}\n  before: {r['before']}\n  after:  {r['after']}")
     return seen
 
@@ -288,7 +290,8 @@ def verdict(
     twice = [(l,again[n]) for _,n,l in first.steps() if n in again]
     return (f"Killed after step {first.steps()[-1][1]} of {seen['steps']}, found {found[1]} on the Hub, finished. "
             f"{len(twice)} steps were trained twice, {'with the same losses' if all(x==y for x,y in twice) else 'with OTHER losses'}. "
-            f"Held-out loss {h[0]:.2f} → {h[1]:.2f} ({h[1]/h[0]-1:+.0%}). {seen['took']:.0f} seconds, {max(s.gib for s in seen['stages']):.1f} GiB at most.")
+            f"Held-out loss {h[0]:.2f} → {h[1]:.2f} ({h[1]/h[0]-1:+.0%}). {seen['took']:.0f} seconds, {max(s.gib for s in seen['stages']):.1f} GiB at most. "
+            f"{'ASKED OUTSIDE THIS MACHINE: '+', '.join(seen['asked']) if seen['asked'] else 'Nothing but this machine was asked for anything'}.")
 
 # %% ../nbs/08_rehearse.ipynb #824efc6c
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a202c;background:#fff}table{border-collapse:collapse;margin:.5rem 0 1.5rem}
