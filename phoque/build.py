@@ -16,7 +16,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 from .clean import FOUND, Prompts, clean_batch, mend, near_ones, same_ones, scrub, text_key, words, worn_lines
-from .core import UserError, begin_command, excerpt, log, masked, printable, private_files
+from .core import UserError, begin_command, excerpt, hub_problem, log, masked, printable, private_files
 from .data import NEUTRAL, PERSONA, data_report, dataset_card, grumpy_harbour, open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
 from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
 
@@ -491,6 +491,7 @@ def data_cli(
         print(f"{repo} is private and gated, revision {rev}")
     except BaseException as e:
         if _interrupted(e): sys.exit("phoque_data: stopped; the same command goes on after the last finished step")
+        if isinstance(e, getattr(sys.modules.get('httpx2'), 'HTTPError', ())): sys.exit(f"phoque_data: {masked(hub_problem(e, f'dataset {repo}'))}")
         if isinstance(e, (ValueError, OSError)): sys.exit(f"phoque_data: {excerpt(masked(e), 500)}")
         if isinstance(e, getattr(sys.modules.get('duckdb'), 'Error', ())): sys.exit(f"phoque_data: {excerpt(masked(e))}: make room in {b.work}, or build the source in parts with --append")
         raise

@@ -7,9 +7,9 @@ from __future__ import annotations
 import os, platform, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
 from fastcore.script import call_parse
-from .core import UserError, begin_command, excerpt, masked, printable, text_table
-from .model_qlora import (add_lora, audit, base_config, choose_attention, encode_dataset, hub_problem, load_model, load_tokenizer,
-    quiet_libraries, reading, resolve_base)
+from .core import UserError, begin_command, excerpt, hub_problem, masked, printable, text_table
+from phoque.model_qlora import (add_lora, audit, base_config, choose_attention, encode_dataset, load_model, load_tokenizer, quiet_libraries, reading,
+    resolve_base)
 from .job import load_chats
 from .submit import ROLES, checking, job_pins, project_root, token_role
 

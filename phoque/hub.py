@@ -349,7 +349,8 @@ def _card(text):
     import yaml
     m = re.match(r"---[ \t\r]*\n(.*?)\n---", text, re.S)
     if not m: return {}
-    if len(m[1])>CARD_CHARS: raise yaml.YAMLError(f"longer than {CARD_CHARS:,} characters")
+    if len(m[1])>CARD_CHARS or m[1].count("[")+m[1].count("{")>1000: # the parser's time grows with the square of how deep lists go
+        raise yaml.YAMLError(f"longer than {CARD_CHARS:,} characters, or with over a thousand brackets")
     try:
         if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(m[1], yaml.SafeLoader)): raise yaml.YAMLError("no aliases: write it out")
         d = json.loads(json.dumps(yaml.safe_load(m[1]), default=str).replace("NaN", "null").replace("Infinity", "null"))

@@ -7,8 +7,8 @@ from __future__ import annotations
 import copy, json, logging, math, os, re, shlex, shutil, sys, textwrap, threading, time, traceback, uuid, warnings
 from pathlib import Path
 from types import SimpleNamespace
-from .core import UserError, begin_command, excerpt, front_matter, log, masked, md_text, printable, text_table
-from .model_qlora import (base_config, quiet_libraries, hub_problem, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed,
+from .core import UserError, begin_command, excerpt, front_matter, hub_problem, log, masked, md_text, printable, text_table
+from .model_qlora import (base_config, quiet_libraries, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed,
     choose_attention, load_model, add_lora, audit, check_audit, lora_targets)
 from .shard import check_sharded, own_part, whole_adapter
 from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, eval_plan,
@@ -709,7 +709,7 @@ def resubmit_command()->str: # For a shell
     "The command that continues this run."
     if ref := os.environ.get('JOB_REF'): return f'hf jobs rerun {ref}'
     given = [k for k in (*map(str.upper, options()), *COMMAND_VARIABLES) if os.environ.get(k)]
-    return ' '.join([*(f'{k}={shlex.quote(os.environ[k])}' for k in given), shlex.join(sys.orig_argv)])
+    return masked(' '.join([*(f'{k}={shlex.quote(os.environ[k])}' for k in given), shlex.join(sys.orig_argv)]))
 
 # %% ../nbs/06_job.ipynb #01eafb2e
 def left_here(

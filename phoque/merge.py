@@ -6,8 +6,8 @@
 from __future__ import annotations
 import errno,json,math,os,re,shutil,subprocess,sys,zlib
 from pathlib import Path
-from .core import UserError, excerpt, log, read_json, safe_path
-from .model_qlora import check_model_config, check_size, check_vocabulary, hub_problem, open_tokenizer, read_header, reading, vocabulary_size, weight_files
+from .core import UserError, excerpt, hub_problem, log, read_json, safe_path
+from .model_qlora import check_model_config, check_size, check_vocabulary, open_tokenizer, read_header, reading, vocabulary_size, weight_files
 
 # %% auto #0
 __all__ = ['MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'LONGEST_NAME', 'RENDER_SECONDS', 'RENDER_BYTES', 'LONGEST_PROMPT',

@@ -11,19 +11,19 @@ from html import escape
 from pathlib import Path
 from fastcore.basics import chunked
 from fastcore.script import Param, call_parse
-from .core import UserError, begin_command, excerpt, log, masked, printable, read_json, safe_path, text_table
+from .core import UserError, begin_command, excerpt, hub_problem, log, masked, printable, read_json, safe_path, text_table
 
 # %% auto #0
 __all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'FORMATS', 'LONGEST_PIECE', 'PADS', 'TOKENIZER_FILES', 'STATEFUL',
-           'LORA_TARGETS', 'FAST_LAYERS', 'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'quiet_libraries', 'hub_problem', 'reading',
-           'read_header', 'weight_files', 'check_model_config', 'check_weights', 'resolve_base', 'check_private',
-           'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts',
-           'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'open_tokenizer',
-           'vocabulary_size', 'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt',
-           'drop_exchanges', 'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels', 'label_invariants',
-           'read_chats', 'write_labels', 'labels_cli', 'check_layers', 'base_config', 'check_size', 'load_model',
-           'lora_targets', 'language_layers', 'decoder_layers', 'resolve_targets', 'say_unquantised', 'add_lora',
-           'register_varlen', 'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
+           'LORA_TARGETS', 'FAST_LAYERS', 'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'quiet_libraries', 'reading', 'read_header',
+           'weight_files', 'check_model_config', 'check_weights', 'resolve_base', 'check_private', 'private_repo',
+           'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts',
+           'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'open_tokenizer', 'vocabulary_size',
+           'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges',
+           'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels', 'label_invariants', 'read_chats',
+           'write_labels', 'labels_cli', 'check_layers', 'base_config', 'check_size', 'load_model', 'lora_targets',
+           'language_layers', 'decoder_layers', 'resolve_targets', 'say_unquantised', 'add_lora', 'register_varlen',
+           'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 def quiet_libraries():
@@ -37,25 +37,6 @@ def quiet_libraries():
 # %% ../nbs/01_model_qlora.ipynb #6fa48cc7
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
 SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; the plain -2512 repo is FP8, which NF4 can't load
-
-def hub_problem(
-    e:Exception, # What a Hub call raised
-    what:str, # What was being done, such as "base model org/name"
-)->UserError: # One line that says what, which value, what to do
-    "Turn a Hub client's exception into one clear line."
-    from huggingface_hub import errors as er
-    from huggingface_hub import constants
-    status = getattr(getattr(e, 'response', None), 'status_code', None)
-    if isinstance(e, er.LocalTokenNotFoundError): s = f"there is no token: export HF_TOKEN, from {constants.ENDPOINT}/settings/tokens, or run `hf auth login`"
-    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set: unset it to ask the Hub"
-    elif isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
-    elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
-    elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
-    elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
-    elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
-    elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
-    else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
-    return UserError(f"{printable(what)}: {s}")
 
 # %% ../nbs/01_model_qlora.ipynb #5d156b85
 @contextmanager

@@ -7,8 +7,8 @@ from __future__ import annotations
 import fcntl, hashlib, json, logging, os, re, shutil, signal, statistics, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from .core import UserError, excerpt, log, read_json
-from .model_qlora import check_private, hub_problem, private_repo, read_header
+from .core import UserError, excerpt, hub_problem, log, read_json
+from .model_qlora import check_private, private_repo, read_header
 
 # %% auto #0
 __all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'AUTOS', 'MOST_MANIFEST', 'RUN_FILE', 'SQUASH_BYTES', 'COMMITS_AN_HOUR',

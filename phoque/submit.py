@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from .core import UserError, begin_command, excerpt, masked, printable, read_json, refuse_addresses, refuse_secrets, text_table
-from phoque.model_qlora import (SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, check_private, hub_problem, lora_targets, memory_plan, private_repo,
-    resolve_base)
+from .core import UserError, begin_command, excerpt, hub_problem, masked, printable, read_json, refuse_addresses, refuse_secrets, text_table
+from .model_qlora import SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, check_private, lora_targets, memory_plan, private_repo, resolve_base
 from .resume import COMMITS_AN_HOUR, HISTORY_SECONDS, PRIVATE_GB, SQUASH_BYTES, bound_requests, parse_duration, publish_pace
 from .train import TrainConfig, check_config, fit_batch, options, parse_options, share_batch
 
@@ -552,6 +551,7 @@ def check_wandb(
     "W&B knows the key."
     import httpx2
     if c.report_to!='wandb': return 'not used'
+    refuse_addresses()
     url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
     try: r = httpx2.post(f'{url}/graphql', json=dict(query='{ viewer { username } }'), auth=('api', os.environ['WANDB_API_KEY']), timeout=10)
     except (httpx2.HTTPError, httpx2.InvalidURL): return f'key is set, and not checked: {url} cannot be reached'

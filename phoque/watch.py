@@ -8,8 +8,8 @@ import re, shlex, sys, time, unicodedata
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from .job import RESUBMIT, printable_lines
-from .core import UserError, begin_command, excerpt, masked, printable
-from .model_qlora import hub_problem
+from .core import UserError, begin_command, excerpt, hub_problem, masked, printable
+
 from .resume import bound_requests, parse_duration
 from .submit import JOB_LABEL, price_per_hour
 from .train import parse_step

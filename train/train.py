@@ -105,6 +105,25 @@ def text_table(
 
 LEAST_CELL = 12 # characters to which a cell is made narrower, not further
 
+def hub_problem(
+    e:Exception, # What a Hub call raised
+    what:str, # What was being done, such as "base model org/name"
+)->UserError: # One line that says what, which value, what to do
+    "Turn a Hub client's exception into one clear line."
+    from huggingface_hub import errors as er
+    from huggingface_hub import constants
+    status = getattr(getattr(e, 'response', None), 'status_code', None)
+    if isinstance(e, er.LocalTokenNotFoundError): s = f"there is no token: export HF_TOKEN, from {constants.ENDPOINT}/settings/tokens, or run `hf auth login`"
+    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set: unset it to ask the Hub"
+    elif isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
+    elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
+    elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
+    elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
+    elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
+    elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
+    else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
+    return UserError(f"{printable(what)}: {s}")
+
 _NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')
 
 def safe_path(
@@ -187,8 +206,11 @@ def refuse_secrets(
                         "and make a new one if it is real")
 
 def refuse_addresses():
-    "Refuse a password in the address of the Hub or of W&B: they are printed, and sent along."
-    refuse_secrets(**{k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if k in os.environ})
+    "Refuse a password in the address of the Hub or of W&B, which is printed and sent along, and what is no address."
+    given = {k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if os.environ.get(k)}
+    refuse_secrets(**given)
+    for k,v in given.items():
+        if not re.match(r'https?://[^/\s]', v): raise UserError(f"{k}: must begin with http:// or https://, got {excerpt(repr(v), 80)}")
 
 def begin_command(
     argv:list=None, # Its arguments; this process's where None and a command was started
@@ -196,6 +218,7 @@ def begin_command(
     "What a command does first: its files are private, and no secret is in an argument or an address."
     from fastcore.script import is_cli
     private_files()
+    if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1') # bars are no use where nothing can go back
     refuse_addresses()
     if argv is None: argv = sys.argv[1:] if is_cli() else []
     for before,a in zip(['', *argv], argv):
@@ -216,25 +239,6 @@ def quiet_libraries():
 
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
 SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; the plain -2512 repo is FP8, which NF4 can't load
-
-def hub_problem(
-    e:Exception, # What a Hub call raised
-    what:str, # What was being done, such as "base model org/name"
-)->UserError: # One line that says what, which value, what to do
-    "Turn a Hub client's exception into one clear line."
-    from huggingface_hub import errors as er
-    from huggingface_hub import constants
-    status = getattr(getattr(e, 'response', None), 'status_code', None)
-    if isinstance(e, er.LocalTokenNotFoundError): s = f"there is no token: export HF_TOKEN, from {constants.ENDPOINT}/settings/tokens, or run `hf auth login`"
-    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set: unset it to ask the Hub"
-    elif isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
-    elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
-    elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
-    elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
-    elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
-    elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
-    else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
-    return UserError(f"{printable(what)}: {s}")
 
 @contextmanager
 def reading(
@@ -4807,7 +4811,7 @@ def resubmit_command()->str: # For a shell
     "The command that continues this run."
     if ref := os.environ.get('JOB_REF'): return f'hf jobs rerun {ref}'
     given = [k for k in (*map(str.upper, options()), *COMMAND_VARIABLES) if os.environ.get(k)]
-    return ' '.join([*(f'{k}={shlex.quote(os.environ[k])}' for k in given), shlex.join(sys.orig_argv)])
+    return masked(' '.join([*(f'{k}={shlex.quote(os.environ[k])}' for k in given), shlex.join(sys.orig_argv)]))
 
 def left_here(
     folder:str, # `output_dir`
