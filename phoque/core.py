@@ -11,7 +11,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'safe_path',
            'read_json', 'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets', 'refuse_addresses',
-           'begin_command']
+           'begin_command', 'check_range']
 
 # %% ../nbs/00_core.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -189,3 +189,12 @@ def begin_command(
     for before,a in zip(['', *argv], argv):
         flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
         refuse_secrets(**{flag:value})
+
+def check_range(
+    name:str, # Flag or option
+    n:float, # Its value
+    least:float, # Smallest that it may be
+    most:float, # Largest
+):
+    "Refuse a number that nothing can be done with; not a number is none."
+    if not least<=n<=most: raise UserError(f"{name}: must be from {least:,} to {most:,}, got {n:,}")

@@ -384,8 +384,12 @@ def _check_patterns(rust, what): # What the tokenizer's file makes of every text
         if isinstance(d, list): return any(map(walk, d))
         if not isinstance(d, dict): return False
         bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]', 'x', str(d.get('Regex') or '')) # without escapes and character classes
-        return bool(re.search(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]', bare)) or len(str(d.get('content') or ''))>64 or any(map(walk, d.values()))
-    if any(walk(json.loads(part.__getstate__())) for part in (rust.normalizer, rust.pre_tokenizer) if part):
+        return bool(re.search(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]', bare)) or any(map(walk, d.values()))
+    def growth(d): # Most characters that one becomes, steps after one another multiplied
+        if isinstance(d, list): return math.prod(map(growth, d))
+        return max(1, len(str(d.get('content') or '')))*math.prod(map(growth, d.values())) if isinstance(d, dict) else 1
+    parts = [json.loads(part.__getstate__()) for part in (rust.normalizer, rust.pre_tokenizer) if part]
+    if any(map(walk, parts)) or growth(parts)>64:
         raise UserError(f"{what}: it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever: choose another")
 
 def open_tokenizer(

@@ -10,10 +10,10 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'SECRET_ENDS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'cache_folder',
-           'smollm2', 'interpret_bf16', 'say_line', 'Stage', 'clean_env', 'fresh_folder', 'check_range', 'rehearse',
-           'compare_replies', 'plot_rehearsal', 'held_out', 'where_time_went', 'verdict', 'html_table', 'write_report',
-           'rehearse_cli', 'serve_forks', 'WarmJobs', 'ForkedJob', 'tiny_model', 'hub_state', 'Killer', 'prove',
-           'batches_of', 'compare_runs', 'proof_table', 'plot_proof', 'proof_verdict', 'prove_cli', 'wandb_records']
+           'smollm2', 'interpret_bf16', 'say_line', 'Stage', 'clean_env', 'fresh_folder', 'rehearse', 'compare_replies',
+           'plot_rehearsal', 'held_out', 'where_time_went', 'verdict', 'html_table', 'write_report', 'rehearse_cli',
+           'serve_forks', 'WarmJobs', 'ForkedJob', 'tiny_model', 'hub_state', 'Killer', 'prove', 'batches_of',
+           'compare_runs', 'proof_table', 'plot_proof', 'proof_verdict', 'prove_cli', 'wandb_records']
 
 # %% ../nbs/08_rehearse.ipynb #3e9af119
 def cache_folder()->Path: # `$XDG_CACHE_HOME/phoque`, or `~/.cache/phoque`
@@ -66,7 +66,7 @@ def interpret_bf16():
 # %% ../nbs/08_rehearse.ipynb #e54aac52
 import re, sys, json, time, signal, subprocess
 from fastcore.script import call_parse
-from .core import UserError
+from .core import UserError, check_range
 from .train import parse_step
 
 # %% ../nbs/08_rehearse.ipynb #aefd0cf4
@@ -168,15 +168,6 @@ def fresh_folder(
         out.mkdir(mode=0o700, parents=True)
     except OSError as e: raise UserError(f"--out {str(out)!r}: {e.strerror}: name a folder that can be written to") from None
     return out
-
-def check_range(
-    name:str, # Flag
-    n:int, # Its value
-    least:int, # Smallest
-    most:int, # Largest
-):
-    "A number that a rehearsal can do something with."
-    if not least<=n<=most: raise UserError(f"{name}: must be from {least:,} to {most:,}, got {n:,}")
 
 # %% ../nbs/08_rehearse.ipynb #67bfbffb
 def rehearse(

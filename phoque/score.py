@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib, json, random, re, time
 from pathlib import Path
 from fastcore.script import call_parse
-from .core import UserError, begin_command, masked, printable
+from .core import UserError, begin_command, check_range, masked, printable
 from .model_qlora import encode_prompt
 from .sample import LEAST_TOKENS, SAMPLE_QUESTIONS, HubScorer, Scorer, adapter_weight, bootstrap_mean, distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
 from .train import TrainConfig
@@ -204,6 +204,7 @@ def eval_cli(
     from phoque.core import text_table
     try:
         begin_command()
+        check_range('--n', n, 0, 1e7); check_range('--k', k, 1, 10_000)
         texts,(m,tok) = eval_prompts(prompts, n, seed),load_voice(base, adapter)
         judge = load_scorer(scorer)
         rows = evaluate(m, tok, texts, judge, k, persona or None, seed)
@@ -229,6 +230,7 @@ def sample_cli(
     import sys
     try:
         begin_command()
+        check_range('--max_new_tokens', max_new_tokens, 1, 4096); check_range('--temperature', temperature, 0, 10); check_range('--weight', weight, -100, 100)
         m,tok = load_voice(base, adapter)
         prompts = [[dict(role='system', content=persona)]*bool(persona) + [dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)]
         said = [generate_replies(m, tok, [encode_prompt(tok, p) for p in prompts], max_new_tokens, temperature, .9, seed, weight=w) for w in (0.,weight)]

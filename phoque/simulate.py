@@ -8,7 +8,7 @@ import json, random, re
 from pathlib import Path
 from statistics import median
 from fastcore.script import call_parse
-from .core import UserError, begin_command, excerpt, masked, printable, read_json, text_table
+from .core import UserError, begin_command, check_range, excerpt, masked, printable, read_json, text_table
 from .model_qlora import encode_prompt
 from .sample import PLAIN, generate_replies, scorer_id
 from .score import adapter_hash, load_scorer, load_voice
@@ -216,6 +216,7 @@ def simulate_cli(
     import sys
     try:
         begin_command()
+        check_range('--threads', threads, 1, 100_000); check_range('--length', length, 1, 1000); check_range('--benign', benign, 0, 1); check_range('--level', level, -100, 100)
         if base:
             (m,tok),judge = load_voice(base, adapter),load_scorer(scorer)
             write = model_writer(m, tok, seed)

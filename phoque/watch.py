@@ -304,6 +304,7 @@ def find_job(
     waits:tuple=(1,2), # Seconds between tries
 ): # `JobInfo`
     "The job that is meant."
+    if not re.fullmatch(r'[\w:./-]{0,200}', ref): raise UserError(f"job {excerpt(repr(ref), 80)}: no job has such an id: `hf jobs ps -a` lists them")
     *_,ns,id = ['', *ref.strip('/').split('/')]
     ns = ns or patiently(lambda: api.whoami()['name'], 'the account of HF_TOKEN', waits) # named, as the client would ask for it at the default endpoint
     if id: return patiently(lambda: well_formed(api.inspect_job(job_id=id, namespace=ns)), f'job {ns}/{id}', waits)

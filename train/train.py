@@ -225,6 +225,15 @@ def begin_command(
         flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
         refuse_secrets(**{flag:value})
 
+def check_range(
+    name:str, # Flag or option
+    n:float, # Its value
+    least:float, # Smallest that it may be
+    most:float, # Largest
+):
+    "Refuse a number that nothing can be done with; not a number is none."
+    if not least<=n<=most: raise UserError(f"{name}: must be from {least:,} to {most:,}, got {n:,}")
+
 # ------------------------------------------------------------------------------
 # model_qlora: What goes into the model: base, tokenizer, assistant mask, NF4, LoRA, and an audit of all five
 # ------------------------------------------------------------------------------
