@@ -292,7 +292,7 @@ def run_merge(
         if check: rep = check_fidelity(fidelity(out, base, pairs, list(check_texts), dtype=dtype, nf4=nf4), kl)
     except BaseException: shutil.rmtree(out); raise
     write_card(out, merge_card(record, rep))
-    said += [*other_bases(record), f"{out}: {record['tensors']} tensors changed, rounding {record['relative_rounding']:.2g} of the change"]
+    said += [*other_bases(record), f"{printable(out)}: {record['tensors']} tensors changed, rounding {record['relative_rounding']:.2g} of the change"]
     if record['stops_at']!=record['base_stops_at']: said.append(f"it stops at token {' or '.join(map(str, record['stops_at']))}, as its tokenizer does; the base stopped at {' or '.join(map(str, record['base_stops_at'])) or 'none'}")
     if rep: said.append(markdown_table([rep]))
     if gguf: said.append(f"{gguf}: {export_gguf(out, gguf, benign)} tensors, as in {out}")

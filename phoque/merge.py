@@ -21,7 +21,7 @@ __all__ = ['MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'LONGEST_NAME', 'RENDER_S
 _index = "model.safetensors.index.json"
 _fetched = ("*.json","tokenizer*","*.model*","*.jinja","vocab.*","merges.txt","README.md") # beside the weights
 
-_hub_id = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(@[\w][\w./-]*)?')
+_hub_id = re.compile(r'[\w-][\w.-]{,95}/[\w-][\w.-]{,95}(@[\w][\w./-]{,199})?')
 
 def local_folder(
     src:str|Path, # A folder here, or a Hub id (`org/name`, or `org/name@revision`)
@@ -453,7 +453,7 @@ def _datasets(folder): # what the adapter's own card says that it learnt from
 
 def _public(src): # a folder's place is nobody's business
     src = str(src)
-    return src.partition('@')[0] if _hub_id.fullmatch(src) and not Path(src).is_dir() else excerpt(re.split(r'[/\\]', src.rstrip('/\\'))[-1], 96)
+    return src.partition('@')[0] if _hub_id.fullmatch(src) and not os.path.isdir(src) else excerpt(re.split(r'[/\\]', src.rstrip('/\\'))[-1], 96)
 def _revision(folder): return folder.name if folder.parent.name=='snapshots' else None # the commit, of what came from the Hub
 
 # %% ../nbs/05_merge.ipynb #00d6d689

@@ -14,16 +14,17 @@ from fastcore.script import Param, call_parse
 from .core import UserError, begin_command, excerpt, hub_problem, log, masked, printable, read_json, safe_path, text_table
 
 # %% auto #0
-__all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'FORMATS', 'LONGEST_PIECE', 'PADS', 'TOKENIZER_FILES', 'STATEFUL',
-           'LORA_TARGETS', 'FAST_LAYERS', 'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'quiet_libraries', 'reading', 'read_header',
-           'weight_files', 'check_model_config', 'check_weights', 'resolve_base', 'check_private', 'private_repo',
-           'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts',
-           'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'open_tokenizer', 'vocabulary_size',
-           'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges',
-           'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels', 'label_invariants', 'read_chats',
-           'write_labels', 'labels_cli', 'check_layers', 'base_config', 'check_size', 'load_model', 'lora_targets',
-           'language_layers', 'decoder_layers', 'resolve_targets', 'say_unquantised', 'add_lora', 'register_varlen',
-           'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
+__all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'MOST_LABELS', 'FORMATS', 'LONGEST_PIECE', 'PADS',
+           'TOKENIZER_FILES', 'STATEFUL', 'LORA_TARGETS', 'FAST_LAYERS', 'SUCCESSOR_SHAPE', 'HEAD_LOGITS',
+           'quiet_libraries', 'reading', 'read_header', 'weight_files', 'check_model_config', 'check_weights',
+           'resolve_base', 'check_private', 'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts',
+           'mistral_v7_parts', 'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer',
+           'open_tokenizer', 'vocabulary_size', 'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats',
+           'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels',
+           'label_invariants', 'read_chats', 'write_labels', 'labels_cli', 'check_layers', 'base_config', 'check_size',
+           'load_model', 'lora_targets', 'language_layers', 'decoder_layers', 'resolve_targets', 'say_unquantised',
+           'add_lora', 'register_varlen', 'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit',
+           'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 def quiet_libraries():
@@ -101,6 +102,7 @@ def weight_files(
 def _say_code(what): log.warning(f"{what} brings code of its own (auto_map), which is never run")
 
 MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
+MOST_LABELS = 1_000_000
 _counted = re.compile(r'(layers?|depth|experts|blocks)$')
 
 def check_model_config(
@@ -110,7 +112,7 @@ def check_model_config(
     "Refuse a config that asks for more layers than any model has."
     for part in [cfg, *(c for c in cfg.values() if isinstance(c, dict))]:
         for k,v in part.items():
-            if _counted.search(k) and isinstance(v, (int,float)) and v>MOST_LAYERS: raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
+            if isinstance(v, (int,float)) and v>(MOST_LAYERS if _counted.search(k) else MOST_LABELS if k=='num_labels' else v): raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
         for k in ('quantization_config','compression_config'):
             if not isinstance(part.get(k) or {}, dict): raise UserError(f"{what}: its config.json has a {k} that says nothing: choose another")
     if cfg.get('auto_map'): _say_code(what)
@@ -672,7 +674,9 @@ def _model_class(config): # transformers' class for the language model
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
     from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
+    name = getattr(config, '_name_or_path', '') or config.model_type
+    with reading(f"base model {name}: its config.json", 'choose a causal language model'), torch.device('meta'):
+        return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
 
 STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
 

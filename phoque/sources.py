@@ -63,13 +63,13 @@ def _export_file(path):
     if (path := Path(path)).is_file(): return path
     raise UserError(f"{'this is no file' if path.exists() else 'no such file'}: {path}; give a file that was exported.")
 
-def _refuse_bomb(path, size):
-    if size>max(MOST_UNPACKED, MOST_TIMES*path.stat().st_size):
+def _refuse_bomb(path, size, packed):
+    if size>max(MOST_UNPACKED, MOST_TIMES*packed):
         raise UserError(f"{path.name}: it unpacks to more than {MOST_TIMES} times its size, as no export does; leave it out.")
 
 class _Unpacked(gzip.GzipFile):
     def read1(self, size=-1):
-        _refuse_bomb(Path(self.name), self.tell())
+        _refuse_bomb(Path(self.name), self.tell(), self.myfileobj.tell()) # of what was read so far
         return super().read1(size)
 
 @contextmanager
@@ -154,7 +154,7 @@ def _parquet(path, bad):
     n = 0
     try:
         f = pq.ParquetFile(path)
-        _refuse_bomb(path, sum(f.metadata.row_group(i).total_byte_size for i in range(f.metadata.num_row_groups)))
+        _refuse_bomb(path, sum(f.metadata.row_group(i).total_byte_size for i in range(f.metadata.num_row_groups)), path.stat().st_size)
         texts = [c.path for c in map(f.schema.column, range(len(f.schema))) if c.physical_type=='BYTE_ARRAY']
         f = pq.ParquetFile(path, read_dictionary=texts) # a text that is in it a thousand times is in memory once
         for b in f.iter_batches(1000):
@@ -436,7 +436,7 @@ def _slack_files(z, path):
             if files.setdefault(e.filename, e) is not e: twice.append(e.filename)
     if 'users.json' not in files or len(files)==1:
         raise UserError(f"{path.name}: no users.json or no CHANNEL/YYYY-MM-DD.json in it; is it a Slack export?")
-    _refuse_bomb(path, sum(e.file_size for e in files.values()))
+    _refuse_bomb(path, sum(e.file_size for e in files.values()), path.stat().st_size)
     return files.pop('users.json'),sorted(files.items()),twice
 
 # %% ../nbs/00a_sources.ipynb #48f620d5

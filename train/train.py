@@ -308,6 +308,7 @@ def weight_files(
 def _say_code(what): log.warning(f"{what} brings code of its own (auto_map), which is never run")
 
 MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
+MOST_LABELS = 1_000_000
 _counted = re.compile(r'(layers?|depth|experts|blocks)$')
 
 def check_model_config(
@@ -317,7 +318,7 @@ def check_model_config(
     "Refuse a config that asks for more layers than any model has."
     for part in [cfg, *(c for c in cfg.values() if isinstance(c, dict))]:
         for k,v in part.items():
-            if _counted.search(k) and isinstance(v, (int,float)) and v>MOST_LAYERS: raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
+            if isinstance(v, (int,float)) and v>(MOST_LAYERS if _counted.search(k) else MOST_LABELS if k=='num_labels' else v): raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
         for k in ('quantization_config','compression_config'):
             if not isinstance(part.get(k) or {}, dict): raise UserError(f"{what}: its config.json has a {k} that says nothing: choose another")
     if cfg.get('auto_map'): _say_code(what)
@@ -577,8 +578,12 @@ def _check_patterns(rust, what): # What the tokenizer's file makes of every text
         if isinstance(d, list): return any(map(walk, d))
         if not isinstance(d, dict): return False
         bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]', 'x', str(d.get('Regex') or '')) # without escapes and character classes
-        return bool(re.search(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]', bare)) or len(str(d.get('content') or ''))>64 or any(map(walk, d.values()))
-    if any(walk(json.loads(part.__getstate__())) for part in (rust.normalizer, rust.pre_tokenizer) if part):
+        return bool(re.search(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]', bare)) or any(map(walk, d.values()))
+    def growth(d): # Most characters that one becomes, steps after one another multiplied
+        if isinstance(d, list): return math.prod(map(growth, d))
+        return max(1, len(str(d.get('content') or '')))*math.prod(map(growth, d.values())) if isinstance(d, dict) else 1
+    parts = [json.loads(part.__getstate__()) for part in (rust.normalizer, rust.pre_tokenizer) if part]
+    if any(map(walk, parts)) or growth(parts)>64:
         raise UserError(f"{what}: it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever: choose another")
 
 def open_tokenizer(
@@ -835,7 +840,9 @@ def _model_class(config): # transformers' class for the language model
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
     from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
+    name = getattr(config, '_name_or_path', '') or config.model_type
+    with reading(f"base model {name}: its config.json", 'choose a causal language model'), torch.device('meta'):
+        return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
 
 STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
 
