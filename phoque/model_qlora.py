@@ -15,16 +15,16 @@ from .core import UserError, begin_command, excerpt, hub_problem, log, masked, p
 
 # %% auto #0
 __all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'MOST_LABELS', 'FORMATS', 'LONGEST_PIECE', 'PADS',
-           'TOKENIZER_FILES', 'STATEFUL', 'LORA_TARGETS', 'FAST_LAYERS', 'SUCCESSOR_SHAPE', 'HEAD_LOGITS',
-           'quiet_libraries', 'reading', 'read_header', 'weight_files', 'check_model_config', 'check_weights',
-           'resolve_base', 'check_private', 'private_repo', 'chatml_parts', 'mistral_v1_parts', 'mistral_v3_parts',
-           'mistral_v7_parts', 'mistral_v15_parts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer',
-           'open_tokenizer', 'vocabulary_size', 'check_vocabulary', 'load_tokenizer', 'check_messages', 'encode_chats',
-           'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset', 'control_ids', 'show_labels',
-           'label_invariants', 'read_chats', 'write_labels', 'labels_cli', 'check_layers', 'base_config', 'check_size',
-           'load_model', 'lora_targets', 'language_layers', 'decoder_layers', 'resolve_targets', 'say_unquantised',
-           'add_lora', 'register_varlen', 'choose_attention', 'undisturbed', 'sanity_line', 'audit', 'check_audit',
-           'memory_plan']
+           'TOKENIZER_FILES', 'MOST_TOKENS', 'STATEFUL', 'LORA_TARGETS', 'FAST_LAYERS', 'SUCCESSOR_SHAPE',
+           'HEAD_LOGITS', 'quiet_libraries', 'reading', 'read_header', 'weight_files', 'check_model_config',
+           'check_weights', 'resolve_base', 'check_private', 'private_repo', 'chatml_parts', 'mistral_v1_parts',
+           'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts', 'chat_format', 'read_pieces',
+           'sentencepiece_tokenizer', 'open_tokenizer', 'vocabulary_size', 'check_vocabulary', 'load_tokenizer',
+           'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset',
+           'control_ids', 'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'labels_cli', 'check_layers',
+           'base_config', 'check_size', 'load_model', 'lora_targets', 'language_layers', 'decoder_layers',
+           'resolve_targets', 'say_unquantised', 'add_lora', 'register_varlen', 'choose_attention', 'undisturbed',
+           'sanity_line', 'audit', 'check_audit', 'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 def quiet_libraries():
@@ -374,10 +374,13 @@ def _tokenizer_folder(path, revision):
     except HFValidationError: raise UserError(f"tokenizer {path!r}: no such folder here, and no name that a Hub repo may have") from None
     except (HTTPError, OSError) as e: raise hub_problem(e, f"tokenizer {path}") from None
 
+MOST_TOKENS = 10_000_000 # of a vocabulary; the largest public ones have 300,000
+
 def _read_tekken(f): # Version, and the default settings of v15 as the JSON that mistral-common writes
     if not f.exists(): return 0,None
     d = read_json(f)
     with reading('tekken.json', 'download it again'):
+        if any(isinstance(v, (int,float)) and v>MOST_TOKENS for v in d['config'].values()): raise ValueError('more tokens than any vocabulary has')
         effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
         return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
 
@@ -663,7 +666,7 @@ def labels_cli(
         begin_command()
         with (open(file, 'rb') if file!='-' else nullcontext(sys.stdin.buffer)) as lines: write_labels(load_tokenizer(model, revision), lines, sys.stdout, html)
     except UserError as e: sys.exit(f'phoque_labels: {printable(masked(e))}')
-    except OSError as e: sys.exit(f'phoque_labels: {file}: {e.strerror}')
+    except OSError as e: sys.exit(f'phoque_labels: {printable(file)}: {e.strerror}')
 
 # %% ../nbs/01_model_qlora.ipynb #5d1adc8b
 def _model_class(config): # transformers' class for the language model

@@ -566,10 +566,13 @@ def _tokenizer_folder(path, revision):
     except HFValidationError: raise UserError(f"tokenizer {path!r}: no such folder here, and no name that a Hub repo may have") from None
     except (HTTPError, OSError) as e: raise hub_problem(e, f"tokenizer {path}") from None
 
+MOST_TOKENS = 10_000_000 # of a vocabulary; the largest public ones have 300,000
+
 def _read_tekken(f): # Version, and the default settings of v15 as the JSON that mistral-common writes
     if not f.exists(): return 0,None
     d = read_json(f)
     with reading('tekken.json', 'download it again'):
+        if any(isinstance(v, (int,float)) and v>MOST_TOKENS for v in d['config'].values()): raise ValueError('more tokens than any vocabulary has')
         effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
         return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
 
