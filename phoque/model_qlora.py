@@ -445,13 +445,13 @@ def load_tokenizer(
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
+    version,settings = _read_tekken(folder/'tekken.json')
     models = sorted(folder.glob('*.model*'))
     if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')):
         with reading(what): tok = sentencepiece_tokenizer(models[0])
     elif not any((folder/f).exists() for f in ('tokenizer.json','tekken.json','vocab.json')): raise UserError(f"{what}: no tokenizer.json, tekken.json or SentencePiece model that can be read there")
     else: tok = open_tokenizer(folder, what)
     tok.name_or_path = str(path)
-    version,settings = _read_tekken(folder/'tekken.json')
     settings = settings or tok.init_kwargs.pop('model_settings', None)
     name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
     _,control,template = FORMATS[name]
