@@ -4956,6 +4956,7 @@ def run_job(
 def main():
     "The job as a command: flags and environment in, exit code out."
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # read when torch loads: threads that spin are ten times slower on a CPU with other work
+    if {'-h','--help'} & set(sys.argv[1:]): read_config() # prints it and ends
     setup_logging()
     code = 1
     try:
