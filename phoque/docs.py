@@ -284,20 +284,21 @@ class _Page(HTMLParser):
     "What a page links to, what can be linked to in it, and what a browser fetches to show it."
     def __init__(self, text):
         super().__init__()
-        self.fetched = _css_urls(text)
-        self.links,self.ids,self.title,self._in_title = [],set(),'',False
+        self.fetched,self.links,self.ids,self.title,self._in = [],[],set(),'',''
         self.feed(text)
     def handle_starttag(self, tag, attrs):
         d = dict(attrs)
         self.links += [d[k] for k in ('href', 'src') if d.get(k)]
         self.ids |= {d[k] for k in ('id', 'name') if d.get(k)}
-        self._in_title = tag=='title'
+        self._in = tag
+        self.fetched += _css_urls(d.get('style') or '')
         keys = ('src', 'srcset', 'poster', 'data', 'background') + ('href', 'xlink:href')*(tag not in ('a', 'area', 'base'))
         if not (d.get('rel') or '').split() or not {*d['rel'].lower().split()} <= UNFETCHED: self.fetched += [u for k in keys if d.get(k) for u in d[k].split()]
         if tag=='meta' and 'refresh' in (d.get('http-equiv') or '').lower(): self.fetched += (d.get('content') or '').lower().split('url=')[1:]
     def handle_data(self, data):
-        if self._in_title: self.title += data.strip()
-    def handle_endtag(self, tag): self._in_title = False
+        if self._in=='title': self.title += data.strip()
+        if self._in=='style': self.fetched += _css_urls(data)
+    def handle_endtag(self, tag): self._in = ''
 
 # %% ../nbs/10_docs.ipynb #c8d554a3
 def check_site(
