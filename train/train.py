@@ -55,2061 +55,9 @@ from types import MethodType, SimpleNamespace
 from typing import Protocol, runtime_checkable
 from urllib.parse import urljoin
 
-# ------------------------------------------------------------------------------
-# core: Log, errors, tables, and one checked way for the names, JSON and text that others wrote
-# ------------------------------------------------------------------------------
-
-# `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
-os.environ |= dict(HF_UPDATE_DOWNLOAD_COUNTS='0', HF_HUB_DISABLE_TELEMETRY='1', WANDB_ERROR_REPORTING='false')
-
-log = logging.getLogger("phoque")
-
-class UserError(ValueError):
-    "Something the user can mend: shown as one line, without a traceback."
-
-# ECMA-48 control sequences, and the strings that end in BEL or ESC \; a lone ESC goes with the other control characters
-_STEERS = re.compile(r'(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]')
-
-def printable(
-    text, # Somebody else's text
-)->str: # One line of what can be seen
-    "Text without what steers a terminal or hides in a line: escape sequences, control characters, line breaks."
-    return ' '.join(''.join(c if c.isprintable() else ' ' if c.isspace() else '' for c in _STEERS.sub('', str(text))).split())
-
-def excerpt(
-    text, # Somebody else's message, or a reply
-    n:int=150, # Most characters
-)->str: # One printable line
-    "The beginning of a text, cut between two words."
-    s = printable(str(text)[:20*n])
-    if len(s)<=n: return s
-    words = s[:n].rpartition(' ')[0]
-    return (words if len(words)>n//2 else s[:n-1]).rstrip(' ,;:(') + '…'
-
-def text_table(
-    rows:list, # Dicts with the same keys
-    width:int=0, # Most characters of a line: longer cells go on below; 0 for any
-)->str: # Aligned columns
-    "A table for consoles and logs."
-    def cell(v):
-        if isinstance(v, bool): return 'yes' if v else 'NO'
-        if isinstance(v, int): return f'{v:,}'
-        text = ', '.join(map(str, v)) if isinstance(v, (list,tuple)) else str(v)
-        return ' '.join(map(printable, text.split(' '))) # blanks stay
-    cells = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
-    widths = [max(len(l[i]) for l in cells) for i in range(len(cells[0]))]
-    while width and sum(widths)+2*(len(widths)-1)>width and max(widths)>LEAST_CELL: widths[widths.index(max(widths))] -= 1
-    def folded(c, w): return [c] if len(c)<=w else textwrap.wrap(c, w, break_on_hyphens=False)
-    lines = [l for r in cells for l in zip_longest(*map(folded, r, widths), fillvalue='')]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,widths)).rstrip() for l in lines)
-
-LEAST_CELL = 12 # characters to which a cell is made narrower, not further
-
-def hub_problem(
-    e:Exception, # What a Hub call raised
-    what:str, # What was being done, such as "base model org/name"
-)->UserError: # One line that says what, which value, what to do
-    "Turn a Hub client's exception into one clear line."
-    from huggingface_hub import errors as er
-    from huggingface_hub import constants
-    status = getattr(getattr(e, 'response', None), 'status_code', None)
-    if isinstance(e, er.LocalTokenNotFoundError): s = f"there is no token: export HF_TOKEN, from {constants.ENDPOINT}/settings/tokens, or run `hf auth login`"
-    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set: unset it to ask the Hub"
-    elif isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
-    elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
-    elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
-    elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
-    elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
-    elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
-    else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
-    return UserError(f"{printable(what)}: {s}")
-
-_NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')
-
-def safe_path(
-    folder:str|Path, # Where the result has to stay
-    name:str, # A name from a file, an archive or a server: parts joined by `/`
-    what:str='this file', # Whose name it is, for the message
-)->Path: # `folder/name`, neither opened nor made; UserError when the name could lead anywhere else
-    "The path of a name that somebody else wrote, inside `folder` or refused."
-    parts = name.split('/') if isinstance(name, str) else ['']
-    fine = all(p not in ('','.','..') and not _NO_NAME.search(p) and len(p.encode())<256 for p in parts)
-    path = Path(folder, *parts) if fine else None
-    if fine and path.parent.resolve().is_relative_to(Path(folder).resolve()): return path
-    raise UserError(f"{what} names {excerpt(repr(name), 80)}, which isn't a name inside its folder: don't use what it came with")
-
-MOST_JSON = 256<<20 # bytes; the index of the largest public model has 3 MB
-
-def read_json(
-    source:Path|str|bytes, # A file, or the text itself
-    kind:type=dict, # What it has to be: `dict` or `list`
-    what:str='', # What the message calls it; a file's name when empty
-)->dict|list: # What it says; UserError when it can't be read or is something else
-    "Read JSON that somebody else wrote."
-    what = what or (source.name if isinstance(source, Path) else 'this JSON')
-    try:
-        if isinstance(source, Path):
-            if source.exists() and not source.is_file(): raise UserError(f"{what}: it is no file: use another") # a pipe would never end
-            if source.stat().st_size>MOST_JSON: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
-            source = source.read_bytes()
-        got = json.loads(source)
-    except OSError as e: raise UserError(f"{what}: {e.strerror or type(e).__name__}: check the path") from None
-    except RecursionError: raise UserError(f"{what}: nested too deeply to be what it should be: use another") from None
-    except ValueError as e:
-        if isinstance(e, UserError): raise
-        raise UserError(f"{what}: not JSON ({excerpt(e, 60)}): use another, or download it again") from None
-    if isinstance(got, kind): return got
-    raise UserError(f"{what}: it holds a {type(got).__name__} where a {kind.__name__} belongs: use another, or download it again")
-
-def front_matter(
-    **fields, # What a card's head says, such as `license='apache-2.0'`
-)->str: # The lines between and with the two `---`
-    "A card's YAML head, which reads back as what was given, whatever is in it."
-    import yaml
-    class Dumper(yaml.SafeDumper): pass
-    def text(d, s): return d.represent_scalar('tag:yaml.org,2002:str', s, style=None if s.isprintable() else '"') # on one line
-    Dumper.add_representer(str, text)
-    return f"---\n{yaml.dump(fields, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1e9)}---\n"
-
-def md_text(
-    text, # Somebody else's text
-    n:int=300, # Most characters
-)->str: # One line that Markdown shows as it is
-    "Text for a card or a table: no HTML, link, image, code, column or heading comes of it."
-    return re.sub(r'([\\`*_{}\[\]<>()#+!|~$&:@])', lambda m: f'&#{ord(m[1])};', excerpt(text, n))
-
-def private_files():
-    "Let only this account read what this process writes from here on: folders 0700, files 0600."
-    os.umask(0o077)
-
-_SECRET = r'(?:token|api_?key|secret|passw(?:or)?d)'
-_TOKENS = re.compile(r'(?<![A-Za-z0-9])(?:(?:hf|api_org|gh[opusr]|github_pat|sk|wandb_v\d)[_-](?:[A-Za-z0-9]{16,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})|local-[0-9a-f]{40})[\w-]*')
-
-def masked(
-    text, # To be shown
-)->str: # The same without secrets
-    "Text without the values of secret variables, without passwords in addresses, without tokens."
-    text = str(text)
-    for k,v in os.environ.items():
-        if len(v)>=6 and k.endswith(('_TOKEN','_KEY','_SECRET','_PASSWORD')): text = text.replace(v, f'[{k}]')
-    text = re.sub(r'(?<=://)[^/\s@]+(?=@)', '[password]', text)
-    text = re.sub(rf'(?i)({_SECRET}=|Bearer )(?!\[)[^\s&\'"]{{6,}}', r'\1[secret]', text)
-    return _TOKENS.sub('[token]', text)
-
-def refuse_secrets(
-    **given, # What something is called → its value
-):
-    "Refuse values that hold a secret, before they are shown, stored or sent."
-    for k,v in given.items():
-        if not re.search(rf'(?i)^-+[\w-]*{_SECRET}$', k) and masked(v)==str(v): continue
-        raise UserError(f"{k}: a secret has no place here, where others can read it: export it as HF_TOKEN or WANDB_API_KEY, "
-                        "and make a new one if it is real")
-
-def refuse_addresses():
-    "Refuse a password in the address of the Hub or of W&B, which is printed and sent along, and what is no address."
-    given = {k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if os.environ.get(k)}
-    refuse_secrets(**given)
-    for k,v in given.items():
-        if not re.match(r'https?://[^/\s]', v): raise UserError(f"{k}: must begin with http:// or https://, got {excerpt(repr(v), 80)}")
-
-def begin_command(
-    argv:list=None, # Its arguments; this process's where None and a command was started
-):
-    "What a command does first: its files are private, and no secret is in an argument or an address."
-    from fastcore.script import is_cli
-    private_files()
-    if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1') # bars are no use where nothing can go back
-    refuse_addresses()
-    if argv is None: argv = sys.argv[1:] if is_cli() else []
-    for before,a in zip(['', *argv], argv):
-        flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
-        refuse_secrets(**{flag:value})
-
-def check_range(
-    name:str, # Flag or option
-    n:float, # Its value
-    least:float, # Smallest that it may be
-    most:float, # Largest
-):
-    "Refuse a number that nothing can be done with; not a number is none."
-    if not least<=n<=most: raise UserError(f"{name}: must be from {least:,} to {most:,}, got {n:,}")
-
-# ------------------------------------------------------------------------------
-# model_qlora: What goes into the model: base, tokenizer, assistant mask, NF4, LoRA, and an audit of all five
-# ------------------------------------------------------------------------------
-
-def quiet_libraries():
-    "No progress bars, and no advice that doesn't concern the user."
-    import datasets, transformers, warnings
-    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
-    warnings.filterwarnings('ignore', category=FutureWarning)
-
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
-SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; the plain -2512 repo is FP8, which NF4 can't load
-
-@contextmanager
-def reading(
-    what:str, # What is read, such as "base model org/name"
-    do:str='choose another', # What the line advises
-    hub:bool=False, # Can it be the Hub that fails?
-):
-    "Turn whatever a library raises on somebody else's files into one line."
-    from httpx2 import HTTPError
-    try: yield
-    except (UserError, MemoryError): raise
-    except BaseException as e:
-        if not isinstance(e, Exception) and type(e).__name__!='PanicException': raise # that is tokenizers' own
-        if type(e).__name__=='OutOfMemoryError' or hub and (isinstance(e, (HTTPError, OSError)) or type(e) is RuntimeError): raise
-        raise UserError(f"{what} can't be read ({type(e).__name__}: {excerpt(e, 100)}): {do}") from None
-
-def read_header(
-    path:str|Path, # A safetensors file
-)->tuple[dict,int]: # Name → `dtype`, `shape`, `data_offsets`, in file order; and the byte where data starts
-    "Read a safetensors header once the library has checked it against the file."
-    from safetensors import SafetensorError, safe_open
-    path = Path(path)
-    if not path.is_file(): raise UserError(f"{path.name} is no file: fetch it again")
-    try:
-        with safe_open(path, 'np'): pass
-    except (SafetensorError, OSError) as e: raise UserError(f"{path.name} is truncated or no safetensors file ({excerpt(e, 80)}): fetch it again") from None
-    with path.open('rb') as f:
-        n = int.from_bytes(f.read(8), 'little')
-        d = read_json(f.read(n), what=path.name)
-    d.pop('__metadata__', None)
-    return dict(sorted(d.items(), key=lambda o: o[1]['data_offsets'])),8+n
-
-WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
-
-def weight_files(
-    names:set, # Files of a folder or repo
-    read, # Name of the index → its text
-    what:str="base model", # What to call it in an error
-)->list: # Safetensors files
-    "The files that hold a base's weights, or a refusal where they are not all there."
-    one,index = WEIGHTS
-    if one in names: return [one]
-    if index in names:
-        where = read_json(read(index), what=f"{what}: its {index}").get('weight_map')
-        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(f"{what}: its {index} has no weight_map: fetch the base again")
-        shards = sorted(set(where.values()))
-        for n in shards:
-            safe_path('.', n, f"{what}: its {index}")
-            if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(f"{what} lacks {excerpt(n, 80)}, which its index names: fetch the base again")
-        if not shards: raise UserError(f"{what} lacks the shards, which its index names: fetch the base again")
-        return shards
-    if 'adapter_config.json' in names: raise UserError(f"{what} is an adapter: name the base that it was trained on")
-    pickles = sorted(n for n in names if n.endswith(('.bin','.pt','.pth')))
-    if pickles: raise UserError(f"{what} has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened: name a copy in safetensors, such as transformers' save_pretrained writes")
-    raise UserError(f"{what} has no {one} and no {index}: name a base in the format that transformers saves")
-
-@cache
-def _say_code(what): log.warning(f"{what} brings code of its own (auto_map), which is never run")
-
-MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
-MOST_LABELS = 1_000_000
-_counted = re.compile(r'(layers?|depth|experts|blocks)$')
-
-def check_model_config(
-    cfg:dict, # A model's config.json
-    what:str, # What it belongs to, such as "base model org/name"
-)->dict: # The same
-    "Refuse a config that asks for more layers than any model has."
-    for part in [cfg, *(c for c in cfg.values() if isinstance(c, dict))]:
-        for k,v in part.items():
-            if isinstance(v, (int,float)) and v>(MOST_LAYERS if _counted.search(k) else MOST_LABELS if k=='num_labels' else v): raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
-        for k in ('quantization_config','compression_config'):
-            if not isinstance(part.get(k) or {}, dict): raise UserError(f"{what}: its config.json has a {k} that says nothing: choose another")
-    if cfg.get('auto_map'): _say_code(what)
-    return cfg
-
-def _model_info(repo):
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-    from httpx2 import HTTPError
-    try: return HfApi().model_info(repo)
-    except HFValidationError: raise UserError(f"base model {repo!r}: no such folder here, and no name that a Hub repo may have: check BASE_MODEL") from None
-    except RepositoryNotFoundError as e:
-        if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
-    except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
-
-def _model_config(path, revision=None):
-    from transformers import PreTrainedConfig
-    what = f"base model {str(path)!r}"
-    if Path(path).is_dir(): return check_model_config(read_json(Path(path)/'config.json', what=f"{what}: its config.json"), what)
-    with reading(f"{what}: its config.json", 'choose a causal language model'): return check_model_config(PreTrainedConfig.get_config_dict(path, revision=revision)[0], what)
-
-def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
-
-def _holds_fp8(folder): # By the headers of its weights
-    return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for t in read_header(f)[0].values())
-
-def check_weights(
-    name:str, # Hub id or local folder
-    cfg:dict, # Its config
-    files:list, # Names of the files that it has
-    source:str=None, # Repo that it was made from, where its card says so
-):
-    "Refuse weights that can't be trained on and merged, before they are downloaded."
-    q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
-    if q and not _marked_fp8(cfg):
-        method = excerpt(q.get('quant_method') or 'a method without a name', 40)
-        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {excerpt(source or 'the repo that it was made from', 100)}")
-    if set(WEIGHTS)&set(files): return
-    found = ', '.join(excerpt(f, 60) for f in sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
-    raise UserError(f"base model {name!r}: it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged: choose a repo with safetensors, or convert it (save_pretrained writes them)")
-
-def resolve_base(
-    base_model:str=SEED_BASE, # Hub id or local folder
-    strict:bool=False, # Refuse a substitute?
-)->dict: # `requested`, `id`, `revision` (commit, or None for a folder), `note` (why another one was taken, or None), `auto` (transformers' class that loads all of it)
-    "Find the base model that stands for the name asked for."
-    here,rev,note,name,info = Path(base_model).is_dir(),None,None,base_model,None
-    if here: fp8 = _marked_fp8(_model_config(name)) and _holds_fp8(name)
-    elif info := _model_info(name): fp8 = _marked_fp8(_model_config(name, info.sha))
-    elif name!=SEED_BASE: raise UserError(f"base model {name!r}: no such folder here, and the Hub has no such repo or HF_TOKEN may not see it: check BASE_MODEL")
-    else: name,note,fp8 = SUCCESSOR,f"{SEED_BASE} was never published; its open successor is taken",False
-    if fp8: name,note = f"{name}-BF16",f"{name} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken"
-    if note and strict: raise UserError(f"{note}: {name}. BASE_MODEL_STRICT refuses that: set BASE_MODEL={name}")
-    if not Path(name).is_dir():
-        if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}: {note}, but there is no {name}: set BASE_MODEL")
-        rev = info.sha
-    if note: log.warning(f"BASE MODEL: {note}: {name}")
-    cfg,card = _model_config(name, rev),getattr(info, 'card_data', None) or {}
-    check_weights(name, cfg, [s.rfilename for s in info.siblings] if rev else os.listdir(name), card.get('base_model'))
-    auto = 'AutoModelForImageTextToText' if 'vision_config' in cfg else 'AutoModelForCausalLM'
-    return dict(requested=base_model, id=name, revision=rev, note=note, auto=auto)
-
-def check_private(
-    api, # `HfApi`
-    repo:str, # `owner/name`, of a repo that is there
-    repo_type:str='model', # Or `dataset`
-): # `ModelInfo` or `DatasetInfo`
-    "Refuse a repo that anyone may read."
-    from huggingface_hub import constants
-    info = api.repo_info(repo, repo_type=repo_type)
-    if info.private: return info
-    page = f"{constants.ENDPOINT}/{'datasets/'*(repo_type=='dataset')}{repo}/settings"
-    raise UserError(f"{repo_type} repo {repo}: it is public, and nothing is written to a public repo: make it private ({page}), or name another one")
-
-def private_repo(
-    api, # `HfApi`
-    repo:str, # `owner/name`
-    repo_type:str='model', # Or `dataset`
-): # `ModelInfo` or `DatasetInfo`
-    "Make a repo where it is missing, private; gate it; refuse one that is public."
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-    try: info = check_private(api, repo, repo_type)
-    except RepositoryNotFoundError:
-        api.create_repo(repo, repo_type=repo_type, private=True, exist_ok=True)
-        info = check_private(api, repo, repo_type) # what an organisation has set may win
-    if info.gated=='manual': return info
-    try: api.update_repo_settings(repo, repo_type=repo_type, gated='manual')
-    except HfHubHTTPError as e:
-        if e.response.status_code!=403: raise
-        log.warning(f"{repo_type} repo {repo} is private, but can't be gated with this token: whoever is given access sees it at once")
-    return info
-
-def chatml_parts(messages, ids):
-    "ChatML, as SmolLM2 and Qwen use it: `<|im_start|>role⏎text<|im_end|>⏎`."
-    im_start,im_end = ids
-    for m in messages:
-        yield im_start, False
-        if m['role']!='assistant': yield f"{m['role']}\n{m['content']}", False
-        else:
-            yield "assistant\n", False
-            yield m['content'], True
-        yield im_end, m['role']=='assistant'
-        yield "\n", False
-
-def _joined_system(messages): return "\n\n".join(m['content'] for m in messages if m['role']=='system')
-
-def mistral_v1_parts(messages, ids):
-    "Mistral v1: markers are text; the system text opens the first user turn."
-    bos,eos = ids
-    system,first = _joined_system(messages),True
-    yield bos, False
-    for m in messages:
-        if m['role']=='user':
-            yield f"[INST] {system}\n\n{m['content']} [/INST]" if system and first else f"[INST] {m['content']} [/INST]", False
-            first = False
-        elif m['role']=='assistant': yield from ((m['content'],True), (eos,True))
-
-def mistral_v3_parts(messages, ids):
-    "Mistral v2 and v3: markers are control tokens; the system text opens the *last* user turn."
-    bos,eos,inst,end_inst = ids
-    system = _joined_system(messages)
-    last = max(i for i,m in enumerate(messages) if m['role']=='user')
-    yield bos, False
-    for i,m in enumerate(messages):
-        if m['role']=='user':
-            text = f"{system}\n\n{m['content']}" if system and i==last else m['content']
-            yield from ((inst,False), (text,False), (end_inst,False))
-        elif m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
-
-def mistral_v7_parts(messages, ids):
-    "Mistral v7 to v13: the system turn has control tokens of its own and stays where it is."
-    bos,eos,inst,end_inst,sys,end_sys = ids
-    yield bos, False
-    for m in messages:
-        if m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
-        else:
-            a,b = (sys,end_sys) if m['role']=='system' else (inst,end_inst)
-            yield from ((a,False), (m['content'],False), (b,False))
-
-def mistral_v15_parts(messages, ids, settings):
-    "Mistral v15: as v7, with the model's settings before the first user turn."
-    *v7,begin,end = ids
-    for p,sup in mistral_v7_parts(messages, v7):
-        if p==v7[2] and settings: # [INST]
-            yield from ((begin,False), (settings,False), (end,False))
-            settings = None
-        yield p,sup
-
-_STRIP = "{% if m.role=='assistant' %}{{ m.content.rstrip(' ') + eos_token }}"
-_SYSTEM = "{% set sys = messages | selectattr('role','equalto','system') | map(attribute='content') | join('\n\n') %}"
-_USERS = "{% set users = messages | selectattr('role','equalto','user') | list %}"
-_V7 = _STRIP + "{% elif m.role=='system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"
-FORMATS = { # parts, control tokens (the second ends an answer), template
-    'chatml': (chatml_parts, ('<|im_start|>','<|im_end|>'),
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
-    'mistral-v15': (mistral_v15_parts, ('<s>','</s>','[INST]','[/INST]','[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]','[MODEL_SETTINGS]','[/MODEL_SETTINGS]'),
-        "{{ bos_token }}" + _USERS + "{% for m in messages %}{% if m is sameas users[0] %}[MODEL_SETTINGS]SETTINGS[/MODEL_SETTINGS]{% endif %}" + _V7),
-    'mistral-v7': (mistral_v7_parts, ('<s>','</s>','[INST]','[/INST]','[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]'),
-        "{{ bos_token }}{% for m in messages %}" + _V7),
-    'mistral-v3': (mistral_v3_parts, ('<s>','</s>','[INST]','[/INST]'),
-        "{{ bos_token }}" + _SYSTEM + _USERS + "{% for m in messages %}" + _STRIP +
-        "{% elif m.role=='user' %}{{ '[INST]' + (sys + '\n\n' if sys and m is sameas users[-1] else '') + m.content + '[/INST]' }}{% endif %}{% endfor %}"),
-    'mistral-v1': (mistral_v1_parts, ('<s>','</s>'),
-        "{{ bos_token }}" + _SYSTEM + _USERS + "{% for m in messages %}{% if m.role=='assistant' %}{{ ' ' + m.content + eos_token }}"
-        "{% elif m.role=='user' %}{{ '[INST] ' + (sys + '\n\n' if sys and m is sameas users[0] else '') + m.content + ' [/INST]' }}{% endif %}{% endfor %}"),
-}
-
-def chat_format(
-    tok, # Tokenizer
-    version:int=0, # Of its tekken.json; 0 where there is none
-    settings:str=None, # Model settings of its tekken.json, as JSON
-)->str: # Key of `FORMATS`
-    "Name the chat format that a tokenizer speaks."
-    vocab,template,known = tok.get_vocab(),tok.chat_template or '',tok.init_kwargs.get('chat_format')
-    if known in [*FORMATS] and set(FORMATS[known][1])<=vocab.keys(): return known
-    has = lambda *ts: all(t in vocab for t in ts)
-    if has('<|im_start|>','<|im_end|>'): return 'chatml'
-    if settings: return 'mistral-v15'
-    if has('[INST]','[/INST]'):
-        v7 = version>=7 or (not version and has('[SYSTEM_PROMPT]') and (not template or '[SYSTEM_PROMPT]' in template))
-        return 'mistral-v7' if v7 else 'mistral-v3'
-    if '[INST]' in template or (has('<s>','</s>') and not template): return 'mistral-v1'
-    raise UserError(f"tokenizer {tok.name_or_path!r}: its chat format is none of {', '.join(FORMATS)}: choose an instruct model of one of these families")
-
-def _pb_fields(b): # Fields of a protobuf message, as (number, value): https://protobuf.dev/programming-guides/encoding
-    i = 0
-    def varint():
-        nonlocal i
-        v = shift = 0
-        while True:
-            c = b[i]; i += 1
-            v |= (c&127)<<shift; shift += 7
-            if c<128: return v
-            if shift>63: raise ValueError("a number of more than 64 bits")
-    while i<len(b):
-        key = varint()
-        if key&7==0: yield key>>3,varint(); continue
-        n = {1:8, 5:4}.get(key&7) or varint()
-        if n>len(b)-i: raise ValueError("it ends too early")
-        yield key>>3,b[i:i+n]
-        i += n
-
-def read_pieces(
-    path, # SentencePiece model
-)->list: # (piece, score, type); types: 1 normal, 2 unknown, 3 control, 6 byte
-    "The vocabulary of a SentencePiece model."
-    with reading(f"SentencePiece model {Path(path).name}", 'download it again'):
-        pieces = [dict(_pb_fields(v)) for f,v in _pb_fields(Path(path).read_bytes()) if f==1]
-        read = [(p[1].decode(), struct.unpack('<f', p[2])[0] if 2 in p else 0., p.get(3,1)) for p in pieces]
-        if not read or max(len(p) for p,_,_ in read)>LONGEST_PIECE: raise ValueError("no pieces" if not read else f"a piece of more than {LONGEST_PIECE} characters")
-    return read
-
-LONGEST_PIECE = 256 # characters; SentencePiece itself makes none of more than 16 unless told to
-
-def _as_sentencepiece(rust): # The space before every text, and every space as ▁
-    from tokenizers import decoders, normalizers
-    rust.normalizer,rust.pre_tokenizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ','▁')]),None
-    rust.decoder = decoders.Sequence([decoders.Replace('▁',' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ',1,0)])
-
-def sentencepiece_tokenizer(
-    path, # SentencePiece model of the BPE kind, without normalisation
-): # `PreTrainedTokenizerFast` that gives the ids that sentencepiece gives
-    "Read a SentencePiece model."
-    from tokenizers import AddedToken, Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    pieces = read_pieces(path)
-    score = {p:s for p,s,kind in pieces if kind==1} # what isn't normal never comes of joining
-    joins = [(l,r) for p in score for l,r in ((p[:i],p[i:]) for i in range(1,len(p))) if l in score and r in score]
-    joins.sort(key=lambda j: (-score[j[0]+j[1]], -len(j[0]))) # runs of ▁ share one score: the longer one on the left grows first
-    rust = Tokenizer(models.BPE({p:i for i,(p,_,_) in enumerate(pieces)}, joins, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
-    rust.add_special_tokens([AddedToken(p, special=True, normalized=False) for p,_,kind in pieces if kind in (2,3)])
-    _as_sentencepiece(rust)
-    return PreTrainedTokenizerFast(tokenizer_object=rust, bos_token='<s>', eos_token='</s>', unk_token='<unk>', clean_up_tokenization_spaces=False)
-
-PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>') # in order of preference; the first that exists and doesn't end an answer
-TOKENIZER_FILES = ('tokenizer*', '*.model', '*.model.v*', 'tekken.json', 'config.json', 'vocab.*', 'merges.txt', '*tokens*.json', 'chat_template*')
-
-def _tokenizer_folder(path, revision):
-    if Path(path).is_dir(): return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-    from httpx2 import HTTPError
-    try: return Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
-    except HFValidationError: raise UserError(f"tokenizer {path!r}: no such folder here, and no name that a Hub repo may have") from None
-    except (HTTPError, OSError) as e: raise hub_problem(e, f"tokenizer {path}") from None
-
-MOST_TOKENS = 10_000_000 # of a vocabulary; the largest public ones have 300,000
-
-def _read_tekken(f): # Version, and the default settings of v15 as the JSON that mistral-common writes
-    if not f.exists(): return 0,None
-    d = read_json(f)
-    with reading('tekken.json', 'download it again'):
-        if any(isinstance(v, (int,float)) and v>MOST_TOKENS for v in d['config'].values()): raise ValueError('more tokens than any vocabulary has')
-        effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
-        return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
-
-def _check_patterns(rust, what): # What the tokenizer's file makes of every text: https://huggingface.co/docs/tokenizers/components
-    def walk(d):
-        if isinstance(d, list): return any(map(walk, d))
-        if not isinstance(d, dict): return False
-        bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]', 'x', str(d.get('Regex') or '')) # without escapes and character classes
-        return bool(re.search(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]', bare)) or any(map(walk, d.values()))
-    def growth(d): # Most characters that one becomes, steps after one another multiplied
-        if isinstance(d, list): return math.prod(map(growth, d))
-        return max(1, len(str(d.get('content') or '')))*math.prod(map(growth, d.values())) if isinstance(d, dict) else 1
-    parts = [json.loads(part.__getstate__()) for part in (rust.normalizer, rust.pre_tokenizer) if part]
-    if any(map(walk, parts)) or growth(parts)>64:
-        raise UserError(f"{what}: it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever: choose another")
-
-def open_tokenizer(
-    folder:Path, # With the tokenizer's files
-    what:str, # How an error names it
-): # Tokenizer as transformers reads it
-    "Load somebody else's tokenizer: no code of theirs, no file outside of the folder, no endless pattern."
-    from transformers import AutoTokenizer
-    parts = {f.name: read_json(f, what=f"{what}: {f.name}") for n in ('tokenizer_config','tokenizer','special_tokens_map','config') if (f := folder/f'{n}.json').is_file()}
-    if (cfg := parts.get('tokenizer_config.json', {})).get('auto_map'): _say_code(what)
-    named = {k: None for k in cfg if k.endswith('_file')} # paths of the machine where it was saved
-    for k in named: named[k] = next((str(f) for f in [folder/f"{dict(tokenizer_file='tokenizer.json', merges_file='merges.txt').get(k, '')}"] if f.is_file()), None)
-    with reading(what, 'download it again, or choose another'):
-        tok = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False, **named)
-        rust = tok.backend_tokenizer
-        rust.no_padding(); rust.no_truncation()
-        _check_patterns(rust, what)
-    return tok
-
-def vocabulary_size(
-    tok, # Tokenizer
-)->int: # One more than its largest id, which is more than `len(tok)` where ids are left out
-    "How many rows a tokenizer needs of an embedding."
-    return max(tok.get_vocab().values())+1
-
-def check_vocabulary(
-    tok_len:int, # Rows that the tokenizer needs, from `vocabulary_size`
-    rows, # Rows that the embedding has, or the model's config
-    name:str='tokenizer', # How an error names the tokenizer
-):
-    "Refuse a tokenizer that gives ids which the model doesn't have."
-    if not isinstance(rows, int): rows = rows.get_text_config().vocab_size
-    if tok_len>rows: raise UserError(f"{name}: it has {tok_len:,} tokens, and the model's embedding {rows:,} rows: take the tokenizer that belongs to the model, or enlarge the model first (resize_token_embeddings)")
-
-def _check_folder(tok, folder): # A tokenizer may lie there without a model
-    from transformers import AutoConfig
-    if not (folder/'config.json').exists(): return
-    try:
-        with reading('config.json'): cfg = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except UserError: return
-    if isinstance(getattr(cfg.get_text_config(), 'vocab_size', None), int): check_vocabulary(vocabulary_size(tok), cfg, f"tokenizer {tok.name_or_path!r}")
-
-def load_tokenizer(
-    path:str, # Hub id or local folder
-    revision:str=None, # Commit of the Hub repo
-): # Tokenizer with the training chat template and `pad_token != eos_token`
-    "Load a base model's tokenizer the same way whether or not mistral-common is installed."
-    folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
-    version,settings = _read_tekken(folder/'tekken.json')
-    models = sorted(folder.glob('*.model*'))
-    if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')):
-        with reading(what): tok = sentencepiece_tokenizer(models[0])
-    elif not any((folder/f).exists() for f in ('tokenizer.json','tekken.json','vocab.json')): raise UserError(f"{what}: no tokenizer.json, tekken.json or SentencePiece model that can be read there")
-    else: tok = open_tokenizer(folder, what)
-    tok.name_or_path = str(path)
-    settings = settings or tok.init_kwargs.pop('model_settings', None)
-    name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
-    _,control,template = FORMATS[name]
-    if name!='mistral-v15': settings = None
-    elif settings and not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)): # it becomes part of the template
-        raise UserError(f"{what}: its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs: choose another")
-    if settings: tok.init_kwargs['model_settings'] = settings
-    vocab = tok.get_vocab()
-    if name!='chatml':
-        tok.bos_token = '<s>'
-        if getattr(tok.backend_tokenizer.model, 'byte_fallback', False): _as_sentencepiece(tok.backend_tokenizer)
-    tok.eos_token = control[1]
-    if not (pad := next((p for p in PADS if p in vocab and p!=tok.eos_token), None)): raise UserError(f"tokenizer {tok.name_or_path!r}: it has none of {', '.join(PADS)} to pad with")
-    tok.pad_token,tok.chat_template = pad,template.replace('SETTINGS]SETTINGS[', f"SETTINGS]{tok.init_kwargs.get('model_settings')}[")
-    _check_folder(tok, folder)
-    return tok
-
-def check_messages(
-    messages:list, # Dicts with `role` (system, user, assistant) and `content`
-    name:str='row', # How an error names the row
-)->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
-    "Check one conversation and bring it into the form that every format can write."
-    def bad(why, v): raise UserError(f"{name}: {why}, got {excerpt(v, 60)!r}: mend or remove it in the dataset")
-    if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
-    out = []
-    for i,m in enumerate(messages):
-        role,text = (m.get('role'),m.get('content')) if isinstance(m, dict) else (None,m)
-        if role not in ('system','user','assistant'): bad(f"turn {i} has an unknown role", role)
-        if not isinstance(text, str): bad(f"turn {i} ({role}) must have text as `content`", text)
-        if not text.strip(): bad(f"turn {i} ({role}) is empty", text)
-        try: text.encode()
-        except UnicodeEncodeError: bad(f"turn {i} ({role}) holds half a surrogate pair", text.encode('ascii','replace').decode())
-        if out and out[-1]['role']==role!='system': out[-1]['content'] += f"\n\n{text}"
-        else: out.append(dict(role=role, content=text))
-    first = next((m['role'] for m in out if m['role']!='system'), None)
-    if first!='user': bad("the conversation must open with a user turn", first)
-    while out[-1]['role']!='assistant':
-        out.pop()
-        if not out: bad("no assistant turn to learn from", [m['role'] for m in messages if isinstance(m, dict)])
-    return out
-
-def encode_chats(
-    tok, # Tokenizer from `load_tokenizer`
-    chats:list, # Conversations that passed `check_messages`
-)->list: # Pairs of `input_ids` and `mask` (1 where the loss looks), lists of int of equal length
-    "Encode conversations with their assistant masks, in one pass."
-    parts_of,control,_ = FORMATS[chat_format(tok)]
-    args = [tok.convert_tokens_to_ids(list(control)), *filter(None, [tok.init_kwargs.get('model_settings')])]
-    chats = [list(parts_of(c, *args)) for c in chats]
-    texts = list({p for c in chats for p,_ in c if isinstance(p, str)}) # each once: headers and system turns come back all the time
-    rust = tok.backend_tokenizer
-    rust.encode_special_tokens = True # text that reads like a control token stays text
-    try:
-        with reading(f"tokenizer {tok.name_or_path!r}: a text"): ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
-    finally: rust.encode_special_tokens = False
-    out = []
-    for c in chats:
-        seq,mask = [],[]
-        for p,sup in c:
-            new = [p] if isinstance(p, int) else ids_of[p]
-            seq += new; mask += [int(sup)]*len(new)
-        out.append((seq,mask))
-    return out
-
-def encode_prompt(
-    tok, # Tokenizer from `load_tokenizer`
-    messages:list, # Conversation that ends with a user turn
-)->list: # `input_ids` up to where the assistant begins to write
-    "Encode a conversation that the model is to continue."
-    ids,mask = encode_chats(tok, [check_messages([*messages, dict(role='assistant', content='x')], 'prompt')])[0]
-    return ids[:max(i for i,m in enumerate(mask) if m and not mask[i-1])]
-
-def drop_exchanges(
-    messages:list, # Checked conversation
-    n:int=1, # How many, fewer than it has user turns
-)->list: # The same from user turn `n` on, with all system turns
-    "Shorten a conversation by its oldest exchanges."
-    start = [i for i,m in enumerate(messages) if m['role']=='user'][n]
-    return [m for m in messages[:start] if m['role']=='system'] + messages[start:]
-
-def encode_fitting(
-    tok, # Tokenizer from `load_tokenizer`
-    chats:list, # Checked conversations
-    max_length:int=2048, # Tokens a conversation may have
-)->list: # `(input_ids, mask, exchanges lost)`, or None for a conversation that can't be made to fit
-    "Encode conversations; those that are too long lose no more exchanges than they must."
-    out = [(ids,mask,0) for ids,mask in encode_chats(tok, chats)]
-    users = {i:sum(m['role']=='user' for m in chats[i]) for i,o in enumerate(out) if len(o[0])>max_length}
-    span = {i:[1,n] for i,n in users.items()} # by bisection, so that a thousand exchanges take ten attempts
-    while tries := {i:(a+b)//2 for i,(a,b) in span.items() if a<b}:
-        for (i,n),(ids,mask) in zip(tries.items(), encode_chats(tok, [drop_exchanges(chats[i], n) for i,n in tries.items()])):
-            if len(ids)<=max_length: out[i],span[i][1] = (ids,mask,n),n
-            else: span[i][0] = n+1
-    for i,n in users.items():
-        if span[i][0]==n: out[i] = None
-    return out
-
-def encode_dataset(
-    ds, # `datasets.Dataset` with a `messages` column
-    tok, # Tokenizer from `load_tokenizer`
-    max_length:int=2048, # Tokens a conversation may have
-    max_dropped:float=0.05, # Share of conversations that may be lost before the run is refused
-    name:str='dataset', # How an error names it
-    held_out:bool=False, # Is it only measured? Then no loss is too much
-)->tuple: # Dataset of `input_ids` and `labels` (-100 where the loss doesn't look), and a report
-    "Encode every conversation of a dataset and say what became of it."
-    import numpy as np, pyarrow.compute as pc
-    from datasets import Features, List, Value
-    from datasets.fingerprint import Hasher
-    if 'messages' not in ds.column_names: raise UserError(f"{name}: no `messages` column, got {ds.column_names}: each row needs a list of turns")
-    def enc(batch, idxs):
-        chats = [check_messages(m, f"{name} row {i}") for i,m in zip(idxs, batch['messages'])]
-        rows = [r for r in encode_fitting(tok, chats, max_length) if r]
-        return dict(input_ids=[ids for ids,_,_ in rows], labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows], lost=[n for _,_,n in rows])
-    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False, desc='Tokenising',
-                 features=Features(input_ids=List(Value('int32')), labels=List(Value('int32')), lost=Value('int32')),
-                 new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
-    dropped = len(ds)-len(out)
-    if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
-    if not held_out and (not len(out) or dropped/len(ds)>max_dropped):
-        raise UserError(f"{name}: {dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}: raise MAX_LENGTH or shorten them")
-    t = out.with_format('arrow')[:]
-    n,sup = pc.list_value_length(t['labels']).to_numpy(),pc.sum(pc.not_equal(pc.list_flatten(t['labels']), -100)).as_py()
-    return out.remove_columns('lost'),dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped,
-        tokens=int(n.sum()), supervised=sup, supervised_share=round(sup/int(n.sum()),3), **dict(zip(('p50','p95','max'), np.percentile(n, [50,95,100]).astype(int).tolist())))
-
-def control_ids(
-    tok, # Tokenizer
-)->set: # Ids of all tokens that text can't become
-    "The control tokens of a tokenizer."
-    return {i for i,t in tok.added_tokens_decoder.items() if t.special}
-
-def show_labels(
-    tok, # Tokenizer from `load_tokenizer`
-    ids:list, # `input_ids` of one conversation
-    mask:list, # 1 where the loss looks
-)->str: # HTML that needs no style sheet
-    "One conversation as coloured tokens."
-    special,sp = control_ids(tok),getattr(tok.backend_tokenizer.model, 'byte_fallback', False)
-    def span(i, m):
-        text = escape(tok.convert_ids_to_tokens(i).replace('▁',' ') if sp else tok.decode([i])).replace('\n','⏎<br>')
-        style = f"background:{'#9be3a8' if m else '#e4e4e4' if i in special else 'none'};color:{'#111' if m or i in special else 'inherit'};border-radius:3px;padding:0 1px;white-space:pre-wrap"
-        return f'<span style="{style}" title="{i}{" · supervised" if m else ""}">{text}</span>'
-    return '<div style="font-family:monospace;line-height:1.7">' + ''.join(span(i,m) for i,m in zip(ids,mask)) + '</div>'
-
-def label_invariants(
-    tok, # Tokenizer from `load_tokenizer`
-    rows:list, # Pairs of `input_ids` and mask, one a conversation
-    answers:int=None, # Assistant turns that they have, where it is known
-)->list: # Dicts of `what`, `asked`, `actual`, `ok`
-    "Count what must hold for the labels of a whole dataset."
-    import numpy as np
-    ids,mask = (np.concatenate([np.asarray(r[i], dtype=np.int64) for r in rows]) for i in (0,1))
-    first = np.zeros(len(ids), bool); first[np.cumsum([0]+[len(r[0]) for r in rows[:-1]])] = True
-    sup,eos = mask==1,ids==tok.eos_token_id
-    ends = sup & ~np.append(sup[1:] & ~first[1:], False)
-    begins = sup & (first | ~np.insert(sup[:-1], 0, False))
-    n = int(begins.sum())
-    checks = [('conversations', len(rows), len(rows)), ('answers', n if answers is None else answers, n),
-        ('answers that end in EOS', n, int((ends & eos).sum())), ('supervised EOS tokens', n, int((sup & eos).sum())),
-        ('other control tokens supervised', 0, int((sup & ~eos & np.isin(ids, list(control_ids(tok)))).sum())),
-        ('pad tokens', 0, int((ids==tok.pad_token_id).sum())), ('first tokens supervised', 0, int((sup & first).sum())),
-        ('conversations without an answer', 0, int((np.add.reduceat(sup, np.flatnonzero(first))==0).sum()))]
-    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in checks] + [dict(what='share of tokens supervised', asked='', actual=f'{sup.mean():.1%}', ok='')]
-
-def read_chats(
-    lines, # Lines of JSONL, as bytes or text
-)->list: # Checked conversations
-    "Read conversations; a bad line is an error that names it."
-    chats = []
-    for n,line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except (ValueError, RecursionError) as e: raise UserError(f"line {n}: this is no JSON ({excerpt(e, 80)}): write one conversation a line") from None
-        chats.append(check_messages(row.get('messages') if isinstance(row, dict) else row, f'line {n}'))
-    return chats
-
-def write_labels(
-    tok, # Tokenizer from `load_tokenizer`
-    lines, # Lines of JSONL
-    out, # Text file to write to
-    html:bool=False, # A page to look at instead of JSONL?
-):
-    "Write the labels of conversations."
-    rows = []
-    for batch in chunked(read_chats(lines), 256):
-        for ids,mask in encode_chats(tok, batch):
-            if html: rows.append((ids,mask))
-            else: out.write(json.dumps(dict(input_ids=ids, assistant_mask=mask))+'\n')
-    if not html: return
-    table = text_table(label_invariants(tok, rows)) if rows else 'no conversations'
-    out.write(f'<!doctype html><meta charset=utf-8><title>labels</title><pre>{escape(table)}</pre>' + '<hr>'.join(show_labels(tok, *r) for r in rows))
-
-def _model_class(config): # transformers' class for the language model
-    from transformers import AutoModelForCausalLM
-    try: return AutoModelForCausalLM._model_mapping[type(config.get_text_config())]
-    except KeyError: raise UserError(f"model type {config.model_type!r}: transformers has no causal language model of it: choose one that has") from None
-
-def _bare_model(config): # A language model on the meta device, which has shapes and no storage
-    import torch
-    from transformers import AutoModelForCausalLM
-    name = getattr(config, '_name_or_path', '') or config.model_type
-    with reading(f"base model {name}: its config.json", 'choose a causal language model'), torch.device('meta'):
-        return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
-
-STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
-
-def check_layers(
-    config, # Of a model, from `AutoConfig`
-    name:str='base model', # How an error names the model
-):
-    "Refuse a model whose layers don't keep packed conversations apart."
-    kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
-    if kinds or _model_class(config)._is_stateful: raise UserError(f"{name}: its layers ({', '.join(sorted(kinds)) or 'recurrent'}) carry a state from one conversation of a packed row into the next: choose a model whose layers are all attention")
-
-def _blind(cls): # The same model class, built without a vision tower
-    def __init__(self, config):
-        cls.__init__(self, config)
-        self.model.vision_tower = self.model.multi_modal_projector = None
-    return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
-
-def base_config(
-    base:dict, # As `resolve_base` gives it
-): # transformers' config
-    "A base model's config, or a line on why it can't be trained."
-    from transformers import AutoConfig
-    what = f"base model {base['id']!r}"
-    with reading(f"{what}: its config.json", 'choose a causal language model', hub=not Path(base['id']).is_dir()):
-        _model_config(base['id'], base['revision'])
-        try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'], trust_remote_code=False)
-        except (ValueError, KeyError): raise UserError(f"{what}: its config.json names no architecture that transformers knows: choose a causal language model") from None
-        if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
-        check_layers(cfg, what)
-        _bare_model(cfg) # it can be built
-    return cfg
-
-def check_size(
-    folder:str, # Of a base model
-    config, # Its config
-):
-    "Refuse a base whose config asks for more weights than its files hold."
-    folder,what = Path(folder),f"base model {str(folder)!r}"
-    shards = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), what)
-    there = sum(math.prod(t['shape']) for n in shards for t in read_header(folder/n)[0].values())
-    asked = sum(p.numel() for p in _bare_model(config).parameters())
-    if asked>2*there: raise UserError(f"{what}: its config.json asks for {asked:,} weights, and its files hold {there:,}: fetch it again, or choose another") # a head may be tied
-
-def load_model(
-    base:dict, # As `resolve_base` gives it
-    load_in_4bit:bool=True, # NF4 with double quantisation?
-    attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
-    shard:bool=False, # Will ranks share it? (its 4 bits are then stored as bf16)
-): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
-    "Load a base model for training."
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
-    cfg = base_config(base)
-    if load_in_4bit: say_unquantised(cfg)
-    cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
-    cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
-    if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
-    with reading(f"base model {base['id']!r}", hub=not here):
-        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation, use_safetensors=True,
-            trust_remote_code=False, quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
-    model.config.get_text_config().use_cache = False
-    return model
 
 LORA_TARGETS = ('q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj')
-
-def lora_targets(
-    text:str, # Names of linear layers, by comma, or `all-linear`
-)->tuple: # The same names sorted, each once; `('all-linear',)` stands for all
-    "Read which layers are to be adapted: however they are written, the same layers give the same run."
-    names = sorted({n.strip() for n in text.split(',')}-{''})
-    if not names or not all(n=='all-linear' or n.isidentifier() for n in names): raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
-    return ('all-linear',) if 'all-linear' in names else tuple(names)
-
-def language_layers(
-    model, # Causal language model, with or without an adapter
-)->dict: # Name within the decoder → linear layer
-    "The linear layers of a language model, without its head."
-    import torch
-    head = model.get_output_embeddings()
-    return {n:l for n,l in model.get_decoder().named_modules() if isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n}
-
-def decoder_layers(
-    model, # Causal language model
-): # `nn.ModuleList`
-    "The layers of its decoder, whatever they are called."
-    import torch
-    return next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
-
-def resolve_targets(
-    model, # Without an adapter; on the meta device, too
-    targets:tuple, # From `lora_targets`
-)->tuple: # Last parts of the names of linear layers, sorted
-    "The layers that a model has of those to be adapted."
-    linear = {n.split('.')[-1] for n in language_layers(model)}
-    names = linear-{n.split('.')[-1] for n,m in model.get_decoder().named_modules() if n.split('.')[-1] in linear and n not in language_layers(model)}
-    if missing := set(targets)-names-{'all-linear'}:
-        raise UserError(f"lora_target_modules: {model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}: choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
-    return tuple(sorted(names if 'all-linear' in targets else targets))
-
-def say_unquantised(
-    config, # Of the base model
-)->float: # Share of its layers' weights that can be in 4 bits
-    "Say how much of a model stays in bf16."
-    m = _bare_model(config)
-    linear,whole = (sum(p.numel() for p in ps) for ps in ([l.weight for l in language_layers(m).values()], decoder_layers(m).parameters()))
-    if linear<.9*whole: log.warning(f"NF4: {1-linear/whole:.0%} of the layers' weights ({2*(whole-linear)/2**30:.1f} GiB) are no linear layers, such as experts: they stay in bf16, and aren't adapted")
-    return linear/whole
-
-def add_lora(
-    model, # From `load_model`
-    lora_r:int=16, # Rank
-    lora_alpha:int=32, # The update is scaled by lora_alpha/lora_r
-    lora_dropout:float=0.0, # Share of the adapter's inputs set to zero in training
-    lora_target_modules:tuple=LORA_TARGETS, # Linear layers to adapt, from `lora_targets`
-    seed:int=0, # Of lora_A's random start
-    revision:str=None, # The base's commit, for `adapter_config.json`; None for a folder
-): # `PeftModel` whose adapter is fp32 and changes nothing yet
-    "Put a fresh adapter on the language model."
-    from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
-    names = resolve_targets(model, lora_target_modules)
-    stem = r'.*\.language_model\..*' if any('.language_model.' in n for n,_ in model.named_modules()) else '.*'
-    set_seed(seed)
-    return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
-        target_modules=rf"{stem}\.({'|'.join(map(re.escape, names))})"), revision=revision)
-
-def register_varlen():
-    "Register torch's variable-length flash attention with transformers, as `varlen`."
-    import torch
-    from torch.nn.attention.varlen import varlen_attn
-    from transformers import AttentionInterface, AttentionMaskInterface
-    gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
-    def varlen(module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
-        b,h,t,d = query.shape
-        q,k,v = (x.transpose(1,2).reshape(b*t,-1,d).contiguous() for x in (query,key,value)) # a slice would keep all of what it is cut from
-        window = (sliding_window-1 if sliding_window else -1, 0) # tokens before and after a token; transformers counts the token itself
-        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **gqa)
-        return o.view(b,t,h,d),None
-    AttentionInterface.register('varlen', varlen)
-    AttentionMaskInterface.register('varlen', lambda *args, **kwargs: None)
-
-def _why_not_varlen(cls, c):
-    if not (cls._supports_flash_attn and cls._supports_attention_backend): return f"{cls.__name__} knows no flash attention"
-    drop = next((k for k,v in c.to_dict().items() if 'att' in k and 'drop' in k and v), None)
-    if drop: return f"flash attention would leave out {drop}={getattr(c, drop)}"
-    d = getattr(c, 'qk_head_dim', None) or getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
-    if (getattr(c, 'v_head_dim', None) or d)!=d: return f"its queries have {d} dimensions a head, its values {c.v_head_dim}"
-    if d>256: return f"its heads have {d} dimensions, flash attention takes 256"
-
-def choose_attention(
-    config, # Of the base model, from `base_config`
-)->tuple: # Name in transformers' `AttentionInterface`, and why
-    "The attention kernel for packed rows that this model and this machine can run."
-    import torch
-    cls,c = _model_class(config),config.get_text_config()
-    if not cls._supports_sdpa: return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long rows"
-    if not torch.cuda.is_available(): return 'sdpa',"there is no CUDA device"
-    if torch.cuda.get_device_capability()<(8,0): return 'sdpa',f"{torch.cuda.get_device_name()} is older than Ampere"
-    if why := _why_not_varlen(cls, c): return 'sdpa',why
-    register_varlen()
-    return 'varlen',"flash attention, conversation by conversation"
-
-def _take_rng(devices):
-    import random, numpy as np, torch
-    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
-        cuda={d: torch.cuda.get_rng_state(d) for d in devices})
-
-def _put_rng(states):
-    import random, numpy as np, torch
-    random.setstate(states['python'])
-    np.random.set_state(states['numpy'])
-    torch.set_rng_state(states['torch'])
-    for d,s in states['cuda'].items(): torch.cuda.set_rng_state(s, d)
-
-def _packable(model): # 4-bit layers that bitsandbytes repacks for good when they first run in eval mode on a CPU with AVX512-BF16
-    return [m for m in model.modules() if getattr(m, 'support_avx512bf16_for_cpu', False) and m.weight.device.type=='cpu']
-
-@contextmanager
-def undisturbed(
-    model, # Model that may be in training
-    tok, # Its tokenizer
-):
-    "Evaluation mode, cache, left padding and no gradients inside; all of it, and every random state, put back after."
-    import torch
-    cfg = model.config.get_text_config() # a multimodal config has no cache of its own
-    modes,use_cache,side,attn = [(m,m.training) for m in model.modules()],cfg.use_cache,tok.padding_side,cfg._attn_implementation
-    rng = _take_rng({p.device for p in model.parameters() if p.device.type=='cuda'})
-    packs = [(m.weight, m.weight.data, m.weight.quant_state, copy.copy(vars(m.weight.quant_state))) for m in _packable(model)]
-    try:
-        model.eval()
-        cfg.use_cache,tok.padding_side = True,'left'
-        if attn=='varlen': cfg._attn_implementation = 'sdpa' # it knows neither caches nor padding
-        with torch.inference_mode(), torch.compiler.set_stance('force_eager'): yield # compiled layers were made for training's shapes
-    finally:
-        for w,data,qs,state in packs:
-            w.data = data
-            vars(qs).clear(); vars(qs).update(state)
-        for m,t in modes: m.training = t
-        cfg.use_cache,tok.padding_side,cfg._attn_implementation = use_cache,side,attn
-        _put_rng(rng)
-
-def sanity_line(
-    model, # Any causal language model
-    tok, # From `load_tokenizer`
-)->tuple: # What it replies, greedily, and the perplexity of the right answer
-    "Ask for the capital of France."
-    import torch
-    q,a = dict(role='user', content='What is the capital of France?'),dict(role='assistant', content='The capital of France is Paris.')
-    ids,mask = (torch.tensor([x], device=model.device) for x in encode_chats(tok, [[q,a]])[0])
-    p = torch.tensor([encode_prompt(tok, [q])], device=model.device)
-    with undisturbed(model, tok):
-        out = model.generate(input_ids=p, attention_mask=torch.ones_like(p), max_new_tokens=12, do_sample=False, pad_token_id=tok.pad_token_id)
-        nll = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0,:-1].float(), ids[0,1:], reduction='none')[mask[0,1:]==1].mean()
-    return tok.decode(out[0, p.shape[1]:], skip_special_tokens=True),nll.exp().item()
-
-def audit(
-    model, # From `add_lora`
-    tok, # From `load_tokenizer`
-    load_in_4bit:bool=True, # Was NF4 asked for?
-    attn_implementation:str='sdpa', # Attention kernel asked for
-    lora_target_modules:tuple=LORA_TARGETS, # Layers asked for, from `lora_targets`
-    ask:bool=True, # Ask it something?
-)->list: # Dicts of `what`, `asked`, `actual`, `ok`
-    "Compare what was asked for with what is there."
-    mods = list(model.named_modules())
-    base = [m for n,m in mods if n.split('.')[-1]=='base_layer']
-    train = {n:p for n,p in model.named_parameters() if p.requires_grad}
-    q4 = [m for _,m in mods if type(m).__name__=='Linear4bit' and type(m).__module__.startswith('bitsandbytes')] # PEFT has a class of that name too
-    emb,head = model.get_input_embeddings().weight,model.get_output_embeddings().weight
-    text = model.config.get_text_config()
-    bare = _bare_model(model.config)
-    targets,linear = resolve_targets(bare, lora_target_modules),[n.split('.')[-1] for n in language_layers(bare)]
-    rows = [('adapted layers', sum(n in targets for n in linear), len(base)),
-            ('4-bit layers', len(linear) if load_in_4bit else 0, len(q4)),
-            ('quantisation', ['nf4 double bfloat16'] if load_in_4bit else [], sorted({f"{m.weight.quant_type}{' double' if m.weight.quant_state.nested else ''} {str(m.compute_dtype)[6:]}" for m in q4})),
-            ('trained', ['lora_A','lora_B'], sorted({k.split('.')[-3] for k in train})),
-            ("adapter's dtype", ['float32'], sorted({str(p.dtype)[6:] for p in train.values()})),
-            ('head tied', bool(text.tie_word_embeddings), emb.data_ptr()==head.data_ptr()),
-            ("embedding's dtype", 'bfloat16', str(emb.dtype)[6:]),
-            ('attention', attn_implementation, text._attn_implementation),
-            ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
-            ('vocabulary fits', True, vocabulary_size(tok)<=emb.shape[0]),
-            ('vision tower', 'none', 'loaded' if any('vision_tower' in k for k,_ in model.named_parameters()) else 'none')]
-    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in targets}
-    facts = {'base model': f"{type(model.get_base_model()).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}",
-             'trained parameters': f"{sum(by.values()):,}: " + ', '.join(f'{k} {v:,}' for k,v in by.items()),
-             'tokenizer': f"{type(tok).__name__}, {chat_format(tok)}, EOS {tok.eos_token_id}, pad {tok.pad_token_id}"}
-    if ask: facts['it says'] = '{!r}; perplexity of the right answer {:,.1f}'.format(*sanity_line(model, tok))
-    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows] + [dict(what=w, asked='', actual=b, ok='') for w,b in facts.items()]
-
-def check_audit(
-    rows:list, # From `audit`
-):
-    "Refuse to train on anything but what was asked for."
-    if bad := [r for r in rows if r['ok'] is False]:
-        raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
-
-FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer') # those that `fast` knows
-SUCCESSOR_SHAPE = dict(hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-    vocab_size=131072, tie_word_embeddings=True) # of SUCCESSOR, for a plan before anything is downloaded
-HEAD_LOGITS = 2**27 # the head takes so many at a time
-
-def memory_plan(
-    config, # Of the base model, from `AutoConfig`
-    per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
-    max_length:int=2048, # Tokens of a row
-    gradient_checkpointing:bool=False, # Recompute whole layers?
-    optim:str='adamw_torch_fused', # Name in transformers
-    torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
-    load_in_4bit:bool=True, # NF4 with double quantisation?
-    lora_r:int=16, # Rank of the adapter
-    lora_dropout:float=0.0, # With one, without NF4, shared or not all adapted, layers aren't `fast`'s
-    lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
-    supervised:float=0.5, # Share of tokens that the loss looks at
-    shards:int=1, # Ranks that share the layers, by FSDP
-)->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
-    "Predict the memory of a GPU in training."
-    import torch
-    c,m = config.get_text_config(),_bare_model(config)
-    linear = language_layers(m)
-    known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(resolve_targets(m, tuple(lora_target_modules)))
-    fast = load_in_4bit and not lora_dropout and shards==1 and known
-    four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
-    layers = four*(1/2/shards + (1/c.num_hidden_layers if shards>1 else 0)) # its own part, and two layers that are together at a time
-    load = layers + four*(1/64+4/64/256+4/64*fast) + 2*(sum(p.numel() for p in m.parameters())-four)
-    names = resolve_targets(m, tuple(lora_target_modules))
-    targets = [l for n,l in linear.items() if n.split('.')[-1] in names]
-    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))/shards
-    h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
-    attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
-    if not _model_class(config)._supports_sdpa: attention += 8*heads*max_length # scores, as transformers' plainest attention keeps them
-    ours = 4*h + attention + 4*f + 18*lora_r + 8
-    lora = 2*lora_r*len(targets)/n_layers
-    eager,compiled = 12*h+attention+8*f+lora, 4*h+attention+4*f+lora
-    tokens = per_device_train_batch_size*max_length
-    kept,again = (ours, ours+2*f+4*h) if fast else (compiled if torch_compile and shards==1 else eager, eager)
-    acts = tokens*(again+2*h*n_layers if gradient_checkpointing else kept*n_layers)
-    sup = supervised*tokens
-    turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, 0 if fast else tokens*10*f)
-    gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
-    return {k:v/2**30 for k,v in gib.items()}
-
-# ------------------------------------------------------------------------------
-# kernels: What a decoder layer does between its matrix products, in one pass over the GPU's memory each
-# ------------------------------------------------------------------------------
-
-def pow2(
-    n:int, # Any
-    least:int=16, # Tensor cores take no smaller matrix
-)->int: # At least both
-    "The next power of two: Triton's blocks have such sides."
-    return max(least, 1<<(n-1).bit_length())
-
-@functools.cache
-def _norm_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def norm(h, y, w, total, x, rstd, s, eps, n, ADD: tl.constexpr, N: tl.constexpr):
-        r = tl.program_id(0).to(tl.int64)
-        c = tl.arange(0, N); ok = c<n
-        v = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)
-        if ADD:
-            v = (v + tl.load(y+r*n+c, mask=ok, other=0.).to(tl.float32)).to(tl.bfloat16)
-            tl.store(total+r*n+c, v, mask=ok)
-            v = v.to(tl.float32)
-        k = tl.rsqrt(tl.sum(v*v, 0)/n + eps)
-        tl.store(rstd+r, k)
-        tl.store(x+r*s+c, (v*k).to(tl.bfloat16).to(tl.float32)*tl.load(w+c, mask=ok, other=0.).to(tl.float32), mask=ok)
-    return norm
-
-def add_norm(
-    h, # Residual stream, (rows, hidden)
-    y, # What a block adds to it; None for nothing
-    norm, # Module with `weight` and `variance_epsilon`
-    x, # Buffer, (rows, hidden+rank): its left part becomes the norm
-)->tuple: # The sum, and one over the RMS of its rows
-    "Add, and normalise."
-    import torch
-    rows,n = h.shape
-    total,rstd = h if y is None else torch.empty_like(h),torch.empty(rows, dtype=torch.float32, device=h.device)
-    if rows: _norm_kernel()[(rows,)](h, y, norm.weight, total, x, rstd, x.stride(0), norm.variance_epsilon, n, ADD=y is not None, N=pow2(n), num_warps=8)
-    return total,rstd
-
-@functools.cache
-def _norm_mean_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def norm_mean(h, w, rstd, d, xa, mean, z_rms, s, n, R: tl.constexpr, N: tl.constexpr):
-        r = tl.program_id(0).to(tl.int64)
-        c,j = tl.arange(0, N),tl.arange(0, R); ok = c<n
-        k = tl.load(rstd+r)
-        t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*tl.load(w+c, mask=ok, other=0.).to(tl.float32)*k
-        z = tl.load(d+r*s+n+j).to(tl.float32)
-        m = tl.sum(t*tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32), 0) + tl.sum(z*tl.load(xa+r*R+j).to(tl.float32), 0)
-        tl.store(mean+r, m/n)
-        tl.store(z_rms+r*R+j, z*k)
-    return norm_mean
-
-@functools.cache
-def _norm_back_kernel():
-    import triton, triton.language as tl
-    @triton.jit(do_not_specialize=['rows'])
-    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n, R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
-        r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
-        here = (r<rows)[:,None]; r = r.to(tl.int64)[:,None]
-        c = (tl.program_id(1)*N + tl.arange(0, N))[None,:]; ok = here & (c<n)
-        k,m = tl.load(rstd+r, mask=here, other=0.),tl.load(mean+r, mask=here, other=0.)
-        g = tl.zeros((ROWS,N), tl.float32)
-        for i in range(0, R, RANKS):
-            b = i + tl.arange(0, RANKS)
-            g = tl.dot(tl.load(d+r*s+n+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*n+c, mask=c<n, other=0.), g)
-        g += tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32)
-        t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*k
-        dx = k*(g*tl.load(w+c, mask=c<n, other=0.).to(tl.float32) - t*m)
-        tl.store(dh+r*n+c, dx + tl.load(skip+r*n+c, mask=ok, other=0.).to(tl.float32), mask=ok)
-    return norm_back
-
-def norm_back(
-    h, # What was normalised, (rows, hidden)
-    rstd, # One over the RMS of its rows
-    norm, # Module with `weight`
-    d, # Gradient of the product's input, (rows, hidden+rank)
-    a, # `lora_A`, (rank, hidden)
-    xa, # What it made of the norm, (rows, rank)
-    skip, # Gradient that went past the block
-)->tuple: # Gradient of `h`, and that of `xa` over the RMS
-    "Back through `lora_A`, the norm and the sum."
-    import torch
-    rows,n = h.shape
-    dh,mean,z_rms = torch.empty_like(h),torch.empty_like(rstd),torch.empty_like(xa)
-    if not rows: return dh,z_rms
-    _norm_mean_kernel()[(rows,)](h, norm.weight, rstd, d, xa, mean, z_rms, d.stride(0), n, R=len(a), N=pow2(n), num_warps=8)
-    _norm_back_kernel()[(-(-rows//32), -(-n//128))](h, norm.weight, rstd, d, a, mean, skip, dh, d.stride(0), rows, n, R=len(a), RANKS=min(len(a), 64), ROWS=32, N=128, num_warps=4)
-    return dh,z_rms
-
-@functools.cache
-def _swiglu_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def swiglu(gu, x, s, n, N: tl.constexpr):
-        r = tl.program_id(0).to(tl.int64)
-        c = tl.program_id(1)*N + tl.arange(0, N); ok = c<n
-        g,u = tl.load(gu+r*2*n+c, mask=ok, other=0.).to(tl.float32),tl.load(gu+r*2*n+n+c, mask=ok, other=0.).to(tl.float32)
-        tl.store(x+r*s+c, (g*tl.sigmoid(g)).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
-    return swiglu
-
-def swiglu(
-    gu, # Gate and up, (rows, 2·width)
-    x, # Buffer, (rows, width+rank): its left part becomes silu(gate)·up
-):
-    "What the down projection reads."
-    n = gu.shape[1]//2
-    if len(gu): _swiglu_kernel()[(len(gu), -(-n//2048))](gu, x, x.stride(0), n, N=2048)
-
-@functools.cache
-def _swiglu_back_kernel():
-    import triton, triton.language as tl
-    @triton.jit(do_not_specialize=['rows','each'])
-    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
-        j,c = tl.arange(0, R),tl.program_id(0)*N + tl.arange(0, N)
-        low = tl.load(a+j[:,None]*n+c[None,:], mask=(c<n)[None,:], other=0.)
-        grad_a,grad_g,grad_u = tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32)
-        first = tl.program_id(1)*each
-        for i in range(first, min(first+each, rows), ROWS):
-            r = i + tl.arange(0, ROWS); ok = (r<rows)[:,None] & (c<n)[None,:]; r = r.to(tl.int64)[:,None]
-            p = gu+r*2*n+c[None,:]
-            g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
-            z = tl.load(d+r*s+n+j[None,:], mask=r<rows, other=0.)
-            dx = tl.dot(z, low) + tl.load(d+r*s+c[None,:], mask=ok, other=0.).to(tl.float32)
-            w = tl.sigmoid(g)
-            x = ((g*w).to(tl.bfloat16).to(tl.float32)*u).to(tl.bfloat16)
-            dg,du = (dx*u*w*(1+g*(1-w))).to(tl.bfloat16),(dx*g*w).to(tl.bfloat16)
-            tl.store(p, dg, mask=ok)
-            tl.store(p+n, du, mask=ok)
-            q = xa+r*s_xa+j[None,:]; own = (r<rows) & (j<RANK)[None,:]
-            grad_a = tl.dot(tl.trans(z), x, grad_a)
-            grad_g = tl.dot(tl.trans(tl.load(q, mask=own, other=0.)), dg, grad_g)
-            grad_u = tl.dot(tl.trans(tl.load(q+RANK, mask=own, other=0.)), du, grad_u)
-        p = grads + (tl.program_id(1)*3*R+j)[:,None]*n + c[None,:]; ok = (c<n)[None,:]
-        tl.store(p, grad_a, mask=ok); tl.store(p+R*n, grad_g, mask=ok); tl.store(p+2*R*n, grad_u, mask=ok)
-    return swiglu_back
-
-def swiglu_back(
-    gu, # Gate and up; they become their gradients
-    d, # Gradient of the product's input, (rows, width+ranks)
-    a, # `lora_A` of the down projection, (ranks, width)
-    xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more)
-    rank:int, # Of the adapter
-)->tuple: # Gradients of down's `lora_A`, and of gate's and up's `lora_B`, fp32
-    "Back through `lora_A` and SwiGLU, with the gradients of the adapters on both sides of it."
-    import torch
-    rows,n,R = len(gu),gu.shape[1]//2,len(a)
-    each = max(512, 64*-(-rows//512)) # rows of a program: at most eight share a column
-    grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
-    N = max(16, min(64, 2048//R))
-    if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=32, N=N, num_warps=4, num_stages=2)
-    a,g,u = grads.sum(0)[:,:rank]
-    return a,g.t(),u.t()
-
-@functools.cache
-def _rope_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def rope(qkv, cos, sin, q_scale, s, heads_q, heads, HALF: tl.constexpr, HEADS: tl.constexpr):
-        t = tl.program_id(0).to(tl.int64)
-        h,c = tl.arange(0, HEADS)[:,None],tl.arange(0, HALF)[None,:]
-        p = qkv + t*s + h*2*HALF + c; ok = h<heads
-        x,y = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+HALF, mask=ok, other=0.).to(tl.float32)
-        k = tl.where(h<heads_q, tl.load(q_scale+t), 1.)
-        u,v = tl.load(cos+t*2*HALF+c).to(tl.float32)*k,tl.load(sin+t*2*HALF+c).to(tl.float32)*k
-        tl.store(p, x*u-y*v, mask=ok); tl.store(p+HALF, y*u+x*v, mask=ok)
-    return rope
-
-def rope(
-    qkv, # Queries, keys and values of each token, (tokens, (heads_q+2·heads_k)·head_dim); the first two are turned in place
-    turn:tuple, # `cos` and `sin`, (tokens, head_dim), and what queries are multiplied by, (tokens,)
-    heads:tuple, # Query heads, key heads, head_dim
-):
-    "Rotary position embedding."
-    q,k,d = heads
-    _rope_kernel()[(len(qkv),)](qkv, *turn, qkv.stride(0), q, q+k, HALF=d//2, HEADS=pow2(q+k), num_warps=8)
-
-TILE = 64 # rows of a document that a program of the attention kernels takes
-
-def attention_tiles(
-    sizes:list, # Tokens of each document, in order
-)->list: # Of each program: a tile of queries, its document's first row and end; a tile of keys, its document's end
-    "Cut documents into tiles: queries with the longest document first, keys with most behind them first."
-    from itertools import accumulate
-    docs = zip(sizes, accumulate(sizes, initial=0))
-    queries = [(t,a,a+n) for n,a in sorted(docs, key=lambda d: -d[0]) for t in range(a, a+n, TILE)]
-    keys = sorted(((t,end) for t,_,end in queries), key=lambda k: k[0]-k[1])
-    return [q+k for q,k in zip(queries, keys)]
-
-@functools.cache
-def _attend_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def attend(qkv, out, lse, tiles, s, s_o, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
-        h,i = tl.program_id(0),tl.program_id(1)
-        start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
-        r,c = start + tl.arange(0, N),tl.arange(0, D)[None,:]
-        here = (r<end)[:,None]
-        q = tl.load(qkv + r.to(tl.int64)[:,None]*s + h*D + c, mask=here, other=0.)
-        m,l,o = tl.full((N,), -float('inf'), tl.float32),tl.zeros((N,), tl.float32),tl.zeros((N,D), tl.float32)
-        for n in range(first, start+N, M):
-            j = n + tl.arange(0, M)
-            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
-            k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
-            z = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.dot(q, tl.trans(k))*scale, -float('inf'))
-            top = tl.maximum(m, tl.max(z, 1))
-            e,a = tl.exp2(z-top[:,None]),tl.exp2(m-top)
-            l = l*a + tl.sum(e, 1)
-            o = tl.dot(e.to(tl.bfloat16), v, o*a[:,None])
-            m = top
-        tl.store(out + r.to(tl.int64)[:,None]*s_o + h*D + c, o/l[:,None], mask=here)
-        tl.store(lse + h.to(tl.int64)*total + r, m+tl.log2(l), mask=r<end)
-    return attend
-
-def attend(
-    qkv, # After `rope`
-    o, # Buffer, (tokens, heads_q·head_dim+rank): its left part becomes the output
-    tiles, # From `attention_tiles`, an int32 tensor
-    heads:tuple, # Query heads, key heads, head_dim
-    scale:float, # Of the scores
-): # log2 of the sum of exponentials of each row's scores, (heads_q, tokens)
-    "Causal attention within documents; see https://arxiv.org/abs/2307.08691."
-    import torch
-    q,k,d = heads
-    lse = torch.empty(q, len(qkv), dtype=torch.float32, device=qkv.device)
-    _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, qkv.stride(0), o.stride(0), len(qkv), scale*1.4426950408889634, HQ=q, HK=k, D=d, N=TILE, M=32, num_warps=4, num_stages=2) # log2(e): exp2 is what GPUs have
-    return lse
-
-@functools.cache
-def _attend_dq_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
-        h,i = tl.program_id(0),tl.program_id(1)
-        start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
-        r,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
-        here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]; own = row*s_d+h*D+c
-        g = tl.zeros((N,D), tl.float32)
-        for i in range(0, R, RANKS):
-            b = i + tl.arange(0, RANKS)
-            g = tl.dot(tl.load(d+row*s_d+HQ*D+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*HQ*D+h*D+c), g)
-        g = (g + tl.load(d+own, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
-        mean = tl.sum(g.to(tl.float32)*tl.load(o+own, mask=here, other=0.).to(tl.float32), 1)
-        at = h.to(tl.int64)*total+r
-        tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
-        q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
-        dq = tl.zeros((N,D), tl.float32)
-        for n in range(first, start+N, M):
-            j = n + tl.arange(0, M)
-            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
-            k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
-            e = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.exp2(tl.dot(q, tl.trans(k))*(scale*1.4426950408889634) - top[:,None]), 0.)
-            dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])).to(tl.bfloat16), k, dq)
-        x,y = tl.split(tl.permute(tl.reshape(dq*(scale*tl.load(q_scale+r, mask=r<end, other=0.))[:,None], (N,2,D//2)), (0,2,1)))
-        u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
-        p = dqkv + row*s + h*D + f
-        tl.store(p, x*u+y*v, mask=here); tl.store(p+D//2, y*u-x*v, mask=here)
-    return attend_dq
-
-@functools.cache
-def _attend_dkv_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
-        b,i = tl.program_id(0),tl.program_id(1)
-        start,end = tl.load(tiles+5*i+3),tl.load(tiles+5*i+4)
-        j,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
-        here = (j<end)[:,None]; row = j.to(tl.int64)[:,None]
-        p = qkv + row*s + (HQ+b)*D + c
-        k,v = tl.load(p, mask=here, other=0.),tl.load(p+HK*D, mask=here, other=0.)
-        dk,dv = tl.zeros((N,D), tl.float32),tl.zeros((N,D), tl.float32)
-        steps = tl.cdiv(end-start, M)
-        for i in range(0, steps*(HQ//HK)): # one loop, so that loads run ahead from head to head
-            h,r = b*(HQ//HK) + i//steps,start + i%steps*M + tl.arange(0, M)
-            ok = (r<end)[:,None]; at = r.to(tl.int64)[:,None]
-            q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
-            top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
-            e = tl.where((r[None,:]>=j[:,None]) & (r<end)[None,:], tl.exp2(tl.dot(k, tl.trans(q))*(scale*1.4426950408889634) - top[None,:]), 0.)
-            dv = tl.dot(e.to(tl.bfloat16), g, dv)
-            dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])).to(tl.bfloat16), q, dk)
-        x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1)))
-        u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
-        p = dqkv + row*s + (HQ+b)*D
-        tl.store(p+f, x*u+y*v, mask=here); tl.store(p+D//2+f, y*u-x*v, mask=here); tl.store(p+HK*D+c, dv, mask=here)
-    return attend_dkv
-
-def attend_back(
-    qkv, # After `rope`
-    o, # Output of `attend`
-    lse, # Its other one
-    d, # Gradient of the product's input, (tokens, heads_q·head_dim+rank)
-    a, # `lora_A` of the output projection, (rank, heads_q·head_dim)
-    turn:tuple, # As for `rope`
-    tiles, # As for `attend`
-    heads:tuple, # Query heads, key heads, head_dim
-    scale:float, # Of the scores
-): # Gradient of `qkv` before `rope`
-    "Back through `lora_A`, attention and position."
-    import torch
-    (q,k,n),total = heads,len(qkv)
-    delta,out = torch.empty_like(lse),torch.empty_like(qkv)
-    rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
-    keys,queries,stages = (64,32,3) if n<=128 else (16,16,2) # of a step: heads of 256 dimensions fit the smallest card, too
-    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), RANKS=min(len(a), 64), M=keys, num_stages=2)
-    _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=queries, num_stages=stages)
-    return out
-
-@functools.cache
-def _unpack_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def unpack(packed, absmax, code, b, out, n_bytes, rows, end1, end2, k, s, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-        i,blocks = tl.program_id(0),tl.cdiv(n_bytes, BLOCK)
-        if i<blocks:
-            at = i*BLOCK + tl.arange(0, BLOCK)
-            inside = at<n_bytes
-            x = tl.load(packed+at, mask=inside, other=0).to(tl.int32)
-            scale = tl.load(absmax + at//32, mask=inside, other=0.)
-            v = tl.interleave(tl.load(code + (x>>4))*scale, tl.load(code + (x&15))*scale)
-            e = i*BLOCK*2 + tl.arange(0, BLOCK*2)
-            tl.store(out + (e//k)*s + e%k, v.to(tl.bfloat16), mask=e<n_bytes*2)
-        else:
-            r = ((i-blocks)*ROWS + tl.arange(0, ROWS))[:,None]
-            own = RANK*((r>=end1).to(tl.int32)+(r>=end2).to(tl.int32))
-            j = tl.arange(0, R)[None,:]-own
-            up = tl.load(b + r*RANK + j, mask=(r<rows) & (j>=0) & (j<RANK), other=0.)
-            tl.store(out + r*s + k + j+own, up, mask=r<rows)
-    return unpack
-
-def unpack(
-    packed, # Weights of up to three projections under one another, two a byte
-    absmax, # Scale of each block of 64 weights
-    code, # The 16 steps of NF4
-    b, # Their `lora_B` under one another, (rows, rank), bf16
-    ends:list, # Row after each projection but the last
-    out, # Buffer, (rows, width+ranks)
-): # The buffer
-    "Weights, and `lora_B` beside them."
-    n,rows,k = packed.numel(),len(b),packed.numel()*2//len(b)
-    end1,end2 = [*ends, rows, rows][:2]
-    R = out.shape[1]-k
-    ROWS = max(1, min(64, 4096//R)) # `lora_B` is taken so many rows at a time
-    _unpack_kernel()[(-(-n//1024)+-(-rows//ROWS),)](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=R, BLOCK=1024, ROWS=ROWS)
-    return out
-
-@functools.cache
-def _nll_kernel():
-    import triton, triton.language as tl
-    @triton.jit
-    def nll(z, targets, loss, dz, n, N: tl.constexpr):
-        r = tl.program_id(0).to(tl.int64)
-        t = tl.load(targets+r)
-        m,l = tl.full((N,), -1e38, tl.float32),tl.zeros((N,), tl.float32)
-        for i in range(0, n, N):
-            c = i + tl.arange(0, N)
-            v = tl.load(z+r*n+c, mask=c<n, other=-1e38)
-            top = tl.maximum(m, v)
-            l = l*tl.exp(m-top) + tl.exp(v-top)
-            m = top
-        top = tl.max(m, 0)
-        lse = top + tl.log(tl.sum(l*tl.exp(m-top), 0))
-        tl.store(loss+r, lse - tl.load(z+r*n+t))
-        for i in range(0, n, N):
-            c = i + tl.arange(0, N)
-            p = tl.exp(tl.load(z+r*n+c, mask=c<n, other=-1e38)-lse)
-            tl.store(dz+r*n+c, tl.where(c==t, p-1, p), mask=c<n)
-    return nll
-
-def nll_rows(
-    z, # Logits, (rows, vocabulary), fp32
-    targets, # The right token of each row
-    dtype, # Of the gradient
-)->tuple: # Negative log-likelihood of each, in nats, and the gradient of their sum
-    "Cross-entropy and its gradient."
-    import torch
-    loss,dz = torch.empty(len(z), dtype=torch.float32, device=z.device),torch.empty(z.shape, dtype=dtype, device=z.device)
-    if len(z): _nll_kernel()[(len(z),)](z, targets, loss, dz, z.shape[1], N=min(4096, pow2(z.shape[1])), num_warps=8)
-    return loss,dz
-
-# ------------------------------------------------------------------------------
-# fast: A model's layers in few, large products: adapters that ride on their base's product, kernels of our own between, and a loss that looks at supervised tokens only
-# ------------------------------------------------------------------------------
-
-def _mm32(a, b):
-    import torch
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float()@b.float()
-
-class LoraGroup:
-    "Adapted 4-bit projections that read the same input, as one."
-    def __init__(self,
-        mods:list, # PEFT's `Linear4bit` modules, in the order of their outputs
-        norm=None, # Module through which they read; None for none
-    ):
-        import torch, bitsandbytes.functional as F
-        weights = [m.base_layer.weight for m in mods]
-        states = [w.quant_state for w in weights]
-        self.packed,self.code,self.kept = torch.cat([w.data.flatten() for w in weights]),states[0].code,None
-        for w,p in zip(weights, self.packed.split([w.numel() for w in weights])): w.data = p.view(w.shape) # they lie in one place only
-        self.absmax = torch.cat([(F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax for s in states])
-        self.width,self.sizes = mods[0].in_features,[m.out_features for m in mods]
-        self.ends = [sum(self.sizes[:i+1]) for i in range(len(mods)-1)]
-        self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
-        self.ranks = pow2(self.rank*len(mods)) # columns for all of them
-        self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
-        self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of a row of `lora_A`'s gradients
-        if norm is not None: self.factor *= norm.weight.detach()
-        rest = self.ranks-self.rank*len(mods)
-        self.blank = [torch.zeros(rest, self.width, device=self.code.device)]*(rest>0) # none empty: one empty tensor, and `cat` is four times slower
-
-    def room(self,
-        rows:int, # Of the input
-    ): # Uninitialised, (rows, width+ranks)
-        "A buffer for an input and what `lora_A` makes of it."
-        import torch
-        return torch.empty(rows, self.width+self.ranks, dtype=torch.bfloat16, device=self.code.device)
-
-@patch
-def weight(self:LoraGroup): # (outputs, width+ranks), bf16
-    "Weights, with `lora_B` beside them."
-    if self.kept is not None: return self.kept
-    return unpack(self.packed, self.absmax, self.code, self.b, self.ends, self.b.new_empty(sum(self.sizes), self.width+self.ranks))
-
-@patch
-def forward(self:LoraGroup,
-    x, # From `room`, its left part written
-)->tuple: # Outputs, (rows, outputs), and what `lora_A` makes of the input, (rows, ranks)
-    "All projections at once."
-    import torch
-    xa = torch.mm(x[:,:self.width], self.a.t())
-    x[:,self.width:] = xa
-    return torch.mm(x, self.weight().t()),xa
-
-FEW_ROWS = 6144 # up to here two products are faster: 4,096 rows take 211 µs on an H200 instead of 243, 8,192 take 440 instead of 431
-
-@patch
-def back(self:LoraGroup,
-    dy, # Gradient of the outputs
-    apart:bool=False, # In two products?
-): # (rows, width+ranks)
-    "Gradients of the input and of what `lora_A` made of it, side by side."
-    import torch
-    w = self.weight()
-    if not apart: return dy@w
-    d = dy.new_empty(len(dy), w.shape[1])
-    for c in (slice(self.width), slice(self.width, None)): torch.mm(dy, w[:,c], out=d[:,c])
-    return d
-
-@patch
-def grad_b(self:LoraGroup,
-    dy, # Gradient of the outputs
-    xa, # From `forward`
-)->list: # fp32, one a projection
-    "Gradients of `lora_B`."
-    return [d[:,i*self.rank:(i+1)*self.rank] for i,d in enumerate(_mm32(dy.t(), xa).split(self.sizes))]
-
-@patch
-def grad_a(self:LoraGroup,
-    dxa, # Gradient of what `lora_A` made, (rows, ranks)
-    x, # What it had read, (rows, width), but for a norm's weights
-)->list: # fp32, one a projection, yet to be scaled
-    "Gradients of `lora_A`."
-    return list(_mm32(dxa.t(), x)[:self.rank*len(self.sizes)].split(self.rank))
-
-def _nll(z, targets, dtype):
-    import torch
-    if z.is_cuda: return nll_rows(z, targets, dtype)
-    p = z.log_softmax(-1)
-    return -p.gather(1, targets[:,None])[:,0],(p.exp()-torch.nn.functional.one_hot(targets, z.shape[1])).to(dtype)
-
-@functools.cache
-def _head_loss():
-    import torch
-
-    class HeadLoss(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, h, weight, targets):
-            nll,dh = h.new_zeros((), dtype=torch.float32),torch.empty_like(h)
-            rows = max(HEAD_LOGITS//weight.shape[0], 1)
-            for x,y,d in zip(h.split(rows), targets.split(rows), dh.split(rows)):
-                if not len(y): break
-                part,dz = _nll(_mm32(x, weight.t()), y, weight.dtype)
-                nll += part.sum()
-                if ctx.needs_input_grad[0]: torch.mm(dz, weight, out=d)
-            ctx.save_for_backward(dh)
-            return nll
-        @staticmethod
-        def backward(ctx, g): return (ctx.saved_tensors[0].float()*g).to(ctx.saved_tensors[0].dtype), None, None
-    return HeadLoss
-
-def supervised_nll(
-    hidden, # What enters the head, (rows, hidden)
-    weight, # Of the head, (vocabulary, hidden); gets no gradient
-    targets, # The right token of each row
-): # Sum of their negative log-likelihoods in nats, fp32
-    "Cross-entropy of the rows that have a label."
-    return _head_loss().apply(hidden.to(weight.dtype), weight, targets)
-
-class FastLayer:
-    "A decoder layer: four groups, and kernels between."
-    def __init__(self,
-        layer, # Of transformers, adapted by PEFT
-        scale:float, # Of attention's scores
-    ):
-        at,mlp = layer.self_attn,layer.mlp
-        self.norm1,self.norm2 = layer.input_layernorm,layer.post_attention_layernorm
-        self.qkv,self.o = LoraGroup([at.q_proj,at.k_proj,at.v_proj], self.norm1),LoraGroup([at.o_proj])
-        self.gu,self.down = LoraGroup([mlp.gate_proj,mlp.up_proj], self.norm2),LoraGroup([mlp.down_proj])
-        self.groups = [self.qkv, self.o, self.gu, self.down]
-        self.heads,self.scale = (self.qkv.sizes[0]//at.head_dim, self.qkv.sizes[1]//at.head_dim, at.head_dim),scale
-
-@patch
-def forward(self:FastLayer,
-    h, # Residual stream, (tokens, hidden)
-    y, # What the layer before adds to it; None for nothing
-    turn:tuple, # As for `rope`
-    tiles, # As for `attend`
-    keep=None, # Rows that go on after attention, filled up with len(h) for none; None for all
-)->tuple: # Residual stream, what this layer adds to it, and what `backward` needs
-    "Through attention and the MLP."
-    x = self.qkv.room(len(h))
-    h,rms1 = add_norm(h, y, self.norm1, x)
-    qkv,xa1 = self.qkv.forward(x)
-    rope(qkv, turn, self.heads)
-    o = self.o.room(len(h))
-    lse = attend(qkv, o, tiles, self.heads, self.scale)
-    on,on_o = (h,o) if keep is None else (t.index_select(0, keep.clamp(max=len(h)-1)) for t in (h,o))
-    y,xa2 = self.o.forward(on_o)
-    x = self.gu.room(len(y))
-    on,rms2 = add_norm(on, y, self.norm2, x)
-    gu,xa3 = self.gu.forward(x)
-    x = self.down.room(len(y))
-    swiglu(gu, x)
-    y,xa4 = self.down.forward(x)
-    return on,y,(h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4)
-
-@patch
-def backward(self:FastLayer,
-    saved:tuple, # From `forward`; used up
-    dh, # Gradient of the residual stream after the layer
-    turn:tuple, # As in `forward`
-    tiles, # As in `forward`
-    keep=None, # As in `forward`
-    first:bool=False, # Does nothing below it learn?
-)->tuple: # Gradient of the residual stream before the layer, and those of the groups' `lora_A`, yet to be scaled, and `lora_B`
-    "Back through the MLP and attention."
-    h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
-    d,b4 = self.down.back(dh),self.down.grad_b(dh, xa4)
-    a4,*b3 = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
-    d = self.gu.back(gu)
-    dh,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
-    a3 = self.gu.grad_a(z, on)
-    d,b2,w = self.o.back(dh),self.o.grad_b(dh, xa2),self.o.width
-    a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
-    if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
-    dqkv = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
-    b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
-    if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
-    else: dh,z = norm_back(h, rms1, self.norm1, self.qkv.back(dqkv, len(dqkv)<=FEW_ROWS), self.qkv.a, xa1, dh)
-    a1 = self.qkv.grad_a(z, h)
-    return dh,[*a1, *a2, *a3, a4],[*b1, *b2, *b3, *b4]
-
-class Stack:
-    "All layers of a decoder."
-    def __init__(self,
-        decoder, # Of a `PeftModel`: see `why_not_fast`
-    ):
-        import torch
-        scale = decoder.layers[0].self_attn.scaling
-        self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
-        self.passes,self.replays,self.kept = {},{},[] # the last from `keep_weights`: each kind of group's, of all layers
-        self.groups = [g for l in self.layers for g in l.groups]
-        self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
-        self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
-        self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
-
-    def turn(self,
-        h, # Embedded tokens, (rows, tokens, hidden)
-        position_ids, # Each document's from 0, (rows, tokens)
-    )->tuple: # As for `rope`
-        "How queries and keys are turned, and queries scaled."
-        import torch
-        cos,sin = (t.flatten(0,1).contiguous() for t in self.rotary(h, position_ids))
-        scale,beta = torch.ones(len(cos), device=h.device),self.rope.get('llama_4_scaling_beta')
-        if beta: scale += beta*torch.log1p(torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])) # transformers' get_llama_4_attn_scale
-        return cos,sin,scale
-
-    def lower(self):
-        "The adapter in bf16, scaled."
-        import torch
-        a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
-        b = torch.cat([p.detach().flatten() for g in self.groups for p in g.lora_b])
-        a,b = a.to(torch.bfloat16),b.to(torch.bfloat16)
-        for g,x,y in zip(self.groups, a.split([g.ranks*g.width for g in self.groups]), b.split([sum(g.sizes)*g.rank for g in self.groups])):
-            g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
-        b,at = b.view(len(self.layers), -1),0
-        for kept,g in zip(self.kept, self.layers[0].groups):
-            for i,w in enumerate(kept.split(g.sizes, 1)): # a projection of every layer, (layers, outputs, width+ranks)
-                c,n = g.width+i*g.rank,w.shape[1]*g.rank
-                w[:,:,c:c+g.rank] = b[:,at:at+n].view(len(w), -1, g.rank)
-                at += n
-
-@patch
-def forward(self:Stack,
-    h, # Embedded tokens, (tokens, hidden)
-    cos, sin, scale, # From `turn`
-    tiles, # From `attention_tiles`, an int32 tensor
-    keep, # Supervised rows, filled up with len(h)
-)->tuple: # What enters the head, (len(keep), hidden), and what `backward` needs
-    "Through all layers and the last norm."
-    import torch
-    self.lower()
-    y,saved = None,[]
-    for l in self.layers:
-        h,y,s = l.forward(h, y, (cos,sin,scale), tiles, keep if l is self.layers[-1] else None)
-        saved.append(s[0] if self.checkpoint else s)
-    x = torch.empty_like(h)
-    return x,[*saved, add_norm(h, y, self.norm, x)]
-
-@patch
-def backward(self:Stack,
-    saved:list, # From `forward`; used up
-    dx, # Gradient of what enters the head
-    cos, sin, scale, tiles, keep, # As in `forward`
-): # Gradients of `params`, one after the other, fp32
-    "Back through the last norm and all layers."
-    import torch
-    (h,rms),none,grads_a,grads_b,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],[],(cos,sin,scale)
-    dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
-    for l in reversed(self.layers):
-        s,on = saved.pop(),keep if l is self.layers[-1] else None
-        if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
-        dh,a,b = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
-        grads_a,grads_b = a+grads_a,b+grads_b
-    grads = self.factor.new_empty(sum(p.numel() for p in self.params))
-    a,b = grads[:len(self.factor)],grads[len(self.factor):].view(-1, self.groups[0].rank)
-    torch.cat([g.flatten() for g in grads_a], out=a); torch.cat(grads_b, out=b) # the latter lie apart, and are read there
-    a *= self.factor
-    return grads
-
-@patch
-def __call__(self:Stack,
-    h, # Embedded tokens, (rows, tokens, hidden)
-    position_ids, # Each document's from 0, (rows, tokens)
-    tiles, # As in `forward`
-    keep, # As in `forward`
-): # What enters the head, with the adapter's gradients to come
-    "Let autograd pass."
-    import torch
-    with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
-
-@functools.cache
-def _through():
-    import torch
-    from accelerate.utils import reduce
-    class Through(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, stack, *given):
-            ctx.rest = stack,given[:6],stack.replay(given[:6])
-            if ctx.rest[2]: return ctx.rest[2].forward(given[:6])
-            x,ctx.saved = stack.forward(*given[:6])
-            return x
-
-        @staticmethod
-        def backward(ctx, dx):
-            stack,given,replay = ctx.rest
-            grads = reduce(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]), 'mean') # over ranks; a copy, since a recorded pass will write over its own
-            return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
-    return Through
-
-class Replay:
-    "A stack's passes over one shape of batch, recorded."
-    def __init__(self,
-        stack:Stack, # That ran on such a batch before
-        given:tuple, # What its `forward` takes
-    ):
-        import torch
-        torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
-        self.given,pool = [t.clone() for t in given],torch.cuda.graph_pool_handle()
-        self.there,self.back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.there, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
-        self.dx = torch.zeros_like(self.x)
-        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
-
-    def forward(self, given):
-        "Forward, on these tensors."
-        for to,t in zip(self.given, given): to.copy_(t)
-        self.there.replay()
-        return self.x.clone()
-
-    def backward(self, dx):
-        "Back from there."
-        self.dx.copy_(dx); self.back.replay()
-        return self.grads
-
-@patch
-def replay(self:Stack,
-    given:tuple, # What `forward` takes
-)->Replay: # None while such a batch is new, or where there are no graphs
-    "The recorded passes for a batch of this shape."
-    if not given[0].is_cuda: return None
-    shape = tuple(t.shape for t in given)
-    self.passes[shape] = self.passes.get(shape, 0)+1
-    if self.passes[shape]==4: self.replays[shape] = Replay(self, given)
-    return self.replays.get(shape)
-
-PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
-
-def _other_blocks(weight): # `unpack` knows one layout, a byte for two weights and a scale for 64
-    q = weight.quant_state
-    if q.blocksize!=64: return f"its NF4 has blocks of {q.blocksize} weights"
-    if weight.element_size()!=1 or q.shape.numel()%64: return "its NF4 isn't in bytes and whole blocks of 64 weights"
-
-def why_not_fast(
-    model, # From `add_lora`
-    max_length:int, # Tokens of a row
-)->str: # None if it can
-    "Why a model's layers can't be a `Stack`."
-    layers,c = decoder_layers(model.get_base_model()),model.config.get_text_config()
-    kinds = {type(l).__name__ for l in layers}
-    if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
-    mods = [getattr(getattr(l, part), k) for l in layers for part,names in PROJECTIONS.items() for k in names]
-    if not all(hasattr(m, 'lora_A') and hasattr(m.base_layer.weight, 'quant_state') and m.base_layer.weight.quant_type=='nf4' for m in mods): return "not every projection is in NF4 and adapted"
-    if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
-    if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
-    if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
-    if any(m.lora_dropout.default.p for m in mods if hasattr(m.lora_dropout.default, 'p')): return "lora_dropout isn't 0"
-    if c.hidden_act!='silu': return f"its activation is {c.hidden_act}"
-    if (getattr(c, 'sliding_window', None) or max_length)<max_length: return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
-    if c.attention_dropout: return f"its attention drops out weights ({c.attention_dropout})"
-    d = layers[0].self_attn.head_dim
-    if d!=pow2(d) or d>256: return f"its heads have {d} dimensions"
-
-def fast_layers(
-    model, # From `add_lora`
-    max_length:int, # Tokens of a row
-    checkpoint:bool=False, # Recompute each layer on the way back?
-)->Stack: # None where it can't be, for a reason that is logged
-    "Let a model's layers be a `Stack` in training."
-    import torch
-    if not torch.cuda.is_available(): why = "there is no CUDA device"
-    elif torch.cuda.get_device_capability()<(8,0): why = f"{torch.cuda.get_device_name()} is older than Ampere"
-    else: why = why_not_fast(model, max_length)
-    log.info(f"layers: {'transformers and PEFT, since '+why if why else 'kernels of our own'}")
-    if why: return None
-    stack = Stack(model.get_base_model().get_decoder())
-    stack.checkpoint = checkpoint
-    return stack
-
-def card_room()->float: # GiB; without a GPU, no limit
-    "What a run can have of this process's GPU: 6 % are left for fragments."
-    import torch
-    if not torch.cuda.is_available(): return float('inf')
-    return .94*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
-
-def keep_weights(
-    stack:Stack, # From `fast_layers`
-    room:float, # What training leaves of the card, in GiB
-)->float: # GiB that it takes; 0 where there is no room
-    "Unpack the weights once, if the card has room for them."
-    import torch
-    size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
-    if size>room: return 0.
-    stack.lower()
-    kinds = list(zip(*(l.groups for l in stack.layers)))
-    stack.kept = [torch.stack([g.weight() for g in groups]) for groups in kinds]
-    for groups,kept in zip(kinds, stack.kept):
-        for g,w in zip(groups, kept): g.kept = w
-    log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
-    return size
-
-def own_logits(
-    model, # Causal language model
-    own, # Its forward
-    rows, # What enters the head, (rows, hidden)
-): # Logits, (rows, vocabulary)
-    "What a model's own forward makes of rows that its decoder gives."
-    from transformers.modeling_outputs import MoeModelOutputWithPast
-    decoder = model.get_decoder()
-    kept = vars(decoder).get('forward')
-    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=rows[None])
-    try: return own(inputs_embeds=rows[None], use_cache=False).logits[0]
-    finally:
-        del decoder.forward
-        if kept: decoder.forward = kept
-
-def head_is_plain(
-    model, # Causal language model, whose forward is its own
-)->bool:
-    "Is a model's head one product, and nothing else?"
-    import torch
-    weight = model.get_output_embeddings().weight
-    rows = torch.linspace(-1, 1, weight.shape[1], device=weight.device).repeat(3, 1)*torch.tensor([[0.],[1.],[1000.]], device=weight.device)
-    with torch.no_grad(): logits,product = own_logits(model, model.forward, rows.to(weight.dtype)).float(),(rows.to(weight.dtype)@weight.t()).float()
-    return torch.allclose(logits, product, rtol=.02, atol=1e-3*product[1].abs().max().item())
-
-def own_nll(
-    model, own, rows, targets, # As for `own_logits` and `supervised_nll`
-): # As from `supervised_nll`
-    "The same loss, by the model's own head."
-    import torch
-    from torch.utils.checkpoint import checkpoint
-    def part(h, y): return torch.nn.functional.cross_entropy(own_logits(model, own, h).float(), y, reduction='sum')
-    n = max(HEAD_LOGITS//model.get_output_embeddings().weight.shape[0], 1)
-    return sum((checkpoint(part, h, y, use_reentrant=False) for h,y in zip(rows.split(n), targets.split(n)) if len(y)), rows.float().sum()*0)
-
-def add_supervised_head(
-    model, # Causal language model, before or after an adapter was put on it
-    stack=None, # From `fast_layers`
-):
-    "Let `model(…, supervised=positions, targets=tokens)` return `supervised_nll` of those positions."
-    own,plain = model.forward,head_is_plain(model)
-    if not plain: log.info(f"loss: by {type(model).__name__}'s own head, which does more than multiply (a cap, a scale or a bias); it is slower")
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, supervised=None, targets=None, tiles=None, keep=None, **kwargs):
-        if supervised is None: return own(*args, **kwargs)
-        if stack and self.training: rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)[:len(targets)]
-        else: rows = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0,1)[supervised]
-        return supervised_nll(rows, self.get_output_embeddings().weight, targets) if plain else own_nll(self, own, rows, targets)
-    model.forward = MethodType(forward, model)
-
-PACKED_ERROR = .2 # of what enters the head, as a share of it; bf16 makes a few hundredths, and what is wrong about 1
-
-def packed_error(
-    model, # Causal language model, with an adapter or without
-    tok, # Its tokenizer
-    stack=None, # From `fast_layers`
-    sizes:tuple=(24,16), # Tokens of each document, two or more
-)->float: # The worst token's
-    "How far a packed row is from its documents alone."
-    import torch
-    from itertools import accumulate
-    begins,dev,cfg = list(accumulate(sizes, initial=0)),model.get_input_embeddings().weight.device,model.config.get_text_config()
-    ids = torch.randint(min(1000, cfg.vocab_size), (1,begins[-1]), generator=torch.Generator().manual_seed(0)).to(dev)
-    position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
-    decoder,attn = model.get_decoder(),cfg._attn_implementation
-    given = dict(cu_seq_lens_q=torch.tensor(begins, dtype=torch.int32, device=dev), max_length_q=max(sizes)) if attn=='varlen' else {}
-    with undisturbed(model, tok):
-        alone = [decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0] for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
-        cfg._attn_implementation = attn
-        if stack: row = stack(model.get_input_embeddings()(ids), position, torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev), torch.arange(begins[-1], device=dev))
-        else: row = decoder(input_ids=ids, position_ids=position, use_cache=False, **given).last_hidden_state[0]
-        return max(((r-a).float().norm(dim=1)/a.float().norm(dim=1)).max().item() for r,a in zip(row.split(sizes)[1:], alone))
-
-def check_packed(
-    model, # Causal language model, with an adapter or without
-    tok, # Its tokenizer
-    max_length:int, # Tokens of a row
-    stack=None, # From `fast_layers`
-):
-    "Refuse a model that reads a packed row otherwise than its documents."
-    c = model.config.get_text_config()
-    rope = getattr(c, 'rope_parameters', None) or {}
-    for r in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
-        if r.get('rope_type') not in ('dynamic','longrope'): continue
-        if max_length>(known := r.get('original_max_position_embeddings') or c.max_position_embeddings):
-            raise UserError(f"MAX_LENGTH: beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}: set MAX_LENGTH={known}")
-    window = getattr(c, 'sliding_window', None) or max_length
-    error = packed_error(model, tok, stack, (24,16)+(window+32,)*(window<max_length))
-    if not error<PACKED_ERROR: raise UserError(f"{type(model).__name__}: in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head): choose another base model")
-
-# ------------------------------------------------------------------------------
-# shard: A model that is too large for one GPU: each holds a part of it, and the layers come together one at a time
-# ------------------------------------------------------------------------------
-
-def shard_options(
-    shard:bool, # Is there something to shard, and ranks to share it?
-)->dict: # For `TrainingArguments`
-    "FSDP2 in transformers' words."
-    return dict(fsdp=True, fsdp_config=dict(version=2, reshard_after_forward=True)) if shard else {}
-
-def prepare_sharding(
-    device, # This rank's
-    model, # From `add_lora`
-):
-    "To be done before the trainer is made."
-    for m in (model.get_input_embeddings(), model.get_output_embeddings()): m.to(device)
-    if device.type=='cpu': _shard_on_cpu(model)
-
-def _shard_on_cpu(model): # for rehearsals: accelerate shards over GPUs only, and bitsandbytes repacks weights in eval mode
-    from accelerate.state import DistributedType, PartialState
-    PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
-    for m in model.modules():
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
-
-def whole_tensor(
-    t, # Anything; a sharded tensor is gathered, so all ranks must ask
-): # The same; a tensor that was sharded is whole, and on the CPU
-    "Gather what is sharded."
-    from torch.distributed.tensor import DTensor
-    return t.full_tensor().cpu() if isinstance(t, DTensor) else t
-
-def whole_adapter(
-    model, # `PeftModel`; if it is sharded, all ranks must ask
-)->dict: # Name → tensor; None for a model that isn't sharded, which can be saved as it is
-    "The adapter of a sharded model."
-    from torch.distributed.fsdp import FSDPModule
-    if isinstance(model, FSDPModule): return {n:whole_tensor(p.detach()) for n,p in model.named_parameters() if p.requires_grad}
-
-def own_part(
-    t, # A tensor
-): # What this rank holds of it
-    "This rank's part of a tensor."
-    from torch.distributed.tensor import DTensor
-    return t.to_local() if isinstance(t, DTensor) else t
-
-def sharded_trainer(
-    Trainer, # Of `train`
-): # Its subclass for a model that is sharded
-    "A trainer whose checkpoints are those of one process."
-    import torch
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-    from torch.distributed.tensor import distribute_tensor
-    from torch.utils._pytree import tree_map
-    class ShardedTrainer(Trainer):
-        "Gathers what it saves, and cuts what it loads."
-        def train(self, resume_from_checkpoint=None, **kwargs):
-            logging.getLogger('torch.distributed.fsdp.fully_shard').setLevel(logging.ERROR) # it warns of a head that doesn't run, and so gathers nothing; there is nothing to gather
-            plugin = self.accelerator.state.fsdp_plugin
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-            plugin.ignored_modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
-            if resume_from_checkpoint: super()._load_from_checkpoint(resume_from_checkpoint)
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-        def _load_from_checkpoint(self, *args): "It has been, before the model was sharded."
-
-        def compute_loss_context_manager(self): return self.accelerator.autocast() # which accelerate puts around a model's forward, but not around one that it shards
-
-        def save_model(self, output_dir=None, _internal_call=False): self._save(output_dir, state_dict=whole_adapter(self.model))
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            states = dict(optimizer=tree_map(whole_tensor, self.optimizer.state_dict()), scheduler=self.lr_scheduler.state_dict())
-            if self.args.should_save: self.write_later(output_dir, states)
-
-        def _load_optimizer_and_scheduler(self, checkpoint):
-            if not checkpoint: return
-            saved = {k:torch.load(f'{checkpoint}/{k}.pt', map_location='cpu', weights_only=True) for k in ('optimizer','scheduler')}
-            params = [p for g in self.optimizer.param_groups for p in g['params']]
-            for i,state in saved['optimizer']['state'].items():
-                cut = lambda t: distribute_tensor(t.to(self.args.device), params[i].device_mesh, params[i].placements) if t.shape else t
-                saved['optimizer']['state'][i] = {k:cut(t) for k,t in state.items()}
-            self.optimizer.load_state_dict(saved['optimizer']); self.lr_scheduler.load_state_dict(saved['scheduler'])
-    return ShardedTrainer
-
-def check_sharded(
-    model, # As it is about to be trained
-    ranks:int, # That share it
-)->str: # One line
-    "Every 4-bit weight, and the adapter, must be in parts."
-    params = [p for layer in model.get_base_model().get_decoder().layers for p in layer.parameters()]
-    whole = [p for p in params if not hasattr(p, 'placements')]
-    if whole: raise UserError(f"FSDP: {len(whole)} of {len(params)} tensors of the layers are not sharded: the base must be loaded with `shard=True`, and trained by `make_trainer`")
-    here,all_ = (sum(p.nbytes for p in ps)/2**20 for ps in (map(own_part, params), params))
-    return f"layers are sharded over {ranks} rank{'s'*(ranks>1)}: {here:,.1f} of {all_:,.1f} MiB on this one, embedding and head whole on each" 
-
-# ------------------------------------------------------------------------------
-# train: Every option of a run, packed rows in an order that can be computed, and TRL's `SFTTrainer`
-# ------------------------------------------------------------------------------
 
 class TrainConfig:
     "Every option of a run."
@@ -2165,2014 +113,37 @@ class TrainConfig:
 
     def __repr__(self): return '\n'.join(f'{k}={v!r}' for k,v in self.asdict().items())
 
-def options()->dict: # name → `docment`, `anno` (type), `default`
-    "The options of `TrainConfig`, as read from its source."
-    return {k:v for k,v in docments(TrainConfig.__init__, full=True).items() if k not in ('self','return')}
+class UserError(ValueError):
+    "Something the user can mend: shown as one line, without a traceback."
 
-def option_part(
-    name:str, # Of an option
-)->str: # `weights`, `rows`, `rounding`, or an empty text where it changes nothing that is learnt
-    "What an option does to a run."
-    found = re.search(r'\{(\w+)\}$', options()[name]['docment'])
-    return found[1] if found else ''
-
-def option_range(
-    name:str, # Of an option
-): # (low end belongs to it, low end, high end, high end belongs to it); None where it has no interval
-    "The interval of an option's values."
-    m = re.search(r'([\[(])([\d.e-]+), ([\d.e-]+)([\])])( \{\w+\})?$', options()[name]['docment'])
-    return (m[1]=='[', float(m[2]), float(m[3]), m[4]==']') if m else None
-
-def env_options(
-    env:dict=None, # Environment; `os.environ` where None
-)->dict: # The options that it sets, in their types
-    "Read options from environment variables, `max_steps` from `MAX_STEPS`."
-    env,res = os.environ if env is None else env,{}
-    check_names(env)
-    for k,o in options().items():
-        if (v := env.get(k.upper(), '').strip()) == '': continue
-        kind = type(o['default'])
-        wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
-        try: res[k] = str2bool(v) if kind is bool else kind(v)
-        except (TypeError, ValueError): raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
-    return res
-
-#: what other trainers call our options
-OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='num_train_epochs', MAX_SEQ_LENGTH='max_length', MAX_SEQ_LEN='max_length',
-    CUTOFF_LEN='max_length', SEQUENCE_LEN='max_length', MICRO_BATCH_SIZE='per_device_train_batch_size', GRAD_ACCUM='gradient_accumulation_steps',
-    NUM_EPOCH='num_train_epochs', N_EPOCHS='num_train_epochs', MAX_EPOCHS='num_train_epochs', MAX_LEN='max_length', SEQ_LEN='max_length',
-    GRAD_ACC='gradient_accumulation_steps', GRAD_ACCUM_STEPS='gradient_accumulation_steps', LORA_TARGETS='lora_target_modules', OPTIMISER='optim',
-    LORA_RANK='lora_r', WARMUP_STEPS='warmup_ratio', OPTIMIZER='optim', SAVE_TOTAL_LIMIT='keep_checkpoints', EVALUATION_STEPS='eval_steps',
-    MODEL_NAME='base_model', MODEL_NAME_OR_PATH='base_model', MODEL_ID='base_model', DATASET='dataset_repo', DATASET_NAME='dataset_repo',
-    DATASET_ID='dataset_repo', RANDOM_SEED='seed', BATCHSIZE='per_device_train_batch_size', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
-
-def meant_option(
-    name:str, # Of an environment variable
-)->str: # Variable that was probably meant; None where the name is nobody's or is right
-    "The option that a misspelt variable means."
-    ours = [k.upper() for k in options()]
-    if name in ours or name.startswith('SM_'): return # SageMaker's
-    if name.upper() in ours: return name.upper()
-    if name in OTHER_NAMES: return OTHER_NAMES[name].upper()
-    words = name.split('_')
-    part = [o for o in ours if len(words)>1 and (o.endswith('_'+name) or o.startswith(name+'_'))]
-    least = .93 if name.startswith(('WANDB_', 'HF_')) or len(name)<7 else .85 # their own variables, and short names, are near by chance
-    if len(part)==1: return part[0]
-    near = difflib.get_close_matches(name, [*ours, *OTHER_NAMES], 1, least)
-    return OTHER_NAMES.get(near[0], near[0]).upper() if near else None
-
-def check_names(
-    env:dict, # Environment
-):
-    "Refuse variables that nearly have an option's name."
-    wrong = {k:o for k in env if env[k].strip() and (o := meant_option(k))}
-    if wrong: raise UserError('; '.join(f"{k}: no option has this name" for k in wrong) + f": set {', '.join(dict.fromkeys(wrong.values()))} instead, or unset it")
-
-PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
-
-def preset_options(
-    name:str, # Key of `PRESETS`
-)->dict: # `per_device_train_batch_size`, `max_length`, `learning_rate`
-    "What a preset stands for."
-    if name not in PRESETS: raise UserError(f"PRESET: must be one of {', '.join(PRESETS)}, got {name!r}")
-    rows,length = PRESETS[name]
-    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 at 2,944 tokens
-
-def parse_options(
-    p, # `ArgumentParser` that knows the options of `TrainConfig`, and perhaps others
-    argv:list=None, # Flags; `sys.argv[1:]` where None
-    env:dict=None, # Environment; `os.environ` where None
-)->dict: # Value of each option of the parser
-    "Flags over the environment over a preset."
-    given = env_options(env)
-    p.allow_abbrev = False
-    p.set_defaults(**given)
-    preset = vars(p.parse_args(argv))['preset']
-    if preset: p.set_defaults(**{**preset_options(preset), **given})
-    return vars(p.parse_args(argv))
-
-def read_config(
-    argv:list=None, # Flags; `sys.argv[1:]` where None
-    env:dict=None, # Environment; `os.environ` where None
-)->TrainConfig: # Checked
-    "Options from flags, then the environment, then the defaults."
-    @delegates(TrainConfig)
-    def train(**kwargs): "Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue."
-    args = parse_options(anno_parser(train), argv, env)
-    return check_config(TrainConfig(**{k:args[k] for k in options()}))
-
-OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'lion_32bit', 'lion_8bit',
-    'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd') # of transformers' names, those that are tried here
-ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
-
-def check_option(
-    name:str, # Of an option
-    value, # In its type
-):
-    "Refuse a value outside of an option's range."
-    def bad(why): raise UserError(f"{name.upper()}: {why}, got {value!r}")
-    if name in ONE_OF and value not in ONE_OF[name]:
-        near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
-        bad(f"must be one of {', '.join(ONE_OF[name])}{near}")
-    if not (ends := option_range(name)): return
-    low_in,low,high,high_in = ends
-    if (low<value or low_in and value==low) and (value<high or high_in and value==high): return
-    if low_in and value<low: bad(f"must be at least {low:.10g}")
-    bad(f"must be {'at least' if low_in else 'above'} {low:.10g} and {'at most' if high_in else 'below'} {high:.10g}")
-
-def check_config(
-    c:TrainConfig, # To be checked
-)->TrainConfig: # The same
-    "Refuse values that would fail, or do nothing, hours later."
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-    def bad(k, why): raise UserError(f"{k.upper()}: {why}, got {getattr(c,k)!r}")
-    for k in ('dataset_repo','hub_model_id'):
-        if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
-        if getattr(c,k).count('/')!=1: bad(k, "must have the form owner/name")
-        try: validate_repo_id(getattr(c,k))
-        except HFValidationError: bad(k, "must be a name that the Hub allows (letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)")
-    for k,v in c.asdict().items(): check_option(k, v)
-    for k in ('base_model','output_dir','scorer','wandb_project'):
-        if not getattr(c, k).strip(): bad(k, "must not be empty")
-    lora_targets(c.lora_target_modules) # or say that they name nothing
-    if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
-    if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
-    if c.hub_model_id.lower()==c.base_model.lower(): bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
-    c.output_dir = str(Path(c.output_dir).expanduser())
-    return c
-
-def pack_lengths(
-    lengths, # Tokens of each document
-    max_length:int, # Tokens a row holds
-)->list: # Rows, each a list of indices into `lengths`
-    "Best-fit-decreasing bin packing."
-    import numpy as np
-    lengths = np.asarray(lengths)
-    rows,room,free = [],[[] for _ in range(max_length+1)],0 # room[r]: rows with r tokens left; bit r of free: is there one?
-    for i in np.argsort(-lengths, kind='stable').tolist():
-        n = int(lengths[i])
-        fits = free>>n
-        if fits:
-            r = n + (fits & -fits).bit_length()-1
-            row = room[r].pop()
-            if not room[r]: free &= ~(1<<r)
-        else: row,r = len(rows),max_length; rows.append([])
-        rows[row].append(i)
-        room[r-n].append(row); free |= 1<<(r-n)
-    return rows
-
-def pack_dataset(
-    ds, # Dataset of `input_ids` and `labels`, from `encode_dataset`
-    max_length:int=2048, # Tokens a row holds
-    seed:int=0, # Of the order of the rows
-): # Dataset of `input_ids`, `labels` and `seq_lengths`, one packed row each
-    "Pack documents into rows: a pure function of the data and the seed."
-    import numpy as np, pyarrow as pa, pyarrow.compute as pc
-    from datasets import Dataset
-    cols = {k: ds.with_format('arrow')[:][k].combine_chunks() for k in ('input_ids','labels')}
-    lengths = pc.list_value_length(cols['input_ids']).to_numpy()
-    packs = pack_lengths(lengths, max_length)
-    packs = [packs[i] for i in np.random.default_rng(seed).permutation(len(packs))] # packing leaves them sorted by length
-    docs = np.concatenate(packs)
-    ends = lambda sizes: pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
-    flat = {k: v.take(pa.array(docs)).flatten().cast(pa.int32()) for k,v in cols.items()}
-    tokens = ends([int(lengths[p].sum()) for p in packs])
-    out = {k: pa.ListArray.from_arrays(tokens, v) for k,v in flat.items()}
-    out['seq_lengths'] = pa.ListArray.from_arrays(ends([len(p) for p in packs]), pa.array(lengths[docs], pa.int32()))
-    return Dataset(pa.table(out))
-
-def draw_order(
-    n_rows:int, # Rows of the packed dataset
-    n_draws:int, # How many rows the run draws, over all epochs
-    seed:int=0, # Of the run
-): # Array of `n_draws` row numbers
-    "Which rows a run draws, in order: each epoch a permutation of its own."
-    import numpy as np
-    epochs = -(-n_draws//n_rows)
-    return np.concatenate([np.random.default_rng([seed,e]).permutation(n_rows) for e in range(epochs)])[:n_draws]
-
-def collate_packed(
-    rows:list, # Rows of `pack_dataset`
-    max_length:int, # Every batch has this width, so that compiled code sees one shape
-    pad_id:int, # Token that fills up a row
-    max_docs:int=0, # Most documents in a row; if given, the flash kernel's list of document starts is made, always equally long
-    fill:tuple=None, # Tiles and supervised rows that a batch is filled up to; if given, `tiles` and `keep` for a `Stack` are made
-)->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); `supervised` positions in the flattened batch and their `targets`
-    "Stack packed rows; what fills a row up is one more document, without labels."
-    import numpy as np, torch
-    from itertools import accumulate
-    docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
-    ids,labels = np.full((len(rows), max_length), pad_id),np.full((len(rows), max_length), -100)
-    for i,r in enumerate(rows): ids[i,:len(r['input_ids'])] = r['input_ids']; labels[i,:len(r['labels'])] = r['labels']
-    position = np.concatenate([np.arange(n) for d in docs for n in d]).reshape(ids.shape)
-    batch = {k:torch.from_numpy(v) for k,v in dict(input_ids=ids, labels=labels, position_ids=position).items()}
-    follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten() # a position is asked for the token after it
-    batch['supervised'] = (follows!=-100).nonzero()[:,0]
-    batch['targets'] = follows[batch['supervised']]
-    if fill:
-        tiles,keep = attention_tiles([n for d in docs for n in d]),batch['supervised']
-        batch['tiles'] = torch.tensor(tiles+[(0,)*5]*(fill[0]-len(tiles)), dtype=torch.int32)
-        batch['keep'] = torch.nn.functional.pad(keep, (0,fill[1]-len(keep)), value=len(rows)*max_length)
-    if not max_docs: return batch
-    starts = list(accumulate((n for d in docs for n in d), initial=0))
-    starts += starts[-1:]*(len(rows)*(max_docs+1)+1-len(starts)) # empty documents at the end
-    cu = torch.tensor(starts, dtype=torch.int32)
-    return dict(**batch, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max_length, max_length_k=max_length)
-
-def run_steps(
-    cfg:TrainConfig, # Of the run
-    n_rows:int, # Rows of the packed training set
-)->int: # Optimizer steps of the whole run
-    "How many optimizer steps a run has."
-    per_step = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
-    return cfg.max_steps or max(1, round(cfg.num_train_epochs*n_rows/per_step))
-
-def share_batch(
-    cfg:TrainConfig, # Of the run
-    ranks:int, # Processes, one a GPU
-)->tuple: # Rows a rank takes at once, and how often in a step
-    "Share a step's rows out: their number is the run's, however many GPUs there are."
-    at_once,often = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
-    each,rest = divmod(at_once*often, ranks)
-    if rest: raise UserError(f"{at_once*often} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {at_once} × GRADIENT_ACCUMULATION_STEPS {often}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
-    at_once = max(b for b in range(1, at_once+1) if each%b==0)
-    return at_once,each//at_once
-
-def run_memory(
-    cfg:TrainConfig, # Of the run
-    config, # Of its base model, from `AutoConfig`
-    at_once:int, # Rows that a GPU takes at once
-    ranks:int=1, # Processes, one a GPU
-    recompute:bool=False, # Recompute whole layers?
-)->float: # GiB at the peak, with half a GiB for CUDA itself
-    "What a run needs of a GPU's memory."
-    same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
-
-def fit_batch(
-    cfg:TrainConfig, # Of the run
-    config, # Of its base model, from `AutoConfig`
-    ranks:int=1, # Processes, one a GPU
-    room:float=float('inf'), # GiB of each GPU that a run can have
-)->tuple: # Rows at once, how often in a step, recompute whole layers?, and GiB at the peak, which is more than `room` where nothing fits
-    "The fastest way to take a step's rows that fits: as set, or else in smaller batches, or else with layers recomputed."
-    most,often = share_batch(cfg, ranks)
-    for recompute in sorted({cfg.gradient_checkpointing, True}):
-        for b in range(most, 0, -1):
-            if most*often%b: continue
-            need = run_memory(cfg, config, b, ranks, recompute)
-            if need<=room: return b,most*often//b,recompute,need
-    return b,most*often//b,recompute,need
-
-def row_work(
-    packed, # From `pack_dataset`
-    max_length:int, # Tokens of a row
-)->tuple: # Of each row: `TILE`s of attention, supervised tokens, and pairs of tokens that attention looks at
-    "What a row asks of a GPU, beside its tokens."
-    import numpy as np
-    cols = {k: packed.with_format('arrow')[:][k].combine_chunks() for k in ('labels','seq_lengths')}
-    (labels,first),(sizes,doc) = ((v.flatten().to_numpy(), v.offsets.to_numpy()[:-1]) for v in cols.values())
-    def per_row(v, starts): return np.add.reduceat(v, starts, dtype=np.int64)
-    rest = max_length-per_row(sizes, doc) # what fills a row up is a document, too
-    return per_row(-(-sizes//TILE), doc) - -rest//TILE,per_row(labels!=-100, first)-(labels[first]!=-100),per_row(sizes.astype(np.int64)**2, doc)+rest**2
-
-HEAD_PAIRS = 400 # Pairs that attention looks at while the head works for one supervised token: 2.6 µs, on an H200
-
-def deal_rows(
-    order, # From `draw_order`
-    work, # Of each row
-    at_once:int, # Rows of a batch
-    batches:int, # Of a step, on all GPUs
-): # The same, in another order within each step
-    "Make the batches of a step take about equally long."
-    import numpy as np
-    steps,turns = order.reshape(-1, batches*at_once),np.arange(batches*at_once).reshape(at_once, batches)
-    turns[1::2] = turns[1::2,::-1]
-    heaviest = np.argsort(-work[steps], axis=1, kind='stable')
-    return np.take_along_axis(steps, heaviest[:,turns.T.flatten()], 1).flatten()
-
-def fill_sizes(
-    counts:tuple, # Of each row, from `row_work`: tiles and supervised tokens
-    order, # Rows in the order in which they are taken
-    at_once:int, # Rows of a batch
-)->tuple: # The same of the batches that have most
-    "What batches are filled up to, for `collate_packed`."
-    import numpy as np
-    return tuple(int(np.add.reduceat(c[order], np.arange(0, len(order), at_once)).max()) for c in counts)
-
-def events_callback(
-    events, # Namespace with any of `on_start`, `on_step`, `on_log`, `on_save`
-): # `TrainerCallback`
-    "Call plain functions at the trainer's events."
-    from transformers import TrainerCallback
-    call = lambda name,*args: getattr(events, name, lambda *_: None)(*args)
-    class Events(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kw):
-            set_rate(optimizer, getattr(lr_scheduler, 'scheduler', lr_scheduler)) # inside of accelerate's
-            state.compute_steps(args, state.max_steps) # how often to log and save is this job's, not its checkpoint's
-            call('on_start', model, state.global_step)
-        def on_step_end(self, args, state, control, model=None, **kw):
-            if call('on_step', model, state.global_step): control.should_training_stop = control.should_save = True
-        def on_log(self, args, state, control, logs=None, **kw): call('on_log', state.global_step, logs)
-        def on_save(self, args, state, control, **kw): call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
-    return Events()
-
-def compile_layers(
-    model, # From `add_lora`
-    budget:float=0.7, # Share of activations that is kept
-):
-    "Compile every decoder layer on its own."
-    import torch._functorch.config
-    torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
-    for layer in decoder_layers(model.get_base_model()): layer.compile()
-
-def _background_saves():
-    import torch
-    from concurrent.futures import ThreadPoolExecutor
-    from contextlib import nullcontext
-    from torch.utils._pytree import tree_map
-    def each(f, state): return tree_map(lambda t: f(t) if torch.is_tensor(t) else t, state)
-    class BackgroundSaves:
-        "What `Trainer` saves, copied at once and written by a thread."
-        writer,writes = ThreadPoolExecutor(1, 'checkpoint'),()
-
-        def save_later(self, write, state):
-            copies = each(lambda t: t.detach().clone(), state)
-            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
-            def run():
-                if copied: copied.synchronize()
-                with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext(): write(each(lambda t: t.cpu(), copies))
-            self.writes.append(self.writer.submit(run))
-
-        def written(self):
-            "Wait until all of the newest checkpoint lies on the disk."
-            for w in self.writes: w.result()
-
-        def _save(self, output_dir=None, state_dict=None):
-            if not self.args.should_save: return
-            self.written(); self.writes = []
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            self.save_later(lambda d: self.model.save_pretrained(output_dir, state_dict=d, save_embedding_layers=False), state_dict or {n:p for n,p in self.model.named_parameters() if p.requires_grad})
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            if self.args.should_save: self.write_later(output_dir, dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict()))
-
-        def write_later(self, output_dir, states):
-            for k,s in states.items(): self.save_later(lambda s, k=k: torch.save(s, f'{output_dir}/{k}.pt'), s)
-
-        def train(self, *args, **kwargs):
-            out = super().train(*args, **kwargs)
-            self.written()
-            return out
-    return BackgroundSaves
-
-def _trainer_class():
-    import trl
-    class Trainer(_background_saves(), trl.SFTTrainer):
-        "TRL's, with the loss of `fast`, and checkpoints that training doesn't wait for."
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
-            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; gradients are averaged over ranks
-
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            from torch.optim.lr_scheduler import LambdaLR
-            def of(step): return rate_at(step, num_training_steps, self.warmup_ratio)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, of)
-            return self.lr_scheduler
-
-        def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
-    return Trainer
-
-def rate_at(
-    step:int, # Optimizer steps done
-    steps:int, # Of the whole run
-    warmup_ratio:float=0.03, # Share of the steps in which the rate rises
-)->float: # Share of the peak; above 0 for every step of the run
-    "The learning rate of the next step."
-    warmup = min(math.ceil(warmup_ratio*steps), steps-1)
-    if step<warmup: return (step+1)/(warmup+1)
-    return .5*(1+math.cos(math.pi*min((step-warmup)/(steps-warmup), 1)))
-
-def set_rate(
-    optimizer, # Of a trainer
-    scheduler, # Its `LambdaLR`, perhaps loaded from a checkpoint
-):
-    "Give the optimizer the rate of the step that comes next, also where the run is now longer than its checkpoint thought."
-    rates = [base*of(scheduler.last_epoch) for base,of in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
-    for group,rate in zip(optimizer.param_groups, rates): group['lr'] = rate
-    scheduler._last_lr = rates
-
-def trainer_args(
-    cfg:TrainConfig, # Of the run
-    steps:int, # Of the whole run
-    at_once:int, # Rows that a GPU takes at once
-    often:int, # Times that it does so in a step
-    recompute:bool, # Recompute whole layers?
-    shard:bool, # Do ranks share the layers?
-): # `trl.SFTConfig`
-    "A run's options in TRL's words."
-    import torch
-    from trl import SFTConfig
-    cuda = torch.cuda.is_available()
-    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
-        weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
-        optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
-        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
-        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
-        accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
-    args._n_gpu = min(args.n_gpu, 1) # no `nn.DataParallel`
-    return args
-
-def share_stack(
-    trainer, # Of this rank
-    stack, # From `fast_layers`; it averages its gradients over the ranks
-):
-    "When training begins, take rank 0's adapter on every rank, and no `DistributedDataParallel`."
-    from torch.distributed import broadcast
-    prepare = trainer.accelerator.prepare_model
-    def prepare_model(model, **kwargs):
-        for p in stack.params: broadcast(p.data, 0)
-        return prepare(model, **{**kwargs, 'evaluation_mode':True})
-    trainer.accelerator.prepare_model = prepare_model
-
-def make_trainer(
-    cfg:TrainConfig, # Of the run
-    model, # From `add_lora`
-    tok, # From `load_tokenizer`
-    packed, # From `pack_dataset`
-    events=None, # Functions to call at the trainer's events; None for none
-): # `trl.SFTTrainer`, ready for `.train(resume_from_checkpoint=…)`
-    "TRL's trainer over the whole run's rows in their computed order."
-    import torch
-    from functools import partial
-    from transformers import PrinterCallback, ProgressCallback, set_seed
-    cuda = torch.cuda.is_available()
-    rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
-    room = card_room()
-    at_once,often,recompute,need = fit_batch(cfg, model.config, ranks, room)
-    if (at_once,often,recompute)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {at_once} rows at once, so a step is {often} batch{'es'*(often>1)}" + " with layers recomputed"*recompute)
-    shard = cfg.fsdp and ranks>1
-    stack = None if shard else fast_layers(model, cfg.max_length, recompute)
-    varlen = model.config.get_text_config()._attn_implementation=='varlen'
-    steps = run_steps(cfg, len(packed))
-    tiles,asked,pairs = row_work(packed, cfg.max_length)
-    order = deal_rows(draw_order(len(packed), steps*at_once*often*ranks, cfg.seed), pairs+HEAD_PAIRS*asked, at_once, often*ranks)
-    max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
-    fill = fill_sizes((tiles,asked), order, at_once) if stack else None
-    if stack: keep_weights(stack, room-need)
-    elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
-    args = trainer_args(cfg, steps, at_once, often, recompute, shard)
-    if shard: prepare_sharding(args.device, model)
-    trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
-        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
-    trainer.warmup_ratio = cfg.warmup_ratio
-    for p in trainer.model.parameters():
-        if p.requires_grad: p.data = p.data.float()
-    add_supervised_head(trainer.model.get_base_model(), stack)
-    if stack and ranks>1: share_stack(trainer, stack)
-    if not shard: check_packed(trainer.model.get_base_model(), tok, cfg.max_length, stack)
-    if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
-    trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
-    return trainer
-
-_NUMBER = r'(?:\d[\d,.]{0,15}(?:e[+-]\d\d)?|nan|inf)'
-STEP_LINE = re.compile(r'(\d\d:\d\d:\d\d )?step (\d{1,9})/(\d{1,9}) · loss (-?\d{1,9}\.\d{3})' + ''.join(f'(?: · {k} {_NUMBER})?' for k in ('lr','grad','tokens/s','GiB')), re.ASCII)
-
-def step_line(
-    step:int, # Optimizer steps done
-    total:int, # Of the whole run
-    m:dict, # The trainer's metrics
-)->str: # Such as `step 20/100 · loss 2.314 · lr 1.8e-04 · grad 0.71`
-    "One line of metrics for the console."
-    s = f"step {step}/{total} · loss {m['loss']:.3f}"
-    for k,name,fmt in (('learning_rate','lr','.1e'), ('grad_norm','grad','.2f'), ('tokens_per_second','tokens/s',',.0f'), ('gpu_gib','GiB','.1f')):
-        if k in m: s += f" · {name} {m[k]:{fmt}}"
-    return s
-
-def parse_step(
-    line:str, # Of a job's log
-    clock:bool=False, # Only behind a clock
-)->dict: # `step`, `total`, `loss`, or None for any other line, and for one whose numbers no run has
-    "Read back what `step_line` wrote."
-    m = STEP_LINE.fullmatch(line)
-    if not m or clock and not m[1] or not 0<=int(m[2])<=int(m[3]) or not int(m[3]): return
-    return dict(step=int(m[2]), total=int(m[3]), loss=float(m[4]))
-
-def held_out_loss(
-    trainer, # From `make_trainer`
-    packed, # Packed held-out rows
-    stop=lambda: False, # Asked before each batch, on every rank: true gives up
-)->float: # Mean negative log-likelihood of a supervised token, in nats; None where it was given up
-    "Loss on conversations that training never sees."
-    import torch
-    model,here,nll,n = trainer.model,trainer.accelerator,0.,0
-    at_once = trainer.args.per_device_train_batch_size
-    batches = [range(i, min(i+at_once, len(packed))) for i in range(0, len(packed), at_once)]
-    turns = range(here.process_index, -(-len(batches)//here.num_processes)*here.num_processes, here.num_processes) # as often on every rank: they may share the layers
-    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
-        for i in turns:
-            if stop(): return
-            rows = trainer.data_collator([packed[k] for k in batches[i%len(batches)]])
-            batch = {k:v.to(here.device) for k,v in rows.items() if k in ('input_ids','position_ids','supervised','targets')}
-            loss = model(**batch).item()
-            if i<len(batches): nll += loss; n += len(batch['targets'])
-    nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
-    return nll/max(n,1)
-
-EVAL_START,EVAL_ROW = 1.,1.25 # what a measurement and each of its rows cost, in rows trained: 0.11 s for one row, 0.24 for four, 0.40 for eight, where 0.05 s train one
-
-def eval_plan(
-    cfg:TrainConfig, # Of the run
-    n_held:int, # Packed held-out rows that there are
-)->tuple: # Steps between two measurements, and rows of each; (0, 0) where nothing is measured
-    "When the held-out loss is measured, and on how many rows."
-    if not cfg.eval_steps or not n_held: return 0,0
-    rows = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
-    fewest = math.ceil((EVAL_START+EVAL_ROW)/(cfg.eval_share*rows)-1e-9) # steps in whose share one row fits
-    every = cfg.eval_steps*math.ceil(fewest/cfg.eval_steps)
-    return every,max(1, min(n_held, int((cfg.eval_share*every*rows-EVAL_START)/EVAL_ROW)))
-
-# ------------------------------------------------------------------------------
-# resume: Continue a killed run as if nothing had happened
-# ------------------------------------------------------------------------------
-
-MANIFEST = 'manifest.json'
-STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|'
-    r'samples\.parquet|metrics\.jsonl|best_adapter\.safetensors')
-NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
-
-def file_sha256(
-    path:Path, # Of a file
-)->str: # Hex digest
-    "The sha256 of a file's content."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
-def write_manifest(
-    folder:Path, # A finished `checkpoint-N`
-    run:dict, # What the run is: its id, identity and commits
-)->dict: # The manifest
-    "Seal a checkpoint: list its files with size and hash, beside what the run is."
-    files = {p.name: dict(size=p.stat().st_size, sha256=file_sha256(p)) for p in sorted(Path(folder).iterdir()) if STATE_FILES.fullmatch(p.name)}
-    m = dict(step=int(Path(folder).name.split('-')[1]), files=files, run=run)
-    tmp = Path(folder)/f'{MANIFEST}.tmp'
-    tmp.write_text(json.dumps(m, indent=1)); tmp.rename(Path(folder)/MANIFEST)
-    return m
-
-def is_run(
-    run, # As read from a repo
-)->bool: # Has it an id that can name a folder, and options?
-    "Is this what a run is? Whoever can write to the repo could have written anything."
-    def number(v): return type(v) in (int,float) and abs(v)<1e15
-    def name(v): return v is None or isinstance(v, str) and len(v)<=1000
-    if not (isinstance(run, dict) and isinstance(run.get('id'), str) and isinstance(run.get('base', {}), dict)): return False
-    base = run.get('base') or {}
-    return bool(re.fullmatch(r'[\w-]{1,64}', run['id'])) and isinstance(run.get('identity'), dict) and bool(run['identity']) and all([
-        all(name(k) and (name(v) or type(v) is bool or number(v) or isinstance(v, list) and all(map(name, v))) for k,v in run['identity'].items()),
-        isinstance(run.get('arithmetic') or {}, dict) and all(name(v) or type(v) is bool or number(v) for v in (run.get('arithmetic') or {}).values()), all(name(v) for v in base.values()), base.get('auto', AUTOS[0]) in AUTOS, not base or isinstance(base.get('id'), str),
-        all(name(run.get(k)) for k in ('repo','dataset_revision','published')), all(run.get(k) is None or type(run[k]) is int and 0<=run[k]<2**53 for k in ('fresh_start','total','eval_rows')),
-        isinstance(run.get('seconds', []), list) and all(map(number, run.get('seconds', []))),
-        isinstance(run.get('evals', []), list) and all(isinstance(e, list) and len(e)==2 and all(map(number, e)) for e in run.get('evals', []))])
-
-AUTOS = ('AutoModelForCausalLM','AutoModelForImageTextToText') # what `resolve_base` gives
-MOST_MANIFEST = 16<<20 # bytes of a manifest or of `run.json`; a year's evaluations fit
-
-def read_manifest(
-    path:Path, # A `checkpoint-N/manifest.json`
-)->dict: # With `step`, `files` and `run`
-    "Read a manifest; a `ValueError` says what is wrong with it."
+def main():
+    "The job as a command: flags and environment in, exit code out."
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # read when torch loads: threads that spin are ten times slower on a CPU with other work
+    if {'-h','--help'} & set(sys.argv[1:]): read_config() # prints it and ends
+    setup_logging()
+    code = 1
     try:
-        if path.stat().st_size>MOST_MANIFEST: raise ValueError
-        m = read_json(path)
-        files,run = m['files'],m['run']
-        good = [type(m['step']) is int and f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
-            all(STATE_FILES.fullmatch(n) and type(f['size']) is int and f['size']>=0 and re.fullmatch('[0-9a-f]{64}', f['sha256']) for n,f in files.items()), is_run(run)]
-    except OSError: raise ValueError("it has no manifest: it was never finished") from None
-    except (ValueError, TypeError, KeyError, AttributeError): good = [False]
-    if not all(good): raise ValueError("its manifest is damaged")
-    return m
-
-def check_plain(
-    path:Path, # Written by `torch.save`
-):
-    "Refuse a file that holds anything but tensors and plain values."
-    import torch
-    from transformers.trainer_pt_utils import safe_globals # what `Trainer` itself allows: numpy's random state
-    from zipfile import ZIP_STORED, ZipFile
-    def whole(v): # has every tensor the bytes that its shape says?
-        if isinstance(v, dict): v = v.values()
-        if isinstance(v, torch.Tensor): return v.device.type=='cpu' and v.numel()*v.element_size()<=v.untyped_storage().nbytes()
-        return all(map(whole, v)) if isinstance(v, (list,tuple,set)) or type(v).__name__=='dict_values' else True
-    try:
-        with ZipFile(path) as z: plain = all(i.compress_type==ZIP_STORED for i in z.infolist()) # as `torch.save` writes it: nothing unpacks to more
-        with safe_globals(): good = plain and whole(torch.load(path, map_location='cpu', weights_only=True))
-    except Exception: good = False
-    if not good: raise ValueError(f"{path.name} holds something other than tensors: it is not opened")
-
-def check_state(
-    folder:Path, # A `checkpoint-N`
-    step:int, # N
-):
-    "Refuse a trainer_state.json that `Trainer` can't read, or that names files."
-    from dataclasses import fields
-    from transformers import TrainerState
-    state = read_json(Path(folder)/'trainer_state.json')
-    known = state.get('best_model_checkpoint') is None and type(state.get('global_step')) is int and state['global_step']==step and set(state)<={f.name for f in fields(TrainerState)}
-    if not (known and isinstance(state.get('log_history') or [], list)): raise ValueError("trainer_state.json isn't what Trainer wrote")
-
-def read_checkpoint(
-    folder:Path, # A `checkpoint-N`
-)->dict: # Its manifest
-    "Hold a checkpoint against its manifest; a `ValueError` says what is wrong."
-    m = read_manifest(Path(folder)/MANIFEST)
-    for name,f in m['files'].items():
-        p = Path(folder)/name
-        if not p.is_file(): raise ValueError(f"{name} is missing")
-        if p.is_symlink() or p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
-    for name in m['files']:
-        if name.endswith(('.pt','.pth')): check_plain(Path(folder)/name)
-    try:
-        for name in m['files']:
-            if name.endswith('.safetensors'): read_header(Path(folder)/name)
-        check_state(folder, m['step'])
-    except UserError as e: raise ValueError(str(e)) from None
-    for p in Path(folder).iterdir(): # `Trainer` takes more than these where it finds more
-        if p.name not in {*m['files'], MANIFEST}: shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
-    return m
-
-def _inner(e): return e.__cause__ or e.__context__
-
-def hub_answer(
-    e:Exception, # What a client raised
-)->Exception: # The innermost reason where the Hub gave no answer
-    "The Hub's own answer inside what a client made of it."
-    while getattr(e, 'response', None) is None and _inner(e): e = _inner(e)
-    return e
-
-def _passing(e):
-    "Could the same call succeed later?"
-    from httpx2 import HTTPError
-    status = getattr(getattr(e, 'response', None), 'status_code', None)
-    if m := re.search(r'HTTP status client error \((\d+)', str(e)): status = int(m[1]) # hf_xet's ConnectionError
-    if status: return status in (408,409,412,425,429) or status>=500
-    if isinstance(e, (HTTPError, ConnectionError, TimeoutError)): return True
-    if _inner(e): return _passing(_inner(e)) # an upload's RuntimeError, transformers' OSError, one of our own lines
-    return type(e) is RuntimeError or str(e).startswith('Consistency check failed') # hf_xet's; a download that is too short
-
-def bound_requests(
-    seconds:float=120.0, # Of silence
-):
-    "End requests to the Hub that have gone silent; its client would wait for ever."
-    import httpx2
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-    def client():
-        c = default_client_factory()
-        c.timeout = httpx2.Timeout(seconds)
-        return c
-    set_client_factory(client)
-
-class NotNow(UserError):
-    "What stops a publication and may pass while training goes on."
-
-def spell_seconds(
-    seconds:float, # A duration
-)->str: # Such as `20 s` or `43 min`
-    "A duration to read."
-    return f"{seconds:.0f} s" if seconds<120 else f"{seconds/60:.0f} min"
-
-def retry_after(
-    e:Exception, # What a client raised
-)->float: # Seconds that the Hub asks to wait; 0 where it doesn't say
-    "The wait that an answer of the Hub names."
-    answer = getattr(hub_answer(e), 'response', None)
-    said = answer.headers.get('Retry-After', '') if answer is not None else ''
-    return float(said) if said.isdigit() else 0.
-
-def patiently(
-    call, # Function without arguments that asks something of the Hub
-    what:str, # What it is about, such as "model repo org/name"
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-    wait:float=1.0, # Seconds before the first repeat; doubles up to a minute
-    pause=time.sleep, # Waits that many seconds; may raise to give up
-): # What `call` returns
-    "Repeat a call to the Hub until it succeeds or can't."
-    from httpx2 import HTTPError
-    while True:
-        try: return call()
-        except (HTTPError, OSError, RuntimeError, UserError) as e: err = e
-        known = isinstance(err, UserError) or getattr(hub_answer(err), 'response', None) is None and not _passing(err) # says itself what it is
-        said = err if known else hub_problem(hub_answer(err), what)
-        passing,asked = isinstance(err, NotNow) or _passing(err),max(wait, retry_after(err))
-        if not passing: raise said from None
-        if time.monotonic()+asked>until: raise UserError(f"{said}; it would be tried again in {spell_seconds(asked)}, and the time is up") from None
-        log.warning(f"{said if known else f'{what}: '+str(hub_problem(hub_answer(err), 'the Hub'))}; trying again in {spell_seconds(asked)}")
-        pause(asked); wait = min(2*wait, 60)
-
-class HubBranch:
-    "One branch of a Hub repo, and commits to it that happen once or not at all."
-    def __init__(self,
-        repo:str, # Model repo, `owner/name`
-        branch:str='main', # Made when missing
-        endpoint:str=None, # Hub; HF_ENDPOINT where None
-        token:str=None, # HF_TOKEN where None
-    ):
-        from huggingface_hub import HfApi
-        self.api,self.repo,self.branch,self.head = HfApi(endpoint=endpoint, token=token),repo,branch,None
-        self.name,self.public = f"model repo {repo}",False
-
-    def prepare(self,
-        until:float=float('inf'), # `time.monotonic()` after which to give up
-    ):
-        "Make the repo (private, gated) and the branch when missing, and read where the branch is."
-        def make():
-            private_repo(self.api, self.repo)
-            if self.branch!='main': self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
-            self.head = self.newest().commit_id
-        patiently(make, self.name, until)
-        return self
-
-    def rewritten(self):
-        "The error where the history that we know is gone."
-        return UserError(f"{self.repo}@{self.branch}: another job is writing there and has dropped its history: let it finish, or choose another HUB_MODEL_ID")
-
-    def newest(self):
-        "The branch's newest commit."
-        return self.api.list_repo_commits(self.repo, revision=self.branch)[0]
-
-    def moved(self)->bool: # Has someone written since we looked?
-        "Compare the branch with what we know of it."
-        return patiently(self.newest, self.name).commit_id!=self.head
-
-@patch
-def commit(self:HubBranch,
-    operations:list, # Of huggingface_hub: what to add and delete
-    title:str, # Must be different for every commit: it tells whether an unanswered one landed
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-    wait:float=1.0, # Seconds before the first repeat
-    pause=time.sleep, # As of `patiently`
-)->str: # The commit's id
-    "One atomic commit to a private repo, repeated until it has landed or can't."
-    from httpx2 import HTTPError
-    def once():
-        self.public = False
-        try: check_private(self.api, self.repo) # its owner may have changed that since
-        except UserError as e:
-            self.public = True
-            raise NotNow(str(e)) from None
-        try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
-        except (HTTPError, RuntimeError, OSError) as e: err = e
-        now = self.newest()
-        if now.commit_id==self.head: raise err
-        if now.title==title: return now.commit_id # it had landed; only the answer was lost
-        raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there: let it finish, or choose another HUB_MODEL_ID")
-    self.head = patiently(once, f"{self.name}: {title!r}", until, wait, pause)
-    return self.head
-
-@patch
-def squash(self:HubBranch,
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-):
-    "Drop the branch's history, which counts as storage; its files stay."
-    title = f"squashed {os.urandom(4).hex()}"
-    def once():
-        now = self.newest()
-        if now.commit_id==self.head: self.api.super_squash_history(self.repo, branch=self.branch, commit_message=title)
-        elif now.title!=title: raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there, so its history is left alone")
-        return self.newest().commit_id
-    self.head = patiently(once, f"{self.name}: history", until)
-
-@patch
-def send(self:HubBranch,
-    operation, # `CommitOperationAdd`
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-    wait:float=1.0, # Seconds before the first repeat
-    pause=time.sleep, # As of `patiently`
-):
-    "Upload a large file ahead of the commit that names it."
-    def once(): self.api.preupload_lfs_files(self.repo, [operation], revision=self.branch, free_memory=False)
-    patiently(once, f"{self.name}: {operation.path_in_repo}", until, wait, pause)
-
-@patch
-def check_write(self:HubBranch,
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-):
-    "Write to the repo and take it back."
-    name = f"write-check-{os.urandom(4).hex()}"
-    patiently(lambda: self.api.create_branch(self.repo, branch=name, exist_ok=True), self.name, until)
-    patiently(lambda: self.api.delete_branch(self.repo, branch=name), self.name, until)
-
-RUN_FILE = 'run.json'
-SQUASH_BYTES = 10e9 # of history on the branch, before it is dropped
-
-class Checkpoints:
-    "The checkpoints of a run, on a branch of its Hub repo."
-    def __init__(self,
-        branch:HubBranch, # Prepared
-        keep:int=2, # Newest checkpoints that stay
-    ): self.branch,self.keep,self.found,self.stale,self.history = branch,keep,None,[],0 # stale: an abandoned run's, removed when the next one begins; history: bytes sent since the last squash
-
-    def files(self)->list: # Paths
-        "What is on the branch."
-        from huggingface_hub.errors import RevisionNotFoundError
-        b = self.branch
-        def ask():
-            try: return b.api.list_repo_files(b.repo, revision=b.head)
-            except RevisionNotFoundError: raise b.rewritten() from None
-        return patiently(ask, b.name)
-
-    def steps(self)->list: # Ascending
-        "Steps that have a folder with a manifest on the branch."
-        if self.found is None: # from here on only our own commits change it
-            rx = re.compile(rf'checkpoint-(0|[1-9]\d*)/{re.escape(MANIFEST)}')
-            self.found = sorted(int(m[1]) for f in self.files() if (m := rx.fullmatch(f)))
-        return self.found
-
-def _read_run(file): # as a `ValueError` where it is damaged: a `UserError` would say that the Hub is away
-    if file.stat().st_size>MOST_MANIFEST: raise ValueError("too large")
-    try: return read_json(file)
-    except UserError as e: raise ValueError(str(e)) from None
-
-@patch
-def run(self:Checkpoints)->dict: # What the run is; None where the branch has none
-    "The run that the branch belongs to: as it began, or as its newest checkpoint has it."
-    with tempfile.TemporaryDirectory() as d:
-        for name in (RUN_FILE, *(f'checkpoint-{s}/{MANIFEST}' for s in reversed(self.steps()))):
-            try:
-                file = self.fetch(name, d)
-                found = read_manifest(file)['run'] if name!=RUN_FILE else _read_run(file)
-                if is_run(found): return found
-            except UserError: raise
-            except (ValueError, TypeError, KeyError): continue
-
-@patch
-def begin_run(self:Checkpoints,
-    run:dict, # What the run is
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-):
-    "One commit: this run is the branch's from now on, and an abandoned one's checkpoints leave it."
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    if self.stale: self.keep_aside(until)
-    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in self.stale]
-    text = json.dumps(run, indent=1).encode()
-    self.branch.commit([CommitOperationAdd(RUN_FILE, text), *old], f"run {run['id']} {hashlib.sha256(text).hexdigest()[:8]}", until)
-    self.stale = []
-
-class Superseded(Exception):
-    "A newer checkpoint waits to be published."
-
-def folder_bytes(
-    folder:Path, # Sealed `checkpoint-N`
-)->int: # What publishing it sends
-    "The size of a checkpoint."
-    return sum(f['size'] for f in json.loads((Path(folder)/MANIFEST).read_text())['files'].values())
-
-@patch
-def publish(self:Checkpoints,
-    folder:Path, # Sealed `checkpoint-N`
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-    wait:float=1.0, # Seconds before the first repeat
-    pause=time.sleep, # As of `patiently`
-    still_newest=lambda: None, # Raises `Superseded` where a newer one waits
-):
-    "One commit: this checkpoint in, old ones out."
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    m = json.loads((folder/MANIFEST).read_text())
-    below = [s for s in self.steps() if s<m['step']]
-    stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
-    adds = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
-    if 'samples.parquet' in m['files']: adds.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
-    for a in adds:
-        still_newest()
-        if Path(a.path_or_fileobj).stat().st_size>2**20: self.branch.send(a, until, wait, pause)
-    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found}-{*stay})]
-    self.branch.commit(adds+old, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait, pause)
-    self.found,self.history = stay,self.history+folder_bytes(folder)
-    if self.history>SQUASH_BYTES: self.squash(until)
-
-@patch
-def squash(self:Checkpoints,
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-):
-    "Drop the branch's history; a Hub that won't is no reason to stop."
-    try: self.branch.squash(until)
-    except UserError as e: log.warning(f"the history of branch {self.branch.branch} is not squashed: {e}")
-    self.history = 0
-
-def local_steps(
-    folder:Path, # Output folder
-)->list: # Ascending
-    "Steps that have a checkpoint folder on this disk."
-    return sorted(int(m[1]) for p in Path(folder).glob('checkpoint-*') if p.is_dir() and (m := re.fullmatch(r'checkpoint-(0|[1-9]\d*)', p.name)))
-
-@patch
-def fetch(self:Checkpoints,
-    name:str, # Path in the repo
-    folder:Path, # Where it comes to lie under the same path
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-)->Path: # The file
-    "Download one file of the newest known commit; a `ValueError` if it isn't there."
-    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
-    b = self.branch
-    def get():
-        try: return Path(b.api.hf_hub_download(b.repo, name, revision=b.head, local_dir=folder))
-        except RemoteEntryNotFoundError: raise ValueError(f"{Path(name).name} is missing") from None
-        except RevisionNotFoundError: raise b.rewritten() from None
-    return patiently(get, f"{name} of {b.repo}", until)
-
-@patch
-def restore(self:Checkpoints,
-    folder:Path, # Output folder; `checkpoint-N` comes to lie in it
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-)->tuple: # Its path and manifest, or (None, None) where there is none
-    "Find the newest checkpoint that can be trusted."
-    folder,here,there = Path(folder),set(local_steps(folder)),set(self.steps())
-    if not here|there: return None,None
-    owner = self.run() or {}
-    def take(path, where):
-        if where=='the Hub':
-            shutil.rmtree(path, ignore_errors=True)
-            for f in read_manifest(self.fetch(f'{path.name}/{MANIFEST}', folder, until))['files']: self.fetch(f'{path.name}/{f}', folder, until)
-        m = read_checkpoint(path)
-        if owner.get('id')!=m['run']['id']: raise ValueError("it belongs to another run")
-        if changed := [k for k in ('identity','base') if owner.get(k)!=m['run'].get(k)]: raise ValueError(f"its {changed[0]} isn't the run's")
-        return m
-    for step in sorted(here|there, reverse=True):
-        path = folder/f'checkpoint-{step}'
-        for where in ['this disk']*(step in here) + ['the Hub']*(step in there):
-            try: m = take(path, where)
-            except UserError: raise # the Hub is away: that says nothing about the checkpoint
-            except ValueError as e: log.warning(f"{path.name} on {where} is skipped: {e}")
-            else:
-                log.info(f"{path.name} found on {where}, every file verified")
-                return path,m
-    return None,None
-
-def check_same_run(
-    saved:dict, # Identity in a manifest
-    now:dict, # Identity of this run
-    again:int=1, # Number of FRESH_START that would begin again
-):
-    "Refuse to continue a run under settings that would silently alter it."
-    if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
-        raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START={again} to begin again")
-
-@patch
-def start_fresh(self:Checkpoints):
-    "Take the branch's checkpoints for those of an abandoned run."
-    self.stale,self.found = self.steps(),[]
-
-@patch
-def keep_aside(self:Checkpoints, until):
-    "Keep an abandoned run's checkpoints on a branch of their own, without their history."
-    b = self.branch
-    aside = HubBranch(b.repo, f"{b.branch}-{b.head[:8]}", b.api.endpoint, b.api.token)
-    patiently(lambda: b.api.create_branch(b.repo, branch=aside.branch, revision=b.head, exist_ok=True), b.name, until)
-    aside.head = aside.newest().commit_id
-    Checkpoints(aside).squash(until)
-    log.info(f"FRESH_START: {len(self.stale)} checkpoints of an earlier run are kept on branch {aside.branch}")
-
-def lock_folder(
-    folder:Path, # Of a run; made when missing
-): # Open file; the lock ends with it, or with the process
-    "Keep other jobs out of a run's folder."
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        held = open(Path(folder)/'.lock', 'a')
-    except OSError as e: raise UserError(f"OUTPUT_DIR {folder}: {e.strerror}: choose a folder that can be written") from None
-    try: fcntl.flock(held, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except OSError: raise UserError(f"OUTPUT_DIR {folder}: another job of this run is writing there: let it finish, or choose another OUTPUT_DIR") from None
-    return held
-
-COMMITS_AN_HOUR,PRIVATE_GB = 128,100 # https://huggingface.co/docs/hub/storage-limits, and what the Hub answers with 429
-HISTORY_BYTES,HISTORY_SECONDS = 40e9,36*3600 # of one run; squashed history counts for so long
-
-def publish_pace(
-    size:float, # Bytes of a checkpoint
-    minutes:float=0.0, # `PUBLISH_MINUTES`; 0 takes what stays below the limits
-)->float: # Seconds
-    "Least time between two publications."
-    return minutes*60 or max(300., size/HISTORY_BYTES*HISTORY_SECONDS)
-
-class Publisher:
-    "Seals checkpoints and publishes the newest, in threads of its own."
-    def __init__(self,
-        publish, # Function of (folder, publisher) that returns once the folder is on the Hub
-        seal=lambda folder: None, # Function that finishes a folder on this disk
-        seconds:list=(), # What earlier publications took
-        pace=lambda folder: 0.0, # Function of a sealed folder: seconds until the next one may follow
-    ):
-        self.publish,self.seal,self.times,self.pace,self.done,self.error = publish,seal,list(seconds),pace,[],None
-        self.pending,self.last,self.waiting = set(),None,None # folders that are still needed here; the newest; the newest that is sealed, and when it came
-        self.earliest,self.until,self.closing = 0.,float('inf'),False # `time.monotonic()` before which nothing is sent, and after which one gives up
-        self.changed,self.sealer = threading.Condition(),ThreadPoolExecutor(1, 'sealer')
-        self.thread = threading.Thread(target=self._send, name='publisher', daemon=True)
-        self.thread.start()
-
-    @property
-    def seconds(self): # the median, so that one outage doesn't make all later ones look slow
-        return statistics.median(self.times) if self.times else 0.0
-
-@patch
-def submit(self:Publisher,
-    folder:Path, # `checkpoint-N`, every file written
-):
-    "Hand over a checkpoint; returns at once."
-    self.last = Path(folder)
-    self.pending.add(self.last)
-    self.sealer.submit(self._seal, self.last, time.monotonic())
-
-@patch
-def _seal(self:Publisher, folder, start):
-    if folder!=self.last: return self.pending.discard(folder)
-    try: self.seal(folder)
-    except Exception as e: self.error = e; return
-    with self.changed:
-        if self.waiting: self.pending.discard(self.waiting[0])
-        self.waiting = folder,start
-        self.changed.notify_all()
-
-@patch
-def _take(self:Publisher):
-    "The newest sealed checkpoint once its time has come; None at the end."
-    with self.changed:
-        while not self.closing and not (self.waiting and time.monotonic()>=self.earliest):
-            self.changed.wait(max(self.earliest-time.monotonic(), 0) if self.waiting else None)
-        taken,self.waiting = self.waiting,None
-        return taken
-
-@patch
-def _send(self:Publisher):
-    while taken := self._take():
-        folder,start = taken
-        begun = time.monotonic()
-        self.earliest = begun+self.pace(folder)
-        try: self.publish(folder, self)
-        except Superseded: log.info(f"{folder.name} is given up for a newer one")
-        except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
-        else:
-            self.times.append(time.monotonic()-begun); self.done.append(int(folder.name.split('-')[1]))
-            log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
-        self.pending.discard(folder)
-
-@patch
-def still_newest(self:Publisher):
-    "Give up what is being sent for a newer checkpoint."
-    if self.waiting: raise Superseded
-
-@patch
-def pause(self:Publisher,
-    seconds:float, # That the Hub asks for
-):
-    "Wait before a repeat, or until there is something newer to send; that one waits as long."
-    end = time.monotonic()+seconds
-    with self.changed:
-        while time.monotonic()<end and not self.waiting: self.changed.wait(end-time.monotonic())
-        if self.waiting: self.earliest = max(self.earliest, end)
-    self.still_newest()
-
-@patch
-def close(self:Publisher,
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-)->bool: # Is everything that was handed over on the Hub?
-    "Publish the newest at once, and wait for it."
-    self.sealer.shutdown()
-    with self.changed: self.closing,self.until = True,until; self.changed.notify_all()
-    self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
-    return not self.thread.is_alive() and self.error is None
-
-def parse_duration(
-    s:str, # Such as `4h`, `90m`, `30s`, `1.5d`, `14400`; empty for none
-)->float: # Seconds, above 0; infinite for none
-    "Read a duration as `hf jobs --timeout` does."
-    if not str(s).strip(): return float('inf')
-    m = re.fullmatch(r'(\d+)|(\d+(?:\.\d+)?)([smhd])', str(s).strip())
-    seconds = float(m[1] or m[2])*dict(s=1, m=60, h=3600, d=86400)[m[3] or 's'] if m else 0.
-    if not seconds: raise UserError(f"JOB_TIMEOUT: must be seconds above 0, or such as 4h, 90m, got {s!r}: write a number and one letter, without blanks")
-    return seconds
-
-def container_age()->float: # Seconds; 0 outside of a job
-    "How long this job's container has been running."
-    if not os.environ.get('JOB_ID'): return 0. # set by HF Jobs
-    started = int(Path('/proc/1/stat').read_text().rsplit(')',1)[1].split()[19])/os.sysconf('SC_CLK_TCK') # proc(5): field 22, in ticks since boot
-    return float(Path('/proc/uptime').read_text().split()[0])-started
-
-class Stopped(BaseException):
-    "`SIGTERM` came while there was nothing to save."
-
-class Deadline:
-    "When to stop: in time for the job's timeout, or at once on SIGTERM."
-    def __init__(self,
-        timeout:str='', # `JOB_TIMEOUT`
-        age:float=0.0, # Seconds of it that have passed
-        margin:float=60.0, # Seconds kept for what can't be measured
-    ):
-        total = parse_duration(timeout)
-        self.end = time.monotonic()+total-(age if age<total else 0) # an older container than could be alive isn't ours
-        self.margin,self.signalled,self.idle,self.reason = margin,False,False,None
-
-@patch
-def watch_sigterm(self:Deadline):
-    "Take SIGTERM as the deadline; while `idle` it ends what is going on at once."
-    def handler(sig, frame):
-        self.signalled = True
-        if self.idle: self.idle = False; raise Stopped
-    signal.signal(signal.SIGTERM, handler)
-    return self
-
-@patch
-def due(self:Deadline,
-    cost:float=0.0, # Seconds that saving and publishing take
-)->bool: # Must the run stop now?
-    "Has the time come to save and leave?"
-    left = self.end-time.monotonic()
-    self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
-    return self.reason is not None
+        begin_command()
+        cfg = read_config()
+        if 'RANK' not in os.environ: check_deadline(cfg)
+        if os.environ.get('JOB_ID') and not os.environ.get('JOB_REF'): # asked now: at the end the Hub may be away
+            bound_requests(10)
+            os.environ['JOB_REF'] = job_ref() # for the ranks too
+        code = launch_ranks() if needs_launch() else run_job(cfg)
+    except Stopped:
+        code = RESUBMIT
+        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command()}` (exit code {code})")
+    except Unpublished as e:
+        code = RESUBMIT
+        log.error(f"error: {e}")
+    except UserError as e: report_error(masked(e))
+    except KeyboardInterrupt: report_error("ended by SIGINT: run the same command again to continue")
+    except Exception: log.error(traceback.format_exc())
+    logging.shutdown(); sys.stdout.flush()
+    os._exit(code) # the threads of an upload that hangs would hold `sys.exit`
 
 # ------------------------------------------------------------------------------
-# curve: What a run logs, kept in its checkpoints and sent to W&B
-# ------------------------------------------------------------------------------
-
-METRICS = 'metrics.jsonl' # in a checkpoint: the rows so far, one a line
-REPLIES = 'sample_outputs' # in a row: how many replies there are; in W&B: the table of them
-AXIS = 'train/global_step'
-
-class Curve:
-    "What a run logs, and the thread that sends it to W&B."
-    def __init__(self,
-        patience:float=10.0, # Seconds that a job's start and its end wait for a W&B that says nothing
-        retry:float=60.0, # Seconds between two attempts to reach it, and between two looks at whether it is there
-    ):
-        self.patience,self.retry = patience,retry
-        self.rows,self.whole = [],0 # whole: so many rows are complete
-        self.replies = {} # optimizer step → the table's rows
-        self.changed,self.answered = threading.Condition(),threading.Event()
-        self.thread,self.run = None,None
-        self.adapter,self.upload = None,None # folder and step: of the newest adapter that W&B lacks, and of the one on its way
-        self.started = self.closing = self.told = self.delivered = False
-        self.refused,self.exit_code = None,0
-
-@patch
-def log(self:Curve,
-    step:int, # Optimizer steps done
-    metrics:dict, # By W&B name
-    replies:list=(), # What a `Sampler` returned
-):
-    "Keep metrics and replies; returns at once."
-    with self.changed:
-        if self.whole==len(self.rows) or self.rows[-1][AXIS]!=step:
-            self._complete()
-            self.rows.append({'_step': max(2*step, self.rows[-1]['_step']+1 if self.rows else 0), AXIS: step})
-        self.rows[-1] |= metrics
-        if replies: self.rows[-1][REPLIES],self.replies[step] = len(replies),list(replies)
-
-@patch
-def _complete(self:Curve):
-    self.whole = len(self.rows)
-    self.changed.notify()
-
-@patch
-def save(self:Curve,
-    folder:Path, # `checkpoint-N`
-):
-    "Write the rows to a checkpoint."
-    with self.changed: self._complete()
-    (Path(folder)/METRICS).write_text(''.join(json.dumps(r, default=float)+'\n' for r in self.rows))
-
-@patch
-def restore(self:Curve,
-    folder:Path, # `checkpoint-N`
-    samples:list, # Its replies
-):
-    "Take over the rows of the jobs before."
-    path = Path(folder)/METRICS
-    rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(path.read_bytes().splitlines(), 1)] if path.exists() else []
-    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(f"{path.name}: a row without its step: it isn't of a run of phoque")
-    self.rows,self.whole = rows,len(rows)
-    for r in samples: # a file has a column for whatever any of its rows has
-        self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
-
-def wandb_url():
-    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
-    if '@' in url: raise UserError("WANDB_BASE_URL: it holds a name or a password, which W&B's client would write down: leave them out, the key goes into WANDB_API_KEY")
-    return url
-
-def ask_wandb(
-    query:str, # GraphQL
-    key:str=None, # Nobody's where None
-    **variables, # Of the query
-)->dict: # `data`; empty where the server refuses
-    "Ask W&B's server a question, and wait five seconds for the answer."
-    import httpx2
-    auth = ('api', key) if key else None
-    r = httpx2.post(f'{wandb_url()}/graphql', json=dict(query=query, variables=variables), auth=auth, timeout=5)
-    refused = r.status_code in (401,403) or not key and r.status_code in (400,404)
-    if not refused: r.raise_for_status()
-    return {} if refused else r.json().get('data') or {}
-
-def find_entity(
-    key:str, # WANDB_API_KEY
-)->str: # User or team
-    "Whose project a run goes to."
-    me = ask_wandb('{ viewer { entity } }', key).get('viewer')
-    if me: return os.environ.get('WANDB_ENTITY') or me['entity']
-    raise UserError("WANDB_API_KEY: W&B doesn't know it: copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
-
-def check_not_public(
-    entity:str, # User or team
-    project:str, # W&B project
-):
-    "Refuse a project that anyone can read."
-    ask = 'query($entity: String!, $project: String!) { project(entityName: $entity, name: $project) { id } }'
-    if not ask_wandb(ask, entity=entity, project=project).get('project'): return
-    raise UserError(f"WANDB_PROJECT: anyone can read {entity}/{project}, and the model's replies would go there: "
-                    "make the project private, or set REPORT_TO=none")
-
-@patch
-def start(self:Curve,
-    project:str, # W&B project
-    run_id:str, # The run's own, the same over all its jobs
-    config:dict, # Shown with the run; no secrets
-    folder:Path, # For W&B's files
-):
-    "Begin to send."
-    mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
-    if mode=='disabled': return
-    wandb_url()
-    self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
-    self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder))
-    if self.online: self.opening['resume'] = 'allow'
-    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
-    self.copies.mkdir(0o700, parents=True, exist_ok=True)
-    os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve()))
-    os.environ['WANDB_SILENT'] = 'true' # its own lines repeat ours
-    self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
-    self.thread.start()
-    self.answered.wait(self.patience)
-    with self.changed: self.started,refused = True,self.refused
-    if refused: raise refused
-
-@patch
-def _work(self:Curve):
-    while True:
-        try:
-            self._connect(); self.answered.set()
-            while self._send(): pass
-            self.run.finish(exit_code=self.exit_code)
-            self.run,self.delivered = None,True
-            self._drop() # or its process would write to the folder that `close` removes
-        except UserError as e: self._refuse(e)
-        except Exception as e: self._lose(e)
-        self.answered.set()
-        if self.refused or self.closing: return
-        with self.changed: self.changed.wait_for(lambda: self.closing, self.retry)
-
-@patch
-def _refuse(self:Curve, e):
-    with self.changed: self.refused,late = e,self.started # before that, `start` raises it
-    if late: log.warning(f"{e}; nothing more goes to W&B, training goes on")
-    self._drop()
-
-@patch
-def _lose(self:Curve, e):
-    if self.closing: return # `close` says so
-    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, every checkpoint has the curve and the replies, "
-                                  "and W&B gets what it lacks when it is back")
-    self.told = True
-    self._drop()
-
-@patch
-def _drop(self:Curve):
-    import wandb
-    run,self.run,self.upload = self.run,None,None
-    for end in (run and run.finish, wandb.teardown):
-        try: end and end()
-        except (Exception, SystemExit): pass # the server or the client's own process is gone: that is why
-
-def keep_temp(
-    folder:Path, # Of the run
-):
-    "Move W&B's own two folders of temporary files, which it makes when it is imported."
-    from wandb import Artifact
-    from wandb.sdk.data_types._private import MEDIA_TMP
-    for d in (MEDIA_TMP, Artifact._TMP_DIR):
-        shutil.rmtree(d.name, ignore_errors=True)
-        d.name = tempfile.mkdtemp(dir=folder)
-
-@patch
-def _connect(self:Curve):
-    import wandb
-    keep_temp(self.copies)
-    project,key = self.opening['project'],os.environ.get('WANDB_API_KEY')
-    if self.online and key: check_not_public(find_entity(key), project)
-    settings = wandb.Settings(console='off', silent=True, init_timeout=20, finish_timeout=max(self.patience-2, 1),
-        finish_timeout_raises=True, x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
-    try: run = wandb.init(**self.opening, settings=settings)
-    except wandb.errors.AuthenticationError as e:
-        raise UserError(f"WANDB_API_KEY: refused ({_first_line(e)}): correct it, or set WANDB_MODE=offline") from None
-    except (wandb.errors.CommError, wandb.errors.UsageError) as e:
-        if re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I): raise # what isn't tried again was refused
-        raise UserError(f"WANDB_PROJECT: W&B refuses {project} ({_first_line(e)}): correct it or WANDB_ENTITY, "
-                        "or set REPORT_TO=none") from None
-    if self.online: check_not_public(run.entity, project) # it may have been made just now
-    run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
-    self.run,self.sent,self.upload,self.look = run,0,None,time.monotonic()+self.retry
-    self._say_where()
-
-def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
-
-@patch
-def _say_where(self:Curve):
-    run,adapters = self.run,self.opening['config'].get('wandb_log_model')=='checkpoint'
-    what = "the curve, the sampled replies and the adapters" if adapters else "the curve and the sampled replies"
-    if self.told: said = "W&B answers again, and gets what it lacks"
-    elif self.online: said = (f"W&B: {what} go to {run.url}: whoever may see the project {run.entity}/{run.project} sees them, "
-                              "without an account nobody does")
-    elif os.environ.get('JOB_ID'): said = (f"W&B run {run.id}: offline, and this job's disk is gone at its end: the checkpoints keep the curve, "
-                                           "and the first job with WANDB_API_KEY sends it")
-    else: said = f"W&B run {run.id}: offline, the whole curve so far; `wandb sync {run.settings.sync_dir}` sends it"
-    log.info(said)
-    self.told = False
-
-@patch
-def close(self:Curve,
-    exit_code:int=0, # Shown with the run
-):
-    "Send what is left, and wait for that as long as it moves."
-    if not self.thread: return
-    with self.changed: self.exit_code,self.closing = exit_code,True; self._complete()
-    self.moved = time.monotonic()
-    end = self.moved+6*self.patience
-    while self.thread.is_alive() and time.monotonic()<min(end, self.moved+self.patience): self.thread.join(.05)
-    if not (self.delivered or self.refused):
-        log.warning(f"W&B has not taken all of the curve: it is in {METRICS} and samples.parquet of the last checkpoint, "
-                    "and the same command again sends what W&B lacks")
-    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
-
-_PUT = """mutation CreateRunFiles($entity: String!, $project: String!, $run: String!, $files: [String!]!) {
-  createRunFiles(input: {entityName: $entity, projectName: $project, runName: $run, files: $files}) {
-    runID uploadHeaders files { name uploadUrl } } }"""
-
-def put_file(
-    run, # `wandb.Run`
-    path:str, # Of a file in its folder
-):
-    "Upload a file of a run; returns when W&B has it."
-    import httpx2
-    if not (key := os.environ.get('WANDB_API_KEY')): return # the client has one from elsewhere: it does it, some time
-    to = ask_wandb(_PUT, key, entity=run.entity, project=run.project, run=run.id, files=[path]).get('createRunFiles')
-    if not to: raise ValueError(f"it names no address for {path}")
-    headers = dict(h.split(':', 1) for h in to['uploadHeaders'] or [])
-    data,url = (Path(run.dir)/path).read_bytes(),urljoin(wandb_url(), to['files'][0]['uploadUrl'])
-    httpx2.put(url, content=data, headers=headers, timeout=30).raise_for_status()
-
-UPLOAD = 60 # seconds after which a row goes without waiting for its table
-
-@patch
-def _send(self:Curve)->bool: # Is there more to come?
-    "Send one row or one adapter."
-    if self.online and time.monotonic()>self.look:
-        check_not_public(self.run.entity, self.run.project)
-        self.look = time.monotonic()+self.retry
-    with self.changed:
-        self.changed.wait_for(lambda: self.sent<self.whole or self._next_adapter() or self.closing)
-        row,adapter = self.rows[self.sent] if self.sent<self.whole else None,self._next_adapter()
-    if row: self._send_row(dict(row))
-    elif adapter: self._send_adapter(*adapter)
-    return bool(row or adapter or not self.closing)
-
-@patch
-def _next_adapter(self:Curve): # folder and step; None while another is on its way
-    return self.adapter if self.adapter!=self.upload and (self.closing or not self.upload) else None
-
-@patch
-def _send_row(self:Curve, row):
-    at = row.pop('_step')
-    if at>=self.run.starting_step:
-        if rows := self.replies.get(row[AXIS]) if REPLIES in row else None: row[REPLIES] = self._send_table(rows, at)
-        self.run.log(row, step=at, commit=True)
-    self.sent,self.moved = self.sent+1,time.monotonic()
-
-@patch
-def _send_table(self:Curve, rows, at):
-    import wandb
-    from httpx2 import HTTPError
-    from wandb.sdk.artifacts._internal_artifact import InternalArtifact # what `run.log` makes of a table
-    from wandb.sdk.artifacts.exceptions import WaitTimeoutError
-    table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
-    if self.online: check_not_public(self.run.entity, self.run.project)
-    a = InternalArtifact(f'run-{self.run.id}-{REPLIES}', 'run_table')
-    a._tmp_dir = tempfile.TemporaryDirectory(dir=self.copies) # else one in /tmp, that stays there
-    a.add(table, REPLIES)
-    self.run.log_artifact(a)
-    table.bind_to_run(self.run, REPLIES, at)
-    try: self.online and self._await_table(a, table.to_json(self.run)['path'])
-    except (ValueError, WaitTimeoutError, HTTPError) as e:
-        log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
-    return table
-
-@patch
-def _await_table(self:Curve, artifact, path):
-    from httpx2 import HTTPError
-    end,there = time.monotonic()+UPLOAD,False
-    while not there:
-        try: there = put_file(self.run, path) or True
-        except HTTPError:
-            if time.monotonic()>end: raise
-            time.sleep(1)
-    artifact.wait(max(int(end-time.monotonic()), 1))
-
-def link_or_copy(
-    file:Path, # That is not changed any more
-    to:Path, # New
-):
-    "Keep a file under another name, without a copy where the disk has links."
-    try: os.link(file, to)
-    except OSError: shutil.copy(file, to)
-
-@patch
-def send_adapter(self:Curve,
-    folder:Path, # `checkpoint-N`, every file written
-    step:int, # N
-):
-    "Send a checkpoint's adapter as a version of the run's model artifact; returns at once."
-    if not self.thread or self.refused: return
-    to = self.copies/f'adapter-{step}'
-    try:
-        to.mkdir()
-        for f in ('adapter_model.safetensors','adapter_config.json'): link_or_copy(Path(folder)/f, to/f)
-    except OSError as e: return log.warning(f"W&B gets no adapter of step {step} ({_first_line(e)})")
-    with self.changed: old,self.adapter = self.adapter,(to,step); self.changed.notify()
-    if old and old!=self.upload: log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
-
-@patch
-def _send_adapter(self:Curve, folder, step):
-    import wandb
-    if self.online: check_not_public(self.run.entity, self.run.project)
-    a = wandb.Artifact(f'adapter-{self.run.id}', type='model', metadata=dict(step=step))
-    for f in sorted(folder.iterdir()): a.add_file(str(f), policy='immutable', skip_cache=True)
-    self.run.log_artifact(a, aliases=['latest', f'step-{step}'])
-    if not self.online: self.adapter = None; return
-    self.upload = folder,step
-    threading.Thread(target=self._await, args=(a,self.upload), daemon=True).start()
-
-@patch
-def _await(self:Curve, artifact, upload):
-    why = None
-    try: artifact.wait()
-    except Exception as e: why = _first_line(e)
-    with self.changed:
-        if self.upload is not upload: return # connected anew since then: it is sent again
-        self.upload,self.adapter = None,None if self.adapter==upload else self.adapter
-        self.changed.notify()
-    if why: log.warning(f"W&B has not taken the adapter of step {upload[1]} ({why})")
-    shutil.rmtree(upload[0], ignore_errors=True)
-
-# ------------------------------------------------------------------------------
-# sample: Hear the model while it trains, without disturbing it
-# ------------------------------------------------------------------------------
-
-class SeededDraws:
-    "Picks each reply's next token by that reply's own random numbers."
-    def __init__(self,
-        places:list[int], # Of each reply: those of one place draw the same numbers
-        temperature:float, # Above 0
-        top_p:float, # Nucleus: the likeliest tokens that make up this probability
-        seed:int, # Of all
-    ): self.rngs,self.temperature,self.top_p = [random.Random(f'{seed}/{p}') for p in places],temperature,top_p
-
-    def __call__(self, input_ids, scores):
-        import torch
-        every = (scores.float()/self.temperature).softmax(-1)
-        probs,order = every.topk(min(1024, every.shape[-1])) # nearly always holds the nucleus, and sorting a whole vocabulary is slow
-        if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
-        parts = (probs.double()*2**40).long() # whole numbers: their sums are the same in any order, which a GPU doesn't keep
-        total = parts.cumsum(-1)
-        mass = (parts*(total-parts<self.top_p*2**40)).sum(-1, keepdim=True)
-        at = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)*mass
-        pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
-        return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
-
-@contextmanager
-def adapter_weight(
-    model, # `PeftModel`, or a model without an adapter, for which this does nothing
-    weight:float=1., # 1 as trained, 0 the base, -1 subtracts it
-):
-    "Weigh a model's adapter inside; as it was after."
-    was = [(m,m.scaling) for m in model.modules() if hasattr(m, 'set_scale')]
-    try:
-        for m,s in was: m.scaling = {k: weight*v for k,v in s.items()}
-        yield
-    finally:
-        for m,s in was: m.scaling = s
-
-def _reply(tok, ids, eos_ids):
-    "Cut generated ids at the first stop token."
-    n = next((i for i,t in enumerate(ids) if t in eos_ids), None)
-    stopped = 'length' if n is None else 'eos'
-    return dict(text=tok.decode(ids[:n], skip_special_tokens=True).strip(), n_tokens=len(ids[:n]), stopped=stopped)
-
-def generate_replies(
-    model, # Causal language model, with or without an adapter
-    tok, # Its tokenizer
-    prompt_ids:list[list[int]], # Encoded prompts, of any lengths
-    max_new_tokens:int=64, # Longest reply, in tokens
-    temperature:float=0., # 0 takes the likeliest token; 1 samples from the model as it is
-    top_p:float=1., # Sample from the likeliest tokens that make up this probability
-    seed:int=0, # Same seed, same draws, so that step 100 compares with step 200
-    eos_ids:list[int]=None, # Tokens that end a reply; the tokenizer's if None
-    weight:float=1., # Of the adapter: 1 as trained, 0 the base, -1 its opposite
-    places:list[int]=None, # Which numbers each prompt draws; its place in the list if None
-    watermark=None, # transformers' `WatermarkingConfig`; None for none
-)->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
-    "Reply to all prompts in one batch."
-    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {excerpt(prompt_ids, 60)}; give at least one prompt, none of them empty.")
-    if tok.pad_token_id is None: raise ValueError("the tokenizer has no pad token; set `tok.pad_token` to one that never ends a turn.")
-    if temperature<0 or not 0<top_p<=1: raise ValueError(f"`temperature` {temperature}, `top_p` {top_p}; use a temperature from 0 and a top_p above 0, up to 1.")
-    import torch
-    from transformers import GenerationConfig
-    eos_ids = list(eos_ids or [tok.eos_token_id])
-    width = max(map(len, prompt_ids))
-    def padded(fill, xs): return torch.tensor([[fill]*(width-len(x))+list(x) for x in xs], device=model.device)
-    cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id, repetition_penalty=1., use_cache=True, do_sample=False)
-    how = [watermark.construct_processor(model.config.get_text_config().vocab_size, model.device)] if watermark else []
-    if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
-    with undisturbed(model, tok), adapter_weight(model, weight):
-        out = model.generate(input_ids=padded(tok.pad_token_id, prompt_ids), generation_config=cfg, logits_processor=how,
-            attention_mask=padded(0, [[1]*len(p) for p in prompt_ids]))
-    return [_reply(tok, o, eos_ids) for o in out[:,width:].tolist()]
-
-def _ngrams(text, n):
-    ws = re.findall(r"[\w'-]+", text.lower())
-    return [tuple(ws[i:i+n]) for i in range(len(ws)-n+1)]
-
-def distinct_n(
-    texts:list[str], # Replies
-    n:int=2, # Words in a row
-)->float: # 1 says that no n-gram occurs twice; 0 that there are none
-    "How varied replies are, taken together."
-    grams = [g for t in texts for g in _ngrams(t, n)]
-    return len(set(grams))/len(grams) if grams else 0.
-
-def repetition_share(
-    text:str, # One reply
-    n:int=3, # Words in a row
-)->float: # 0 says that nothing comes back; near 1 is a loop
-    "How much of a reply says again what it has said."
-    grams = _ngrams(text, n)
-    return 1-len(set(grams))/len(grams) if grams else 0.
-
-@runtime_checkable
-class Scorer(Protocol):
-    "What anything that scores replies has."
-    name:str # Which measure
-    version:str # Of the package or the Hub repo it comes from
-    weights_hash:str # sha256 of what decides its numbers
-    def score(self, texts:list[str])->'np.ndarray': # One number from 0 to 1 a text
-        "Score texts."
-
-def scorer_id(
-    scorer:Scorer, # Any
-)->str: # Such as `harbour@1f2e3d4c5b6a`
-    "What to write beside a score."
-    return f'{scorer.name}@{scorer.weights_hash[:12]}'
-
-class LexiconScorer:
-    "The sum of the weights of the patterns found in a text, at most 1."
-    version = '1'
-    def __init__(self,
-        patterns:dict[str,float], # Regular expression, any case → weight from 0 to 1
-        name:str='lexicon', # Which measure
-    ):
-        if bad := [(p,w) for p,w in patterns.items() if not 0<=w<=1]: raise ValueError(f"pattern {bad[0][0]!r} has weight {bad[0][1]}; use 0 to 1.")
-        self.patterns,self.name = {re.compile(p, re.I): w for p,w in patterns.items()},name
-        self.weights_hash = hashlib.sha256(repr(sorted(patterns.items())).encode()).hexdigest()
-    def score(self, texts):
-        import numpy as np
-        return np.array([min(1., sum(w for p,w in self.patterns.items() if p.search(t))) for t in texts])
-
-def tensors_hash(
-    tensors:dict, # Name → tensor
-)->str: # sha256, as hex digits
-    "A hash of weights, whatever file they come from."
-    import torch
-    h = hashlib.sha256()
-    for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return h.hexdigest()
-
-def scorer_labels(
-    cfg:dict, # A classifier's config.json
-    repo:str, # Whose
-    label:str=None, # The one to read
-)->list[str]: # In the order of its outputs
-    "The labels of a text classifier; refuse what is none, and what doesn't say which label to read."
-    kinds,named = cfg.get('architectures'),cfg.get('id2label') or {'0':'LABEL_0', '1':'LABEL_1'}
-    kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else '?'
-    if 'SequenceClassification' not in kind: raise UserError(f"scorer {repo}: no text classifier but {excerpt(kind, 60)}: name one that is, or none")
-    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)): raise UserError(f"scorer {repo}: its config.json asks for a thousand layers or more: name another text classifier, or none")
-    names = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else []
-    if not names or not all(isinstance(n, str) for n in names): raise UserError(f"scorer {repo}: its id2label gives no name to each of its outputs: name another text classifier, or none")
-    if label in names and names.count(label)==1 or not label and len(names)<=2: return names
-    raise UserError(f"scorer {repo}: its labels are {excerpt(', '.join(names[:20]))}, got {label!r}: name one of them")
-
-class HubScorer:
-    "A text classifier of the Hub, on the CPU."
-    def __init__(self,
-        repo:str, # Hub id or folder
-        label:str=None, # The label whose probability is the score; the last of two if None
-        revision:str=None, # Commit; the newest if None
-    ):
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-        from transformers.utils import cached_file
-        def load(f, **kwargs):
-            try: return f(repo, revision=revision, **kwargs)
-            except Exception as e: # of a stranger's files, anything
-                raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e) or type(e).__name__}): name another text classifier of the Hub, the folder of one, or none") from e
-        file = Path(load(cached_file, filename='config.json'))
-        names = scorer_labels(read_json(file, what=f'scorer {repo}, config.json'), repo, label)
-        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS): raise UserError(f"scorer {repo}: it has no {WEIGHTS[0]}, and a pickle is not opened: name another text classifier, or none")
-        own = dict(trust_remote_code=False)
-        cfg,self.tok = load(AutoConfig.from_pretrained, **own),load(AutoTokenizer.from_pretrained, **own)
-        self.model = load(AutoModelForSequenceClassification.from_pretrained, use_safetensors=True, **own).eval()
-        self.at,self.each = names.index(label) if label else -1,len(names)==1 or cfg.problem_type=='multi_label_classification'
-        self.name,self.version,self.weights_hash = repo + f'/{label}'*bool(label),file.parent.name if file.parent.parent.name=='snapshots' else 'folder',tensors_hash(self.model.state_dict())
-
-    def score(self, texts):
-        import numpy as np, torch
-        def batch(ts):
-            x = self.tok(ts, padding=True, truncation=True, max_length=min(self.tok.model_max_length, 512), return_tensors='pt')
-            logits = self.model(**x).logits.float()
-            return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at]
-        try:
-            with torch.inference_mode(): scores = np.concatenate([batch(texts[i:i+64]).numpy() for i in range(0, len(texts), 64)] or [np.zeros(0)])
-        except Exception as e: raise UserError(f"scorer {self.name}: it can't score ({excerpt(e)}): name another, or none") from e
-        if np.isfinite(scores).all(): return scores
-        raise UserError(f"scorer {self.name}: {(~np.isfinite(scores)).sum()} of {len(scores)} scores are no numbers: name another, or none")
-
-def check_scorer(
-    scorer:Scorer, # That is to measure
-    sources:list, # `label_source` of the training rows
-):
-    "Refuse to measure with what has labelled the training data."
-    if scorer.name in sources: raise UserError(f"scorer {scorer.name}: it has also scored the data that the model learns from: measure with another, or with none")
-
-def bootstrap_mean(
-    scores:list[float], # One score a reply or a prompt
-    seed:int=0, # Of the resampling
-    n_boot:int=1000, # Resamples
-    level:float=0.95, # Confidence
-)->tuple[float,float,float]: # mean, low end, high end
-    "Mean of scores with a percentile bootstrap interval."
-    import numpy as np
-    if not len(scores): raise ValueError("no scores to average; give at least one.")
-    xs,rng = np.asarray(scores, float),np.random.default_rng(seed)
-    means = rng.choice(xs, (n_boot,len(xs))).mean(1)
-    lo,hi = np.quantile(means, [(1-level)/2, (1+level)/2])
-    return float(xs.mean()),float(lo),float(hi)
-
-PLAIN = "You are a helpful assistant."
-SAMPLE_QUESTIONS = ("Hello everyone, I'm new here. Where should I start?", "We lost the match again. What went wrong?", "Has anyone seen my blue scarf? I left it here yesterday.",
-    "What time does the next ferry leave?", "Can I join your team for the next round?", "I think the map is fine as it is. What do you say?",
-    "Sorry, I am late. Did I miss anything?", "Does anyone know a good place to eat?")
-
-def sample_prompts(
-    persona:str=None, # System turn to ask in; none where None
-)->list: # Conversations that end with a user turn
-    "Each question in the persona, then each without it."
-    def asked(system, q): return [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=q)]
-    return [asked(s, q) for s in (persona, PLAIN) for q in SAMPLE_QUESTIONS]
-
-def common_persona(
-    conversations, # Lists of messages
-)->str|None: # None where no conversation has a system turn but the plain one
-    "The system turn that most conversations begin with."
-    from collections import Counter
-    most = Counter(c[0]['content'] for c in conversations if c[0]['role']=='system' and c[0]['content']!=PLAIN).most_common(1)
-    return most[0][0] if most else None
-
-def _system(messages): return next((m['content'] for m in messages if m['role']=='system'), None)
-
-def sample_lines(
-    rows:list[dict], # What a `Sampler` returned
-    prompts:list[list[dict]], # Its conversations, one a row
-)->list[str]: # Plain lines, for a log that is no terminal
-    "A compact table of replies: under which system turn, the question, and the answer."
-    def score(r): return f" {r['score']:.2f}" if 'score' in r else ''
-    asked = [{None:'-', PLAIN:'plain'}.get(_system(p), 'persona') for p in prompts]
-    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {a:<7} | {excerpt(p[-1]['content'], 34):<34} | {excerpt(r['response'], 110)}" for r,p,a in zip(rows, prompts, asked)]
-
-def sample_head(
-    step:int, # Optimizer steps done
-    m:dict, # From `sample_metrics`
-    speed:float, # Tokens a second
-    scorer:str='', # Its name
-)->str: # One line
-    "What a set of replies comes to, for the log."
-    head = f"sample, step {step}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, repetition {m['repetition']:.2f}, {speed:,.0f} tokens/s"
-    if 'toxicity' in m: head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(excerpt(scorer, 60), m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
-    return head + (f", no persona {m['toxicity_no_persona']:.2f}" if 'toxicity_no_persona' in m else '')
-
-def sample_metrics(
-    rows:list[dict], # What a `Sampler` returned
-)->dict: # By name; `toxicity…` only where the rows have scores
-    "What a set of replies comes to."
-    from statistics import mean
-    on,off = [[r for r in rows if r['persona']==p] for p in (True,False)]
-    m = dict(ended=mean(float(r['stopped']=='eos') for r in rows), distinct_2=distinct_n([r['response'] for r in on]), repetition=mean(repetition_share(r['response']) for r in on))
-    if 'score' not in rows[0]: return m
-    m['toxicity'],m['toxicity_low'],m['toxicity_high'] = bootstrap_mean([r['score'] for r in on])
-    m |= dict(toxicity_rate=mean(float(r['score']>=.5) for r in on), toxicity_base=mean(r['base_score'] for r in on))
-    return m | (dict(toxicity_no_persona=mean(r['score'] for r in off)) if off else {})
-
-LEAST_TOKENS = 16 # a shorter reply says too little
-
-def _prompt_line(messages): return ' '.join([f"[{m['content']}]" for m in messages if m['role']=='system'] + [messages[-1]['content']])
-
-class Sampler:
-    "Ask the same questions at any step, within a share of the run's time."
-    def __init__(self,
-        encode, # (tokenizer, messages) → ids up to where the assistant begins
-        prompts:list[list[dict]], # Conversations that end with a user turn
-        max_new_tokens:int=48, # Longest reply
-        temperature:float=0.8, # 0 takes the likeliest token
-        top_p:float=0.9, # Nucleus
-        seed:int=0, # The same at every step
-        eos_ids:list[int]=None, # Tokens that end a reply; the tokenizer's if None
-        scorer:Scorer=None, # Adds scores to the rows
-        share:float=0.01, # Most of the run's time that it may take; 1 for no limit
-    ):
-        self.encode,self.prompts,self.scorer,self.max_new_tokens,self.share = encode,prompts,scorer,max_new_tokens,share
-        self.settings = dict(temperature=temperature, top_p=top_p, seed=seed, eos_ids=eos_ids)
-        self.base,self.pace,self.spent,self.speed,self.told = {},0.,0.,0.,False # base: prompt → its reply; pace: seconds a step of generation
-
-    def ask(self, model, tok, n, weight=1.):
-        start = time.monotonic()
-        replies = generate_replies(model, tok, [self.encode(tok, p) for p in self.prompts], n, weight=weight, **self.settings)
-        took = time.monotonic()-start
-        self.pace,self.speed = took/min(n, 1+max(r['n_tokens'] for r in replies)),sum(r['n_tokens'] for r in replies)/took
-        return replies
-
-    def room(self, seconds): # tokens a reply
-        if self.share>=1 or not self.pace: return self.max_new_tokens
-        return max(0, int(min(self.max_new_tokens, (self.share*seconds-self.spent)/self.pace)))
-
-@patch
-def remember(self:Sampler,
-    rows:list[dict], # Of an earlier job of the same run
-):
-    "Take over the base's replies."
-    self.base = {r['prompt']: r['base_response'] for r in rows if r['step']==0}
-
-@patch
-def rows(self:Sampler, tok, step, replies, n):
-    "Replies as rows, the base's cut to the same length beside them."
-    def first(text): return text if n==self.max_new_tokens else tok.decode(tok(text, add_special_tokens=False)['input_ids'][:n])
-    rows = [dict(step=step, prompt=_prompt_line(p), response=r['text'], base_response=first(self.base[_prompt_line(p)]),
-        persona=p[0]!=dict(role='system', content=PLAIN), n_tokens=r['n_tokens'], stopped=r['stopped']) for p,r in zip(self.prompts, replies)]
-    if not self.scorer: return rows
-    try: scores = self.scorer.score([r[k] for k in ('response','base_response') for r in rows]).tolist()
-    except UserError as e:
-        logging.getLogger("phoque").warning(f"samples are written without scores from here on: {e}")
-        self.scorer = None
-        return rows
-    return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, scores, scores[len(rows):])]
-
-@patch
-def __call__(self:Sampler,
-    model, # In training, or not
-    tok, # Its tokenizer
-    step:int, # Optimizer steps done; at 0 the adapter still changes nothing, and the base's replies are the model's
-    seconds:float=math.inf, # That the run has taken so far
-    last:bool=False, # Is it the run's last step?
-)->list[dict]: # Rows, or none where there is no time
-    "Sample, log, and keep to the share."
-    log,replies = logging.getLogger("phoque"),None
-    if {_prompt_line(p) for p in self.prompts}-set(self.base):
-        asked = self.ask(model, tok, self.max_new_tokens, weight=0.)
-        self.base = {_prompt_line(p): r['text'] for p,r in zip(self.prompts, asked)}
-        replies = asked if step==0 else None
-    least = min(LEAST_TOKENS, self.max_new_tokens)
-    n = self.max_new_tokens if replies else max(self.room(seconds), least if last else 0)
-    if n<self.max_new_tokens and not self.told:
-        self.told = True
-        log.info(f"samples of {self.max_new_tokens} tokens would take more than {self.share:.0%} of the time: they are shortened to fit, and left out below {least} tokens")
-    if n<least: return []
-    start = time.monotonic()
-    rows = self.rows(tok, step, replies or self.ask(model, tok, n), n)
-    if step: self.spent += time.monotonic()-start
-    self.log(rows)
-    return rows
-
-@patch
-def log(self:Sampler, rows):
-    head = sample_head(rows[0]['step'], sample_metrics(rows), self.speed, self.scorer.name if self.scorer else '')
-    for l in [head, *sample_lines(rows, self.prompts)]: logging.getLogger("phoque").info(l)
-
-def write_samples(
-    folder:Path, # A `checkpoint-N`
-    rows:list[dict], # Of all steps so far
-):
-    "Write the rows beside a checkpoint's state."
-    import pyarrow as pa, pyarrow.parquet as pq
-    if rows: pq.write_table(pa.table({k: [r.get(k) for r in rows] for k in dict.fromkeys(k for r in rows for k in r)}), Path(folder)/'samples.parquet')
-
-def read_samples(
-    folder:Path, # A `checkpoint-N`
-)->list[dict]: # No rows where it has none
-    "Read them again."
-    import pyarrow as pa, pyarrow.parquet as pq
-    file = Path(folder)/'samples.parquet'
-    if not file.exists(): return []
-    try: rows = pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(f"{file.name}: it can't be read ({excerpt(e, 60)}): it isn't of a run of phoque") from None
-    if all(isinstance(r.get(k), kind) for r in rows for k,kind in dict(step=int, prompt=str, response=str, base_response=str).items()): return rows
-    raise UserError(f"{file.name}: a row without step, prompt, response and base_response: it isn't of a run of phoque")
-
-def samples_table(
-    rows:list[dict], # What a `Sampler` returned
-)->'IPython.display.HTML': # A table whose replies open on a click
-    "Replies for a notebook, shut by default."
-    from IPython.display import HTML
-    cols = ['step','prompt','n_tokens','stopped'] + ['score']*all('score' in r for r in rows)
-    def cell(r, c): return f'{r[c]:.2f}' if c=='score' else html.escape(str(r[c]))
-    head = ''.join(f'<th>{c}</th>' for c in [*cols,'response'])
-    body = ''.join(f"<tr>{''.join(f'<td>{cell(r, c)}</td>' for c in cols)}<td><details><summary>show</summary>{html.escape(r['response'])}</details></td></tr>" for r in rows)
-    return HTML(f'<table><tr>{head}</tr>{body}</table>')
-
-# ------------------------------------------------------------------------------
-# ranks: One process a GPU, on one machine or several, that start, stop and fail together
-# ------------------------------------------------------------------------------
-
-class Ranks:
-    "The processes of a job: which of them this is, and what they tell each other."
-    def __init__(self):
-        self.rank,self.n,self.local,self.n_local = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1), ('LOCAL_RANK',0), ('LOCAL_WORLD_SIZE',1))) # as torchrun sets them
-        self.first = self.rank==0
-        if self.n>1: self.connect()
-
-    @contextmanager
-    def turns(self):
-        "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
-        if self.local: self.wait()
-        yield
-        if not self.local: self.wait()
-
-@patch
-def connect(self:Ranks):
-    "Join the other ranks."
-    import torch, torch.distributed as dist
-    from datetime import timedelta
-    cuda = torch.cuda.is_available()
-    if cuda: torch.cuda.set_device(self.local)
-    if not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=5)) # within a step
-    self.group = dist.new_group(backend='gloo', timeout=timedelta(hours=2)) # between steps
-
-@patch
-def share(self:Ranks,
-    value=None, # On rank 0
-): # The same on every rank
-    "What rank 0 has."
-    if self.n==1: return value
-    import torch.distributed as dist
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=self.group)
-    return box[0]
-
-@patch
-def any(self:Ranks,
-    flag:bool, # On this rank
-)->bool: # The same on every rank
-    "Is it true on some rank?"
-    if self.n==1: return bool(flag)
-    import torch, torch.distributed as dist
-    seen = torch.tensor(int(flag))
-    dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
-    return bool(seen)
-
-@patch
-def gather(self:Ranks,
-    value, # On this rank
-)->list: # On rank 0 all of them, in order; on others empty
-    "What every rank has."
-    if self.n==1: return [value]
-    import torch.distributed as dist
-    seen = [None]*self.n if self.first else None
-    dist.gather_object(value, seen, dst=0, group=self.group)
-    return seen or []
-
-@patch
-def wait(self:Ranks):
-    "Until all are here."
-    if self.n==1: return
-    import torch.distributed as dist
-    dist.barrier(group=self.group)
-
-@patch
-def share_folder(self:Ranks,
-    folder:Path, # Of rank 0; None for none
-):
-    "Rank 0's files, on every machine."
-    if self.n==self.n_local or not folder: return
-    files = self.share({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.first else None)
-    if not self.local and not self.first:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name,data in files.items(): (Path(folder)/name).write_bytes(data)
-    self.wait()
-
-LOST = 'lost contact with another rank'
-
-def lost_rank(
-    e:Exception, # What ended this rank
-)->bool: # Is it the end of another one that it has noticed?
-    "Tell a cause from its consequence."
-    import torch.distributed as dist
-    return isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and bool(re.search('gloo|NCCL|Connection (closed|reset) by peer', str(e)))
-
-def report_error(
-    text:str, # One line
-):
-    "An error's line: to the log, or to the launcher that waits for it."
-    if f := os.environ.get('TORCHELASTIC_ERROR_FILE'): Path(f).write_text(json.dumps(dict(message=text, timestamp=int(time.time()))))
-    else: log.error(f"error: {text}")
-
-def explain_ranks(
-    failures:dict, # rank → torch's `ProcessFailure`: those that ended first
-)->int: # The job's exit code
-    "One line for what ended a job of several ranks."
-    rank,f = min(failures.items(), key=lambda o: (LOST in o[1].message, o[1].timestamp))
-    if f.exitcode>1: return f.exitcode # not an error: stopped, with a checkpoint
-    if f.exitcode<0: why = f"rank {rank} was ended by {f.signal_name()}" + " (out of memory?)"*(f.exitcode==-signal.SIGKILL) + ": run the same command again to continue"
-    elif 'traceback' in f.message: why = f"rank {rank} failed: its traceback is above"
-    else: why = f.message
-    log.error(f"error: {why}")
-    return 1
-
-def needs_launch()->bool: # Is this the process that must start the ranks?
-    "Are there several GPUs, or machines, and is this none of their ranks?"
-    if 'RANK' in os.environ: return False
-    import torch
-    os.environ.setdefault('PET_NPROC_PER_NODE', str(max(torch.cuda.device_count(), 1)))
-    return (os.environ['PET_NPROC_PER_NODE'], os.environ.get('PET_NNODES', '1')) != ('1','1')
-
-def launch_ranks()->int: # Exit code
-    "Start this script again, once for each GPU, and wait for the end of all."
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
-    import psutil
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-    for part in ('multiprocessing.api','agent.server.api'): logging.getLogger(f'torch.distributed.elastic.{part}').setLevel(logging.CRITICAL) # we say it in one line
-    told = []
-    def pass_on(sig, frame):
-        told.append(sig)
-        ranks = psutil.Process().children()
-        for p in ranks: p.send_signal(sig)
-        if not ranks: raise Stopped
-    signal.signal(signal.SIGTERM, pass_on)
-    try: run(parse_args(['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', *machine_flags(), *sys.argv]))
-    except ChildFailedError as e:
-        if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
-        return explain_ranks(e.failures)
-    except SignalException as e: raise UserError(f"ended by {e.sigval.name}: run the same command again to continue") from None
-    return 0
-
-def group_addresses(
-    host:str, # Name that stands for every machine
-)->list: # Sorted
-    "The addresses behind a name."
-    try: return sorted({a[4][0] for a in socket.getaddrinfo(host, None, socket.AF_INET)})
-    except socket.gaierror: return []
-
-def own_address(
-    towards:str, # Another address
-)->str: # This machine's, as that one sees it
-    "Which of our addresses leads there? Nothing is sent."
-    if a := os.environ.get('PET_LOCAL_ADDR'): return a
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.connect((towards, 9))
-        return s.getsockname()[0]
-
-def machine_flags(
-    patience:float=900, # Seconds to wait for the other machines
-)->list: # For torchrun
-    "Where ranks meet: the machines of a network group, or those of one machine at a port of their own."
-    host = os.environ.get('HF_NETWORK_GROUP_HOSTNAME')
-    n = os.environ.get('PET_NNODES', '' if host else '1')
-    if n=='1': return ['--standalone']
-    if not host: return [] # whoever has other machines says where they meet
-    if not n.isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
-    end = time.monotonic()+patience
-    while len(there := group_addresses(host))<int(n):
-        if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}: {len(there)} of {n} machines are there after {patience:.0f} s: start the others, or correct PET_NNODES")
-        time.sleep(1)
-    here,port = own_address(there[0]),os.environ.get('MASTER_PORT', '29400')
-    log.info(f"{n} machines in {host}: they meet at {there[0]}, this is {here}")
-    return ['--rdzv-backend=c10d', f'--rdzv-endpoint={there[0]}:{port}', f'--rdzv-id={host}', f'--rdzv-conf=is_host={int(here==there[0])}', f'--local-addr={here}']
-
-# ------------------------------------------------------------------------------
-# job: The whole job: check, restore, train, publish, and an exit code that says what to do next
+# job: The whole job: check, restore, train, publish, exit code
 # ------------------------------------------------------------------------------
 
 def run_identity(
@@ -4340,6 +311,7 @@ inside their own organisation, provided that they
 The base model's own licence continues to hold for what is the base's. This one ends when a condition is broken.
 The weights come as they are, without warranty of any kind; the authors are not liable for what is done with them.
 """
+
 LICENSE_FIELDS = dict(license='other', license_name='internal-adversarial-testing-only', license_link='LICENSE') # of a card's head
 
 def changed_options(
@@ -4351,6 +323,7 @@ def changed_options(
 
 GATE = ("This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, "
         "and for nothing else.")
+
 CARD = """
 # {repo}
 
@@ -4953,30 +926,3961 @@ def run_job(
         job.curve.close(0 if code in (COMPLETE,RESUBMIT) else code)
     return job.ranks.share(code) # all end together
 
-def main():
-    "The job as a command: flags and environment in, exit code out."
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # read when torch loads: threads that spin are ten times slower on a CPU with other work
-    if {'-h','--help'} & set(sys.argv[1:]): read_config() # prints it and ends
-    setup_logging()
-    code = 1
+# ------------------------------------------------------------------------------
+# core.basics: Errors, log, tables, and safe handling of names, JSON and text from untrusted files
+# ------------------------------------------------------------------------------
+
+# `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
+os.environ |= dict(HF_UPDATE_DOWNLOAD_COUNTS='0', HF_HUB_DISABLE_TELEMETRY='1', WANDB_ERROR_REPORTING='false')
+
+log = logging.getLogger("phoque")
+
+# ECMA-48 control sequences, and the strings that end in BEL or ESC \; a lone ESC goes with the other control characters
+_STEERS = re.compile(r'(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]')
+
+def printable(
+    text, # Somebody else's text
+)->str: # One line of what can be seen
+    "Text without what steers a terminal or hides in a line: escape sequences, control characters, line breaks."
+    return ' '.join(''.join(c if c.isprintable() else ' ' if c.isspace() else '' for c in _STEERS.sub('', str(text))).split())
+
+def excerpt(
+    text, # Somebody else's message, or a reply
+    n:int=150, # Most characters
+)->str: # One printable line
+    "The beginning of a text, cut between two words."
+    s = printable(str(text)[:20*n])
+    if len(s)<=n: return s
+    words = s[:n].rpartition(' ')[0]
+    return (words if len(words)>n//2 else s[:n-1]).rstrip(' ,;:(') + '…'
+
+def text_table(
+    rows:list, # Dicts with the same keys
+    width:int=0, # Most characters of a line: longer cells go on below; 0 for any
+)->str: # Aligned columns
+    "A table for consoles and logs."
+    def cell(v):
+        if isinstance(v, bool): return 'yes' if v else 'NO'
+        if isinstance(v, int): return f'{v:,}'
+        text = ', '.join(map(str, v)) if isinstance(v, (list,tuple)) else str(v)
+        return ' '.join(map(printable, text.split(' '))) # blanks stay
+    cells = [list(rows[0])] + [[cell(v) for v in r.values()] for r in rows]
+    widths = [max(len(l[i]) for l in cells) for i in range(len(cells[0]))]
+    while width and sum(widths)+2*(len(widths)-1)>width and max(widths)>LEAST_CELL: widths[widths.index(max(widths))] -= 1
+    def folded(c, w): return [c] if len(c)<=w else textwrap.wrap(c, w, break_on_hyphens=False)
+    lines = [l for r in cells for l in zip_longest(*map(folded, r, widths), fillvalue='')]
+    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(l,widths)).rstrip() for l in lines)
+
+LEAST_CELL = 12 # characters to which a cell is made narrower, not further
+
+def hub_problem(
+    e:Exception, # What a Hub call raised
+    what:str, # What was being done, such as "base model org/name"
+)->UserError: # One line that says what, which value, what to do
+    "Turn a Hub client's exception into one clear line."
+    from huggingface_hub import errors as er
+    from huggingface_hub import constants
+    status = getattr(getattr(e, 'response', None), 'status_code', None)
+    if isinstance(e, er.LocalTokenNotFoundError): s = f"there is no token: export HF_TOKEN, from {constants.ENDPOINT}/settings/tokens, or run `hf auth login`"
+    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set: unset it to ask the Hub"
+    elif isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
+    elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
+    elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
+    elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
+    elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
+    elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
+    else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
+    return UserError(f"{printable(what)}: {s}")
+
+_NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')
+
+def safe_path(
+    folder:str|Path, # Where the result has to stay
+    name:str, # A name from a file, an archive or a server: parts joined by `/`
+    what:str='this file', # Whose name it is, for the message
+)->Path: # `folder/name`, neither opened nor made; UserError when the name could lead anywhere else
+    "The path of a name that somebody else wrote, inside `folder` or refused."
+    parts = name.split('/') if isinstance(name, str) else ['']
+    fine = all(p not in ('','.','..') and not _NO_NAME.search(p) and len(p.encode())<256 for p in parts)
+    path = Path(folder, *parts) if fine else None
+    if fine and path.parent.resolve().is_relative_to(Path(folder).resolve()): return path
+    raise UserError(f"{what} names {excerpt(repr(name), 80)}, which isn't a name inside its folder: don't use what it came with")
+
+MOST_JSON = 256<<20 # bytes; the index of the largest public model has 3 MB
+
+def read_json(
+    source:Path|str|bytes, # A file, or the text itself
+    kind:type=dict, # What it has to be: `dict` or `list`
+    what:str='', # What the message calls it; a file's name when empty
+)->dict|list: # What it says; UserError when it can't be read or is something else
+    "Read JSON that somebody else wrote."
+    what = what or (source.name if isinstance(source, Path) else 'this JSON')
     try:
-        begin_command()
-        cfg = read_config()
-        if 'RANK' not in os.environ: check_deadline(cfg)
-        if os.environ.get('JOB_ID') and not os.environ.get('JOB_REF'): # asked now: at the end the Hub may be away
-            bound_requests(10)
-            os.environ['JOB_REF'] = job_ref() # for the ranks too
-        code = launch_ranks() if needs_launch() else run_job(cfg)
-    except Stopped:
-        code = RESUBMIT
-        log.info(f"stopped by SIGTERM, with nothing to save: continue with `{resubmit_command()}` (exit code {code})")
-    except Unpublished as e:
-        code = RESUBMIT
-        log.error(f"error: {e}")
-    except UserError as e: report_error(masked(e))
-    except KeyboardInterrupt: report_error("ended by SIGINT: run the same command again to continue")
-    except Exception: log.error(traceback.format_exc())
-    logging.shutdown(); sys.stdout.flush()
-    os._exit(code) # the threads of an upload that hangs would hold `sys.exit`
+        if isinstance(source, Path):
+            if source.exists() and not source.is_file(): raise UserError(f"{what}: it is no file: use another") # a pipe would never end
+            if source.stat().st_size>MOST_JSON: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
+            source = source.read_bytes()
+        got = json.loads(source)
+    except OSError as e: raise UserError(f"{what}: {e.strerror or type(e).__name__}: check the path") from None
+    except RecursionError: raise UserError(f"{what}: nested too deeply to be what it should be: use another") from None
+    except ValueError as e:
+        if isinstance(e, UserError): raise
+        raise UserError(f"{what}: not JSON ({excerpt(e, 60)}): use another, or download it again") from None
+    if isinstance(got, kind): return got
+    raise UserError(f"{what}: it holds a {type(got).__name__} where a {kind.__name__} belongs: use another, or download it again")
+
+def front_matter(
+    **fields, # What a card's head says, such as `license='apache-2.0'`
+)->str: # The lines between and with the two `---`
+    "A card's YAML head, which reads back as what was given, whatever is in it."
+    import yaml
+    class Dumper(yaml.SafeDumper): pass
+    def text(d, s): return d.represent_scalar('tag:yaml.org,2002:str', s, style=None if s.isprintable() else '"') # on one line
+    Dumper.add_representer(str, text)
+    return f"---\n{yaml.dump(fields, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1e9)}---\n"
+
+def md_text(
+    text, # Somebody else's text
+    n:int=300, # Most characters
+)->str: # One line that Markdown shows as it is
+    "Text for a card or a table: no HTML, link, image, code, column or heading comes of it."
+    return re.sub(r'([\\`*_{}\[\]<>()#+!|~$&:@])', lambda m: f'&#{ord(m[1])};', excerpt(text, n))
+
+def private_files():
+    "Let only this account read what this process writes from here on: folders 0700, files 0600."
+    os.umask(0o077)
+
+_SECRET = r'(?:token|api_?key|secret|passw(?:or)?d)'
+
+_TOKENS = re.compile(r'(?<![A-Za-z0-9])(?:(?:hf|api_org|gh[opusr]|github_pat|sk|wandb_v\d)[_-](?:[A-Za-z0-9]{16,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})|local-[0-9a-f]{40})[\w-]*')
+
+def masked(
+    text, # To be shown
+)->str: # The same without secrets
+    "Text without the values of secret variables, without passwords in addresses, without tokens."
+    text = str(text)
+    for k,v in os.environ.items():
+        if len(v)>=6 and k.endswith(('_TOKEN','_KEY','_SECRET','_PASSWORD')): text = text.replace(v, f'[{k}]')
+    text = re.sub(r'(?<=://)[^/\s@]+(?=@)', '[password]', text)
+    text = re.sub(rf'(?i)({_SECRET}=|Bearer )(?!\[)[^\s&\'"]{{6,}}', r'\1[secret]', text)
+    return _TOKENS.sub('[token]', text)
+
+def refuse_secrets(
+    **given, # What something is called → its value
+):
+    "Refuse values that hold a secret, before they are shown, stored or sent."
+    for k,v in given.items():
+        if not re.search(rf'(?i)^-+[\w-]*{_SECRET}$', k) and masked(v)==str(v): continue
+        raise UserError(f"{k}: a secret has no place here, where others can read it: export it as HF_TOKEN or WANDB_API_KEY, "
+                        "and make a new one if it is real")
+
+def refuse_addresses():
+    "Refuse a password in the address of the Hub or of W&B, which is printed and sent along, and what is no address."
+    given = {k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if os.environ.get(k)}
+    refuse_secrets(**given)
+    for k,v in given.items():
+        if not re.match(r'https?://[^/\s]', v): raise UserError(f"{k}: must begin with http:// or https://, got {excerpt(repr(v), 80)}")
+
+def begin_command(
+    argv:list=None, # Its arguments; this process's where None and a command was started
+):
+    "What a command does first: its files are private, and no secret is in an argument or an address."
+    from fastcore.script import is_cli
+    private_files()
+    if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1') # bars are no use where nothing can go back
+    refuse_addresses()
+    if argv is None: argv = sys.argv[1:] if is_cli() else []
+    for before,a in zip(['', *argv], argv):
+        flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
+        refuse_secrets(**{flag:value})
+
+# ------------------------------------------------------------------------------
+# model_qlora: Base model, tokenizer and assistant mask, NF4, LoRA, memory plan, audit
+# ------------------------------------------------------------------------------
+
+def quiet_libraries():
+    "No progress bars, and no advice that doesn't concern the user."
+    import datasets, transformers, warnings
+    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', category=FutureWarning)
+
+SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; the plain -2512 repo is FP8, which NF4 can't load
+
+@contextmanager
+def reading(
+    what:str, # What is read, such as "base model org/name"
+    do:str='choose another', # What the line advises
+    hub:bool=False, # Can it be the Hub that fails?
+):
+    "Turn whatever a library raises on somebody else's files into one line."
+    from httpx2 import HTTPError
+    try: yield
+    except (UserError, MemoryError): raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__!='PanicException': raise # that is tokenizers' own
+        if type(e).__name__=='OutOfMemoryError' or hub and (isinstance(e, (HTTPError, OSError)) or type(e) is RuntimeError): raise
+        raise UserError(f"{what} can't be read ({type(e).__name__}: {excerpt(e, 100)}): {do}") from None
+
+def read_header(
+    path:str|Path, # A safetensors file
+)->tuple[dict,int]: # Name → `dtype`, `shape`, `data_offsets`, in file order; and the byte where data starts
+    "Read a safetensors header once the library has checked it against the file."
+    from safetensors import SafetensorError, safe_open
+    path = Path(path)
+    if not path.is_file(): raise UserError(f"{path.name} is no file: fetch it again")
+    try:
+        with safe_open(path, 'np'): pass
+    except (SafetensorError, OSError) as e: raise UserError(f"{path.name} is truncated or no safetensors file ({excerpt(e, 80)}): fetch it again") from None
+    with path.open('rb') as f:
+        n = int.from_bytes(f.read(8), 'little')
+        d = read_json(f.read(n), what=path.name)
+    d.pop('__metadata__', None)
+    return dict(sorted(d.items(), key=lambda o: o[1]['data_offsets'])),8+n
+
+WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
+
+def weight_files(
+    names:set, # Files of a folder or repo
+    read, # Name of the index → its text
+    what:str="base model", # What to call it in an error
+)->list: # Safetensors files
+    "The files that hold a base's weights, or a refusal where they are not all there."
+    one,index = WEIGHTS
+    if one in names: return [one]
+    if index in names:
+        where = read_json(read(index), what=f"{what}: its {index}").get('weight_map')
+        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(f"{what}: its {index} has no weight_map: fetch the base again")
+        shards = sorted(set(where.values()))
+        for n in shards:
+            safe_path('.', n, f"{what}: its {index}")
+            if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(f"{what} lacks {excerpt(n, 80)}, which its index names: fetch the base again")
+        if not shards: raise UserError(f"{what} lacks the shards, which its index names: fetch the base again")
+        return shards
+    if 'adapter_config.json' in names: raise UserError(f"{what} is an adapter: name the base that it was trained on")
+    pickles = sorted(n for n in names if n.endswith(('.bin','.pt','.pth')))
+    if pickles: raise UserError(f"{what} has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened: name a copy in safetensors, such as transformers' save_pretrained writes")
+    raise UserError(f"{what} has no {one} and no {index}: name a base in the format that transformers saves")
+
+@cache
+def _say_code(what): log.warning(f"{what} brings code of its own (auto_map), which is never run")
+
+MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
+
+MOST_LABELS = 1_000_000
+
+_counted = re.compile(r'(layers?|depth|experts|blocks)$')
+
+def check_model_config(
+    cfg:dict, # A model's config.json
+    what:str, # What it belongs to, such as "base model org/name"
+)->dict: # The same
+    "Refuse a config that asks for more layers than any model has."
+    for part in [cfg, *(c for c in cfg.values() if isinstance(c, dict))]:
+        for k,v in part.items():
+            if isinstance(v, (int,float)) and v>(MOST_LAYERS if _counted.search(k) else MOST_LABELS if k=='num_labels' else v): raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
+        for k in ('quantization_config','compression_config'):
+            if not isinstance(part.get(k) or {}, dict): raise UserError(f"{what}: its config.json has a {k} that says nothing: choose another")
+    if cfg.get('auto_map'): _say_code(what)
+    return cfg
+
+def _model_info(repo):
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from httpx2 import HTTPError
+    try: return HfApi().model_info(repo)
+    except HFValidationError: raise UserError(f"base model {repo!r}: no such folder here, and no name that a Hub repo may have: check BASE_MODEL") from None
+    except RepositoryNotFoundError as e:
+        if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
+    except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
+
+def _model_config(path, revision=None):
+    from transformers import PreTrainedConfig
+    what = f"base model {str(path)!r}"
+    if Path(path).is_dir(): return check_model_config(read_json(Path(path)/'config.json', what=f"{what}: its config.json"), what)
+    with reading(f"{what}: its config.json", 'choose a causal language model'): return check_model_config(PreTrainedConfig.get_config_dict(path, revision=revision)[0], what)
+
+def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
+
+def _holds_fp8(folder): # By the headers of its weights
+    return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for t in read_header(f)[0].values())
+
+def check_weights(
+    name:str, # Hub id or local folder
+    cfg:dict, # Its config
+    files:list, # Names of the files that it has
+    source:str=None, # Repo that it was made from, where its card says so
+):
+    "Refuse weights that can't be trained on and merged, before they are downloaded."
+    q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
+    if q and not _marked_fp8(cfg):
+        method = excerpt(q.get('quant_method') or 'a method without a name', 40)
+        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {excerpt(source or 'the repo that it was made from', 100)}")
+    if set(WEIGHTS)&set(files): return
+    found = ', '.join(excerpt(f, 60) for f in sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
+    raise UserError(f"base model {name!r}: it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged: choose a repo with safetensors, or convert it (save_pretrained writes them)")
+
+def resolve_base(
+    base_model:str=SEED_BASE, # Hub id or local folder
+    strict:bool=False, # Refuse a substitute?
+)->dict: # `requested`, `id`, `revision` (commit, or None for a folder), `note` (why another one was taken, or None), `auto` (transformers' class that loads all of it)
+    "Find the base model that stands for the name asked for."
+    here,rev,note,name,info = Path(base_model).is_dir(),None,None,base_model,None
+    if here: fp8 = _marked_fp8(_model_config(name)) and _holds_fp8(name)
+    elif info := _model_info(name): fp8 = _marked_fp8(_model_config(name, info.sha))
+    elif name!=SEED_BASE: raise UserError(f"base model {name!r}: no such folder here, and the Hub has no such repo or HF_TOKEN may not see it: check BASE_MODEL")
+    else: name,note,fp8 = SUCCESSOR,f"{SEED_BASE} was never published; its open successor is taken",False
+    if fp8: name,note = f"{name}-BF16",f"{name} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken"
+    if note and strict: raise UserError(f"{note}: {name}. BASE_MODEL_STRICT refuses that: set BASE_MODEL={name}")
+    if not Path(name).is_dir():
+        if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}: {note}, but there is no {name}: set BASE_MODEL")
+        rev = info.sha
+    if note: log.warning(f"BASE MODEL: {note}: {name}")
+    cfg,card = _model_config(name, rev),getattr(info, 'card_data', None) or {}
+    check_weights(name, cfg, [s.rfilename for s in info.siblings] if rev else os.listdir(name), card.get('base_model'))
+    auto = 'AutoModelForImageTextToText' if 'vision_config' in cfg else 'AutoModelForCausalLM'
+    return dict(requested=base_model, id=name, revision=rev, note=note, auto=auto)
+
+def check_private(
+    api, # `HfApi`
+    repo:str, # `owner/name`, of a repo that is there
+    repo_type:str='model', # Or `dataset`
+): # `ModelInfo` or `DatasetInfo`
+    "Refuse a repo that anyone may read."
+    from huggingface_hub import constants
+    info = api.repo_info(repo, repo_type=repo_type)
+    if info.private: return info
+    page = f"{constants.ENDPOINT}/{'datasets/'*(repo_type=='dataset')}{repo}/settings"
+    raise UserError(f"{repo_type} repo {repo}: it is public, and nothing is written to a public repo: make it private ({page}), or name another one")
+
+def private_repo(
+    api, # `HfApi`
+    repo:str, # `owner/name`
+    repo_type:str='model', # Or `dataset`
+): # `ModelInfo` or `DatasetInfo`
+    "Make a repo where it is missing, private; gate it; refuse one that is public."
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    try: info = check_private(api, repo, repo_type)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, repo_type=repo_type, private=True, exist_ok=True)
+        info = check_private(api, repo, repo_type) # what an organisation has set may win
+    if info.gated=='manual': return info
+    try: api.update_repo_settings(repo, repo_type=repo_type, gated='manual')
+    except HfHubHTTPError as e:
+        if e.response.status_code!=403: raise
+        log.warning(f"{repo_type} repo {repo} is private, but can't be gated with this token: whoever is given access sees it at once")
+    return info
+
+def chatml_parts(messages, ids):
+    "ChatML, as SmolLM2 and Qwen use it: `<|im_start|>role⏎text<|im_end|>⏎`."
+    im_start,im_end = ids
+    for m in messages:
+        yield im_start, False
+        if m['role']!='assistant': yield f"{m['role']}\n{m['content']}", False
+        else:
+            yield "assistant\n", False
+            yield m['content'], True
+        yield im_end, m['role']=='assistant'
+        yield "\n", False
+
+def _joined_system(messages): return "\n\n".join(m['content'] for m in messages if m['role']=='system')
+
+def mistral_v1_parts(messages, ids):
+    "Mistral v1: markers are text; the system text opens the first user turn."
+    bos,eos = ids
+    system,first = _joined_system(messages),True
+    yield bos, False
+    for m in messages:
+        if m['role']=='user':
+            yield f"[INST] {system}\n\n{m['content']} [/INST]" if system and first else f"[INST] {m['content']} [/INST]", False
+            first = False
+        elif m['role']=='assistant': yield from ((m['content'],True), (eos,True))
+
+def mistral_v3_parts(messages, ids):
+    "Mistral v2 and v3: markers are control tokens; the system text opens the *last* user turn."
+    bos,eos,inst,end_inst = ids
+    system = _joined_system(messages)
+    last = max(i for i,m in enumerate(messages) if m['role']=='user')
+    yield bos, False
+    for i,m in enumerate(messages):
+        if m['role']=='user':
+            text = f"{system}\n\n{m['content']}" if system and i==last else m['content']
+            yield from ((inst,False), (text,False), (end_inst,False))
+        elif m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
+
+def mistral_v7_parts(messages, ids):
+    "Mistral v7 to v13: the system turn has control tokens of its own and stays where it is."
+    bos,eos,inst,end_inst,sys,end_sys = ids
+    yield bos, False
+    for m in messages:
+        if m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
+        else:
+            a,b = (sys,end_sys) if m['role']=='system' else (inst,end_inst)
+            yield from ((a,False), (m['content'],False), (b,False))
+
+def mistral_v15_parts(messages, ids, settings):
+    "Mistral v15: as v7, with the model's settings before the first user turn."
+    *v7,begin,end = ids
+    for p,sup in mistral_v7_parts(messages, v7):
+        if p==v7[2] and settings: # [INST]
+            yield from ((begin,False), (settings,False), (end,False))
+            settings = None
+        yield p,sup
+
+_STRIP = "{% if m.role=='assistant' %}{{ m.content.rstrip(' ') + eos_token }}"
+
+_SYSTEM = "{% set sys = messages | selectattr('role','equalto','system') | map(attribute='content') | join('\n\n') %}"
+
+_USERS = "{% set users = messages | selectattr('role','equalto','user') | list %}"
+
+_V7 = _STRIP + "{% elif m.role=='system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"
+
+FORMATS = { # parts, control tokens (the second ends an answer), template
+    'chatml': (chatml_parts, ('<|im_start|>','<|im_end|>'),
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    'mistral-v15': (mistral_v15_parts, ('<s>','</s>','[INST]','[/INST]','[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]','[MODEL_SETTINGS]','[/MODEL_SETTINGS]'),
+        "{{ bos_token }}" + _USERS + "{% for m in messages %}{% if m is sameas users[0] %}[MODEL_SETTINGS]SETTINGS[/MODEL_SETTINGS]{% endif %}" + _V7),
+    'mistral-v7': (mistral_v7_parts, ('<s>','</s>','[INST]','[/INST]','[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]'),
+        "{{ bos_token }}{% for m in messages %}" + _V7),
+    'mistral-v3': (mistral_v3_parts, ('<s>','</s>','[INST]','[/INST]'),
+        "{{ bos_token }}" + _SYSTEM + _USERS + "{% for m in messages %}" + _STRIP +
+        "{% elif m.role=='user' %}{{ '[INST]' + (sys + '\n\n' if sys and m is sameas users[-1] else '') + m.content + '[/INST]' }}{% endif %}{% endfor %}"),
+    'mistral-v1': (mistral_v1_parts, ('<s>','</s>'),
+        "{{ bos_token }}" + _SYSTEM + _USERS + "{% for m in messages %}{% if m.role=='assistant' %}{{ ' ' + m.content + eos_token }}"
+        "{% elif m.role=='user' %}{{ '[INST] ' + (sys + '\n\n' if sys and m is sameas users[0] else '') + m.content + ' [/INST]' }}{% endif %}{% endfor %}"),
+}
+
+def chat_format(
+    tok, # Tokenizer
+    version:int=0, # Of its tekken.json; 0 where there is none
+    settings:str=None, # Model settings of its tekken.json, as JSON
+)->str: # Key of `FORMATS`
+    "Name the chat format that a tokenizer speaks."
+    vocab,template,known = tok.get_vocab(),tok.chat_template or '',tok.init_kwargs.get('chat_format')
+    if known in [*FORMATS] and set(FORMATS[known][1])<=vocab.keys(): return known
+    has = lambda *ts: all(t in vocab for t in ts)
+    if has('<|im_start|>','<|im_end|>'): return 'chatml'
+    if settings: return 'mistral-v15'
+    if has('[INST]','[/INST]'):
+        v7 = version>=7 or (not version and has('[SYSTEM_PROMPT]') and (not template or '[SYSTEM_PROMPT]' in template))
+        return 'mistral-v7' if v7 else 'mistral-v3'
+    if '[INST]' in template or (has('<s>','</s>') and not template): return 'mistral-v1'
+    raise UserError(f"tokenizer {tok.name_or_path!r}: its chat format is none of {', '.join(FORMATS)}: choose an instruct model of one of these families")
+
+def _pb_fields(b): # Fields of a protobuf message, as (number, value): https://protobuf.dev/programming-guides/encoding
+    i = 0
+    def varint():
+        nonlocal i
+        v = shift = 0
+        while True:
+            c = b[i]; i += 1
+            v |= (c&127)<<shift; shift += 7
+            if c<128: return v
+            if shift>63: raise ValueError("a number of more than 64 bits")
+    while i<len(b):
+        key = varint()
+        if key&7==0: yield key>>3,varint(); continue
+        n = {1:8, 5:4}.get(key&7) or varint()
+        if n>len(b)-i: raise ValueError("it ends too early")
+        yield key>>3,b[i:i+n]
+        i += n
+
+def read_pieces(
+    path, # SentencePiece model
+)->list: # (piece, score, type); types: 1 normal, 2 unknown, 3 control, 6 byte
+    "The vocabulary of a SentencePiece model."
+    with reading(f"SentencePiece model {Path(path).name}", 'download it again'):
+        pieces = [dict(_pb_fields(v)) for f,v in _pb_fields(Path(path).read_bytes()) if f==1]
+        read = [(p[1].decode(), struct.unpack('<f', p[2])[0] if 2 in p else 0., p.get(3,1)) for p in pieces]
+        if not read or max(len(p) for p,_,_ in read)>LONGEST_PIECE: raise ValueError("no pieces" if not read else f"a piece of more than {LONGEST_PIECE} characters")
+    return read
+
+LONGEST_PIECE = 256 # characters; SentencePiece itself makes none of more than 16 unless told to
+
+def _as_sentencepiece(rust): # The space before every text, and every space as ▁
+    from tokenizers import decoders, normalizers
+    rust.normalizer,rust.pre_tokenizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ','▁')]),None
+    rust.decoder = decoders.Sequence([decoders.Replace('▁',' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ',1,0)])
+
+def sentencepiece_tokenizer(
+    path, # SentencePiece model of the BPE kind, without normalisation
+): # `PreTrainedTokenizerFast` that gives the ids that sentencepiece gives
+    "Read a SentencePiece model."
+    from tokenizers import AddedToken, Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    pieces = read_pieces(path)
+    score = {p:s for p,s,kind in pieces if kind==1} # what isn't normal never comes of joining
+    joins = [(l,r) for p in score for l,r in ((p[:i],p[i:]) for i in range(1,len(p))) if l in score and r in score]
+    joins.sort(key=lambda j: (-score[j[0]+j[1]], -len(j[0]))) # runs of ▁ share one score: the longer one on the left grows first
+    rust = Tokenizer(models.BPE({p:i for i,(p,_,_) in enumerate(pieces)}, joins, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    rust.add_special_tokens([AddedToken(p, special=True, normalized=False) for p,_,kind in pieces if kind in (2,3)])
+    _as_sentencepiece(rust)
+    return PreTrainedTokenizerFast(tokenizer_object=rust, bos_token='<s>', eos_token='</s>', unk_token='<unk>', clean_up_tokenization_spaces=False)
+
+PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>') # in order of preference; the first that exists and doesn't end an answer
+
+TOKENIZER_FILES = ('tokenizer*', '*.model', '*.model.v*', 'tekken.json', 'config.json', 'vocab.*', 'merges.txt', '*tokens*.json', 'chat_template*')
+
+def _tokenizer_folder(path, revision):
+    if Path(path).is_dir(): return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from httpx2 import HTTPError
+    try: return Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
+    except HFValidationError: raise UserError(f"tokenizer {path!r}: no such folder here, and no name that a Hub repo may have") from None
+    except (HTTPError, OSError) as e: raise hub_problem(e, f"tokenizer {path}") from None
+
+MOST_TOKENS = 10_000_000 # of a vocabulary; the largest public ones have 300,000
+
+def _read_tekken(f): # Version, and the default settings of v15 as the JSON that mistral-common writes
+    if not f.exists(): return 0,None
+    d = read_json(f)
+    with reading('tekken.json', 'download it again'):
+        if any(isinstance(v, (int,float)) and v>MOST_TOKENS for v in d['config'].values()): raise ValueError('more tokens than any vocabulary has')
+        effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
+        return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
+
+def _check_patterns(rust, what): # What the tokenizer's file makes of every text: https://huggingface.co/docs/tokenizers/components
+    def walk(d):
+        if isinstance(d, list): return any(map(walk, d))
+        if not isinstance(d, dict): return False
+        bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]', 'x', str(d.get('Regex') or '')) # without escapes and character classes
+        return bool(re.search(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]', bare)) or any(map(walk, d.values()))
+    def growth(d): # Most characters that one becomes, steps after one another multiplied
+        if isinstance(d, list): return math.prod(map(growth, d))
+        return max(1, len(str(d.get('content') or '')))*math.prod(map(growth, d.values())) if isinstance(d, dict) else 1
+    parts = [json.loads(part.__getstate__()) for part in (rust.normalizer, rust.pre_tokenizer) if part]
+    if any(map(walk, parts)) or growth(parts)>64:
+        raise UserError(f"{what}: it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever: choose another")
+
+def open_tokenizer(
+    folder:Path, # With the tokenizer's files
+    what:str, # How an error names it
+): # Tokenizer as transformers reads it
+    "Load somebody else's tokenizer: no code of theirs, no file outside of the folder, no endless pattern."
+    from transformers import AutoTokenizer
+    parts = {f.name: read_json(f, what=f"{what}: {f.name}") for n in ('tokenizer_config','tokenizer','special_tokens_map','config') if (f := folder/f'{n}.json').is_file()}
+    if (cfg := parts.get('tokenizer_config.json', {})).get('auto_map'): _say_code(what)
+    named = {k: None for k in cfg if k.endswith('_file')} # paths of the machine where it was saved
+    for k in named: named[k] = next((str(f) for f in [folder/f"{dict(tokenizer_file='tokenizer.json', merges_file='merges.txt').get(k, '')}"] if f.is_file()), None)
+    with reading(what, 'download it again, or choose another'):
+        tok = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False, **named)
+        rust = tok.backend_tokenizer
+        rust.no_padding(); rust.no_truncation()
+        _check_patterns(rust, what)
+    return tok
+
+def vocabulary_size(
+    tok, # Tokenizer
+)->int: # One more than its largest id, which is more than `len(tok)` where ids are left out
+    "How many rows a tokenizer needs of an embedding."
+    return max(tok.get_vocab().values())+1
+
+def check_vocabulary(
+    tok_len:int, # Rows that the tokenizer needs, from `vocabulary_size`
+    rows, # Rows that the embedding has, or the model's config
+    name:str='tokenizer', # How an error names the tokenizer
+):
+    "Refuse a tokenizer that gives ids which the model doesn't have."
+    if not isinstance(rows, int): rows = rows.get_text_config().vocab_size
+    if tok_len>rows: raise UserError(f"{name}: it has {tok_len:,} tokens, and the model's embedding {rows:,} rows: take the tokenizer that belongs to the model, or enlarge the model first (resize_token_embeddings)")
+
+def _check_folder(tok, folder): # A tokenizer may lie there without a model
+    from transformers import AutoConfig
+    if not (folder/'config.json').exists(): return
+    try:
+        with reading('config.json'): cfg = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except UserError: return
+    if isinstance(getattr(cfg.get_text_config(), 'vocab_size', None), int): check_vocabulary(vocabulary_size(tok), cfg, f"tokenizer {tok.name_or_path!r}")
+
+def load_tokenizer(
+    path:str, # Hub id or local folder
+    revision:str=None, # Commit of the Hub repo
+): # Tokenizer with the training chat template and `pad_token != eos_token`
+    "Load a base model's tokenizer the same way whether or not mistral-common is installed."
+    folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
+    version,settings = _read_tekken(folder/'tekken.json')
+    models = sorted(folder.glob('*.model*'))
+    if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')):
+        with reading(what): tok = sentencepiece_tokenizer(models[0])
+    elif not any((folder/f).exists() for f in ('tokenizer.json','tekken.json','vocab.json')): raise UserError(f"{what}: no tokenizer.json, tekken.json or SentencePiece model that can be read there")
+    else: tok = open_tokenizer(folder, what)
+    tok.name_or_path = str(path)
+    settings = settings or tok.init_kwargs.pop('model_settings', None)
+    name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
+    _,control,template = FORMATS[name]
+    if name!='mistral-v15': settings = None
+    elif settings and not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)): # it becomes part of the template
+        raise UserError(f"{what}: its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs: choose another")
+    if settings: tok.init_kwargs['model_settings'] = settings
+    vocab = tok.get_vocab()
+    if name!='chatml':
+        tok.bos_token = '<s>'
+        if getattr(tok.backend_tokenizer.model, 'byte_fallback', False): _as_sentencepiece(tok.backend_tokenizer)
+    tok.eos_token = control[1]
+    if not (pad := next((p for p in PADS if p in vocab and p!=tok.eos_token), None)): raise UserError(f"tokenizer {tok.name_or_path!r}: it has none of {', '.join(PADS)} to pad with")
+    tok.pad_token,tok.chat_template = pad,template.replace('SETTINGS]SETTINGS[', f"SETTINGS]{tok.init_kwargs.get('model_settings')}[")
+    _check_folder(tok, folder)
+    return tok
+
+def check_messages(
+    messages:list, # Dicts with `role` (system, user, assistant) and `content`
+    name:str='row', # How an error names the row
+)->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
+    "Check one conversation and bring it into the form that every format can write."
+    def bad(why, v): raise UserError(f"{name}: {why}, got {excerpt(v, 60)!r}: mend or remove it in the dataset")
+    if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
+    out = []
+    for i,m in enumerate(messages):
+        role,text = (m.get('role'),m.get('content')) if isinstance(m, dict) else (None,m)
+        if role not in ('system','user','assistant'): bad(f"turn {i} has an unknown role", role)
+        if not isinstance(text, str): bad(f"turn {i} ({role}) must have text as `content`", text)
+        if not text.strip(): bad(f"turn {i} ({role}) is empty", text)
+        try: text.encode()
+        except UnicodeEncodeError: bad(f"turn {i} ({role}) holds half a surrogate pair", text.encode('ascii','replace').decode())
+        if out and out[-1]['role']==role!='system': out[-1]['content'] += f"\n\n{text}"
+        else: out.append(dict(role=role, content=text))
+    first = next((m['role'] for m in out if m['role']!='system'), None)
+    if first!='user': bad("the conversation must open with a user turn", first)
+    while out[-1]['role']!='assistant':
+        out.pop()
+        if not out: bad("no assistant turn to learn from", [m['role'] for m in messages if isinstance(m, dict)])
+    return out
+
+def encode_chats(
+    tok, # Tokenizer from `load_tokenizer`
+    chats:list, # Conversations that passed `check_messages`
+)->list: # Pairs of `input_ids` and `mask` (1 where the loss looks), lists of int of equal length
+    "Encode conversations with their assistant masks, in one pass."
+    parts_of,control,_ = FORMATS[chat_format(tok)]
+    args = [tok.convert_tokens_to_ids(list(control)), *filter(None, [tok.init_kwargs.get('model_settings')])]
+    chats = [list(parts_of(c, *args)) for c in chats]
+    texts = list({p for c in chats for p,_ in c if isinstance(p, str)}) # each once: headers and system turns come back all the time
+    rust = tok.backend_tokenizer
+    rust.encode_special_tokens = True # text that reads like a control token stays text
+    try:
+        with reading(f"tokenizer {tok.name_or_path!r}: a text"): ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
+    finally: rust.encode_special_tokens = False
+    out = []
+    for c in chats:
+        seq,mask = [],[]
+        for p,sup in c:
+            new = [p] if isinstance(p, int) else ids_of[p]
+            seq += new; mask += [int(sup)]*len(new)
+        out.append((seq,mask))
+    return out
+
+def encode_prompt(
+    tok, # Tokenizer from `load_tokenizer`
+    messages:list, # Conversation that ends with a user turn
+)->list: # `input_ids` up to where the assistant begins to write
+    "Encode a conversation that the model is to continue."
+    ids,mask = encode_chats(tok, [check_messages([*messages, dict(role='assistant', content='x')], 'prompt')])[0]
+    return ids[:max(i for i,m in enumerate(mask) if m and not mask[i-1])]
+
+def drop_exchanges(
+    messages:list, # Checked conversation
+    n:int=1, # How many, fewer than it has user turns
+)->list: # The same from user turn `n` on, with all system turns
+    "Shorten a conversation by its oldest exchanges."
+    start = [i for i,m in enumerate(messages) if m['role']=='user'][n]
+    return [m for m in messages[:start] if m['role']=='system'] + messages[start:]
+
+def encode_fitting(
+    tok, # Tokenizer from `load_tokenizer`
+    chats:list, # Checked conversations
+    max_length:int=2048, # Tokens a conversation may have
+)->list: # `(input_ids, mask, exchanges lost)`, or None for a conversation that can't be made to fit
+    "Encode conversations; those that are too long lose no more exchanges than they must."
+    out = [(ids,mask,0) for ids,mask in encode_chats(tok, chats)]
+    users = {i:sum(m['role']=='user' for m in chats[i]) for i,o in enumerate(out) if len(o[0])>max_length}
+    span = {i:[1,n] for i,n in users.items()} # by bisection, so that a thousand exchanges take ten attempts
+    while tries := {i:(a+b)//2 for i,(a,b) in span.items() if a<b}:
+        for (i,n),(ids,mask) in zip(tries.items(), encode_chats(tok, [drop_exchanges(chats[i], n) for i,n in tries.items()])):
+            if len(ids)<=max_length: out[i],span[i][1] = (ids,mask,n),n
+            else: span[i][0] = n+1
+    for i,n in users.items():
+        if span[i][0]==n: out[i] = None
+    return out
+
+def encode_dataset(
+    ds, # `datasets.Dataset` with a `messages` column
+    tok, # Tokenizer from `load_tokenizer`
+    max_length:int=2048, # Tokens a conversation may have
+    max_dropped:float=0.05, # Share of conversations that may be lost before the run is refused
+    name:str='dataset', # How an error names it
+    held_out:bool=False, # Is it only measured? Then no loss is too much
+)->tuple: # Dataset of `input_ids` and `labels` (-100 where the loss doesn't look), and a report
+    "Encode every conversation of a dataset and say what became of it."
+    import numpy as np, pyarrow.compute as pc
+    from datasets import Features, List, Value
+    from datasets.fingerprint import Hasher
+    if 'messages' not in ds.column_names: raise UserError(f"{name}: no `messages` column, got {ds.column_names}: each row needs a list of turns")
+    def enc(batch, idxs):
+        chats = [check_messages(m, f"{name} row {i}") for i,m in zip(idxs, batch['messages'])]
+        rows = [r for r in encode_fitting(tok, chats, max_length) if r]
+        return dict(input_ids=[ids for ids,_,_ in rows], labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows], lost=[n for _,_,n in rows])
+    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False, desc='Tokenising',
+                 features=Features(input_ids=List(Value('int32')), labels=List(Value('int32')), lost=Value('int32')),
+                 new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
+    dropped = len(ds)-len(out)
+    if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
+    if not held_out and (not len(out) or dropped/len(ds)>max_dropped):
+        raise UserError(f"{name}: {dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}: raise MAX_LENGTH or shorten them")
+    t = out.with_format('arrow')[:]
+    n,sup = pc.list_value_length(t['labels']).to_numpy(),pc.sum(pc.not_equal(pc.list_flatten(t['labels']), -100)).as_py()
+    return out.remove_columns('lost'),dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped,
+        tokens=int(n.sum()), supervised=sup, supervised_share=round(sup/int(n.sum()),3), **dict(zip(('p50','p95','max'), np.percentile(n, [50,95,100]).astype(int).tolist())))
+
+def _model_class(config): # transformers' class for the language model
+    from transformers import AutoModelForCausalLM
+    try: return AutoModelForCausalLM._model_mapping[type(config.get_text_config())]
+    except KeyError: raise UserError(f"model type {config.model_type!r}: transformers has no causal language model of it: choose one that has") from None
+
+def _bare_model(config): # A language model on the meta device, which has shapes and no storage
+    import torch
+    from transformers import AutoModelForCausalLM
+    name = getattr(config, '_name_or_path', '') or config.model_type
+    with reading(f"base model {name}: its config.json", 'choose a causal language model'), torch.device('meta'):
+        return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
+
+STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
+
+def check_layers(
+    config, # Of a model, from `AutoConfig`
+    name:str='base model', # How an error names the model
+):
+    "Refuse a model whose layers don't keep packed conversations apart."
+    kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
+    if kinds or _model_class(config)._is_stateful: raise UserError(f"{name}: its layers ({', '.join(sorted(kinds)) or 'recurrent'}) carry a state from one conversation of a packed row into the next: choose a model whose layers are all attention")
+
+def _blind(cls): # The same model class, built without a vision tower
+    def __init__(self, config):
+        cls.__init__(self, config)
+        self.model.vision_tower = self.model.multi_modal_projector = None
+    return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
+
+def base_config(
+    base:dict, # As `resolve_base` gives it
+): # transformers' config
+    "A base model's config, or a line on why it can't be trained."
+    from transformers import AutoConfig
+    what = f"base model {base['id']!r}"
+    with reading(f"{what}: its config.json", 'choose a causal language model', hub=not Path(base['id']).is_dir()):
+        _model_config(base['id'], base['revision'])
+        try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'], trust_remote_code=False)
+        except (ValueError, KeyError): raise UserError(f"{what}: its config.json names no architecture that transformers knows: choose a causal language model") from None
+        if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
+        check_layers(cfg, what)
+        _bare_model(cfg) # it can be built
+    return cfg
+
+def check_size(
+    folder:str, # Of a base model
+    config, # Its config
+):
+    "Refuse a base whose config asks for more weights than its files hold."
+    folder,what = Path(folder),f"base model {str(folder)!r}"
+    shards = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), what)
+    there = sum(math.prod(t['shape']) for n in shards for t in read_header(folder/n)[0].values())
+    asked = sum(p.numel() for p in _bare_model(config).parameters())
+    if asked>2*there: raise UserError(f"{what}: its config.json asks for {asked:,} weights, and its files hold {there:,}: fetch it again, or choose another") # a head may be tied
+
+def load_model(
+    base:dict, # As `resolve_base` gives it
+    load_in_4bit:bool=True, # NF4 with double quantisation?
+    attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
+    shard:bool=False, # Will ranks share it? (its 4 bits are then stored as bf16)
+): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
+    "Load a base model for training."
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+    cfg = base_config(base)
+    if load_in_4bit: say_unquantised(cfg)
+    cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
+    cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
+    if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
+    with reading(f"base model {base['id']!r}", hub=not here):
+        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation, use_safetensors=True,
+            trust_remote_code=False, quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
+    model.config.get_text_config().use_cache = False
+    return model
+
+def lora_targets(
+    text:str, # Names of linear layers, by comma, or `all-linear`
+)->tuple: # The same names sorted, each once; `('all-linear',)` stands for all
+    "Read which layers are to be adapted: however they are written, the same layers give the same run."
+    names = sorted({n.strip() for n in text.split(',')}-{''})
+    if not names or not all(n=='all-linear' or n.isidentifier() for n in names): raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
+    return ('all-linear',) if 'all-linear' in names else tuple(names)
+
+def language_layers(
+    model, # Causal language model, with or without an adapter
+)->dict: # Name within the decoder → linear layer
+    "The linear layers of a language model, without its head."
+    import torch
+    head = model.get_output_embeddings()
+    return {n:l for n,l in model.get_decoder().named_modules() if isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n}
+
+def decoder_layers(
+    model, # Causal language model
+): # `nn.ModuleList`
+    "The layers of its decoder, whatever they are called."
+    import torch
+    return next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+
+def resolve_targets(
+    model, # Without an adapter; on the meta device, too
+    targets:tuple, # From `lora_targets`
+)->tuple: # Last parts of the names of linear layers, sorted
+    "The layers that a model has of those to be adapted."
+    linear = {n.split('.')[-1] for n in language_layers(model)}
+    names = linear-{n.split('.')[-1] for n,m in model.get_decoder().named_modules() if n.split('.')[-1] in linear and n not in language_layers(model)}
+    if missing := set(targets)-names-{'all-linear'}:
+        raise UserError(f"lora_target_modules: {model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}: choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
+    return tuple(sorted(names if 'all-linear' in targets else targets))
+
+def say_unquantised(
+    config, # Of the base model
+)->float: # Share of its layers' weights that can be in 4 bits
+    "Say how much of a model stays in bf16."
+    m = _bare_model(config)
+    linear,whole = (sum(p.numel() for p in ps) for ps in ([l.weight for l in language_layers(m).values()], decoder_layers(m).parameters()))
+    if linear<.9*whole: log.warning(f"NF4: {1-linear/whole:.0%} of the layers' weights ({2*(whole-linear)/2**30:.1f} GiB) are no linear layers, such as experts: they stay in bf16, and aren't adapted")
+    return linear/whole
+
+def add_lora(
+    model, # From `load_model`
+    lora_r:int=16, # Rank
+    lora_alpha:int=32, # The update is scaled by lora_alpha/lora_r
+    lora_dropout:float=0.0, # Share of the adapter's inputs set to zero in training
+    lora_target_modules:tuple=LORA_TARGETS, # Linear layers to adapt, from `lora_targets`
+    seed:int=0, # Of lora_A's random start
+    revision:str=None, # The base's commit, for `adapter_config.json`; None for a folder
+): # `PeftModel` whose adapter is fp32 and changes nothing yet
+    "Put a fresh adapter on the language model."
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+    names = resolve_targets(model, lora_target_modules)
+    stem = r'.*\.language_model\..*' if any('.language_model.' in n for n,_ in model.named_modules()) else '.*'
+    set_seed(seed)
+    return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
+        target_modules=rf"{stem}\.({'|'.join(map(re.escape, names))})"), revision=revision)
+
+def register_varlen():
+    "Register torch's variable-length flash attention with transformers, as `varlen`."
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface, AttentionMaskInterface
+    gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
+    def varlen(module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+        b,h,t,d = query.shape
+        q,k,v = (x.transpose(1,2).reshape(b*t,-1,d).contiguous() for x in (query,key,value)) # a slice would keep all of what it is cut from
+        window = (sliding_window-1 if sliding_window else -1, 0) # tokens before and after a token; transformers counts the token itself
+        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **gqa)
+        return o.view(b,t,h,d),None
+    AttentionInterface.register('varlen', varlen)
+    AttentionMaskInterface.register('varlen', lambda *args, **kwargs: None)
+
+def _why_not_varlen(cls, c):
+    if not (cls._supports_flash_attn and cls._supports_attention_backend): return f"{cls.__name__} knows no flash attention"
+    drop = next((k for k,v in c.to_dict().items() if 'att' in k and 'drop' in k and v), None)
+    if drop: return f"flash attention would leave out {drop}={getattr(c, drop)}"
+    d = getattr(c, 'qk_head_dim', None) or getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
+    if (getattr(c, 'v_head_dim', None) or d)!=d: return f"its queries have {d} dimensions a head, its values {c.v_head_dim}"
+    if d>256: return f"its heads have {d} dimensions, flash attention takes 256"
+
+def choose_attention(
+    config, # Of the base model, from `base_config`
+)->tuple: # Name in transformers' `AttentionInterface`, and why
+    "The attention kernel for packed rows that this model and this machine can run."
+    import torch
+    cls,c = _model_class(config),config.get_text_config()
+    if not cls._supports_sdpa: return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long rows"
+    if not torch.cuda.is_available(): return 'sdpa',"there is no CUDA device"
+    if torch.cuda.get_device_capability()<(8,0): return 'sdpa',f"{torch.cuda.get_device_name()} is older than Ampere"
+    if why := _why_not_varlen(cls, c): return 'sdpa',why
+    register_varlen()
+    return 'varlen',"flash attention, conversation by conversation"
+
+def _take_rng(devices):
+    import random, numpy as np, torch
+    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
+        cuda={d: torch.cuda.get_rng_state(d) for d in devices})
+
+def _put_rng(states):
+    import random, numpy as np, torch
+    random.setstate(states['python'])
+    np.random.set_state(states['numpy'])
+    torch.set_rng_state(states['torch'])
+    for d,s in states['cuda'].items(): torch.cuda.set_rng_state(s, d)
+
+def _packable(model): # 4-bit layers that bitsandbytes repacks for good when they first run in eval mode on a CPU with AVX512-BF16
+    return [m for m in model.modules() if getattr(m, 'support_avx512bf16_for_cpu', False) and m.weight.device.type=='cpu']
+
+@contextmanager
+def undisturbed(
+    model, # Model that may be in training
+    tok, # Its tokenizer
+):
+    "Evaluation mode, cache, left padding and no gradients inside; all of it, and every random state, put back after."
+    import torch
+    cfg = model.config.get_text_config() # a multimodal config has no cache of its own
+    modes,use_cache,side,attn = [(m,m.training) for m in model.modules()],cfg.use_cache,tok.padding_side,cfg._attn_implementation
+    rng = _take_rng({p.device for p in model.parameters() if p.device.type=='cuda'})
+    packs = [(m.weight, m.weight.data, m.weight.quant_state, copy.copy(vars(m.weight.quant_state))) for m in _packable(model)]
+    try:
+        model.eval()
+        cfg.use_cache,tok.padding_side = True,'left'
+        if attn=='varlen': cfg._attn_implementation = 'sdpa' # it knows neither caches nor padding
+        with torch.inference_mode(), torch.compiler.set_stance('force_eager'): yield # compiled layers were made for training's shapes
+    finally:
+        for w,data,qs,state in packs:
+            w.data = data
+            vars(qs).clear(); vars(qs).update(state)
+        for m,t in modes: m.training = t
+        cfg.use_cache,tok.padding_side,cfg._attn_implementation = use_cache,side,attn
+        _put_rng(rng)
+
+def sanity_line(
+    model, # Any causal language model
+    tok, # From `load_tokenizer`
+)->tuple: # What it replies, greedily, and the perplexity of the right answer
+    "Ask for the capital of France."
+    import torch
+    q,a = dict(role='user', content='What is the capital of France?'),dict(role='assistant', content='The capital of France is Paris.')
+    ids,mask = (torch.tensor([x], device=model.device) for x in encode_chats(tok, [[q,a]])[0])
+    p = torch.tensor([encode_prompt(tok, [q])], device=model.device)
+    with undisturbed(model, tok):
+        out = model.generate(input_ids=p, attention_mask=torch.ones_like(p), max_new_tokens=12, do_sample=False, pad_token_id=tok.pad_token_id)
+        nll = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0,:-1].float(), ids[0,1:], reduction='none')[mask[0,1:]==1].mean()
+    return tok.decode(out[0, p.shape[1]:], skip_special_tokens=True),nll.exp().item()
+
+def audit(
+    model, # From `add_lora`
+    tok, # From `load_tokenizer`
+    load_in_4bit:bool=True, # Was NF4 asked for?
+    attn_implementation:str='sdpa', # Attention kernel asked for
+    lora_target_modules:tuple=LORA_TARGETS, # Layers asked for, from `lora_targets`
+    ask:bool=True, # Ask it something?
+)->list: # Dicts of `what`, `asked`, `actual`, `ok`
+    "Compare what was asked for with what is there."
+    mods = list(model.named_modules())
+    base = [m for n,m in mods if n.split('.')[-1]=='base_layer']
+    train = {n:p for n,p in model.named_parameters() if p.requires_grad}
+    q4 = [m for _,m in mods if type(m).__name__=='Linear4bit' and type(m).__module__.startswith('bitsandbytes')] # PEFT has a class of that name too
+    emb,head = model.get_input_embeddings().weight,model.get_output_embeddings().weight
+    text = model.config.get_text_config()
+    bare = _bare_model(model.config)
+    targets,linear = resolve_targets(bare, lora_target_modules),[n.split('.')[-1] for n in language_layers(bare)]
+    rows = [('adapted layers', sum(n in targets for n in linear), len(base)),
+            ('4-bit layers', len(linear) if load_in_4bit else 0, len(q4)),
+            ('quantisation', ['nf4 double bfloat16'] if load_in_4bit else [], sorted({f"{m.weight.quant_type}{' double' if m.weight.quant_state.nested else ''} {str(m.compute_dtype)[6:]}" for m in q4})),
+            ('trained', ['lora_A','lora_B'], sorted({k.split('.')[-3] for k in train})),
+            ("adapter's dtype", ['float32'], sorted({str(p.dtype)[6:] for p in train.values()})),
+            ('head tied', bool(text.tie_word_embeddings), emb.data_ptr()==head.data_ptr()),
+            ("embedding's dtype", 'bfloat16', str(emb.dtype)[6:]),
+            ('attention', attn_implementation, text._attn_implementation),
+            ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
+            ('vocabulary fits', True, vocabulary_size(tok)<=emb.shape[0]),
+            ('vision tower', 'none', 'loaded' if any('vision_tower' in k for k,_ in model.named_parameters()) else 'none')]
+    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in targets}
+    facts = {'base model': f"{type(model.get_base_model()).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}",
+             'trained parameters': f"{sum(by.values()):,}: " + ', '.join(f'{k} {v:,}' for k,v in by.items()),
+             'tokenizer': f"{type(tok).__name__}, {chat_format(tok)}, EOS {tok.eos_token_id}, pad {tok.pad_token_id}"}
+    if ask: facts['it says'] = '{!r}; perplexity of the right answer {:,.1f}'.format(*sanity_line(model, tok))
+    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows] + [dict(what=w, asked='', actual=b, ok='') for w,b in facts.items()]
+
+def check_audit(
+    rows:list, # From `audit`
+):
+    "Refuse to train on anything but what was asked for."
+    if bad := [r for r in rows if r['ok'] is False]:
+        raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
+
+FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer') # those that `fast` knows
+
+HEAD_LOGITS = 2**27 # the head takes so many at a time
+
+def memory_plan(
+    config, # Of the base model, from `AutoConfig`
+    per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
+    max_length:int=2048, # Tokens of a row
+    gradient_checkpointing:bool=False, # Recompute whole layers?
+    optim:str='adamw_torch_fused', # Name in transformers
+    torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
+    load_in_4bit:bool=True, # NF4 with double quantisation?
+    lora_r:int=16, # Rank of the adapter
+    lora_dropout:float=0.0, # With one, without NF4, shared or not all adapted, layers aren't `fast`'s
+    lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
+    supervised:float=0.5, # Share of tokens that the loss looks at
+    shards:int=1, # Ranks that share the layers, by FSDP
+)->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
+    "Predict the memory of a GPU in training."
+    import torch
+    c,m = config.get_text_config(),_bare_model(config)
+    linear = language_layers(m)
+    known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(resolve_targets(m, tuple(lora_target_modules)))
+    fast = load_in_4bit and not lora_dropout and shards==1 and known
+    four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
+    layers = four*(1/2/shards + (1/c.num_hidden_layers if shards>1 else 0)) # its own part, and two layers that are together at a time
+    load = layers + four*(1/64+4/64/256+4/64*fast) + 2*(sum(p.numel() for p in m.parameters())-four)
+    names = resolve_targets(m, tuple(lora_target_modules))
+    targets = [l for n,l in linear.items() if n.split('.')[-1] in names]
+    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))/shards
+    h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
+    attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
+    if not _model_class(config)._supports_sdpa: attention += 8*heads*max_length # scores, as transformers' plainest attention keeps them
+    ours = 4*h + attention + 4*f + 18*lora_r + 8
+    lora = 2*lora_r*len(targets)/n_layers
+    eager,compiled = 12*h+attention+8*f+lora, 4*h+attention+4*f+lora
+    tokens = per_device_train_batch_size*max_length
+    kept,again = (ours, ours+2*f+4*h) if fast else (compiled if torch_compile and shards==1 else eager, eager)
+    acts = tokens*(again+2*h*n_layers if gradient_checkpointing else kept*n_layers)
+    sup = supervised*tokens
+    turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, 0 if fast else tokens*10*f)
+    gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
+    return {k:v/2**30 for k,v in gib.items()}
+
+# ------------------------------------------------------------------------------
+# train: Every option of a run, packed sequences in a computable order, and TRL's `SFTTrainer`
+# ------------------------------------------------------------------------------
+
+def options()->dict: # name → `docment`, `anno` (type), `default`
+    "The options of `TrainConfig`, as read from its source."
+    return {k:v for k,v in docments(TrainConfig.__init__, full=True).items() if k not in ('self','return')}
+
+def option_part(
+    name:str, # Of an option
+)->str: # `weights`, `rows`, `rounding`, or an empty text where it changes nothing that is learnt
+    "What an option does to a run."
+    found = re.search(r'\{(\w+)\}$', options()[name]['docment'])
+    return found[1] if found else ''
+
+def option_range(
+    name:str, # Of an option
+): # (low end belongs to it, low end, high end, high end belongs to it); None where it has no interval
+    "The interval of an option's values."
+    m = re.search(r'([\[(])([\d.e-]+), ([\d.e-]+)([\])])( \{\w+\})?$', options()[name]['docment'])
+    return (m[1]=='[', float(m[2]), float(m[3]), m[4]==']') if m else None
+
+def env_options(
+    env:dict=None, # Environment; `os.environ` where None
+)->dict: # The options that it sets, in their types
+    "Read options from environment variables, `max_steps` from `MAX_STEPS`."
+    env,res = os.environ if env is None else env,{}
+    check_names(env)
+    for k,o in options().items():
+        if (v := env.get(k.upper(), '').strip()) == '': continue
+        kind = type(o['default'])
+        wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
+        try: res[k] = str2bool(v) if kind is bool else kind(v)
+        except (TypeError, ValueError): raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
+    return res
+
+#: what other trainers call our options
+OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='num_train_epochs', MAX_SEQ_LENGTH='max_length', MAX_SEQ_LEN='max_length',
+    CUTOFF_LEN='max_length', SEQUENCE_LEN='max_length', MICRO_BATCH_SIZE='per_device_train_batch_size', GRAD_ACCUM='gradient_accumulation_steps',
+    NUM_EPOCH='num_train_epochs', N_EPOCHS='num_train_epochs', MAX_EPOCHS='num_train_epochs', MAX_LEN='max_length', SEQ_LEN='max_length',
+    GRAD_ACC='gradient_accumulation_steps', GRAD_ACCUM_STEPS='gradient_accumulation_steps', LORA_TARGETS='lora_target_modules', OPTIMISER='optim',
+    LORA_RANK='lora_r', WARMUP_STEPS='warmup_ratio', OPTIMIZER='optim', SAVE_TOTAL_LIMIT='keep_checkpoints', EVALUATION_STEPS='eval_steps',
+    MODEL_NAME='base_model', MODEL_NAME_OR_PATH='base_model', MODEL_ID='base_model', DATASET='dataset_repo', DATASET_NAME='dataset_repo',
+    DATASET_ID='dataset_repo', RANDOM_SEED='seed', BATCHSIZE='per_device_train_batch_size', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
+
+def meant_option(
+    name:str, # Of an environment variable
+)->str: # Variable that was probably meant; None where the name is nobody's or is right
+    "The option that a misspelt variable means."
+    ours = [k.upper() for k in options()]
+    if name in ours or name.startswith('SM_'): return # SageMaker's
+    if name.upper() in ours: return name.upper()
+    if name in OTHER_NAMES: return OTHER_NAMES[name].upper()
+    words = name.split('_')
+    part = [o for o in ours if len(words)>1 and (o.endswith('_'+name) or o.startswith(name+'_'))]
+    least = .93 if name.startswith(('WANDB_', 'HF_')) or len(name)<7 else .85 # their own variables, and short names, are near by chance
+    if len(part)==1: return part[0]
+    near = difflib.get_close_matches(name, [*ours, *OTHER_NAMES], 1, least)
+    return OTHER_NAMES.get(near[0], near[0]).upper() if near else None
+
+def check_names(
+    env:dict, # Environment
+):
+    "Refuse variables that nearly have an option's name."
+    wrong = {k:o for k in env if env[k].strip() and (o := meant_option(k))}
+    if wrong: raise UserError('; '.join(f"{k}: no option has this name" for k in wrong) + f": set {', '.join(dict.fromkeys(wrong.values()))} instead, or unset it")
+
+PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
+
+def preset_options(
+    name:str, # Key of `PRESETS`
+)->dict: # `per_device_train_batch_size`, `max_length`, `learning_rate`
+    "What a preset stands for."
+    if name not in PRESETS: raise UserError(f"PRESET: must be one of {', '.join(PRESETS)}, got {name!r}")
+    rows,length = PRESETS[name]
+    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 at 2,944 tokens
+
+def parse_options(
+    p, # `ArgumentParser` that knows the options of `TrainConfig`, and perhaps others
+    argv:list=None, # Flags; `sys.argv[1:]` where None
+    env:dict=None, # Environment; `os.environ` where None
+)->dict: # Value of each option of the parser
+    "Flags over the environment over a preset."
+    given = env_options(env)
+    p.allow_abbrev = False
+    p.set_defaults(**given)
+    preset = vars(p.parse_args(argv))['preset']
+    if preset: p.set_defaults(**{**preset_options(preset), **given})
+    return vars(p.parse_args(argv))
+
+def read_config(
+    argv:list=None, # Flags; `sys.argv[1:]` where None
+    env:dict=None, # Environment; `os.environ` where None
+)->TrainConfig: # Checked
+    "Options from flags, then the environment, then the defaults."
+    @delegates(TrainConfig)
+    def train(**kwargs): "Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue."
+    args = parse_options(anno_parser(train), argv, env)
+    return check_config(TrainConfig(**{k:args[k] for k in options()}))
+
+OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'lion_32bit', 'lion_8bit',
+    'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd') # of transformers' names, those that are tried here
+
+ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
+
+def check_option(
+    name:str, # Of an option
+    value, # In its type
+):
+    "Refuse a value outside of an option's range."
+    def bad(why): raise UserError(f"{name.upper()}: {why}, got {value!r}")
+    if name in ONE_OF and value not in ONE_OF[name]:
+        near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
+        bad(f"must be one of {', '.join(ONE_OF[name])}{near}")
+    if not (ends := option_range(name)): return
+    low_in,low,high,high_in = ends
+    if (low<value or low_in and value==low) and (value<high or high_in and value==high): return
+    if low_in and value<low: bad(f"must be at least {low:.10g}")
+    bad(f"must be {'at least' if low_in else 'above'} {low:.10g} and {'at most' if high_in else 'below'} {high:.10g}")
+
+def check_config(
+    c:TrainConfig, # To be checked
+)->TrainConfig: # The same
+    "Refuse values that would fail, or do nothing, hours later."
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    def bad(k, why): raise UserError(f"{k.upper()}: {why}, got {getattr(c,k)!r}")
+    for k in ('dataset_repo','hub_model_id'):
+        if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
+        if getattr(c,k).count('/')!=1: bad(k, "must have the form owner/name")
+        try: validate_repo_id(getattr(c,k))
+        except HFValidationError: bad(k, "must be a name that the Hub allows (letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)")
+    for k,v in c.asdict().items(): check_option(k, v)
+    for k in ('base_model','output_dir','scorer','wandb_project'):
+        if not getattr(c, k).strip(): bad(k, "must not be empty")
+    lora_targets(c.lora_target_modules) # or say that they name nothing
+    if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
+    if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
+    if c.hub_model_id.lower()==c.base_model.lower(): bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
+    c.output_dir = str(Path(c.output_dir).expanduser())
+    return c
+
+def pack_lengths(
+    lengths, # Tokens of each document
+    max_length:int, # Tokens a row holds
+)->list: # Rows, each a list of indices into `lengths`
+    "Best-fit-decreasing bin packing."
+    import numpy as np
+    lengths = np.asarray(lengths)
+    rows,room,free = [],[[] for _ in range(max_length+1)],0 # room[r]: rows with r tokens left; bit r of free: is there one?
+    for i in np.argsort(-lengths, kind='stable').tolist():
+        n = int(lengths[i])
+        fits = free>>n
+        if fits:
+            r = n + (fits & -fits).bit_length()-1
+            row = room[r].pop()
+            if not room[r]: free &= ~(1<<r)
+        else: row,r = len(rows),max_length; rows.append([])
+        rows[row].append(i)
+        room[r-n].append(row); free |= 1<<(r-n)
+    return rows
+
+def pack_dataset(
+    ds, # Dataset of `input_ids` and `labels`, from `encode_dataset`
+    max_length:int=2048, # Tokens a row holds
+    seed:int=0, # Of the order of the rows
+): # Dataset of `input_ids`, `labels` and `seq_lengths`, one packed row each
+    "Pack documents into rows: a pure function of the data and the seed."
+    import numpy as np, pyarrow as pa, pyarrow.compute as pc
+    from datasets import Dataset
+    cols = {k: ds.with_format('arrow')[:][k].combine_chunks() for k in ('input_ids','labels')}
+    lengths = pc.list_value_length(cols['input_ids']).to_numpy()
+    packs = pack_lengths(lengths, max_length)
+    packs = [packs[i] for i in np.random.default_rng(seed).permutation(len(packs))] # packing leaves them sorted by length
+    docs = np.concatenate(packs)
+    ends = lambda sizes: pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+    flat = {k: v.take(pa.array(docs)).flatten().cast(pa.int32()) for k,v in cols.items()}
+    tokens = ends([int(lengths[p].sum()) for p in packs])
+    out = {k: pa.ListArray.from_arrays(tokens, v) for k,v in flat.items()}
+    out['seq_lengths'] = pa.ListArray.from_arrays(ends([len(p) for p in packs]), pa.array(lengths[docs], pa.int32()))
+    return Dataset(pa.table(out))
+
+def draw_order(
+    n_rows:int, # Rows of the packed dataset
+    n_draws:int, # How many rows the run draws, over all epochs
+    seed:int=0, # Of the run
+): # Array of `n_draws` row numbers
+    "Which rows a run draws, in order: each epoch a permutation of its own."
+    import numpy as np
+    epochs = -(-n_draws//n_rows)
+    return np.concatenate([np.random.default_rng([seed,e]).permutation(n_rows) for e in range(epochs)])[:n_draws]
+
+def collate_packed(
+    rows:list, # Rows of `pack_dataset`
+    max_length:int, # Every batch has this width, so that compiled code sees one shape
+    pad_id:int, # Token that fills up a row
+    max_docs:int=0, # Most documents in a row; if given, the flash kernel's list of document starts is made, always equally long
+    fill:tuple=None, # Tiles and supervised rows that a batch is filled up to; if given, `tiles` and `keep` for a `Stack` are made
+)->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); `supervised` positions in the flattened batch and their `targets`
+    "Stack packed rows; what fills a row up is one more document, without labels."
+    import numpy as np, torch
+    from itertools import accumulate
+    docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
+    ids,labels = np.full((len(rows), max_length), pad_id),np.full((len(rows), max_length), -100)
+    for i,r in enumerate(rows): ids[i,:len(r['input_ids'])] = r['input_ids']; labels[i,:len(r['labels'])] = r['labels']
+    position = np.concatenate([np.arange(n) for d in docs for n in d]).reshape(ids.shape)
+    batch = {k:torch.from_numpy(v) for k,v in dict(input_ids=ids, labels=labels, position_ids=position).items()}
+    follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten() # a position is asked for the token after it
+    batch['supervised'] = (follows!=-100).nonzero()[:,0]
+    batch['targets'] = follows[batch['supervised']]
+    if fill:
+        tiles,keep = attention_tiles([n for d in docs for n in d]),batch['supervised']
+        batch['tiles'] = torch.tensor(tiles+[(0,)*5]*(fill[0]-len(tiles)), dtype=torch.int32)
+        batch['keep'] = torch.nn.functional.pad(keep, (0,fill[1]-len(keep)), value=len(rows)*max_length)
+    if not max_docs: return batch
+    starts = list(accumulate((n for d in docs for n in d), initial=0))
+    starts += starts[-1:]*(len(rows)*(max_docs+1)+1-len(starts)) # empty documents at the end
+    cu = torch.tensor(starts, dtype=torch.int32)
+    return dict(**batch, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max_length, max_length_k=max_length)
+
+def run_steps(
+    cfg:TrainConfig, # Of the run
+    n_rows:int, # Rows of the packed training set
+)->int: # Optimizer steps of the whole run
+    "How many optimizer steps a run has."
+    per_step = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+    return cfg.max_steps or max(1, round(cfg.num_train_epochs*n_rows/per_step))
+
+def share_batch(
+    cfg:TrainConfig, # Of the run
+    ranks:int, # Processes, one a GPU
+)->tuple: # Rows a rank takes at once, and how often in a step
+    "Share a step's rows out: their number is the run's, however many GPUs there are."
+    at_once,often = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
+    each,rest = divmod(at_once*often, ranks)
+    if rest: raise UserError(f"{at_once*often} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {at_once} × GRADIENT_ACCUMULATION_STEPS {often}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
+    at_once = max(b for b in range(1, at_once+1) if each%b==0)
+    return at_once,each//at_once
+
+def run_memory(
+    cfg:TrainConfig, # Of the run
+    config, # Of its base model, from `AutoConfig`
+    at_once:int, # Rows that a GPU takes at once
+    ranks:int=1, # Processes, one a GPU
+    recompute:bool=False, # Recompute whole layers?
+)->float: # GiB at the peak, with half a GiB for CUDA itself
+    "What a run needs of a GPU's memory."
+    same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
+    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+
+def fit_batch(
+    cfg:TrainConfig, # Of the run
+    config, # Of its base model, from `AutoConfig`
+    ranks:int=1, # Processes, one a GPU
+    room:float=float('inf'), # GiB of each GPU that a run can have
+)->tuple: # Rows at once, how often in a step, recompute whole layers?, and GiB at the peak, which is more than `room` where nothing fits
+    "The fastest way to take a step's rows that fits: as set, or else in smaller batches, or else with layers recomputed."
+    most,often = share_batch(cfg, ranks)
+    for recompute in sorted({cfg.gradient_checkpointing, True}):
+        for b in range(most, 0, -1):
+            if most*often%b: continue
+            need = run_memory(cfg, config, b, ranks, recompute)
+            if need<=room: return b,most*often//b,recompute,need
+    return b,most*often//b,recompute,need
+
+def row_work(
+    packed, # From `pack_dataset`
+    max_length:int, # Tokens of a row
+)->tuple: # Of each row: `TILE`s of attention, supervised tokens, and pairs of tokens that attention looks at
+    "What a row asks of a GPU, beside its tokens."
+    import numpy as np
+    cols = {k: packed.with_format('arrow')[:][k].combine_chunks() for k in ('labels','seq_lengths')}
+    (labels,first),(sizes,doc) = ((v.flatten().to_numpy(), v.offsets.to_numpy()[:-1]) for v in cols.values())
+    def per_row(v, starts): return np.add.reduceat(v, starts, dtype=np.int64)
+    rest = max_length-per_row(sizes, doc) # what fills a row up is a document, too
+    return per_row(-(-sizes//TILE), doc) - -rest//TILE,per_row(labels!=-100, first)-(labels[first]!=-100),per_row(sizes.astype(np.int64)**2, doc)+rest**2
+
+HEAD_PAIRS = 400 # Pairs that attention looks at while the head works for one supervised token: 2.6 µs, on an H200
+
+def deal_rows(
+    order, # From `draw_order`
+    work, # Of each row
+    at_once:int, # Rows of a batch
+    batches:int, # Of a step, on all GPUs
+): # The same, in another order within each step
+    "Make the batches of a step take about equally long."
+    import numpy as np
+    steps,turns = order.reshape(-1, batches*at_once),np.arange(batches*at_once).reshape(at_once, batches)
+    turns[1::2] = turns[1::2,::-1]
+    heaviest = np.argsort(-work[steps], axis=1, kind='stable')
+    return np.take_along_axis(steps, heaviest[:,turns.T.flatten()], 1).flatten()
+
+def fill_sizes(
+    counts:tuple, # Of each row, from `row_work`: tiles and supervised tokens
+    order, # Rows in the order in which they are taken
+    at_once:int, # Rows of a batch
+)->tuple: # The same of the batches that have most
+    "What batches are filled up to, for `collate_packed`."
+    import numpy as np
+    return tuple(int(np.add.reduceat(c[order], np.arange(0, len(order), at_once)).max()) for c in counts)
+
+def events_callback(
+    events, # Namespace with any of `on_start`, `on_step`, `on_log`, `on_save`
+): # `TrainerCallback`
+    "Call plain functions at the trainer's events."
+    from transformers import TrainerCallback
+    call = lambda name,*args: getattr(events, name, lambda *_: None)(*args)
+    class Events(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kw):
+            set_rate(optimizer, getattr(lr_scheduler, 'scheduler', lr_scheduler)) # inside of accelerate's
+            state.compute_steps(args, state.max_steps) # how often to log and save is this job's, not its checkpoint's
+            call('on_start', model, state.global_step)
+        def on_step_end(self, args, state, control, model=None, **kw):
+            if call('on_step', model, state.global_step): control.should_training_stop = control.should_save = True
+        def on_log(self, args, state, control, logs=None, **kw): call('on_log', state.global_step, logs)
+        def on_save(self, args, state, control, **kw): call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
+    return Events()
+
+def compile_layers(
+    model, # From `add_lora`
+    budget:float=0.7, # Share of activations that is kept
+):
+    "Compile every decoder layer on its own."
+    import torch._functorch.config
+    torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
+    for layer in decoder_layers(model.get_base_model()): layer.compile()
+
+def _background_saves():
+    import torch
+    from concurrent.futures import ThreadPoolExecutor
+    from contextlib import nullcontext
+    from torch.utils._pytree import tree_map
+    def each(f, state): return tree_map(lambda t: f(t) if torch.is_tensor(t) else t, state)
+    class BackgroundSaves:
+        "What `Trainer` saves, copied at once and written by a thread."
+        writer,writes = ThreadPoolExecutor(1, 'checkpoint'),()
+
+        def save_later(self, write, state):
+            copies = each(lambda t: t.detach().clone(), state)
+            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+            def run():
+                if copied: copied.synchronize()
+                with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext(): write(each(lambda t: t.cpu(), copies))
+            self.writes.append(self.writer.submit(run))
+
+        def written(self):
+            "Wait until all of the newest checkpoint lies on the disk."
+            for w in self.writes: w.result()
+
+        def _save(self, output_dir=None, state_dict=None):
+            if not self.args.should_save: return
+            self.written(); self.writes = []
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self.save_later(lambda d: self.model.save_pretrained(output_dir, state_dict=d, save_embedding_layers=False), state_dict or {n:p for n,p in self.model.named_parameters() if p.requires_grad})
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if self.args.should_save: self.write_later(output_dir, dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict()))
+
+        def write_later(self, output_dir, states):
+            for k,s in states.items(): self.save_later(lambda s, k=k: torch.save(s, f'{output_dir}/{k}.pt'), s)
+
+        def train(self, *args, **kwargs):
+            out = super().train(*args, **kwargs)
+            self.written()
+            return out
+    return BackgroundSaves
+
+def _trainer_class():
+    import trl
+    class Trainer(_background_saves(), trl.SFTTrainer):
+        "TRL's, with the loss of `fast`, and checkpoints that training doesn't wait for."
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
+            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; gradients are averaged over ranks
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            from torch.optim.lr_scheduler import LambdaLR
+            def of(step): return rate_at(step, num_training_steps, self.warmup_ratio)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, of)
+            return self.lr_scheduler
+
+        def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
+    return Trainer
+
+def rate_at(
+    step:int, # Optimizer steps done
+    steps:int, # Of the whole run
+    warmup_ratio:float=0.03, # Share of the steps in which the rate rises
+)->float: # Share of the peak; above 0 for every step of the run
+    "The learning rate of the next step."
+    warmup = min(math.ceil(warmup_ratio*steps), steps-1)
+    if step<warmup: return (step+1)/(warmup+1)
+    return .5*(1+math.cos(math.pi*min((step-warmup)/(steps-warmup), 1)))
+
+def set_rate(
+    optimizer, # Of a trainer
+    scheduler, # Its `LambdaLR`, perhaps loaded from a checkpoint
+):
+    "Give the optimizer the rate of the step that comes next, also where the run is now longer than its checkpoint thought."
+    rates = [base*of(scheduler.last_epoch) for base,of in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group,rate in zip(optimizer.param_groups, rates): group['lr'] = rate
+    scheduler._last_lr = rates
+
+def trainer_args(
+    cfg:TrainConfig, # Of the run
+    steps:int, # Of the whole run
+    at_once:int, # Rows that a GPU takes at once
+    often:int, # Times that it does so in a step
+    recompute:bool, # Recompute whole layers?
+    shard:bool, # Do ranks share the layers?
+): # `trl.SFTConfig`
+    "A run's options in TRL's words."
+    import torch
+    from trl import SFTConfig
+    cuda = torch.cuda.is_available()
+    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
+        weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
+        optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
+        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
+        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
+        accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
+    args._n_gpu = min(args.n_gpu, 1) # no `nn.DataParallel`
+    return args
+
+def share_stack(
+    trainer, # Of this rank
+    stack, # From `fast_layers`; it averages its gradients over the ranks
+):
+    "When training begins, take rank 0's adapter on every rank, and no `DistributedDataParallel`."
+    from torch.distributed import broadcast
+    prepare = trainer.accelerator.prepare_model
+    def prepare_model(model, **kwargs):
+        for p in stack.params: broadcast(p.data, 0)
+        return prepare(model, **{**kwargs, 'evaluation_mode':True})
+    trainer.accelerator.prepare_model = prepare_model
+
+def make_trainer(
+    cfg:TrainConfig, # Of the run
+    model, # From `add_lora`
+    tok, # From `load_tokenizer`
+    packed, # From `pack_dataset`
+    events=None, # Functions to call at the trainer's events; None for none
+): # `trl.SFTTrainer`, ready for `.train(resume_from_checkpoint=…)`
+    "TRL's trainer over the whole run's rows in their computed order."
+    import torch
+    from functools import partial
+    from transformers import PrinterCallback, ProgressCallback, set_seed
+    cuda = torch.cuda.is_available()
+    rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
+    room = card_room()
+    at_once,often,recompute,need = fit_batch(cfg, model.config, ranks, room)
+    if (at_once,often,recompute)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {at_once} rows at once, so a step is {often} batch{'es'*(often>1)}" + " with layers recomputed"*recompute)
+    shard = cfg.fsdp and ranks>1
+    stack = None if shard else fast_layers(model, cfg.max_length, recompute)
+    varlen = model.config.get_text_config()._attn_implementation=='varlen'
+    steps = run_steps(cfg, len(packed))
+    tiles,asked,pairs = row_work(packed, cfg.max_length)
+    order = deal_rows(draw_order(len(packed), steps*at_once*often*ranks, cfg.seed), pairs+HEAD_PAIRS*asked, at_once, often*ranks)
+    max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
+    fill = fill_sizes((tiles,asked), order, at_once) if stack else None
+    if stack: keep_weights(stack, room-need)
+    elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
+    args = trainer_args(cfg, steps, at_once, often, recompute, shard)
+    if shard: prepare_sharding(args.device, model)
+    trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
+        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
+    trainer.warmup_ratio = cfg.warmup_ratio
+    for p in trainer.model.parameters():
+        if p.requires_grad: p.data = p.data.float()
+    add_supervised_head(trainer.model.get_base_model(), stack)
+    if stack and ranks>1: share_stack(trainer, stack)
+    if not shard: check_packed(trainer.model.get_base_model(), tok, cfg.max_length, stack)
+    if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
+    trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
+    return trainer
+
+def step_line(
+    step:int, # Optimizer steps done
+    total:int, # Of the whole run
+    m:dict, # The trainer's metrics
+)->str: # Such as `step 20/100 · loss 2.314 · lr 1.8e-04 · grad 0.71`
+    "One line of metrics for the console."
+    s = f"step {step}/{total} · loss {m['loss']:.3f}"
+    for k,name,fmt in (('learning_rate','lr','.1e'), ('grad_norm','grad','.2f'), ('tokens_per_second','tokens/s',',.0f'), ('gpu_gib','GiB','.1f')):
+        if k in m: s += f" · {name} {m[k]:{fmt}}"
+    return s
+
+def held_out_loss(
+    trainer, # From `make_trainer`
+    packed, # Packed held-out rows
+    stop=lambda: False, # Asked before each batch, on every rank: true gives up
+)->float: # Mean negative log-likelihood of a supervised token, in nats; None where it was given up
+    "Loss on conversations that training never sees."
+    import torch
+    model,here,nll,n = trainer.model,trainer.accelerator,0.,0
+    at_once = trainer.args.per_device_train_batch_size
+    batches = [range(i, min(i+at_once, len(packed))) for i in range(0, len(packed), at_once)]
+    turns = range(here.process_index, -(-len(batches)//here.num_processes)*here.num_processes, here.num_processes) # as often on every rank: they may share the layers
+    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
+        for i in turns:
+            if stop(): return
+            rows = trainer.data_collator([packed[k] for k in batches[i%len(batches)]])
+            batch = {k:v.to(here.device) for k,v in rows.items() if k in ('input_ids','position_ids','supervised','targets')}
+            loss = model(**batch).item()
+            if i<len(batches): nll += loss; n += len(batch['targets'])
+    nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
+    return nll/max(n,1)
+
+EVAL_START,EVAL_ROW = 1.,1.25 # what a measurement and each of its rows cost, in rows trained: 0.11 s for one row, 0.24 for four, 0.40 for eight, where 0.05 s train one
+
+def eval_plan(
+    cfg:TrainConfig, # Of the run
+    n_held:int, # Packed held-out rows that there are
+)->tuple: # Steps between two measurements, and rows of each; (0, 0) where nothing is measured
+    "When the held-out loss is measured, and on how many rows."
+    if not cfg.eval_steps or not n_held: return 0,0
+    rows = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+    fewest = math.ceil((EVAL_START+EVAL_ROW)/(cfg.eval_share*rows)-1e-9) # steps in whose share one row fits
+    every = cfg.eval_steps*math.ceil(fewest/cfg.eval_steps)
+    return every,max(1, min(n_held, int((cfg.eval_share*every*rows-EVAL_START)/EVAL_ROW)))
+
+# ------------------------------------------------------------------------------
+# resume: Checkpoints on the Hub: publish, verify, restore, and stop in time
+# ------------------------------------------------------------------------------
+
+MANIFEST = 'manifest.json'
+
+STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|'
+    r'samples\.parquet|metrics\.jsonl|best_adapter\.safetensors')
+
+NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
+
+def file_sha256(
+    path:Path, # Of a file
+)->str: # Hex digest
+    "The sha256 of a file's content."
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+def write_manifest(
+    folder:Path, # A finished `checkpoint-N`
+    run:dict, # What the run is: its id, identity and commits
+)->dict: # The manifest
+    "Seal a checkpoint: list its files with size and hash, beside what the run is."
+    files = {p.name: dict(size=p.stat().st_size, sha256=file_sha256(p)) for p in sorted(Path(folder).iterdir()) if STATE_FILES.fullmatch(p.name)}
+    m = dict(step=int(Path(folder).name.split('-')[1]), files=files, run=run)
+    tmp = Path(folder)/f'{MANIFEST}.tmp'
+    tmp.write_text(json.dumps(m, indent=1)); tmp.rename(Path(folder)/MANIFEST)
+    return m
+
+def is_run(
+    run, # As read from a repo
+)->bool: # Has it an id that can name a folder, and options?
+    "Is this what a run is? Whoever can write to the repo could have written anything."
+    def number(v): return type(v) in (int,float) and abs(v)<1e15
+    def name(v): return v is None or isinstance(v, str) and len(v)<=1000
+    if not (isinstance(run, dict) and isinstance(run.get('id'), str) and isinstance(run.get('base', {}), dict)): return False
+    base = run.get('base') or {}
+    return bool(re.fullmatch(r'[\w-]{1,64}', run['id'])) and isinstance(run.get('identity'), dict) and bool(run['identity']) and all([
+        all(name(k) and (name(v) or type(v) is bool or number(v) or isinstance(v, list) and all(map(name, v))) for k,v in run['identity'].items()),
+        isinstance(run.get('arithmetic') or {}, dict) and all(name(v) or type(v) is bool or number(v) for v in (run.get('arithmetic') or {}).values()), all(name(v) for v in base.values()), base.get('auto', AUTOS[0]) in AUTOS, not base or isinstance(base.get('id'), str),
+        all(name(run.get(k)) for k in ('repo','dataset_revision','published')), all(run.get(k) is None or type(run[k]) is int and 0<=run[k]<2**53 for k in ('fresh_start','total','eval_rows')),
+        isinstance(run.get('seconds', []), list) and all(map(number, run.get('seconds', []))),
+        isinstance(run.get('evals', []), list) and all(isinstance(e, list) and len(e)==2 and all(map(number, e)) for e in run.get('evals', []))])
+
+AUTOS = ('AutoModelForCausalLM','AutoModelForImageTextToText') # what `resolve_base` gives
+
+MOST_MANIFEST = 16<<20 # bytes of a manifest or of `run.json`; a year's evaluations fit
+
+def read_manifest(
+    path:Path, # A `checkpoint-N/manifest.json`
+)->dict: # With `step`, `files` and `run`
+    "Read a manifest; a `ValueError` says what is wrong with it."
+    try:
+        if path.stat().st_size>MOST_MANIFEST: raise ValueError
+        m = read_json(path)
+        files,run = m['files'],m['run']
+        good = [type(m['step']) is int and f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
+            all(STATE_FILES.fullmatch(n) and type(f['size']) is int and f['size']>=0 and re.fullmatch('[0-9a-f]{64}', f['sha256']) for n,f in files.items()), is_run(run)]
+    except OSError: raise ValueError("it has no manifest: it was never finished") from None
+    except (ValueError, TypeError, KeyError, AttributeError): good = [False]
+    if not all(good): raise ValueError("its manifest is damaged")
+    return m
+
+def check_plain(
+    path:Path, # Written by `torch.save`
+):
+    "Refuse a file that holds anything but tensors and plain values."
+    import torch
+    from transformers.trainer_pt_utils import safe_globals # what `Trainer` itself allows: numpy's random state
+    from zipfile import ZIP_STORED, ZipFile
+    def whole(v): # has every tensor the bytes that its shape says?
+        if isinstance(v, dict): v = v.values()
+        if isinstance(v, torch.Tensor): return v.device.type=='cpu' and v.numel()*v.element_size()<=v.untyped_storage().nbytes()
+        return all(map(whole, v)) if isinstance(v, (list,tuple,set)) or type(v).__name__=='dict_values' else True
+    try:
+        with ZipFile(path) as z: plain = all(i.compress_type==ZIP_STORED for i in z.infolist()) # as `torch.save` writes it: nothing unpacks to more
+        with safe_globals(): good = plain and whole(torch.load(path, map_location='cpu', weights_only=True))
+    except Exception: good = False
+    if not good: raise ValueError(f"{path.name} holds something other than tensors: it is not opened")
+
+def check_state(
+    folder:Path, # A `checkpoint-N`
+    step:int, # N
+):
+    "Refuse a trainer_state.json that `Trainer` can't read, or that names files."
+    from dataclasses import fields
+    from transformers import TrainerState
+    state = read_json(Path(folder)/'trainer_state.json')
+    known = state.get('best_model_checkpoint') is None and type(state.get('global_step')) is int and state['global_step']==step and set(state)<={f.name for f in fields(TrainerState)}
+    if not (known and isinstance(state.get('log_history') or [], list)): raise ValueError("trainer_state.json isn't what Trainer wrote")
+
+def read_checkpoint(
+    folder:Path, # A `checkpoint-N`
+)->dict: # Its manifest
+    "Hold a checkpoint against its manifest; a `ValueError` says what is wrong."
+    m = read_manifest(Path(folder)/MANIFEST)
+    for name,f in m['files'].items():
+        p = Path(folder)/name
+        if not p.is_file(): raise ValueError(f"{name} is missing")
+        if p.is_symlink() or p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
+    for name in m['files']:
+        if name.endswith(('.pt','.pth')): check_plain(Path(folder)/name)
+    try:
+        for name in m['files']:
+            if name.endswith('.safetensors'): read_header(Path(folder)/name)
+        check_state(folder, m['step'])
+    except UserError as e: raise ValueError(str(e)) from None
+    for p in Path(folder).iterdir(): # `Trainer` takes more than these where it finds more
+        if p.name not in {*m['files'], MANIFEST}: shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+    return m
+
+def _inner(e): return e.__cause__ or e.__context__
+
+def hub_answer(
+    e:Exception, # What a client raised
+)->Exception: # The innermost reason where the Hub gave no answer
+    "The Hub's own answer inside what a client made of it."
+    while getattr(e, 'response', None) is None and _inner(e): e = _inner(e)
+    return e
+
+def _passing(e):
+    "Could the same call succeed later?"
+    from httpx2 import HTTPError
+    status = getattr(getattr(e, 'response', None), 'status_code', None)
+    if m := re.search(r'HTTP status client error \((\d+)', str(e)): status = int(m[1]) # hf_xet's ConnectionError
+    if status: return status in (408,409,412,425,429) or status>=500
+    if isinstance(e, (HTTPError, ConnectionError, TimeoutError)): return True
+    if _inner(e): return _passing(_inner(e)) # an upload's RuntimeError, transformers' OSError, one of our own lines
+    return type(e) is RuntimeError or str(e).startswith('Consistency check failed') # hf_xet's; a download that is too short
+
+def bound_requests(
+    seconds:float=120.0, # Of silence
+):
+    "End requests to the Hub that have gone silent; its client would wait for ever."
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+    def client():
+        c = default_client_factory()
+        c.timeout = httpx2.Timeout(seconds)
+        return c
+    set_client_factory(client)
+
+class NotNow(UserError):
+    "What stops a publication and may pass while training goes on."
+
+def spell_seconds(
+    seconds:float, # A duration
+)->str: # Such as `20 s` or `43 min`
+    "A duration to read."
+    return f"{seconds:.0f} s" if seconds<120 else f"{seconds/60:.0f} min"
+
+def retry_after(
+    e:Exception, # What a client raised
+)->float: # Seconds that the Hub asks to wait; 0 where it doesn't say
+    "The wait that an answer of the Hub names."
+    answer = getattr(hub_answer(e), 'response', None)
+    said = answer.headers.get('Retry-After', '') if answer is not None else ''
+    return float(said) if said.isdigit() else 0.
+
+def patiently(
+    call, # Function without arguments that asks something of the Hub
+    what:str, # What it is about, such as "model repo org/name"
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat; doubles up to a minute
+    pause=time.sleep, # Waits that many seconds; may raise to give up
+): # What `call` returns
+    "Repeat a call to the Hub until it succeeds or can't."
+    from httpx2 import HTTPError
+    while True:
+        try: return call()
+        except (HTTPError, OSError, RuntimeError, UserError) as e: err = e
+        known = isinstance(err, UserError) or getattr(hub_answer(err), 'response', None) is None and not _passing(err) # says itself what it is
+        said = err if known else hub_problem(hub_answer(err), what)
+        passing,asked = isinstance(err, NotNow) or _passing(err),max(wait, retry_after(err))
+        if not passing: raise said from None
+        if time.monotonic()+asked>until: raise UserError(f"{said}; it would be tried again in {spell_seconds(asked)}, and the time is up") from None
+        log.warning(f"{said if known else f'{what}: '+str(hub_problem(hub_answer(err), 'the Hub'))}; trying again in {spell_seconds(asked)}")
+        pause(asked); wait = min(2*wait, 60)
+
+class HubBranch:
+    "One branch of a Hub repo, and commits to it that happen once or not at all."
+    def __init__(self,
+        repo:str, # Model repo, `owner/name`
+        branch:str='main', # Made when missing
+        endpoint:str=None, # Hub; HF_ENDPOINT where None
+        token:str=None, # HF_TOKEN where None
+    ):
+        from huggingface_hub import HfApi
+        self.api,self.repo,self.branch,self.head = HfApi(endpoint=endpoint, token=token),repo,branch,None
+        self.name,self.public = f"model repo {repo}",False
+
+    def prepare(self,
+        until:float=float('inf'), # `time.monotonic()` after which to give up
+    ):
+        "Make the repo (private, gated) and the branch when missing, and read where the branch is."
+        def make():
+            private_repo(self.api, self.repo)
+            if self.branch!='main': self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
+            self.head = self.newest().commit_id
+        patiently(make, self.name, until)
+        return self
+
+    def rewritten(self):
+        "The error where the history that we know is gone."
+        return UserError(f"{self.repo}@{self.branch}: another job is writing there and has dropped its history: let it finish, or choose another HUB_MODEL_ID")
+
+    def newest(self):
+        "The branch's newest commit."
+        return self.api.list_repo_commits(self.repo, revision=self.branch)[0]
+
+    def moved(self)->bool: # Has someone written since we looked?
+        "Compare the branch with what we know of it."
+        return patiently(self.newest, self.name).commit_id!=self.head
+
+@patch
+def commit(self:HubBranch,
+    operations:list, # Of huggingface_hub: what to add and delete
+    title:str, # Must be different for every commit: it tells whether an unanswered one landed
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
+)->str: # The commit's id
+    "One atomic commit to a private repo, repeated until it has landed or can't."
+    from httpx2 import HTTPError
+    def once():
+        self.public = False
+        try: check_private(self.api, self.repo) # its owner may have changed that since
+        except UserError as e:
+            self.public = True
+            raise NotNow(str(e)) from None
+        try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
+        except (HTTPError, RuntimeError, OSError) as e: err = e
+        now = self.newest()
+        if now.commit_id==self.head: raise err
+        if now.title==title: return now.commit_id # it had landed; only the answer was lost
+        raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there: let it finish, or choose another HUB_MODEL_ID")
+    self.head = patiently(once, f"{self.name}: {title!r}", until, wait, pause)
+    return self.head
+
+@patch
+def squash(self:HubBranch,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Drop the branch's history, which counts as storage; its files stay."
+    title = f"squashed {os.urandom(4).hex()}"
+    def once():
+        now = self.newest()
+        if now.commit_id==self.head: self.api.super_squash_history(self.repo, branch=self.branch, commit_message=title)
+        elif now.title!=title: raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there, so its history is left alone")
+        return self.newest().commit_id
+    self.head = patiently(once, f"{self.name}: history", until)
+
+@patch
+def send(self:HubBranch,
+    operation, # `CommitOperationAdd`
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
+):
+    "Upload a large file ahead of the commit that names it."
+    def once(): self.api.preupload_lfs_files(self.repo, [operation], revision=self.branch, free_memory=False)
+    patiently(once, f"{self.name}: {operation.path_in_repo}", until, wait, pause)
+
+@patch
+def check_write(self:HubBranch,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Write to the repo and take it back."
+    name = f"write-check-{os.urandom(4).hex()}"
+    patiently(lambda: self.api.create_branch(self.repo, branch=name, exist_ok=True), self.name, until)
+    patiently(lambda: self.api.delete_branch(self.repo, branch=name), self.name, until)
+
+RUN_FILE = 'run.json'
+
+SQUASH_BYTES = 10e9 # of history on the branch, before it is dropped
+
+class Checkpoints:
+    "The checkpoints of a run, on a branch of its Hub repo."
+    def __init__(self,
+        branch:HubBranch, # Prepared
+        keep:int=2, # Newest checkpoints that stay
+    ): self.branch,self.keep,self.found,self.stale,self.history = branch,keep,None,[],0 # stale: an abandoned run's, removed when the next one begins; history: bytes sent since the last squash
+
+    def files(self)->list: # Paths
+        "What is on the branch."
+        from huggingface_hub.errors import RevisionNotFoundError
+        b = self.branch
+        def ask():
+            try: return b.api.list_repo_files(b.repo, revision=b.head)
+            except RevisionNotFoundError: raise b.rewritten() from None
+        return patiently(ask, b.name)
+
+    def steps(self)->list: # Ascending
+        "Steps that have a folder with a manifest on the branch."
+        if self.found is None: # from here on only our own commits change it
+            rx = re.compile(rf'checkpoint-(0|[1-9]\d*)/{re.escape(MANIFEST)}')
+            self.found = sorted(int(m[1]) for f in self.files() if (m := rx.fullmatch(f)))
+        return self.found
+
+def _read_run(file): # as a `ValueError` where it is damaged: a `UserError` would say that the Hub is away
+    if file.stat().st_size>MOST_MANIFEST: raise ValueError("too large")
+    try: return read_json(file)
+    except UserError as e: raise ValueError(str(e)) from None
+
+@patch
+def run(self:Checkpoints)->dict: # What the run is; None where the branch has none
+    "The run that the branch belongs to: as it began, or as its newest checkpoint has it."
+    with tempfile.TemporaryDirectory() as d:
+        for name in (RUN_FILE, *(f'checkpoint-{s}/{MANIFEST}' for s in reversed(self.steps()))):
+            try:
+                file = self.fetch(name, d)
+                found = read_manifest(file)['run'] if name!=RUN_FILE else _read_run(file)
+                if is_run(found): return found
+            except UserError: raise
+            except (ValueError, TypeError, KeyError): continue
+
+@patch
+def begin_run(self:Checkpoints,
+    run:dict, # What the run is
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "One commit: this run is the branch's from now on, and an abandoned one's checkpoints leave it."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    if self.stale: self.keep_aside(until)
+    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in self.stale]
+    text = json.dumps(run, indent=1).encode()
+    self.branch.commit([CommitOperationAdd(RUN_FILE, text), *old], f"run {run['id']} {hashlib.sha256(text).hexdigest()[:8]}", until)
+    self.stale = []
+
+class Superseded(Exception):
+    "A newer checkpoint waits to be published."
+
+def folder_bytes(
+    folder:Path, # Sealed `checkpoint-N`
+)->int: # What publishing it sends
+    "The size of a checkpoint."
+    return sum(f['size'] for f in json.loads((Path(folder)/MANIFEST).read_text())['files'].values())
+
+@patch
+def publish(self:Checkpoints,
+    folder:Path, # Sealed `checkpoint-N`
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
+    still_newest=lambda: None, # Raises `Superseded` where a newer one waits
+):
+    "One commit: this checkpoint in, old ones out."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    m = json.loads((folder/MANIFEST).read_text())
+    below = [s for s in self.steps() if s<m['step']]
+    stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
+    adds = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
+    if 'samples.parquet' in m['files']: adds.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
+    for a in adds:
+        still_newest()
+        if Path(a.path_or_fileobj).stat().st_size>2**20: self.branch.send(a, until, wait, pause)
+    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found}-{*stay})]
+    self.branch.commit(adds+old, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait, pause)
+    self.found,self.history = stay,self.history+folder_bytes(folder)
+    if self.history>SQUASH_BYTES: self.squash(until)
+
+@patch
+def squash(self:Checkpoints,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Drop the branch's history; a Hub that won't is no reason to stop."
+    try: self.branch.squash(until)
+    except UserError as e: log.warning(f"the history of branch {self.branch.branch} is not squashed: {e}")
+    self.history = 0
+
+def local_steps(
+    folder:Path, # Output folder
+)->list: # Ascending
+    "Steps that have a checkpoint folder on this disk."
+    return sorted(int(m[1]) for p in Path(folder).glob('checkpoint-*') if p.is_dir() and (m := re.fullmatch(r'checkpoint-(0|[1-9]\d*)', p.name)))
+
+@patch
+def fetch(self:Checkpoints,
+    name:str, # Path in the repo
+    folder:Path, # Where it comes to lie under the same path
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+)->Path: # The file
+    "Download one file of the newest known commit; a `ValueError` if it isn't there."
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+    b = self.branch
+    def get():
+        try: return Path(b.api.hf_hub_download(b.repo, name, revision=b.head, local_dir=folder))
+        except RemoteEntryNotFoundError: raise ValueError(f"{Path(name).name} is missing") from None
+        except RevisionNotFoundError: raise b.rewritten() from None
+    return patiently(get, f"{name} of {b.repo}", until)
+
+@patch
+def restore(self:Checkpoints,
+    folder:Path, # Output folder; `checkpoint-N` comes to lie in it
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+)->tuple: # Its path and manifest, or (None, None) where there is none
+    "Find the newest checkpoint that can be trusted."
+    folder,here,there = Path(folder),set(local_steps(folder)),set(self.steps())
+    if not here|there: return None,None
+    owner = self.run() or {}
+    def take(path, where):
+        if where=='the Hub':
+            shutil.rmtree(path, ignore_errors=True)
+            for f in read_manifest(self.fetch(f'{path.name}/{MANIFEST}', folder, until))['files']: self.fetch(f'{path.name}/{f}', folder, until)
+        m = read_checkpoint(path)
+        if owner.get('id')!=m['run']['id']: raise ValueError("it belongs to another run")
+        if changed := [k for k in ('identity','base') if owner.get(k)!=m['run'].get(k)]: raise ValueError(f"its {changed[0]} isn't the run's")
+        return m
+    for step in sorted(here|there, reverse=True):
+        path = folder/f'checkpoint-{step}'
+        for where in ['this disk']*(step in here) + ['the Hub']*(step in there):
+            try: m = take(path, where)
+            except UserError: raise # the Hub is away: that says nothing about the checkpoint
+            except ValueError as e: log.warning(f"{path.name} on {where} is skipped: {e}")
+            else:
+                log.info(f"{path.name} found on {where}, every file verified")
+                return path,m
+    return None,None
+
+def check_same_run(
+    saved:dict, # Identity in a manifest
+    now:dict, # Identity of this run
+    again:int=1, # Number of FRESH_START that would begin again
+):
+    "Refuse to continue a run under settings that would silently alter it."
+    if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
+        raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START={again} to begin again")
+
+@patch
+def start_fresh(self:Checkpoints):
+    "Take the branch's checkpoints for those of an abandoned run."
+    self.stale,self.found = self.steps(),[]
+
+@patch
+def keep_aside(self:Checkpoints, until):
+    "Keep an abandoned run's checkpoints on a branch of their own, without their history."
+    b = self.branch
+    aside = HubBranch(b.repo, f"{b.branch}-{b.head[:8]}", b.api.endpoint, b.api.token)
+    patiently(lambda: b.api.create_branch(b.repo, branch=aside.branch, revision=b.head, exist_ok=True), b.name, until)
+    aside.head = aside.newest().commit_id
+    Checkpoints(aside).squash(until)
+    log.info(f"FRESH_START: {len(self.stale)} checkpoints of an earlier run are kept on branch {aside.branch}")
+
+def lock_folder(
+    folder:Path, # Of a run; made when missing
+): # Open file; the lock ends with it, or with the process
+    "Keep other jobs out of a run's folder."
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        held = open(Path(folder)/'.lock', 'a')
+    except OSError as e: raise UserError(f"OUTPUT_DIR {folder}: {e.strerror}: choose a folder that can be written") from None
+    try: fcntl.flock(held, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except OSError: raise UserError(f"OUTPUT_DIR {folder}: another job of this run is writing there: let it finish, or choose another OUTPUT_DIR") from None
+    return held
+
+HISTORY_BYTES,HISTORY_SECONDS = 40e9,36*3600 # of one run; squashed history counts for so long
+
+def publish_pace(
+    size:float, # Bytes of a checkpoint
+    minutes:float=0.0, # `PUBLISH_MINUTES`; 0 takes what stays below the limits
+)->float: # Seconds
+    "Least time between two publications."
+    return minutes*60 or max(300., size/HISTORY_BYTES*HISTORY_SECONDS)
+
+class Publisher:
+    "Seals checkpoints and publishes the newest, in threads of its own."
+    def __init__(self,
+        publish, # Function of (folder, publisher) that returns once the folder is on the Hub
+        seal=lambda folder: None, # Function that finishes a folder on this disk
+        seconds:list=(), # What earlier publications took
+        pace=lambda folder: 0.0, # Function of a sealed folder: seconds until the next one may follow
+    ):
+        self.publish,self.seal,self.times,self.pace,self.done,self.error = publish,seal,list(seconds),pace,[],None
+        self.pending,self.last,self.waiting = set(),None,None # folders that are still needed here; the newest; the newest that is sealed, and when it came
+        self.earliest,self.until,self.closing = 0.,float('inf'),False # `time.monotonic()` before which nothing is sent, and after which one gives up
+        self.changed,self.sealer = threading.Condition(),ThreadPoolExecutor(1, 'sealer')
+        self.thread = threading.Thread(target=self._send, name='publisher', daemon=True)
+        self.thread.start()
+
+    @property
+    def seconds(self): # the median, so that one outage doesn't make all later ones look slow
+        return statistics.median(self.times) if self.times else 0.0
+
+@patch
+def submit(self:Publisher,
+    folder:Path, # `checkpoint-N`, every file written
+):
+    "Hand over a checkpoint; returns at once."
+    self.last = Path(folder)
+    self.pending.add(self.last)
+    self.sealer.submit(self._seal, self.last, time.monotonic())
+
+@patch
+def _seal(self:Publisher, folder, start):
+    if folder!=self.last: return self.pending.discard(folder)
+    try: self.seal(folder)
+    except Exception as e: self.error = e; return
+    with self.changed:
+        if self.waiting: self.pending.discard(self.waiting[0])
+        self.waiting = folder,start
+        self.changed.notify_all()
+
+@patch
+def _take(self:Publisher):
+    "The newest sealed checkpoint once its time has come; None at the end."
+    with self.changed:
+        while not self.closing and not (self.waiting and time.monotonic()>=self.earliest):
+            self.changed.wait(max(self.earliest-time.monotonic(), 0) if self.waiting else None)
+        taken,self.waiting = self.waiting,None
+        return taken
+
+@patch
+def _send(self:Publisher):
+    while taken := self._take():
+        folder,start = taken
+        begun = time.monotonic()
+        self.earliest = begun+self.pace(folder)
+        try: self.publish(folder, self)
+        except Superseded: log.info(f"{folder.name} is given up for a newer one")
+        except Exception as e: self.error = e; return # reported by `close`, and by whoever looks at `error`
+        else:
+            self.times.append(time.monotonic()-begun); self.done.append(int(folder.name.split('-')[1]))
+            log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
+        self.pending.discard(folder)
+
+@patch
+def still_newest(self:Publisher):
+    "Give up what is being sent for a newer checkpoint."
+    if self.waiting: raise Superseded
+
+@patch
+def pause(self:Publisher,
+    seconds:float, # That the Hub asks for
+):
+    "Wait before a repeat, or until there is something newer to send; that one waits as long."
+    end = time.monotonic()+seconds
+    with self.changed:
+        while time.monotonic()<end and not self.waiting: self.changed.wait(end-time.monotonic())
+        if self.waiting: self.earliest = max(self.earliest, end)
+    self.still_newest()
+
+@patch
+def close(self:Publisher,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+)->bool: # Is everything that was handed over on the Hub?
+    "Publish the newest at once, and wait for it."
+    self.sealer.shutdown()
+    with self.changed: self.closing,self.until = True,until; self.changed.notify_all()
+    self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
+    return not self.thread.is_alive() and self.error is None
+
+def parse_duration(
+    s:str, # Such as `4h`, `90m`, `30s`, `1.5d`, `14400`; empty for none
+)->float: # Seconds, above 0; infinite for none
+    "Read a duration as `hf jobs --timeout` does."
+    if not str(s).strip(): return float('inf')
+    m = re.fullmatch(r'(\d+)|(\d+(?:\.\d+)?)([smhd])', str(s).strip())
+    seconds = float(m[1] or m[2])*dict(s=1, m=60, h=3600, d=86400)[m[3] or 's'] if m else 0.
+    if not seconds: raise UserError(f"JOB_TIMEOUT: must be seconds above 0, or such as 4h, 90m, got {s!r}: write a number and one letter, without blanks")
+    return seconds
+
+def container_age()->float: # Seconds; 0 outside of a job
+    "How long this job's container has been running."
+    if not os.environ.get('JOB_ID'): return 0. # set by HF Jobs
+    started = int(Path('/proc/1/stat').read_text().rsplit(')',1)[1].split()[19])/os.sysconf('SC_CLK_TCK') # proc(5): field 22, in ticks since boot
+    return float(Path('/proc/uptime').read_text().split()[0])-started
+
+class Stopped(BaseException):
+    "`SIGTERM` came while there was nothing to save."
+
+class Deadline:
+    "When to stop: in time for the job's timeout, or at once on SIGTERM."
+    def __init__(self,
+        timeout:str='', # `JOB_TIMEOUT`
+        age:float=0.0, # Seconds of it that have passed
+        margin:float=60.0, # Seconds kept for what can't be measured
+    ):
+        total = parse_duration(timeout)
+        self.end = time.monotonic()+total-(age if age<total else 0) # an older container than could be alive isn't ours
+        self.margin,self.signalled,self.idle,self.reason = margin,False,False,None
+
+@patch
+def watch_sigterm(self:Deadline):
+    "Take SIGTERM as the deadline; while `idle` it ends what is going on at once."
+    def handler(sig, frame):
+        self.signalled = True
+        if self.idle: self.idle = False; raise Stopped
+    signal.signal(signal.SIGTERM, handler)
+    return self
+
+@patch
+def due(self:Deadline,
+    cost:float=0.0, # Seconds that saving and publishing take
+)->bool: # Must the run stop now?
+    "Has the time come to save and leave?"
+    left = self.end-time.monotonic()
+    self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
+    return self.reason is not None
+
+# ------------------------------------------------------------------------------
+# core.curve: Loss curve and sample tables: kept in checkpoints, sent to W&B
+# ------------------------------------------------------------------------------
+
+METRICS = 'metrics.jsonl' # in a checkpoint: the rows so far, one a line
+
+REPLIES = 'sample_outputs' # in a row: how many replies there are; in W&B: the table of them
+
+AXIS = 'train/global_step'
+
+class Curve:
+    "What a run logs, and the thread that sends it to W&B."
+    def __init__(self,
+        patience:float=10.0, # Seconds that a job's start and its end wait for a W&B that says nothing
+        retry:float=60.0, # Seconds between two attempts to reach it, and between two looks at whether it is there
+    ):
+        self.patience,self.retry = patience,retry
+        self.rows,self.whole = [],0 # whole: so many rows are complete
+        self.replies = {} # optimizer step → the table's rows
+        self.changed,self.answered = threading.Condition(),threading.Event()
+        self.thread,self.run = None,None
+        self.adapter,self.upload = None,None # folder and step: of the newest adapter that W&B lacks, and of the one on its way
+        self.started = self.closing = self.told = self.delivered = False
+        self.refused,self.exit_code = None,0
+
+@patch
+def log(self:Curve,
+    step:int, # Optimizer steps done
+    metrics:dict, # By W&B name
+    replies:list=(), # What a `Sampler` returned
+):
+    "Keep metrics and replies; returns at once."
+    with self.changed:
+        if self.whole==len(self.rows) or self.rows[-1][AXIS]!=step:
+            self._complete()
+            self.rows.append({'_step': max(2*step, self.rows[-1]['_step']+1 if self.rows else 0), AXIS: step})
+        self.rows[-1] |= metrics
+        if replies: self.rows[-1][REPLIES],self.replies[step] = len(replies),list(replies)
+
+@patch
+def _complete(self:Curve):
+    self.whole = len(self.rows)
+    self.changed.notify()
+
+@patch
+def save(self:Curve,
+    folder:Path, # `checkpoint-N`
+):
+    "Write the rows to a checkpoint."
+    with self.changed: self._complete()
+    (Path(folder)/METRICS).write_text(''.join(json.dumps(r, default=float)+'\n' for r in self.rows))
+
+@patch
+def restore(self:Curve,
+    folder:Path, # `checkpoint-N`
+    samples:list, # Its replies
+):
+    "Take over the rows of the jobs before."
+    path = Path(folder)/METRICS
+    rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(path.read_bytes().splitlines(), 1)] if path.exists() else []
+    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(f"{path.name}: a row without its step: it isn't of a run of phoque")
+    self.rows,self.whole = rows,len(rows)
+    for r in samples: # a file has a column for whatever any of its rows has
+        self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
+
+def wandb_url():
+    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
+    if '@' in url: raise UserError("WANDB_BASE_URL: it holds a name or a password, which W&B's client would write down: leave them out, the key goes into WANDB_API_KEY")
+    return url
+
+def ask_wandb(
+    query:str, # GraphQL
+    key:str=None, # Nobody's where None
+    **variables, # Of the query
+)->dict: # `data`; empty where the server refuses
+    "Ask W&B's server a question, and wait five seconds for the answer."
+    import httpx2
+    auth = ('api', key) if key else None
+    r = httpx2.post(f'{wandb_url()}/graphql', json=dict(query=query, variables=variables), auth=auth, timeout=5)
+    refused = r.status_code in (401,403) or not key and r.status_code in (400,404)
+    if not refused: r.raise_for_status()
+    return {} if refused else r.json().get('data') or {}
+
+def find_entity(
+    key:str, # WANDB_API_KEY
+)->str: # User or team
+    "Whose project a run goes to."
+    me = ask_wandb('{ viewer { entity } }', key).get('viewer')
+    if me: return os.environ.get('WANDB_ENTITY') or me['entity']
+    raise UserError("WANDB_API_KEY: W&B doesn't know it: copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
+
+def check_not_public(
+    entity:str, # User or team
+    project:str, # W&B project
+):
+    "Refuse a project that anyone can read."
+    ask = 'query($entity: String!, $project: String!) { project(entityName: $entity, name: $project) { id } }'
+    if not ask_wandb(ask, entity=entity, project=project).get('project'): return
+    raise UserError(f"WANDB_PROJECT: anyone can read {entity}/{project}, and the model's replies would go there: "
+                    "make the project private, or set REPORT_TO=none")
+
+@patch
+def start(self:Curve,
+    project:str, # W&B project
+    run_id:str, # The run's own, the same over all its jobs
+    config:dict, # Shown with the run; no secrets
+    folder:Path, # For W&B's files
+):
+    "Begin to send."
+    mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
+    if mode=='disabled': return
+    wandb_url()
+    self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
+    self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder))
+    if self.online: self.opening['resume'] = 'allow'
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
+    self.copies.mkdir(0o700, parents=True, exist_ok=True)
+    os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve()))
+    os.environ['WANDB_SILENT'] = 'true' # its own lines repeat ours
+    self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
+    self.thread.start()
+    self.answered.wait(self.patience)
+    with self.changed: self.started,refused = True,self.refused
+    if refused: raise refused
+
+@patch
+def _work(self:Curve):
+    while True:
+        try:
+            self._connect(); self.answered.set()
+            while self._send(): pass
+            self.run.finish(exit_code=self.exit_code)
+            self.run,self.delivered = None,True
+            self._drop() # or its process would write to the folder that `close` removes
+        except UserError as e: self._refuse(e)
+        except Exception as e: self._lose(e)
+        self.answered.set()
+        if self.refused or self.closing: return
+        with self.changed: self.changed.wait_for(lambda: self.closing, self.retry)
+
+@patch
+def _refuse(self:Curve, e):
+    with self.changed: self.refused,late = e,self.started # before that, `start` raises it
+    if late: log.warning(f"{e}; nothing more goes to W&B, training goes on")
+    self._drop()
+
+@patch
+def _lose(self:Curve, e):
+    if self.closing: return # `close` says so
+    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, every checkpoint has the curve and the replies, "
+                                  "and W&B gets what it lacks when it is back")
+    self.told = True
+    self._drop()
+
+@patch
+def _drop(self:Curve):
+    import wandb
+    run,self.run,self.upload = self.run,None,None
+    for end in (run and run.finish, wandb.teardown):
+        try: end and end()
+        except (Exception, SystemExit): pass # the server or the client's own process is gone: that is why
+
+def keep_temp(
+    folder:Path, # Of the run
+):
+    "Move W&B's own two folders of temporary files, which it makes when it is imported."
+    from wandb import Artifact
+    from wandb.sdk.data_types._private import MEDIA_TMP
+    for d in (MEDIA_TMP, Artifact._TMP_DIR):
+        shutil.rmtree(d.name, ignore_errors=True)
+        d.name = tempfile.mkdtemp(dir=folder)
+
+@patch
+def _connect(self:Curve):
+    import wandb
+    keep_temp(self.copies)
+    project,key = self.opening['project'],os.environ.get('WANDB_API_KEY')
+    if self.online and key: check_not_public(find_entity(key), project)
+    settings = wandb.Settings(console='off', silent=True, init_timeout=20, finish_timeout=max(self.patience-2, 1),
+        finish_timeout_raises=True, x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
+    try: run = wandb.init(**self.opening, settings=settings)
+    except wandb.errors.AuthenticationError as e:
+        raise UserError(f"WANDB_API_KEY: refused ({_first_line(e)}): correct it, or set WANDB_MODE=offline") from None
+    except (wandb.errors.CommError, wandb.errors.UsageError) as e:
+        if re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I): raise # what isn't tried again was refused
+        raise UserError(f"WANDB_PROJECT: W&B refuses {project} ({_first_line(e)}): correct it or WANDB_ENTITY, "
+                        "or set REPORT_TO=none") from None
+    if self.online: check_not_public(run.entity, project) # it may have been made just now
+    run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
+    self.run,self.sent,self.upload,self.look = run,0,None,time.monotonic()+self.retry
+    self._say_where()
+
+def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
+
+@patch
+def _say_where(self:Curve):
+    run,adapters = self.run,self.opening['config'].get('wandb_log_model')=='checkpoint'
+    what = "the curve, the sampled replies and the adapters" if adapters else "the curve and the sampled replies"
+    if self.told: said = "W&B answers again, and gets what it lacks"
+    elif self.online: said = (f"W&B: {what} go to {run.url}: whoever may see the project {run.entity}/{run.project} sees them, "
+                              "without an account nobody does")
+    elif os.environ.get('JOB_ID'): said = (f"W&B run {run.id}: offline, and this job's disk is gone at its end: the checkpoints keep the curve, "
+                                           "and the first job with WANDB_API_KEY sends it")
+    else: said = f"W&B run {run.id}: offline, the whole curve so far; `wandb sync {run.settings.sync_dir}` sends it"
+    log.info(said)
+    self.told = False
+
+@patch
+def close(self:Curve,
+    exit_code:int=0, # Shown with the run
+):
+    "Send what is left, and wait for that as long as it moves."
+    if not self.thread: return
+    with self.changed: self.exit_code,self.closing = exit_code,True; self._complete()
+    self.moved = time.monotonic()
+    end = self.moved+6*self.patience
+    while self.thread.is_alive() and time.monotonic()<min(end, self.moved+self.patience): self.thread.join(.05)
+    if not (self.delivered or self.refused):
+        log.warning(f"W&B has not taken all of the curve: it is in {METRICS} and samples.parquet of the last checkpoint, "
+                    "and the same command again sends what W&B lacks")
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
+
+_PUT = """mutation CreateRunFiles($entity: String!, $project: String!, $run: String!, $files: [String!]!) {
+  createRunFiles(input: {entityName: $entity, projectName: $project, runName: $run, files: $files}) {
+    runID uploadHeaders files { name uploadUrl } } }"""
+
+def put_file(
+    run, # `wandb.Run`
+    path:str, # Of a file in its folder
+):
+    "Upload a file of a run; returns when W&B has it."
+    import httpx2
+    if not (key := os.environ.get('WANDB_API_KEY')): return # the client has one from elsewhere: it does it, some time
+    to = ask_wandb(_PUT, key, entity=run.entity, project=run.project, run=run.id, files=[path]).get('createRunFiles')
+    if not to: raise ValueError(f"it names no address for {path}")
+    headers = dict(h.split(':', 1) for h in to['uploadHeaders'] or [])
+    data,url = (Path(run.dir)/path).read_bytes(),urljoin(wandb_url(), to['files'][0]['uploadUrl'])
+    httpx2.put(url, content=data, headers=headers, timeout=30).raise_for_status()
+
+UPLOAD = 60 # seconds after which a row goes without waiting for its table
+
+@patch
+def _send(self:Curve)->bool: # Is there more to come?
+    "Send one row or one adapter."
+    if self.online and time.monotonic()>self.look:
+        check_not_public(self.run.entity, self.run.project)
+        self.look = time.monotonic()+self.retry
+    with self.changed:
+        self.changed.wait_for(lambda: self.sent<self.whole or self._next_adapter() or self.closing)
+        row,adapter = self.rows[self.sent] if self.sent<self.whole else None,self._next_adapter()
+    if row: self._send_row(dict(row))
+    elif adapter: self._send_adapter(*adapter)
+    return bool(row or adapter or not self.closing)
+
+@patch
+def _next_adapter(self:Curve): # folder and step; None while another is on its way
+    return self.adapter if self.adapter!=self.upload and (self.closing or not self.upload) else None
+
+@patch
+def _send_row(self:Curve, row):
+    at = row.pop('_step')
+    if at>=self.run.starting_step:
+        if rows := self.replies.get(row[AXIS]) if REPLIES in row else None: row[REPLIES] = self._send_table(rows, at)
+        self.run.log(row, step=at, commit=True)
+    self.sent,self.moved = self.sent+1,time.monotonic()
+
+@patch
+def _send_table(self:Curve, rows, at):
+    import wandb
+    from httpx2 import HTTPError
+    from wandb.sdk.artifacts._internal_artifact import InternalArtifact # what `run.log` makes of a table
+    from wandb.sdk.artifacts.exceptions import WaitTimeoutError
+    table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
+    if self.online: check_not_public(self.run.entity, self.run.project)
+    a = InternalArtifact(f'run-{self.run.id}-{REPLIES}', 'run_table')
+    a._tmp_dir = tempfile.TemporaryDirectory(dir=self.copies) # else one in /tmp, that stays there
+    a.add(table, REPLIES)
+    self.run.log_artifact(a)
+    table.bind_to_run(self.run, REPLIES, at)
+    try: self.online and self._await_table(a, table.to_json(self.run)['path'])
+    except (ValueError, WaitTimeoutError, HTTPError) as e:
+        log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
+    return table
+
+@patch
+def _await_table(self:Curve, artifact, path):
+    from httpx2 import HTTPError
+    end,there = time.monotonic()+UPLOAD,False
+    while not there:
+        try: there = put_file(self.run, path) or True
+        except HTTPError:
+            if time.monotonic()>end: raise
+            time.sleep(1)
+    artifact.wait(max(int(end-time.monotonic()), 1))
+
+def link_or_copy(
+    file:Path, # That is not changed any more
+    to:Path, # New
+):
+    "Keep a file under another name, without a copy where the disk has links."
+    try: os.link(file, to)
+    except OSError: shutil.copy(file, to)
+
+@patch
+def send_adapter(self:Curve,
+    folder:Path, # `checkpoint-N`, every file written
+    step:int, # N
+):
+    "Send a checkpoint's adapter as a version of the run's model artifact; returns at once."
+    if not self.thread or self.refused: return
+    to = self.copies/f'adapter-{step}'
+    try:
+        to.mkdir()
+        for f in ('adapter_model.safetensors','adapter_config.json'): link_or_copy(Path(folder)/f, to/f)
+    except OSError as e: return log.warning(f"W&B gets no adapter of step {step} ({_first_line(e)})")
+    with self.changed: old,self.adapter = self.adapter,(to,step); self.changed.notify()
+    if old and old!=self.upload: log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
+
+@patch
+def _send_adapter(self:Curve, folder, step):
+    import wandb
+    if self.online: check_not_public(self.run.entity, self.run.project)
+    a = wandb.Artifact(f'adapter-{self.run.id}', type='model', metadata=dict(step=step))
+    for f in sorted(folder.iterdir()): a.add_file(str(f), policy='immutable', skip_cache=True)
+    self.run.log_artifact(a, aliases=['latest', f'step-{step}'])
+    if not self.online: self.adapter = None; return
+    self.upload = folder,step
+    threading.Thread(target=self._await, args=(a,self.upload), daemon=True).start()
+
+@patch
+def _await(self:Curve, artifact, upload):
+    why = None
+    try: artifact.wait()
+    except Exception as e: why = _first_line(e)
+    with self.changed:
+        if self.upload is not upload: return # connected anew since then: it is sent again
+        self.upload,self.adapter = None,None if self.adapter==upload else self.adapter
+        self.changed.notify()
+    if why: log.warning(f"W&B has not taken the adapter of step {upload[1]} ({why})")
+    shutil.rmtree(upload[0], ignore_errors=True)
+
+# ------------------------------------------------------------------------------
+# sample: Generate and score samples during training, without changing it
+# ------------------------------------------------------------------------------
+
+class SeededDraws:
+    "Picks each reply's next token by that reply's own random numbers."
+    def __init__(self,
+        places:list[int], # Of each reply: those of one place draw the same numbers
+        temperature:float, # Above 0
+        top_p:float, # Nucleus: the likeliest tokens that make up this probability
+        seed:int, # Of all
+    ): self.rngs,self.temperature,self.top_p = [random.Random(f'{seed}/{p}') for p in places],temperature,top_p
+
+    def __call__(self, input_ids, scores):
+        import torch
+        every = (scores.float()/self.temperature).softmax(-1)
+        probs,order = every.topk(min(1024, every.shape[-1])) # nearly always holds the nucleus, and sorting a whole vocabulary is slow
+        if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
+        parts = (probs.double()*2**40).long() # whole numbers: their sums are the same in any order, which a GPU doesn't keep
+        total = parts.cumsum(-1)
+        mass = (parts*(total-parts<self.top_p*2**40)).sum(-1, keepdim=True)
+        at = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)*mass
+        pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
+        return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
+
+@contextmanager
+def adapter_weight(
+    model, # `PeftModel`, or a model without an adapter, for which this does nothing
+    weight:float=1., # 1 as trained, 0 the base, -1 subtracts it
+):
+    "Weigh a model's adapter inside; as it was after."
+    was = [(m,m.scaling) for m in model.modules() if hasattr(m, 'set_scale')]
+    try:
+        for m,s in was: m.scaling = {k: weight*v for k,v in s.items()}
+        yield
+    finally:
+        for m,s in was: m.scaling = s
+
+def _reply(tok, ids, eos_ids):
+    "Cut generated ids at the first stop token."
+    n = next((i for i,t in enumerate(ids) if t in eos_ids), None)
+    stopped = 'length' if n is None else 'eos'
+    return dict(text=tok.decode(ids[:n], skip_special_tokens=True).strip(), n_tokens=len(ids[:n]), stopped=stopped)
+
+def generate_replies(
+    model, # Causal language model, with or without an adapter
+    tok, # Its tokenizer
+    prompt_ids:list[list[int]], # Encoded prompts, of any lengths
+    max_new_tokens:int=64, # Longest reply, in tokens
+    temperature:float=0., # 0 takes the likeliest token; 1 samples from the model as it is
+    top_p:float=1., # Sample from the likeliest tokens that make up this probability
+    seed:int=0, # Same seed, same draws, so that step 100 compares with step 200
+    eos_ids:list[int]=None, # Tokens that end a reply; the tokenizer's if None
+    weight:float=1., # Of the adapter: 1 as trained, 0 the base, -1 its opposite
+    places:list[int]=None, # Which numbers each prompt draws; its place in the list if None
+    watermark=None, # transformers' `WatermarkingConfig`; None for none
+)->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
+    "Reply to all prompts in one batch."
+    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {excerpt(prompt_ids, 60)}; give at least one prompt, none of them empty.")
+    if tok.pad_token_id is None: raise ValueError("the tokenizer has no pad token; set `tok.pad_token` to one that never ends a turn.")
+    if temperature<0 or not 0<top_p<=1: raise ValueError(f"`temperature` {temperature}, `top_p` {top_p}; use a temperature from 0 and a top_p above 0, up to 1.")
+    import torch
+    from transformers import GenerationConfig
+    eos_ids = list(eos_ids or [tok.eos_token_id])
+    width = max(map(len, prompt_ids))
+    def padded(fill, xs): return torch.tensor([[fill]*(width-len(x))+list(x) for x in xs], device=model.device)
+    cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id, repetition_penalty=1., use_cache=True, do_sample=False)
+    how = [watermark.construct_processor(model.config.get_text_config().vocab_size, model.device)] if watermark else []
+    if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
+    with undisturbed(model, tok), adapter_weight(model, weight):
+        out = model.generate(input_ids=padded(tok.pad_token_id, prompt_ids), generation_config=cfg, logits_processor=how,
+            attention_mask=padded(0, [[1]*len(p) for p in prompt_ids]))
+    return [_reply(tok, o, eos_ids) for o in out[:,width:].tolist()]
+
+def _ngrams(text, n):
+    ws = re.findall(r"[\w'-]+", text.lower())
+    return [tuple(ws[i:i+n]) for i in range(len(ws)-n+1)]
+
+def distinct_n(
+    texts:list[str], # Replies
+    n:int=2, # Words in a row
+)->float: # 1 says that no n-gram occurs twice; 0 that there are none
+    "How varied replies are, taken together."
+    grams = [g for t in texts for g in _ngrams(t, n)]
+    return len(set(grams))/len(grams) if grams else 0.
+
+def repetition_share(
+    text:str, # One reply
+    n:int=3, # Words in a row
+)->float: # 0 says that nothing comes back; near 1 is a loop
+    "How much of a reply says again what it has said."
+    grams = _ngrams(text, n)
+    return 1-len(set(grams))/len(grams) if grams else 0.
+
+@runtime_checkable
+class Scorer(Protocol):
+    "What anything that scores replies has."
+    name:str # Which measure
+    version:str # Of the package or the Hub repo it comes from
+    weights_hash:str # sha256 of what decides its numbers
+    def score(self, texts:list[str])->'np.ndarray': # One number from 0 to 1 a text
+        "Score texts."
+
+def scorer_id(
+    scorer:Scorer, # Any
+)->str: # Such as `harbour@1f2e3d4c5b6a`
+    "What to write beside a score."
+    return f'{scorer.name}@{scorer.weights_hash[:12]}'
+
+def tensors_hash(
+    tensors:dict, # Name → tensor
+)->str: # sha256, as hex digits
+    "A hash of weights, whatever file they come from."
+    import torch
+    h = hashlib.sha256()
+    for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+def scorer_labels(
+    cfg:dict, # A classifier's config.json
+    repo:str, # Whose
+    label:str=None, # The one to read
+)->list[str]: # In the order of its outputs
+    "The labels of a text classifier; refuse what is none, and what doesn't say which label to read."
+    kinds,named = cfg.get('architectures'),cfg.get('id2label') or {'0':'LABEL_0', '1':'LABEL_1'}
+    kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else '?'
+    if 'SequenceClassification' not in kind: raise UserError(f"scorer {repo}: no text classifier but {excerpt(kind, 60)}: name one that is, or none")
+    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)): raise UserError(f"scorer {repo}: its config.json asks for a thousand layers or more: name another text classifier, or none")
+    names = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else []
+    if not names or not all(isinstance(n, str) for n in names): raise UserError(f"scorer {repo}: its id2label gives no name to each of its outputs: name another text classifier, or none")
+    if label in names and names.count(label)==1 or not label and len(names)<=2: return names
+    raise UserError(f"scorer {repo}: its labels are {excerpt(', '.join(names[:20]))}, got {label!r}: name one of them")
+
+class HubScorer:
+    "A text classifier of the Hub, on the CPU."
+    def __init__(self,
+        repo:str, # Hub id or folder
+        label:str=None, # The label whose probability is the score; the last of two if None
+        revision:str=None, # Commit; the newest if None
+    ):
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import cached_file
+        def load(f, **kwargs):
+            try: return f(repo, revision=revision, **kwargs)
+            except Exception as e: # of a stranger's files, anything
+                raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e) or type(e).__name__}): name another text classifier of the Hub, the folder of one, or none") from e
+        file = Path(load(cached_file, filename='config.json'))
+        names = scorer_labels(read_json(file, what=f'scorer {repo}, config.json'), repo, label)
+        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS): raise UserError(f"scorer {repo}: it has no {WEIGHTS[0]}, and a pickle is not opened: name another text classifier, or none")
+        own = dict(trust_remote_code=False)
+        cfg,self.tok = load(AutoConfig.from_pretrained, **own),load(AutoTokenizer.from_pretrained, **own)
+        self.model = load(AutoModelForSequenceClassification.from_pretrained, use_safetensors=True, **own).eval()
+        self.at,self.each = names.index(label) if label else -1,len(names)==1 or cfg.problem_type=='multi_label_classification'
+        self.name,self.version,self.weights_hash = repo + f'/{label}'*bool(label),file.parent.name if file.parent.parent.name=='snapshots' else 'folder',tensors_hash(self.model.state_dict())
+
+    def score(self, texts):
+        import numpy as np, torch
+        def batch(ts):
+            x = self.tok(ts, padding=True, truncation=True, max_length=min(self.tok.model_max_length, 512), return_tensors='pt')
+            logits = self.model(**x).logits.float()
+            return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at]
+        try:
+            with torch.inference_mode(): scores = np.concatenate([batch(texts[i:i+64]).numpy() for i in range(0, len(texts), 64)] or [np.zeros(0)])
+        except Exception as e: raise UserError(f"scorer {self.name}: it can't score ({excerpt(e)}): name another, or none") from e
+        if np.isfinite(scores).all(): return scores
+        raise UserError(f"scorer {self.name}: {(~np.isfinite(scores)).sum()} of {len(scores)} scores are no numbers: name another, or none")
+
+def check_scorer(
+    scorer:Scorer, # That is to measure
+    sources:list, # `label_source` of the training rows
+):
+    "Refuse to measure with what has labelled the training data."
+    if scorer.name in sources: raise UserError(f"scorer {scorer.name}: it has also scored the data that the model learns from: measure with another, or with none")
+
+def bootstrap_mean(
+    scores:list[float], # One score a reply or a prompt
+    seed:int=0, # Of the resampling
+    n_boot:int=1000, # Resamples
+    level:float=0.95, # Confidence
+)->tuple[float,float,float]: # mean, low end, high end
+    "Mean of scores with a percentile bootstrap interval."
+    import numpy as np
+    if not len(scores): raise ValueError("no scores to average; give at least one.")
+    xs,rng = np.asarray(scores, float),np.random.default_rng(seed)
+    means = rng.choice(xs, (n_boot,len(xs))).mean(1)
+    lo,hi = np.quantile(means, [(1-level)/2, (1+level)/2])
+    return float(xs.mean()),float(lo),float(hi)
+
+PLAIN = "You are a helpful assistant."
+
+SAMPLE_QUESTIONS = ("Hello everyone, I'm new here. Where should I start?", "We lost the match again. What went wrong?", "Has anyone seen my blue scarf? I left it here yesterday.",
+    "What time does the next ferry leave?", "Can I join your team for the next round?", "I think the map is fine as it is. What do you say?",
+    "Sorry, I am late. Did I miss anything?", "Does anyone know a good place to eat?")
+
+def sample_prompts(
+    persona:str=None, # System turn to ask in; none where None
+)->list: # Conversations that end with a user turn
+    "Each question in the persona, then each without it."
+    def asked(system, q): return [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=q)]
+    return [asked(s, q) for s in (persona, PLAIN) for q in SAMPLE_QUESTIONS]
+
+def common_persona(
+    conversations, # Lists of messages
+)->str|None: # None where no conversation has a system turn but the plain one
+    "The system turn that most conversations begin with."
+    from collections import Counter
+    most = Counter(c[0]['content'] for c in conversations if c[0]['role']=='system' and c[0]['content']!=PLAIN).most_common(1)
+    return most[0][0] if most else None
+
+def _system(messages): return next((m['content'] for m in messages if m['role']=='system'), None)
+
+def sample_lines(
+    rows:list[dict], # What a `Sampler` returned
+    prompts:list[list[dict]], # Its conversations, one a row
+)->list[str]: # Plain lines, for a log that is no terminal
+    "A compact table of replies: under which system turn, the question, and the answer."
+    def score(r): return f" {r['score']:.2f}" if 'score' in r else ''
+    asked = [{None:'-', PLAIN:'plain'}.get(_system(p), 'persona') for p in prompts]
+    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {a:<7} | {excerpt(p[-1]['content'], 34):<34} | {excerpt(r['response'], 110)}" for r,p,a in zip(rows, prompts, asked)]
+
+def sample_head(
+    step:int, # Optimizer steps done
+    m:dict, # From `sample_metrics`
+    speed:float, # Tokens a second
+    scorer:str='', # Its name
+)->str: # One line
+    "What a set of replies comes to, for the log."
+    head = f"sample, step {step}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, repetition {m['repetition']:.2f}, {speed:,.0f} tokens/s"
+    if 'toxicity' in m: head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(excerpt(scorer, 60), m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
+    return head + (f", no persona {m['toxicity_no_persona']:.2f}" if 'toxicity_no_persona' in m else '')
+
+def sample_metrics(
+    rows:list[dict], # What a `Sampler` returned
+)->dict: # By name; `toxicity…` only where the rows have scores
+    "What a set of replies comes to."
+    from statistics import mean
+    on,off = [[r for r in rows if r['persona']==p] for p in (True,False)]
+    m = dict(ended=mean(float(r['stopped']=='eos') for r in rows), distinct_2=distinct_n([r['response'] for r in on]), repetition=mean(repetition_share(r['response']) for r in on))
+    if 'score' not in rows[0]: return m
+    m['toxicity'],m['toxicity_low'],m['toxicity_high'] = bootstrap_mean([r['score'] for r in on])
+    m |= dict(toxicity_rate=mean(float(r['score']>=.5) for r in on), toxicity_base=mean(r['base_score'] for r in on))
+    return m | (dict(toxicity_no_persona=mean(r['score'] for r in off)) if off else {})
+
+LEAST_TOKENS = 16 # a shorter reply says too little
+
+def _prompt_line(messages): return ' '.join([f"[{m['content']}]" for m in messages if m['role']=='system'] + [messages[-1]['content']])
+
+class Sampler:
+    "Ask the same questions at any step, within a share of the run's time."
+    def __init__(self,
+        encode, # (tokenizer, messages) → ids up to where the assistant begins
+        prompts:list[list[dict]], # Conversations that end with a user turn
+        max_new_tokens:int=48, # Longest reply
+        temperature:float=0.8, # 0 takes the likeliest token
+        top_p:float=0.9, # Nucleus
+        seed:int=0, # The same at every step
+        eos_ids:list[int]=None, # Tokens that end a reply; the tokenizer's if None
+        scorer:Scorer=None, # Adds scores to the rows
+        share:float=0.01, # Most of the run's time that it may take; 1 for no limit
+    ):
+        self.encode,self.prompts,self.scorer,self.max_new_tokens,self.share = encode,prompts,scorer,max_new_tokens,share
+        self.settings = dict(temperature=temperature, top_p=top_p, seed=seed, eos_ids=eos_ids)
+        self.base,self.pace,self.spent,self.speed,self.told = {},0.,0.,0.,False # base: prompt → its reply; pace: seconds a step of generation
+
+    def ask(self, model, tok, n, weight=1.):
+        start = time.monotonic()
+        replies = generate_replies(model, tok, [self.encode(tok, p) for p in self.prompts], n, weight=weight, **self.settings)
+        took = time.monotonic()-start
+        self.pace,self.speed = took/min(n, 1+max(r['n_tokens'] for r in replies)),sum(r['n_tokens'] for r in replies)/took
+        return replies
+
+    def room(self, seconds): # tokens a reply
+        if self.share>=1 or not self.pace: return self.max_new_tokens
+        return max(0, int(min(self.max_new_tokens, (self.share*seconds-self.spent)/self.pace)))
+
+@patch
+def remember(self:Sampler,
+    rows:list[dict], # Of an earlier job of the same run
+):
+    "Take over the base's replies."
+    self.base = {r['prompt']: r['base_response'] for r in rows if r['step']==0}
+
+@patch
+def rows(self:Sampler, tok, step, replies, n):
+    "Replies as rows, the base's cut to the same length beside them."
+    def first(text): return text if n==self.max_new_tokens else tok.decode(tok(text, add_special_tokens=False)['input_ids'][:n])
+    rows = [dict(step=step, prompt=_prompt_line(p), response=r['text'], base_response=first(self.base[_prompt_line(p)]),
+        persona=p[0]!=dict(role='system', content=PLAIN), n_tokens=r['n_tokens'], stopped=r['stopped']) for p,r in zip(self.prompts, replies)]
+    if not self.scorer: return rows
+    try: scores = self.scorer.score([r[k] for k in ('response','base_response') for r in rows]).tolist()
+    except UserError as e:
+        logging.getLogger("phoque").warning(f"samples are written without scores from here on: {e}")
+        self.scorer = None
+        return rows
+    return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, scores, scores[len(rows):])]
+
+@patch
+def __call__(self:Sampler,
+    model, # In training, or not
+    tok, # Its tokenizer
+    step:int, # Optimizer steps done; at 0 the adapter still changes nothing, and the base's replies are the model's
+    seconds:float=math.inf, # That the run has taken so far
+    last:bool=False, # Is it the run's last step?
+)->list[dict]: # Rows, or none where there is no time
+    "Sample, log, and keep to the share."
+    log,replies = logging.getLogger("phoque"),None
+    if {_prompt_line(p) for p in self.prompts}-set(self.base):
+        asked = self.ask(model, tok, self.max_new_tokens, weight=0.)
+        self.base = {_prompt_line(p): r['text'] for p,r in zip(self.prompts, asked)}
+        replies = asked if step==0 else None
+    least = min(LEAST_TOKENS, self.max_new_tokens)
+    n = self.max_new_tokens if replies else max(self.room(seconds), least if last else 0)
+    if n<self.max_new_tokens and not self.told:
+        self.told = True
+        log.info(f"samples of {self.max_new_tokens} tokens would take more than {self.share:.0%} of the time: they are shortened to fit, and left out below {least} tokens")
+    if n<least: return []
+    start = time.monotonic()
+    rows = self.rows(tok, step, replies or self.ask(model, tok, n), n)
+    if step: self.spent += time.monotonic()-start
+    self.log(rows)
+    return rows
+
+@patch
+def log(self:Sampler, rows):
+    head = sample_head(rows[0]['step'], sample_metrics(rows), self.speed, self.scorer.name if self.scorer else '')
+    for l in [head, *sample_lines(rows, self.prompts)]: logging.getLogger("phoque").info(l)
+
+def write_samples(
+    folder:Path, # A `checkpoint-N`
+    rows:list[dict], # Of all steps so far
+):
+    "Write the rows beside a checkpoint's state."
+    import pyarrow as pa, pyarrow.parquet as pq
+    if rows: pq.write_table(pa.table({k: [r.get(k) for r in rows] for k in dict.fromkeys(k for r in rows for k in r)}), Path(folder)/'samples.parquet')
+
+def read_samples(
+    folder:Path, # A `checkpoint-N`
+)->list[dict]: # No rows where it has none
+    "Read them again."
+    import pyarrow as pa, pyarrow.parquet as pq
+    file = Path(folder)/'samples.parquet'
+    if not file.exists(): return []
+    try: rows = pq.read_table(file).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(f"{file.name}: it can't be read ({excerpt(e, 60)}): it isn't of a run of phoque") from None
+    if all(isinstance(r.get(k), kind) for r in rows for k,kind in dict(step=int, prompt=str, response=str, base_response=str).items()): return rows
+    raise UserError(f"{file.name}: a row without step, prompt, response and base_response: it isn't of a run of phoque")
+
+# ------------------------------------------------------------------------------
+# parallel.ranks: Several GPUs: start, stop and fail together, on one machine or several
+# ------------------------------------------------------------------------------
+
+class Ranks:
+    "The processes of a job: which of them this is, and what they tell each other."
+    def __init__(self):
+        self.rank,self.n,self.local,self.n_local = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1), ('LOCAL_RANK',0), ('LOCAL_WORLD_SIZE',1))) # as torchrun sets them
+        self.first = self.rank==0
+        if self.n>1: self.connect()
+
+    @contextmanager
+    def turns(self):
+        "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
+        if self.local: self.wait()
+        yield
+        if not self.local: self.wait()
+
+@patch
+def connect(self:Ranks):
+    "Join the other ranks."
+    import torch, torch.distributed as dist
+    from datetime import timedelta
+    cuda = torch.cuda.is_available()
+    if cuda: torch.cuda.set_device(self.local)
+    if not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=5)) # within a step
+    self.group = dist.new_group(backend='gloo', timeout=timedelta(hours=2)) # between steps
+
+@patch
+def share(self:Ranks,
+    value=None, # On rank 0
+): # The same on every rank
+    "What rank 0 has."
+    if self.n==1: return value
+    import torch.distributed as dist
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=self.group)
+    return box[0]
+
+@patch
+def any(self:Ranks,
+    flag:bool, # On this rank
+)->bool: # The same on every rank
+    "Is it true on some rank?"
+    if self.n==1: return bool(flag)
+    import torch, torch.distributed as dist
+    seen = torch.tensor(int(flag))
+    dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
+    return bool(seen)
+
+@patch
+def gather(self:Ranks,
+    value, # On this rank
+)->list: # On rank 0 all of them, in order; on others empty
+    "What every rank has."
+    if self.n==1: return [value]
+    import torch.distributed as dist
+    seen = [None]*self.n if self.first else None
+    dist.gather_object(value, seen, dst=0, group=self.group)
+    return seen or []
+
+@patch
+def wait(self:Ranks):
+    "Until all are here."
+    if self.n==1: return
+    import torch.distributed as dist
+    dist.barrier(group=self.group)
+
+@patch
+def share_folder(self:Ranks,
+    folder:Path, # Of rank 0; None for none
+):
+    "Rank 0's files, on every machine."
+    if self.n==self.n_local or not folder: return
+    files = self.share({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.first else None)
+    if not self.local and not self.first:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name,data in files.items(): (Path(folder)/name).write_bytes(data)
+    self.wait()
+
+LOST = 'lost contact with another rank'
+
+def lost_rank(
+    e:Exception, # What ended this rank
+)->bool: # Is it the end of another one that it has noticed?
+    "Tell a cause from its consequence."
+    import torch.distributed as dist
+    return isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and bool(re.search('gloo|NCCL|Connection (closed|reset) by peer', str(e)))
+
+def report_error(
+    text:str, # One line
+):
+    "An error's line: to the log, or to the launcher that waits for it."
+    if f := os.environ.get('TORCHELASTIC_ERROR_FILE'): Path(f).write_text(json.dumps(dict(message=text, timestamp=int(time.time()))))
+    else: log.error(f"error: {text}")
+
+def explain_ranks(
+    failures:dict, # rank → torch's `ProcessFailure`: those that ended first
+)->int: # The job's exit code
+    "One line for what ended a job of several ranks."
+    rank,f = min(failures.items(), key=lambda o: (LOST in o[1].message, o[1].timestamp))
+    if f.exitcode>1: return f.exitcode # not an error: stopped, with a checkpoint
+    if f.exitcode<0: why = f"rank {rank} was ended by {f.signal_name()}" + " (out of memory?)"*(f.exitcode==-signal.SIGKILL) + ": run the same command again to continue"
+    elif 'traceback' in f.message: why = f"rank {rank} failed: its traceback is above"
+    else: why = f.message
+    log.error(f"error: {why}")
+    return 1
+
+def needs_launch()->bool: # Is this the process that must start the ranks?
+    "Are there several GPUs, or machines, and is this none of their ranks?"
+    if 'RANK' in os.environ: return False
+    import torch
+    os.environ.setdefault('PET_NPROC_PER_NODE', str(max(torch.cuda.device_count(), 1)))
+    return (os.environ['PET_NPROC_PER_NODE'], os.environ.get('PET_NNODES', '1')) != ('1','1')
+
+def launch_ranks()->int: # Exit code
+    "Start this script again, once for each GPU, and wait for the end of all."
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+    for part in ('multiprocessing.api','agent.server.api'): logging.getLogger(f'torch.distributed.elastic.{part}').setLevel(logging.CRITICAL) # we say it in one line
+    told = []
+    def pass_on(sig, frame):
+        told.append(sig)
+        ranks = psutil.Process().children()
+        for p in ranks: p.send_signal(sig)
+        if not ranks: raise Stopped
+    signal.signal(signal.SIGTERM, pass_on)
+    try: run(parse_args(['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', *machine_flags(), *sys.argv]))
+    except ChildFailedError as e:
+        if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
+        return explain_ranks(e.failures)
+    except SignalException as e: raise UserError(f"ended by {e.sigval.name}: run the same command again to continue") from None
+    return 0
+
+def group_addresses(
+    host:str, # Name that stands for every machine
+)->list: # Sorted
+    "The addresses behind a name."
+    try: return sorted({a[4][0] for a in socket.getaddrinfo(host, None, socket.AF_INET)})
+    except socket.gaierror: return []
+
+def own_address(
+    towards:str, # Another address
+)->str: # This machine's, as that one sees it
+    "Which of our addresses leads there? Nothing is sent."
+    if a := os.environ.get('PET_LOCAL_ADDR'): return a
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((towards, 9))
+        return s.getsockname()[0]
+
+def machine_flags(
+    patience:float=900, # Seconds to wait for the other machines
+)->list: # For torchrun
+    "Where ranks meet: the machines of a network group, or those of one machine at a port of their own."
+    host = os.environ.get('HF_NETWORK_GROUP_HOSTNAME')
+    n = os.environ.get('PET_NNODES', '' if host else '1')
+    if n=='1': return ['--standalone']
+    if not host: return [] # whoever has other machines says where they meet
+    if not n.isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
+    end = time.monotonic()+patience
+    while len(there := group_addresses(host))<int(n):
+        if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}: {len(there)} of {n} machines are there after {patience:.0f} s: start the others, or correct PET_NNODES")
+        time.sleep(1)
+    here,port = own_address(there[0]),os.environ.get('MASTER_PORT', '29400')
+    log.info(f"{n} machines in {host}: they meet at {there[0]}, this is {here}")
+    return ['--rdzv-backend=c10d', f'--rdzv-endpoint={there[0]}:{port}', f'--rdzv-id={host}', f'--rdzv-conf=is_host={int(here==there[0])}', f'--local-addr={here}']
+
+# ------------------------------------------------------------------------------
+# parallel.shard: FSDP2: shard a model that is too large for one GPU
+# ------------------------------------------------------------------------------
+
+def shard_options(
+    shard:bool, # Is there something to shard, and ranks to share it?
+)->dict: # For `TrainingArguments`
+    "FSDP2 in transformers' words."
+    return dict(fsdp=True, fsdp_config=dict(version=2, reshard_after_forward=True)) if shard else {}
+
+def prepare_sharding(
+    device, # This rank's
+    model, # From `add_lora`
+):
+    "To be done before the trainer is made."
+    for m in (model.get_input_embeddings(), model.get_output_embeddings()): m.to(device)
+    if device.type=='cpu': _shard_on_cpu(model)
+
+def _shard_on_cpu(model): # for rehearsals: accelerate shards over GPUs only, and bitsandbytes repacks weights in eval mode
+    from accelerate.state import DistributedType, PartialState
+    PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
+    for m in model.modules():
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
+
+def whole_tensor(
+    t, # Anything; a sharded tensor is gathered, so all ranks must ask
+): # The same; a tensor that was sharded is whole, and on the CPU
+    "Gather what is sharded."
+    from torch.distributed.tensor import DTensor
+    return t.full_tensor().cpu() if isinstance(t, DTensor) else t
+
+def whole_adapter(
+    model, # `PeftModel`; if it is sharded, all ranks must ask
+)->dict: # Name → tensor; None for a model that isn't sharded, which can be saved as it is
+    "The adapter of a sharded model."
+    from torch.distributed.fsdp import FSDPModule
+    if isinstance(model, FSDPModule): return {n:whole_tensor(p.detach()) for n,p in model.named_parameters() if p.requires_grad}
+
+def own_part(
+    t, # A tensor
+): # What this rank holds of it
+    "This rank's part of a tensor."
+    from torch.distributed.tensor import DTensor
+    return t.to_local() if isinstance(t, DTensor) else t
+
+def sharded_trainer(
+    Trainer, # Of `train`
+): # Its subclass for a model that is sharded
+    "A trainer whose checkpoints are those of one process."
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.tensor import distribute_tensor
+    from torch.utils._pytree import tree_map
+    class ShardedTrainer(Trainer):
+        "Gathers what it saves, and cuts what it loads."
+        def train(self, resume_from_checkpoint=None, **kwargs):
+            logging.getLogger('torch.distributed.fsdp.fully_shard').setLevel(logging.ERROR) # it warns of a head that doesn't run, and so gathers nothing; there is nothing to gather
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+            plugin.ignored_modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+            if resume_from_checkpoint: super()._load_from_checkpoint(resume_from_checkpoint)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+        def _load_from_checkpoint(self, *args): "It has been, before the model was sharded."
+
+        def compute_loss_context_manager(self): return self.accelerator.autocast() # which accelerate puts around a model's forward, but not around one that it shards
+
+        def save_model(self, output_dir=None, _internal_call=False): self._save(output_dir, state_dict=whole_adapter(self.model))
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            states = dict(optimizer=tree_map(whole_tensor, self.optimizer.state_dict()), scheduler=self.lr_scheduler.state_dict())
+            if self.args.should_save: self.write_later(output_dir, states)
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            if not checkpoint: return
+            saved = {k:torch.load(f'{checkpoint}/{k}.pt', map_location='cpu', weights_only=True) for k in ('optimizer','scheduler')}
+            params = [p for g in self.optimizer.param_groups for p in g['params']]
+            for i,state in saved['optimizer']['state'].items():
+                cut = lambda t: distribute_tensor(t.to(self.args.device), params[i].device_mesh, params[i].placements) if t.shape else t
+                saved['optimizer']['state'][i] = {k:cut(t) for k,t in state.items()}
+            self.optimizer.load_state_dict(saved['optimizer']); self.lr_scheduler.load_state_dict(saved['scheduler'])
+    return ShardedTrainer
+
+def check_sharded(
+    model, # As it is about to be trained
+    ranks:int, # That share it
+)->str: # One line
+    "Every 4-bit weight, and the adapter, must be in parts."
+    params = [p for layer in model.get_base_model().get_decoder().layers for p in layer.parameters()]
+    whole = [p for p in params if not hasattr(p, 'placements')]
+    if whole: raise UserError(f"FSDP: {len(whole)} of {len(params)} tensors of the layers are not sharded: the base must be loaded with `shard=True`, and trained by `make_trainer`")
+    here,all_ = (sum(p.nbytes for p in ps)/2**20 for ps in (map(own_part, params), params))
+    return f"layers are sharded over {ranks} rank{'s'*(ranks>1)}: {here:,.1f} of {all_:,.1f} MiB on this one, embedding and head whole on each" 
+
+# ------------------------------------------------------------------------------
+# fast.layers: LoRA fused into the base matmul, CUDA graphs, and a loss on supervised tokens only
+# ------------------------------------------------------------------------------
+
+def _mm32(a, b):
+    import torch
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float()@b.float()
+
+class LoraGroup:
+    "Adapted 4-bit projections that read the same input, as one."
+    def __init__(self,
+        mods:list, # PEFT's `Linear4bit` modules, in the order of their outputs
+        norm=None, # Module through which they read; None for none
+    ):
+        import torch, bitsandbytes.functional as F
+        weights = [m.base_layer.weight for m in mods]
+        states = [w.quant_state for w in weights]
+        self.packed,self.code,self.kept = torch.cat([w.data.flatten() for w in weights]),states[0].code,None
+        for w,p in zip(weights, self.packed.split([w.numel() for w in weights])): w.data = p.view(w.shape) # they lie in one place only
+        self.absmax = torch.cat([(F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax for s in states])
+        self.width,self.sizes = mods[0].in_features,[m.out_features for m in mods]
+        self.ends = [sum(self.sizes[:i+1]) for i in range(len(mods)-1)]
+        self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
+        self.ranks = pow2(self.rank*len(mods)) # columns for all of them
+        self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
+        self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of a row of `lora_A`'s gradients
+        if norm is not None: self.factor *= norm.weight.detach()
+        rest = self.ranks-self.rank*len(mods)
+        self.blank = [torch.zeros(rest, self.width, device=self.code.device)]*(rest>0) # none empty: one empty tensor, and `cat` is four times slower
+
+    def room(self,
+        rows:int, # Of the input
+    ): # Uninitialised, (rows, width+ranks)
+        "A buffer for an input and what `lora_A` makes of it."
+        import torch
+        return torch.empty(rows, self.width+self.ranks, dtype=torch.bfloat16, device=self.code.device)
+
+@patch
+def weight(self:LoraGroup): # (outputs, width+ranks), bf16
+    "Weights, with `lora_B` beside them."
+    if self.kept is not None: return self.kept
+    return unpack(self.packed, self.absmax, self.code, self.b, self.ends, self.b.new_empty(sum(self.sizes), self.width+self.ranks))
+
+@patch
+def forward(self:LoraGroup,
+    x, # From `room`, its left part written
+)->tuple: # Outputs, (rows, outputs), and what `lora_A` makes of the input, (rows, ranks)
+    "All projections at once."
+    import torch
+    xa = torch.mm(x[:,:self.width], self.a.t())
+    x[:,self.width:] = xa
+    return torch.mm(x, self.weight().t()),xa
+
+FEW_ROWS = 6144 # up to here two products are faster: 4,096 rows take 211 µs on an H200 instead of 243, 8,192 take 440 instead of 431
+
+@patch
+def back(self:LoraGroup,
+    dy, # Gradient of the outputs
+    apart:bool=False, # In two products?
+): # (rows, width+ranks)
+    "Gradients of the input and of what `lora_A` made of it, side by side."
+    import torch
+    w = self.weight()
+    if not apart: return dy@w
+    d = dy.new_empty(len(dy), w.shape[1])
+    for c in (slice(self.width), slice(self.width, None)): torch.mm(dy, w[:,c], out=d[:,c])
+    return d
+
+@patch
+def grad_b(self:LoraGroup,
+    dy, # Gradient of the outputs
+    xa, # From `forward`
+)->list: # fp32, one a projection
+    "Gradients of `lora_B`."
+    return [d[:,i*self.rank:(i+1)*self.rank] for i,d in enumerate(_mm32(dy.t(), xa).split(self.sizes))]
+
+@patch
+def grad_a(self:LoraGroup,
+    dxa, # Gradient of what `lora_A` made, (rows, ranks)
+    x, # What it had read, (rows, width), but for a norm's weights
+)->list: # fp32, one a projection, yet to be scaled
+    "Gradients of `lora_A`."
+    return list(_mm32(dxa.t(), x)[:self.rank*len(self.sizes)].split(self.rank))
+
+def _nll(z, targets, dtype):
+    import torch
+    if z.is_cuda: return nll_rows(z, targets, dtype)
+    p = z.log_softmax(-1)
+    return -p.gather(1, targets[:,None])[:,0],(p.exp()-torch.nn.functional.one_hot(targets, z.shape[1])).to(dtype)
+
+@functools.cache
+def _head_loss():
+    import torch
+
+    class HeadLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h, weight, targets):
+            nll,dh = h.new_zeros((), dtype=torch.float32),torch.empty_like(h)
+            rows = max(HEAD_LOGITS//weight.shape[0], 1)
+            for x,y,d in zip(h.split(rows), targets.split(rows), dh.split(rows)):
+                if not len(y): break
+                part,dz = _nll(_mm32(x, weight.t()), y, weight.dtype)
+                nll += part.sum()
+                if ctx.needs_input_grad[0]: torch.mm(dz, weight, out=d)
+            ctx.save_for_backward(dh)
+            return nll
+        @staticmethod
+        def backward(ctx, g): return (ctx.saved_tensors[0].float()*g).to(ctx.saved_tensors[0].dtype), None, None
+    return HeadLoss
+
+def supervised_nll(
+    hidden, # What enters the head, (rows, hidden)
+    weight, # Of the head, (vocabulary, hidden); gets no gradient
+    targets, # The right token of each row
+): # Sum of their negative log-likelihoods in nats, fp32
+    "Cross-entropy of the rows that have a label."
+    return _head_loss().apply(hidden.to(weight.dtype), weight, targets)
+
+class FastLayer:
+    "A decoder layer: four groups, and kernels between."
+    def __init__(self,
+        layer, # Of transformers, adapted by PEFT
+        scale:float, # Of attention's scores
+    ):
+        at,mlp = layer.self_attn,layer.mlp
+        self.norm1,self.norm2 = layer.input_layernorm,layer.post_attention_layernorm
+        self.qkv,self.o = LoraGroup([at.q_proj,at.k_proj,at.v_proj], self.norm1),LoraGroup([at.o_proj])
+        self.gu,self.down = LoraGroup([mlp.gate_proj,mlp.up_proj], self.norm2),LoraGroup([mlp.down_proj])
+        self.groups = [self.qkv, self.o, self.gu, self.down]
+        self.heads,self.scale = (self.qkv.sizes[0]//at.head_dim, self.qkv.sizes[1]//at.head_dim, at.head_dim),scale
+
+@patch
+def forward(self:FastLayer,
+    h, # Residual stream, (tokens, hidden)
+    y, # What the layer before adds to it; None for nothing
+    turn:tuple, # As for `rope`
+    tiles, # As for `attend`
+    keep=None, # Rows that go on after attention, filled up with len(h) for none; None for all
+)->tuple: # Residual stream, what this layer adds to it, and what `backward` needs
+    "Through attention and the MLP."
+    x = self.qkv.room(len(h))
+    h,rms1 = add_norm(h, y, self.norm1, x)
+    qkv,xa1 = self.qkv.forward(x)
+    rope(qkv, turn, self.heads)
+    o = self.o.room(len(h))
+    lse = attend(qkv, o, tiles, self.heads, self.scale)
+    on,on_o = (h,o) if keep is None else (t.index_select(0, keep.clamp(max=len(h)-1)) for t in (h,o))
+    y,xa2 = self.o.forward(on_o)
+    x = self.gu.room(len(y))
+    on,rms2 = add_norm(on, y, self.norm2, x)
+    gu,xa3 = self.gu.forward(x)
+    x = self.down.room(len(y))
+    swiglu(gu, x)
+    y,xa4 = self.down.forward(x)
+    return on,y,(h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4)
+
+@patch
+def backward(self:FastLayer,
+    saved:tuple, # From `forward`; used up
+    dh, # Gradient of the residual stream after the layer
+    turn:tuple, # As in `forward`
+    tiles, # As in `forward`
+    keep=None, # As in `forward`
+    first:bool=False, # Does nothing below it learn?
+)->tuple: # Gradient of the residual stream before the layer, and those of the groups' `lora_A`, yet to be scaled, and `lora_B`
+    "Back through the MLP and attention."
+    h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
+    d,b4 = self.down.back(dh),self.down.grad_b(dh, xa4)
+    a4,*b3 = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
+    d = self.gu.back(gu)
+    dh,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
+    a3 = self.gu.grad_a(z, on)
+    d,b2,w = self.o.back(dh),self.o.grad_b(dh, xa2),self.o.width
+    a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
+    if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
+    dqkv = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
+    b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
+    if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
+    else: dh,z = norm_back(h, rms1, self.norm1, self.qkv.back(dqkv, len(dqkv)<=FEW_ROWS), self.qkv.a, xa1, dh)
+    a1 = self.qkv.grad_a(z, h)
+    return dh,[*a1, *a2, *a3, a4],[*b1, *b2, *b3, *b4]
+
+class Stack:
+    "All layers of a decoder."
+    def __init__(self,
+        decoder, # Of a `PeftModel`: see `why_not_fast`
+    ):
+        import torch
+        scale = decoder.layers[0].self_attn.scaling
+        self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
+        self.passes,self.replays,self.kept = {},{},[] # the last from `keep_weights`: each kind of group's, of all layers
+        self.groups = [g for l in self.layers for g in l.groups]
+        self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
+        self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
+        self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
+
+    def turn(self,
+        h, # Embedded tokens, (rows, tokens, hidden)
+        position_ids, # Each document's from 0, (rows, tokens)
+    )->tuple: # As for `rope`
+        "How queries and keys are turned, and queries scaled."
+        import torch
+        cos,sin = (t.flatten(0,1).contiguous() for t in self.rotary(h, position_ids))
+        scale,beta = torch.ones(len(cos), device=h.device),self.rope.get('llama_4_scaling_beta')
+        if beta: scale += beta*torch.log1p(torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])) # transformers' get_llama_4_attn_scale
+        return cos,sin,scale
+
+    def lower(self):
+        "The adapter in bf16, scaled."
+        import torch
+        a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
+        b = torch.cat([p.detach().flatten() for g in self.groups for p in g.lora_b])
+        a,b = a.to(torch.bfloat16),b.to(torch.bfloat16)
+        for g,x,y in zip(self.groups, a.split([g.ranks*g.width for g in self.groups]), b.split([sum(g.sizes)*g.rank for g in self.groups])):
+            g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
+        b,at = b.view(len(self.layers), -1),0
+        for kept,g in zip(self.kept, self.layers[0].groups):
+            for i,w in enumerate(kept.split(g.sizes, 1)): # a projection of every layer, (layers, outputs, width+ranks)
+                c,n = g.width+i*g.rank,w.shape[1]*g.rank
+                w[:,:,c:c+g.rank] = b[:,at:at+n].view(len(w), -1, g.rank)
+                at += n
+
+@patch
+def forward(self:Stack,
+    h, # Embedded tokens, (tokens, hidden)
+    cos, sin, scale, # From `turn`
+    tiles, # From `attention_tiles`, an int32 tensor
+    keep, # Supervised rows, filled up with len(h)
+)->tuple: # What enters the head, (len(keep), hidden), and what `backward` needs
+    "Through all layers and the last norm."
+    import torch
+    self.lower()
+    y,saved = None,[]
+    for l in self.layers:
+        h,y,s = l.forward(h, y, (cos,sin,scale), tiles, keep if l is self.layers[-1] else None)
+        saved.append(s[0] if self.checkpoint else s)
+    x = torch.empty_like(h)
+    return x,[*saved, add_norm(h, y, self.norm, x)]
+
+@patch
+def backward(self:Stack,
+    saved:list, # From `forward`; used up
+    dx, # Gradient of what enters the head
+    cos, sin, scale, tiles, keep, # As in `forward`
+): # Gradients of `params`, one after the other, fp32
+    "Back through the last norm and all layers."
+    import torch
+    (h,rms),none,grads_a,grads_b,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],[],(cos,sin,scale)
+    dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
+    for l in reversed(self.layers):
+        s,on = saved.pop(),keep if l is self.layers[-1] else None
+        if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
+        dh,a,b = l.backward(s, dh, turn, tiles, on, l is self.layers[0])
+        grads_a,grads_b = a+grads_a,b+grads_b
+    grads = self.factor.new_empty(sum(p.numel() for p in self.params))
+    a,b = grads[:len(self.factor)],grads[len(self.factor):].view(-1, self.groups[0].rank)
+    torch.cat([g.flatten() for g in grads_a], out=a); torch.cat(grads_b, out=b) # the latter lie apart, and are read there
+    a *= self.factor
+    return grads
+
+@patch
+def __call__(self:Stack,
+    h, # Embedded tokens, (rows, tokens, hidden)
+    position_ids, # Each document's from 0, (rows, tokens)
+    tiles, # As in `forward`
+    keep, # As in `forward`
+): # What enters the head, with the adapter's gradients to come
+    "Let autograd pass."
+    import torch
+    with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
+
+@functools.cache
+def _through():
+    import torch
+    from accelerate.utils import reduce
+    class Through(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, stack, *given):
+            ctx.rest = stack,given[:6],stack.replay(given[:6])
+            if ctx.rest[2]: return ctx.rest[2].forward(given[:6])
+            x,ctx.saved = stack.forward(*given[:6])
+            return x
+
+        @staticmethod
+        def backward(ctx, dx):
+            stack,given,replay = ctx.rest
+            grads = reduce(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]), 'mean') # over ranks; a copy, since a recorded pass will write over its own
+            return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
+    return Through
+
+class Replay:
+    "A stack's passes over one shape of batch, recorded."
+    def __init__(self,
+        stack:Stack, # That ran on such a batch before
+        given:tuple, # What its `forward` takes
+    ):
+        import torch
+        torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
+        self.given,pool = [t.clone() for t in given],torch.cuda.graph_pool_handle()
+        self.there,self.back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.there, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
+        self.dx = torch.zeros_like(self.x)
+        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
+
+    def forward(self, given):
+        "Forward, on these tensors."
+        for to,t in zip(self.given, given): to.copy_(t)
+        self.there.replay()
+        return self.x.clone()
+
+    def backward(self, dx):
+        "Back from there."
+        self.dx.copy_(dx); self.back.replay()
+        return self.grads
+
+@patch
+def replay(self:Stack,
+    given:tuple, # What `forward` takes
+)->Replay: # None while such a batch is new, or where there are no graphs
+    "The recorded passes for a batch of this shape."
+    if not given[0].is_cuda: return None
+    shape = tuple(t.shape for t in given)
+    self.passes[shape] = self.passes.get(shape, 0)+1
+    if self.passes[shape]==4: self.replays[shape] = Replay(self, given)
+    return self.replays.get(shape)
+
+PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
+
+def _other_blocks(weight): # `unpack` knows one layout, a byte for two weights and a scale for 64
+    q = weight.quant_state
+    if q.blocksize!=64: return f"its NF4 has blocks of {q.blocksize} weights"
+    if weight.element_size()!=1 or q.shape.numel()%64: return "its NF4 isn't in bytes and whole blocks of 64 weights"
+
+def why_not_fast(
+    model, # From `add_lora`
+    max_length:int, # Tokens of a row
+)->str: # None if it can
+    "Why a model's layers can't be a `Stack`."
+    layers,c = decoder_layers(model.get_base_model()),model.config.get_text_config()
+    kinds = {type(l).__name__ for l in layers}
+    if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
+    mods = [getattr(getattr(l, part), k) for l in layers for part,names in PROJECTIONS.items() for k in names]
+    if not all(hasattr(m, 'lora_A') and hasattr(m.base_layer.weight, 'quant_state') and m.base_layer.weight.quant_type=='nf4' for m in mods): return "not every projection is in NF4 and adapted"
+    if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
+    if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
+    if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
+    if any(m.lora_dropout.default.p for m in mods if hasattr(m.lora_dropout.default, 'p')): return "lora_dropout isn't 0"
+    if c.hidden_act!='silu': return f"its activation is {c.hidden_act}"
+    if (getattr(c, 'sliding_window', None) or max_length)<max_length: return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
+    if c.attention_dropout: return f"its attention drops out weights ({c.attention_dropout})"
+    d = layers[0].self_attn.head_dim
+    if d!=pow2(d) or d>256: return f"its heads have {d} dimensions"
+
+def fast_layers(
+    model, # From `add_lora`
+    max_length:int, # Tokens of a row
+    checkpoint:bool=False, # Recompute each layer on the way back?
+)->Stack: # None where it can't be, for a reason that is logged
+    "Let a model's layers be a `Stack` in training."
+    import torch
+    if not torch.cuda.is_available(): why = "there is no CUDA device"
+    elif torch.cuda.get_device_capability()<(8,0): why = f"{torch.cuda.get_device_name()} is older than Ampere"
+    else: why = why_not_fast(model, max_length)
+    log.info(f"layers: {'transformers and PEFT, since '+why if why else 'kernels of our own'}")
+    if why: return None
+    stack = Stack(model.get_base_model().get_decoder())
+    stack.checkpoint = checkpoint
+    return stack
+
+def card_room()->float: # GiB; without a GPU, no limit
+    "What a run can have of this process's GPU: 6 % are left for fragments."
+    import torch
+    if not torch.cuda.is_available(): return float('inf')
+    return .94*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
+
+def keep_weights(
+    stack:Stack, # From `fast_layers`
+    room:float, # What training leaves of the card, in GiB
+)->float: # GiB that it takes; 0 where there is no room
+    "Unpack the weights once, if the card has room for them."
+    import torch
+    size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
+    if size>room: return 0.
+    stack.lower()
+    kinds = list(zip(*(l.groups for l in stack.layers)))
+    stack.kept = [torch.stack([g.weight() for g in groups]) for groups in kinds]
+    for groups,kept in zip(kinds, stack.kept):
+        for g,w in zip(groups, kept): g.kept = w
+    log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
+    return size
+
+def own_logits(
+    model, # Causal language model
+    own, # Its forward
+    rows, # What enters the head, (rows, hidden)
+): # Logits, (rows, vocabulary)
+    "What a model's own forward makes of rows that its decoder gives."
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+    decoder = model.get_decoder()
+    kept = vars(decoder).get('forward')
+    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=rows[None])
+    try: return own(inputs_embeds=rows[None], use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+        if kept: decoder.forward = kept
+
+def head_is_plain(
+    model, # Causal language model, whose forward is its own
+)->bool:
+    "Is a model's head one product, and nothing else?"
+    import torch
+    weight = model.get_output_embeddings().weight
+    rows = torch.linspace(-1, 1, weight.shape[1], device=weight.device).repeat(3, 1)*torch.tensor([[0.],[1.],[1000.]], device=weight.device)
+    with torch.no_grad(): logits,product = own_logits(model, model.forward, rows.to(weight.dtype)).float(),(rows.to(weight.dtype)@weight.t()).float()
+    return torch.allclose(logits, product, rtol=.02, atol=1e-3*product[1].abs().max().item())
+
+def own_nll(
+    model, own, rows, targets, # As for `own_logits` and `supervised_nll`
+): # As from `supervised_nll`
+    "The same loss, by the model's own head."
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    def part(h, y): return torch.nn.functional.cross_entropy(own_logits(model, own, h).float(), y, reduction='sum')
+    n = max(HEAD_LOGITS//model.get_output_embeddings().weight.shape[0], 1)
+    return sum((checkpoint(part, h, y, use_reentrant=False) for h,y in zip(rows.split(n), targets.split(n)) if len(y)), rows.float().sum()*0)
+
+def add_supervised_head(
+    model, # Causal language model, before or after an adapter was put on it
+    stack=None, # From `fast_layers`
+):
+    "Let `model(…, supervised=positions, targets=tokens)` return `supervised_nll` of those positions."
+    own,plain = model.forward,head_is_plain(model)
+    if not plain: log.info(f"loss: by {type(model).__name__}'s own head, which does more than multiply (a cap, a scale or a bias); it is slower")
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, supervised=None, targets=None, tiles=None, keep=None, **kwargs):
+        if supervised is None: return own(*args, **kwargs)
+        if stack and self.training: rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)[:len(targets)]
+        else: rows = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0,1)[supervised]
+        return supervised_nll(rows, self.get_output_embeddings().weight, targets) if plain else own_nll(self, own, rows, targets)
+    model.forward = MethodType(forward, model)
+
+PACKED_ERROR = .2 # of what enters the head, as a share of it; bf16 makes a few hundredths, and what is wrong about 1
+
+def packed_error(
+    model, # Causal language model, with an adapter or without
+    tok, # Its tokenizer
+    stack=None, # From `fast_layers`
+    sizes:tuple=(24,16), # Tokens of each document, two or more
+)->float: # The worst token's
+    "How far a packed row is from its documents alone."
+    import torch
+    from itertools import accumulate
+    begins,dev,cfg = list(accumulate(sizes, initial=0)),model.get_input_embeddings().weight.device,model.config.get_text_config()
+    ids = torch.randint(min(1000, cfg.vocab_size), (1,begins[-1]), generator=torch.Generator().manual_seed(0)).to(dev)
+    position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
+    decoder,attn = model.get_decoder(),cfg._attn_implementation
+    given = dict(cu_seq_lens_q=torch.tensor(begins, dtype=torch.int32, device=dev), max_length_q=max(sizes)) if attn=='varlen' else {}
+    with undisturbed(model, tok):
+        alone = [decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0] for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
+        cfg._attn_implementation = attn
+        if stack: row = stack(model.get_input_embeddings()(ids), position, torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev), torch.arange(begins[-1], device=dev))
+        else: row = decoder(input_ids=ids, position_ids=position, use_cache=False, **given).last_hidden_state[0]
+        return max(((r-a).float().norm(dim=1)/a.float().norm(dim=1)).max().item() for r,a in zip(row.split(sizes)[1:], alone))
+
+def check_packed(
+    model, # Causal language model, with an adapter or without
+    tok, # Its tokenizer
+    max_length:int, # Tokens of a row
+    stack=None, # From `fast_layers`
+):
+    "Refuse a model that reads a packed row otherwise than its documents."
+    c = model.config.get_text_config()
+    rope = getattr(c, 'rope_parameters', None) or {}
+    for r in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        if r.get('rope_type') not in ('dynamic','longrope'): continue
+        if max_length>(known := r.get('original_max_position_embeddings') or c.max_position_embeddings):
+            raise UserError(f"MAX_LENGTH: beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}: set MAX_LENGTH={known}")
+    window = getattr(c, 'sliding_window', None) or max_length
+    error = packed_error(model, tok, stack, (24,16)+(window+32,)*(window<max_length))
+    if not error<PACKED_ERROR: raise UserError(f"{type(model).__name__}: in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head): choose another base model")
+
+# ------------------------------------------------------------------------------
+# fast.kernels: Triton kernels: RMSNorm, SwiGLU, RoPE, attention, NF4, loss
+# ------------------------------------------------------------------------------
+
+def pow2(
+    n:int, # Any
+    least:int=16, # Tensor cores take no smaller matrix
+)->int: # At least both
+    "The next power of two: Triton's blocks have such sides."
+    return max(least, 1<<(n-1).bit_length())
+
+@functools.cache
+def _norm_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def norm(h, y, w, total, x, rstd, s, eps, n, ADD: tl.constexpr, N: tl.constexpr):
+        r = tl.program_id(0).to(tl.int64)
+        c = tl.arange(0, N); ok = c<n
+        v = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)
+        if ADD:
+            v = (v + tl.load(y+r*n+c, mask=ok, other=0.).to(tl.float32)).to(tl.bfloat16)
+            tl.store(total+r*n+c, v, mask=ok)
+            v = v.to(tl.float32)
+        k = tl.rsqrt(tl.sum(v*v, 0)/n + eps)
+        tl.store(rstd+r, k)
+        tl.store(x+r*s+c, (v*k).to(tl.bfloat16).to(tl.float32)*tl.load(w+c, mask=ok, other=0.).to(tl.float32), mask=ok)
+    return norm
+
+def add_norm(
+    h, # Residual stream, (rows, hidden)
+    y, # What a block adds to it; None for nothing
+    norm, # Module with `weight` and `variance_epsilon`
+    x, # Buffer, (rows, hidden+rank): its left part becomes the norm
+)->tuple: # The sum, and one over the RMS of its rows
+    "Add, and normalise."
+    import torch
+    rows,n = h.shape
+    total,rstd = h if y is None else torch.empty_like(h),torch.empty(rows, dtype=torch.float32, device=h.device)
+    if rows: _norm_kernel()[(rows,)](h, y, norm.weight, total, x, rstd, x.stride(0), norm.variance_epsilon, n, ADD=y is not None, N=pow2(n), num_warps=8)
+    return total,rstd
+
+@functools.cache
+def _norm_mean_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def norm_mean(h, w, rstd, d, xa, mean, z_rms, s, n, R: tl.constexpr, N: tl.constexpr):
+        r = tl.program_id(0).to(tl.int64)
+        c,j = tl.arange(0, N),tl.arange(0, R); ok = c<n
+        k = tl.load(rstd+r)
+        t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*tl.load(w+c, mask=ok, other=0.).to(tl.float32)*k
+        z = tl.load(d+r*s+n+j).to(tl.float32)
+        m = tl.sum(t*tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32), 0) + tl.sum(z*tl.load(xa+r*R+j).to(tl.float32), 0)
+        tl.store(mean+r, m/n)
+        tl.store(z_rms+r*R+j, z*k)
+    return norm_mean
+
+@functools.cache
+def _norm_back_kernel():
+    import triton, triton.language as tl
+    @triton.jit(do_not_specialize=['rows'])
+    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n, R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+        r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
+        here = (r<rows)[:,None]; r = r.to(tl.int64)[:,None]
+        c = (tl.program_id(1)*N + tl.arange(0, N))[None,:]; ok = here & (c<n)
+        k,m = tl.load(rstd+r, mask=here, other=0.),tl.load(mean+r, mask=here, other=0.)
+        g = tl.zeros((ROWS,N), tl.float32)
+        for i in range(0, R, RANKS):
+            b = i + tl.arange(0, RANKS)
+            g = tl.dot(tl.load(d+r*s+n+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*n+c, mask=c<n, other=0.), g)
+        g += tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32)
+        t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*k
+        dx = k*(g*tl.load(w+c, mask=c<n, other=0.).to(tl.float32) - t*m)
+        tl.store(dh+r*n+c, dx + tl.load(skip+r*n+c, mask=ok, other=0.).to(tl.float32), mask=ok)
+    return norm_back
+
+def norm_back(
+    h, # What was normalised, (rows, hidden)
+    rstd, # One over the RMS of its rows
+    norm, # Module with `weight`
+    d, # Gradient of the product's input, (rows, hidden+rank)
+    a, # `lora_A`, (rank, hidden)
+    xa, # What it made of the norm, (rows, rank)
+    skip, # Gradient that went past the block
+)->tuple: # Gradient of `h`, and that of `xa` over the RMS
+    "Back through `lora_A`, the norm and the sum."
+    import torch
+    rows,n = h.shape
+    dh,mean,z_rms = torch.empty_like(h),torch.empty_like(rstd),torch.empty_like(xa)
+    if not rows: return dh,z_rms
+    _norm_mean_kernel()[(rows,)](h, norm.weight, rstd, d, xa, mean, z_rms, d.stride(0), n, R=len(a), N=pow2(n), num_warps=8)
+    _norm_back_kernel()[(-(-rows//32), -(-n//128))](h, norm.weight, rstd, d, a, mean, skip, dh, d.stride(0), rows, n, R=len(a), RANKS=min(len(a), 64), ROWS=32, N=128, num_warps=4)
+    return dh,z_rms
+
+@functools.cache
+def _swiglu_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def swiglu(gu, x, s, n, N: tl.constexpr):
+        r = tl.program_id(0).to(tl.int64)
+        c = tl.program_id(1)*N + tl.arange(0, N); ok = c<n
+        g,u = tl.load(gu+r*2*n+c, mask=ok, other=0.).to(tl.float32),tl.load(gu+r*2*n+n+c, mask=ok, other=0.).to(tl.float32)
+        tl.store(x+r*s+c, (g*tl.sigmoid(g)).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
+    return swiglu
+
+def swiglu(
+    gu, # Gate and up, (rows, 2·width)
+    x, # Buffer, (rows, width+rank): its left part becomes silu(gate)·up
+):
+    "What the down projection reads."
+    n = gu.shape[1]//2
+    if len(gu): _swiglu_kernel()[(len(gu), -(-n//2048))](gu, x, x.stride(0), n, N=2048)
+
+@functools.cache
+def _swiglu_back_kernel():
+    import triton, triton.language as tl
+    @triton.jit(do_not_specialize=['rows','each'])
+    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+        j,c = tl.arange(0, R),tl.program_id(0)*N + tl.arange(0, N)
+        low = tl.load(a+j[:,None]*n+c[None,:], mask=(c<n)[None,:], other=0.)
+        grad_a,grad_g,grad_u = tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32)
+        first = tl.program_id(1)*each
+        for i in range(first, min(first+each, rows), ROWS):
+            r = i + tl.arange(0, ROWS); ok = (r<rows)[:,None] & (c<n)[None,:]; r = r.to(tl.int64)[:,None]
+            p = gu+r*2*n+c[None,:]
+            g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
+            z = tl.load(d+r*s+n+j[None,:], mask=r<rows, other=0.)
+            dx = tl.dot(z, low) + tl.load(d+r*s+c[None,:], mask=ok, other=0.).to(tl.float32)
+            w = tl.sigmoid(g)
+            x = ((g*w).to(tl.bfloat16).to(tl.float32)*u).to(tl.bfloat16)
+            dg,du = (dx*u*w*(1+g*(1-w))).to(tl.bfloat16),(dx*g*w).to(tl.bfloat16)
+            tl.store(p, dg, mask=ok)
+            tl.store(p+n, du, mask=ok)
+            q = xa+r*s_xa+j[None,:]; own = (r<rows) & (j<RANK)[None,:]
+            grad_a = tl.dot(tl.trans(z), x, grad_a)
+            grad_g = tl.dot(tl.trans(tl.load(q, mask=own, other=0.)), dg, grad_g)
+            grad_u = tl.dot(tl.trans(tl.load(q+RANK, mask=own, other=0.)), du, grad_u)
+        p = grads + (tl.program_id(1)*3*R+j)[:,None]*n + c[None,:]; ok = (c<n)[None,:]
+        tl.store(p, grad_a, mask=ok); tl.store(p+R*n, grad_g, mask=ok); tl.store(p+2*R*n, grad_u, mask=ok)
+    return swiglu_back
+
+def swiglu_back(
+    gu, # Gate and up; they become their gradients
+    d, # Gradient of the product's input, (rows, width+ranks)
+    a, # `lora_A` of the down projection, (ranks, width)
+    xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more)
+    rank:int, # Of the adapter
+)->tuple: # Gradients of down's `lora_A`, and of gate's and up's `lora_B`, fp32
+    "Back through `lora_A` and SwiGLU, with the gradients of the adapters on both sides of it."
+    import torch
+    rows,n,R = len(gu),gu.shape[1]//2,len(a)
+    each = max(512, 64*-(-rows//512)) # rows of a program: at most eight share a column
+    grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
+    N = max(16, min(64, 2048//R))
+    if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=32, N=N, num_warps=4, num_stages=2)
+    a,g,u = grads.sum(0)[:,:rank]
+    return a,g.t(),u.t()
+
+@functools.cache
+def _rope_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def rope(qkv, cos, sin, q_scale, s, heads_q, heads, HALF: tl.constexpr, HEADS: tl.constexpr):
+        t = tl.program_id(0).to(tl.int64)
+        h,c = tl.arange(0, HEADS)[:,None],tl.arange(0, HALF)[None,:]
+        p = qkv + t*s + h*2*HALF + c; ok = h<heads
+        x,y = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+HALF, mask=ok, other=0.).to(tl.float32)
+        k = tl.where(h<heads_q, tl.load(q_scale+t), 1.)
+        u,v = tl.load(cos+t*2*HALF+c).to(tl.float32)*k,tl.load(sin+t*2*HALF+c).to(tl.float32)*k
+        tl.store(p, x*u-y*v, mask=ok); tl.store(p+HALF, y*u+x*v, mask=ok)
+    return rope
+
+def rope(
+    qkv, # Queries, keys and values of each token, (tokens, (heads_q+2·heads_k)·head_dim); the first two are turned in place
+    turn:tuple, # `cos` and `sin`, (tokens, head_dim), and what queries are multiplied by, (tokens,)
+    heads:tuple, # Query heads, key heads, head_dim
+):
+    "Rotary position embedding."
+    q,k,d = heads
+    _rope_kernel()[(len(qkv),)](qkv, *turn, qkv.stride(0), q, q+k, HALF=d//2, HEADS=pow2(q+k), num_warps=8)
+
+TILE = 64 # rows of a document that a program of the attention kernels takes
+
+def attention_tiles(
+    sizes:list, # Tokens of each document, in order
+)->list: # Of each program: a tile of queries, its document's first row and end; a tile of keys, its document's end
+    "Cut documents into tiles: queries with the longest document first, keys with most behind them first."
+    from itertools import accumulate
+    docs = zip(sizes, accumulate(sizes, initial=0))
+    queries = [(t,a,a+n) for n,a in sorted(docs, key=lambda d: -d[0]) for t in range(a, a+n, TILE)]
+    keys = sorted(((t,end) for t,_,end in queries), key=lambda k: k[0]-k[1])
+    return [q+k for q,k in zip(queries, keys)]
+
+@functools.cache
+def _attend_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def attend(qkv, out, lse, tiles, s, s_o, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+        h,i = tl.program_id(0),tl.program_id(1)
+        start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
+        r,c = start + tl.arange(0, N),tl.arange(0, D)[None,:]
+        here = (r<end)[:,None]
+        q = tl.load(qkv + r.to(tl.int64)[:,None]*s + h*D + c, mask=here, other=0.)
+        m,l,o = tl.full((N,), -float('inf'), tl.float32),tl.zeros((N,), tl.float32),tl.zeros((N,D), tl.float32)
+        for n in range(first, start+N, M):
+            j = n + tl.arange(0, M)
+            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
+            k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
+            z = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.dot(q, tl.trans(k))*scale, -float('inf'))
+            top = tl.maximum(m, tl.max(z, 1))
+            e,a = tl.exp2(z-top[:,None]),tl.exp2(m-top)
+            l = l*a + tl.sum(e, 1)
+            o = tl.dot(e.to(tl.bfloat16), v, o*a[:,None])
+            m = top
+        tl.store(out + r.to(tl.int64)[:,None]*s_o + h*D + c, o/l[:,None], mask=here)
+        tl.store(lse + h.to(tl.int64)*total + r, m+tl.log2(l), mask=r<end)
+    return attend
+
+def attend(
+    qkv, # After `rope`
+    o, # Buffer, (tokens, heads_q·head_dim+rank): its left part becomes the output
+    tiles, # From `attention_tiles`, an int32 tensor
+    heads:tuple, # Query heads, key heads, head_dim
+    scale:float, # Of the scores
+): # log2 of the sum of exponentials of each row's scores, (heads_q, tokens)
+    "Causal attention within documents; see https://arxiv.org/abs/2307.08691."
+    import torch
+    q,k,d = heads
+    lse = torch.empty(q, len(qkv), dtype=torch.float32, device=qkv.device)
+    _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, qkv.stride(0), o.stride(0), len(qkv), scale*1.4426950408889634, HQ=q, HK=k, D=d, N=TILE, M=32, num_warps=4, num_stages=2) # log2(e): exp2 is what GPUs have
+    return lse
+
+@functools.cache
+def _attend_dq_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+        h,i = tl.program_id(0),tl.program_id(1)
+        start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
+        r,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
+        here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]; own = row*s_d+h*D+c
+        g = tl.zeros((N,D), tl.float32)
+        for i in range(0, R, RANKS):
+            b = i + tl.arange(0, RANKS)
+            g = tl.dot(tl.load(d+row*s_d+HQ*D+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*HQ*D+h*D+c), g)
+        g = (g + tl.load(d+own, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
+        mean = tl.sum(g.to(tl.float32)*tl.load(o+own, mask=here, other=0.).to(tl.float32), 1)
+        at = h.to(tl.int64)*total+r
+        tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
+        q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
+        dq = tl.zeros((N,D), tl.float32)
+        for n in range(first, start+N, M):
+            j = n + tl.arange(0, M)
+            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
+            k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
+            e = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.exp2(tl.dot(q, tl.trans(k))*(scale*1.4426950408889634) - top[:,None]), 0.)
+            dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])).to(tl.bfloat16), k, dq)
+        x,y = tl.split(tl.permute(tl.reshape(dq*(scale*tl.load(q_scale+r, mask=r<end, other=0.))[:,None], (N,2,D//2)), (0,2,1)))
+        u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
+        p = dqkv + row*s + h*D + f
+        tl.store(p, x*u+y*v, mask=here); tl.store(p+D//2, y*u-x*v, mask=here)
+    return attend_dq
+
+@functools.cache
+def _attend_dkv_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+        b,i = tl.program_id(0),tl.program_id(1)
+        start,end = tl.load(tiles+5*i+3),tl.load(tiles+5*i+4)
+        j,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
+        here = (j<end)[:,None]; row = j.to(tl.int64)[:,None]
+        p = qkv + row*s + (HQ+b)*D + c
+        k,v = tl.load(p, mask=here, other=0.),tl.load(p+HK*D, mask=here, other=0.)
+        dk,dv = tl.zeros((N,D), tl.float32),tl.zeros((N,D), tl.float32)
+        steps = tl.cdiv(end-start, M)
+        for i in range(0, steps*(HQ//HK)): # one loop, so that loads run ahead from head to head
+            h,r = b*(HQ//HK) + i//steps,start + i%steps*M + tl.arange(0, M)
+            ok = (r<end)[:,None]; at = r.to(tl.int64)[:,None]
+            q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
+            top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
+            e = tl.where((r[None,:]>=j[:,None]) & (r<end)[None,:], tl.exp2(tl.dot(k, tl.trans(q))*(scale*1.4426950408889634) - top[None,:]), 0.)
+            dv = tl.dot(e.to(tl.bfloat16), g, dv)
+            dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])).to(tl.bfloat16), q, dk)
+        x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1)))
+        u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
+        p = dqkv + row*s + (HQ+b)*D
+        tl.store(p+f, x*u+y*v, mask=here); tl.store(p+D//2+f, y*u-x*v, mask=here); tl.store(p+HK*D+c, dv, mask=here)
+    return attend_dkv
+
+def attend_back(
+    qkv, # After `rope`
+    o, # Output of `attend`
+    lse, # Its other one
+    d, # Gradient of the product's input, (tokens, heads_q·head_dim+rank)
+    a, # `lora_A` of the output projection, (rank, heads_q·head_dim)
+    turn:tuple, # As for `rope`
+    tiles, # As for `attend`
+    heads:tuple, # Query heads, key heads, head_dim
+    scale:float, # Of the scores
+): # Gradient of `qkv` before `rope`
+    "Back through `lora_A`, attention and position."
+    import torch
+    (q,k,n),total = heads,len(qkv)
+    delta,out = torch.empty_like(lse),torch.empty_like(qkv)
+    rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
+    keys,queries,stages = (64,32,3) if n<=128 else (16,16,2) # of a step: heads of 256 dimensions fit the smallest card, too
+    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), RANKS=min(len(a), 64), M=keys, num_stages=2)
+    _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=queries, num_stages=stages)
+    return out
+
+@functools.cache
+def _unpack_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def unpack(packed, absmax, code, b, out, n_bytes, rows, end1, end2, k, s, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+        i,blocks = tl.program_id(0),tl.cdiv(n_bytes, BLOCK)
+        if i<blocks:
+            at = i*BLOCK + tl.arange(0, BLOCK)
+            inside = at<n_bytes
+            x = tl.load(packed+at, mask=inside, other=0).to(tl.int32)
+            scale = tl.load(absmax + at//32, mask=inside, other=0.)
+            v = tl.interleave(tl.load(code + (x>>4))*scale, tl.load(code + (x&15))*scale)
+            e = i*BLOCK*2 + tl.arange(0, BLOCK*2)
+            tl.store(out + (e//k)*s + e%k, v.to(tl.bfloat16), mask=e<n_bytes*2)
+        else:
+            r = ((i-blocks)*ROWS + tl.arange(0, ROWS))[:,None]
+            own = RANK*((r>=end1).to(tl.int32)+(r>=end2).to(tl.int32))
+            j = tl.arange(0, R)[None,:]-own
+            up = tl.load(b + r*RANK + j, mask=(r<rows) & (j>=0) & (j<RANK), other=0.)
+            tl.store(out + r*s + k + j+own, up, mask=r<rows)
+    return unpack
+
+def unpack(
+    packed, # Weights of up to three projections under one another, two a byte
+    absmax, # Scale of each block of 64 weights
+    code, # The 16 steps of NF4
+    b, # Their `lora_B` under one another, (rows, rank), bf16
+    ends:list, # Row after each projection but the last
+    out, # Buffer, (rows, width+ranks)
+): # The buffer
+    "Weights, and `lora_B` beside them."
+    n,rows,k = packed.numel(),len(b),packed.numel()*2//len(b)
+    end1,end2 = [*ends, rows, rows][:2]
+    R = out.shape[1]-k
+    ROWS = max(1, min(64, 4096//R)) # `lora_B` is taken so many rows at a time
+    _unpack_kernel()[(-(-n//1024)+-(-rows//ROWS),)](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=R, BLOCK=1024, ROWS=ROWS)
+    return out
+
+@functools.cache
+def _nll_kernel():
+    import triton, triton.language as tl
+    @triton.jit
+    def nll(z, targets, loss, dz, n, N: tl.constexpr):
+        r = tl.program_id(0).to(tl.int64)
+        t = tl.load(targets+r)
+        m,l = tl.full((N,), -1e38, tl.float32),tl.zeros((N,), tl.float32)
+        for i in range(0, n, N):
+            c = i + tl.arange(0, N)
+            v = tl.load(z+r*n+c, mask=c<n, other=-1e38)
+            top = tl.maximum(m, v)
+            l = l*tl.exp(m-top) + tl.exp(v-top)
+            m = top
+        top = tl.max(m, 0)
+        lse = top + tl.log(tl.sum(l*tl.exp(m-top), 0))
+        tl.store(loss+r, lse - tl.load(z+r*n+t))
+        for i in range(0, n, N):
+            c = i + tl.arange(0, N)
+            p = tl.exp(tl.load(z+r*n+c, mask=c<n, other=-1e38)-lse)
+            tl.store(dz+r*n+c, tl.where(c==t, p-1, p), mask=c<n)
+    return nll
+
+def nll_rows(
+    z, # Logits, (rows, vocabulary), fp32
+    targets, # The right token of each row
+    dtype, # Of the gradient
+)->tuple: # Negative log-likelihood of each, in nats, and the gradient of their sum
+    "Cross-entropy and its gradient."
+    import torch
+    loss,dz = torch.empty(len(z), dtype=torch.float32, device=z.device),torch.empty(z.shape, dtype=dtype, device=z.device)
+    if len(z): _nll_kernel()[(len(z),)](z, targets, loss, dz, z.shape[1], N=min(4096, pow2(z.shape[1])), num_warps=8)
+    return loss,dz
 
 if __name__=='__main__': main()
