@@ -96,9 +96,10 @@ def run(self:Stage,
     p = subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
     try:
         for l in p.stdout:
-            self.lines.append((time.time()-self.t0, l.rstrip()))
-            say(l.rstrip())
-            if kill_when and not self.killed and kill_when(l): self.killed = True; p.kill()
+            line = l.rstrip()
+            self.lines.append((time.time()-self.t0, line))
+            say(line)
+            if kill_when and not self.killed and kill_when(line): self.killed = True; p.kill()
     except BaseException: p.kill(); raise # Ctrl-C leaves nothing running
     _,status,usage = os.wait4(p.pid, 0)
     self.code,self.end,self.gib = os.waitstatus_to_exitcode(status),time.time()-self.t0,usage.ru_maxrss/2**20
