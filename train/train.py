@@ -1484,7 +1484,8 @@ def check_vocabulary(
     name:str='tokenizer', # How an error names the tokenizer
 ):
     "Refuse a tokenizer that gives ids which the model doesn't have."
-    if not isinstance(rows, int): rows = rows.get_text_config().vocab_size
+    if not isinstance(rows, int): rows = getattr(rows.get_text_config(), 'vocab_size', None)
+    if not isinstance(rows, int): raise UserError(f"{name}: the model's config.json says no size of a vocabulary: choose another model")
     if tok_len>rows: raise UserError(f"{name}: it has {tok_len:,} tokens, and the model's embedding {rows:,} rows: take the tokenizer that belongs to the model, or enlarge the model first (resize_token_embeddings)")
 
 def _check_folder(tok, folder): # A tokenizer may lie there without a model
