@@ -4,10 +4,9 @@
 
 # %% ../nbs/06_job.ipynb #1c118f61
 from __future__ import annotations
-import copy, json, logging, math, os, re, shlex, shutil, sys, textwrap, threading, time, traceback, uuid, warnings
+import copy, logging, math, os, re, shlex, shutil, sys, textwrap, threading, time, traceback, uuid, warnings
 from pathlib import Path
-from types import SimpleNamespace
-from .core.basics import UserError, begin_command, excerpt, front_matter, hub_problem, log, masked, md_text, printable, text_table
+from .core.basics import UserError, begin_command, check_data_files, excerpt, front_matter, hub_problem, log, masked, md_text, printable, text_table
 from .model_qlora import (base_config, quiet_libraries, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed,
     choose_attention, load_model, add_lora, audit, check_audit, lora_targets)
 from .parallel.shard import check_sharded, own_part, whole_adapter
@@ -22,9 +21,9 @@ from .parallel.ranks import Ranks, LOST, lost_rank, report_error, needs_launch, 
 # %% auto #0
 __all__ = ['RESEARCH_LICENSE', 'LICENSE_FIELDS', 'GATE', 'CARD', 'HARMLESS', 'COMPLETE', 'RESUBMIT', 'BEST', 'COMMAND_VARIABLES',
            'run_identity', 'kept_options', 'arithmetic', 'say_differences', 'be_deterministic', 'printable_lines',
-           'MaskFormatter', 'Indented', 'setup_logging', 'why_unread', 'check_data_files', 'load_chats',
-           'pick_held_out', 'changed_options', 'adapter_card', 'check_free', 'publish_adapter', 'Unpublished', 'Job',
-           'job_ref', 'resubmit_command', 'left_here', 'check_deadline', 'explain_error', 'run_job', 'main']
+           'MaskFormatter', 'Indented', 'setup_logging', 'why_unread', 'load_chats', 'pick_held_out', 'changed_options',
+           'adapter_card', 'check_free', 'publish_adapter', 'Unpublished', 'Job', 'job_ref', 'resubmit_command',
+           'left_here', 'check_deadline', 'explain_error', 'run_job', 'main']
 
 # %% ../nbs/06_job.ipynb #ff7c48c8
 def run_identity(
@@ -135,18 +134,6 @@ def why_unread(
     if isinstance(cause, CastError): return f"a split or file has other columns than the first: {excerpt(cause.details())}"
     if scripts := re.search(r'Dataset scripts are no longer supported, but found (.*)', str(e)): return f"it is made by {excerpt(scripts[1], 60)}, and no repo's code is run"
     return excerpt(masked(cause))
-
-def check_data_files(
-    info, # `DatasetInfo`
-):
-    "Refuse a card that leads to files outside its repo: they have no commit, and asking for them tells somebody."
-    def texts(x):
-        if isinstance(x, str): yield x
-        for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else (): yield from texts(y)
-    configs = (info.card_data or {}).get('configs') or []
-    for t in texts(configs):
-        if '://' in t or t.startswith(('/','~')) or '..' in t.split('/'):
-            raise UserError(f"dataset {info.id}: its card names {excerpt(repr(t), 80)}, which is no file of that repo: copy the data into a repo, by phoque_data")
 
 def load_chats(
     repo:str, # Hub dataset

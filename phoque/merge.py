@@ -39,7 +39,6 @@ def local_folder(
         info = HfApi().model_info(repo, revision=rev or None)
         def read(n): return Path(hf_hub_download(repo, n, revision=info.sha)).read_bytes()
         names = {f.rfilename for f in info.siblings}
-        for n in names: safe_path('.', n, f"{what} `{src}`: its repo")
         weights = ['adapter_model.safetensors'] if what=='adapter' else weight_files(names, read, f"{what} `{src}`")
         return Path(snapshot_download(repo, revision=info.sha, allow_patterns=[*_fetched, *weights]))
     except UserError: raise
@@ -62,7 +61,7 @@ def read_base(
     if any(c.get('quantization_config') for c in (cfg, cfg.get('text_config') or {})):
         raise UserError(f"{folder} is quantised: merge into the full-precision base (its bf16 repo) instead")
     names = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), f"base model {folder}")
-    shards = {n:read_header(folder/n) for n in names}
+    shards = {n:read_header(safe_path(folder, n, _index)) for n in names}
     where = {} if names==['model.safetensors'] else read_json(folder/_index)['weight_map'] # tensor → shard
     gone = [(t,n) for t,n in where.items() if t not in shards[n][0]]
     if gone: raise UserError(f"{folder/gone[0][1]} lacks the tensor `{excerpt(gone[0][0], 80)}`, which the index promises: fetch the base again")

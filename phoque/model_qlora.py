@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from fastcore.basics import chunked
 from fastcore.script import Param, call_parse
-from .core.basics import UserError, begin_command, excerpt, hub_problem, log, masked, printable, read_json, safe_path, text_table
+from .core.basics import UserError, begin_command, excerpt, hub_problem, log, masked, printable, read_json, text_table
 
 # %% auto #0
 __all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'MOST_LABELS', 'FORMATS', 'LONGEST_PIECE', 'PADS',
@@ -88,7 +88,6 @@ def weight_files(
         if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(f"{what}: its {index} has no weight_map: fetch the base again")
         shards = sorted(set(where.values()))
         for n in shards:
-            safe_path('.', n, f"{what}: its {index}")
             if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(f"{what} lacks {excerpt(n, 80)}, which its index names: fetch the base again")
         if not shards: raise UserError(f"{what} lacks the shards, which its index names: fetch the base again")
         return shards
@@ -403,10 +402,11 @@ def open_tokenizer(
 ): # Tokenizer as transformers reads it
     "Load somebody else's tokenizer: no code of theirs, no file outside of the folder, no endless pattern."
     from transformers import AutoTokenizer
-    parts = {f.name: read_json(f, what=f"{what}: {f.name}") for n in ('tokenizer_config','tokenizer','special_tokens_map','config') if (f := folder/f'{n}.json').is_file()}
-    if (cfg := parts.get('tokenizer_config.json', {})).get('auto_map'): _say_code(what)
-    named = {k: None for k in cfg if k.endswith('_file')} # paths of the machine where it was saved
-    for k in named: named[k] = next((str(f) for f in [folder/f"{dict(tokenizer_file='tokenizer.json', merges_file='merges.txt').get(k, '')}"] if f.is_file()), None)
+    f = folder/'tokenizer_config.json'
+    cfg = read_json(f, what=f"{what}: {f.name}") if f.is_file() else {}
+    if cfg.get('auto_map'): _say_code(what)
+    own = dict(tokenizer_file=folder/'tokenizer.json', merges_file=folder/'merges.txt')
+    named = {k: str(own[k]) if k in own and own[k].is_file() else None for k in cfg if k.endswith('_file')} # paths of the machine where it was saved
     with reading(what, 'download it again, or choose another'):
         tok = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False, **named)
         rust = tok.backend_tokenizer

@@ -4,10 +4,10 @@
 
 # %% ../nbs/03_resume.ipynb #5d87fe1d
 from __future__ import annotations
-import fcntl, hashlib, json, logging, os, re, shutil, signal, statistics, tempfile, threading, time
+import fcntl, hashlib, json, os, re, shutil, signal, statistics, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from .core.basics import UserError, excerpt, hub_problem, log, read_json
+from .core.basics import UserError, hub_problem, log, read_json, safe_path
 from .model_qlora import check_private, private_repo, read_header
 
 # %% auto #0
@@ -64,13 +64,12 @@ def read_manifest(
     path:Path, # A `checkpoint-N/manifest.json`
 )->dict: # With `step`, `files` and `run`
     "Read a manifest; a `ValueError` says what is wrong with it."
+    if not path.is_file(): raise ValueError("it has no manifest: it was never finished")
     try:
-        if path.stat().st_size>MOST_MANIFEST: raise ValueError
-        m = read_json(path)
+        m = read_json(path, most=MOST_MANIFEST)
         files,run = m['files'],m['run']
         good = [type(m['step']) is int and f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
             all(STATE_FILES.fullmatch(n) and type(f['size']) is int and f['size']>=0 and re.fullmatch('[0-9a-f]{64}', f['sha256']) for n,f in files.items()), is_run(run)]
-    except OSError: raise ValueError("it has no manifest: it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError): good = [False]
     if not all(good): raise ValueError("its manifest is damaged")
     return m
@@ -83,9 +82,9 @@ def check_plain(
     from transformers.trainer_pt_utils import safe_globals # what `Trainer` itself allows: numpy's random state
     from zipfile import ZIP_STORED, ZipFile
     def whole(v): # has every tensor the bytes that its shape says?
-        if isinstance(v, dict): v = v.values()
+        if isinstance(v, dict): v = list(v.values())
         if isinstance(v, torch.Tensor): return v.device.type=='cpu' and v.numel()*v.element_size()<=v.untyped_storage().nbytes()
-        return all(map(whole, v)) if isinstance(v, (list,tuple,set)) or type(v).__name__=='dict_values' else True
+        return all(map(whole, v)) if isinstance(v, (list,tuple,set)) else True
     try:
         with ZipFile(path) as z: plain = all(i.compress_type==ZIP_STORED for i in z.infolist()) # as `torch.save` writes it: nothing unpacks to more
         with safe_globals(): good = plain and whole(torch.load(path, map_location='cpu', weights_only=True))
@@ -109,7 +108,7 @@ def read_checkpoint(
     "Hold a checkpoint against its manifest; a `ValueError` says what is wrong."
     m = read_manifest(Path(folder)/MANIFEST)
     for name,f in m['files'].items():
-        p = Path(folder)/name
+        p = safe_path(folder, name, MANIFEST)
         if not p.is_file(): raise ValueError(f"{name} is missing")
         if p.is_symlink() or p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
     for name in m['files']:
@@ -322,8 +321,7 @@ class Checkpoints:
 
 # %% ../nbs/03_resume.ipynb #b493e729
 def _read_run(file): # as a `ValueError` where it is damaged: a `UserError` would say that the Hub is away
-    if file.stat().st_size>MOST_MANIFEST: raise ValueError("too large")
-    try: return read_json(file)
+    try: return read_json(file, most=MOST_MANIFEST)
     except UserError as e: raise ValueError(str(e)) from None
 
 @patch

@@ -4,9 +4,8 @@
 
 # %% ../nbs/02_train.ipynb #c58de548
 from __future__ import annotations
-import difflib, logging, math, os, re
+import difflib, math, os, re
 from pathlib import Path
-from types import SimpleNamespace
 from fastcore.basics import store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates

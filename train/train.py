@@ -40,18 +40,18 @@ A job has 4 hours. Another timeout has to be given twice, as the job can't read 
 """
 
 from __future__ import annotations
-import copy, difflib, fcntl, functools, hashlib, html, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
+import copy, difflib, fcntl, functools, hashlib, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from fastcore.basics import chunked, patch, store_attr, str2bool
+from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
-from fastcore.script import Param, anno_parser, call_parse
+from fastcore.script import anno_parser
 from functools import cache
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Protocol, runtime_checkable
 from urllib.parse import urljoin
 
@@ -249,18 +249,6 @@ def why_unread(
     if isinstance(cause, CastError): return f"a split or file has other columns than the first: {excerpt(cause.details())}"
     if scripts := re.search(r'Dataset scripts are no longer supported, but found (.*)', str(e)): return f"it is made by {excerpt(scripts[1], 60)}, and no repo's code is run"
     return excerpt(masked(cause))
-
-def check_data_files(
-    info, # `DatasetInfo`
-):
-    "Refuse a card that leads to files outside its repo: they have no commit, and asking for them tells somebody."
-    def texts(x):
-        if isinstance(x, str): yield x
-        for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else (): yield from texts(y)
-    configs = (info.card_data or {}).get('configs') or []
-    for t in texts(configs):
-        if '://' in t or t.startswith(('/','~')) or '..' in t.split('/'):
-            raise UserError(f"dataset {info.id}: its card names {excerpt(repr(t), 80)}, which is no file of that repo: copy the data into a repo, by phoque_data")
 
 def load_chats(
     repo:str, # Hub dataset
@@ -1012,13 +1000,14 @@ def read_json(
     source:Path|str|bytes, # A file, or the text itself
     kind:type=dict, # What it has to be: `dict` or `list`
     what:str='', # What the message calls it; a file's name when empty
+    most:int=MOST_JSON, # Most bytes of a file
 )->dict|list: # What it says; UserError when it can't be read or is something else
     "Read JSON that somebody else wrote."
     what = what or (source.name if isinstance(source, Path) else 'this JSON')
     try:
         if isinstance(source, Path):
             if source.exists() and not source.is_file(): raise UserError(f"{what}: it is no file: use another") # a pipe would never end
-            if source.stat().st_size>MOST_JSON: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
+            if source.stat().st_size>most: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
             source = source.read_bytes()
         got = json.loads(source)
     except OSError as e: raise UserError(f"{what}: {e.strerror or type(e).__name__}: check the path") from None
@@ -1028,6 +1017,18 @@ def read_json(
         raise UserError(f"{what}: not JSON ({excerpt(e, 60)}): use another, or download it again") from None
     if isinstance(got, kind): return got
     raise UserError(f"{what}: it holds a {type(got).__name__} where a {kind.__name__} belongs: use another, or download it again")
+
+def check_data_files(
+    info, # `DatasetInfo`
+):
+    "Refuse a card that leads to files outside its repo: they have no commit, and asking for them tells somebody."
+    def texts(x):
+        if isinstance(x, str): yield x
+        for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else (): yield from texts(y)
+    configs = (info.card_data or {}).get('configs') or []
+    for t in texts(configs):
+        if '://' in t or t.startswith(('/','~')) or '..' in t.split('/'):
+            raise UserError(f"dataset {info.id}: its card names {excerpt(repr(t), 80)}, which is no file of that repo: get the data from there yourself, and give the file to phoque_data")
 
 def front_matter(
     **fields, # What a card's head says, such as `license='apache-2.0'`
@@ -1154,7 +1155,6 @@ def weight_files(
         if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(f"{what}: its {index} has no weight_map: fetch the base again")
         shards = sorted(set(where.values()))
         for n in shards:
-            safe_path('.', n, f"{what}: its {index}")
             if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(f"{what} lacks {excerpt(n, 80)}, which its index names: fetch the base again")
         if not shards: raise UserError(f"{what} lacks the shards, which its index names: fetch the base again")
         return shards
@@ -1461,10 +1461,11 @@ def open_tokenizer(
 ): # Tokenizer as transformers reads it
     "Load somebody else's tokenizer: no code of theirs, no file outside of the folder, no endless pattern."
     from transformers import AutoTokenizer
-    parts = {f.name: read_json(f, what=f"{what}: {f.name}") for n in ('tokenizer_config','tokenizer','special_tokens_map','config') if (f := folder/f'{n}.json').is_file()}
-    if (cfg := parts.get('tokenizer_config.json', {})).get('auto_map'): _say_code(what)
-    named = {k: None for k in cfg if k.endswith('_file')} # paths of the machine where it was saved
-    for k in named: named[k] = next((str(f) for f in [folder/f"{dict(tokenizer_file='tokenizer.json', merges_file='merges.txt').get(k, '')}"] if f.is_file()), None)
+    f = folder/'tokenizer_config.json'
+    cfg = read_json(f, what=f"{what}: {f.name}") if f.is_file() else {}
+    if cfg.get('auto_map'): _say_code(what)
+    own = dict(tokenizer_file=folder/'tokenizer.json', merges_file=folder/'merges.txt')
+    named = {k: str(own[k]) if k in own and own[k].is_file() else None for k in cfg if k.endswith('_file')} # paths of the machine where it was saved
     with reading(what, 'download it again, or choose another'):
         tok = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False, **named)
         rust = tok.backend_tokenizer
@@ -2521,13 +2522,12 @@ def read_manifest(
     path:Path, # A `checkpoint-N/manifest.json`
 )->dict: # With `step`, `files` and `run`
     "Read a manifest; a `ValueError` says what is wrong with it."
+    if not path.is_file(): raise ValueError("it has no manifest: it was never finished")
     try:
-        if path.stat().st_size>MOST_MANIFEST: raise ValueError
-        m = read_json(path)
+        m = read_json(path, most=MOST_MANIFEST)
         files,run = m['files'],m['run']
         good = [type(m['step']) is int and f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
             all(STATE_FILES.fullmatch(n) and type(f['size']) is int and f['size']>=0 and re.fullmatch('[0-9a-f]{64}', f['sha256']) for n,f in files.items()), is_run(run)]
-    except OSError: raise ValueError("it has no manifest: it was never finished") from None
     except (ValueError, TypeError, KeyError, AttributeError): good = [False]
     if not all(good): raise ValueError("its manifest is damaged")
     return m
@@ -2540,9 +2540,9 @@ def check_plain(
     from transformers.trainer_pt_utils import safe_globals # what `Trainer` itself allows: numpy's random state
     from zipfile import ZIP_STORED, ZipFile
     def whole(v): # has every tensor the bytes that its shape says?
-        if isinstance(v, dict): v = v.values()
+        if isinstance(v, dict): v = list(v.values())
         if isinstance(v, torch.Tensor): return v.device.type=='cpu' and v.numel()*v.element_size()<=v.untyped_storage().nbytes()
-        return all(map(whole, v)) if isinstance(v, (list,tuple,set)) or type(v).__name__=='dict_values' else True
+        return all(map(whole, v)) if isinstance(v, (list,tuple,set)) else True
     try:
         with ZipFile(path) as z: plain = all(i.compress_type==ZIP_STORED for i in z.infolist()) # as `torch.save` writes it: nothing unpacks to more
         with safe_globals(): good = plain and whole(torch.load(path, map_location='cpu', weights_only=True))
@@ -2566,7 +2566,7 @@ def read_checkpoint(
     "Hold a checkpoint against its manifest; a `ValueError` says what is wrong."
     m = read_manifest(Path(folder)/MANIFEST)
     for name,f in m['files'].items():
-        p = Path(folder)/name
+        p = safe_path(folder, name, MANIFEST)
         if not p.is_file(): raise ValueError(f"{name} is missing")
         if p.is_symlink() or p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
     for name in m['files']:
@@ -2770,8 +2770,7 @@ class Checkpoints:
         return self.found
 
 def _read_run(file): # as a `ValueError` where it is damaged: a `UserError` would say that the Hub is away
-    if file.stat().st_size>MOST_MANIFEST: raise ValueError("too large")
-    try: return read_json(file)
+    try: return read_json(file, most=MOST_MANIFEST)
     except UserError as e: raise ValueError(str(e)) from None
 
 @patch
@@ -3135,9 +3134,8 @@ def restore(self:Curve,
         self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
 
 def wandb_url():
-    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
-    if '@' in url: raise UserError("WANDB_BASE_URL: it holds a name or a password, which W&B's client would write down: leave them out, the key goes into WANDB_API_KEY")
-    return url
+    refuse_addresses() # W&B's client would write a password down
+    return os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
 
 def ask_wandb(
     query:str, # GraphQL

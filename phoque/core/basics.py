@@ -10,8 +10,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'safe_path',
-           'read_json', 'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets', 'refuse_addresses',
-           'begin_command', 'check_range']
+           'read_json', 'check_data_files', 'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets',
+           'refuse_addresses', 'begin_command', 'check_range']
 
 # %% ../../nbs/core/basics.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -105,13 +105,14 @@ def read_json(
     source:Path|str|bytes, # A file, or the text itself
     kind:type=dict, # What it has to be: `dict` or `list`
     what:str='', # What the message calls it; a file's name when empty
+    most:int=MOST_JSON, # Most bytes of a file
 )->dict|list: # What it says; UserError when it can't be read or is something else
     "Read JSON that somebody else wrote."
     what = what or (source.name if isinstance(source, Path) else 'this JSON')
     try:
         if isinstance(source, Path):
             if source.exists() and not source.is_file(): raise UserError(f"{what}: it is no file: use another") # a pipe would never end
-            if source.stat().st_size>MOST_JSON: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
+            if source.stat().st_size>most: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
             source = source.read_bytes()
         got = json.loads(source)
     except OSError as e: raise UserError(f"{what}: {e.strerror or type(e).__name__}: check the path") from None
@@ -121,6 +122,19 @@ def read_json(
         raise UserError(f"{what}: not JSON ({excerpt(e, 60)}): use another, or download it again") from None
     if isinstance(got, kind): return got
     raise UserError(f"{what}: it holds a {type(got).__name__} where a {kind.__name__} belongs: use another, or download it again")
+
+# %% ../../nbs/core/basics.ipynb #176cb212
+def check_data_files(
+    info, # `DatasetInfo`
+):
+    "Refuse a card that leads to files outside its repo: they have no commit, and asking for them tells somebody."
+    def texts(x):
+        if isinstance(x, str): yield x
+        for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else (): yield from texts(y)
+    configs = (info.card_data or {}).get('configs') or []
+    for t in texts(configs):
+        if '://' in t or t.startswith(('/','~')) or '..' in t.split('/'):
+            raise UserError(f"dataset {info.id}: its card names {excerpt(repr(t), 80)}, which is no file of that repo: get the data from there yourself, and give the file to phoque_data")
 
 # %% ../../nbs/core/basics.ipynb #945a624a
 def front_matter(

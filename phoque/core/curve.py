@@ -7,7 +7,7 @@ from __future__ import annotations
 import os, re, json, time, shutil, tempfile, threading
 from pathlib import Path
 from urllib.parse import urljoin
-from .basics import UserError, log, read_json
+from .basics import UserError, log, read_json, refuse_addresses
 
 # %% auto #0
 __all__ = ['METRICS', 'REPLIES', 'AXIS', 'UPLOAD', 'Curve', 'wandb_url', 'ask_wandb', 'find_entity', 'check_not_public',
@@ -79,9 +79,8 @@ def restore(self:Curve,
 
 # %% ../../nbs/core/curve.ipynb #c0013abb
 def wandb_url():
-    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
-    if '@' in url: raise UserError("WANDB_BASE_URL: it holds a name or a password, which W&B's client would write down: leave them out, the key goes into WANDB_API_KEY")
-    return url
+    refuse_addresses() # W&B's client would write a password down
+    return os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
 
 def ask_wandb(
     query:str, # GraphQL

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/dev/site.ipynb #98346b26
 from __future__ import annotations
-import hashlib, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, time, traceback
+import hashlib, os, re, shlex, shutil, signal, subprocess, sys, tempfile, time, traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -179,7 +179,7 @@ def generate(
 ):
     "Clean the notebooks, then write the modules, the README and the job's script from them."
     from nbdev.clean import nbdev_clean
-    with project(path) as cfg:
+    with project(path):
         nbdev_clean.__wrapped__()
         export_project()
         write_readme()

@@ -5,13 +5,13 @@
 # %% ../../nbs/exports/sources.ipynb #0730e96b
 from __future__ import annotations
 import csv, gzip, io, json, lzma, re, zipfile, zlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
-from ..core.basics import UserError, excerpt
+from ..core.basics import UserError, check_data_files, excerpt
 
 # %% auto #0
 __all__ = ['MOST_ROW', 'ROW_FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVAL_ONLY', 'SOURCES', 'MOST_TEXT', 'MOST_NAME',
@@ -170,10 +170,13 @@ def _parquet(path, bad):
 def _hub(name, bad):
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
+    from huggingface_hub import HfApi
     import pyarrow as pa
     n,(repo,_,config) = 0,name.partition(':')
+    info = HfApi().dataset_info(repo)
+    check_data_files(info)
     try:
-        ds = load_dataset(repo, config or None, split='train', streaming=True)
+        ds = load_dataset(repo, config or None, split='train', streaming=True, revision=info.sha)
         for n,row in enumerate(ds, 1): yield f'{name} row {n}',row
     except (*ROW_FAULTS, OSError, RuntimeError, DatasetGenerationError, pa.ArrowException) as e:
         raise UserError(f"{name}, split `train` after row {n}: it can't be read ({excerpt(e)}); "

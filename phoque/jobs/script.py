@@ -107,12 +107,14 @@ def parse_module(
 # %% ../../nbs/jobs/script.ipynb #c5283c17
 def _hoist(
     nodes, # Import nodes of all modules
+    used:set, # Names that are read
 )->tuple[str,dict]: # Their text; {name bound: what it is}
     plain,taken,bound = set(),{},{}
     for o in nodes:
         for a in o.names:
             what = ast.unparse(ast.Import([a])) if isinstance(o, ast.Import) else f'from {o.module} import {ast.unparse(a)}'
             name = a.asname or a.name.split('.')[0]
+            if name not in used: continue
             if bound.setdefault(name, what)!=what and a.asname or isinstance(o, ast.ImportFrom) and bound[name]!=what:
                 raise ValueError(f"`{name}` would be both `{bound[name]}` and `{what}`: rename one")
             if isinstance(o, ast.Import): plain.add(ast.unparse(a))
@@ -177,14 +179,14 @@ def mk_script(
 )->str: # Python source
     "Put what `main` can reach together as one script that ends by running it."
     parsed = {m:parse_module(Path(pkg, *m.split('.')).with_suffix('.py'), pkg) for m in mods}
-    imports,bound = _hoist([o for p in parsed.values() for o in p['imports']])
-    _check_names(parsed, bound)
     kept = _reached([p | dict(module=m) for m in mods for p in parsed[m]['parts']])
+    run = next((p['main'] for p in parsed.values() if 'main' in p['names']), '')
+    imports,bound = _hoist([o for p in parsed.values() for o in p['imports']], set().union(*(p['reads'] for p in kept), re.findall(r'\w+', run)))
+    _check_names(parsed, bound)
     opening = sorted((p for p in kept if set(first).intersection(p['names'])), key=lambda p: min(first.index(n) for n in p['names'] if n in first))
     bar = '# '+'-'*78
     sections = {m:[p['text'] for p in kept if p['module']==m and p not in opening] for m in mods}
     parts = [p['text'] for p in opening]+[f"{bar}\n# {m}: {parsed[m]['doc']}\n{bar}\n\n"+'\n\n'.join(texts) for m,texts in sections.items() if texts]
-    run = next(p['main'] for p in parsed.values() if 'main' in p['names'])
     top = [header, f'"""{doc}"""', f'from __future__ import annotations\n{imports}']
     txt = '\n\n'.join([*filter(None, top), *parts, f"if __name__=='__main__': {run}"])+'\n'
     if names := _unbound(txt): raise ValueError(f"the script reads {', '.join(names)}, which nothing in it defines: is a module missing?")

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from ..core.basics import UserError, begin_command, excerpt, hub_problem, masked, printable, read_json, refuse_addresses, refuse_secrets, text_table
+from ..core.basics import UserError, begin_command, check_data_files, excerpt, hub_problem, masked, printable, read_json, refuse_addresses, refuse_secrets, text_table
+from ..core.curve import wandb_url
 from .plan import STRANGE, check_timeout, find_flavor, price_today, run_plan, show_plan
 from .script import JOB_FLAVOR, JOB_SECRETS, JOB_TIMEOUT, check_train, hf_jobs, project_root
 from ..model_qlora import check_private, private_repo, resolve_base
@@ -127,8 +128,7 @@ def check_wandb(
     "W&B knows the key."
     import httpx2
     if c.report_to!='wandb': return 'not used'
-    refuse_addresses()
-    url = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
+    url = wandb_url()
     try: r = httpx2.post(f'{url}/graphql', json=dict(query='{ viewer { username } }'), auth=('api', os.environ['WANDB_API_KEY']), timeout=10)
     except (httpx2.HTTPError, httpx2.InvalidURL): return f'key is set, and not checked: {url} cannot be reached'
     if r.status_code>=500: return f'key is set, and not checked: {url} answered {r.status_code}'
@@ -162,7 +162,9 @@ def preflight(
     with checking('the account of HF_TOKEN'): me = check_account(api.whoami())
     if token_role(me)=='read': raise UserError(f"HF_TOKEN: it may only read: make one with write access, for the account {me['name']}")
     with checking(f"model repo {c.hub_model_id}"): model = check_model_repo(api, me, c.hub_model_id)
-    with checking(f"dataset {c.dataset_repo}"): ds = api.dataset_info(c.dataset_repo)
+    with checking(f"dataset {c.dataset_repo}"):
+        ds = api.dataset_info(c.dataset_repo)
+        check_data_files(ds)
     with checking('W&B'): wandb = check_wandb(c)
     with checking(f"base model {c.base_model}"): base = resolve_base(c.base_model, c.base_model_strict)
     with checking(f"first row of {c.dataset_repo}"): row = check_dataset(c.dataset_repo, ds.sha)
@@ -242,5 +244,5 @@ def submit_cli(
         if args['timeout']: args['job_timeout'] = args['timeout']
         mine = {k:args[k] for k in ('flavor', 'tokens_per_second', 'yes', 'dry_run')}
         sys.exit(submit(TrainConfig(**{k:args[k] for k in options()}), **mine))
-    except UserError as e: sys.exit(f'phoque_submit: {masked(e)}')
+    except UserError as e: sys.exit(f'phoque_submit: {printable(masked(e))}')
     except KeyboardInterrupt: sys.exit('phoque_submit: interrupted; `hf jobs ps` shows whether a job was started')

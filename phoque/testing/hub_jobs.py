@@ -4,10 +4,8 @@
 
 # %% ../../nbs/testing/hub_jobs.ipynb #39119c99
 from __future__ import annotations
-import json, os, re, secrets, shutil, struct, subprocess, sys, threading, time, uuid
+import json, os, re, secrets, struct, subprocess, sys, threading, time, uuid
 from functools import partial
-from pathlib import Path
-from urllib.parse import urlsplit
 from fastcore.basics import patch
 from ..core.basics import safe_path
 from .hub import HubError, LocalHub, MOST_BODY, _NAME, _check_path, _fields, _hub_routes, _now, _on, _said

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/testing/rehearse.ipynb #2ec274e9
 from __future__ import annotations
-import os, logging
+import os
 from pathlib import Path
 from fastcore.basics import patch
 
@@ -307,12 +307,12 @@ def write_report(
     from html import escape
     buf = io.BytesIO(); fig = plot_rehearsal(seen); fig.savefig(buf, dpi=110, format='png')
     out = Path(seen['out']); (out/'rehearsal.png').write_bytes(buf.getvalue())
-    h,r = held_out(seen),seen['replies']
+    r = seen['replies']
     mean = lambda k: sum(x[k] for x in r)/len(r)
-    body = [f"<h1>Rehearsal</h1><p>{verdict(seen)}</p><img alt='loss and timeline' src='data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}'>",
+    body = [f"<h1>Rehearsal</h1><p>{escape(verdict(seen))}</p><img alt='loss and timeline' src='data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}'>",
             f"<h2>Before and after</h2><p>Mean grumpy score {mean('before_score'):.2f} → {mean('after_score'):.2f}.</p>" + html_table([{k:x[k] for k in ('prompt','before','after')} for x in r]),
             "<h2>Where the time went</h2>" + html_table(where_time_went(seen)),
-            "<h2>What is on the Hub</h2>" + ''.join(f'<h3>{n}</h3>' + html_table([dict(file=f, bytes=b) for f,b in fs.items()]) for n,fs in seen['repos'].items()),
+            "<h2>What is on the Hub</h2>" + ''.join(f'<h3>{escape(n)}</h3>' + html_table([dict(file=f, bytes=b) for f,b in fs.items()]) for n,fs in seen['repos'].items()),
             "<h2>The log of the second job</h2><pre>" + '\n'.join(escape(l) for _,l in [s for s in seen['stages'] if s.steps()][1].lines) + "</pre>"]
     (out/'report.html').write_text(f"<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>phoque rehearsal</title><style>{STYLE}</style>" + ''.join(body))
     return out/'report.html'

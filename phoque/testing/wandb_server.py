@@ -4,7 +4,7 @@
 
 # %% ../../nbs/testing/wandb_server.ipynb #6319c414
 from __future__ import annotations
-import base64, hmac, json, re, secrets, threading, time, uuid
+import base64, hmac, json, re, secrets, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote, unquote
 from fastcore.basics import patch
