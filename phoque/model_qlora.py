@@ -711,7 +711,8 @@ def base_config(
         except (ValueError, KeyError): raise UserError(f"{what}: its config.json names no architecture that transformers knows: choose a causal language model") from None
         if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
         check_layers(cfg, what)
-        _bare_model(cfg) # it can be built
+        if not language_layers(_bare_model(cfg)): # GPT-2's are Conv1D
+            raise UserError(f"{what}: its layers have no linear ones, which LoRA would adapt: choose another base")
     return cfg
 
 def check_size(

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/exports/build.ipynb #c0c3ed12
 from __future__ import annotations
-import hashlib, json, logging, os, re, sys, time
+import hashlib, json, logging, os, re, shlex, sys, time
 from collections import Counter
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,11 +25,11 @@ __all__ = ['parse_sources', 'Build', 'read_prompts', 'prepare_share', 'Memory', 
 
 # %% ../../nbs/exports/build.ipynb #88073be7
 def parse_sources(
-    text:str, # Files separated by blanks, each as KIND:FILE or, for `messages`, FILE alone
+    text:str, # Files separated by blanks, as a shell does, each as KIND:FILE or, for `messages`, FILE alone
 )->list[tuple]: # Kind, path, and what tells one state of the file from another
     "Say what is to be read."
     res = []
-    for part in text.split():
+    for part in shlex.split(text): # a name with blanks stands in quotes
         kind,_,path = part.partition(':')
         if not path or kind=='hub': kind,path = 'messages',part
         if kind not in SOURCES: raise ValueError(f"no source {kind!r}; use one of {', '.join(SOURCES)}, as in discord:pier.json.")
