@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy, logging, math, os, re, shlex, shutil, sys, textwrap, threading, time, traceback, uuid, warnings
 from pathlib import Path
 from .core.basics import UserError, begin_command, check_data_files, excerpt, front_matter, hub_problem, log, masked, md_text, printable, text_table
-from .model_qlora import (base_config, quiet_libraries, resolve_base, load_tokenizer, encode_dataset, encode_prompt, undisturbed,
+from .model_qlora import (base_config, quiet_libraries, resolve_base, load_tokenizer, encode_dataset, encode_prompt, preserve_training_state,
     choose_attention, load_model, add_lora, audit, check_audit, lora_targets)
 from .parallel.shard import check_sharded, own_part, whole_adapter
 from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps, share_batch, step_line, eval_plan,
@@ -297,8 +297,8 @@ class Job:
         self.cfg,self.deadline = cfg,Deadline(cfg.job_timeout, container_age()).watch_sigterm()
         self.deadline.idle = True # nothing to save before the first step
         self.ranks = Ranks()
-        share_batch(cfg, self.ranks.n) # or say that they can't
-        self.shard = cfg.fsdp and self.ranks.n>1
+        share_batch(cfg, self.ranks.world_size) # or say that they can't
+        self.shard = cfg.fsdp and self.ranks.world_size>1
         self.curve,self.publisher,self.step,self.run,self.lock,self.best = Curve(),None,0,None,None,None
         self.folder = None
 
@@ -402,7 +402,7 @@ def build(self:Job):
     log.info("audit:\n"+text_table(rows, width=100)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
-    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
+    if self.ranks.world_size>1: log.info(f"{self.ranks.world_size} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
     self.compare_jobs()
     if cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
     if self.shard and cfg.sample_steps: log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
@@ -441,7 +441,7 @@ def compare_jobs(self:Job):
 @patch
 def begin(self:Job):
     "The run's first commit, the publisher, W&B and the sampler, on rank 0."
-    if not self.ranks.first: return
+    if not self.ranks.is_main: return
     from safetensors.torch import load_file
     cfg,run = self.cfg,self.run
     if run.pop('new', False): self.checkpoints.begin_run(run, self.patience())
@@ -465,7 +465,7 @@ def load_scorer(self:Job):
     cfg = self.cfg
     if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
-        with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
+        with preserve_training_state(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
     except UserError as e:
         return log.warning(f"samples are written without scores: {e}. Nothing else scores them meanwhile, and training goes on; "
                            "phoque_eval scores the finished adapter")
@@ -515,18 +515,18 @@ def prune(self:Job):
 @patch
 def on_start(self:Job, model, step):
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
-    if self.shard: log.info(check_sharded(model, self.ranks.n))
+    if self.shard: log.info(check_sharded(model, self.ranks.world_size))
     if step==0:
         self.measure_held_out('before', 0)
         if self.samples_now(0): self.sample(model, 0)
     elif self.eval_now(step): self.evaluate(step) # the job before had no time for it
-    self.ranks.wait()
+    self.ranks.barrier()
     self.deadline.idle = False
 
 @patch
 def samples_now(self:Job, step): # a sharded model replies only if all ranks ask, and they keep different times
     every = 0 if self.shard else self.cfg.sample_steps
-    return bool(every) and self.ranks.first and (step%every==0 or step==self.total)
+    return bool(every) and self.ranks.is_main and (step%every==0 or step==self.total)
 
 @patch
 def diverged(self:Job, what, step):
@@ -543,7 +543,7 @@ def on_log(self:Job, step, metrics):
     if torch.cuda.is_available(): m['gpu_gib'] = torch.cuda.max_memory_allocated()/2**30
     log.info(step_line(step, self.total, m))
     self.curve.log(step, {f'train/{k}':v for k,v in m.items()})
-    if self.ranks.first and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
+    if self.ranks.is_main and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
 # %% ../nbs/06_job.ipynb #abfa90ae
 @patch
@@ -565,7 +565,7 @@ def on_step(self:Job, model, step):
 
 @patch
 def time_to_stop(self:Job): # the same on every rank
-    return self.step<self.total and self.ranks.any(self.deadline.due(2*(self.save_seconds+self.publisher.seconds) if self.publisher else 0))
+    return self.step<self.total and self.ranks.any_rank(self.deadline.due(2*(self.save_seconds+self.publisher.seconds) if self.publisher else 0))
 
 @patch
 def on_save(self:Job, folder, step):
@@ -573,8 +573,8 @@ def on_save(self:Job, folder, step):
     from safetensors.torch import save_file
     self.collect(folder, step)
     finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
-    if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
-    if not self.ranks.first: return
+    if self.ranks.any_rank(not finite) and self.ranks.is_main: raise self.diverged("the adapter is not finite", step)
+    if not self.ranks.is_main: return
     write_samples(folder, self.samples)
     self.curve.save(folder)
     if self.best: self.trainer.save_later(lambda d: save_file(d, folder/BEST), self.best)
@@ -646,14 +646,14 @@ def recall_best(self:Job):
 def learnt(self:Job): # is there anything in the adapter that wasn't there at the start? lora_B begins as 0
     import torch
     parts = [own_part(p).any() for n,p in self.trainer.model.named_parameters() if '.lora_B.' in n]
-    return self.ranks.any(bool(torch.stack(parts).any()))
+    return self.ranks.any_rank(bool(torch.stack(parts).any()))
 
 # %% ../nbs/06_job.ipynb #dc6a0352
 @patch
 def find_run(self:Job):
     "`restore` on rank 0, and what came of it on every rank."
-    if self.ranks.first: self.restore()
-    self.resume_from,self.run,self.step,self.folder = self.ranks.share((self.resume_from, self.run, self.step, self.folder) if self.ranks.first else None)
+    if self.ranks.is_main: self.restore()
+    self.resume_from,self.run,self.step,self.folder = self.ranks.broadcast((self.resume_from, self.run, self.step, self.folder) if self.ranks.is_main else None)
     self.ranks.share_folder(self.resume_from)
 
 @patch
@@ -661,14 +661,14 @@ def change_ranks(self:Job):
     "Continue with another number of ranks than the checkpoint's: new random numbers, and a line that says so."
     from transformers import set_seed
     import numpy as np
-    if not self.resume_from or (was := len(list(self.resume_from.glob('rng_state*.pth'))))==self.ranks.n: return
-    log.info(f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.n}: every step has the rows that it would have had; sums are rounded otherwise" + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
+    if not self.resume_from or (was := len(list(self.resume_from.glob('rng_state*.pth'))))==self.ranks.world_size: return
+    log.info(f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.world_size}: every step has the rows that it would have had; sums are rounded otherwise" + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
     self.trainer._load_rng_state = lambda folder: set_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.ranks.rank]).generate_state(1)[0]))
 
 @patch
 def collect(self:Job, folder, step):
     "Bring every rank's random state to rank 0, and compare the ranks' adapters."
-    if self.ranks.n==1: return
+    if self.ranks.world_size==1: return
     rng = folder/f'rng_state_{self.ranks.rank}.pth'
     trained = {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad and not self.shard} # of what is sharded there is one copy
     seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
@@ -736,14 +736,14 @@ def finish(self:Job)->int: # Exit code
         if self.step not in self.whole_steps(): raise self.publisher.error
         raise Unpublished(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
     self.deadline.idle = True # all there is lies on the Hub
-    if self.ranks.any(self.step<self.total or self.deadline.due()):
+    if self.ranks.any_rank(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command()}` (exit code {RESUBMIT})")
         return RESUBMIT
     if not self.learnt(): raise UserError(f"the adapter is as it was at the start after {self.step} steps, so nothing is published: raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
     self.measure_held_out('after', self.step)
-    if self.ranks.n>1 and not self.shard: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    if self.ranks.world_size>1 and not self.shard: log.info(f"{self.ranks.world_size} ranks hold the same adapter, to the bit")
     weights = whole_adapter(self.trainer.model)
-    if not self.ranks.first: return COMPLETE
+    if not self.ranks.is_main: return COMPLETE
     self.name_best()
     publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, self.best or weights, self.folder)
     self.deadline.idle = False
@@ -815,8 +815,8 @@ def run_job(
     try:
         for _ in range(2):
             job.find_run(); quiet_libraries()
-            with job.ranks.turns(): job.build()
-            if not job.ranks.share(job.ranks.first and job.checkpoints.branch.moved()): break # the last commit of a job that was killed may land after it
+            with job.ranks.main_first(): job.build()
+            if not job.ranks.broadcast(job.ranks.is_main and job.checkpoints.branch.moved()): break # the last commit of a job that was killed may land after it
         job.begin()
         log.info(f"continuing after step {job.step} of {job.total}" if job.resume_from else "starting at step 0")
         job.change_ranks()
@@ -830,7 +830,7 @@ def run_job(
     finally:
         if job.folder and job.run and job.run.get('new'): shutil.rmtree(job.folder, ignore_errors=True) # it never began
         job.curve.close(0 if code in (COMPLETE,RESUBMIT) else code)
-    return job.ranks.share(code) # all end together
+    return job.ranks.broadcast(code) # all end together
 
 # %% ../nbs/06_job.ipynb #53b895d7
 def main():

@@ -23,8 +23,8 @@ __all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'MOST_LABELS', 'F
            'check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset',
            'control_ids', 'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'labels_cli', 'check_layers',
            'base_config', 'check_size', 'load_model', 'lora_targets', 'language_layers', 'decoder_layers',
-           'resolve_targets', 'say_unquantised', 'add_lora', 'register_varlen', 'choose_attention', 'undisturbed',
-           'sanity_line', 'audit', 'check_audit', 'memory_plan']
+           'resolve_targets', 'say_unquantised', 'add_lora', 'register_varlen', 'choose_attention',
+           'preserve_training_state', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #1d5c0cf9
 def quiet_libraries():
@@ -871,7 +871,7 @@ def _packable(model): # 4-bit layers that bitsandbytes repacks for good when the
     return [m for m in model.modules() if getattr(m, 'support_avx512bf16_for_cpu', False) and m.weight.device.type=='cpu']
 
 @contextmanager
-def undisturbed(
+def preserve_training_state(
     model, # Model that may be in training
     tok, # Its tokenizer
 ):
@@ -904,7 +904,7 @@ def sanity_line(
     q,a = dict(role='user', content='What is the capital of France?'),dict(role='assistant', content='The capital of France is Paris.')
     ids,mask = (torch.tensor([x], device=model.device) for x in encode_chats(tok, [[q,a]])[0])
     p = torch.tensor([encode_prompt(tok, [q])], device=model.device)
-    with undisturbed(model, tok):
+    with preserve_training_state(model, tok):
         out = model.generate(input_ids=p, attention_mask=torch.ones_like(p), max_new_tokens=12, do_sample=False, pad_token_id=tok.pad_token_id)
         nll = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0,:-1].float(), ids[0,1:], reduction='none')[mask[0,1:]==1].mean()
     return tok.decode(out[0, p.shape[1]:], skip_special_tokens=True),nll.exp().item()
@@ -973,7 +973,7 @@ def memory_plan(
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
     shards:int=1, # Ranks that share the layers, by FSDP
-)->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
+)->dict: # GiB: `load`, `adapter`, `activations`, `head_peak`, `peak`; without CUDA's own half GiB
     "Predict the memory of a GPU in training."
     import torch
     c,m = config.get_text_config(),_bare_model(config)
@@ -996,6 +996,6 @@ def memory_plan(
     kept,again = (ours, ours+2*f+4*h) if fast else (compiled if torch_compile and shards==1 else eager, eager)
     acts = tokens*(again+2*h*n_layers if gradient_checkpointing else kept*n_layers)
     sup = supervised*tokens
-    turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, 0 if fast else tokens*10*f)
-    gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
+    head_peak = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, 0 if fast else tokens*10*f)
+    gib = dict(load=load, adapter=adapter, activations=acts, head_peak=head_peak, peak=load+adapter+acts+head_peak)
     return {k:v/2**30 for k,v in gib.items()}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 from .core.basics import UserError, excerpt, read_json
-from .model_qlora import WEIGHTS, undisturbed
+from .model_qlora import WEIGHTS, preserve_training_state
 
 # %% auto #0
 __all__ = ['PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'generate_replies', 'distinct_n',
@@ -85,7 +85,7 @@ def generate_replies(
     cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id, repetition_penalty=1., use_cache=True, do_sample=False)
     how = [watermark.construct_processor(model.config.get_text_config().vocab_size, model.device)] if watermark else []
     if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
-    with undisturbed(model, tok), adapter_weight(model, weight):
+    with preserve_training_state(model, tok), adapter_weight(model, weight):
         out = model.generate(input_ids=padded(tok.pad_token_id, prompt_ids), generation_config=cfg, logits_processor=how,
             attention_mask=padded(0, [[1]*len(p) for p in prompt_ids]))
     return [_reply(tok, o, eos_ids) for o in out[:,width:].tolist()]

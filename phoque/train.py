@@ -11,7 +11,7 @@ from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
 from .core.basics import UserError, log
-from .model_qlora import SEED_BASE, LORA_TARGETS, decoder_layers, lora_targets, memory_plan, undisturbed
+from .model_qlora import SEED_BASE, LORA_TARGETS, decoder_layers, lora_targets, memory_plan, preserve_training_state
 from .fast.kernels import TILE, attention_tiles
 from .fast.layers import card_room, check_packed, fast_layers, keep_weights, add_supervised_head
 from .parallel.shard import prepare_sharding, shard_options, sharded_trainer
@@ -317,23 +317,23 @@ def share_batch(
     ranks:int, # Processes, one a GPU
 )->tuple: # Rows a rank takes at once, and how often in a step
     "Share a step's rows out: their number is the run's, however many GPUs there are."
-    at_once,often = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
-    each,rest = divmod(at_once*often, ranks)
-    if rest: raise UserError(f"{at_once*often} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {at_once} × GRADIENT_ACCUMULATION_STEPS {often}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
-    at_once = max(b for b in range(1, at_once+1) if each%b==0)
-    return at_once,each//at_once
+    micro_batch,grad_accum = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
+    each,rest = divmod(micro_batch*grad_accum, ranks)
+    if rest: raise UserError(f"{micro_batch*grad_accum} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {micro_batch} × GRADIENT_ACCUMULATION_STEPS {grad_accum}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
+    micro_batch = max(b for b in range(1, micro_batch+1) if each%b==0)
+    return micro_batch,each//micro_batch
 
 # %% ../nbs/02_train.ipynb #b2e4d6f8
 def run_memory(
     cfg:TrainConfig, # Of the run
     config, # Of its base model, from `AutoConfig`
-    at_once:int, # Rows that a GPU takes at once
+    micro_batch:int, # Rows that a GPU takes at once
     ranks:int=1, # Processes, one a GPU
-    recompute:bool=False, # Recompute whole layers?
+    checkpointing:bool=False, # Recompute whole layers?
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
     same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+    return memory_plan(config, micro_batch, gradient_checkpointing=checkpointing, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
 
 def fit_batch(
     cfg:TrainConfig, # Of the run
@@ -342,13 +342,13 @@ def fit_batch(
     room:float=float('inf'), # GiB of each GPU that a run can have
 )->tuple: # Rows at once, how often in a step, recompute whole layers?, and GiB at the peak, which is more than `room` where nothing fits
     "The fastest way to take a step's rows that fits: as set, or else in smaller batches, or else with layers recomputed."
-    most,often = share_batch(cfg, ranks)
-    for recompute in sorted({cfg.gradient_checkpointing, True}):
+    most,grad_accum = share_batch(cfg, ranks)
+    for checkpointing in sorted({cfg.gradient_checkpointing, True}):
         for b in range(most, 0, -1):
-            if most*often%b: continue
-            need = run_memory(cfg, config, b, ranks, recompute)
-            if need<=room: return b,most*often//b,recompute,need
-    return b,most*often//b,recompute,need
+            if most*grad_accum%b: continue
+            need = run_memory(cfg, config, b, ranks, checkpointing)
+            if need<=room: return b,most*grad_accum//b,checkpointing,need
+    return b,most*grad_accum//b,checkpointing,need
 
 # %% ../nbs/02_train.ipynb #7b81e6be
 def row_work(
@@ -369,12 +369,12 @@ HEAD_PAIRS = 400 # Pairs that attention looks at while the head works for one su
 def deal_rows(
     order, # From `draw_order`
     work, # Of each row
-    at_once:int, # Rows of a batch
+    micro_batch:int, # Rows of a batch
     batches:int, # Of a step, on all GPUs
 ): # The same, in another order within each step
     "Make the batches of a step take about equally long."
     import numpy as np
-    steps,turns = order.reshape(-1, batches*at_once),np.arange(batches*at_once).reshape(at_once, batches)
+    steps,turns = order.reshape(-1, batches*micro_batch),np.arange(batches*micro_batch).reshape(micro_batch, batches)
     turns[1::2] = turns[1::2,::-1]
     heaviest = np.argsort(-work[steps], axis=1, kind='stable')
     return np.take_along_axis(steps, heaviest[:,turns.T.flatten()], 1).flatten()
@@ -383,11 +383,11 @@ def deal_rows(
 def fill_sizes(
     counts:tuple, # Of each row, from `row_work`: tiles and supervised tokens
     order, # Rows in the order in which they are taken
-    at_once:int, # Rows of a batch
+    micro_batch:int, # Rows of a batch
 )->tuple: # The same of the batches that have most
     "What batches are filled up to, for `collate_packed`."
     import numpy as np
-    return tuple(int(np.add.reduceat(c[order], np.arange(0, len(order), at_once)).max()) for c in counts)
+    return tuple(int(np.add.reduceat(c[order], np.arange(0, len(order), micro_batch)).max()) for c in counts)
 
 # %% ../nbs/02_train.ipynb #be5119ca
 def events_callback(
@@ -501,18 +501,18 @@ def set_rate(
 def trainer_args(
     cfg:TrainConfig, # Of the run
     steps:int, # Of the whole run
-    at_once:int, # Rows that a GPU takes at once
-    often:int, # Times that it does so in a step
-    recompute:bool, # Recompute whole layers?
+    micro_batch:int, # Rows that a GPU takes at once
+    grad_accum:int, # Times that it does so in a step
+    checkpointing:bool, # Recompute whole layers?
     shard:bool, # Do ranks share the layers?
 ): # `trl.SFTConfig`
     "A run's options in TRL's words."
     import torch
     from trl import SFTConfig
     cuda = torch.cuda.is_available()
-    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
+    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=grad_accum, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if checkpointing else None, learning_rate=cfg.learning_rate,
         weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
@@ -549,19 +549,19 @@ def make_trainer(
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     room = card_room()
-    at_once,often,recompute,need = fit_batch(cfg, model.config, ranks, room)
-    if (at_once,often,recompute)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {at_once} rows at once, so a step is {often} batch{'es'*(often>1)}" + " with layers recomputed"*recompute)
+    micro_batch,grad_accum,checkpointing,need = fit_batch(cfg, model.config, ranks, room)
+    if (micro_batch,grad_accum,checkpointing)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {micro_batch} rows at once, so a step is {grad_accum} batch{'es'*(grad_accum>1)}" + " with layers recomputed"*checkpointing)
     shard = cfg.fsdp and ranks>1
-    stack = None if shard else fast_layers(model, cfg.max_length, recompute)
+    stack = None if shard else fast_layers(model, cfg.max_length, checkpointing)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
     steps = run_steps(cfg, len(packed))
     tiles,asked,pairs = row_work(packed, cfg.max_length)
-    order = deal_rows(draw_order(len(packed), steps*at_once*often*ranks, cfg.seed), pairs+HEAD_PAIRS*asked, at_once, often*ranks)
+    order = deal_rows(draw_order(len(packed), steps*micro_batch*grad_accum*ranks, cfg.seed), pairs+HEAD_PAIRS*asked, micro_batch, grad_accum*ranks)
     max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
-    fill = fill_sizes((tiles,asked), order, at_once) if stack else None
+    fill = fill_sizes((tiles,asked), order, micro_batch) if stack else None
     if stack: keep_weights(stack, room-need)
     elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
-    args = trainer_args(cfg, steps, at_once, often, recompute, shard)
+    args = trainer_args(cfg, steps, micro_batch, grad_accum, checkpointing, shard)
     if shard: prepare_sharding(args.device, model)
     trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
@@ -608,10 +608,10 @@ def held_out_loss(
     "Loss on conversations that training never sees."
     import torch
     model,here,nll,n = trainer.model,trainer.accelerator,0.,0
-    at_once = trainer.args.per_device_train_batch_size
-    batches = [range(i, min(i+at_once, len(packed))) for i in range(0, len(packed), at_once)]
+    micro_batch = trainer.args.per_device_train_batch_size
+    batches = [range(i, min(i+micro_batch, len(packed))) for i in range(0, len(packed), micro_batch)]
     turns = range(here.process_index, -(-len(batches)//here.num_processes)*here.num_processes, here.num_processes) # as often on every rank: they may share the layers
-    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
+    with preserve_training_state(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
         for i in turns:
             if stop(): return
             rows = trainer.data_collator([packed[k] for k in batches[i%len(batches)]])

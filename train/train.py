@@ -114,7 +114,15 @@ class TrainConfig:
     def __repr__(self): return '\n'.join(f'{k}={v!r}' for k,v in self.asdict().items())
 
 class UserError(ValueError):
-    "Something the user can mend: shown as one line, without a traceback."
+    "Something the user can fix: shown as one line, without a traceback."
+    def __init__(self,
+        what:str, # What it is about and where: an option, a file and its line, a repo
+        value:str='', # What was found there, and why that can't be right
+        remedy:str='', # What to do
+    ):
+        super().__init__(what, value, remedy)
+        self.what,self.value,self.remedy = what,value,remedy
+    def __str__(self): return ': '.join(filter(None, (self.what, self.value, self.remedy)))
 
 def main():
     "The job as a command: flags and environment in, exit code out."
@@ -407,8 +415,8 @@ class Job:
         self.cfg,self.deadline = cfg,Deadline(cfg.job_timeout, container_age()).watch_sigterm()
         self.deadline.idle = True # nothing to save before the first step
         self.ranks = Ranks()
-        share_batch(cfg, self.ranks.n) # or say that they can't
-        self.shard = cfg.fsdp and self.ranks.n>1
+        share_batch(cfg, self.ranks.world_size) # or say that they can't
+        self.shard = cfg.fsdp and self.ranks.world_size>1
         self.curve,self.publisher,self.step,self.run,self.lock,self.best = Curve(),None,0,None,None,None
         self.folder = None
 
@@ -508,7 +516,7 @@ def build(self:Job):
     log.info("audit:\n"+text_table(rows, width=100)); check_audit(rows)
     batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
-    if self.ranks.n>1: log.info(f"{self.ranks.n} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
+    if self.ranks.world_size>1: log.info(f"{self.ranks.world_size} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
     self.compare_jobs()
     if cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
     if self.shard and cfg.sample_steps: log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
@@ -545,7 +553,7 @@ def compare_jobs(self:Job):
 @patch
 def begin(self:Job):
     "The run's first commit, the publisher, W&B and the sampler, on rank 0."
-    if not self.ranks.first: return
+    if not self.ranks.is_main: return
     from safetensors.torch import load_file
     cfg,run = self.cfg,self.run
     if run.pop('new', False): self.checkpoints.begin_run(run, self.patience())
@@ -569,7 +577,7 @@ def load_scorer(self:Job):
     cfg = self.cfg
     if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
     try:
-        with undisturbed(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
+        with preserve_training_state(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
     except UserError as e:
         return log.warning(f"samples are written without scores: {e}. Nothing else scores them meanwhile, and training goes on; "
                            "phoque_eval scores the finished adapter")
@@ -617,18 +625,18 @@ def prune(self:Job):
 @patch
 def on_start(self:Job, model, step):
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
-    if self.shard: log.info(check_sharded(model, self.ranks.n))
+    if self.shard: log.info(check_sharded(model, self.ranks.world_size))
     if step==0:
         self.measure_held_out('before', 0)
         if self.samples_now(0): self.sample(model, 0)
     elif self.eval_now(step): self.evaluate(step) # the job before had no time for it
-    self.ranks.wait()
+    self.ranks.barrier()
     self.deadline.idle = False
 
 @patch
 def samples_now(self:Job, step): # a sharded model replies only if all ranks ask, and they keep different times
     every = 0 if self.shard else self.cfg.sample_steps
-    return bool(every) and self.ranks.first and (step%every==0 or step==self.total)
+    return bool(every) and self.ranks.is_main and (step%every==0 or step==self.total)
 
 @patch
 def diverged(self:Job, what, step):
@@ -644,7 +652,7 @@ def on_log(self:Job, step, metrics):
     if torch.cuda.is_available(): m['gpu_gib'] = torch.cuda.max_memory_allocated()/2**30
     log.info(step_line(step, self.total, m))
     self.curve.log(step, {f'train/{k}':v for k,v in m.items()})
-    if self.ranks.first and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
+    if self.ranks.is_main and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
 @patch
 def on_step(self:Job, model, step):
@@ -665,7 +673,7 @@ def on_step(self:Job, model, step):
 
 @patch
 def time_to_stop(self:Job): # the same on every rank
-    return self.step<self.total and self.ranks.any(self.deadline.due(2*(self.save_seconds+self.publisher.seconds) if self.publisher else 0))
+    return self.step<self.total and self.ranks.any_rank(self.deadline.due(2*(self.save_seconds+self.publisher.seconds) if self.publisher else 0))
 
 @patch
 def on_save(self:Job, folder, step):
@@ -673,8 +681,8 @@ def on_save(self:Job, folder, step):
     from safetensors.torch import save_file
     self.collect(folder, step)
     finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
-    if self.ranks.any(not finite) and self.ranks.first: raise self.diverged("the adapter is not finite", step)
-    if not self.ranks.first: return
+    if self.ranks.any_rank(not finite) and self.ranks.is_main: raise self.diverged("the adapter is not finite", step)
+    if not self.ranks.is_main: return
     write_samples(folder, self.samples)
     self.curve.save(folder)
     if self.best: self.trainer.save_later(lambda d: save_file(d, folder/BEST), self.best)
@@ -744,13 +752,13 @@ def recall_best(self:Job):
 def learnt(self:Job): # is there anything in the adapter that wasn't there at the start? lora_B begins as 0
     import torch
     parts = [own_part(p).any() for n,p in self.trainer.model.named_parameters() if '.lora_B.' in n]
-    return self.ranks.any(bool(torch.stack(parts).any()))
+    return self.ranks.any_rank(bool(torch.stack(parts).any()))
 
 @patch
 def find_run(self:Job):
     "`restore` on rank 0, and what came of it on every rank."
-    if self.ranks.first: self.restore()
-    self.resume_from,self.run,self.step,self.folder = self.ranks.share((self.resume_from, self.run, self.step, self.folder) if self.ranks.first else None)
+    if self.ranks.is_main: self.restore()
+    self.resume_from,self.run,self.step,self.folder = self.ranks.broadcast((self.resume_from, self.run, self.step, self.folder) if self.ranks.is_main else None)
     self.ranks.share_folder(self.resume_from)
 
 @patch
@@ -758,14 +766,14 @@ def change_ranks(self:Job):
     "Continue with another number of ranks than the checkpoint's: new random numbers, and a line that says so."
     from transformers import set_seed
     import numpy as np
-    if not self.resume_from or (was := len(list(self.resume_from.glob('rng_state*.pth'))))==self.ranks.n: return
-    log.info(f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.n}: every step has the rows that it would have had; sums are rounded otherwise" + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
+    if not self.resume_from or (was := len(list(self.resume_from.glob('rng_state*.pth'))))==self.ranks.world_size: return
+    log.info(f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.world_size}: every step has the rows that it would have had; sums are rounded otherwise" + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
     self.trainer._load_rng_state = lambda folder: set_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.ranks.rank]).generate_state(1)[0]))
 
 @patch
 def collect(self:Job, folder, step):
     "Bring every rank's random state to rank 0, and compare the ranks' adapters."
-    if self.ranks.n==1: return
+    if self.ranks.world_size==1: return
     rng = folder/f'rng_state_{self.ranks.rank}.pth'
     trained = {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad and not self.shard} # of what is sharded there is one copy
     seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
@@ -829,14 +837,14 @@ def finish(self:Job)->int: # Exit code
         if self.step not in self.whole_steps(): raise self.publisher.error
         raise Unpublished(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
     self.deadline.idle = True # all there is lies on the Hub
-    if self.ranks.any(self.step<self.total or self.deadline.due()):
+    if self.ranks.any_rank(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command()}` (exit code {RESUBMIT})")
         return RESUBMIT
     if not self.learnt(): raise UserError(f"the adapter is as it was at the start after {self.step} steps, so nothing is published: raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
     self.measure_held_out('after', self.step)
-    if self.ranks.n>1 and not self.shard: log.info(f"{self.ranks.n} ranks hold the same adapter, to the bit")
+    if self.ranks.world_size>1 and not self.shard: log.info(f"{self.ranks.world_size} ranks hold the same adapter, to the bit")
     weights = whole_adapter(self.trainer.model)
-    if not self.ranks.first: return COMPLETE
+    if not self.ranks.is_main: return COMPLETE
     self.name_best()
     publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, self.best or weights, self.folder)
     self.deadline.idle = False
@@ -905,8 +913,8 @@ def run_job(
     try:
         for _ in range(2):
             job.find_run(); quiet_libraries()
-            with job.ranks.turns(): job.build()
-            if not job.ranks.share(job.ranks.first and job.checkpoints.branch.moved()): break # the last commit of a job that was killed may land after it
+            with job.ranks.main_first(): job.build()
+            if not job.ranks.broadcast(job.ranks.is_main and job.checkpoints.branch.moved()): break # the last commit of a job that was killed may land after it
         job.begin()
         log.info(f"continuing after step {job.step} of {job.total}" if job.resume_from else "starting at step 0")
         job.change_ranks()
@@ -920,7 +928,7 @@ def run_job(
     finally:
         if job.folder and job.run and job.run.get('new'): shutil.rmtree(job.folder, ignore_errors=True) # it never began
         job.curve.close(0 if code in (COMPLETE,RESUBMIT) else code)
-    return job.ranks.share(code) # all end together
+    return job.ranks.broadcast(code) # all end together
 
 # ------------------------------------------------------------------------------
 # core.basics: Errors, log, tables, and safe handling of names, JSON and text from untrusted files
@@ -977,16 +985,22 @@ def hub_problem(
     from huggingface_hub import errors as er
     from huggingface_hub import constants
     status = getattr(getattr(e, 'response', None), 'status_code', None)
-    if isinstance(e, er.LocalTokenNotFoundError): s = f"there is no token: export HF_TOKEN, from {constants.ENDPOINT}/settings/tokens, or run `hf auth login`"
-    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set: unset it to ask the Hub"
-    elif isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
-    elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
-    elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
-    elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
-    elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
-    elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
-    else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
-    return UserError(f"{printable(what)}: {s}")
+    hub = constants.ENDPOINT
+    if isinstance(e, er.LocalTokenNotFoundError):
+        s = "there is no token",f"export HF_TOKEN, from {hub}/settings/tokens, or run `hf auth login`"
+    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set","unset it to ask the Hub"
+    elif isinstance(e, er.GatedRepoError):
+        s = "access is gated",f"accept its terms on {hub} with the account of HF_TOKEN"
+    elif isinstance(e, er.RevisionNotFoundError): s = "no such revision","check its spelling"
+    elif isinstance(e, er.RepositoryNotFoundError):
+        s = f"{hub} has no such repo, or HF_TOKEN may not see it","check the name and the token's scopes"
+    elif status in (401,403):
+        s = f"HF_TOKEN was refused ({status})",f"use a token with write access, from {hub}/settings/tokens"
+    elif status==429:
+        s = f"{hub} answered 429, since its limit of requests or of commits an hour is reached","try again later"
+    elif status: s = f"{hub} answered {status}","try again later"
+    else: s = f"{hub} cannot be reached ({type(e).__name__})","check the network and HF_ENDPOINT"
+    return UserError(printable(what), *s)
 
 _NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')
 
@@ -1000,7 +1014,7 @@ def safe_path(
     fine = all(p not in ('','.','..') and not _NO_NAME.search(p) and len(p.encode())<256 for p in parts)
     path = Path(folder, *parts) if fine else None
     if fine and path.parent.resolve().is_relative_to(Path(folder).resolve()): return path
-    raise UserError(f"{what} names {excerpt(repr(name), 80)}, which isn't a name inside its folder: don't use what it came with")
+    raise UserError(what, f"it names {excerpt(repr(name), 80)}, which isn't a name inside its folder", "don't use what it came with")
 
 MOST_JSON = 256<<20 # bytes; the index of the largest public model has 3 MB
 
@@ -1014,17 +1028,18 @@ def read_json(
     what = what or (source.name if isinstance(source, Path) else 'this JSON')
     try:
         if isinstance(source, Path):
-            if source.exists() and not source.is_file(): raise UserError(f"{what}: it is no file: use another") # a pipe would never end
-            if source.stat().st_size>most: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
+            if source.exists() and not source.is_file(): raise UserError(what, "it is no file", "use another") # a pipe would never end
+            if source.stat().st_size>most: raise UserError(what, f"{source.stat().st_size:,} bytes, which no such file has", "use another")
             source = source.read_bytes()
         got = json.loads(source)
-    except OSError as e: raise UserError(f"{what}: {e.strerror or type(e).__name__}: check the path") from None
-    except RecursionError: raise UserError(f"{what}: nested too deeply to be what it should be: use another") from None
+    except OSError as e: raise UserError(what, e.strerror or type(e).__name__, "check the path") from None
+    except RecursionError: raise UserError(what, "nested too deeply to be what it should be", "use another") from None
     except ValueError as e:
         if isinstance(e, UserError): raise
-        raise UserError(f"{what}: not JSON ({excerpt(e, 60)}): use another, or download it again") from None
+        raise UserError(what, f"not JSON ({excerpt(e, 60)})", "use another, or download it again") from None
     if isinstance(got, kind): return got
-    raise UserError(f"{what}: it holds a {type(got).__name__} where a {kind.__name__} belongs: use another, or download it again")
+    found = f"it holds a {type(got).__name__} where a {kind.__name__} belongs"
+    raise UserError(what, found, "use another, or download it again")
 
 def check_data_files(
     info, # `DatasetInfo`
@@ -1036,7 +1051,8 @@ def check_data_files(
     configs = (info.card_data or {}).get('configs') or []
     for t in texts(configs):
         if '://' in t or t.startswith(('/','~')) or '..' in t.split('/'):
-            raise UserError(f"dataset {info.id}: its card names {excerpt(repr(t), 80)}, which is no file of that repo: get the data from there yourself, and give the file to phoque_data")
+            found = f"its card names {excerpt(repr(t), 80)}, which is no file of that repo"
+            raise UserError(f"dataset {info.id}", found, "get the data from there yourself, and give the file to phoque_data")
 
 def front_matter(
     **fields, # What a card's head says, such as `license='apache-2.0'`
@@ -1080,15 +1096,15 @@ def refuse_secrets(
     "Refuse values that hold a secret, before they are shown, stored or sent."
     for k,v in given.items():
         if not re.search(rf'(?i)^-+[\w-]*{_SECRET}$', k) and masked(v)==str(v): continue
-        raise UserError(f"{k}: a secret has no place here, where others can read it: export it as HF_TOKEN or WANDB_API_KEY, "
-                        "and make a new one if it is real")
+        raise UserError(k, "a secret has no place here, where others can read it",
+            "export it as HF_TOKEN or WANDB_API_KEY, and make a new one if it is real")
 
 def refuse_addresses():
     "Refuse a password in the address of the Hub or of W&B, which is printed and sent along, and what is no address."
     given = {k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if os.environ.get(k)}
     refuse_secrets(**given)
     for k,v in given.items():
-        if not re.match(r'https?://[^/\s]', v): raise UserError(f"{k}: must begin with http:// or https://, got {excerpt(repr(v), 80)}")
+        if not re.match(r'https?://[^/\s]', v): raise UserError(k, f"it is no address: {excerpt(repr(v), 80)}", "begin it with http:// or https://")
 
 def begin_command(
     argv:list=None, # Its arguments; this process's where None and a command was started
@@ -1102,6 +1118,18 @@ def begin_command(
     for before,a in zip(['', *argv], argv):
         flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
         refuse_secrets(**{flag:value})
+
+@contextmanager
+def command(
+    name:str, # As it is typed, such as `phoque_merge`
+    argv:list=None, # Its arguments; this process's where None and a command was started
+    errors:tuple=(UserError,), # Exceptions that are said in one line
+):
+    "Run a command's body: a mistake of the user's is one line and exit code 1, without a traceback or a secret."
+    try:
+        begin_command(argv)
+        yield
+    except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
 
 # ------------------------------------------------------------------------------
 # model_qlora: Base model, tokenizer and assistant mask, NF4, LoRA, memory plan, audit
@@ -1834,7 +1862,7 @@ def _packable(model): # 4-bit layers that bitsandbytes repacks for good when the
     return [m for m in model.modules() if getattr(m, 'support_avx512bf16_for_cpu', False) and m.weight.device.type=='cpu']
 
 @contextmanager
-def undisturbed(
+def preserve_training_state(
     model, # Model that may be in training
     tok, # Its tokenizer
 ):
@@ -1866,7 +1894,7 @@ def sanity_line(
     q,a = dict(role='user', content='What is the capital of France?'),dict(role='assistant', content='The capital of France is Paris.')
     ids,mask = (torch.tensor([x], device=model.device) for x in encode_chats(tok, [[q,a]])[0])
     p = torch.tensor([encode_prompt(tok, [q])], device=model.device)
-    with undisturbed(model, tok):
+    with preserve_training_state(model, tok):
         out = model.generate(input_ids=p, attention_mask=torch.ones_like(p), max_new_tokens=12, do_sample=False, pad_token_id=tok.pad_token_id)
         nll = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0,:-1].float(), ids[0,1:], reduction='none')[mask[0,1:]==1].mean()
     return tok.decode(out[0, p.shape[1]:], skip_special_tokens=True),nll.exp().item()
@@ -1930,7 +1958,7 @@ def memory_plan(
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
     shards:int=1, # Ranks that share the layers, by FSDP
-)->dict: # GiB: `load`, `adapter`, `activations`, `turn`, `peak`; without CUDA's own half GiB
+)->dict: # GiB: `load`, `adapter`, `activations`, `head_peak`, `peak`; without CUDA's own half GiB
     "Predict the memory of a GPU in training."
     import torch
     c,m = config.get_text_config(),_bare_model(config)
@@ -1953,8 +1981,8 @@ def memory_plan(
     kept,again = (ours, ours+2*f+4*h) if fast else (compiled if torch_compile and shards==1 else eager, eager)
     acts = tokens*(again+2*h*n_layers if gradient_checkpointing else kept*n_layers)
     sup = supervised*tokens
-    turn = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, 0 if fast else tokens*10*f)
-    gib = dict(load=load, adapter=adapter, activations=acts, turn=turn, peak=load+adapter+acts+turn)
+    head_peak = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, 0 if fast else tokens*10*f)
+    gib = dict(load=load, adapter=adapter, activations=acts, head_peak=head_peak, peak=load+adapter+acts+head_peak)
     return {k:v/2**30 for k,v in gib.items()}
 
 # ------------------------------------------------------------------------------
@@ -2189,22 +2217,22 @@ def share_batch(
     ranks:int, # Processes, one a GPU
 )->tuple: # Rows a rank takes at once, and how often in a step
     "Share a step's rows out: their number is the run's, however many GPUs there are."
-    at_once,often = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
-    each,rest = divmod(at_once*often, ranks)
-    if rest: raise UserError(f"{at_once*often} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {at_once} × GRADIENT_ACCUMULATION_STEPS {often}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
-    at_once = max(b for b in range(1, at_once+1) if each%b==0)
-    return at_once,each//at_once
+    micro_batch,grad_accum = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
+    each,rest = divmod(micro_batch*grad_accum, ranks)
+    if rest: raise UserError(f"{micro_batch*grad_accum} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {micro_batch} × GRADIENT_ACCUMULATION_STEPS {grad_accum}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
+    micro_batch = max(b for b in range(1, micro_batch+1) if each%b==0)
+    return micro_batch,each//micro_batch
 
 def run_memory(
     cfg:TrainConfig, # Of the run
     config, # Of its base model, from `AutoConfig`
-    at_once:int, # Rows that a GPU takes at once
+    micro_batch:int, # Rows that a GPU takes at once
     ranks:int=1, # Processes, one a GPU
-    recompute:bool=False, # Recompute whole layers?
+    checkpointing:bool=False, # Recompute whole layers?
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
     same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(config, at_once, gradient_checkpointing=recompute, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+    return memory_plan(config, micro_batch, gradient_checkpointing=checkpointing, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
 
 def fit_batch(
     cfg:TrainConfig, # Of the run
@@ -2213,13 +2241,13 @@ def fit_batch(
     room:float=float('inf'), # GiB of each GPU that a run can have
 )->tuple: # Rows at once, how often in a step, recompute whole layers?, and GiB at the peak, which is more than `room` where nothing fits
     "The fastest way to take a step's rows that fits: as set, or else in smaller batches, or else with layers recomputed."
-    most,often = share_batch(cfg, ranks)
-    for recompute in sorted({cfg.gradient_checkpointing, True}):
+    most,grad_accum = share_batch(cfg, ranks)
+    for checkpointing in sorted({cfg.gradient_checkpointing, True}):
         for b in range(most, 0, -1):
-            if most*often%b: continue
-            need = run_memory(cfg, config, b, ranks, recompute)
-            if need<=room: return b,most*often//b,recompute,need
-    return b,most*often//b,recompute,need
+            if most*grad_accum%b: continue
+            need = run_memory(cfg, config, b, ranks, checkpointing)
+            if need<=room: return b,most*grad_accum//b,checkpointing,need
+    return b,most*grad_accum//b,checkpointing,need
 
 def row_work(
     packed, # From `pack_dataset`
@@ -2238,12 +2266,12 @@ HEAD_PAIRS = 400 # Pairs that attention looks at while the head works for one su
 def deal_rows(
     order, # From `draw_order`
     work, # Of each row
-    at_once:int, # Rows of a batch
+    micro_batch:int, # Rows of a batch
     batches:int, # Of a step, on all GPUs
 ): # The same, in another order within each step
     "Make the batches of a step take about equally long."
     import numpy as np
-    steps,turns = order.reshape(-1, batches*at_once),np.arange(batches*at_once).reshape(at_once, batches)
+    steps,turns = order.reshape(-1, batches*micro_batch),np.arange(batches*micro_batch).reshape(micro_batch, batches)
     turns[1::2] = turns[1::2,::-1]
     heaviest = np.argsort(-work[steps], axis=1, kind='stable')
     return np.take_along_axis(steps, heaviest[:,turns.T.flatten()], 1).flatten()
@@ -2251,11 +2279,11 @@ def deal_rows(
 def fill_sizes(
     counts:tuple, # Of each row, from `row_work`: tiles and supervised tokens
     order, # Rows in the order in which they are taken
-    at_once:int, # Rows of a batch
+    micro_batch:int, # Rows of a batch
 )->tuple: # The same of the batches that have most
     "What batches are filled up to, for `collate_packed`."
     import numpy as np
-    return tuple(int(np.add.reduceat(c[order], np.arange(0, len(order), at_once)).max()) for c in counts)
+    return tuple(int(np.add.reduceat(c[order], np.arange(0, len(order), micro_batch)).max()) for c in counts)
 
 def events_callback(
     events, # Namespace with any of `on_start`, `on_step`, `on_log`, `on_save`
@@ -2363,18 +2391,18 @@ def set_rate(
 def trainer_args(
     cfg:TrainConfig, # Of the run
     steps:int, # Of the whole run
-    at_once:int, # Rows that a GPU takes at once
-    often:int, # Times that it does so in a step
-    recompute:bool, # Recompute whole layers?
+    micro_batch:int, # Rows that a GPU takes at once
+    grad_accum:int, # Times that it does so in a step
+    checkpointing:bool, # Recompute whole layers?
     shard:bool, # Do ranks share the layers?
 ): # `trl.SFTConfig`
     "A run's options in TRL's words."
     import torch
     from trl import SFTConfig
     cuda = torch.cuda.is_available()
-    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=often, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=recompute,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False) if recompute else None, learning_rate=cfg.learning_rate,
+    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=grad_accum, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if checkpointing else None, learning_rate=cfg.learning_rate,
         weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
         save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
@@ -2409,19 +2437,19 @@ def make_trainer(
     cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     room = card_room()
-    at_once,often,recompute,need = fit_batch(cfg, model.config, ranks, room)
-    if (at_once,often,recompute)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {at_once} rows at once, so a step is {often} batch{'es'*(often>1)}" + " with layers recomputed"*recompute)
+    micro_batch,grad_accum,checkpointing,need = fit_batch(cfg, model.config, ranks, room)
+    if (micro_batch,grad_accum,checkpointing)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {micro_batch} rows at once, so a step is {grad_accum} batch{'es'*(grad_accum>1)}" + " with layers recomputed"*checkpointing)
     shard = cfg.fsdp and ranks>1
-    stack = None if shard else fast_layers(model, cfg.max_length, recompute)
+    stack = None if shard else fast_layers(model, cfg.max_length, checkpointing)
     varlen = model.config.get_text_config()._attn_implementation=='varlen'
     steps = run_steps(cfg, len(packed))
     tiles,asked,pairs = row_work(packed, cfg.max_length)
-    order = deal_rows(draw_order(len(packed), steps*at_once*often*ranks, cfg.seed), pairs+HEAD_PAIRS*asked, at_once, often*ranks)
+    order = deal_rows(draw_order(len(packed), steps*micro_batch*grad_accum*ranks, cfg.seed), pairs+HEAD_PAIRS*asked, micro_batch, grad_accum*ranks)
     max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
-    fill = fill_sizes((tiles,asked), order, at_once) if stack else None
+    fill = fill_sizes((tiles,asked), order, micro_batch) if stack else None
     if stack: keep_weights(stack, room-need)
     elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
-    args = trainer_args(cfg, steps, at_once, often, recompute, shard)
+    args = trainer_args(cfg, steps, micro_batch, grad_accum, checkpointing, shard)
     if shard: prepare_sharding(args.device, model)
     trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
@@ -2454,10 +2482,10 @@ def held_out_loss(
     "Loss on conversations that training never sees."
     import torch
     model,here,nll,n = trainer.model,trainer.accelerator,0.,0
-    at_once = trainer.args.per_device_train_batch_size
-    batches = [range(i, min(i+at_once, len(packed))) for i in range(0, len(packed), at_once)]
+    micro_batch = trainer.args.per_device_train_batch_size
+    batches = [range(i, min(i+micro_batch, len(packed))) for i in range(0, len(packed), micro_batch)]
     turns = range(here.process_index, -(-len(batches)//here.num_processes)*here.num_processes, here.num_processes) # as often on every rank: they may share the layers
-    with undisturbed(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
+    with preserve_training_state(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
         for i in turns:
             if stop(): return
             rows = trainer.data_collator([packed[k] for k in batches[i%len(batches)]])
@@ -3486,7 +3514,7 @@ def generate_replies(
     cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id, repetition_penalty=1., use_cache=True, do_sample=False)
     how = [watermark.construct_processor(model.config.get_text_config().vocab_size, model.device)] if watermark else []
     if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
-    with undisturbed(model, tok), adapter_weight(model, weight):
+    with preserve_training_state(model, tok), adapter_weight(model, weight):
         out = model.generate(input_ids=padded(tok.pad_token_id, prompt_ids), generation_config=cfg, logits_processor=how,
             attention_mask=padded(0, [[1]*len(p) for p in prompt_ids]))
     return [_reply(tok, o, eos_ids) for o in out[:,width:].tolist()]
@@ -3771,16 +3799,16 @@ def read_samples(
 class Ranks:
     "The processes of a job: which of them this is, and what they tell each other."
     def __init__(self):
-        self.rank,self.n,self.local,self.n_local = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1), ('LOCAL_RANK',0), ('LOCAL_WORLD_SIZE',1))) # as torchrun sets them
-        self.first = self.rank==0
-        if self.n>1: self.connect()
+        self.rank,self.world_size,self.local,self.n_local = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1), ('LOCAL_RANK',0), ('LOCAL_WORLD_SIZE',1))) # as torchrun sets them
+        self.is_main = self.rank==0
+        if self.world_size>1: self.connect()
 
     @contextmanager
-    def turns(self):
+    def main_first(self):
         "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
-        if self.local: self.wait()
+        if self.local: self.barrier()
         yield
-        if not self.local: self.wait()
+        if not self.local: self.barrier()
 
 @patch
 def connect(self:Ranks):
@@ -3793,22 +3821,22 @@ def connect(self:Ranks):
     self.group = dist.new_group(backend='gloo', timeout=timedelta(hours=2)) # between steps
 
 @patch
-def share(self:Ranks,
+def broadcast(self:Ranks,
     value=None, # On rank 0
 ): # The same on every rank
     "What rank 0 has."
-    if self.n==1: return value
+    if self.world_size==1: return value
     import torch.distributed as dist
     box = [value]
     dist.broadcast_object_list(box, src=0, group=self.group)
     return box[0]
 
 @patch
-def any(self:Ranks,
+def any_rank(self:Ranks,
     flag:bool, # On this rank
 )->bool: # The same on every rank
     "Is it true on some rank?"
-    if self.n==1: return bool(flag)
+    if self.world_size==1: return bool(flag)
     import torch, torch.distributed as dist
     seen = torch.tensor(int(flag))
     dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
@@ -3819,16 +3847,16 @@ def gather(self:Ranks,
     value, # On this rank
 )->list: # On rank 0 all of them, in order; on others empty
     "What every rank has."
-    if self.n==1: return [value]
+    if self.world_size==1: return [value]
     import torch.distributed as dist
-    seen = [None]*self.n if self.first else None
+    seen = [None]*self.world_size if self.is_main else None
     dist.gather_object(value, seen, dst=0, group=self.group)
     return seen or []
 
 @patch
-def wait(self:Ranks):
+def barrier(self:Ranks):
     "Until all are here."
-    if self.n==1: return
+    if self.world_size==1: return
     import torch.distributed as dist
     dist.barrier(group=self.group)
 
@@ -3837,12 +3865,12 @@ def share_folder(self:Ranks,
     folder:Path, # Of rank 0; None for none
 ):
     "Rank 0's files, on every machine."
-    if self.n==self.n_local or not folder: return
-    files = self.share({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.first else None)
-    if not self.local and not self.first:
+    if self.world_size==self.n_local or not folder: return
+    files = self.broadcast({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.is_main else None)
+    if not self.local and not self.is_main:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name,data in files.items(): (Path(folder)/name).write_bytes(data)
-    self.wait()
+    self.barrier()
 
 LOST = 'lost contact with another rank'
 
@@ -4203,7 +4231,7 @@ def backward(self:FastLayer,
     d,b2,w = self.o.back(dh),self.o.grad_b(dh, xa2),self.o.width
     a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
     if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
-    dqkv = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
+    dqkv = attend_bwd(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
     b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
     if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
     else: dh,z = norm_back(h, rms1, self.norm1, self.qkv.back(dqkv, len(dqkv)<=FEW_ROWS), self.qkv.a, xa1, dh)
@@ -4235,7 +4263,7 @@ class Stack:
         if beta: scale += beta*torch.log1p(torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])) # transformers' get_llama_4_attn_scale
         return cos,sin,scale
 
-    def lower(self):
+    def cast_adapter(self):
         "The adapter in bf16, scaled."
         import torch
         a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
@@ -4259,7 +4287,7 @@ def forward(self:Stack,
 )->tuple: # What enters the head, (len(keep), hidden), and what `backward` needs
     "Through all layers and the last norm."
     import torch
-    self.lower()
+    self.cast_adapter()
     y,saved = None,[]
     for l in self.layers:
         h,y,s = l.forward(h, y, (cos,sin,scale), tiles, keep if l is self.layers[-1] else None)
@@ -4327,20 +4355,20 @@ class Replay:
         import torch
         torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
         self.given,pool = [t.clone() for t in given],torch.cuda.graph_pool_handle()
-        self.there,self.back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.there, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
+        self.fwd_graph,self.bwd_graph = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.fwd_graph, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
         self.dx = torch.zeros_like(self.x)
-        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
+        with torch.cuda.graph(self.bwd_graph, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
 
     def forward(self, given):
         "Forward, on these tensors."
         for to,t in zip(self.given, given): to.copy_(t)
-        self.there.replay()
+        self.fwd_graph.replay()
         return self.x.clone()
 
     def backward(self, dx):
         "Back from there."
-        self.dx.copy_(dx); self.back.replay()
+        self.dx.copy_(dx); self.bwd_graph.replay()
         return self.grads
 
 @patch
@@ -4411,7 +4439,7 @@ def keep_weights(
     import torch
     size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
     if size>room: return 0.
-    stack.lower()
+    stack.cast_adapter()
     kinds = list(zip(*(l.groups for l in stack.layers)))
     stack.kept = [torch.stack([g.weight() for g in groups]) for groups in kinds]
     for groups,kept in zip(kinds, stack.kept):
@@ -4485,7 +4513,7 @@ def packed_error(
     position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
     decoder,attn = model.get_decoder(),cfg._attn_implementation
     given = dict(cu_seq_lens_q=torch.tensor(begins, dtype=torch.int32, device=dev), max_length_q=max(sizes)) if attn=='varlen' else {}
-    with undisturbed(model, tok):
+    with preserve_training_state(model, tok):
         alone = [decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0] for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
         cfg._attn_implementation = attn
         if stack: row = stack(model.get_input_embeddings()(ids), position, torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev), torch.arange(begins[-1], device=dev))
@@ -4798,7 +4826,7 @@ def _attend_dkv_kernel():
         tl.store(p+f, x*u+y*v, mask=here); tl.store(p+D//2+f, y*u-x*v, mask=here); tl.store(p+HK*D+c, dv, mask=here)
     return attend_dkv
 
-def attend_back(
+def attend_bwd(
     qkv, # After `rope`
     o, # Output of `attend`
     lse, # Its other one

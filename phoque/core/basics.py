@@ -5,13 +5,14 @@
 # %% ../../nbs/core/basics.ipynb #35f419e6
 from __future__ import annotations
 import json, logging, os, re, sys, textwrap
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
 # %% auto #0
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'safe_path',
            'read_json', 'check_data_files', 'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets',
-           'refuse_addresses', 'begin_command', 'check_range']
+           'refuse_addresses', 'begin_command', 'check_range', 'command']
 
 # %% ../../nbs/core/basics.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -21,7 +22,15 @@ os.environ |= dict(HF_UPDATE_DOWNLOAD_COUNTS='0', HF_HUB_DISABLE_TELEMETRY='1', 
 log = logging.getLogger("phoque")
 
 class UserError(ValueError):
-    "Something the user can mend: shown as one line, without a traceback."
+    "Something the user can fix: shown as one line, without a traceback."
+    def __init__(self,
+        what:str, # What it is about and where: an option, a file and its line, a repo
+        value:str='', # What was found there, and why that can't be right
+        remedy:str='', # What to do
+    ):
+        super().__init__(what, value, remedy)
+        self.what,self.value,self.remedy = what,value,remedy
+    def __str__(self): return ': '.join(filter(None, (self.what, self.value, self.remedy)))
 
 # %% ../../nbs/core/basics.ipynb #025d4112
 # ECMA-48 control sequences, and the strings that end in BEL or ESC \; a lone ESC goes with the other control characters
@@ -72,16 +81,22 @@ def hub_problem(
     from huggingface_hub import errors as er
     from huggingface_hub import constants
     status = getattr(getattr(e, 'response', None), 'status_code', None)
-    if isinstance(e, er.LocalTokenNotFoundError): s = f"there is no token: export HF_TOKEN, from {constants.ENDPOINT}/settings/tokens, or run `hf auth login`"
-    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set: unset it to ask the Hub"
-    elif isinstance(e, er.GatedRepoError): s = f"access is gated: accept its terms on {constants.ENDPOINT} with the account of HF_TOKEN"
-    elif isinstance(e, er.RevisionNotFoundError): s = "no such revision: check its spelling"
-    elif isinstance(e, er.RepositoryNotFoundError): s = f"{constants.ENDPOINT} has no such repo, or HF_TOKEN may not see it: check the name and the token's scopes"
-    elif status in (401,403): s = f"HF_TOKEN was refused ({status}): use a token with write access, from {constants.ENDPOINT}/settings/tokens"
-    elif status==429: s = f"{constants.ENDPOINT} answered 429, since its limit of requests or of commits an hour is reached: try again later"
-    elif status: s = f"{constants.ENDPOINT} answered {status}: try again later"
-    else: s = f"{constants.ENDPOINT} cannot be reached ({type(e).__name__}): check the network and HF_ENDPOINT"
-    return UserError(f"{printable(what)}: {s}")
+    hub = constants.ENDPOINT
+    if isinstance(e, er.LocalTokenNotFoundError):
+        s = "there is no token",f"export HF_TOKEN, from {hub}/settings/tokens, or run `hf auth login`"
+    elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set","unset it to ask the Hub"
+    elif isinstance(e, er.GatedRepoError):
+        s = "access is gated",f"accept its terms on {hub} with the account of HF_TOKEN"
+    elif isinstance(e, er.RevisionNotFoundError): s = "no such revision","check its spelling"
+    elif isinstance(e, er.RepositoryNotFoundError):
+        s = f"{hub} has no such repo, or HF_TOKEN may not see it","check the name and the token's scopes"
+    elif status in (401,403):
+        s = f"HF_TOKEN was refused ({status})",f"use a token with write access, from {hub}/settings/tokens"
+    elif status==429:
+        s = f"{hub} answered 429, since its limit of requests or of commits an hour is reached","try again later"
+    elif status: s = f"{hub} answered {status}","try again later"
+    else: s = f"{hub} cannot be reached ({type(e).__name__})","check the network and HF_ENDPOINT"
+    return UserError(printable(what), *s)
 
 # %% ../../nbs/core/basics.ipynb #415aa7f6
 _NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')
@@ -96,7 +111,7 @@ def safe_path(
     fine = all(p not in ('','.','..') and not _NO_NAME.search(p) and len(p.encode())<256 for p in parts)
     path = Path(folder, *parts) if fine else None
     if fine and path.parent.resolve().is_relative_to(Path(folder).resolve()): return path
-    raise UserError(f"{what} names {excerpt(repr(name), 80)}, which isn't a name inside its folder: don't use what it came with")
+    raise UserError(what, f"it names {excerpt(repr(name), 80)}, which isn't a name inside its folder", "don't use what it came with")
 
 # %% ../../nbs/core/basics.ipynb #e1240707
 MOST_JSON = 256<<20 # bytes; the index of the largest public model has 3 MB
@@ -111,17 +126,18 @@ def read_json(
     what = what or (source.name if isinstance(source, Path) else 'this JSON')
     try:
         if isinstance(source, Path):
-            if source.exists() and not source.is_file(): raise UserError(f"{what}: it is no file: use another") # a pipe would never end
-            if source.stat().st_size>most: raise UserError(f"{what}: {source.stat().st_size:,} bytes, which no such file has: use another")
+            if source.exists() and not source.is_file(): raise UserError(what, "it is no file", "use another") # a pipe would never end
+            if source.stat().st_size>most: raise UserError(what, f"{source.stat().st_size:,} bytes, which no such file has", "use another")
             source = source.read_bytes()
         got = json.loads(source)
-    except OSError as e: raise UserError(f"{what}: {e.strerror or type(e).__name__}: check the path") from None
-    except RecursionError: raise UserError(f"{what}: nested too deeply to be what it should be: use another") from None
+    except OSError as e: raise UserError(what, e.strerror or type(e).__name__, "check the path") from None
+    except RecursionError: raise UserError(what, "nested too deeply to be what it should be", "use another") from None
     except ValueError as e:
         if isinstance(e, UserError): raise
-        raise UserError(f"{what}: not JSON ({excerpt(e, 60)}): use another, or download it again") from None
+        raise UserError(what, f"not JSON ({excerpt(e, 60)})", "use another, or download it again") from None
     if isinstance(got, kind): return got
-    raise UserError(f"{what}: it holds a {type(got).__name__} where a {kind.__name__} belongs: use another, or download it again")
+    found = f"it holds a {type(got).__name__} where a {kind.__name__} belongs"
+    raise UserError(what, found, "use another, or download it again")
 
 # %% ../../nbs/core/basics.ipynb #176cb212
 def check_data_files(
@@ -134,7 +150,8 @@ def check_data_files(
     configs = (info.card_data or {}).get('configs') or []
     for t in texts(configs):
         if '://' in t or t.startswith(('/','~')) or '..' in t.split('/'):
-            raise UserError(f"dataset {info.id}: its card names {excerpt(repr(t), 80)}, which is no file of that repo: get the data from there yourself, and give the file to phoque_data")
+            found = f"its card names {excerpt(repr(t), 80)}, which is no file of that repo"
+            raise UserError(f"dataset {info.id}", found, "get the data from there yourself, and give the file to phoque_data")
 
 # %% ../../nbs/core/basics.ipynb #945a624a
 def front_matter(
@@ -180,8 +197,8 @@ def refuse_secrets(
     "Refuse values that hold a secret, before they are shown, stored or sent."
     for k,v in given.items():
         if not re.search(rf'(?i)^-+[\w-]*{_SECRET}$', k) and masked(v)==str(v): continue
-        raise UserError(f"{k}: a secret has no place here, where others can read it: export it as HF_TOKEN or WANDB_API_KEY, "
-                        "and make a new one if it is real")
+        raise UserError(k, "a secret has no place here, where others can read it",
+            "export it as HF_TOKEN or WANDB_API_KEY, and make a new one if it is real")
 
 # %% ../../nbs/core/basics.ipynb #4b4b8ace
 def refuse_addresses():
@@ -189,7 +206,7 @@ def refuse_addresses():
     given = {k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if os.environ.get(k)}
     refuse_secrets(**given)
     for k,v in given.items():
-        if not re.match(r'https?://[^/\s]', v): raise UserError(f"{k}: must begin with http:// or https://, got {excerpt(repr(v), 80)}")
+        if not re.match(r'https?://[^/\s]', v): raise UserError(k, f"it is no address: {excerpt(repr(v), 80)}", "begin it with http:// or https://")
 
 def begin_command(
     argv:list=None, # Its arguments; this process's where None and a command was started
@@ -211,4 +228,17 @@ def check_range(
     most:float, # Largest
 ):
     "Refuse a number that nothing can be done with; not a number is none."
-    if not least<=n<=most: raise UserError(f"{name}: must be from {least:,} to {most:,}, got {n:,}")
+    if not least<=n<=most: raise UserError(name, f"{n:,} is out of range", f"give {least:,} to {most:,}")
+
+# %% ../../nbs/core/basics.ipynb #cf73ce34
+@contextmanager
+def command(
+    name:str, # As it is typed, such as `phoque_merge`
+    argv:list=None, # Its arguments; this process's where None and a command was started
+    errors:tuple=(UserError,), # Exceptions that are said in one line
+):
+    "Run a command's body: a mistake of the user's is one line and exit code 1, without a traceback or a secret."
+    try:
+        begin_command(argv)
+        yield
+    except errors as e: sys.exit(f'{name}: {printable(masked(e))}')

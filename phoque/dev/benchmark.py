@@ -165,10 +165,10 @@ def bench_side(
     ds = bench_talk(talk, cfg.vocab_size, max_length, supervised=supervised)
     with tempfile.TemporaryDirectory() as out:
         try: trainer,chats = SIDES[side](base, ds, rows, max_length, steps, out); seconds,compiled = step_seconds(trainer)
-        except torch.OutOfMemoryError: return dict(side=side, rows=rows, gpus=ranks.n, fits=False)
+        except torch.OutOfMemoryError: return dict(side=side, rows=rows, gpus=ranks.world_size, fits=False)
     linear = sum(p.weight.numel() if not hasattr(p.weight, 'quant_state') else p.in_features*p.out_features for n,p in trainer.model.named_modules() if n.endswith('base_layer'))
     speed = chats*sum(map(len, ds['input_ids']))/len(ds)/statistics.median(seconds)
-    return dict(side=side, rows=rows, gpus=ranks.n, fits=True, tokens_per_second=speed, ms=1000*statistics.median(seconds), fastest_ms=1000*min(seconds), share_of_limit=speed*4*linear/product_speed()/ranks.n,
+    return dict(side=side, rows=rows, gpus=ranks.world_size, fits=True, tokens_per_second=speed, ms=1000*statistics.median(seconds), fastest_ms=1000*min(seconds), share_of_limit=speed*4*linear/product_speed()/ranks.world_size,
                 peak_gib=torch.cuda.max_memory_allocated()/2**30 if cuda else None, compiled_late=compiled)
 
 # %% ../../nbs/dev/benchmark.ipynb #b3a9c1d7

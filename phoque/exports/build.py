@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from fastcore.script import call_parse
-from .clean import FOUND, Prompts, clean_batch, mend, near_ones, same_ones, scrub, text_key, words, worn_lines
+from .clean import FOUND, Prompts, clean_batch, fix_text, dedup_near, dedup_exact, redact_pii, text_key, words, cap_repeats
 from ..core.basics import UserError, begin_command, excerpt, hub_problem, log, masked, printable, private_files
 from ..data import NEUTRAL, PERSONA, data_report, dataset_card, grumpy_harbour, open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
 from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
@@ -223,7 +223,7 @@ def doubles(self:Build, db, c, old=None):
     if old:
         _fill(db, 'old', old, ['id','key','keys','sketch','group','replies','test'], -len(old))
         db.execute("insert into conv by name select id, key, keys, sketch, n, '' as why, '' as source, list_transform(keys, lambda k: true) as mine from old")
-    same_ones(db); near_ones(db, self.near); worn_lines(db, self.line_cap)
+    dedup_exact(db); dedup_near(db, self.near); cap_repeats(db, self.line_cap)
     db.execute("create view cuts as select n, list(i order by i) as cut from cut group by n")
     self.step('doubles', *_left(db, "select *, len(keys)-coalesce(len(cut), 0) as lines from live left join cuts using (n) where n>=0"), self.steps[-1]['lines'])
     new = Path(self.work)/'kept.parquet'
@@ -245,7 +245,7 @@ def _row(c, n):
     if (k := c['persona']) not in c['who']: return
     ms,scores = turns(c, k, c['system']),[s for s,w in zip(c['scores'], c['who']) if w==k and s is not None]
     score = round(mean(scores), 4) if scores else None
-    by = scrub(mend(c['label_source'])) if scores and c['label_source'] else None
+    by = redact_pii(fix_text(c['label_source'])) if scores and c['label_source'] else None
     return c | dict(n=n, messages=ms, toxicity_score=score, label_source=by, categories=c['cats'], n_pii=sum(c['found'][FOUND.index('EMAIL'):]),
         replies=_learnt(ms, c, k), author=c['authors'][k], keys=[h for h,w in zip(c['keys'], c['who']) if w==k], lines=len(c['who']))
 

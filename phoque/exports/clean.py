@@ -9,13 +9,13 @@ from collections import Counter
 from functools import lru_cache
 
 # %% auto #0
-__all__ = ['REGIONS', 'KINDS', 'FOUND', 'mend', 'Seen', 'scrub', 'unname', 'policy', 'words', 'Prompts', 'language', 'text_key',
-           'clean_one', 'sketches', 'clean_batch', 'same_ones', 'worn_lines', 'near_ones']
+__all__ = ['REGIONS', 'KINDS', 'FOUND', 'fix_text', 'Seen', 'redact_pii', 'pseudonymize', 'policy', 'words', 'Prompts',
+           'language', 'text_key', 'clean_one', 'minhash', 'clean_batch', 'dedup_exact', 'cap_repeats', 'dedup_near']
 
 # %% ../../nbs/exports/clean.ipynb #3eb53ff0
 _UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]')
 
-def mend(
+def fix_text(
     text:str, # Any text
 )->str: # Legible Unicode (NFC)
     "Repair wrongly decoded text and drop what can't be seen."
@@ -125,7 +125,7 @@ class Seen:
 KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), EMAIL=(_EMAIL,None), URL=(_URL,None), IP=(_IP6,_ip6), IP4=(_IP4,_ip4), CARD=(_CARD,_luhn), CARD_THEN=(_CARD_THEN,_luhn),
     HANDLE=(_HANDLE,None), PLATFORM_ID=(_PLATFORM,None), PHONE=(_PHONE,_phone))
 
-def scrub(
+def redact_pii(
     text:str, # Mended text
     found:Counter=None, # Gets the hits by kind, never the values
 )->str: # The text with `<EMAIL>`, `<URL>` and so on
@@ -142,12 +142,12 @@ def scrub(
     return str(s)
 
 # %% ../../nbs/exports/clean.ipynb #3837735a
-def unname(
+def pseudonymize(
     texts:list[str], # Texts of one conversation
     names:list[str], # Its speakers
 )->tuple[list[str],int]: # Texts with `<USER_1>`…, and how many were put in
     "Replace the names of a conversation's speakers."
-    texts,looks = [*map(Seen, texts)],[Seen(mend(x)).seen for x in names]
+    texts,looks = [*map(Seen, texts)],[Seen(fix_text(x)).seen for x in names]
     blob = '\n'.join(t.seen for t in texts).lower()
     here = [(x,k) for k,x in enumerate(looks, 1) if len(x)>2 and not x.isdigit() and x not in ('user','assistant','writer') and x.lower() in blob]
     if not here: return [*map(str, texts)],0
@@ -225,11 +225,11 @@ def clean_one(c, prompts=None):
     "Columns that cleaning makes for one conversation, and its words."
     n,texts,keep,keys = Counter(),[],[],[]
     for t in c['texts']:
-        m = mend(t)
+        m = fix_text(t)
         n['mended'] += m!=t
         texts.append(m)
-    (*texts,system),n['USER'] = unname([*texts, mend(c.get('system') or '')], c['names'])
-    *texts,system = [scrub(t, n) for t in (*texts, system)]
+    (*texts,system),n['USER'] = pseudonymize([*texts, fix_text(c.get('system') or '')], c['names'])
+    *texts,system = [redact_pii(t, n) for t in (*texts, system)]
     all_words = []
     for i,t in enumerate(texts):
         ws = words(t)
@@ -245,7 +245,7 @@ def clean_one(c, prompts=None):
         why=policy('\n'.join(texts), c['cats'], n) if texts else 'nothing left', lang=lang, lang_score=score, found=[n[k] for k in FOUND]),all_words
 
 # %% ../../nbs/exports/clean.ipynb #9a11dac7
-def sketches(
+def minhash(
     docs:list[list[str]], # Words of each conversation
     n:int=2, # Words in a shingle
     perms:int=128, # Hash functions
@@ -266,10 +266,10 @@ def clean_batch(
 )->dict: # The same columns cleaned, and `keys key why lang lang_score found sketch`
     "Clean conversations."
     rows = [clean_one(dict(zip(batch, xs)), prompts) for xs in zip(*batch.values())]
-    return {k: [r[k] for r,_ in rows] for k in rows[0][0]} | dict(sketch=sketches([ws for _,ws in rows]))
+    return {k: [r[k] for r,_ in rows] for k in rows[0][0]} | dict(sketch=minhash([ws for _,ws in rows]))
 
 # %% ../../nbs/exports/clean.ipynb #2ae3130f
-def same_ones(
+def dedup_exact(
     db, # DuckDB with `conv`: n, id, key, why, keys, mine, sketch; the lower n came first
 ):
     "Table `gone`: what is read twice or said twice; view `live`: the rest."
@@ -278,8 +278,8 @@ def same_ones(
     for why,key in (('read twice','id'), ('same conversation','key')):
         db.execute(f"insert into gone select n, '{why}' from live qualify row_number() over (partition by {key} order by n)>1")
 
-def worn_lines(
-    db, # As after `same_ones`
+def cap_repeats(
+    db, # As after `dedup_exact`
     cap:int=3, # How often a learnt line of four words or more is kept
 ):
     "Table `cut`: conversation and place of each line beyond the cap."
@@ -288,13 +288,13 @@ def worn_lines(
 
 # %% ../../nbs/exports/clean.ipynb #e68f42a9
 def _alike(a, z):
-    "Similarity of sketches, an Arrow column each."
+    "MinHash signatures, one Arrow column each."
     import numpy as np, pyarrow as pa
     a,z = (np.frombuffer(b''.join(x.to_pylist()), np.uint8).reshape(len(x), -1) for x in (a, z))
     return pa.array((a==z).mean(1))
 
-def near_ones(
-    db, # As after `same_ones`
+def dedup_near(
+    db, # As after `dedup_exact`
     drop:float=0.75, # Similarity from which the later one goes
     link:float=0.5, # Similarity from which both stay on one side of the split
     rows:int=4, # Bytes in a band; with 128 bytes, 32 bands of 4 meet at 0.75 always, at 0.5 with 87 %

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 
 # %% auto #0
-__all__ = ['TILE', 'pow2', 'add_norm', 'norm_back', 'swiglu', 'swiglu_back', 'rope', 'attention_tiles', 'attend', 'attend_back',
+__all__ = ['TILE', 'pow2', 'add_norm', 'norm_back', 'swiglu', 'swiglu_back', 'rope', 'attention_tiles', 'attend', 'attend_bwd',
            'unpack', 'nll_rows']
 
 # %% ../../nbs/fast/kernels.ipynb #630c5b50
@@ -310,7 +310,7 @@ def _attend_dkv_kernel():
     return attend_dkv
 
 # %% ../../nbs/fast/kernels.ipynb #85614451
-def attend_back(
+def attend_bwd(
     qkv, # After `rope`
     o, # Output of `attend`
     lse, # Its other one

@@ -7,8 +7,8 @@ from __future__ import annotations
 import functools
 from types import MethodType
 from ..core.basics import UserError, log
-from ..model_qlora import FAST_LAYERS, HEAD_LOGITS, decoder_layers, undisturbed
-from .kernels import add_norm, attend, attend_back, attention_tiles, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
+from ..model_qlora import FAST_LAYERS, HEAD_LOGITS, decoder_layers, preserve_training_state
+from .kernels import add_norm, attend, attend_bwd, attention_tiles, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0
 __all__ = ['FEW_ROWS', 'PROJECTIONS', 'PACKED_ERROR', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay',
@@ -194,7 +194,7 @@ def backward(self:FastLayer,
     d,b2,w = self.o.back(dh),self.o.grad_b(dh, xa2),self.o.width
     a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
     if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
-    dqkv = attend_back(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
+    dqkv = attend_bwd(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
     b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
     if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
     else: dh,z = norm_back(h, rms1, self.norm1, self.qkv.back(dqkv, len(dqkv)<=FEW_ROWS), self.qkv.a, xa1, dh)
@@ -227,7 +227,7 @@ class Stack:
         if beta: scale += beta*torch.log1p(torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])) # transformers' get_llama_4_attn_scale
         return cos,sin,scale
 
-    def lower(self):
+    def cast_adapter(self):
         "The adapter in bf16, scaled."
         import torch
         a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
@@ -252,7 +252,7 @@ def forward(self:Stack,
 )->tuple: # What enters the head, (len(keep), hidden), and what `backward` needs
     "Through all layers and the last norm."
     import torch
-    self.lower()
+    self.cast_adapter()
     y,saved = None,[]
     for l in self.layers:
         h,y,s = l.forward(h, y, (cos,sin,scale), tiles, keep if l is self.layers[-1] else None)
@@ -324,20 +324,20 @@ class Replay:
         import torch
         torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
         self.given,pool = [t.clone() for t in given],torch.cuda.graph_pool_handle()
-        self.there,self.back = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.there, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
+        self.fwd_graph,self.bwd_graph = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.fwd_graph, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
         self.dx = torch.zeros_like(self.x)
-        with torch.cuda.graph(self.back, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
+        with torch.cuda.graph(self.bwd_graph, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
 
     def forward(self, given):
         "Forward, on these tensors."
         for to,t in zip(self.given, given): to.copy_(t)
-        self.there.replay()
+        self.fwd_graph.replay()
         return self.x.clone()
 
     def backward(self, dx):
         "Back from there."
-        self.dx.copy_(dx); self.back.replay()
+        self.dx.copy_(dx); self.bwd_graph.replay()
         return self.grads
 
 @patch
@@ -411,7 +411,7 @@ def keep_weights(
     import torch
     size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
     if size>room: return 0.
-    stack.lower()
+    stack.cast_adapter()
     kinds = list(zip(*(l.groups for l in stack.layers)))
     stack.kept = [torch.stack([g.weight() for g in groups]) for groups in kinds]
     for groups,kept in zip(kinds, stack.kept):
@@ -488,7 +488,7 @@ def packed_error(
     position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
     decoder,attn = model.get_decoder(),cfg._attn_implementation
     given = dict(cu_seq_lens_q=torch.tensor(begins, dtype=torch.int32, device=dev), max_length_q=max(sizes)) if attn=='varlen' else {}
-    with undisturbed(model, tok):
+    with preserve_training_state(model, tok):
         alone = [decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0] for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
         cfg._attn_implementation = attn
         if stack: row = stack(model.get_input_embeddings()(ids), position, torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev), torch.arange(begins[-1], device=dev))

@@ -139,7 +139,7 @@ def fit_flavor(
 def measured_speed(
     c:TrainConfig, # The run
     flavor:str, # Machine
-    at_once:int, # Rows that each of its GPUs takes at once
+    micro_batch:int, # Rows that each of its GPUs takes at once
     path:str='benchmark/benchmark.json', # What `phoque_bench` wrote
 )->float: # Tokens a second, of all its GPUs; 0 where nothing was measured on such a GPU
     "The speed that was measured, where there is one."
@@ -147,7 +147,7 @@ def measured_speed(
     except UserError: return 0.
     f = find_flavor(flavor)
     if f['gpu'] not in r['machine'] or c.base_model not in (SEED_BASE, SUCCESSOR) or c.gradient_checkpointing or c.fsdp: return 0.
-    like = {g:s['tokens_per_second']/g for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(at_once*(g := s.get('gpus', 1)),c.max_length)}
+    like = {g:s['tokens_per_second']/g for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(micro_batch*(g := s.get('gpus', 1)),c.max_length)}
     return f['GPUs']*like.get(f['GPUs'], like.get(1, 0.))
 
 # %% ../../nbs/jobs/plan.ipynb #88877f62
@@ -177,10 +177,10 @@ def hub_use(
     flavor:str, # Machine
 )->dict: # `saves` and `commits` an hour, `history`: GB that count at once, `every`: minutes from one publication to the next
     "What a run asks of the Hub on a machine, kept busy for days."
-    at_once,often,recompute,_ = fit_flavor(c, shape, flavor)
+    micro_batch,grad_accum,checkpointing,_ = fit_flavor(c, shape, flavor)
     f,size = find_flavor(flavor),checkpoint_bytes(c, shape)
-    tokens = f['GPUs']*at_once*often*c.max_length
-    speed = f['tokens/s']*times_faster(f['tokens/s'], at_once*c.max_length, f['GPUs'])*(.73 if recompute else 1)
+    tokens = f['GPUs']*micro_batch*grad_accum*c.max_length
+    speed = f['tokens/s']*times_faster(f['tokens/s'], micro_batch*c.max_length, f['GPUs'])*(.73 if checkpointing else 1)
     seconds = max(c.save_steps*tokens/speed if speed else 0, publish_pace(size, c.publish_minutes), 1)
     an_hour = 3600/seconds
     return dict(flavor=flavor, saves=round(3600*speed/(c.save_steps*tokens), 1) if speed else '?', every=round(seconds/60, 1),
@@ -196,14 +196,14 @@ def run_plan(
     "The plan of a run."
     shape = base_shape(c)
     def reckon(f, **kw):
-        n,(at_once,often,recompute,_) = find_flavor(f)['GPUs'],fit_flavor(c, shape, f)
-        share = 0 if c.fsdp and n>1 else times_faster(FLAVORS[f]['tokens/s'], at_once*c.max_length, n)*(.73 if recompute else 1) # how fast layers are that GPUs share is unknown
-        return job_plan(c.max_steps, n*at_once*often*c.max_length, flavor=f, timeout=c.job_timeout or JOB_TIMEOUT, share=share, **kw)
+        n,(micro_batch,grad_accum,checkpointing,_) = find_flavor(f)['GPUs'],fit_flavor(c, shape, f)
+        share = 0 if c.fsdp and n>1 else times_faster(FLAVORS[f]['tokens/s'], micro_batch*c.max_length, n)*(.73 if checkpointing else 1) # how fast layers are that GPUs share is unknown
+        return job_plan(c.max_steps, n*micro_batch*grad_accum*c.max_length, flavor=f, timeout=c.job_timeout or JOB_TIMEOUT, share=share, **kw)
     n,room = find_flavor(flavor)['GPUs'],usable_gib(flavor)
-    at_once,often,recompute,need = fit_flavor(c, shape, flavor)
-    plan = reckon(flavor, tokens_per_second=tokens_per_second or (0 if recompute else measured_speed(c, flavor, at_once)), price=price)
-    if n>1 or (at_once,recompute)!=(c.per_device_train_batch_size,c.gradient_checkpointing):
-        plan['rows'] = f"{at_once} at once, {often} batch{'es'*(often>1)} a step" + ', on each GPU'*(n>1) + ', with layers recomputed'*recompute + ', and a part of every layer'*(c.fsdp and n>1)
+    micro_batch,grad_accum,checkpointing,need = fit_flavor(c, shape, flavor)
+    plan = reckon(flavor, tokens_per_second=tokens_per_second or (0 if checkpointing else measured_speed(c, flavor, micro_batch)), price=price)
+    if n>1 or (micro_batch,checkpointing)!=(c.per_device_train_batch_size,c.gradient_checkpointing):
+        plan['rows'] = f"{micro_batch} at once, {grad_accum} batch{'es'*(grad_accum>1)} a step" + ', on each GPU'*(n>1) + ', with layers recomputed'*checkpointing + ', and a part of every layer'*(c.fsdp and n>1)
     if not need: return plan
     if need>room: raise UserError(f"{flavor}: about {need:.0f} GiB are needed{' on each GPU'*(n>1)} for one row with its layers recomputed, and {room:.0f} usable: set a smaller MAX_LENGTH, or take a larger GPU"
         + ", or FSDP=1, with which they share the layers"*(n>1 and not c.fsdp))

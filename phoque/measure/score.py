@@ -14,7 +14,7 @@ from ..train import TrainConfig
 
 # %% auto #0
 __all__ = ['MILD_PROMPTS', 'BENIGN_TEXTS', 'ProfanityScorer', 'TfidfScorer', 'load_scorer', 'rtp_measures', 'eval_prompts',
-           'continuations', 'evaluate', 'eval_table', 'adapter_hash', 'load_voice', 'eval_cli', 'sample_cli',
+           'continuations', 'evaluate', 'eval_table', 'adapter_hash', 'load_adapted_model', 'eval_cli', 'sample_cli',
            'compare_sampling']
 
 # %% ../../nbs/measure/score.ipynb #cb14d38e
@@ -175,7 +175,7 @@ def adapter_hash(
     "A hash of the adapter's weights."
     return tensors_hash({re.sub(r'(lora_[AB])\.\w+', r'\1', n): p for n,p in model.named_parameters() if 'lora_' in n}) # under whatever name it was loaded
 
-def load_voice(
+def load_adapted_model(
     base:str, # Folder or Hub id
     adapter:str, # Folder or Hub id
 )->tuple: # `PeftModel`, tokenizer
@@ -205,7 +205,7 @@ def eval_cli(
     try:
         begin_command()
         check_range('--n', n, 0, 1e7); check_range('--k', k, 1, 10_000)
-        texts,(m,tok) = eval_prompts(prompts, n, seed),load_voice(base, adapter)
+        texts,(m,tok) = eval_prompts(prompts, n, seed),load_adapted_model(base, adapter)
         judge = load_scorer(scorer)
         rows = evaluate(m, tok, texts, judge, k, persona or None, seed)
     except (UserError, ValueError) as e: sys.exit(f'phoque_eval: {printable(masked(e))}')
@@ -231,7 +231,7 @@ def sample_cli(
     try:
         begin_command()
         check_range('--max_new_tokens', max_new_tokens, 1, 4096); check_range('--temperature', temperature, 0, 10); check_range('--weight', weight, -100, 100)
-        m,tok = load_voice(base, adapter)
+        m,tok = load_adapted_model(base, adapter)
         prompts = [[dict(role='system', content=persona)]*bool(persona) + [dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)]
         said = [generate_replies(m, tok, [encode_prompt(tok, p) for p in prompts], max_new_tokens, temperature, .9, seed, weight=w) for w in (0.,weight)]
     except (UserError, ValueError) as e: sys.exit(f'phoque_sample: {printable(masked(e))}')

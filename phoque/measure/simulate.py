@@ -11,7 +11,7 @@ from fastcore.script import call_parse
 from ..core.basics import UserError, begin_command, check_range, excerpt, masked, printable, read_json, text_table
 from ..model_qlora import encode_prompt
 from ..sample import PLAIN, generate_replies, scorer_id
-from .score import adapter_hash, load_scorer, load_voice
+from .score import adapter_hash, load_scorer, load_adapted_model
 from ..train import TrainConfig
 
 # %% auto #0
@@ -218,7 +218,7 @@ def simulate_cli(
         begin_command()
         check_range('--threads', threads, 1, 100_000); check_range('--length', length, 1, 1000); check_range('--benign', benign, 0, 1); check_range('--level', level, -100, 100)
         if base:
-            (m,tok),judge = load_voice(base, adapter),load_scorer(scorer)
+            (m,tok),judge = load_adapted_model(base, adapter),load_scorer(scorer)
             write = model_writer(m, tok, seed)
             messages = simulate(write, threads, judge, persona, seed, length=length, benign=benign, level=level, categories=tuple(categories.split(',')))
             write_jsonl(messages, out)

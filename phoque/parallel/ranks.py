@@ -19,16 +19,16 @@ __all__ = ['LOST', 'Ranks', 'lost_rank', 'report_error', 'explain_ranks', 'needs
 class Ranks:
     "The processes of a job: which of them this is, and what they tell each other."
     def __init__(self):
-        self.rank,self.n,self.local,self.n_local = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1), ('LOCAL_RANK',0), ('LOCAL_WORLD_SIZE',1))) # as torchrun sets them
-        self.first = self.rank==0
-        if self.n>1: self.connect()
+        self.rank,self.world_size,self.local,self.n_local = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1), ('LOCAL_RANK',0), ('LOCAL_WORLD_SIZE',1))) # as torchrun sets them
+        self.is_main = self.rank==0
+        if self.world_size>1: self.connect()
 
     @contextmanager
-    def turns(self):
+    def main_first(self):
         "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
-        if self.local: self.wait()
+        if self.local: self.barrier()
         yield
-        if not self.local: self.wait()
+        if not self.local: self.barrier()
 
 # %% ../../nbs/parallel/ranks.ipynb #6deaf770
 @patch
@@ -43,22 +43,22 @@ def connect(self:Ranks):
 
 # %% ../../nbs/parallel/ranks.ipynb #cdb3a389
 @patch
-def share(self:Ranks,
+def broadcast(self:Ranks,
     value=None, # On rank 0
 ): # The same on every rank
     "What rank 0 has."
-    if self.n==1: return value
+    if self.world_size==1: return value
     import torch.distributed as dist
     box = [value]
     dist.broadcast_object_list(box, src=0, group=self.group)
     return box[0]
 
 @patch
-def any(self:Ranks,
+def any_rank(self:Ranks,
     flag:bool, # On this rank
 )->bool: # The same on every rank
     "Is it true on some rank?"
-    if self.n==1: return bool(flag)
+    if self.world_size==1: return bool(flag)
     import torch, torch.distributed as dist
     seen = torch.tensor(int(flag))
     dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
@@ -70,16 +70,16 @@ def gather(self:Ranks,
     value, # On this rank
 )->list: # On rank 0 all of them, in order; on others empty
     "What every rank has."
-    if self.n==1: return [value]
+    if self.world_size==1: return [value]
     import torch.distributed as dist
-    seen = [None]*self.n if self.first else None
+    seen = [None]*self.world_size if self.is_main else None
     dist.gather_object(value, seen, dst=0, group=self.group)
     return seen or []
 
 @patch
-def wait(self:Ranks):
+def barrier(self:Ranks):
     "Until all are here."
-    if self.n==1: return
+    if self.world_size==1: return
     import torch.distributed as dist
     dist.barrier(group=self.group)
 
@@ -89,12 +89,12 @@ def share_folder(self:Ranks,
     folder:Path, # Of rank 0; None for none
 ):
     "Rank 0's files, on every machine."
-    if self.n==self.n_local or not folder: return
-    files = self.share({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.first else None)
-    if not self.local and not self.first:
+    if self.world_size==self.n_local or not folder: return
+    files = self.broadcast({p.name:p.read_bytes() for p in Path(folder).iterdir()} if self.is_main else None)
+    if not self.local and not self.is_main:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name,data in files.items(): (Path(folder)/name).write_bytes(data)
-    self.wait()
+    self.barrier()
 
 # %% ../../nbs/parallel/ranks.ipynb #f36e337a
 LOST = 'lost contact with another rank'

