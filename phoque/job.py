@@ -778,7 +778,7 @@ def explain_error(
         rows = f"PER_DEVICE_TRAIN_BATCH_SIZE below {cfg.per_device_train_batch_size} with GRADIENT_ACCUMULATION_STEPS raised as much"
         return UserError(f"out of GPU memory: {first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
-        if any(w in said for w in ('File too large','os error 27')): return UserError("a file may not get that large here: raise `ulimit -f`")
+        if any(w in said for w in ('File too large','os error 27')): return UserError("a file has reached the size limit of this process: raise ulimit -f")
         where = dict(OUTPUT_DIR=Path(cfg.output_dir).resolve(), HF_HOME=Path(constants.HF_HOME).resolve())
         free = {k: shutil.disk_usage(next(d for d in (p, *p.parents) if d.is_dir())).free for k,p in where.items()}
         full = min(free, key=free.get)

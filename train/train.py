@@ -878,7 +878,7 @@ def explain_error(
         rows = f"PER_DEVICE_TRAIN_BATCH_SIZE below {cfg.per_device_train_batch_size} with GRADIENT_ACCUMULATION_STEPS raised as much"
         return UserError(f"out of GPU memory: {first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
-        if any(w in said for w in ('File too large','os error 27')): return UserError("a file may not get that large here: raise `ulimit -f`")
+        if any(w in said for w in ('File too large','os error 27')): return UserError("a file has reached the size limit of this process: raise ulimit -f")
         where = dict(OUTPUT_DIR=Path(cfg.output_dir).resolve(), HF_HOME=Path(constants.HF_HOME).resolve())
         free = {k: shutil.disk_usage(next(d for d in (p, *p.parents) if d.is_dir())).free for k,p in where.items()}
         full = min(free, key=free.get)
@@ -1232,10 +1232,15 @@ def _model_info(repo):
     except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
 
 def _model_config(path, revision=None):
-    from transformers import PreTrainedConfig
-    what = f"base model {str(path)!r}"
-    if Path(path).is_dir(): return check_model_config(read_json(Path(path)/'config.json', what=f"{what}: its config.json"), what)
-    with reading(f"{what}: its config.json", 'choose a causal language model'): return check_model_config(PreTrainedConfig.get_config_dict(path, revision=revision)[0], what)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from httpx2 import HTTPError
+    what,file = f"base model {str(path)!r}",Path(path)/'config.json'
+    if not Path(path).is_dir():
+        try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
+        except RemoteEntryNotFoundError: raise UserError(f"{what}: it has no config.json: choose a causal language model") from None
+        except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
+    return check_model_config(read_json(file, what=f"{what}: its config.json"), what)
 
 def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
 
