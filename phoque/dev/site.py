@@ -17,13 +17,12 @@ from fastcore.script import call_parse
 from fastcore.xtras import modified_env
 
 # %% auto #0
-__all__ = ['SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL', 'SEARCH', 'UNFETCHED',
-           'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'run_notebook', 'notebooks',
-           'run_notebooks', 'test_notebook', 'write_readme', 'export_project', 'write_generated', 'check_generated',
-           'api_entry', 'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site',
-           'in_browser', 'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands',
-           'check_commands', 'module_names', 'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests',
-           'docs_cli']
+__all__ = ['SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL', 'UNFETCHED', 'FETCHING',
+           'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'run_notebook', 'notebooks', 'run_notebooks',
+           'test_notebook', 'write_readme', 'export_project', 'write_generated', 'check_generated', 'api_entry',
+           'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser',
+           'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
+           'module_names', 'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -130,10 +129,8 @@ def test_notebook(
     return _in_process(_TEST, fn, flags, root, cwd=root, timeout=timeout)
 
 # %% ../../nbs/dev/site.ipynb #51fbdc1d
-def _output_text(
-    o, # An output of a cell of the index
-)->str: # Markdown
-    "An output as GitHub shows it."
+def _output_text(o)->str: # Markdown
+    "An output of the index as GitHub shows it."
     data = o.get('data', {})
     if any(k.startswith('image/') for k in data):
         raise ValueError("The index has a picture as a cell's output: save it in images/ and show it with ![]().")
@@ -256,7 +253,7 @@ def _one_each(
         cells += [mk_cell('\n'.join(head*(a>0) + lines[a:b])) for a,b in cuts] if starts else [c]
     nb.cells = cells
 
-# %% ../../nbs/dev/site.ipynb #5872a17a
+# %% ../../nbs/dev/site.ipynb #18ab1fdd
 MANY = 6 # Arguments named beside a function; the rest are in its table
 
 def _as_code(text): return f"<code>{re.sub(r'[^a-zA-Z0-9 .,:=()]', lambda m: f'&#{ord(m[0])};', text)}</code>"
@@ -272,7 +269,7 @@ def _parameter_table(
     lines = [f"| {_as_code(p)} | {' '.join((said or '').split()).replace('|', chr(92)+'|')} |" for p,said in rows]
     return '\n'.join(['| parameter | meaning |', '|---|---|', *lines])
 
-# %% ../../nbs/dev/site.ipynb #cd729cf4
+# %% ../../nbs/dev/site.ipynb #a506c440
 def api_entry(
     sym, # A function or class
     name:str|None=None, # Its name on the page; its own where None
@@ -295,7 +292,7 @@ def api_entry(
     head = f"{'#'*title_level} {r.nm}\n\n{_as_code('('+', '.join(args)+')')}{link}"
     return Markdown(f'::: {{.api}}\n\n{head}\n\n{fold if table or rest else first}\n\n:::')
 
-# %% ../../nbs/dev/site.ipynb #be7f383f
+# %% ../../nbs/dev/site.ipynb #f5bb9398
 LONG,ROWS = 20,12 # Lines of an output and rows of a table that a page shows unfolded
 
 def _fold(text, line): return f'<details>\n<summary>{line}</summary>\n\n{text}\n\n</details>'
@@ -314,7 +311,8 @@ def _fold_long(
         for o in c.get('outputs', []):
             data = o.get('data', {})
             text = ''.join(o.get('text') or data.get('text/plain') or '').rstrip()
-            if 'text/markdown' in data: data['text/markdown'] = [_fold_tables(''.join(data['text/markdown']))]
+            said = ''.join(data.get('text/markdown') or '')
+            if said and not said.startswith('::: {.api}'): data['text/markdown'] = [_fold_tables(said)]
             elif data.keys() <= {'text/plain'} and text.count('\n') >= LONG:
                 folded = _fold(f'<pre><code>{escape(text)}</code></pre>', f'{len(text.splitlines())} lines')
                 o.update(output_type='display_data', data={'text/html': folded})
@@ -327,9 +325,11 @@ def _relink(
     up:str='', # From the page's folder to the site's, such as `../`
 )->str:
     "Links as the site needs them: relative, to pages under their own names."
-    text = re.sub(r'^```.*?^```', lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', m[0]), text, flags=re.M|re.S)
+    unlinked = lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', m[0])
+    text = re.sub(r'^```.*?^```', unlinked, text, flags=re.M|re.S)
     text = re.sub(r'\[(`_[^`]+`)\]\([^)]+\)', r'\1', text)
-    text = re.sub(r'^output-file: .*\n', '', text, flags=re.M).replace(f']({base}', f']({up}').replace(f'="{base}', f'="{up}')
+    text = re.sub(r'^output-file: .*\n', '', text, flags=re.M)
+    text = text.replace(f']({base}', f']({up}').replace(f'="{base}', f'="{up}')
     old = '|'.join(map(re.escape, names)) or '$^'
     return re.sub(rf'(\]\((?:[\w.]+/)*)({old})', lambda m: m[1]+names[m[2]], text)
 
@@ -350,6 +350,7 @@ def _processed(cfg)->Path:
             write_nb(nb, fn)
         return proc_nbs(stage, force=True)
 
+# %% ../../nbs/dev/site.ipynb #bf19c7b2
 def _site_pages(cfg)->tuple[Path,dict]: # Their folder, {page: notebook it comes from}
     "The processed notebooks under the names that their pages will have, with long outputs folded."
     from execnb.nbio import read_nb, write_nb
@@ -371,21 +372,22 @@ def _site_pages(cfg)->tuple[Path,dict]: # Their folder, {page: notebook it comes
     paths = [p.relative_to(cache) for p in pages]
     return cache,{p.with_name(names[p.name]).as_posix():p.as_posix() for p in paths}
 
-# %% ../../nbs/dev/site.ipynb #7c123315
+# %% ../../nbs/dev/site.ipynb #5e1cb7af
 TALL = 10_000 # Pixels that no page should pass by much
-PAGE = 7500 # Pixels of a page that are shown unfolded, on a screen 1,400 wide
+PAGE = 8000 # Pixels of a page that are shown unfolded, on a screen 1,400 wide
 
 def _height(
     page:str, # HTML
-)->int: # Pixels, within a fifth
+)->int: # Pixels, within a tenth as a rule
     "How tall a piece of a page will be."
     page = re.sub(r'<details>.*?</details>', '<p>folded</p>', page, flags=re.S)
     blocks = re.findall(r'<pre.*?</pre>', page, flags=re.S)
     text = re.sub(r'<[^>]+>', '', re.sub(r'<pre.*?</pre>', '', page, flags=re.S))
     lines = sum(b.count('\n')+1 for b in blocks)
     tall = len(re.findall(r'<(?:p|li|tr|h\d)\b', page))
-    return lines*17 + len(blocks)*44 + tall*22 + len(text)//5 + page.count('<img')*450
+    return lines*17 + len(blocks)*44 + tall*36 + len(text)//6 + page.count('<img')*450
 
+# %% ../../nbs/dev/site.ipynb #d94456c4
 def close_chapters(
     page:str, # HTML
     most:int=PAGE, # Pixels shown unfolded
@@ -398,49 +400,34 @@ def close_chapters(
     if not chapters or _height(page) <= most: return page
     out,at,used = [],0,_height(page[page.find('<main'):chapters[0][0]])
     for a,b in chapters:
-        head = page[a:b].index('</h2>')+5
+        text = a+page[a:b].index('</h2>')+len('</h2>')
         used += _height(page[a:b])
         opened = ' open' if used <= most else ''
-        out += [page[at:a], f'<details class="chapter"{opened}><summary>{page[a:a+head]}</summary>', page[a+head:b], '</details>']
+        summary = f'<details class="chapter"{opened}><summary>{page[a:text]}</summary>'
+        out += [page[at:a], summary, page[text:b], '</details>']
         at = b
     return ''.join(out)+page[at:]
 
-# %% ../../nbs/dev/site.ipynb #cd6e85b1
+# %% ../../nbs/dev/site.ipynb #a5cfc15f
 INTERNAL = ('testing/', 'dev/') # Folders of what only a developer of the project needs: last in search
 
-SEARCH = """
-window.Fuse = class extends window.Fuse {
-  constructor(entries, options) { super(entries, options); this.entries = entries }
-  search(query, options) {
-    const q = query.toLowerCase(), words = q.split(/\\s+/), hits = []
-    for (const item of this.entries) {
-      const name = (item.section || item.title).toLowerCase()
-      const text = `${item.title} ${item.section} ${item.text}`.toLowerCase()
-      if (!words.every(w => text.includes(w))) continue
-      const named = words.every(w => `${item.title} ${item.section}`.toLowerCase().includes(w))
-      hits.push({ item, rank: name === q && item.kind < 2 ? -1 : 2 * item.kind + !named })
-    }
-    return hits.length ? hits.sort((a, b) => a.rank - b.rank).slice(0, options.limit) : super.search(query, options)
-  }
-}
-"""
-
-# %% ../../nbs/dev/site.ipynb #7e7b7b0b
 def rank_search(
     site:Path, # The folder of the built site
 ):
     "Put each entry's kind into the search index: 0 page or chapter, 1 function, 2 internal; pages come first."
-    index,fuse = site/'search.json',site/'site_libs'/'fuse'/'fuse.min.js'
+    index = site/'search.json'
     pages = {p.relative_to(site).as_posix():p.read_text() for p in site.rglob('*.html')}
     apis = {name:set(re.findall(r'<div class="api">\s*<h\d id="([^"]+)"', page)) for name,page in pages.items()}
     entries = json.loads(index.read_text())
+    first = {e['href'].partition('#')[0]:e for e in reversed(entries)}
+    bare = dict(section='', text='') # the entry of a page that starts with a chapter: smalldocs makes none
+    entries += [e | bare | dict(objectID=name, href=name) for name,e in first.items() if e['href']!=name]
     for e in entries:
         name,_,place = e['href'].partition('#')
         e['kind'] = 2 if name.startswith(INTERNAL) else int(place in apis[name])
         said = re.search(r'<meta name="description" content="([^"]*)"', pages[name])
         if said and not place: e['text'] = f"{unescape(said[1])}. {e['text']}"
     index.write_text(json.dumps(sorted(entries, key=lambda e: '#' in e['href']), ensure_ascii=False))
-    fuse.write_text(fuse.read_text()+SEARCH)
 
 # %% ../../nbs/dev/site.ipynb #535acbeb
 # `rel` of a link that no browser follows by itself
@@ -468,7 +455,7 @@ class _Page(HTMLParser):
         if self._in=='style': self.fetched += _css_urls(data)
     def handle_endtag(self, tag): self._in = ''
 
-# %% ../../nbs/dev/site.ipynb #0a176d94
+# %% ../../nbs/dev/site.ipynb #578e2b61
 def _fetched(
     tag:str, # Name of an HTML element
     d:dict, # Its attributes
@@ -482,15 +469,12 @@ def _fetched(
     return found + ((d.get('content') or '').lower().split('url=')[1:] if refresh else [])
 
 # %% ../../nbs/dev/site.ipynb #c8d554a3
-def _page_faults(
-    page:_Page, # As read
-    text:str, # Its HTML
-)->list[str]: # What is wrong
+def _page_faults(page:_Page, text:str)->list[str]:
     "What is wrong in a page by itself."
     bad = [] if page.title else ['no title']
     bad += [f'it fetches {u}' for u in dict.fromkeys(page.fetched) if _remote(u)]
     if 'cell-output-error' in text: bad.append('a saved output is an error')
-    if page.blind: bad.append(f'{page.blind} picture(s) without a text: give the cell `#| fig-alt:`, or write ![text](file)')
+    if page.blind: bad.append(f'{page.blind} picture(s) without a text: use `#| fig-alt:` or ![text](file)')
     return bad
 
 def _link_fault(
@@ -508,7 +492,7 @@ def _link_fault(
     if not to.exists(): return f'nothing at {link}'
     if u.fragment and to in pages and unquote(u.fragment) not in pages[to].ids: return f'no place {link}'
 
-# %% ../../nbs/dev/site.ipynb #1aaede7a
+# %% ../../nbs/dev/site.ipynb #b53da1c6
 def check_site(
     site:str|Path, # The folder of the built site
 )->list[str]: # One line a problem; none is good
@@ -522,7 +506,7 @@ def check_site(
         bad += [(p, f'it fetches {u}') for u in dict.fromkeys(_css_urls(p.read_text())) if _remote(u)]
     return [f'{p.relative_to(site)}: {o}' for p,o in bad if o] or ([] if pages else [f'{site.name}: no pages'])
 
-# %% ../../nbs/dev/site.ipynb #2135345b
+# %% ../../nbs/dev/site.ipynb #c3329f2c
 # A theme's `@import` of a font from another site
 _IMPORT = re.compile(r'@import\s+(?:url\(\s*)?["\']?(?:https?:)?//[^)"\']*["\']?\)?[^;{}]*;?')
 
@@ -531,17 +515,20 @@ def _finish(
     cfg, # nbdev's settings
     origins:dict, # {page: notebook it comes from}
 ):
-    "Fold long pages, mend addresses, rank search and keep fonts local."
+    "Fold long pages, correct addresses, rank search and keep fonts local."
     for f in site.rglob('*.css'): f.write_text(_IMPORT.sub('', f.read_text())) # a system's own fonts take their place
+    folder = f'/{cfg.branch}/{cfg.nbs_path.name}/'
     for p in site.rglob('*.html'):
         made = p.relative_to(site).with_suffix('.ipynb').as_posix()
-        folder = f'/{cfg.branch}/{cfg.nbs_path.name}/'
-        text = close_chapters(p.read_text()).replace(f'{folder}{made}"', f'{folder}{origins.get(made, made)}"')
-        p.write_text(text)
+        text = p.read_text().replace(f'{folder}{made}"', f'{folder}{origins.get(made, made)}"')
+        p.write_text(close_chapters(text))
     if (lost := site/'404.html').exists():
         lost.write_text(lost.read_text().replace('<head>', f'<head><base href="{cfg.doc_baseurl.rstrip("/")}/">', 1))
+    script = site/'site_libs'/'smalldocs.js'
+    script.write_text(script.read_text() + (cfg.nbs_path/'site.js').read_text())
     rank_search(site)
 
+# %% ../../nbs/dev/site.ipynb #1a69895b
 def build_site(
     path:str|Path='.', # A folder of the project
     strict:bool=True, # Raise when smalldocs warns or a page has a fault; otherwise print it
@@ -561,7 +548,7 @@ def build_site(
     for o in bad: print(o)
     return dest
 
-# %% ../../nbs/dev/site.ipynb #f89e5583
+# %% ../../nbs/dev/site.ipynb #6c00a882
 def find_chromium()->str|None:
     "The Chromium or Chrome of this machine."
     return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -582,7 +569,7 @@ def serve_site(
         server.shutdown()
         server.server_close()
 
-# %% ../../nbs/dev/site.ipynb #bd317a2d
+# %% ../../nbs/dev/site.ipynb #75e74fb3
 def in_browser(
     do:Callable, # Gets a page of Playwright; relative addresses are the site's
     site:str|Path, # The folder of the built site
@@ -599,7 +586,7 @@ def in_browser(
             return do(browser.new_page(base_url=url, viewport=dict(width=width, height=1000), color_scheme=scheme))
     with ThreadPoolExecutor(1) as pool: return pool.submit(run).result() # a notebook's own thread has a loop
 
-# %% ../../nbs/dev/site.ipynb #f6b13e01
+# %% ../../nbs/dev/site.ipynb #4bcfcff0
 def page_sizes(
     site:str|Path, # The folder of the built site
     width:int=1400, # Of the window, in pixels
@@ -617,6 +604,7 @@ def page_sizes(
         return rows
     return in_browser(measure, site, width)
 
+# %% ../../nbs/dev/site.ipynb #639cc7ed
 def search_site(
     site:str|Path, # The folder of the built site
     query:str, # Typed into the search box
@@ -658,6 +646,7 @@ def page_texts(
     prose = lambda fn: '\n\n'.join(c.source for c in read_nb(fn).cells if c.cell_type=='markdown')
     return {fn.name:prose(fn) for fn in notebooks(path=path)}
 
+# %% ../../nbs/dev/site.ipynb #eccd4883
 _HELP = '''import sys
 from importlib import import_module
 mod,func = sys.argv.pop(1).split(':')
@@ -677,7 +666,7 @@ def command_help(
         return p.stdout+p.stderr
     return {k:ask(v) for k,v in (l.split('=', 1) for l in lines)}
 
-# %% ../../nbs/dev/site.ipynb #0e2776d9
+# %% ../../nbs/dev/site.ipynb #d1b19e5e
 def shown_commands(
     text:str, # Markdown
 )->list[tuple[str,str]]: # Commands and what follows them
@@ -808,7 +797,7 @@ def run_tests(
     print(f'{len(results)-failed} passed, {failed} failed')
     return failed
 
-# %% ../../nbs/dev/site.ipynb #1db8f0f6
+# %% ../../nbs/dev/site.ipynb #b9cbdc2f
 def _show_pages():
     "Take the pictures, and name the pages that are tall."
     with project() as cfg: site = cfg.config_path/cfg.doc_path
@@ -816,6 +805,7 @@ def _show_pages():
         if row['height'] > TALL: print(f"{row['page']}: {row['height']:,} pixels")
     print(f'{len(screenshots(site))} pictures')
 
+# %% ../../nbs/dev/site.ipynb #1db8f0f6
 @call_parse
 def docs_cli(
     outputs:bool=False, # Run notebooks and keep their outputs
