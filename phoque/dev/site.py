@@ -253,7 +253,7 @@ def _one_each(
         cells += [mk_cell('\n'.join(head*(a>0) + lines[a:b])) for a,b in cuts] if starts else [c]
     nb.cells = cells
 
-# %% ../../nbs/dev/site.ipynb #18ab1fdd
+# %% ../../nbs/dev/site.ipynb #cac43290
 MANY = 6 # Arguments named beside a function; the rest are in its table
 
 def _as_code(text): return f"<code>{re.sub(r'[^a-zA-Z0-9 .,:=()]', lambda m: f'&#{ord(m[0])};', text)}</code>"
@@ -269,7 +269,7 @@ def _parameter_table(
     lines = [f"| {_as_code(p)} | {' '.join((said or '').split()).replace('|', chr(92)+'|')} |" for p,said in rows]
     return '\n'.join(['| parameter | meaning |', '|---|---|', *lines])
 
-# %% ../../nbs/dev/site.ipynb #a506c440
+# %% ../../nbs/dev/site.ipynb #86d91a5a
 def api_entry(
     sym, # A function or class
     name:str|None=None, # Its name on the page; its own where None
@@ -292,7 +292,7 @@ def api_entry(
     head = f"{'#'*title_level} {r.nm}\n\n{_as_code('('+', '.join(args)+')')}{link}"
     return Markdown(f'::: {{.api}}\n\n{head}\n\n{fold if table or rest else first}\n\n:::')
 
-# %% ../../nbs/dev/site.ipynb #f5bb9398
+# %% ../../nbs/dev/site.ipynb #d47ec5c9
 LONG,ROWS = 20,12 # Lines of an output and rows of a table that a page shows unfolded
 
 def _fold(text, line): return f'<details>\n<summary>{line}</summary>\n\n{text}\n\n</details>'
@@ -350,7 +350,7 @@ def _processed(cfg)->Path:
             write_nb(nb, fn)
         return proc_nbs(stage, force=True)
 
-# %% ../../nbs/dev/site.ipynb #bf19c7b2
+# %% ../../nbs/dev/site.ipynb #6fe12fd7
 def _site_pages(cfg)->tuple[Path,dict]: # Their folder, {page: notebook it comes from}
     "The processed notebooks under the names that their pages will have, with long outputs folded."
     from execnb.nbio import read_nb, write_nb
@@ -372,7 +372,7 @@ def _site_pages(cfg)->tuple[Path,dict]: # Their folder, {page: notebook it comes
     paths = [p.relative_to(cache) for p in pages]
     return cache,{p.with_name(names[p.name]).as_posix():p.as_posix() for p in paths}
 
-# %% ../../nbs/dev/site.ipynb #5e1cb7af
+# %% ../../nbs/dev/site.ipynb #99b230d1
 TALL = 10_000 # Pixels that no page should pass by much
 PAGE = 8000 # Pixels of a page that are shown unfolded, on a screen 1,400 wide
 
@@ -387,7 +387,7 @@ def _height(
     tall = len(re.findall(r'<(?:p|li|tr|h\d)\b', page))
     return lines*17 + len(blocks)*44 + tall*36 + len(text)//6 + page.count('<img')*450
 
-# %% ../../nbs/dev/site.ipynb #d94456c4
+# %% ../../nbs/dev/site.ipynb #980d116f
 def close_chapters(
     page:str, # HTML
     most:int=PAGE, # Pixels shown unfolded
@@ -408,7 +408,7 @@ def close_chapters(
         at = b
     return ''.join(out)+page[at:]
 
-# %% ../../nbs/dev/site.ipynb #a5cfc15f
+# %% ../../nbs/dev/site.ipynb #19b89933
 INTERNAL = ('testing/', 'dev/') # Folders of what only a developer of the project needs: last in search
 
 def rank_search(
@@ -455,7 +455,7 @@ class _Page(HTMLParser):
         if self._in=='style': self.fetched += _css_urls(data)
     def handle_endtag(self, tag): self._in = ''
 
-# %% ../../nbs/dev/site.ipynb #578e2b61
+# %% ../../nbs/dev/site.ipynb #3db578aa
 def _fetched(
     tag:str, # Name of an HTML element
     d:dict, # Its attributes
@@ -492,7 +492,7 @@ def _link_fault(
     if not to.exists(): return f'nothing at {link}'
     if u.fragment and to in pages and unquote(u.fragment) not in pages[to].ids: return f'no place {link}'
 
-# %% ../../nbs/dev/site.ipynb #b53da1c6
+# %% ../../nbs/dev/site.ipynb #292c1d4d
 def check_site(
     site:str|Path, # The folder of the built site
 )->list[str]: # One line a problem; none is good
@@ -506,7 +506,7 @@ def check_site(
         bad += [(p, f'it fetches {u}') for u in dict.fromkeys(_css_urls(p.read_text())) if _remote(u)]
     return [f'{p.relative_to(site)}: {o}' for p,o in bad if o] or ([] if pages else [f'{site.name}: no pages'])
 
-# %% ../../nbs/dev/site.ipynb #c3329f2c
+# %% ../../nbs/dev/site.ipynb #43d9160b
 # A theme's `@import` of a font from another site
 _IMPORT = re.compile(r'@import\s+(?:url\(\s*)?["\']?(?:https?:)?//[^)"\']*["\']?\)?[^;{}]*;?')
 
@@ -528,7 +528,7 @@ def _finish(
     script.write_text(script.read_text() + (cfg.nbs_path/'site.js').read_text())
     rank_search(site)
 
-# %% ../../nbs/dev/site.ipynb #1a69895b
+# %% ../../nbs/dev/site.ipynb #8ac422ea
 def build_site(
     path:str|Path='.', # A folder of the project
     strict:bool=True, # Raise when smalldocs warns or a page has a fault; otherwise print it
@@ -548,7 +548,7 @@ def build_site(
     for o in bad: print(o)
     return dest
 
-# %% ../../nbs/dev/site.ipynb #6c00a882
+# %% ../../nbs/dev/site.ipynb #99710002
 def find_chromium()->str|None:
     "The Chromium or Chrome of this machine."
     return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -569,7 +569,7 @@ def serve_site(
         server.shutdown()
         server.server_close()
 
-# %% ../../nbs/dev/site.ipynb #75e74fb3
+# %% ../../nbs/dev/site.ipynb #5f56feb7
 def in_browser(
     do:Callable, # Gets a page of Playwright; relative addresses are the site's
     site:str|Path, # The folder of the built site
@@ -586,7 +586,7 @@ def in_browser(
             return do(browser.new_page(base_url=url, viewport=dict(width=width, height=1000), color_scheme=scheme))
     with ThreadPoolExecutor(1) as pool: return pool.submit(run).result() # a notebook's own thread has a loop
 
-# %% ../../nbs/dev/site.ipynb #4bcfcff0
+# %% ../../nbs/dev/site.ipynb #5df66990
 def page_sizes(
     site:str|Path, # The folder of the built site
     width:int=1400, # Of the window, in pixels
@@ -604,7 +604,7 @@ def page_sizes(
         return rows
     return in_browser(measure, site, width)
 
-# %% ../../nbs/dev/site.ipynb #639cc7ed
+# %% ../../nbs/dev/site.ipynb #6a9b6a35
 def search_site(
     site:str|Path, # The folder of the built site
     query:str, # Typed into the search box
@@ -646,7 +646,7 @@ def page_texts(
     prose = lambda fn: '\n\n'.join(c.source for c in read_nb(fn).cells if c.cell_type=='markdown')
     return {fn.name:prose(fn) for fn in notebooks(path=path)}
 
-# %% ../../nbs/dev/site.ipynb #eccd4883
+# %% ../../nbs/dev/site.ipynb #7a406db2
 _HELP = '''import sys
 from importlib import import_module
 mod,func = sys.argv.pop(1).split(':')
@@ -666,7 +666,7 @@ def command_help(
         return p.stdout+p.stderr
     return {k:ask(v) for k,v in (l.split('=', 1) for l in lines)}
 
-# %% ../../nbs/dev/site.ipynb #d1b19e5e
+# %% ../../nbs/dev/site.ipynb #35e314d0
 def shown_commands(
     text:str, # Markdown
 )->list[tuple[str,str]]: # Commands and what follows them
@@ -797,7 +797,7 @@ def run_tests(
     print(f'{len(results)-failed} passed, {failed} failed')
     return failed
 
-# %% ../../nbs/dev/site.ipynb #b9cbdc2f
+# %% ../../nbs/dev/site.ipynb #67ffc871
 def _show_pages():
     "Take the pictures, and name the pages that are tall."
     with project() as cfg: site = cfg.config_path/cfg.doc_path
