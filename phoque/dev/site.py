@@ -528,7 +528,7 @@ def _finish(
     script.write_text(script.read_text() + (cfg.nbs_path/'site.js').read_text())
     rank_search(site)
 
-# %% ../../nbs/dev/site.ipynb #8ac422ea
+# %% ../../nbs/dev/site.ipynb #a48a760f
 def build_site(
     path:str|Path='.', # A folder of the project
     strict:bool=True, # Raise when smalldocs warns or a page has a fault; otherwise print it
