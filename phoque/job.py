@@ -317,7 +317,10 @@ def find_base(self:Job, until): return patiently(lambda: resolve_base(self.cfg.b
 @patch
 def restore(self:Job):
     "Check what can be checked before anything is downloaded, and find where the run stands."
+    from huggingface_hub import constants
     cfg,until = self.cfg,self.patience()
+    try: Path(constants.HF_HOME).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"HF_HOME {constants.HF_HOME}: it can't be made ({e.strerror}): choose a folder that can be written") from None
     if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN: not set: pass it with `--secrets HF_TOKEN`, or export it here")
     branch = HubBranch(cfg.hub_model_id, 'checkpoints').prepare(until)
     branch.check_write(until)
@@ -763,6 +766,7 @@ def explain_error(
     again:int=1, # Number of FRESH_START that would begin again
 )->Exception: # A `UserError` where there is something to say; else the same
     "Say in one line what went wrong and what to do."
+    from huggingface_hub import constants
     import torch
     chain = [e]
     while chain[-1].__cause__ or chain[-1].__context__: chain.append(chain[-1].__cause__ or chain[-1].__context__)
@@ -774,9 +778,12 @@ def explain_error(
         rows = f"PER_DEVICE_TRAIN_BATCH_SIZE below {cfg.per_device_train_batch_size} with GRADIENT_ACCUMULATION_STEPS raised as much"
         return UserError(f"out of GPU memory: {first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
-        free = shutil.disk_usage(cfg.output_dir).free
+        if any(w in said for w in ('File too large','os error 27')): return UserError("a file has reached the size limit of this process: raise ulimit -f")
+        where = dict(OUTPUT_DIR=Path(cfg.output_dir).resolve(), HF_HOME=Path(constants.HF_HOME).resolve())
+        free = {k: shutil.disk_usage(next(d for d in (p, *p.parents) if d.is_dir())).free for k,p in where.items()}
+        full = min(free, key=free.get)
         more = "take a flavor with a larger disk (`hf jobs hardware`)" if os.environ.get('JOB_ID') else "make room, or choose another folder"
-        return UserError(f"OUTPUT_DIR {Path(cfg.output_dir).resolve()}: its disk is full ({free/2**20:,.0f} MiB free): {more}")
+        return UserError(f"{full} {where[full]}: its disk is full ({free[full]/2**20:,.0f} MiB free): {more}")
     if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
     return e
 
@@ -830,6 +837,7 @@ def main():
     "The job as a command: flags and environment in, exit code out."
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # read when torch loads: threads that spin are ten times slower on a CPU with other work
     if {'-h','--help'} & set(sys.argv[1:]): read_config() # prints it and ends
+    sys.stdout.reconfigure(errors='backslashreplace') # a locale without a middle dot is no reason to end
     setup_logging()
     code = 1
     try:

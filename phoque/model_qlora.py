@@ -129,10 +129,15 @@ def _model_info(repo):
     except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
 
 def _model_config(path, revision=None):
-    from transformers import PreTrainedConfig
-    what = f"base model {str(path)!r}"
-    if Path(path).is_dir(): return check_model_config(read_json(Path(path)/'config.json', what=f"{what}: its config.json"), what)
-    with reading(f"{what}: its config.json", 'choose a causal language model'): return check_model_config(PreTrainedConfig.get_config_dict(path, revision=revision)[0], what)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from httpx2 import HTTPError
+    what,file = f"base model {str(path)!r}",Path(path)/'config.json'
+    if not Path(path).is_dir():
+        try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
+        except RemoteEntryNotFoundError: raise UserError(f"{what}: it has no config.json: choose a causal language model") from None
+        except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
+    return check_model_config(read_json(file, what=f"{what}: its config.json"), what)
 
 def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
 
@@ -711,7 +716,8 @@ def base_config(
         except (ValueError, KeyError): raise UserError(f"{what}: its config.json names no architecture that transformers knows: choose a causal language model") from None
         if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
         check_layers(cfg, what)
-        _bare_model(cfg) # it can be built
+        if not language_layers(_bare_model(cfg)): # GPT-2's are Conv1D
+            raise UserError(f"{what}: its layers have no linear ones, which LoRA would adapt: choose another base")
     return cfg
 
 def check_size(

@@ -120,6 +120,7 @@ def main():
     "The job as a command: flags and environment in, exit code out."
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # read when torch loads: threads that spin are ten times slower on a CPU with other work
     if {'-h','--help'} & set(sys.argv[1:]): read_config() # prints it and ends
+    sys.stdout.reconfigure(errors='backslashreplace') # a locale without a middle dot is no reason to end
     setup_logging()
     code = 1
     try:
@@ -423,7 +424,10 @@ def find_base(self:Job, until): return patiently(lambda: resolve_base(self.cfg.b
 @patch
 def restore(self:Job):
     "Check what can be checked before anything is downloaded, and find where the run stands."
+    from huggingface_hub import constants
     cfg,until = self.cfg,self.patience()
+    try: Path(constants.HF_HOME).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"HF_HOME {constants.HF_HOME}: it can't be made ({e.strerror}): choose a folder that can be written") from None
     if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN: not set: pass it with `--secrets HF_TOKEN`, or export it here")
     branch = HubBranch(cfg.hub_model_id, 'checkpoints').prepare(until)
     branch.check_write(until)
@@ -854,6 +858,7 @@ def explain_error(
     again:int=1, # Number of FRESH_START that would begin again
 )->Exception: # A `UserError` where there is something to say; else the same
     "Say in one line what went wrong and what to do."
+    from huggingface_hub import constants
     import torch
     chain = [e]
     while chain[-1].__cause__ or chain[-1].__context__: chain.append(chain[-1].__cause__ or chain[-1].__context__)
@@ -865,9 +870,12 @@ def explain_error(
         rows = f"PER_DEVICE_TRAIN_BATCH_SIZE below {cfg.per_device_train_batch_size} with GRADIENT_ACCUMULATION_STEPS raised as much"
         return UserError(f"out of GPU memory: {first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
-        free = shutil.disk_usage(cfg.output_dir).free
+        if any(w in said for w in ('File too large','os error 27')): return UserError("a file has reached the size limit of this process: raise ulimit -f")
+        where = dict(OUTPUT_DIR=Path(cfg.output_dir).resolve(), HF_HOME=Path(constants.HF_HOME).resolve())
+        free = {k: shutil.disk_usage(next(d for d in (p, *p.parents) if d.is_dir())).free for k,p in where.items()}
+        full = min(free, key=free.get)
         more = "take a flavor with a larger disk (`hf jobs hardware`)" if os.environ.get('JOB_ID') else "make room, or choose another folder"
-        return UserError(f"OUTPUT_DIR {Path(cfg.output_dir).resolve()}: its disk is full ({free/2**20:,.0f} MiB free): {more}")
+        return UserError(f"{full} {where[full]}: its disk is full ({free[full]/2**20:,.0f} MiB free): {more}")
     if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
     return e
 
@@ -1196,10 +1204,15 @@ def _model_info(repo):
     except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
 
 def _model_config(path, revision=None):
-    from transformers import PreTrainedConfig
-    what = f"base model {str(path)!r}"
-    if Path(path).is_dir(): return check_model_config(read_json(Path(path)/'config.json', what=f"{what}: its config.json"), what)
-    with reading(f"{what}: its config.json", 'choose a causal language model'): return check_model_config(PreTrainedConfig.get_config_dict(path, revision=revision)[0], what)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from httpx2 import HTTPError
+    what,file = f"base model {str(path)!r}",Path(path)/'config.json'
+    if not Path(path).is_dir():
+        try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
+        except RemoteEntryNotFoundError: raise UserError(f"{what}: it has no config.json: choose a causal language model") from None
+        except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
+    return check_model_config(read_json(file, what=f"{what}: its config.json"), what)
 
 def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
 
@@ -1676,7 +1689,8 @@ def base_config(
         except (ValueError, KeyError): raise UserError(f"{what}: its config.json names no architecture that transformers knows: choose a causal language model") from None
         if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
         check_layers(cfg, what)
-        _bare_model(cfg) # it can be built
+        if not language_layers(_bare_model(cfg)): # GPT-2's are Conv1D
+            raise UserError(f"{what}: its layers have no linear ones, which LoRA would adapt: choose another base")
     return cfg
 
 def check_size(

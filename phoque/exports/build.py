@@ -4,7 +4,7 @@
 
 # %% ../../nbs/exports/build.ipynb #c0c3ed12
 from __future__ import annotations
-import hashlib, json, logging, os, re, sys, time
+import hashlib, json, logging, os, re, shlex, sys, time
 from collections import Counter
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,11 +25,14 @@ __all__ = ['parse_sources', 'Build', 'read_prompts', 'prepare_share', 'Memory', 
 
 # %% ../../nbs/exports/build.ipynb #88073be7
 def parse_sources(
-    text:str, # Files separated by blanks, each as KIND:FILE or, for `messages`, FILE alone
+    text:str, # Files separated by blanks, each as KIND:FILE or, for `messages`, FILE alone; `"` keeps the blanks of a name
 )->list[tuple]: # Kind, path, and what tells one state of the file from another
     "Say what is to be read."
-    res = []
-    for part in text.split():
+    lex,res = shlex.shlex(text, posix=True),[]
+    lex.whitespace_split,lex.quotes,lex.escape,lex.commenters = True,'"','','' # apostrophe, backslash and # belong to a name
+    try: parts = list(lex)
+    except ValueError: raise UserError(f"{text}: a \" without its second; close it.") from None
+    for part in parts:
         kind,_,path = part.partition(':')
         if not path or kind=='hub': kind,path = 'messages',part
         if kind not in SOURCES: raise ValueError(f"no source {kind!r}; use one of {', '.join(SOURCES)}, as in discord:pier.json.")
