@@ -4,10 +4,11 @@
 
 # %% ../../nbs/dev/site.ipynb #98346b26
 from __future__ import annotations
-import hashlib, os, re, shlex, shutil, signal, subprocess, sys, tempfile, time, traceback
-from collections.abc import Iterator
+import hashlib, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,10 +17,12 @@ from fastcore.script import call_parse
 from fastcore.xtras import modified_env
 
 # %% auto #0
-__all__ = ['UNFETCHED', 'HEAVY', 'project', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'write_readme',
-           'export_project', 'generate', 'check_generated', 'check_site', 'build_site', 'screenshots', 'page_texts',
-           'command_help', 'check_commands', 'module_names', 'check_light', 'check_words', 'error_messages',
-           'check_job', 'run_tests', 'docs_cli']
+__all__ = ['SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL', 'UNFETCHED', 'FETCHING',
+           'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'run_notebook', 'notebooks', 'run_notebooks',
+           'test_notebook', 'write_readme', 'export_project', 'write_generated', 'check_generated', 'api_entry',
+           'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser',
+           'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
+           'module_names', 'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -61,6 +64,9 @@ def run_notebook(
     write_nb(nb, fn)
 
 # %% ../../nbs/dev/site.ipynb #c98de7f1
+SECRETS = 'HF_TOKEN', 'WANDB_API_KEY' # Not passed on to a process
+QUIET_THREADS = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE') # Spinning threads slow their neighbours tenfold
+
 def _in_process(
     code:str, # Python source to run
     *args:str, # Its `sys.argv[1:]`
@@ -68,8 +74,7 @@ def _in_process(
     timeout:float=1800, # Seconds until it is ended, with the processes it started
 )->tuple[bool,str]: # Did it exit with 0? What it printed
     "Run Python source in a fresh process that sees no token of yours."
-    env = {k:v for k,v in os.environ.items() if k not in ('HF_TOKEN', 'WANDB_API_KEY', 'IN_TEST')}
-    env = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE') | env # threads that spin while they wait are ten times slower beside other work
+    env = QUIET_THREADS | {k:v for k,v in os.environ.items() if k not in (*SECRETS, 'IN_TEST')}
     p = subprocess.Popen([sys.executable, '-c', code, *map(str, args)], cwd=cwd, env=env, text=True, errors='replace',
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try: out = p.communicate(timeout=timeout)[0]
@@ -88,7 +93,8 @@ def notebooks(
     every = sorted(p for p in root.rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts))
     wanted = [n.removesuffix('.ipynb') for n in names.split()]
     if missing := set(wanted)-{p.stem for p in every}:
-        raise ValueError(f"No notebook named {', '.join(sorted(missing))}: there are {', '.join(p.stem for p in every)}.")
+        there = ', '.join(p.stem for p in every)
+        raise ValueError(f"No notebook named {', '.join(sorted(missing))}: there are {there}.")
     return [p for p in every if not wanted or p.stem in wanted]
 
 # %% ../../nbs/dev/site.ipynb #fb9116cb
@@ -123,6 +129,14 @@ def test_notebook(
     return _in_process(_TEST, fn, flags, root, cwd=root, timeout=timeout)
 
 # %% ../../nbs/dev/site.ipynb #51fbdc1d
+def _output_text(o)->str: # Markdown
+    "An output of the index as GitHub shows it."
+    data = o.get('data', {})
+    if any(k.startswith('image/') for k in data):
+        raise ValueError("The index has a picture as a cell's output: save it in images/ and show it with ![]().")
+    text = ''.join(data.get('text/markdown') or o.get('text') or data.get('text/plain') or '')
+    return text if 'text/markdown' in data else re.sub('^', '    ', text.rstrip(), flags=re.M)
+
 def _to_readme(
     nb, # The processed index notebook
     nbs:Path, # The notebooks' folder
@@ -135,27 +149,24 @@ def _to_readme(
         if c.cell_type!='code' or '#| include: false' in c.source: continue
         src = '\n'.join(l for l in c.source.splitlines() if not l.startswith('#|'))
         if src and '#| echo: false' not in c.source: out.append(f'``` python\n{src}\n```')
-        for o in c.get('outputs', []):
-            data = o.get('data', {})
-            if any(k.startswith('image/') for k in data):
-                raise ValueError(f"The index has a picture as a cell's output: save it as {nbs.name}/images/NAME.png and show it with ![]().")
-            text = ''.join(data.get('text/markdown') or o.get('text') or data.get('text/plain') or '')
-            out.append(text if 'text/markdown' in data else re.sub('^', '    ', text.rstrip(), flags=re.M))
+        out += [_output_text(o) for o in c.get('outputs', [])]
+    text = '\n\n'.join(o.strip('\n') for o in out if o)+'\n'
     local = lambda m: f'{m[1]}{nbs.name}/{m[2]}' if (nbs/m[2]).exists() else m[0]
-    return re.sub(r'(\]\(|\b(?:src|href|srcset)=")([^)"#:\s]+)', local, '\n\n'.join(o.strip('\n') for o in out if o))+'\n'
+    return re.sub(r'(\]\(|\b(?:src|href|srcset)=")([^)"#:\s]+)', local, text)
 
 # %% ../../nbs/dev/site.ipynb #2d1c7b93
 def write_readme(
     path:str|Path='.', # A folder of the project
 )->Path: # The README
     "Write README.md from the index notebook, as GitHub Markdown."
+    from nbdev import processors as p
     from nbdev.frontmatter import FrontmatterProc
     from nbdev.process import NBProcessor
-    from nbdev.processors import add_links, clean_magics, filter_stream_, hide_, hide_line, rm_export, rm_header_dash, strip_ansi
     with project(path) as cfg:
         index = cfg.nbs_path/cfg.readme_nb
         if not index.exists(): raise ValueError(f"{index} is missing: the README is written from it.")
-        procs = [FrontmatterProc, strip_ansi, hide_line, filter_stream_, rm_header_dash, rm_export, clean_magics, hide_, add_links]
+        procs = [FrontmatterProc, p.strip_ansi, p.hide_line, p.filter_stream_, p.rm_header_dash, p.rm_export,
+            p.clean_magics, p.hide_, p.add_links]
         nb = NBProcessor(index, procs=procs, process=True).nb
         dest = cfg.config_path/'README.md'
         dest.write_text(_to_readme(nb, cfg.nbs_path))
@@ -165,7 +176,7 @@ def write_readme(
 def export_project(
     path:str|Path='.', # A folder of the project
 ):
-    "nbdev's `nbdev_export`, and then the job's script from the modules: in this project's .venv, the command of that name."
+    "nbdev's `nbdev_export`, then the job's script from the modules: in this project's .venv, the command of that name."
     from nbdev import doclinks
     if 'IN_TEST' in os.environ: return # as nbdev's own
     with project(path) as cfg:
@@ -174,7 +185,7 @@ def export_project(
         ok,out = _in_process(f'from {cfg.lib_name}.jobs.script import write_train; write_train()')
         if not ok: raise ValueError(f"train/ could not be written:\n{out}")
 
-def generate(
+def write_generated(
     path:str|Path='.', # A folder of the project
 ):
     "Clean the notebooks, then write the modules, the README and the job's script from them."
@@ -186,7 +197,7 @@ def generate(
 
 # %% ../../nbs/dev/site.ipynb #61156217
 def _contents(cfg)->dict[str,str]:
-    "Hashes of everything that `generate` may write."
+    "Hashes of everything that `write_generated` may write."
     root = cfg.config_path
     found = [*cfg.lib_path.rglob('*.py'), *notebooks(path=root), *root.glob('README.md'), *root.glob('train/*.*')]
     return {p.relative_to(root).as_posix():hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
@@ -194,7 +205,8 @@ def _contents(cfg)->dict[str,str]:
 def _orphans(cfg)->list[str]:
     "Modules whose notebook is gone: `nbdev_export` leaves them behind."
     heads = {p:re.search(r'File to edit: (\S+\.ipynb)', p.read_text()) for p in cfg.lib_path.rglob('*.py')}
-    return [p.relative_to(cfg.config_path).as_posix() for p,m in heads.items() if m and not (p.parent/m[1]).exists()]
+    gone = [p for p,m in heads.items() if m and not (p.parent/m[1]).exists()]
+    return [p.relative_to(cfg.config_path).as_posix() for p in gone]
 
 # %% ../../nbs/dev/site.ipynb #9de4b2c4
 def check_generated(
@@ -204,12 +216,14 @@ def check_generated(
     with project(path) as cfg:
         if gone := _orphans(cfg): raise ValueError(f"The notebook is gone, delete the module: {', '.join(gone)}")
         before = _contents(cfg)
-        generate()
+        write_generated()
         after = _contents(cfg)
         stale = sorted(f for f in before|after if before.get(f)!=after.get(f))
         if stale: raise ValueError(f"Not up to date until now, look and commit: {', '.join(stale)}")
 
 # %% ../../nbs/dev/site.ipynb #fa1d2998
+EXPORTS = {'export', 'exports', 'exporti'} # nbdev's directives
+
 def _quiet(
     nb, # A notebook, changed in place
     flags:set, # Flags of cells that tests skip
@@ -218,10 +232,9 @@ def _quiet(
     from nbdev.process import extract_directives
     for c in nb.cells:
         if c.cell_type!='code': continue
-        dirs = extract_directives(c, remove=False)
-        kinds = {type(o).__name__ for o in c.parsed_() or []}
-        if not dirs.keys() & {'export', 'exports', 'exporti'} and (dirs.keys() & flags or not kinds <= {'Import', 'ImportFrom'}):
-            c.source = '#| eval: false\n' + c.source
+        dirs = extract_directives(c, remove=False).keys()
+        imports = {type(o).__name__ for o in c.parsed_() or []} <= {'Import', 'ImportFrom'}
+        if not dirs & EXPORTS and (dirs & flags or not imports): c.source = '#| eval: false\n' + c.source
 
 # %% ../../nbs/dev/site.ipynb #2c57ddb5
 def _one_each(
@@ -231,13 +244,78 @@ def _one_each(
     from execnb.nbio import mk_cell
     cells = []
     for c in nb.cells:
-        lines = c.source.splitlines()
-        defs = [o for o in c.parsed_() or [] if hasattr(o, 'decorator_list')] if c.cell_type=='code' and re.match(r'#\|\s*exports?\s', c.source) else []
+        exported = c.cell_type=='code' and re.match(r'#\|\s*exports?\s', c.source)
+        defs = [o for o in c.parsed_() or [] if hasattr(o, 'decorator_list')] if exported else []
         starts = [min([o.lineno, *(d.lineno for d in o.decorator_list)])-1 for o in defs[1:]]
+        lines = c.source.splitlines()
         head = [l for l in lines if l.startswith('#|')]
-        if not starts: cells.append(c)
-        else: cells += [mk_cell('\n'.join(head*(a>0) + lines[a:b])) for a,b in zip([0, *starts], [*starts, len(lines)])]
+        cuts = zip([0, *starts], [*starts, len(lines)])
+        cells += [mk_cell('\n'.join(head*(a>0) + lines[a:b])) for a,b in cuts] if starts else [c]
     nb.cells = cells
+
+# %% ../../nbs/dev/site.ipynb #cac43290
+MANY = 6 # Arguments named beside a function; the rest are in its table
+
+def _as_code(text): return f"<code>{re.sub(r'[^a-zA-Z0-9 .,:=()]', lambda m: f'&#{ord(m[0])};', text)}</code>"
+
+def _parameter_table(
+    dm, # fastcore's `DocmentText` of a function or class
+)->str: # Markdown, or '' where there is no comment
+    "What each parameter means, and what is returned."
+    rows,ret = dm.params,dm.dm.get('return') or {}
+    if ret.get('docment'):
+        rows = [*rows, (f"-> {getattr(ret['anno'], '__name__', ret['anno'])}", ret['docment'])]
+    if not any(said for _,said in rows): return ''
+    lines = [f"| {_as_code(p)} | {' '.join((said or '').split()).replace('|', chr(92)+'|')} |" for p,said in rows]
+    return '\n'.join(['| parameter | meaning |', '|---|---|', *lines])
+
+# %% ../../nbs/dev/site.ipynb #86d91a5a
+def api_entry(
+    sym, # A function or class
+    name:str|None=None, # Its name on the page; its own where None
+    title_level:int=3, # Of its heading
+): # Markdown
+    "A function's name, arguments, first sentence and source, and a folded table of its parameters."
+    from types import FunctionType
+    from IPython.display import Markdown
+    from nbdev.doclinks import NbdevLookup
+    from nbdev.showdoc import BasicMarkdownRenderer
+    r = BasicMarkdownRenderer(sym, name, title_level)
+    table,docs = _parameter_table(r.dm),'' if r.docs==FunctionType.__call__.__doc__ else r.docs
+    full = [p for p,_ in r.dm.params]
+    short = [re.split('[:=]', p)[0] for p in full]
+    args = (short[:MANY] + ['…']*(len(short)>MANY)) if table else full
+    source = NbdevLookup().code(r.fn)
+    first,_,rest = docs.partition('\n\n')
+    fold = f"<details>\n<summary>\n\n{first or 'Parameters'}\n\n</summary>\n\n{rest}\n\n{table}\n\n</details>"
+    link = f' [source]({source}){{.source}}' if source else ''
+    head = f"{'#'*title_level} {r.nm}\n\n{_as_code('('+', '.join(args)+')')}{link}"
+    return Markdown(f'::: {{.api}}\n\n{head}\n\n{fold if table or rest else first}\n\n:::')
+
+# %% ../../nbs/dev/site.ipynb #d47ec5c9
+LONG,ROWS = 20,12 # Lines of an output and rows of a table that a page shows unfolded
+
+def _fold(text, line): return f'<details>\n<summary>{line}</summary>\n\n{text}\n\n</details>'
+
+def _fold_tables(text:str)->str:
+    "Fold the long tables in Markdown."
+    rows = lambda m: m[0].count('\n')-1 # without the two lines of the head
+    return re.sub(rf'^\|.*(?:\n\|.*){{{ROWS+2},}}', lambda m: _fold(m[0], f'{rows(m)} rows'), text, flags=re.M)
+
+def _fold_long(
+    nb, # A processed notebook, changed in place
+):
+    "Fold long outputs and long tables."
+    for c in nb.cells:
+        if c.cell_type=='markdown': c.source = _fold_tables(c.source)
+        for o in c.get('outputs', []):
+            data = o.get('data', {})
+            text = ''.join(o.get('text') or data.get('text/plain') or '').rstrip()
+            said = ''.join(data.get('text/markdown') or '')
+            if said and not said.startswith('::: {.api}'): data['text/markdown'] = [_fold_tables(said)]
+            elif data.keys() <= {'text/plain'} and text.count('\n') >= LONG:
+                folded = _fold(f'<pre><code>{escape(text)}</code></pre>', f'{len(text.splitlines())} lines')
+                o.update(output_type='display_data', data={'text/html': folded})
 
 # %% ../../nbs/dev/site.ipynb #2d06947d
 def _relink(
@@ -247,15 +325,17 @@ def _relink(
     up:str='', # From the page's folder to the site's, such as `../`
 )->str:
     "Links as the site needs them: relative, to pages under their own names."
-    text = re.sub(r'^```.*?^```', lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', m[0]), text, flags=re.M|re.S)
+    unlinked = lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', m[0])
+    text = re.sub(r'^```.*?^```', unlinked, text, flags=re.M|re.S)
     text = re.sub(r'\[(`_[^`]+`)\]\([^)]+\)', r'\1', text)
-    text = re.sub(r'^output-file: .*\n', '', text, flags=re.M).replace(f']({base}', f']({up}').replace(f'="{base}', f'="{up}')
+    text = re.sub(r'^output-file: .*\n', '', text, flags=re.M)
+    text = text.replace(f']({base}', f']({up}').replace(f'="{base}', f'="{up}')
     old = '|'.join(map(re.escape, names)) or '$^'
     return re.sub(rf'(\]\((?:[\w.]+/)*)({old})', lambda m: m[1]+names[m[2]], text)
 
 # %% ../../nbs/dev/site.ipynb #f5e10267
-def _site_pages(cfg)->Path:
-    "nbdev's processed notebooks, under the names their pages will have."
+def _processed(cfg)->Path:
+    "nbdev's processed notebooks, made from a copy in which no lesson runs."
     from execnb.nbio import read_nb, write_nb
     from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
     from nbdev.serve import proc_nbs
@@ -268,25 +348,91 @@ def _site_pages(cfg)->Path:
             _quiet(nb, set(cfg.tst_flags.split()))
             _one_each(nb)
             write_nb(nb, fn)
-        cache = proc_nbs(stage, force=True)
+        return proc_nbs(stage, force=True)
+
+# %% ../../nbs/dev/site.ipynb #6fe12fd7
+def _site_pages(cfg)->tuple[Path,dict]: # Their folder, {page: notebook it comes from}
+    "The processed notebooks under the names that their pages will have, with long outputs folded."
+    from execnb.nbio import read_nb, write_nb
+    cache,base = _processed(cfg),cfg.doc_host + cfg.doc_baseurl.rstrip('/') + '/'
     pages = [p for p in cache.rglob('*.ipynb') if p.relative_to(cache).parts[0][0] not in '._']
     names = {p.name:re.sub(r'^\d+[a-z]?_', '', p.name) for p in pages}
-    base = cfg.doc_host + cfg.doc_baseurl.rstrip('/') + '/'
     for p in pages:
         nb,up = read_nb(p),'../'*(len(p.relative_to(cache).parts)-1)
+        _fold_long(nb)
         for c in nb.cells:
             if c.cell_type!='code': c.source = _relink(c.source, base, names, up)
-            for o in c.get('outputs', []):
-                if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = [_relink(''.join(o.data['text/markdown']), base, names, up)]
+            for data in (o['data'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})):
+                data['text/markdown'] = [_relink(''.join(data['text/markdown']), base, names, up)]
         p.unlink()
         write_nb(nb, p.with_name(names[p.name]))
-    bar = cache/'sidebar.yml'
-    bar.write_text(re.sub(r'((?:- |href: )(?:\w+/)*)(\w+\.ipynb)', lambda m: m[1]+names.get(m[2], m[2]), bar.read_text()))
-    return cache
+    for yml in (cache/'sidebar.yml', cache/'_quarto.yml'):
+        new = lambda m: m[1]+names.get(m[2], m[2])
+        yml.write_text(re.sub(r'((?:- |href: )(?:\w+/)*)(\w+\.ipynb)', new, yml.read_text()))
+    paths = [p.relative_to(cache) for p in pages]
+    return cache,{p.with_name(names[p.name]).as_posix():p.as_posix() for p in paths}
+
+# %% ../../nbs/dev/site.ipynb #99b230d1
+TALL = 10_000 # Pixels that no page should pass by much
+PAGE = 8000 # Pixels of a page that are shown unfolded, on a screen 1,400 wide
+
+def _height(
+    page:str, # HTML
+)->int: # Pixels, within a tenth as a rule
+    "How tall a piece of a page will be."
+    page = re.sub(r'<details>.*?</details>', '<p>folded</p>', page, flags=re.S)
+    blocks = re.findall(r'<pre.*?</pre>', page, flags=re.S)
+    text = re.sub(r'<[^>]+>', '', re.sub(r'<pre.*?</pre>', '', page, flags=re.S))
+    lines = sum(b.count('\n')+1 for b in blocks)
+    tall = len(re.findall(r'<(?:p|li|tr|h\d)\b', page))
+    return lines*17 + len(blocks)*44 + tall*36 + len(text)//6 + page.count('<img')*450
+
+# %% ../../nbs/dev/site.ipynb #980d116f
+def close_chapters(
+    page:str, # HTML
+    most:int=PAGE, # Pixels shown unfolded
+)->str: # HTML
+    "Fold the chapters of a long page that go past `most`."
+    open_tags,chapters = [],[]
+    for m in re.finditer(r'<section\b[^>]*>|</section>', page):
+        if m[0]!='</section>': open_tags.append(m)
+        elif 'level2' in (start := open_tags.pop())[0]: chapters.append((start.end(), m.start()))
+    if not chapters or _height(page) <= most: return page
+    out,at,used = [],0,_height(page[page.find('<main'):chapters[0][0]])
+    for a,b in chapters:
+        text = a+page[a:b].index('</h2>')+len('</h2>')
+        used += _height(page[a:b])
+        opened = ' open' if used <= most else ''
+        summary = f'<details class="chapter"{opened}><summary>{page[a:text]}</summary>'
+        out += [page[at:a], summary, page[text:b], '</details>']
+        at = b
+    return ''.join(out)+page[at:]
+
+# %% ../../nbs/dev/site.ipynb #19b89933
+INTERNAL = ('testing/', 'dev/') # Folders of what only a developer of the project needs: last in search
+
+def rank_search(
+    site:Path, # The folder of the built site
+):
+    "Put each entry's kind into the search index: 0 page or chapter, 1 function, 2 internal; pages come first."
+    index = site/'search.json'
+    pages = {p.relative_to(site).as_posix():p.read_text() for p in site.rglob('*.html')}
+    apis = {name:set(re.findall(r'<div class="api">\s*<h\d id="([^"]+)"', page)) for name,page in pages.items()}
+    entries = json.loads(index.read_text())
+    first = {e['href'].partition('#')[0]:e for e in reversed(entries)}
+    bare = dict(section='', text='') # the entry of a page that starts with a chapter: smalldocs makes none
+    entries += [e | bare | dict(objectID=name, href=name) for name,e in first.items() if e['href']!=name]
+    for e in entries:
+        name,_,place = e['href'].partition('#')
+        e['kind'] = 2 if name.startswith(INTERNAL) else int(place in apis[name])
+        said = re.search(r'<meta name="description" content="([^"]*)"', pages[name])
+        if said and not place: e['text'] = f"{unescape(said[1])}. {e['text']}"
+    index.write_text(json.dumps(sorted(entries, key=lambda e: '#' in e['href']), ensure_ascii=False))
 
 # %% ../../nbs/dev/site.ipynb #535acbeb
-UNFETCHED = {'canonical', 'alternate', 'next', 'prev', 'author', 'license', 'help', 'noopener', 'noreferrer', 'nofollow'} # `rel` of a link that no browser follows by itself
-_IMPORT = re.compile(r'@import\s+(?:url\(\s*)?["\']?(?:https?:)?//[^)"\']*["\']?\)?[^;{}]*;?')
+# `rel` of a link that no browser follows by itself
+UNFETCHED = set('canonical alternate next prev author license help noopener noreferrer nofollow'.split())
+FETCHING = 'src', 'srcset', 'poster', 'data', 'background' # Attributes that a browser fetches
 
 def _css_urls(text): return re.findall(r'(?:@import\s+(?:url\(\s*)?|url\(\s*)["\']?([^)"\'\s]+)', text)
 def _remote(url): return re.match(r'\s*(?:[a-z]+:)?//', url, re.I) is not None
@@ -295,54 +441,104 @@ class _Page(HTMLParser):
     "What a page links to, what can be linked to in it, and what a browser fetches to show it."
     def __init__(self, text):
         super().__init__()
-        self.fetched,self.links,self.ids,self.title,self._in = [],[],set(),'',''
+        self.fetched,self.links,self.ids,self.title,self._in,self.blind = [],[],set(),'','',0
         self.feed(text)
     def handle_starttag(self, tag, attrs):
         d = dict(attrs)
-        self.links += [d[k] for k in ('href', 'src') if d.get(k)]
+        self.links += [d[k] for k in ('href', 'src') if d.get(k) and tag!='base']
         self.ids |= {d[k] for k in ('id', 'name') if d.get(k)}
+        self.fetched += _fetched(tag, d)
+        self.blind += tag=='img' and not d.get('alt')
         self._in = tag
-        self.fetched += _css_urls(d.get('style') or '')
-        keys = ('src', 'srcset', 'poster', 'data', 'background') + ('href', 'xlink:href')*(tag not in ('a', 'area', 'base'))
-        if not (d.get('rel') or '').split() or not {*d['rel'].lower().split()} <= UNFETCHED: self.fetched += [u for k in keys if d.get(k) for u in d[k].split()]
-        if tag=='meta' and 'refresh' in (d.get('http-equiv') or '').lower(): self.fetched += (d.get('content') or '').lower().split('url=')[1:]
     def handle_data(self, data):
         if self._in=='title': self.title += data.strip()
         if self._in=='style': self.fetched += _css_urls(data)
     def handle_endtag(self, tag): self._in = ''
 
+# %% ../../nbs/dev/site.ipynb #3db578aa
+def _fetched(
+    tag:str, # Name of an HTML element
+    d:dict, # Its attributes
+)->list[str]: # Addresses
+    "What a browser fetches to show an element."
+    found = _css_urls(d.get('style') or '')
+    keys = FETCHING + ('href', 'xlink:href')*(tag not in ('a', 'area', 'base'))
+    rel = set((d.get('rel') or '').lower().split())
+    if not rel or not rel <= UNFETCHED: found += [u for k in keys if d.get(k) for u in d[k].split()]
+    refresh = tag=='meta' and 'refresh' in (d.get('http-equiv') or '').lower()
+    return found + ((d.get('content') or '').lower().split('url=')[1:] if refresh else [])
+
 # %% ../../nbs/dev/site.ipynb #c8d554a3
+def _page_faults(page:_Page, text:str)->list[str]:
+    "What is wrong in a page by itself."
+    bad = [] if page.title else ['no title']
+    bad += [f'it fetches {u}' for u in dict.fromkeys(page.fetched) if _remote(u)]
+    if 'cell-output-error' in text: bad.append('a saved output is an error')
+    if page.blind: bad.append(f'{page.blind} picture(s) without a text: use `#| fig-alt:` or ![text](file)')
+    return bad
+
+def _link_fault(
+    link:str, # As written in a page
+    p:Path, # The page's file
+    site:Path, # The folder of the built site
+    pages:dict, # {file: page}
+)->str|None: # What is wrong
+    "Does a link inside the site lead somewhere?"
+    u = urlsplit(link)
+    if u.scheme or u.netloc: return
+    folder = site if u.path.startswith('/') else p.parent
+    to = (folder/unquote(u.path).lstrip('/')).resolve() if u.path else p
+    if to.is_dir(): to = to/'index.html'
+    if not to.exists(): return f'nothing at {link}'
+    if u.fragment and to in pages and unquote(u.fragment) not in pages[to].ids: return f'no place {link}'
+
+# %% ../../nbs/dev/site.ipynb #292c1d4d
 def check_site(
     site:str|Path, # The folder of the built site
 )->list[str]: # One line a problem; none is good
-    "Titles are there, every link inside the site leads somewhere, and nothing is fetched from elsewhere."
+    "Titles and picture texts are there, every link inside the site leads somewhere, nothing is fetched from elsewhere."
     site = Path(site).resolve()
-    pages = {p:_Page(p.read_text()) for p in sorted(site.rglob('*.html'))}
-    bad = [f'{p.relative_to(site)}: no title' for p,page in pages.items() if not page.title]
-    bad += [f'{p.relative_to(site)}: it fetches {u}' for p,page in pages.items() for u in dict.fromkeys(page.fetched) if _remote(u)]
-    bad += [f'{p.relative_to(site)}: it fetches {u}' for p in sorted(site.rglob('*.css')) for u in dict.fromkeys(_css_urls(p.read_text())) if _remote(u)]
-    bad += [f'{p.relative_to(site)}: a saved output is an error' for p in pages if 'cell-output-error' in p.read_text()]
-    for p,page in pages.items():
-        for link in dict.fromkeys(page.links):
-            u = urlsplit(link)
-            if u.scheme or u.netloc: continue
-            to = p if not u.path else site/unquote(u.path).lstrip('/') if u.path[0]=='/' else (p.parent/unquote(u.path)).resolve()
-            if to.is_dir(): to = to/'index.html'
-            if not to.exists(): bad.append(f'{p.relative_to(site)}: nothing at {link}')
-            elif u.fragment and to in pages and unquote(u.fragment) not in pages[to].ids: bad.append(f'{p.relative_to(site)}: no place {link}')
-    return bad or ([] if pages else [f'{site.name}: no pages'])
+    texts = {p:p.read_text() for p in sorted(site.rglob('*.html'))}
+    pages = {p:_Page(text) for p,text in texts.items()}
+    bad = [(p, o) for p in pages for o in _page_faults(pages[p], texts[p])]
+    bad += [(p, _link_fault(link, p, site, pages)) for p in pages for link in dict.fromkeys(pages[p].links)]
+    for p in sorted(site.rglob('*.css')):
+        bad += [(p, f'it fetches {u}') for u in dict.fromkeys(_css_urls(p.read_text())) if _remote(u)]
+    return [f'{p.relative_to(site)}: {o}' for p,o in bad if o] or ([] if pages else [f'{site.name}: no pages'])
+
+# %% ../../nbs/dev/site.ipynb #43d9160b
+# A theme's `@import` of a font from another site
+_IMPORT = re.compile(r'@import\s+(?:url\(\s*)?["\']?(?:https?:)?//[^)"\']*["\']?\)?[^;{}]*;?')
+
+def _finish(
+    site:Path, # The folder of the built site, changed in place
+    cfg, # nbdev's settings
+    origins:dict, # {page: notebook it comes from}
+):
+    "Fold long pages, correct addresses, rank search and keep fonts local."
+    for f in site.rglob('*.css'): f.write_text(_IMPORT.sub('', f.read_text())) # a system's own fonts take their place
+    folder = f'/{cfg.branch}/{cfg.nbs_path.name}/'
+    for p in site.rglob('*.html'):
+        made = p.relative_to(site).with_suffix('.ipynb').as_posix()
+        text = p.read_text().replace(f'{folder}{made}"', f'{folder}{origins.get(made, made)}"')
+        p.write_text(close_chapters(text))
+    if (lost := site/'404.html').exists():
+        lost.write_text(lost.read_text().replace('<head>', f'<head><base href="{cfg.doc_baseurl.rstrip("/")}/">', 1))
+    script = site/'site_libs'/'smalldocs.js'
+    script.write_text(script.read_text() + (cfg.nbs_path/'site.js').read_text())
+    rank_search(site)
 
 # %% ../../nbs/dev/site.ipynb #a48a760f
 def build_site(
     path:str|Path='.', # A folder of the project
-    strict:bool=True, # Raise when smalldocs warns or a link is broken? Otherwise print
+    strict:bool=True, # Raise when smalldocs warns or a page has a fault; otherwise print it
 )->Path: # The folder of the site
     "Build the site from the notebooks and the outputs saved in them."
     from smalldocs.site import build
     with project(path) as cfg:
-        cache = _site_pages(cfg)
+        cache,origins = _site_pages(cfg)
         site = build(cache, quiet=True)
-        for f in Path(site.out).rglob('*.css'): f.write_text(_IMPORT.sub('', f.read_text())) # the themes' fonts; a system's own take their place
+        _finish(Path(site.out), cfg, origins)
         bad = site.warnings + check_site(site.out)
         dest = Path(cfg.doc_path)
         shutil.rmtree(dest, ignore_errors=True)
@@ -352,24 +548,93 @@ def build_site(
     for o in bad: print(o)
     return dest
 
+# %% ../../nbs/dev/site.ipynb #99710002
+def find_chromium()->str|None:
+    "The Chromium or Chrome of this machine."
+    return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+
+@contextmanager
+def serve_site(
+    site:str|Path, # The folder of the built site
+)->Iterator[str]: # Its address
+    "Serve a folder on 127.0.0.1 for the length of a `with`."
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}/'
+    finally:
+        server.shutdown()
+        server.server_close()
+
+# %% ../../nbs/dev/site.ipynb #5f56feb7
+def in_browser(
+    do:Callable, # Gets a page of Playwright; relative addresses are the site's
+    site:str|Path, # The folder of the built site
+    width:int=1400, # Of the window, in pixels
+    scheme:str='light', # Or `dark`
+):
+    "What `do` returns, called with a page of Chromium."
+    chrome = find_chromium()
+    if not chrome: raise ValueError("No chromium or google-chrome on this machine: install one to look at the site.")
+    def run():
+        from playwright.sync_api import sync_playwright
+        with serve_site(site) as url, sync_playwright() as p:
+            browser = p.chromium.launch(executable_path=chrome, args=['--no-sandbox'])
+            return do(browser.new_page(base_url=url, viewport=dict(width=width, height=1000), color_scheme=scheme))
+    with ThreadPoolExecutor(1) as pool: return pool.submit(run).result() # a notebook's own thread has a loop
+
+# %% ../../nbs/dev/site.ipynb #5df66990
+def page_sizes(
+    site:str|Path, # The folder of the built site
+    width:int=1400, # Of the window, in pixels
+)->list[dict]: # `page`, `height`, `width` in pixels, `hosts` that got a request
+    "Each page's size and requests, as Chromium shows it."
+    files = sorted(p.relative_to(site).as_posix() for p in Path(site).rglob('*.html'))
+    def measure(page):
+        rows,hosts = [],set()
+        page.on('request', lambda r: hosts.add(urlsplit(r.url).hostname))
+        for f in files:
+            hosts.clear()
+            page.goto(f, wait_until='load')
+            height,wide = page.evaluate('[document.body.scrollHeight, document.documentElement.scrollWidth]')
+            rows.append(dict(page=f, height=height, width=wide, hosts=sorted(filter(None, hosts))))
+        return rows
+    return in_browser(measure, site, width)
+
+# %% ../../nbs/dev/site.ipynb #6a9b6a35
+def search_site(
+    site:str|Path, # The folder of the built site
+    query:str, # Typed into the search box
+)->list[str]: # Names of the results, best first
+    "What the search box finds."
+    def ask(page):
+        page.goto('index.html')
+        page.fill('#quarto-search input', query)
+        page.wait_for_selector('.smalldocs-search-results.show')
+        found = '.search-result-section, .search-result-title:not(:has(+ .search-result-section))'
+        return page.locator(found).all_inner_texts()
+    return in_browser(ask, site)
+
 # %% ../../nbs/dev/site.ipynb #3fe0435e
+SHOWN = ('index', 'guides/tutorial', 'guides/errors', 'fast/kernels', 'train') # Pages that a reviewer looks at
+
 def screenshots(
     site:str|Path, # The folder of the built site
-    pages:tuple=('index', 'tutorial', 'errors', 'design', 'watch'), # Names of pages
+    pages:tuple=SHOWN, # Names of pages
 )->list[Path]: # Pictures, four a page
     "Pages as they look on a phone and on a desktop, light and dark."
     dest = Path(site).resolve()/'screenshots'
     dest.mkdir(exist_ok=True)
-    chrome = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if not chrome: raise ValueError("No chromium or google-chrome on this machine: install one to take screenshots.")
-    for page in pages:
-        phone = dest/f'{page}.html' # a window can't be as narrow as a phone, a frame can
-        phone.write_text(f'<body style="margin:0"><iframe src="../{page}.html" style="width:390px;height:1500px;border:0"></iframe>')
-        for name,url,width in (('desktop', dest.parent/f'{page}.html', 1280), ('phone', phone, 500)):
-            for i,scheme in enumerate(('dark', 'light')):
-                subprocess.run([chrome, '--headless', '--no-sandbox', '--disable-gpu', '--hide-scrollbars', '--allow-file-access-from-files', f'--window-size={width},1500',
-                    f'--blink-settings=preferredColorScheme={i}', f'--screenshot={dest/f"{page}-{name}-{scheme}.png"}', url.as_uri()], capture_output=True, timeout=60)
-        phone.unlink()
+    for kind,width in (('desktop', 1400), ('phone', 390)):
+        for scheme in ('dark', 'light'):
+            def shoot(page):
+                for name in pages:
+                    page.goto(f'{name}.html')
+                    page.screenshot(path=dest/f"{name.replace('/', '_')}-{kind}-{scheme}.png")
+            in_browser(shoot, site, width, scheme)
     return sorted(dest.glob('*.png'))
 
 # %% ../../nbs/dev/site.ipynb #8f4f65b5
@@ -378,8 +643,10 @@ def page_texts(
 )->dict[str,str]: # {notebook: its prose}
     "What the notebooks say outside their code."
     from execnb.nbio import read_nb
-    return {fn.name:'\n\n'.join(c.source for c in read_nb(fn).cells if c.cell_type=='markdown') for fn in notebooks(path=path)}
+    prose = lambda fn: '\n\n'.join(c.source for c in read_nb(fn).cells if c.cell_type=='markdown')
+    return {fn.name:prose(fn) for fn in notebooks(path=path)}
 
+# %% ../../nbs/dev/site.ipynb #7a406db2
 _HELP = '''import sys
 from importlib import import_module
 mod,func = sys.argv.pop(1).split(':')
@@ -388,28 +655,38 @@ getattr(import_module(mod), func)()'''
 
 def command_help(
     path:str|Path='.', # A folder of the project
-)->dict[str,tuple]: # {command: (its --help, seconds it took)}
+)->dict[str,str]: # {command: its --help}
     "What each console script says of itself."
     with project(path) as cfg: lines,root = cfg.d.get('console_scripts', '').split(),cfg.config_path
+    env = os.environ|dict(PYTHONPATH=str(root), COLUMNS='200')
     def ask(target):
         file = Path(tempfile.mkdtemp())/'ask.py' # fastcore's commands read flags only where a file was started
         file.write_text(_HELP)
-        start = time.time()
-        p = subprocess.run([sys.executable, file, target], capture_output=True, text=True, cwd=root, env=os.environ|dict(PYTHONPATH=str(root), COLUMNS='200'))
-        return p.stdout+p.stderr,time.time()-start
+        p = subprocess.run([sys.executable, file, target], capture_output=True, text=True, cwd=root, env=env)
+        return p.stdout+p.stderr
     return {k:ask(v) for k,v in (l.split('=', 1) for l in lines)}
+
+# %% ../../nbs/dev/site.ipynb #35e314d0
+def shown_commands(
+    text:str, # Markdown
+)->list[tuple[str,str]]: # Commands and what follows them
+    "The commands that a page shows, in blocks of code or between backticks."
+    code = re.findall(r'^```sh\n(.*?)^```', text, flags=re.M|re.S)
+    code += re.findall(r'`([^`\n]+)`', text) + re.findall(r'(?<=\n)    (.*)', text)
+    joined = '\n'.join(code).replace('\\\n', ' ')
+    return re.findall(r'(?:^|[ /])(phoque_\w+)((?: [^\n#|&;]*)?)', joined, flags=re.M)
 
 def check_commands(
     path:str|Path='.', # A folder of the project
 ):
     "Every command that a page shows exists, and has the flags it is shown with."
     helps,bad = command_help(path),[]
-    for name,text in page_texts(path).items():
-        code = [b for b in re.findall(r'^```sh\n(.*?)^```', text, flags=re.M|re.S)] + re.findall(r'`([^`\n]+)`', text) + re.findall(r'(?<=\n)    (.*)', text)
-        for c in re.findall(r'(?:^|[ /])(phoque_\w+)((?: [^\n#|&;]*)?)', '\n'.join(code).replace('\\\n', ' '), flags=re.M):
-            if c[0] not in helps: bad.append(f'{name}: no command {c[0]}'); continue
-            said = helps[c[0]][0].replace('-', '_')
-            bad += [f'{name}: {c[0]} has no {f}' for f in re.findall(r'--[\w-]+', c[1]) if f.replace('-', '_') not in said]
+    for page,text in page_texts(path).items():
+        for command,args in shown_commands(text):
+            if command not in helps: bad.append(f'{page}: no command {command}'); continue
+            said = helps[command].replace('-', '_')
+            flags = [f for f in re.findall(r'--[\w-]+', args) if f.replace('-', '_') not in said]
+            bad += [f'{page}: {command} has no {f}' for f in flags]
     if bad: raise ValueError('\n'.join(bad))
 
 # %% ../../nbs/dev/site.ipynb #db7ceb2b
@@ -427,18 +704,24 @@ def check_light(
     "Importing a module imports nothing heavy."
     with project(path) as cfg: root,lib,names = cfg.config_path,cfg.lib_name,module_names(cfg)
     for n in names:
-        ok,out = _in_process(f'import sys, {lib}.{n}; print(*[m for m in {HEAVY} if m in sys.modules])', cwd=root)
-        if not ok or out.strip(): raise ValueError(f"{lib}.{n} imports {out.strip()} when it is imported: put that inside the functions that use it")
+        code = f'import sys, {lib}.{n}; print(*[m for m in {HEAVY} if m in sys.modules])'
+        ok,out = _in_process(code, cwd=root)
+        if ok and not out.strip(): continue
+        raise ValueError(f"{lib}.{n} imports {out.strip()}: put that inside the functions that use it")
 
 # %% ../../nbs/dev/site.ipynb #d6438b21
+SPELT_SO = 'docment,docments,ans,ot,te' # Words that codespell takes for slips
+
 def check_words(
     path:str|Path='.', # A folder of the project
 ):
     "No common misspelling in a notebook, in prose or code."
     from execnb.nbio import read_nb
     with tempfile.TemporaryDirectory() as tmp:
-        for fn in notebooks(path=path): (Path(tmp)/f'{fn.stem}.txt').write_text('\n\n'.join(c.source for c in read_nb(fn).cells))
-        p = subprocess.run([sys.executable, '-m', 'codespell_lib', '--ignore-words-list', 'docment,docments,ans,ot,te', tmp], capture_output=True, text=True)
+        for fn in notebooks(path=path):
+            (Path(tmp)/f'{fn.stem}.txt').write_text('\n\n'.join(c.source for c in read_nb(fn).cells))
+        command = [sys.executable, '-m', 'codespell_lib', '--ignore-words-list', SPELT_SO, tmp]
+        p = subprocess.run(command, capture_output=True, text=True)
         if p.returncode: raise ValueError((p.stdout+p.stderr).replace(f'{tmp}/', ''))
 
 # %% ../../nbs/dev/site.ipynb #9a15049a
@@ -450,27 +733,22 @@ def _template(node):
     if isinstance(node, ast.FormattedValue): return '…'
     return _template(node.left)+_template(node.right) if isinstance(node, ast.BinOp) else '…'
 
+def _message_parts(said)->tuple: # What was wrong, what to do
+    cut = re.fullmatch(r'(.*)(?:[:;] |\. (?=[A-Z]))(.*)', said, re.S) or re.fullmatch('(.*)()', said, re.S)
+    return cut.groups()
+
 def error_messages(
     path:str|Path='.', # A folder of the project
     kinds:tuple=('UserError', 'ValueError'), # Exceptions to look for
 )->list: # Dicts of `room`, `message`, `remedy`
     "What a user may be told, from the modules' source."
     import ast
-    with project(path) as cfg: files = {m:cfg.lib_path.joinpath(*m.split('.')).with_suffix('.py') for m in module_names(cfg)}
-    calls = ((m,o.args[0]) for m,f in files.items() for o in ast.walk(ast.parse(f.read_text())) if isinstance(o, ast.Call) and getattr(o.func, 'id', '') in kinds and o.args)
-    def parts(said): return (re.fullmatch(r'(.*)(?:[:;] |\. (?=[A-Z]))(.*)', said, re.S) or re.fullmatch('(.*)()', said, re.S)).groups()
-    rows = [dict(zip(('room', 'message', 'remedy'), (m, *parts(_template(a))))) for m,a in calls]
+    with project(path) as cfg:
+        files = {m:cfg.lib_path.joinpath(*m.split('.')).with_suffix('.py') for m in module_names(cfg)}
+    nodes = ((m, o) for m,f in files.items() for o in ast.walk(ast.parse(f.read_text())))
+    raised = ((m, o) for m,o in nodes if isinstance(o, ast.Call) and getattr(o.func, 'id', '') in kinds and o.args)
+    rows = [dict(zip(('room', 'message', 'remedy'), (m, *_message_parts(_template(o.args[0]))))) for m,o in raised]
     return sorted((r for r in rows if r['message'].strip('… :')), key=lambda r: (r['room'], r['message']))
-
-# %% ../../nbs/dev/site.ipynb #27ada392
-def check_job(
-    path:str|Path='.', # A folder of the project
-):
-    "The Hub client accepts the job's script."
-    with project(path), modified_env(HF_HUB_OFFLINE='1'):
-        hf = Path(sys.executable).with_name('hf')
-        p = subprocess.run([hf, 'jobs', 'uv', 'run', '--dry-run', 'train/train.py'], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if p.returncode: raise ValueError(f"`hf jobs uv run --dry-run train/train.py` failed:\n{p.stdout}{p.stderr}")
 
 # %% ../../nbs/dev/site.ipynb #d6e656b0
 def _try(
@@ -484,7 +762,20 @@ def _try(
     except Exception: res = False,traceback.format_exc()
     return *(res if isinstance(res, tuple) else (True, '')), time.time()-start
 
+# %% ../../nbs/dev/site.ipynb #27ada392
+def check_job(
+    path:str|Path='.', # A folder of the project
+):
+    "The Hub client accepts the job's script."
+    command = [Path(sys.executable).with_name('hf'), *'jobs uv run --dry-run train/train.py'.split()]
+    with project(path), modified_env(HF_HUB_OFFLINE='1'):
+        p = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if p.returncode: raise ValueError(f"`hf jobs uv run --dry-run train/train.py` failed:\n{p.stdout}{p.stderr}")
+
 # %% ../../nbs/dev/site.ipynb #610f8020
+PROJECT_CHECKS = { # What is said of the whole project, after its notebooks
+    'imports': check_light, 'commands on the pages': check_commands, 'spelling': check_words, 'site': build_site}
+
 def run_tests(
     names:str='', # Notebooks such as "00_data 02_train"; '' for all of them and the checks of the whole project
     n_workers:int=2, # Notebooks tested at a time
@@ -500,33 +791,40 @@ def run_tests(
     with ThreadPoolExecutor(n_workers) as pool:
         for fn,res in zip(fns, pool.map(lambda fn: _try(test_notebook, fn), fns)): report(fn.name, *res)
     if not names:
-        for name,check in (('imports', check_light), ('commands on the pages', check_commands), ('spelling', check_words), ('site', build_site)): report(name, *_try(check, root))
-    if not names and (root/'train/train.py').exists(): report('dry run of train/train.py', *_try(check_job, root))
+        for name,check in PROJECT_CHECKS.items(): report(name, *_try(check, root))
+        if (root/'train/train.py').exists(): report('dry run of train/train.py', *_try(check_job, root))
     failed = results.count(False)
     print(f'{len(results)-failed} passed, {failed} failed')
     return failed
 
+# %% ../../nbs/dev/site.ipynb #67ffc871
+def _show_pages():
+    "Take the pictures, and name the pages that are tall."
+    with project() as cfg: site = cfg.config_path/cfg.doc_path
+    for row in page_sizes(site):
+        if row['height'] > TALL: print(f"{row['page']}: {row['height']:,} pixels")
+    print(f'{len(screenshots(site))} pictures')
+
 # %% ../../nbs/dev/site.ipynb #1db8f0f6
 @call_parse
 def docs_cli(
-    outputs:bool=False, # Run notebooks and keep their outputs?
-    generate:bool=False, # Write the modules, README.md and train/ from the notebooks?
-    check:bool=False, # Fail when a generated file is not up to date?
-    site:bool=False, # Build the site?
-    shots:bool=False, # Add pictures of five pages to the built site? (needs Chromium)
-    test:bool=False, # Do what CI does: everything generated, every notebook, the site, the job's dry run?
+    outputs:bool=False, # Run notebooks and keep their outputs
+    generate:bool=False, # Write the modules, README.md and train/ from the notebooks
+    check:bool=False, # Fail when a generated file is not up to date
+    site:bool=False, # Build the site
+    shots:bool=False, # Add pictures of five pages to the built site, and name tall pages; needs Chromium
+    test:bool=False, # Do what CI does: everything generated, every notebook, the site, the job's dry run
     names:str='', # Notebooks for --outputs and --test, such as "00_data 02_train"; all when empty
     n_workers:int=2, # Notebooks tested at a time
 ):
     "Keep modules, README, job script and site in step with the notebooks."
-    if not (outputs or generate or check or site or shots or test): sys.exit("phoque_docs: say what to do: --outputs --generate --check --site --shots --test")
+    if not (outputs or generate or check or site or shots or test):
+        sys.exit("phoque_docs: say what to do: --outputs --generate --check --site --shots --test")
     try:
         if outputs: run_notebooks(names)
-        if generate: globals()['generate']()
+        if generate: write_generated()
         if check: check_generated()
         if site: print(f"open {shlex.quote(f'{build_site()}/index.html')}")
-        if shots:
-            with project() as cfg: where = cfg.config_path/cfg.doc_path
-            print(f'{len(screenshots(where))} pictures')
+        if shots: _show_pages()
         if test and run_tests(names, n_workers): sys.exit(1)
     except ValueError as e: sys.exit(f'phoque_docs: {e}')
