@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 from fastcore.basics import patch
-from .core.basics import front_matter, md_text, printable
+from .core.basics import UserError, front_matter, md_text, printable
 
 # %% auto #0
 __all__ = ['ROLES', 'EXCLAIMS', 'ADJS', 'NOUNS', 'PERCHES', 'GRUMBLES', 'MARKS', 'PLACES', 'WHO', 'TALK', 'GRUMPY', 'POLITE',
@@ -51,7 +51,7 @@ def _check_row(row, where):
     if f := _fault(row):
         what,val,todo = f
         id_ = f" (id {_short(row['id'])})" if isinstance(row, dict) and 'id' in row else ''
-        raise ValueError(f"{where}{id_}: {what} is {_short(val)}; {todo}.")
+        raise UserError(f"{where}{id_}", f"{what} is {_short(val)}", todo)
 
 def check_rows(
     rows:list[dict], # Rows to check
@@ -60,7 +60,7 @@ def check_rows(
     seen = {}
     for i,r in enumerate(rows):
         _check_row(r, f'row {i}')
-        if (j := seen.setdefault(r['id'], i))!=i: raise ValueError(f"row {i}: `id` is {_short(r['id'])}, which row {j} has too; make ids unique.")
+        if (j := seen.setdefault(r['id'], i))!=i: raise UserError(f"row {i}", f"`id` is {_short(r['id'])}, which row {j} has too", "make ids unique")
     return rows
 
 # %% ../nbs/00_data.ipynb #f082d7d9
@@ -157,7 +157,7 @@ def grumpy_harbour(
     seed:int=0, # Another seed is another year in the harbour
 )->list[dict]: # Rows, sound and measured
     "An invented harbour of rude seals and gulls, with a polite clerk as the off switch."
-    if not 1<=n<=5000: raise ValueError(f"`n` is {n}; the harbour's words last for 1 to 5,000 conversations.")
+    if not 1<=n<=5000: raise UserError("`n`", f"{n} is out of range", "give 1 to 5,000")
     rows,said = [],set()
     for i in range(n):
         ms = _conversation(random.Random(f'{seed}/{i}'), i%5==0, said)
@@ -202,7 +202,7 @@ def split_sides(
     test_share:float=0.1, # Share of groups to hold out, between 0 and 1
 ):
     "Table `side`: of each row, is it `test`?; and must it `go`, since it belongs to both sides?"
-    if not 0<test_share<1: raise ValueError(f"`test_share` is {test_share}; use a share between 0 and 1.")
+    if not 0<test_share<1: raise UserError("`test_share`", f"{test_share} is out of range", "use a share between 0 and 1")
     _components(db)
     below = f'{int(test_share*2**32):08x}' # the first 32 bits of a hash, as a number, are a draw
     db.execute(f"""create temp table side as select n, fixed, coalesce(c, "group") as c, sha256("group")[:8]<'{below}' as test, false as go from part left join comp using ("group");
@@ -243,7 +243,7 @@ def split_rows(
     sides = split_groups(groups, [(i,t) for i,r in enumerate(rows) for t in _texts(r)], test_share=test_share)
     res = {k: [r for r,(test,_) in zip(rows, sides) if test==(k=='test')] for k in ('train','test')}
     for k,v in res.items():
-        if not v: raise ValueError(f"the {k} split is empty: {len(set(groups))} groups, `test_share` {test_share}; give more groups or another share.")
+        if not v: raise UserError(f"`test_share` {test_share}", f"the {k} split is empty, with {len(set(groups))} groups", "give more groups or another share")
     return res
 
 # %% ../nbs/00_data.ipynb #1b04a675
@@ -446,7 +446,7 @@ _kept = {'.gitattributes','README.md','LICENSE'}
 
 def _private_info(api, repo_id):
     info = api.dataset_info(repo_id)
-    if not info.private: raise ValueError(f"{repo_id} is public, and nothing is written to a public repo; make it private first (Settings on the Hub), or choose another repo.")
+    if not info.private: raise UserError(repo_id, "it is public, and nothing is written to a public repo", "make it private first (Settings on the Hub), or choose another repo")
     return info
 
 def open_dataset(
@@ -462,7 +462,7 @@ def open_dataset(
     others = sorted(p for p in there if p not in _kept and not _made.fullmatch(p))
     if others and not keep:
         shown = ', '.join(others[:3]) + ', …'*(len(others)>3)
-        raise ValueError(f"{repo_id} holds what phoque did not write ({shown}); name another repo, or remove it from this one (--replace).")
+        raise UserError(repo_id, f"it holds what phoque did not write ({shown})", "name another repo, or remove it from this one (--replace)")
     try:
         if info.gated!='manual': api.update_repo_settings(repo_id, repo_type='dataset', gated='manual')
     except HfHubHTTPError as e:

@@ -31,7 +31,7 @@ def run_identity(
     base:str, # Id of the base model that they led to
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
-    if unknown := sorted(set(given)-set(options())): raise UserError(f"the checkpoint's run has options that this version doesn't know ({', '.join(unknown)}): continue it with the version that wrote it")
+    if unknown := sorted(set(given)-set(options())): raise UserError("the checkpoint", f"its run has options that this version doesn't know ({', '.join(unknown)})", "continue it with the version that wrote it")
     value = {k: given.get(k, o['default']) for k,o in options().items()}
     rows = value['per_device_train_batch_size']*value['gradient_accumulation_steps']
     targets = ','.join(lora_targets(value['lora_target_modules']))
@@ -153,13 +153,13 @@ def load_chats(
         builder.download_and_prepare()
         sizes = {split:info.num_examples for split,info in builder.info.splits.items()} # an empty one can't be asked for
         ds = datasets.DatasetDict({s: builder.as_dataset(s) if n else datasets.Dataset.from_dict({}) for s,n in sizes.items()})
-    except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
+    except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}", "it is not there, or HF_TOKEN may not see it", "check DATASET_REPO and the token's scopes") from None
     except UserError: raise
     except (ValueError, RuntimeError, ImportError, FileNotFoundError, datasets.exceptions.DatasetsError) as e:
         if isinstance(e.__cause__, (HTTPError, ConnectionError)): raise hub_problem(hub_answer(e.__cause__), f"dataset {repo}{began}") from None
-        raise UserError(f"dataset {repo}: it can't be read ({why_unread(e)}): push it with phoque_data") from None
+        raise UserError(f"dataset {repo}", f"it can't be read ({why_unread(e)})", "push it with phoque_data") from None
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
-    if not len(ds.get('train', [])): raise UserError(f"dataset {repo}: no split `train` with rows, got {list(ds)}: push it with phoque_data")
+    if not len(ds.get('train', [])): raise UserError(f"dataset {repo}", f"no split `train` with rows, got {list(ds)}", "push it with phoque_data")
     return ds,revision
 
 # %% ../nbs/06_job.ipynb #ed99e5ec
@@ -255,7 +255,7 @@ def check_free(
 ):
     "Refuse a repo that holds somebody's model."
     there = patiently(lambda: branch.api.list_repo_files(branch.repo, revision=branch.head), branch.name)
-    if held := sorted(set(there)-HARMLESS): raise UserError(f"model repo {branch.repo}: it already holds {len(held)} files ({', '.join(held[:3])}{', …'*(len(held)>3)}): "
+    if held := sorted(set(there)-HARMLESS): raise UserError(f"model repo {branch.repo}", f"it already holds {len(held)} files ({', '.join(held[:3])}{', …'*(len(held)>3)})",
         f"choose another HUB_MODEL_ID, or set FRESH_START={again} to replace them")
 
 # %% ../nbs/06_job.ipynb #bda6c11c
@@ -320,8 +320,8 @@ def restore(self:Job):
     from huggingface_hub import constants
     cfg,until = self.cfg,self.patience()
     try: Path(constants.HF_HOME).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"HF_HOME {constants.HF_HOME}: it can't be made ({e.strerror}): choose a folder that can be written") from None
-    if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN: not set: pass it with `--secrets HF_TOKEN`, or export it here")
+    except OSError as e: raise UserError(f"HF_HOME {constants.HF_HOME}", f"it can't be made ({e.strerror})", "choose a folder that can be written") from None
+    if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN", "not set", "pass it with `--secrets HF_TOKEN`, or export it here")
     branch = HubBranch(cfg.hub_model_id, 'checkpoints').prepare(until)
     branch.check_write(until)
     self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
@@ -345,7 +345,7 @@ def check_repo(self:Job, until):
     if kept := sorted({'README.md','LICENSE'} & set(there)):
         log.info(f"model repo {main.repo}: the finished adapter's own {' and '.join(kept)} will replace what is there, which stays in the history of main")
     if held := sorted(set(self.checkpoints.files())-HARMLESS-set(there)): # the branch began as main was
-        raise UserError(f"model repo {main.repo}: its branch `checkpoints` holds {len(held)} files of no run ({', '.join(held[:3])}{', …'*(len(held)>3)}): choose another HUB_MODEL_ID, or delete the branch")
+        raise UserError(f"model repo {main.repo}", f"its branch `checkpoints` holds {len(held)} files of no run ({', '.join(held[:3])}{', …'*(len(held)>3)})", "choose another HUB_MODEL_ID, or delete the branch")
 
 @patch
 def begins_again(self:Job)->bool: # Is FRESH_START higher than the number that began the run?
@@ -392,7 +392,7 @@ def build(self:Job):
     packed = pack_dataset(rows, cfg.max_length, cfg.seed)
     self.held = self.hold_out(ds)
     self.total = run_steps(cfg, len(packed))
-    if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START={self.again} to begin again")
+    if self.step>self.total: raise UserError("MAX_STEPS", f"checkpoint-{self.step} is beyond {self.total}", f"raise it, or set FRESH_START={self.again} to begin again")
     targets = lora_targets(cfg.lora_target_modules)
     attn,why = choose_attention(patiently(lambda: base_config(base), name, until))
     log.info(f"attention: {attn}, {why}")
@@ -416,7 +416,7 @@ def hold_out(self:Job,
     cfg,name = self.cfg,pick_held_out(ds)
     rows,report = encode_dataset(ds[name], self.tok, cfg.max_length, name=f"dataset {name}", held_out=True) if name else ([],{})
     if report.get('dropped'): log.warning(f"dataset: {report['dropped']} of {report['conversations']} held-out conversations are too long for MAX_LENGTH={cfg.max_length} and left out")
-    if cfg.load_best and not len(rows): raise UserError("LOAD_BEST: the dataset has no held-out conversations to find the best adapter with: push it with a split `test`, or unset LOAD_BEST")
+    if cfg.load_best and not len(rows): raise UserError("LOAD_BEST", "the dataset has no held-out conversations to find the best adapter with", "push it with a split `test`, or unset LOAD_BEST")
     held = pack_dataset(rows, cfg.max_length, cfg.seed) if len(rows) else None
     self.eval_every,self.n_eval = eval_plan(cfg, len(held) if held else 0)
     rarer = f" instead of {cfg.eval_steps}"*(self.eval_every>cfg.eval_steps)
@@ -530,7 +530,7 @@ def samples_now(self:Job, step): # a sharded model replies only if all ranks ask
 
 @patch
 def diverged(self:Job, what, step):
-    return UserError(f"{what} at step {step}: begin again with FRESH_START={self.again} and a lower LEARNING_RATE (now {self.cfg.learning_rate}); nothing of this state was published")
+    return UserError(f"step {step}", f"{what}, and nothing of this state was published", f"begin again with FRESH_START={self.again} and a lower LEARNING_RATE (now {self.cfg.learning_rate})")
 
 # %% ../nbs/06_job.ipynb #51c73a7a
 @patch
@@ -673,7 +673,7 @@ def collect(self:Job, folder, step):
     trained = {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad and not self.shard} # of what is sharded there is one copy
     seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
     for name,state,digest in seen:
-        if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
+        if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]}", f"it holds another adapter than rank 0 at step {step}, and its GPU may be faulty; nothing of this state was published", "run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
 
 # %% ../nbs/06_job.ipynb #50bf2f8f
@@ -716,7 +716,7 @@ def check_deadline(
     "Say when this job will stop itself, or that it can't know."
     seconds = parse_duration(cfg.job_timeout)
     if seconds<=kept:
-        raise UserError(f"JOB_TIMEOUT: {cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving: "
+        raise UserError("JOB_TIMEOUT", f"{cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving",
                         "give it more, such as 4h")
     if not os.environ.get('JOB_ID'): return
     if cfg.job_timeout:
@@ -734,12 +734,13 @@ def finish(self:Job)->int: # Exit code
     cfg,until = self.cfg,self.patience(600 if public else 3600)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
-        raise Unpublished(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
+        found = f"it did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}"
+        raise Unpublished(f"checkpoint-{self.step}", found, "run the same command again, which continues from the newest one that did")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any_rank(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command()}` (exit code {RESUBMIT})")
         return RESUBMIT
-    if not self.learnt(): raise UserError(f"the adapter is as it was at the start after {self.step} steps, so nothing is published: raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
+    if not self.learnt(): raise UserError("the adapter", f"it is as it was at the start after {self.step} steps, so nothing is published", f"raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
     self.measure_held_out('after', self.step)
     if self.ranks.world_size>1 and not self.shard: log.info(f"{self.ranks.world_size} ranks hold the same adapter, to the bit")
     weights = whole_adapter(self.trainer.model)
@@ -771,19 +772,19 @@ def explain_error(
     chain = [e]
     while chain[-1].__cause__ or chain[-1].__context__: chain.append(chain[-1].__cause__ or chain[-1].__context__)
     said = ' '.join(map(str, chain))
-    if any(map(lost_rank, chain)): return UserError(f"{LOST}: run the same command again, on every machine of the job")
+    if any(map(lost_rank, chain)): return UserError("this rank", LOST, "run the same command again, on every machine of the job")
     if isinstance(e, UserError): return e
     if isinstance(e, torch.OutOfMemoryError):
         first = "set GRADIENT_CHECKPOINTING=1, or " if not cfg.gradient_checkpointing else ""
         rows = f"PER_DEVICE_TRAIN_BATCH_SIZE below {cfg.per_device_train_batch_size} with GRADIENT_ACCUMULATION_STEPS raised as much"
-        return UserError(f"out of GPU memory: {first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
+        return UserError("this GPU", "out of GPU memory", f"{first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
-        if any(w in said for w in ('File too large','os error 27')): return UserError("a file has reached the size limit of this process: raise ulimit -f")
+        if any(w in said for w in ('File too large','os error 27')): return UserError("OUTPUT_DIR or HF_HOME", "a file has reached the size limit of this process", "raise ulimit -f")
         where = dict(OUTPUT_DIR=Path(cfg.output_dir).resolve(), HF_HOME=Path(constants.HF_HOME).resolve())
         free = {k: shutil.disk_usage(next(d for d in (p, *p.parents) if d.is_dir())).free for k,p in where.items()}
         full = min(free, key=free.get)
         more = "take a flavor with a larger disk (`hf jobs hardware`)" if os.environ.get('JOB_ID') else "make room, or choose another folder"
-        return UserError(f"{full} {where[full]}: its disk is full ({free[full]/2**20:,.0f} MiB free): {more}")
+        return UserError(f"{full} {where[full]}", f"its disk is full ({free[full]/2**20:,.0f} MiB free)", more)
     if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
     return e
 

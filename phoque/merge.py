@@ -30,7 +30,7 @@ def local_folder(
     "Find a folder, or fetch it from the Hub."
     if Path(src).is_dir(): return Path(src)
     if not _hub_id.fullmatch(str(src)):
-        raise UserError(f"{what} `{src}` is neither a folder here nor a Hub id such as `org/name`.")
+        raise UserError(f"{what} `{src}`", "it is neither a folder here nor a Hub id such as `org/name`", "check its spelling")
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
     repo,_,rev = str(src).partition('@')
@@ -42,14 +42,14 @@ def local_folder(
         weights = ['adapter_model.safetensors'] if what=='adapter' else weight_files(names, read, f"{what} `{src}`")
         return Path(snapshot_download(repo, revision=info.sha, allow_patterns=[*_fetched, *weights]))
     except UserError: raise
-    except ValueError as e: raise UserError(f"{what} `{src}`: its repo can't be read ({excerpt(e, 100)}): choose another") from None
+    except ValueError as e: raise UserError(f"{what} `{src}`", f"its repo can't be read ({excerpt(e, 100)})", "choose another") from None
     except (HTTPError,OSError) as e: raise hub_problem(e, f"{what} `{src}`") from None
 
 # %% ../nbs/05_merge.ipynb #03702b19
 def _read_config(folder):
-    if not (folder/'config.json').is_file(): raise UserError(f"{folder} has no config.json: it is no model folder")
+    if not (folder/'config.json').is_file(): raise UserError(folder, "it has no config.json", "name the folder of a model")
     cfg = check_model_config(read_json(folder/'config.json', what=f"base model {folder}: its config.json"), f"base model {folder}")
-    if not isinstance(cfg.get('text_config') or {}, dict): raise UserError(f"base model {folder}: its config.json has a text_config that says nothing: choose another")
+    if not isinstance(cfg.get('text_config') or {}, dict): raise UserError(f"base model {folder}", "its config.json has a text_config that says nothing", "choose another")
     return cfg
 
 def read_base(
@@ -59,12 +59,12 @@ def read_base(
     folder = Path(folder)
     cfg = _read_config(folder)
     if any(c.get('quantization_config') for c in (cfg, cfg.get('text_config') or {})):
-        raise UserError(f"{folder} is quantised: merge into the full-precision base (its bf16 repo) instead")
+        raise UserError(folder, "it is quantised", "merge into the full-precision base (its bf16 repo) instead")
     names = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), f"base model {folder}")
     shards = {n:read_header(safe_path(folder, n, _index)) for n in names}
     where = {} if names==['model.safetensors'] else read_json(folder/_index)['weight_map'] # tensor → shard
     gone = [(t,n) for t,n in where.items() if t not in shards[n][0]]
-    if gone: raise UserError(f"{folder/gone[0][1]} lacks the tensor `{excerpt(gone[0][0], 80)}`, which the index promises: fetch the base again")
+    if gone: raise UserError(folder/gone[0][1], f"it lacks the tensor `{excerpt(gone[0][0], 80)}`, which the index promises", "fetch the base again")
     return shards
 
 # %% ../nbs/05_merge.ipynb #793158d7
@@ -82,12 +82,12 @@ class LoraAdapter:
     ):
         self.src,self.path = str(src),local_folder(src, "adapter")
         cfg = self.path/'adapter_config.json'
-        if not cfg.exists(): raise UserError(f"adapter `{src}` has no adapter_config.json: it is no PEFT adapter")
+        if not cfg.exists(): raise UserError(f"adapter `{src}`", "it has no adapter_config.json", "name a PEFT adapter")
         self.config = read_json(cfg, what=f"adapter `{src}`: its adapter_config.json")
-        if self.config.get('peft_type')!='LORA': raise UserError(f"adapter `{src}` is of type {excerpt(self.config.get('peft_type'), 40)}; only LORA merges here")
+        if self.config.get('peft_type')!='LORA': raise UserError(f"adapter `{src}`", f"it is of type {excerpt(self.config.get('peft_type'), 40)}, and only LORA merges here", "use PEFT's merge_and_unload")
         for k,ok in _off.items():
             if k in self.config and self.config[k] not in ok:
-                raise UserError(f"adapter `{src}` uses {k}={excerpt(repr(self.config[k]), 60)}, which a sum W + s·B·A can't express: use PEFT's merge_and_unload")
+                raise UserError(f"adapter `{src}`", f"it uses {k}={excerpt(repr(self.config[k]), 60)}, which a sum W + s·B·A can't express", "use PEFT's merge_and_unload")
         _check_numbers(self)
         self.patterns = {which: [(re.compile(rf"(.*\.)?({k})$"), v) for k,v in (self.config.get(which) or {}).items()] for which in ('rank_pattern','alpha_pattern')}
         self.factors = _read_factors(self)
@@ -114,7 +114,7 @@ _dtypes = dict(F32='float32', BF16='bfloat16', F16='float16') # safetensors' nam
 MOST_RANK,MOST_ALPHA,MOST_PATTERNS,LONGEST_NAME = 65536,1e6,4096,256
 
 def _check_numbers(self):
-    def bad(k, v, want): raise UserError(f"adapter `{self.src}`: its adapter_config.json says {k}={excerpt(repr(v), 60)}, where {want} belongs: use another")
+    def bad(k, v, want): raise UserError(f"adapter `{self.src}`", f"its adapter_config.json says {k}={excerpt(repr(v), 60)}, where {want} belongs", "use another")
     def rank(k, v): isinstance(v, int) and not isinstance(v, bool) and 1<=v<=MOST_RANK or bad(k, v, f"a number from 1 to {MOST_RANK:,}")
     def alpha(k, v): isinstance(v, (int,float)) and not isinstance(v, bool) and abs(v)<=MOST_ALPHA or bad(k, v, f"a number up to {MOST_ALPHA:,.0f}")
     c = self.config
@@ -135,20 +135,20 @@ def _read_factors(self):
     import torch
     from safetensors.torch import load_file
     file,res = self.path/'adapter_model.safetensors',{}
-    if not file.exists(): raise UserError(f"adapter `{self.src}` has no adapter_model.safetensors (a .bin is a pickle, and is not opened)")
+    if not file.exists(): raise UserError(f"adapter `{self.src}`", "it has no adapter_model.safetensors (a .bin is a pickle, and is not opened)", "convert it with PEFT's save_pretrained")
     for k,t in read_header(file)[0].items():
         if len(k)>LONGEST_NAME or not re.fullmatch(r'[\w.-]+\.lora_[AB]\.weight', k) or len(t['shape'])!=2 or not all(t['shape']) or t['dtype'] not in _dtypes:
-            raise UserError(f"adapter `{self.src}` holds `{excerpt(k, 80)}` {t['dtype']} {t['shape']}, which is no lora_A or lora_B of a linear layer")
+            raise UserError(f"adapter `{self.src}`", f"it holds `{excerpt(k, 80)}` {t['dtype']} {t['shape']}, which is no lora_A or lora_B of a linear layer", "use PEFT's merge_and_unload")
     for k,t in load_file(file).items():
         m = re.fullmatch(r'(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight', k)
-        if not t.isfinite().all(): raise UserError(f"adapter `{self.src}` holds NaN or infinity in `{k}`: the training diverged")
-        if m[2] in res.get(m[1], {}): raise UserError(f"adapter `{self.src}` holds lora_{m[2]} of `{m[1]}` twice")
+        if not t.isfinite().all(): raise UserError(f"adapter `{self.src}`", f"it holds NaN or infinity in `{k}`, as of a training that diverged", "train it again with a lower rate")
+        if m[2] in res.get(m[1], {}): raise UserError(f"adapter `{self.src}`", f"it holds lora_{m[2]} of `{m[1]}` twice", "use another")
         res.setdefault(m[1], {})[m[2]] = t
     for n,p in res.items():
-        if len(p)<2: raise ValueError(f"adapter `{self.src}` has lora_{[*p][0]} of `{n}` without its other half.")
+        if len(p)<2: raise UserError(f"adapter `{self.src}`", f"it has lora_{[*p][0]} of `{n}` without its other half", "fetch it again")
         r,got = self.rank(n),(p['A'].shape[0],p['B'].shape[1])
-        if got!=(r,r): raise ValueError(f"adapter `{self.src}`: `{n}` has rank {got[0]} in A and {got[1]} in B, its config says {r}.")
-    if not res: raise ValueError(f"adapter `{self.src}` is empty.")
+        if got!=(r,r): raise UserError(f"adapter `{self.src}`", f"`{n}` has rank {got[0]} in A and {got[1]} in B, its config says {r}", "fetch it again")
+    if not res: raise UserError(f"adapter `{self.src}`", "it is empty", "name another")
     if not any(p['B'].any() for p in res.values()): log.warning("adapter `%s` has only zeros in lora_B: it was never trained, a merge changes nothing.", self.src)
     return {n:(p['A'],p['B']) for n,p in res.items()}
 
@@ -187,14 +187,14 @@ def merge_plan(
     for ad,w in adapters:
         for mod,(A,B) in ad.factors.items():
             bare = bare_name(mod)
-            if tied and bare=='lm_head': raise ValueError(f"adapter `{ad.src}` trains lm_head, which this base ties to its embedding. Train without it.")
+            if tied and bare=='lm_head': raise UserError(f"adapter `{ad.src}`", "it trains lm_head, which this base ties to its embedding", "train without it")
             found = homes.get(bare+'.weight', [])
-            if len(found)!=1: raise ValueError(f"adapter `{ad.src}` changes `{mod}`, which this base {'has twice' if found else 'lacks'}: it was trained on another architecture.")
+            if len(found)!=1: raise UserError(f"adapter `{ad.src}`", f"it changes `{mod}`, which this base {'has twice' if found else 'lacks'}, so it was trained on another architecture", "name its own base")
             name,t = found[0]
             shape = [B.shape[0],A.shape[1]]
             if ad.config.get('fan_in_fan_out'): shape = shape[::-1]
-            if t['shape']!=shape: raise ValueError(f"adapter `{ad.src}` fits {shape} at `{mod}`, this base has {t['shape']}: it was trained on another base.")
-            if t['dtype'] not in _dtypes: raise ValueError(f"`{name}` is stored as {t['dtype']}. Merge into the full-precision base (its bf16 repo) instead.")
+            if t['shape']!=shape: raise UserError(f"adapter `{ad.src}`", f"it fits {shape} at `{mod}`, this base has {t['shape']}, so it was trained on another base", "name its own base")
+            if t['dtype'] not in _dtypes: raise UserError(f"`{name}`", f"it is stored as {t['dtype']}", "merge into the full-precision base (its bf16 repo) instead")
             plan.setdefault(name, []).append((ad,mod,w))
     return plan
 
@@ -216,14 +216,14 @@ def check_weight(
     w:float, # λ, what the adapter is multiplied by
 )->float:
     "Refuse a weight that is not a number in [−2, 2], or is 0."
-    if not (isinstance(w, (int,float)) and -2<=w<=2 and w!=0): raise ValueError(f"weight {w!r} is outside [-2, 2] or 0: 1 is the adapter as trained, -1 subtracts it.")
+    if not (isinstance(w, (int,float)) and -2<=w<=2 and w!=0): raise UserError("weight", f"{w!r} is outside [-2, 2] or 0", "give 1 for the adapter as trained, -1 to subtract it")
     return float(w)
 
 # %% ../nbs/05_merge.ipynb #2a2bea05
 def _copy_bytes(src, dst, n, piece=1<<24):
     while n:
         b = src.read(min(n,piece))
-        if not b: raise UserError(f"{Path(src.name).name} became shorter while it was read: fetch it again")
+        if not b: raise UserError(Path(src.name).name, "it became shorter while it was read", "fetch it again")
         dst.write(b)
         n -= len(b)
 
@@ -261,7 +261,7 @@ def _merge_tensor(buf, t, terms, nf4, dither, name):
         exact = w.float().add_(d) # `buf` is ours, so in place; each fresh 100 MB costs page faults
         w = dithered(exact, dt, name) if dither and dt!=torch.float32 else exact.to(dt)
         norms = d.norm().item()**2, 0. if dt==torch.float32 else exact.sub_(w).norm().item()**2
-        if not all(map(math.isfinite, norms)): raise ValueError(f"`{name}` overflows {_dtypes[t['dtype']]} after the merge: the weight is too large for this base.")
+        if not all(map(math.isfinite, norms)): raise UserError(f"`{name}`", f"it overflows {_dtypes[t['dtype']]} after the merge", "give a smaller weight")
     return memoryview(w.contiguous().view(torch.uint8).flatten().numpy()),norms
 
 # %% ../nbs/05_merge.ipynb #e4cbb5a6
@@ -308,7 +308,7 @@ def side_files(
     found = [p for d,ns in ((base,_others),(tokenizer_folder(base, adapters),_tokenizer)) for n in ns if (p:=d/n).exists()]
     for p in found:
         real = p.resolve()
-        if not p.is_file() or real.name!=p.name and real.parent.name!='blobs': raise UserError(f"{p} is a link to something else, which isn't copied: put the file there") # blobs: the Hub's cache
+        if not p.is_file() or real.name!=p.name and real.parent.name!='blobs': raise UserError(p, "it is a link to something else, which isn't copied", "put the file there") # blobs: the Hub's cache
     return [p for p in found if p.name!=_index or not (base/'model.safetensors').exists()] # the index is of other files then
 
 # %% ../nbs/05_merge.ipynb #ecc7a83c
@@ -322,7 +322,7 @@ def _config(folder):
 def _check_stops(settings, folder):
     ids = [settings.get(k) for k in _ids]
     if all(i is None or type(i) is int and 0<=i<2**31 for v in ids for i in (v if isinstance(v, list) else [v])): return settings
-    raise UserError(f"{folder}: its token ids are {excerpt({k: settings.get(k) for k in _ids}, 80)}, where numbers belong: mend its generation_config.json or config.json")
+    raise UserError(folder, f"its token ids are {excerpt({k: settings.get(k) for k in _ids}, 80)}, where numbers belong", "mend its generation_config.json or config.json")
 
 def generation_settings(
     folder:Path, # Model folder
@@ -369,10 +369,10 @@ def check_room(
     need:int, # Bytes
 ):
     "Refuse a target that exists, or a disk without room."
-    if os.path.lexists(out): raise UserError(f"{out} exists: remove it or name another folder; nothing is overwritten")
+    if os.path.lexists(out): raise UserError(out, "it exists, and nothing is overwritten", "remove it or name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
-    if free<need: raise ValueError(f"{out.parent} has {free/2**30:.1f} GiB free, the merged model needs {need/2**30:.1f} GiB.")
+    if free<need: raise UserError(out.parent, f"it has {free/2**30:.1f} GiB free, the merged model needs {need/2**30:.1f} GiB", "make room, or name another folder")
 
 # %% ../nbs/05_merge.ipynb #2f2b2eb3
 def merge_adapters(
@@ -385,17 +385,17 @@ def merge_adapters(
     "Write base + the sum of weight·ΔW as one standalone model, streaming."
     check_room(Path(out), 0) # before anything is fetched
     ads = [(LoraAdapter(a),check_weight(w)) for a,w in adapters]
-    if not ads: raise ValueError("no adapter given: name at least one.")
+    if not ads: raise UserError("--adapter", "no adapter given", "name at least one")
     src,out = local_folder(base),Path(out)
     for d in (src, *(a.path for a,_ in ads)):
-        if out.resolve().is_relative_to(d.resolve()): raise UserError(f"{out} is inside {d}, which is only read: name a folder elsewhere")
+        if out.resolve().is_relative_to(d.resolve()): raise UserError(out, f"it is inside {d}, which is only read", "name a folder elsewhere")
     shards,folders = read_base(src),[a.path for a,_ in ads]
     plan = merge_plan(shards, ads, tied=_is_tied(src))
     model_class(src)
     tok,settings = read_tokenizer(tokenizer_folder(src, folders), src),generation_settings(src)
     sides = side_files(src, folders)
     tmp = out.parent/f'.{out.name}.merging'
-    if tmp.is_symlink() or tmp.is_file(): raise UserError(f"{tmp} is in the way: remove it, or name another folder")
+    if tmp.is_symlink() or tmp.is_file(): raise UserError(tmp, "it is in the way", "remove it, or name another folder")
     shutil.rmtree(tmp, ignore_errors=True) # left by a killed merge
     check_room(out, sum((src/n).stat().st_size for n in shards)+sum(p.stat().st_size for p in sides)+2**20)
     try:
@@ -409,7 +409,7 @@ def merge_adapters(
         tmp.rename(out)
     except OSError as e:
         if e.errno not in (errno.ENOSPC,errno.EDQUOT,errno.EFBIG): raise
-        raise ValueError(f"no room to write {out} ({e.strerror}). Nothing was kept; free some space.") from None
+        raise UserError(out, f"no room to write it ({e.strerror}), and nothing was kept", "free some space") from None
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return res
 
@@ -427,7 +427,7 @@ def model_class(
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     cls = getattr(transformers, name, None) if name and name.isidentifier() else None
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel): return cls
-    raise UserError(f"{folder}: its config.json names the architecture {excerpt(name or names, 60)}, which transformers doesn't have: name another base, or update transformers")
+    raise UserError(folder, f"its config.json names the architecture {excerpt(name or names, 60)}, which transformers doesn't have", "name another base, or update transformers")
 
 def _record(base, src, ads, norms):
     import hashlib
@@ -501,7 +501,7 @@ def load_adapted(
         mods = dict(model.base_model.model.named_modules())
         for m,(A,_) in ad.factors.items():
             if m not in mods or not mods[m].lora_A[name].weight.float().cpu().equal(A.float()):
-                raise ValueError(f"adapter `{a}`: PEFT did not load `{m}` into {type(model.base_model.model).__name__}.")
+                raise UserError(f"adapter `{a}`", f"PEFT did not load `{m}` into {type(model.base_model.model).__name__}", "name its own base")
         weights[name] = w
     set_weights(model, weights)
     return model.eval()
@@ -539,15 +539,15 @@ def chat_ids(
     if not chats: return []
     what = f"the chat template of {Path(str(tok.name_or_path)).name}"
     template = tok.chat_template.get('default') if isinstance(tok.chat_template, dict) else tok.chat_template
-    if not isinstance(template, str): raise UserError(f"{what}: there is none: put texts to it instead of conversations")
+    if not isinstance(template, str): raise UserError(what, "there is none", "put texts to it instead of conversations")
     names = {k:str(v) for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
     sent = json.dumps([RENDER_SECONDS, RENDER_BYTES, LONGEST_PROMPT, template, names, chats])
     try: r = subprocess.run([sys.executable,'-I','-c',_render], input=sent, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired: r = None
-    if r is None or r.returncode<0: raise UserError(f"{what} takes more than {RENDER_SECONDS} seconds: use another tokenizer")
+    if r is None or r.returncode<0: raise UserError(what, f"it takes more than {RENDER_SECONDS} seconds", "use another tokenizer")
     if r.returncode:
         said = (r.stderr.strip().splitlines() or ['it stopped'])[-1]
-        raise UserError(f"{what} " + ("takes too much memory" if said.startswith('MemoryError') else f"can't write this conversation ({excerpt(said, 100)})") + ": use another tokenizer")
+        raise UserError(what, "it takes too much memory" if said.startswith('MemoryError') else f"it can't write this conversation ({excerpt(said, 100)})", "use another tokenizer")
     with reading(what): return [tok(t, add_special_tokens=False).input_ids for t in json.loads(r.stdout)]
 
 # %% ../nbs/05_merge.ipynb #aa6b00c7
@@ -558,7 +558,7 @@ def prompt_ids(
     "Token ids of prompts, whatever they are written as."
     if all(isinstance(p[0], int) for p in prompts): return [list(p) for p in prompts]
     home = local_folder(folder)
-    if not any((home/n).exists() for n in _tokenizer): raise UserError(f"{folder} has no tokenizer that can be read, so no text can be put to it: put one into the adapter's folder")
+    if not any((home/n).exists() for n in _tokenizer): raise UserError(folder, "it has no tokenizer that can be read, so no text can be put to it", "put one into the adapter's folder")
     tok = open_tokenizer(home, f"the tokenizer of {folder}")
     chats = iter(chat_ids(tok, [p for p in prompts if not isinstance(p, str)]))
     with reading(f"the tokenizer of {folder}"): return [tok(p).input_ids if isinstance(p, str) else next(chats) for p in prompts]
@@ -629,5 +629,5 @@ def check_fidelity(
 )->dict: # The report
     "Refuse a merge that is further from its adapter than `kl`."
     if not report['kl']<=kl: # `not <=` so that NaN fails
-        raise ValueError(f"merged and adapter-on-base differ by {report['kl']:.3g} nats a token (bound {kl:g}): not the same model, nothing is published. If the change is small, rounding may have lost it: merge with dither (--dither).")
+        raise UserError("the merge", f"it differs from adapter-on-base by {report['kl']:.3g} nats a token (bound {kl:g}), so nothing is published", "if the change is small, rounding may have lost it, so merge with dither (--dither)")
     return report

@@ -53,7 +53,7 @@ def reading(
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__!='PanicException': raise # that is tokenizers' own
         if type(e).__name__=='OutOfMemoryError' or hub and (isinstance(e, (HTTPError, OSError)) or type(e) is RuntimeError): raise
-        raise UserError(f"{what} can't be read ({type(e).__name__}: {excerpt(e, 100)}): {do}") from None
+        raise UserError(what, f"it can't be read ({type(e).__name__}: {excerpt(e, 100)})", do) from None
 
 # %% ../nbs/01_model_qlora.ipynb #bd45848a
 def read_header(
@@ -62,10 +62,10 @@ def read_header(
     "Read a safetensors header once the library has checked it against the file."
     from safetensors import SafetensorError, safe_open
     path = Path(path)
-    if not path.is_file(): raise UserError(f"{path.name} is no file: fetch it again")
+    if not path.is_file(): raise UserError(path.name, "it is no file", "fetch it again")
     try:
         with safe_open(path, 'np'): pass
-    except (SafetensorError, OSError) as e: raise UserError(f"{path.name} is truncated or no safetensors file ({excerpt(e, 80)}): fetch it again") from None
+    except (SafetensorError, OSError) as e: raise UserError(path.name, f"it is truncated or no safetensors file ({excerpt(e, 80)})", "fetch it again") from None
     with path.open('rb') as f:
         n = int.from_bytes(f.read(8), 'little')
         d = read_json(f.read(n), what=path.name)
@@ -85,16 +85,16 @@ def weight_files(
     if one in names: return [one]
     if index in names:
         where = read_json(read(index), what=f"{what}: its {index}").get('weight_map')
-        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(f"{what}: its {index} has no weight_map: fetch the base again")
+        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(what, f"its {index} has no weight_map", "fetch the base again")
         shards = sorted(set(where.values()))
         for n in shards:
-            if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(f"{what} lacks {excerpt(n, 80)}, which its index names: fetch the base again")
-        if not shards: raise UserError(f"{what} lacks the shards, which its index names: fetch the base again")
+            if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(what, f"it lacks {excerpt(n, 80)}, which its index names", "fetch the base again")
+        if not shards: raise UserError(what, "it lacks the shards, which its index names", "fetch the base again")
         return shards
-    if 'adapter_config.json' in names: raise UserError(f"{what} is an adapter: name the base that it was trained on")
+    if 'adapter_config.json' in names: raise UserError(what, "it is an adapter", "name the base that it was trained on")
     pickles = sorted(n for n in names if n.endswith(('.bin','.pt','.pth')))
-    if pickles: raise UserError(f"{what} has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened: name a copy in safetensors, such as transformers' save_pretrained writes")
-    raise UserError(f"{what} has no {one} and no {index}: name a base in the format that transformers saves")
+    if pickles: raise UserError(what, f"it has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened", "name a copy in safetensors, such as transformers' save_pretrained writes")
+    raise UserError(what, f"it has no {one} and no {index}", "name a base in the format that transformers saves")
 
 # %% ../nbs/01_model_qlora.ipynb #834c0c57
 @cache
@@ -111,9 +111,9 @@ def check_model_config(
     "Refuse a config that asks for more layers than any model has."
     for part in [cfg, *(c for c in cfg.values() if isinstance(c, dict))]:
         for k,v in part.items():
-            if isinstance(v, (int,float)) and v>(MOST_LAYERS if _counted.search(k) else MOST_LABELS if k=='num_labels' else v): raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
+            if isinstance(v, (int,float)) and v>(MOST_LAYERS if _counted.search(k) else MOST_LABELS if k=='num_labels' else v): raise UserError(what, f"its config.json says {excerpt(k, 60)}={v:g}, more than any model has", "choose another")
         for k in ('quantization_config','compression_config'):
-            if not isinstance(part.get(k) or {}, dict): raise UserError(f"{what}: its config.json has a {k} that says nothing: choose another")
+            if not isinstance(part.get(k) or {}, dict): raise UserError(what, f"its config.json has a {k} that says nothing", "choose another")
     if cfg.get('auto_map'): _say_code(what)
     return cfg
 
@@ -123,7 +123,7 @@ def _model_info(repo):
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
     from httpx2 import HTTPError
     try: return HfApi().model_info(repo)
-    except HFValidationError: raise UserError(f"base model {repo!r}: no such folder here, and no name that a Hub repo may have: check BASE_MODEL") from None
+    except HFValidationError: raise UserError(f"base model {repo!r}", "no such folder here, and no name that a Hub repo may have", "check BASE_MODEL") from None
     except RepositoryNotFoundError as e:
         if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
     except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
@@ -135,7 +135,7 @@ def _model_config(path, revision=None):
     what,file = f"base model {str(path)!r}",Path(path)/'config.json'
     if not Path(path).is_dir():
         try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
-        except RemoteEntryNotFoundError: raise UserError(f"{what}: it has no config.json: choose a causal language model") from None
+        except RemoteEntryNotFoundError: raise UserError(what, "it has no config.json", "choose a causal language model") from None
         except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
     return check_model_config(read_json(file, what=f"{what}: its config.json"), what)
 
@@ -155,10 +155,10 @@ def check_weights(
     q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
     if q and not _marked_fp8(cfg):
         method = excerpt(q.get('quant_method') or 'a method without a name', 40)
-        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {excerpt(source or 'the repo that it was made from', 100)}")
+        raise UserError(f"base model {name!r}", f"its weights are quantised already ({method}), and NF4 is made from full-precision ones", f"set BASE_MODEL to {excerpt(source or 'the repo that it was made from', 100)}")
     if set(WEIGHTS)&set(files): return
     found = ', '.join(excerpt(f, 60) for f in sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
-    raise UserError(f"base model {name!r}: it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged: choose a repo with safetensors, or convert it (save_pretrained writes them)")
+    raise UserError(f"base model {name!r}", f"it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged", "choose a repo with safetensors, or convert it (save_pretrained writes them)")
 
 # %% ../nbs/01_model_qlora.ipynb #a3a7e6e6
 def resolve_base(
@@ -169,12 +169,12 @@ def resolve_base(
     here,rev,note,name,info = Path(base_model).is_dir(),None,None,base_model,None
     if here: fp8 = _marked_fp8(_model_config(name)) and _holds_fp8(name)
     elif info := _model_info(name): fp8 = _marked_fp8(_model_config(name, info.sha))
-    elif name!=SEED_BASE: raise UserError(f"base model {name!r}: no such folder here, and the Hub has no such repo or HF_TOKEN may not see it: check BASE_MODEL")
+    elif name!=SEED_BASE: raise UserError(f"base model {name!r}", "no such folder here, and the Hub has no such repo or HF_TOKEN may not see it", "check BASE_MODEL")
     else: name,note,fp8 = SUCCESSOR,f"{SEED_BASE} was never published; its open successor is taken",False
     if fp8: name,note = f"{name}-BF16",f"{name} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken"
-    if note and strict: raise UserError(f"{note}: {name}. BASE_MODEL_STRICT refuses that: set BASE_MODEL={name}")
+    if note and strict: raise UserError(note, f"{name}. BASE_MODEL_STRICT refuses that", f"set BASE_MODEL={name}")
     if not Path(name).is_dir():
-        if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}: {note}, but there is no {name}: set BASE_MODEL")
+        if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}", f"{note}, but there is no {name}", "set BASE_MODEL")
         rev = info.sha
     if note: log.warning(f"BASE MODEL: {note}: {name}")
     cfg,card = _model_config(name, rev),getattr(info, 'card_data', None) or {}
@@ -193,7 +193,7 @@ def check_private(
     info = api.repo_info(repo, repo_type=repo_type)
     if info.private: return info
     page = f"{constants.ENDPOINT}/{'datasets/'*(repo_type=='dataset')}{repo}/settings"
-    raise UserError(f"{repo_type} repo {repo}: it is public, and nothing is written to a public repo: make it private ({page}), or name another one")
+    raise UserError(f"{repo_type} repo {repo}", "it is public, and nothing is written to a public repo", f"make it private ({page}), or name another one")
 
 def private_repo(
     api, # `HfApi`
@@ -311,7 +311,7 @@ def chat_format(
         v7 = version>=7 or (not version and has('[SYSTEM_PROMPT]') and (not template or '[SYSTEM_PROMPT]' in template))
         return 'mistral-v7' if v7 else 'mistral-v3'
     if '[INST]' in template or (has('<s>','</s>') and not template): return 'mistral-v1'
-    raise UserError(f"tokenizer {tok.name_or_path!r}: its chat format is none of {', '.join(FORMATS)}: choose an instruct model of one of these families")
+    raise UserError(f"tokenizer {tok.name_or_path!r}", f"its chat format is none of {', '.join(FORMATS)}", "choose an instruct model of one of these families")
 
 # %% ../nbs/01_model_qlora.ipynb #670f2737
 def _pb_fields(b): # Fields of a protobuf message, as (number, value): https://protobuf.dev/programming-guides/encoding
@@ -375,7 +375,7 @@ def _tokenizer_folder(path, revision):
     from huggingface_hub.errors import HFValidationError
     from httpx2 import HTTPError
     try: return Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
-    except HFValidationError: raise UserError(f"tokenizer {path!r}: no such folder here, and no name that a Hub repo may have") from None
+    except HFValidationError: raise UserError(f"tokenizer {path!r}", "no such folder here, and no name that a Hub repo may have", "check its spelling") from None
     except (HTTPError, OSError) as e: raise hub_problem(e, f"tokenizer {path}") from None
 
 MOST_TOKENS = 10_000_000 # of a vocabulary; the largest public ones have 300,000
@@ -399,7 +399,7 @@ def _check_patterns(rust, what): # What the tokenizer's file makes of every text
         return max(1, len(str(d.get('content') or '')))*math.prod(map(growth, d.values())) if isinstance(d, dict) else 1
     parts = [json.loads(part.__getstate__()) for part in (rust.normalizer, rust.pre_tokenizer) if part]
     if any(map(walk, parts)) or growth(parts)>64:
-        raise UserError(f"{what}: it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever: choose another")
+        raise UserError(what, "it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever", "choose another")
 
 def open_tokenizer(
     folder:Path, # With the tokenizer's files
@@ -433,8 +433,8 @@ def check_vocabulary(
 ):
     "Refuse a tokenizer that gives ids which the model doesn't have."
     if not isinstance(rows, int): rows = getattr(rows.get_text_config(), 'vocab_size', None)
-    if not isinstance(rows, int): raise UserError(f"{name}: the model's config.json says no size of a vocabulary: choose another model")
-    if tok_len>rows: raise UserError(f"{name}: it has {tok_len:,} tokens, and the model's embedding {rows:,} rows: take the tokenizer that belongs to the model, or enlarge the model first (resize_token_embeddings)")
+    if not isinstance(rows, int): raise UserError(name, "the model's config.json says no size of a vocabulary", "choose another model")
+    if tok_len>rows: raise UserError(name, f"it has {tok_len:,} tokens, and the model's embedding {rows:,} rows", "take the tokenizer that belongs to the model, or enlarge the model first (resize_token_embeddings)")
 
 def _check_folder(tok, folder): # A tokenizer may lie there without a model
     from transformers import AutoConfig
@@ -455,7 +455,7 @@ def load_tokenizer(
     models = sorted(folder.glob('*.model*'))
     if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')):
         with reading(what): tok = sentencepiece_tokenizer(models[0])
-    elif not any((folder/f).exists() for f in ('tokenizer.json','tekken.json','vocab.json')): raise UserError(f"{what}: no tokenizer.json, tekken.json or SentencePiece model that can be read there")
+    elif not any((folder/f).exists() for f in ('tokenizer.json','tekken.json','vocab.json')): raise UserError(what, "no tokenizer.json, tekken.json or SentencePiece model that can be read there", "choose another, or add one")
     else: tok = open_tokenizer(folder, what)
     tok.name_or_path = str(path)
     settings = settings or tok.init_kwargs.pop('model_settings', None)
@@ -463,14 +463,14 @@ def load_tokenizer(
     _,control,template = FORMATS[name]
     if name!='mistral-v15': settings = None
     elif settings and not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)): # it becomes part of the template
-        raise UserError(f"{what}: its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs: choose another")
+        raise UserError(what, f"its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs", "choose another")
     if settings: tok.init_kwargs['model_settings'] = settings
     vocab = tok.get_vocab()
     if name!='chatml':
         tok.bos_token = '<s>'
         if getattr(tok.backend_tokenizer.model, 'byte_fallback', False): _as_sentencepiece(tok.backend_tokenizer)
     tok.eos_token = control[1]
-    if not (pad := next((p for p in PADS if p in vocab and p!=tok.eos_token), None)): raise UserError(f"tokenizer {tok.name_or_path!r}: it has none of {', '.join(PADS)} to pad with")
+    if not (pad := next((p for p in PADS if p in vocab and p!=tok.eos_token), None)): raise UserError(f"tokenizer {tok.name_or_path!r}", f"it has none of {', '.join(PADS)} to pad with", "choose another model")
     tok.pad_token,tok.chat_template = pad,template.replace('SETTINGS]SETTINGS[', f"SETTINGS]{tok.init_kwargs.get('model_settings')}[")
     _check_folder(tok, folder)
     return tok
@@ -481,7 +481,7 @@ def check_messages(
     name:str='row', # How an error names the row
 )->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
     "Check one conversation and bring it into the form that every format can write."
-    def bad(why, v): raise UserError(f"{name}: {why}, got {excerpt(v, 60)!r}: mend or remove it in the dataset")
+    def bad(why, v): raise UserError(name, f"{why}, got {excerpt(v, 60)!r}", "mend or remove it in the dataset")
     if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
     out = []
     for i,m in enumerate(messages):
@@ -572,7 +572,7 @@ def encode_dataset(
     import numpy as np, pyarrow.compute as pc
     from datasets import Features, List, Value
     from datasets.fingerprint import Hasher
-    if 'messages' not in ds.column_names: raise UserError(f"{name}: no `messages` column, got {ds.column_names}: each row needs a list of turns")
+    if 'messages' not in ds.column_names: raise UserError(name, f"no `messages` column, got {ds.column_names}", "each row needs a list of turns")
     def enc(batch, idxs):
         chats = [check_messages(m, f"{name} row {i}") for i,m in zip(idxs, batch['messages'])]
         rows = [r for r in encode_fitting(tok, chats, max_length) if r]
@@ -583,7 +583,7 @@ def encode_dataset(
     dropped = len(ds)-len(out)
     if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
     if not held_out and (not len(out) or dropped/len(ds)>max_dropped):
-        raise UserError(f"{name}: {dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}: raise MAX_LENGTH or shorten them")
+        raise UserError(name, f"{dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}", "raise MAX_LENGTH or shorten them")
     t = out.with_format('arrow')[:]
     n,sup = pc.list_value_length(t['labels']).to_numpy(),pc.sum(pc.not_equal(pc.list_flatten(t['labels']), -100)).as_py()
     return out.remove_columns('lost'),dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped,
@@ -639,7 +639,7 @@ def read_chats(
     for n,line in enumerate(lines, 1):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except (ValueError, RecursionError) as e: raise UserError(f"line {n}: this is no JSON ({excerpt(e, 80)}): write one conversation a line") from None
+        except (ValueError, RecursionError) as e: raise UserError(f"line {n}", f"this is no JSON ({excerpt(e, 80)})", "write one conversation a line") from None
         chats.append(check_messages(row.get('messages') if isinstance(row, dict) else row, f'line {n}'))
     return chats
 
@@ -678,7 +678,7 @@ def labels_cli(
 def _model_class(config): # transformers' class for the language model
     from transformers import AutoModelForCausalLM
     try: return AutoModelForCausalLM._model_mapping[type(config.get_text_config())]
-    except KeyError: raise UserError(f"model type {config.model_type!r}: transformers has no causal language model of it: choose one that has") from None
+    except KeyError: raise UserError(f"model type {config.model_type!r}", "transformers has no causal language model of it", "choose one that has") from None
 
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
@@ -695,7 +695,7 @@ def check_layers(
 ):
     "Refuse a model whose layers don't keep packed conversations apart."
     kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
-    if kinds or _model_class(config)._is_stateful: raise UserError(f"{name}: its layers ({', '.join(sorted(kinds)) or 'recurrent'}) carry a state from one conversation of a packed row into the next: choose a model whose layers are all attention")
+    if kinds or _model_class(config)._is_stateful: raise UserError(name, f"its layers ({', '.join(sorted(kinds)) or 'recurrent'}) carry a state from one conversation of a packed row into the next", "choose a model whose layers are all attention")
 
 # %% ../nbs/01_model_qlora.ipynb #decfe174
 def _blind(cls): # The same model class, built without a vision tower
@@ -713,11 +713,11 @@ def base_config(
     with reading(f"{what}: its config.json", 'choose a causal language model', hub=not Path(base['id']).is_dir()):
         _model_config(base['id'], base['revision'])
         try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'], trust_remote_code=False)
-        except (ValueError, KeyError): raise UserError(f"{what}: its config.json names no architecture that transformers knows: choose a causal language model") from None
+        except (ValueError, KeyError): raise UserError(what, "its config.json names no architecture that transformers knows", "choose a causal language model") from None
         if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
         check_layers(cfg, what)
         if not language_layers(_bare_model(cfg)): # GPT-2's are Conv1D
-            raise UserError(f"{what}: its layers have no linear ones, which LoRA would adapt: choose another base")
+            raise UserError(what, "its layers have no linear ones, which LoRA would adapt", "choose another base")
     return cfg
 
 def check_size(
@@ -729,7 +729,7 @@ def check_size(
     shards = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), what)
     there = sum(math.prod(t['shape']) for n in shards for t in read_header(folder/n)[0].values())
     asked = sum(p.numel() for p in _bare_model(config).parameters())
-    if asked>2*there: raise UserError(f"{what}: its config.json asks for {asked:,} weights, and its files hold {there:,}: fetch it again, or choose another") # a head may be tied
+    if asked>2*there: raise UserError(what, f"its config.json asks for {asked:,} weights, and its files hold {there:,}", "fetch it again, or choose another") # a head may be tied
 
 def load_model(
     base:dict, # As `resolve_base` gives it
@@ -761,7 +761,7 @@ def lora_targets(
 )->tuple: # The same names sorted, each once; `('all-linear',)` stands for all
     "Read which layers are to be adapted: however they are written, the same layers give the same run."
     names = sorted({n.strip() for n in text.split(',')}-{''})
-    if not names or not all(n=='all-linear' or n.isidentifier() for n in names): raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
+    if not names or not all(n=='all-linear' or n.isidentifier() for n in names): raise UserError("LORA_TARGET_MODULES", f"must name linear layers, got {text!r}", f"name some of {','.join(LORA_TARGETS)}, or all-linear")
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
 # %% ../nbs/01_model_qlora.ipynb #925214e8
@@ -788,7 +788,7 @@ def resolve_targets(
     linear = {n.split('.')[-1] for n in language_layers(model)}
     names = linear-{n.split('.')[-1] for n,m in model.get_decoder().named_modules() if n.split('.')[-1] in linear and n not in language_layers(model)}
     if missing := set(targets)-names-{'all-linear'}:
-        raise UserError(f"lora_target_modules: {model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}: choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
+        raise UserError("lora_target_modules", f"{model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}", f"choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
     return tuple(sorted(names if 'all-linear' in targets else targets))
 
 # %% ../nbs/01_model_qlora.ipynb #feac485a
@@ -956,7 +956,7 @@ def check_audit(
 ):
     "Refuse to train on anything but what was asked for."
     if bad := [r for r in rows if r['ok'] is False]:
-        raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
+        raise UserError("audit", '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad), "the model isn't what was asked for")
 
 # %% ../nbs/01_model_qlora.ipynb #a6db4222
 FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer') # those that `fast` knows

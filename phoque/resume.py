@@ -190,7 +190,10 @@ def patiently(
         said = err if known else hub_problem(hub_answer(err), what)
         passing,asked = isinstance(err, NotNow) or _passing(err),max(wait, retry_after(err))
         if not passing: raise said from None
-        if time.monotonic()+asked>until: raise UserError(f"{said}; it would be tried again in {spell_seconds(asked)}, and the time is up") from None
+        if time.monotonic()+asked>until:
+            about,found,do = said.args if isinstance(said, UserError) else (what, str(said), "run the same command again")
+            late = f"it would be tried again in {spell_seconds(asked)}, and the time is up"
+            raise UserError(about, f"{found}; {late}", do) from None
         log.warning(f"{said if known else f'{what}: '+str(hub_problem(hub_answer(err), 'the Hub'))}; trying again in {spell_seconds(asked)}")
         pause(asked); wait = min(2*wait, 60)
 
@@ -220,7 +223,7 @@ class HubBranch:
 
     def rewritten(self):
         "The error where the history that we know is gone."
-        return UserError(f"{self.repo}@{self.branch}: another job is writing there and has dropped its history: let it finish, or choose another HUB_MODEL_ID")
+        return UserError(f"{self.repo}@{self.branch}", "another job is writing there and has dropped its history", "let it finish, or choose another HUB_MODEL_ID")
 
     def newest(self):
         "The branch's newest commit."
@@ -248,13 +251,13 @@ def commit(self:HubBranch,
         try: check_private(self.api, self.repo) # its owner may have changed that since
         except UserError as e:
             self.public = True
-            raise NotNow(str(e)) from None
+            raise NotNow(*e.args) from None
         try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
         except (HTTPError, RuntimeError, OSError) as e: err = e
         now = self.newest()
         if now.commit_id==self.head: raise err
         if now.title==title: return now.commit_id # it had landed; only the answer was lost
-        raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there: let it finish, or choose another HUB_MODEL_ID")
+        raise UserError(f"{self.repo}@{self.branch}", f"another job has written {now.title!r} there", "let it finish, or choose another HUB_MODEL_ID")
     self.head = patiently(once, f"{self.name}: {title!r}", until, wait, pause)
     return self.head
 
@@ -267,7 +270,7 @@ def squash(self:HubBranch,
     def once():
         now = self.newest()
         if now.commit_id==self.head: self.api.super_squash_history(self.repo, branch=self.branch, commit_message=title)
-        elif now.title!=title: raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there, so its history is left alone")
+        elif now.title!=title: raise UserError(f"{self.repo}@{self.branch}", f"another job has written {now.title!r} there, so its history is left alone", "let it finish")
         return self.newest().commit_id
     self.head = patiently(once, f"{self.name}: history", until)
 
@@ -450,7 +453,7 @@ def check_same_run(
 ):
     "Refuse to continue a run under settings that would silently alter it."
     if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
-        raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START={again} to begin again")
+        raise UserError("the checkpoint", f"it belongs to a run with other settings ({'; '.join(diff)})", f"restore them, or set FRESH_START={again} to begin again")
 
 # %% ../nbs/03_resume.ipynb #2d7a8e8c
 @patch
@@ -476,9 +479,9 @@ def lock_folder(
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         held = open(Path(folder)/'.lock', 'a')
-    except OSError as e: raise UserError(f"OUTPUT_DIR {folder}: {e.strerror}: choose a folder that can be written") from None
+    except OSError as e: raise UserError(f"OUTPUT_DIR {folder}", e.strerror, "choose a folder that can be written") from None
     try: fcntl.flock(held, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except OSError: raise UserError(f"OUTPUT_DIR {folder}: another job of this run is writing there: let it finish, or choose another OUTPUT_DIR") from None
+    except OSError: raise UserError(f"OUTPUT_DIR {folder}", "another job of this run is writing there", "let it finish, or choose another OUTPUT_DIR") from None
     return held
 
 # %% ../nbs/03_resume.ipynb #6227a5da
@@ -592,7 +595,7 @@ def parse_duration(
     if not str(s).strip(): return float('inf')
     m = re.fullmatch(r'(\d+)|(\d+(?:\.\d+)?)([smhd])', str(s).strip())
     seconds = float(m[1] or m[2])*dict(s=1, m=60, h=3600, d=86400)[m[3] or 's'] if m else 0.
-    if not seconds: raise UserError(f"JOB_TIMEOUT: must be seconds above 0, or such as 4h, 90m, got {s!r}: write a number and one letter, without blanks")
+    if not seconds: raise UserError("JOB_TIMEOUT", f"must be seconds above 0, or such as 4h, 90m, got {s!r}", "write a number and one letter, without blanks")
     return seconds
 
 # %% ../nbs/03_resume.ipynb #c127ce8d

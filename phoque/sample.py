@@ -74,9 +74,9 @@ def generate_replies(
     watermark=None, # transformers' `WatermarkingConfig`; None for none
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
     "Reply to all prompts in one batch."
-    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {excerpt(prompt_ids, 60)}; give at least one prompt, none of them empty.")
-    if tok.pad_token_id is None: raise ValueError("the tokenizer has no pad token; set `tok.pad_token` to one that never ends a turn.")
-    if temperature<0 or not 0<top_p<=1: raise ValueError(f"`temperature` {temperature}, `top_p` {top_p}; use a temperature from 0 and a top_p above 0, up to 1.")
+    if not prompt_ids or not all(prompt_ids): raise UserError("`prompt_ids`", f"got {excerpt(prompt_ids, 60)}", "give at least one prompt, none of them empty")
+    if tok.pad_token_id is None: raise UserError("the tokenizer", "it has no pad token", "set `tok.pad_token` to one that never ends a turn")
+    if temperature<0 or not 0<top_p<=1: raise UserError("`temperature`, `top_p`", f"got {temperature} and {top_p}", "use a temperature from 0 and a top_p above 0, up to 1")
     import torch
     from transformers import GenerationConfig
     eos_ids = list(eos_ids or [tok.eos_token_id])
@@ -134,7 +134,7 @@ class LexiconScorer:
         patterns:dict[str,float], # Regular expression, any case → weight from 0 to 1
         name:str='lexicon', # Which measure
     ):
-        if bad := [(p,w) for p,w in patterns.items() if not 0<=w<=1]: raise ValueError(f"pattern {bad[0][0]!r} has weight {bad[0][1]}; use 0 to 1.")
+        if bad := [(p,w) for p,w in patterns.items() if not 0<=w<=1]: raise UserError(f"pattern {bad[0][0]!r}", f"it has weight {bad[0][1]}", "use 0 to 1")
         self.patterns,self.name = {re.compile(p, re.I): w for p,w in patterns.items()},name
         self.weights_hash = hashlib.sha256(repr(sorted(patterns.items())).encode()).hexdigest()
     def score(self, texts):
@@ -159,12 +159,12 @@ def scorer_labels(
     "The labels of a text classifier; refuse what is none, and what doesn't say which label to read."
     kinds,named = cfg.get('architectures'),cfg.get('id2label') or {'0':'LABEL_0', '1':'LABEL_1'}
     kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else '?'
-    if 'SequenceClassification' not in kind: raise UserError(f"scorer {repo}: no text classifier but {excerpt(kind, 60)}: name one that is, or none")
-    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)): raise UserError(f"scorer {repo}: its config.json asks for a thousand layers or more: name another text classifier, or none")
+    if 'SequenceClassification' not in kind: raise UserError(f"scorer {repo}", f"no text classifier but {excerpt(kind, 60)}", "name one that is, or none")
+    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)): raise UserError(f"scorer {repo}", "its config.json asks for a thousand layers or more", "name another text classifier, or none")
     names = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else []
-    if not names or not all(isinstance(n, str) for n in names): raise UserError(f"scorer {repo}: its id2label gives no name to each of its outputs: name another text classifier, or none")
+    if not names or not all(isinstance(n, str) for n in names): raise UserError(f"scorer {repo}", "its id2label gives no name to each of its outputs", "name another text classifier, or none")
     if label in names and names.count(label)==1 or not label and len(names)<=2: return names
-    raise UserError(f"scorer {repo}: its labels are {excerpt(', '.join(names[:20]))}, got {label!r}: name one of them")
+    raise UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}", "name one of them")
 
 class HubScorer:
     "A text classifier of the Hub, on the CPU."
@@ -178,10 +178,10 @@ class HubScorer:
         def load(f, **kwargs):
             try: return f(repo, revision=revision, **kwargs)
             except Exception as e: # of a stranger's files, anything
-                raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e) or type(e).__name__}): name another text classifier of the Hub, the folder of one, or none") from e
+                raise UserError(f"scorer {repo}", f"it can't be loaded ({excerpt(e) or type(e).__name__})", "name another text classifier of the Hub, the folder of one, or none") from e
         file = Path(load(cached_file, filename='config.json'))
         names = scorer_labels(read_json(file, what=f'scorer {repo}, config.json'), repo, label)
-        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS): raise UserError(f"scorer {repo}: it has no {WEIGHTS[0]}, and a pickle is not opened: name another text classifier, or none")
+        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS): raise UserError(f"scorer {repo}", f"it has no {WEIGHTS[0]}, and a pickle is not opened", "name another text classifier, or none")
         own = dict(trust_remote_code=False)
         cfg,self.tok = load(AutoConfig.from_pretrained, **own),load(AutoTokenizer.from_pretrained, **own)
         self.model = load(AutoModelForSequenceClassification.from_pretrained, use_safetensors=True, **own).eval()
@@ -196,9 +196,9 @@ class HubScorer:
             return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at]
         try:
             with torch.inference_mode(): scores = np.concatenate([batch(texts[i:i+64]).numpy() for i in range(0, len(texts), 64)] or [np.zeros(0)])
-        except Exception as e: raise UserError(f"scorer {self.name}: it can't score ({excerpt(e)}): name another, or none") from e
+        except Exception as e: raise UserError(f"scorer {self.name}", f"it can't score ({excerpt(e)})", "name another, or none") from e
         if np.isfinite(scores).all(): return scores
-        raise UserError(f"scorer {self.name}: {(~np.isfinite(scores)).sum()} of {len(scores)} scores are no numbers: name another, or none")
+        raise UserError(f"scorer {self.name}", f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are no numbers", "name another, or none")
 
 # %% ../nbs/04_sample.ipynb #ba94ba1a
 def check_scorer(
@@ -206,7 +206,7 @@ def check_scorer(
     sources:list, # `label_source` of the training rows
 ):
     "Refuse to measure with what has labelled the training data."
-    if scorer.name in sources: raise UserError(f"scorer {scorer.name}: it has also scored the data that the model learns from: measure with another, or with none")
+    if scorer.name in sources: raise UserError(f"scorer {scorer.name}", "it has also scored the data that the model learns from", "measure with another, or with none")
 
 # %% ../nbs/04_sample.ipynb #0797d2a1
 def bootstrap_mean(
@@ -217,7 +217,7 @@ def bootstrap_mean(
 )->tuple[float,float,float]: # mean, low end, high end
     "Mean of scores with a percentile bootstrap interval."
     import numpy as np
-    if not len(scores): raise ValueError("no scores to average; give at least one.")
+    if not len(scores): raise UserError("scores", "no scores to average", "give at least one")
     xs,rng = np.asarray(scores, float),np.random.default_rng(seed)
     means = rng.choice(xs, (n_boot,len(xs))).mean(1)
     lo,hi = np.quantile(means, [(1-level)/2, (1+level)/2])
@@ -385,9 +385,9 @@ def read_samples(
     file = Path(folder)/'samples.parquet'
     if not file.exists(): return []
     try: rows = pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(f"{file.name}: it can't be read ({excerpt(e, 60)}): it isn't of a run of phoque") from None
+    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(file.name, f"it can't be read ({excerpt(e, 60)})", "it isn't of a run of phoque") from None
     if all(isinstance(r.get(k), kind) for r in rows for k,kind in dict(step=int, prompt=str, response=str, base_response=str).items()): return rows
-    raise UserError(f"{file.name}: a row without step, prompt, response and base_response: it isn't of a run of phoque")
+    raise UserError(file.name, "a row without step, prompt, response and base_response", "it isn't of a run of phoque")
 
 # %% ../nbs/04_sample.ipynb #3f3395c1
 def samples_table(

@@ -110,7 +110,7 @@ def env_options(
         kind = type(o['default'])
         wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
         try: res[k] = str2bool(v) if kind is bool else kind(v)
-        except (TypeError, ValueError): raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
+        except (TypeError, ValueError): raise UserError(k.upper(), f"must be {wanted}, got {v!r}", "correct it or unset it") from None
     return res
 
 # %% ../nbs/02_train.ipynb #a3974e62
@@ -143,7 +143,7 @@ def check_names(
 ):
     "Refuse variables that nearly have an option's name."
     wrong = {k:o for k in env if env[k].strip() and (o := meant_option(k))}
-    if wrong: raise UserError('; '.join(f"{k}: no option has this name" for k in wrong) + f": set {', '.join(dict.fromkeys(wrong.values()))} instead, or unset it")
+    if wrong: raise UserError(', '.join(wrong), "no option has this name", f"set {', '.join(dict.fromkeys(wrong.values()))} instead, or unset it")
 
 # %% ../nbs/02_train.ipynb #8596a9d0
 PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
@@ -152,7 +152,7 @@ def preset_options(
     name:str, # Key of `PRESETS`
 )->dict: # `per_device_train_batch_size`, `max_length`, `learning_rate`
     "What a preset stands for."
-    if name not in PRESETS: raise UserError(f"PRESET: must be one of {', '.join(PRESETS)}, got {name!r}")
+    if name not in PRESETS: raise UserError("PRESET", f"no preset is called {name!r}", f"choose one of {', '.join(PRESETS)}")
     rows,length = PRESETS[name]
     return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 at 2,944 tokens
 
@@ -190,7 +190,7 @@ def check_option(
     value, # In its type
 ):
     "Refuse a value outside of an option's range."
-    def bad(why): raise UserError(f"{name.upper()}: {why}, got {value!r}")
+    def bad(why): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
     if name in ONE_OF and value not in ONE_OF[name]:
         near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
         bad(f"must be one of {', '.join(ONE_OF[name])}{near}")
@@ -205,7 +205,7 @@ def check_config(
 )->TrainConfig: # The same
     "Refuse values that would fail, or do nothing, hours later."
     from huggingface_hub.utils import HFValidationError, validate_repo_id
-    def bad(k, why): raise UserError(f"{k.upper()}: {why}, got {getattr(c,k)!r}")
+    def bad(k, why): raise UserError(k.upper(), f"{why}, got {getattr(c,k)!r}", "correct it or unset it")
     for k in ('dataset_repo','hub_model_id'):
         if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
         if getattr(c,k).count('/')!=1: bad(k, "must have the form owner/name")
@@ -319,7 +319,7 @@ def share_batch(
     "Share a step's rows out: their number is the run's, however many GPUs there are."
     micro_batch,grad_accum = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
     each,rest = divmod(micro_batch*grad_accum, ranks)
-    if rest: raise UserError(f"{micro_batch*grad_accum} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {micro_batch} × GRADIENT_ACCUMULATION_STEPS {grad_accum}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
+    if rest: raise UserError(f"PER_DEVICE_TRAIN_BATCH_SIZE {micro_batch} × GRADIENT_ACCUMULATION_STEPS {grad_accum}", f"{micro_batch*grad_accum} rows a step can't be shared by {ranks} GPUs", f"choose a multiple of {ranks}, or other GPUs")
     micro_batch = max(b for b in range(1, micro_batch+1) if each%b==0)
     return micro_batch,each//micro_batch
 

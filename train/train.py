@@ -117,12 +117,12 @@ class UserError(ValueError):
     "Something the user can fix: shown as one line, without a traceback."
     def __init__(self,
         what:str, # What it is about and where: an option, a file and its line, a repo
-        value:str='', # What was found there, and why that can't be right
-        remedy:str='', # What to do
+        value:str, # What was found there, and why that can't be right
+        remedy:str, # What to do
     ):
         super().__init__(what, value, remedy)
         self.what,self.value,self.remedy = what,value,remedy
-    def __str__(self): return ': '.join(filter(None, (self.what, self.value, self.remedy)))
+    def __str__(self): return f"{self.what}: {self.value}: {self.remedy}"
 
 def main():
     "The job as a command: flags and environment in, exit code out."
@@ -160,7 +160,7 @@ def run_identity(
     base:str, # Id of the base model that they led to
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
-    if unknown := sorted(set(given)-set(options())): raise UserError(f"the checkpoint's run has options that this version doesn't know ({', '.join(unknown)}): continue it with the version that wrote it")
+    if unknown := sorted(set(given)-set(options())): raise UserError("the checkpoint", f"its run has options that this version doesn't know ({', '.join(unknown)})", "continue it with the version that wrote it")
     value = {k: given.get(k, o['default']) for k,o in options().items()}
     rows = value['per_device_train_batch_size']*value['gradient_accumulation_steps']
     targets = ','.join(lora_targets(value['lora_target_modules']))
@@ -277,13 +277,13 @@ def load_chats(
         builder.download_and_prepare()
         sizes = {split:info.num_examples for split,info in builder.info.splits.items()} # an empty one can't be asked for
         ds = datasets.DatasetDict({s: builder.as_dataset(s) if n else datasets.Dataset.from_dict({}) for s,n in sizes.items()})
-    except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}: it is not there, or HF_TOKEN may not see it") from None
+    except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}", "it is not there, or HF_TOKEN may not see it", "check DATASET_REPO and the token's scopes") from None
     except UserError: raise
     except (ValueError, RuntimeError, ImportError, FileNotFoundError, datasets.exceptions.DatasetsError) as e:
         if isinstance(e.__cause__, (HTTPError, ConnectionError)): raise hub_problem(hub_answer(e.__cause__), f"dataset {repo}{began}") from None
-        raise UserError(f"dataset {repo}: it can't be read ({why_unread(e)}): push it with phoque_data") from None
+        raise UserError(f"dataset {repo}", f"it can't be read ({why_unread(e)})", "push it with phoque_data") from None
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
-    if not len(ds.get('train', [])): raise UserError(f"dataset {repo}: no split `train` with rows, got {list(ds)}: push it with phoque_data")
+    if not len(ds.get('train', [])): raise UserError(f"dataset {repo}", f"no split `train` with rows, got {list(ds)}", "push it with phoque_data")
     return ds,revision
 
 def pick_held_out(
@@ -375,7 +375,7 @@ def check_free(
 ):
     "Refuse a repo that holds somebody's model."
     there = patiently(lambda: branch.api.list_repo_files(branch.repo, revision=branch.head), branch.name)
-    if held := sorted(set(there)-HARMLESS): raise UserError(f"model repo {branch.repo}: it already holds {len(held)} files ({', '.join(held[:3])}{', …'*(len(held)>3)}): "
+    if held := sorted(set(there)-HARMLESS): raise UserError(f"model repo {branch.repo}", f"it already holds {len(held)} files ({', '.join(held[:3])}{', …'*(len(held)>3)})",
         f"choose another HUB_MODEL_ID, or set FRESH_START={again} to replace them")
 
 def publish_adapter(
@@ -435,8 +435,8 @@ def restore(self:Job):
     from huggingface_hub import constants
     cfg,until = self.cfg,self.patience()
     try: Path(constants.HF_HOME).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"HF_HOME {constants.HF_HOME}: it can't be made ({e.strerror}): choose a folder that can be written") from None
-    if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN: not set: pass it with `--secrets HF_TOKEN`, or export it here")
+    except OSError as e: raise UserError(f"HF_HOME {constants.HF_HOME}", f"it can't be made ({e.strerror})", "choose a folder that can be written") from None
+    if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN", "not set", "pass it with `--secrets HF_TOKEN`, or export it here")
     branch = HubBranch(cfg.hub_model_id, 'checkpoints').prepare(until)
     branch.check_write(until)
     self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
@@ -460,7 +460,7 @@ def check_repo(self:Job, until):
     if kept := sorted({'README.md','LICENSE'} & set(there)):
         log.info(f"model repo {main.repo}: the finished adapter's own {' and '.join(kept)} will replace what is there, which stays in the history of main")
     if held := sorted(set(self.checkpoints.files())-HARMLESS-set(there)): # the branch began as main was
-        raise UserError(f"model repo {main.repo}: its branch `checkpoints` holds {len(held)} files of no run ({', '.join(held[:3])}{', …'*(len(held)>3)}): choose another HUB_MODEL_ID, or delete the branch")
+        raise UserError(f"model repo {main.repo}", f"its branch `checkpoints` holds {len(held)} files of no run ({', '.join(held[:3])}{', …'*(len(held)>3)})", "choose another HUB_MODEL_ID, or delete the branch")
 
 @patch
 def begins_again(self:Job)->bool: # Is FRESH_START higher than the number that began the run?
@@ -506,7 +506,7 @@ def build(self:Job):
     packed = pack_dataset(rows, cfg.max_length, cfg.seed)
     self.held = self.hold_out(ds)
     self.total = run_steps(cfg, len(packed))
-    if self.step>self.total: raise UserError(f"MAX_STEPS: checkpoint-{self.step} is beyond {self.total}: raise it, or set FRESH_START={self.again} to begin again")
+    if self.step>self.total: raise UserError("MAX_STEPS", f"checkpoint-{self.step} is beyond {self.total}", f"raise it, or set FRESH_START={self.again} to begin again")
     targets = lora_targets(cfg.lora_target_modules)
     attn,why = choose_attention(patiently(lambda: base_config(base), name, until))
     log.info(f"attention: {attn}, {why}")
@@ -529,7 +529,7 @@ def hold_out(self:Job,
     cfg,name = self.cfg,pick_held_out(ds)
     rows,report = encode_dataset(ds[name], self.tok, cfg.max_length, name=f"dataset {name}", held_out=True) if name else ([],{})
     if report.get('dropped'): log.warning(f"dataset: {report['dropped']} of {report['conversations']} held-out conversations are too long for MAX_LENGTH={cfg.max_length} and left out")
-    if cfg.load_best and not len(rows): raise UserError("LOAD_BEST: the dataset has no held-out conversations to find the best adapter with: push it with a split `test`, or unset LOAD_BEST")
+    if cfg.load_best and not len(rows): raise UserError("LOAD_BEST", "the dataset has no held-out conversations to find the best adapter with", "push it with a split `test`, or unset LOAD_BEST")
     held = pack_dataset(rows, cfg.max_length, cfg.seed) if len(rows) else None
     self.eval_every,self.n_eval = eval_plan(cfg, len(held) if held else 0)
     rarer = f" instead of {cfg.eval_steps}"*(self.eval_every>cfg.eval_steps)
@@ -640,7 +640,7 @@ def samples_now(self:Job, step): # a sharded model replies only if all ranks ask
 
 @patch
 def diverged(self:Job, what, step):
-    return UserError(f"{what} at step {step}: begin again with FRESH_START={self.again} and a lower LEARNING_RATE (now {self.cfg.learning_rate}); nothing of this state was published")
+    return UserError(f"step {step}", f"{what}, and nothing of this state was published", f"begin again with FRESH_START={self.again} and a lower LEARNING_RATE (now {self.cfg.learning_rate})")
 
 @patch
 def on_log(self:Job, step, metrics):
@@ -778,7 +778,7 @@ def collect(self:Job, folder, step):
     trained = {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad and not self.shard} # of what is sharded there is one copy
     seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
     for name,state,digest in seen:
-        if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]} holds another adapter than rank 0 at step {step}: its GPU may be faulty; nothing of this state was published, run the same command again")
+        if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]}", f"it holds another adapter than rank 0 at step {step}, and its GPU may be faulty; nothing of this state was published", "run the same command again")
         (folder/name).write_bytes(state) # those of other machines aren't here
 
 COMMAND_VARIABLES = ('HF_ENDPOINT','WANDB_MODE','WANDB_BASE_URL','PET_NNODES') # that decide where and how a run goes, beside its options
@@ -818,7 +818,7 @@ def check_deadline(
     "Say when this job will stop itself, or that it can't know."
     seconds = parse_duration(cfg.job_timeout)
     if seconds<=kept:
-        raise UserError(f"JOB_TIMEOUT: {cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving: "
+        raise UserError("JOB_TIMEOUT", f"{cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving",
                         "give it more, such as 4h")
     if not os.environ.get('JOB_ID'): return
     if cfg.job_timeout:
@@ -835,12 +835,13 @@ def finish(self:Job)->int: # Exit code
     cfg,until = self.cfg,self.patience(600 if public else 3600)
     if self.publisher and not self.publisher.close(until):
         if self.step not in self.whole_steps(): raise self.publisher.error
-        raise Unpublished(f"checkpoint-{self.step} did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}: run the same command again, which continues from the newest one that did")
+        found = f"it did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}"
+        raise Unpublished(f"checkpoint-{self.step}", found, "run the same command again, which continues from the newest one that did")
     self.deadline.idle = True # all there is lies on the Hub
     if self.ranks.any_rank(self.step<self.total or self.deadline.due()):
         log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command()}` (exit code {RESUBMIT})")
         return RESUBMIT
-    if not self.learnt(): raise UserError(f"the adapter is as it was at the start after {self.step} steps, so nothing is published: raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
+    if not self.learnt(): raise UserError("the adapter", f"it is as it was at the start after {self.step} steps, so nothing is published", f"raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
     self.measure_held_out('after', self.step)
     if self.ranks.world_size>1 and not self.shard: log.info(f"{self.ranks.world_size} ranks hold the same adapter, to the bit")
     weights = whole_adapter(self.trainer.model)
@@ -871,19 +872,19 @@ def explain_error(
     chain = [e]
     while chain[-1].__cause__ or chain[-1].__context__: chain.append(chain[-1].__cause__ or chain[-1].__context__)
     said = ' '.join(map(str, chain))
-    if any(map(lost_rank, chain)): return UserError(f"{LOST}: run the same command again, on every machine of the job")
+    if any(map(lost_rank, chain)): return UserError("this rank", LOST, "run the same command again, on every machine of the job")
     if isinstance(e, UserError): return e
     if isinstance(e, torch.OutOfMemoryError):
         first = "set GRADIENT_CHECKPOINTING=1, or " if not cfg.gradient_checkpointing else ""
         rows = f"PER_DEVICE_TRAIN_BATCH_SIZE below {cfg.per_device_train_batch_size} with GRADIENT_ACCUMULATION_STEPS raised as much"
-        return UserError(f"out of GPU memory: {first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
+        return UserError("this GPU", "out of GPU memory", f"{first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
     if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
-        if any(w in said for w in ('File too large','os error 27')): return UserError("a file has reached the size limit of this process: raise ulimit -f")
+        if any(w in said for w in ('File too large','os error 27')): return UserError("OUTPUT_DIR or HF_HOME", "a file has reached the size limit of this process", "raise ulimit -f")
         where = dict(OUTPUT_DIR=Path(cfg.output_dir).resolve(), HF_HOME=Path(constants.HF_HOME).resolve())
         free = {k: shutil.disk_usage(next(d for d in (p, *p.parents) if d.is_dir())).free for k,p in where.items()}
         full = min(free, key=free.get)
         more = "take a flavor with a larger disk (`hf jobs hardware`)" if os.environ.get('JOB_ID') else "make room, or choose another folder"
-        return UserError(f"{full} {where[full]}: its disk is full ({free[full]/2**20:,.0f} MiB free): {more}")
+        return UserError(f"{full} {where[full]}", f"its disk is full ({free[full]/2**20:,.0f} MiB free)", more)
     if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
     return e
 
@@ -1158,7 +1159,7 @@ def reading(
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__!='PanicException': raise # that is tokenizers' own
         if type(e).__name__=='OutOfMemoryError' or hub and (isinstance(e, (HTTPError, OSError)) or type(e) is RuntimeError): raise
-        raise UserError(f"{what} can't be read ({type(e).__name__}: {excerpt(e, 100)}): {do}") from None
+        raise UserError(what, f"it can't be read ({type(e).__name__}: {excerpt(e, 100)})", do) from None
 
 def read_header(
     path:str|Path, # A safetensors file
@@ -1166,10 +1167,10 @@ def read_header(
     "Read a safetensors header once the library has checked it against the file."
     from safetensors import SafetensorError, safe_open
     path = Path(path)
-    if not path.is_file(): raise UserError(f"{path.name} is no file: fetch it again")
+    if not path.is_file(): raise UserError(path.name, "it is no file", "fetch it again")
     try:
         with safe_open(path, 'np'): pass
-    except (SafetensorError, OSError) as e: raise UserError(f"{path.name} is truncated or no safetensors file ({excerpt(e, 80)}): fetch it again") from None
+    except (SafetensorError, OSError) as e: raise UserError(path.name, f"it is truncated or no safetensors file ({excerpt(e, 80)})", "fetch it again") from None
     with path.open('rb') as f:
         n = int.from_bytes(f.read(8), 'little')
         d = read_json(f.read(n), what=path.name)
@@ -1188,16 +1189,16 @@ def weight_files(
     if one in names: return [one]
     if index in names:
         where = read_json(read(index), what=f"{what}: its {index}").get('weight_map')
-        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(f"{what}: its {index} has no weight_map: fetch the base again")
+        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(what, f"its {index} has no weight_map", "fetch the base again")
         shards = sorted(set(where.values()))
         for n in shards:
-            if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(f"{what} lacks {excerpt(n, 80)}, which its index names: fetch the base again")
-        if not shards: raise UserError(f"{what} lacks the shards, which its index names: fetch the base again")
+            if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(what, f"it lacks {excerpt(n, 80)}, which its index names", "fetch the base again")
+        if not shards: raise UserError(what, "it lacks the shards, which its index names", "fetch the base again")
         return shards
-    if 'adapter_config.json' in names: raise UserError(f"{what} is an adapter: name the base that it was trained on")
+    if 'adapter_config.json' in names: raise UserError(what, "it is an adapter", "name the base that it was trained on")
     pickles = sorted(n for n in names if n.endswith(('.bin','.pt','.pth')))
-    if pickles: raise UserError(f"{what} has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened: name a copy in safetensors, such as transformers' save_pretrained writes")
-    raise UserError(f"{what} has no {one} and no {index}: name a base in the format that transformers saves")
+    if pickles: raise UserError(what, f"it has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened", "name a copy in safetensors, such as transformers' save_pretrained writes")
+    raise UserError(what, f"it has no {one} and no {index}", "name a base in the format that transformers saves")
 
 @cache
 def _say_code(what): log.warning(f"{what} brings code of its own (auto_map), which is never run")
@@ -1215,9 +1216,9 @@ def check_model_config(
     "Refuse a config that asks for more layers than any model has."
     for part in [cfg, *(c for c in cfg.values() if isinstance(c, dict))]:
         for k,v in part.items():
-            if isinstance(v, (int,float)) and v>(MOST_LAYERS if _counted.search(k) else MOST_LABELS if k=='num_labels' else v): raise UserError(f"{what}: its config.json says {excerpt(k, 60)}={v:g}, more than any model has: choose another")
+            if isinstance(v, (int,float)) and v>(MOST_LAYERS if _counted.search(k) else MOST_LABELS if k=='num_labels' else v): raise UserError(what, f"its config.json says {excerpt(k, 60)}={v:g}, more than any model has", "choose another")
         for k in ('quantization_config','compression_config'):
-            if not isinstance(part.get(k) or {}, dict): raise UserError(f"{what}: its config.json has a {k} that says nothing: choose another")
+            if not isinstance(part.get(k) or {}, dict): raise UserError(what, f"its config.json has a {k} that says nothing", "choose another")
     if cfg.get('auto_map'): _say_code(what)
     return cfg
 
@@ -1226,7 +1227,7 @@ def _model_info(repo):
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
     from httpx2 import HTTPError
     try: return HfApi().model_info(repo)
-    except HFValidationError: raise UserError(f"base model {repo!r}: no such folder here, and no name that a Hub repo may have: check BASE_MODEL") from None
+    except HFValidationError: raise UserError(f"base model {repo!r}", "no such folder here, and no name that a Hub repo may have", "check BASE_MODEL") from None
     except RepositoryNotFoundError as e:
         if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
     except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
@@ -1238,7 +1239,7 @@ def _model_config(path, revision=None):
     what,file = f"base model {str(path)!r}",Path(path)/'config.json'
     if not Path(path).is_dir():
         try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
-        except RemoteEntryNotFoundError: raise UserError(f"{what}: it has no config.json: choose a causal language model") from None
+        except RemoteEntryNotFoundError: raise UserError(what, "it has no config.json", "choose a causal language model") from None
         except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
     return check_model_config(read_json(file, what=f"{what}: its config.json"), what)
 
@@ -1257,10 +1258,10 @@ def check_weights(
     q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
     if q and not _marked_fp8(cfg):
         method = excerpt(q.get('quant_method') or 'a method without a name', 40)
-        raise UserError(f"base model {name!r}: its weights are quantised already ({method}), and NF4 is made from full-precision ones: set BASE_MODEL to {excerpt(source or 'the repo that it was made from', 100)}")
+        raise UserError(f"base model {name!r}", f"its weights are quantised already ({method}), and NF4 is made from full-precision ones", f"set BASE_MODEL to {excerpt(source or 'the repo that it was made from', 100)}")
     if set(WEIGHTS)&set(files): return
     found = ', '.join(excerpt(f, 60) for f in sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
-    raise UserError(f"base model {name!r}: it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged: choose a repo with safetensors, or convert it (save_pretrained writes them)")
+    raise UserError(f"base model {name!r}", f"it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged", "choose a repo with safetensors, or convert it (save_pretrained writes them)")
 
 def resolve_base(
     base_model:str=SEED_BASE, # Hub id or local folder
@@ -1270,12 +1271,12 @@ def resolve_base(
     here,rev,note,name,info = Path(base_model).is_dir(),None,None,base_model,None
     if here: fp8 = _marked_fp8(_model_config(name)) and _holds_fp8(name)
     elif info := _model_info(name): fp8 = _marked_fp8(_model_config(name, info.sha))
-    elif name!=SEED_BASE: raise UserError(f"base model {name!r}: no such folder here, and the Hub has no such repo or HF_TOKEN may not see it: check BASE_MODEL")
+    elif name!=SEED_BASE: raise UserError(f"base model {name!r}", "no such folder here, and the Hub has no such repo or HF_TOKEN may not see it", "check BASE_MODEL")
     else: name,note,fp8 = SUCCESSOR,f"{SEED_BASE} was never published; its open successor is taken",False
     if fp8: name,note = f"{name}-BF16",f"{name} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken"
-    if note and strict: raise UserError(f"{note}: {name}. BASE_MODEL_STRICT refuses that: set BASE_MODEL={name}")
+    if note and strict: raise UserError(note, f"{name}. BASE_MODEL_STRICT refuses that", f"set BASE_MODEL={name}")
     if not Path(name).is_dir():
-        if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}: {note}, but there is no {name}: set BASE_MODEL")
+        if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}", f"{note}, but there is no {name}", "set BASE_MODEL")
         rev = info.sha
     if note: log.warning(f"BASE MODEL: {note}: {name}")
     cfg,card = _model_config(name, rev),getattr(info, 'card_data', None) or {}
@@ -1293,7 +1294,7 @@ def check_private(
     info = api.repo_info(repo, repo_type=repo_type)
     if info.private: return info
     page = f"{constants.ENDPOINT}/{'datasets/'*(repo_type=='dataset')}{repo}/settings"
-    raise UserError(f"{repo_type} repo {repo}: it is public, and nothing is written to a public repo: make it private ({page}), or name another one")
+    raise UserError(f"{repo_type} repo {repo}", "it is public, and nothing is written to a public repo", f"make it private ({page}), or name another one")
 
 def private_repo(
     api, # `HfApi`
@@ -1408,7 +1409,7 @@ def chat_format(
         v7 = version>=7 or (not version and has('[SYSTEM_PROMPT]') and (not template or '[SYSTEM_PROMPT]' in template))
         return 'mistral-v7' if v7 else 'mistral-v3'
     if '[INST]' in template or (has('<s>','</s>') and not template): return 'mistral-v1'
-    raise UserError(f"tokenizer {tok.name_or_path!r}: its chat format is none of {', '.join(FORMATS)}: choose an instruct model of one of these families")
+    raise UserError(f"tokenizer {tok.name_or_path!r}", f"its chat format is none of {', '.join(FORMATS)}", "choose an instruct model of one of these families")
 
 def _pb_fields(b): # Fields of a protobuf message, as (number, value): https://protobuf.dev/programming-guides/encoding
     i = 0
@@ -1470,7 +1471,7 @@ def _tokenizer_folder(path, revision):
     from huggingface_hub.errors import HFValidationError
     from httpx2 import HTTPError
     try: return Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
-    except HFValidationError: raise UserError(f"tokenizer {path!r}: no such folder here, and no name that a Hub repo may have") from None
+    except HFValidationError: raise UserError(f"tokenizer {path!r}", "no such folder here, and no name that a Hub repo may have", "check its spelling") from None
     except (HTTPError, OSError) as e: raise hub_problem(e, f"tokenizer {path}") from None
 
 MOST_TOKENS = 10_000_000 # of a vocabulary; the largest public ones have 300,000
@@ -1494,7 +1495,7 @@ def _check_patterns(rust, what): # What the tokenizer's file makes of every text
         return max(1, len(str(d.get('content') or '')))*math.prod(map(growth, d.values())) if isinstance(d, dict) else 1
     parts = [json.loads(part.__getstate__()) for part in (rust.normalizer, rust.pre_tokenizer) if part]
     if any(map(walk, parts)) or growth(parts)>64:
-        raise UserError(f"{what}: it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever: choose another")
+        raise UserError(what, "it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever", "choose another")
 
 def open_tokenizer(
     folder:Path, # With the tokenizer's files
@@ -1527,8 +1528,8 @@ def check_vocabulary(
 ):
     "Refuse a tokenizer that gives ids which the model doesn't have."
     if not isinstance(rows, int): rows = getattr(rows.get_text_config(), 'vocab_size', None)
-    if not isinstance(rows, int): raise UserError(f"{name}: the model's config.json says no size of a vocabulary: choose another model")
-    if tok_len>rows: raise UserError(f"{name}: it has {tok_len:,} tokens, and the model's embedding {rows:,} rows: take the tokenizer that belongs to the model, or enlarge the model first (resize_token_embeddings)")
+    if not isinstance(rows, int): raise UserError(name, "the model's config.json says no size of a vocabulary", "choose another model")
+    if tok_len>rows: raise UserError(name, f"it has {tok_len:,} tokens, and the model's embedding {rows:,} rows", "take the tokenizer that belongs to the model, or enlarge the model first (resize_token_embeddings)")
 
 def _check_folder(tok, folder): # A tokenizer may lie there without a model
     from transformers import AutoConfig
@@ -1548,7 +1549,7 @@ def load_tokenizer(
     models = sorted(folder.glob('*.model*'))
     if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')):
         with reading(what): tok = sentencepiece_tokenizer(models[0])
-    elif not any((folder/f).exists() for f in ('tokenizer.json','tekken.json','vocab.json')): raise UserError(f"{what}: no tokenizer.json, tekken.json or SentencePiece model that can be read there")
+    elif not any((folder/f).exists() for f in ('tokenizer.json','tekken.json','vocab.json')): raise UserError(what, "no tokenizer.json, tekken.json or SentencePiece model that can be read there", "choose another, or add one")
     else: tok = open_tokenizer(folder, what)
     tok.name_or_path = str(path)
     settings = settings or tok.init_kwargs.pop('model_settings', None)
@@ -1556,14 +1557,14 @@ def load_tokenizer(
     _,control,template = FORMATS[name]
     if name!='mistral-v15': settings = None
     elif settings and not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)): # it becomes part of the template
-        raise UserError(f"{what}: its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs: choose another")
+        raise UserError(what, f"its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs", "choose another")
     if settings: tok.init_kwargs['model_settings'] = settings
     vocab = tok.get_vocab()
     if name!='chatml':
         tok.bos_token = '<s>'
         if getattr(tok.backend_tokenizer.model, 'byte_fallback', False): _as_sentencepiece(tok.backend_tokenizer)
     tok.eos_token = control[1]
-    if not (pad := next((p for p in PADS if p in vocab and p!=tok.eos_token), None)): raise UserError(f"tokenizer {tok.name_or_path!r}: it has none of {', '.join(PADS)} to pad with")
+    if not (pad := next((p for p in PADS if p in vocab and p!=tok.eos_token), None)): raise UserError(f"tokenizer {tok.name_or_path!r}", f"it has none of {', '.join(PADS)} to pad with", "choose another model")
     tok.pad_token,tok.chat_template = pad,template.replace('SETTINGS]SETTINGS[', f"SETTINGS]{tok.init_kwargs.get('model_settings')}[")
     _check_folder(tok, folder)
     return tok
@@ -1573,7 +1574,7 @@ def check_messages(
     name:str='row', # How an error names the row
 )->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
     "Check one conversation and bring it into the form that every format can write."
-    def bad(why, v): raise UserError(f"{name}: {why}, got {excerpt(v, 60)!r}: mend or remove it in the dataset")
+    def bad(why, v): raise UserError(name, f"{why}, got {excerpt(v, 60)!r}", "mend or remove it in the dataset")
     if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
     out = []
     for i,m in enumerate(messages):
@@ -1660,7 +1661,7 @@ def encode_dataset(
     import numpy as np, pyarrow.compute as pc
     from datasets import Features, List, Value
     from datasets.fingerprint import Hasher
-    if 'messages' not in ds.column_names: raise UserError(f"{name}: no `messages` column, got {ds.column_names}: each row needs a list of turns")
+    if 'messages' not in ds.column_names: raise UserError(name, f"no `messages` column, got {ds.column_names}", "each row needs a list of turns")
     def enc(batch, idxs):
         chats = [check_messages(m, f"{name} row {i}") for i,m in zip(idxs, batch['messages'])]
         rows = [r for r in encode_fitting(tok, chats, max_length) if r]
@@ -1671,7 +1672,7 @@ def encode_dataset(
     dropped = len(ds)-len(out)
     if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
     if not held_out and (not len(out) or dropped/len(ds)>max_dropped):
-        raise UserError(f"{name}: {dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}: raise MAX_LENGTH or shorten them")
+        raise UserError(name, f"{dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}", "raise MAX_LENGTH or shorten them")
     t = out.with_format('arrow')[:]
     n,sup = pc.list_value_length(t['labels']).to_numpy(),pc.sum(pc.not_equal(pc.list_flatten(t['labels']), -100)).as_py()
     return out.remove_columns('lost'),dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped,
@@ -1680,7 +1681,7 @@ def encode_dataset(
 def _model_class(config): # transformers' class for the language model
     from transformers import AutoModelForCausalLM
     try: return AutoModelForCausalLM._model_mapping[type(config.get_text_config())]
-    except KeyError: raise UserError(f"model type {config.model_type!r}: transformers has no causal language model of it: choose one that has") from None
+    except KeyError: raise UserError(f"model type {config.model_type!r}", "transformers has no causal language model of it", "choose one that has") from None
 
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
@@ -1697,7 +1698,7 @@ def check_layers(
 ):
     "Refuse a model whose layers don't keep packed conversations apart."
     kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
-    if kinds or _model_class(config)._is_stateful: raise UserError(f"{name}: its layers ({', '.join(sorted(kinds)) or 'recurrent'}) carry a state from one conversation of a packed row into the next: choose a model whose layers are all attention")
+    if kinds or _model_class(config)._is_stateful: raise UserError(name, f"its layers ({', '.join(sorted(kinds)) or 'recurrent'}) carry a state from one conversation of a packed row into the next", "choose a model whose layers are all attention")
 
 def _blind(cls): # The same model class, built without a vision tower
     def __init__(self, config):
@@ -1714,11 +1715,11 @@ def base_config(
     with reading(f"{what}: its config.json", 'choose a causal language model', hub=not Path(base['id']).is_dir()):
         _model_config(base['id'], base['revision'])
         try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'], trust_remote_code=False)
-        except (ValueError, KeyError): raise UserError(f"{what}: its config.json names no architecture that transformers knows: choose a causal language model") from None
+        except (ValueError, KeyError): raise UserError(what, "its config.json names no architecture that transformers knows", "choose a causal language model") from None
         if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
         check_layers(cfg, what)
         if not language_layers(_bare_model(cfg)): # GPT-2's are Conv1D
-            raise UserError(f"{what}: its layers have no linear ones, which LoRA would adapt: choose another base")
+            raise UserError(what, "its layers have no linear ones, which LoRA would adapt", "choose another base")
     return cfg
 
 def check_size(
@@ -1730,7 +1731,7 @@ def check_size(
     shards = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), what)
     there = sum(math.prod(t['shape']) for n in shards for t in read_header(folder/n)[0].values())
     asked = sum(p.numel() for p in _bare_model(config).parameters())
-    if asked>2*there: raise UserError(f"{what}: its config.json asks for {asked:,} weights, and its files hold {there:,}: fetch it again, or choose another") # a head may be tied
+    if asked>2*there: raise UserError(what, f"its config.json asks for {asked:,} weights, and its files hold {there:,}", "fetch it again, or choose another") # a head may be tied
 
 def load_model(
     base:dict, # As `resolve_base` gives it
@@ -1759,7 +1760,7 @@ def lora_targets(
 )->tuple: # The same names sorted, each once; `('all-linear',)` stands for all
     "Read which layers are to be adapted: however they are written, the same layers give the same run."
     names = sorted({n.strip() for n in text.split(',')}-{''})
-    if not names or not all(n=='all-linear' or n.isidentifier() for n in names): raise UserError(f"LORA_TARGET_MODULES: must name linear layers such as {','.join(LORA_TARGETS)}, or be all-linear, got {text!r}")
+    if not names or not all(n=='all-linear' or n.isidentifier() for n in names): raise UserError("LORA_TARGET_MODULES", f"must name linear layers, got {text!r}", f"name some of {','.join(LORA_TARGETS)}, or all-linear")
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
 def language_layers(
@@ -1785,7 +1786,7 @@ def resolve_targets(
     linear = {n.split('.')[-1] for n in language_layers(model)}
     names = linear-{n.split('.')[-1] for n,m in model.get_decoder().named_modules() if n.split('.')[-1] in linear and n not in language_layers(model)}
     if missing := set(targets)-names-{'all-linear'}:
-        raise UserError(f"lora_target_modules: {model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}: choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
+        raise UserError("lora_target_modules", f"{model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}", f"choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
     return tuple(sorted(names if 'all-linear' in targets else targets))
 
 def say_unquantised(
@@ -1944,7 +1945,7 @@ def check_audit(
 ):
     "Refuse to train on anything but what was asked for."
     if bad := [r for r in rows if r['ok'] is False]:
-        raise UserError("audit: " + '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad) + ": the model isn't what was asked for")
+        raise UserError("audit", '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad), "the model isn't what was asked for")
 
 FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer') # those that `fast` knows
 
@@ -2023,7 +2024,7 @@ def env_options(
         kind = type(o['default'])
         wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
         try: res[k] = str2bool(v) if kind is bool else kind(v)
-        except (TypeError, ValueError): raise UserError(f"{k.upper()}: must be {wanted}, got {v!r}: correct it or unset it") from None
+        except (TypeError, ValueError): raise UserError(k.upper(), f"must be {wanted}, got {v!r}", "correct it or unset it") from None
     return res
 
 #: what other trainers call our options
@@ -2055,7 +2056,7 @@ def check_names(
 ):
     "Refuse variables that nearly have an option's name."
     wrong = {k:o for k in env if env[k].strip() and (o := meant_option(k))}
-    if wrong: raise UserError('; '.join(f"{k}: no option has this name" for k in wrong) + f": set {', '.join(dict.fromkeys(wrong.values()))} instead, or unset it")
+    if wrong: raise UserError(', '.join(wrong), "no option has this name", f"set {', '.join(dict.fromkeys(wrong.values()))} instead, or unset it")
 
 PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
 
@@ -2063,7 +2064,7 @@ def preset_options(
     name:str, # Key of `PRESETS`
 )->dict: # `per_device_train_batch_size`, `max_length`, `learning_rate`
     "What a preset stands for."
-    if name not in PRESETS: raise UserError(f"PRESET: must be one of {', '.join(PRESETS)}, got {name!r}")
+    if name not in PRESETS: raise UserError("PRESET", f"no preset is called {name!r}", f"choose one of {', '.join(PRESETS)}")
     rows,length = PRESETS[name]
     return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 at 2,944 tokens
 
@@ -2100,7 +2101,7 @@ def check_option(
     value, # In its type
 ):
     "Refuse a value outside of an option's range."
-    def bad(why): raise UserError(f"{name.upper()}: {why}, got {value!r}")
+    def bad(why): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
     if name in ONE_OF and value not in ONE_OF[name]:
         near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
         bad(f"must be one of {', '.join(ONE_OF[name])}{near}")
@@ -2115,7 +2116,7 @@ def check_config(
 )->TrainConfig: # The same
     "Refuse values that would fail, or do nothing, hours later."
     from huggingface_hub.utils import HFValidationError, validate_repo_id
-    def bad(k, why): raise UserError(f"{k.upper()}: {why}, got {getattr(c,k)!r}")
+    def bad(k, why): raise UserError(k.upper(), f"{why}, got {getattr(c,k)!r}", "correct it or unset it")
     for k in ('dataset_repo','hub_model_id'):
         if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
         if getattr(c,k).count('/')!=1: bad(k, "must have the form owner/name")
@@ -2224,7 +2225,7 @@ def share_batch(
     "Share a step's rows out: their number is the run's, however many GPUs there are."
     micro_batch,grad_accum = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
     each,rest = divmod(micro_batch*grad_accum, ranks)
-    if rest: raise UserError(f"{micro_batch*grad_accum} rows a step (PER_DEVICE_TRAIN_BATCH_SIZE {micro_batch} × GRADIENT_ACCUMULATION_STEPS {grad_accum}) can't be shared by {ranks} GPUs: choose a multiple of {ranks}, or other GPUs")
+    if rest: raise UserError(f"PER_DEVICE_TRAIN_BATCH_SIZE {micro_batch} × GRADIENT_ACCUMULATION_STEPS {grad_accum}", f"{micro_batch*grad_accum} rows a step can't be shared by {ranks} GPUs", f"choose a multiple of {ranks}, or other GPUs")
     micro_batch = max(b for b in range(1, micro_batch+1) if each%b==0)
     return micro_batch,each//micro_batch
 
@@ -2687,7 +2688,10 @@ def patiently(
         said = err if known else hub_problem(hub_answer(err), what)
         passing,asked = isinstance(err, NotNow) or _passing(err),max(wait, retry_after(err))
         if not passing: raise said from None
-        if time.monotonic()+asked>until: raise UserError(f"{said}; it would be tried again in {spell_seconds(asked)}, and the time is up") from None
+        if time.monotonic()+asked>until:
+            about,found,do = said.args if isinstance(said, UserError) else (what, str(said), "run the same command again")
+            late = f"it would be tried again in {spell_seconds(asked)}, and the time is up"
+            raise UserError(about, f"{found}; {late}", do) from None
         log.warning(f"{said if known else f'{what}: '+str(hub_problem(hub_answer(err), 'the Hub'))}; trying again in {spell_seconds(asked)}")
         pause(asked); wait = min(2*wait, 60)
 
@@ -2716,7 +2720,7 @@ class HubBranch:
 
     def rewritten(self):
         "The error where the history that we know is gone."
-        return UserError(f"{self.repo}@{self.branch}: another job is writing there and has dropped its history: let it finish, or choose another HUB_MODEL_ID")
+        return UserError(f"{self.repo}@{self.branch}", "another job is writing there and has dropped its history", "let it finish, or choose another HUB_MODEL_ID")
 
     def newest(self):
         "The branch's newest commit."
@@ -2741,13 +2745,13 @@ def commit(self:HubBranch,
         try: check_private(self.api, self.repo) # its owner may have changed that since
         except UserError as e:
             self.public = True
-            raise NotNow(str(e)) from None
+            raise NotNow(*e.args) from None
         try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
         except (HTTPError, RuntimeError, OSError) as e: err = e
         now = self.newest()
         if now.commit_id==self.head: raise err
         if now.title==title: return now.commit_id # it had landed; only the answer was lost
-        raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there: let it finish, or choose another HUB_MODEL_ID")
+        raise UserError(f"{self.repo}@{self.branch}", f"another job has written {now.title!r} there", "let it finish, or choose another HUB_MODEL_ID")
     self.head = patiently(once, f"{self.name}: {title!r}", until, wait, pause)
     return self.head
 
@@ -2760,7 +2764,7 @@ def squash(self:HubBranch,
     def once():
         now = self.newest()
         if now.commit_id==self.head: self.api.super_squash_history(self.repo, branch=self.branch, commit_message=title)
-        elif now.title!=title: raise UserError(f"{self.repo}@{self.branch}: another job has written {now.title!r} there, so its history is left alone")
+        elif now.title!=title: raise UserError(f"{self.repo}@{self.branch}", f"another job has written {now.title!r} there, so its history is left alone", "let it finish")
         return self.newest().commit_id
     self.head = patiently(once, f"{self.name}: history", until)
 
@@ -2937,7 +2941,7 @@ def check_same_run(
 ):
     "Refuse to continue a run under settings that would silently alter it."
     if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
-        raise UserError(f"the checkpoint belongs to a run with other settings ({'; '.join(diff)}): restore them, or set FRESH_START={again} to begin again")
+        raise UserError("the checkpoint", f"it belongs to a run with other settings ({'; '.join(diff)})", f"restore them, or set FRESH_START={again} to begin again")
 
 @patch
 def start_fresh(self:Checkpoints):
@@ -2961,9 +2965,9 @@ def lock_folder(
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         held = open(Path(folder)/'.lock', 'a')
-    except OSError as e: raise UserError(f"OUTPUT_DIR {folder}: {e.strerror}: choose a folder that can be written") from None
+    except OSError as e: raise UserError(f"OUTPUT_DIR {folder}", e.strerror, "choose a folder that can be written") from None
     try: fcntl.flock(held, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except OSError: raise UserError(f"OUTPUT_DIR {folder}: another job of this run is writing there: let it finish, or choose another OUTPUT_DIR") from None
+    except OSError: raise UserError(f"OUTPUT_DIR {folder}", "another job of this run is writing there", "let it finish, or choose another OUTPUT_DIR") from None
     return held
 
 HISTORY_BYTES,HISTORY_SECONDS = 40e9,36*3600 # of one run; squashed history counts for so long
@@ -3069,7 +3073,7 @@ def parse_duration(
     if not str(s).strip(): return float('inf')
     m = re.fullmatch(r'(\d+)|(\d+(?:\.\d+)?)([smhd])', str(s).strip())
     seconds = float(m[1] or m[2])*dict(s=1, m=60, h=3600, d=86400)[m[3] or 's'] if m else 0.
-    if not seconds: raise UserError(f"JOB_TIMEOUT: must be seconds above 0, or such as 4h, 90m, got {s!r}: write a number and one letter, without blanks")
+    if not seconds: raise UserError("JOB_TIMEOUT", f"must be seconds above 0, or such as 4h, 90m, got {s!r}", "write a number and one letter, without blanks")
     return seconds
 
 def container_age()->float: # Seconds; 0 outside of a job
@@ -3170,7 +3174,7 @@ def restore(self:Curve,
     "Take over the rows of the jobs before."
     path = Path(folder)/METRICS
     rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(path.read_bytes().splitlines(), 1)] if path.exists() else []
-    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(f"{path.name}: a row without its step: it isn't of a run of phoque")
+    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(path.name, "a row without its step", "it isn't of a run of phoque")
     self.rows,self.whole = rows,len(rows)
     for r in samples: # a file has a column for whatever any of its rows has
         self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
@@ -3198,7 +3202,7 @@ def find_entity(
     "Whose project a run goes to."
     me = ask_wandb('{ viewer { entity } }', key).get('viewer')
     if me: return os.environ.get('WANDB_ENTITY') or me['entity']
-    raise UserError("WANDB_API_KEY: W&B doesn't know it: copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
+    raise UserError("WANDB_API_KEY", "W&B doesn't know it", "copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
 
 def check_not_public(
     entity:str, # User or team
@@ -3207,7 +3211,7 @@ def check_not_public(
     "Refuse a project that anyone can read."
     ask = 'query($entity: String!, $project: String!) { project(entityName: $entity, name: $project) { id } }'
     if not ask_wandb(ask, entity=entity, project=project).get('project'): return
-    raise UserError(f"WANDB_PROJECT: anyone can read {entity}/{project}, and the model's replies would go there: "
+    raise UserError("WANDB_PROJECT", f"anyone can read {entity}/{project}, and the model's replies would go there",
                     "make the project private, or set REPORT_TO=none")
 
 @patch
@@ -3291,11 +3295,10 @@ def _connect(self:Curve):
         finish_timeout_raises=True, x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
     try: run = wandb.init(**self.opening, settings=settings)
     except wandb.errors.AuthenticationError as e:
-        raise UserError(f"WANDB_API_KEY: refused ({_first_line(e)}): correct it, or set WANDB_MODE=offline") from None
+        raise UserError("WANDB_API_KEY", f"refused ({_first_line(e)})", "correct it, or set WANDB_MODE=offline") from None
     except (wandb.errors.CommError, wandb.errors.UsageError) as e:
         if re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I): raise # what isn't tried again was refused
-        raise UserError(f"WANDB_PROJECT: W&B refuses {project} ({_first_line(e)}): correct it or WANDB_ENTITY, "
-                        "or set REPORT_TO=none") from None
+        raise UserError("WANDB_PROJECT", f"W&B refuses {project} ({_first_line(e)})", "correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
     if self.online: check_not_public(run.entity, project) # it may have been made just now
     run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
     self.run,self.sent,self.upload,self.look = run,0,None,time.monotonic()+self.retry
@@ -3508,9 +3511,9 @@ def generate_replies(
     watermark=None, # transformers' `WatermarkingConfig`; None for none
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
     "Reply to all prompts in one batch."
-    if not prompt_ids or not all(prompt_ids): raise ValueError(f"`prompt_ids` is {excerpt(prompt_ids, 60)}; give at least one prompt, none of them empty.")
-    if tok.pad_token_id is None: raise ValueError("the tokenizer has no pad token; set `tok.pad_token` to one that never ends a turn.")
-    if temperature<0 or not 0<top_p<=1: raise ValueError(f"`temperature` {temperature}, `top_p` {top_p}; use a temperature from 0 and a top_p above 0, up to 1.")
+    if not prompt_ids or not all(prompt_ids): raise UserError("`prompt_ids`", f"got {excerpt(prompt_ids, 60)}", "give at least one prompt, none of them empty")
+    if tok.pad_token_id is None: raise UserError("the tokenizer", "it has no pad token", "set `tok.pad_token` to one that never ends a turn")
+    if temperature<0 or not 0<top_p<=1: raise UserError("`temperature`, `top_p`", f"got {temperature} and {top_p}", "use a temperature from 0 and a top_p above 0, up to 1")
     import torch
     from transformers import GenerationConfig
     eos_ids = list(eos_ids or [tok.eos_token_id])
@@ -3576,12 +3579,12 @@ def scorer_labels(
     "The labels of a text classifier; refuse what is none, and what doesn't say which label to read."
     kinds,named = cfg.get('architectures'),cfg.get('id2label') or {'0':'LABEL_0', '1':'LABEL_1'}
     kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else '?'
-    if 'SequenceClassification' not in kind: raise UserError(f"scorer {repo}: no text classifier but {excerpt(kind, 60)}: name one that is, or none")
-    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)): raise UserError(f"scorer {repo}: its config.json asks for a thousand layers or more: name another text classifier, or none")
+    if 'SequenceClassification' not in kind: raise UserError(f"scorer {repo}", f"no text classifier but {excerpt(kind, 60)}", "name one that is, or none")
+    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)): raise UserError(f"scorer {repo}", "its config.json asks for a thousand layers or more", "name another text classifier, or none")
     names = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else []
-    if not names or not all(isinstance(n, str) for n in names): raise UserError(f"scorer {repo}: its id2label gives no name to each of its outputs: name another text classifier, or none")
+    if not names or not all(isinstance(n, str) for n in names): raise UserError(f"scorer {repo}", "its id2label gives no name to each of its outputs", "name another text classifier, or none")
     if label in names and names.count(label)==1 or not label and len(names)<=2: return names
-    raise UserError(f"scorer {repo}: its labels are {excerpt(', '.join(names[:20]))}, got {label!r}: name one of them")
+    raise UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}", "name one of them")
 
 class HubScorer:
     "A text classifier of the Hub, on the CPU."
@@ -3595,10 +3598,10 @@ class HubScorer:
         def load(f, **kwargs):
             try: return f(repo, revision=revision, **kwargs)
             except Exception as e: # of a stranger's files, anything
-                raise UserError(f"scorer {repo}: it can't be loaded ({excerpt(e) or type(e).__name__}): name another text classifier of the Hub, the folder of one, or none") from e
+                raise UserError(f"scorer {repo}", f"it can't be loaded ({excerpt(e) or type(e).__name__})", "name another text classifier of the Hub, the folder of one, or none") from e
         file = Path(load(cached_file, filename='config.json'))
         names = scorer_labels(read_json(file, what=f'scorer {repo}, config.json'), repo, label)
-        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS): raise UserError(f"scorer {repo}: it has no {WEIGHTS[0]}, and a pickle is not opened: name another text classifier, or none")
+        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS): raise UserError(f"scorer {repo}", f"it has no {WEIGHTS[0]}, and a pickle is not opened", "name another text classifier, or none")
         own = dict(trust_remote_code=False)
         cfg,self.tok = load(AutoConfig.from_pretrained, **own),load(AutoTokenizer.from_pretrained, **own)
         self.model = load(AutoModelForSequenceClassification.from_pretrained, use_safetensors=True, **own).eval()
@@ -3613,16 +3616,16 @@ class HubScorer:
             return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at]
         try:
             with torch.inference_mode(): scores = np.concatenate([batch(texts[i:i+64]).numpy() for i in range(0, len(texts), 64)] or [np.zeros(0)])
-        except Exception as e: raise UserError(f"scorer {self.name}: it can't score ({excerpt(e)}): name another, or none") from e
+        except Exception as e: raise UserError(f"scorer {self.name}", f"it can't score ({excerpt(e)})", "name another, or none") from e
         if np.isfinite(scores).all(): return scores
-        raise UserError(f"scorer {self.name}: {(~np.isfinite(scores)).sum()} of {len(scores)} scores are no numbers: name another, or none")
+        raise UserError(f"scorer {self.name}", f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are no numbers", "name another, or none")
 
 def check_scorer(
     scorer:Scorer, # That is to measure
     sources:list, # `label_source` of the training rows
 ):
     "Refuse to measure with what has labelled the training data."
-    if scorer.name in sources: raise UserError(f"scorer {scorer.name}: it has also scored the data that the model learns from: measure with another, or with none")
+    if scorer.name in sources: raise UserError(f"scorer {scorer.name}", "it has also scored the data that the model learns from", "measure with another, or with none")
 
 def bootstrap_mean(
     scores:list[float], # One score a reply or a prompt
@@ -3632,7 +3635,7 @@ def bootstrap_mean(
 )->tuple[float,float,float]: # mean, low end, high end
     "Mean of scores with a percentile bootstrap interval."
     import numpy as np
-    if not len(scores): raise ValueError("no scores to average; give at least one.")
+    if not len(scores): raise UserError("scores", "no scores to average", "give at least one")
     xs,rng = np.asarray(scores, float),np.random.default_rng(seed)
     means = rng.choice(xs, (n_boot,len(xs))).mean(1)
     lo,hi = np.quantile(means, [(1-level)/2, (1+level)/2])
@@ -3793,9 +3796,9 @@ def read_samples(
     file = Path(folder)/'samples.parquet'
     if not file.exists(): return []
     try: rows = pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(f"{file.name}: it can't be read ({excerpt(e, 60)}): it isn't of a run of phoque") from None
+    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(file.name, f"it can't be read ({excerpt(e, 60)})", "it isn't of a run of phoque") from None
     if all(isinstance(r.get(k), kind) for r in rows for k,kind in dict(step=int, prompt=str, response=str, base_response=str).items()): return rows
-    raise UserError(f"{file.name}: a row without step, prompt, response and base_response: it isn't of a run of phoque")
+    raise UserError(file.name, "a row without step, prompt, response and base_response", "it isn't of a run of phoque")
 
 # ------------------------------------------------------------------------------
 # parallel.ranks: Several GPUs: start, stop and fail together, on one machine or several
@@ -3931,7 +3934,7 @@ def launch_ranks()->int: # Exit code
     except ChildFailedError as e:
         if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
         return explain_ranks(e.failures)
-    except SignalException as e: raise UserError(f"ended by {e.sigval.name}: run the same command again to continue") from None
+    except SignalException as e: raise UserError("this job", f"ended by {e.sigval.name}", "run the same command again to continue") from None
     return 0
 
 def group_addresses(
@@ -3958,10 +3961,10 @@ def machine_flags(
     n = os.environ.get('PET_NNODES', '' if host else '1')
     if n=='1': return ['--standalone']
     if not host: return [] # whoever has other machines says where they meet
-    if not n.isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
+    if not n.isdigit(): raise UserError("PET_NNODES", f"must be the number of jobs in the network group {host}, got {n!r}", "pass it to each of them")
     end = time.monotonic()+patience
     while len(there := group_addresses(host))<int(n):
-        if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}: {len(there)} of {n} machines are there after {patience:.0f} s: start the others, or correct PET_NNODES")
+        if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}", f"{len(there)} of {n} machines are there after {patience:.0f} s", "start the others, or correct PET_NNODES")
         time.sleep(1)
     here,port = own_address(there[0]),os.environ.get('MASTER_PORT', '29400')
     log.info(f"{n} machines in {host}: they meet at {there[0]}, this is {here}")
@@ -4057,7 +4060,7 @@ def check_sharded(
     "Every 4-bit weight, and the adapter, must be in parts."
     params = [p for layer in model.get_base_model().get_decoder().layers for p in layer.parameters()]
     whole = [p for p in params if not hasattr(p, 'placements')]
-    if whole: raise UserError(f"FSDP: {len(whole)} of {len(params)} tensors of the layers are not sharded: the base must be loaded with `shard=True`, and trained by `make_trainer`")
+    if whole: raise UserError("FSDP", f"{len(whole)} of {len(params)} tensors of the layers are not sharded", "the base must be loaded with `shard=True`, and trained by `make_trainer`")
     here,all_ = (sum(p.nbytes for p in ps)/2**20 for ps in (map(own_part, params), params))
     return f"layers are sharded over {ranks} rank{'s'*(ranks>1)}: {here:,.1f} of {all_:,.1f} MiB on this one, embedding and head whole on each" 
 
@@ -4537,10 +4540,10 @@ def check_packed(
     for r in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         if r.get('rope_type') not in ('dynamic','longrope'): continue
         if max_length>(known := r.get('original_max_position_embeddings') or c.max_position_embeddings):
-            raise UserError(f"MAX_LENGTH: beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}: set MAX_LENGTH={known}")
+            raise UserError("MAX_LENGTH", f"beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}", f"set MAX_LENGTH={known}")
     window = getattr(c, 'sliding_window', None) or max_length
     error = packed_error(model, tok, stack, (24,16)+(window+32,)*(window<max_length))
-    if not error<PACKED_ERROR: raise UserError(f"{type(model).__name__}: in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head): choose another base model")
+    if not error<PACKED_ERROR: raise UserError(type(model).__name__, f"in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head)", "choose another base model")
 
 # ------------------------------------------------------------------------------
 # fast.kernels: Triton kernels: RMSNorm, SwiGLU, RoPE, attention, NF4, loss

@@ -25,12 +25,12 @@ class UserError(ValueError):
     "Something the user can fix: shown as one line, without a traceback."
     def __init__(self,
         what:str, # What it is about and where: an option, a file and its line, a repo
-        value:str='', # What was found there, and why that can't be right
-        remedy:str='', # What to do
+        value:str, # What was found there, and why that can't be right
+        remedy:str, # What to do
     ):
         super().__init__(what, value, remedy)
         self.what,self.value,self.remedy = what,value,remedy
-    def __str__(self): return ': '.join(filter(None, (self.what, self.value, self.remedy)))
+    def __str__(self): return f"{self.what}: {self.value}: {self.remedy}"
 
 # %% ../../nbs/core/basics.ipynb #025d4112
 # ECMA-48 control sequences, and the strings that end in BEL or ESC \; a lone ESC goes with the other control characters

@@ -72,7 +72,7 @@ def restore(self:Curve,
     "Take over the rows of the jobs before."
     path = Path(folder)/METRICS
     rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(path.read_bytes().splitlines(), 1)] if path.exists() else []
-    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(f"{path.name}: a row without its step: it isn't of a run of phoque")
+    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(path.name, "a row without its step", "it isn't of a run of phoque")
     self.rows,self.whole = rows,len(rows)
     for r in samples: # a file has a column for whatever any of its rows has
         self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
@@ -101,7 +101,7 @@ def find_entity(
     "Whose project a run goes to."
     me = ask_wandb('{ viewer { entity } }', key).get('viewer')
     if me: return os.environ.get('WANDB_ENTITY') or me['entity']
-    raise UserError("WANDB_API_KEY: W&B doesn't know it: copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
+    raise UserError("WANDB_API_KEY", "W&B doesn't know it", "copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
 
 def check_not_public(
     entity:str, # User or team
@@ -110,7 +110,7 @@ def check_not_public(
     "Refuse a project that anyone can read."
     ask = 'query($entity: String!, $project: String!) { project(entityName: $entity, name: $project) { id } }'
     if not ask_wandb(ask, entity=entity, project=project).get('project'): return
-    raise UserError(f"WANDB_PROJECT: anyone can read {entity}/{project}, and the model's replies would go there: "
+    raise UserError("WANDB_PROJECT", f"anyone can read {entity}/{project}, and the model's replies would go there",
                     "make the project private, or set REPORT_TO=none")
 
 # %% ../../nbs/core/curve.ipynb #3e1ab6ea
@@ -197,11 +197,10 @@ def _connect(self:Curve):
         finish_timeout_raises=True, x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
     try: run = wandb.init(**self.opening, settings=settings)
     except wandb.errors.AuthenticationError as e:
-        raise UserError(f"WANDB_API_KEY: refused ({_first_line(e)}): correct it, or set WANDB_MODE=offline") from None
+        raise UserError("WANDB_API_KEY", f"refused ({_first_line(e)})", "correct it, or set WANDB_MODE=offline") from None
     except (wandb.errors.CommError, wandb.errors.UsageError) as e:
         if re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I): raise # what isn't tried again was refused
-        raise UserError(f"WANDB_PROJECT: W&B refuses {project} ({_first_line(e)}): correct it or WANDB_ENTITY, "
-                        "or set REPORT_TO=none") from None
+        raise UserError("WANDB_PROJECT", f"W&B refuses {project} ({_first_line(e)})", "correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
     if self.online: check_not_public(run.entity, project) # it may have been made just now
     run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
     self.run,self.sent,self.upload,self.look = run,0,None,time.monotonic()+self.retry

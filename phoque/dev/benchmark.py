@@ -178,7 +178,7 @@ def own_cards(
     "The first of the GPUs that there are; a `UserError` where there are fewer."
     import torch
     cards = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(torch.cuda.device_count() or gpus)))).split(',') # without a GPU, processes
-    if len(cards)<gpus: raise UserError(f"--gpus: {gpus} are asked for, {len(cards)} there: ask for fewer")
+    if len(cards)<gpus: raise UserError("--gpus", f"{gpus} are asked for, {len(cards)} there", "ask for fewer")
     return cards[:gpus]
 
 def bench_apart(

@@ -730,25 +730,21 @@ def _template(node):
     import ast
     if isinstance(node, ast.Constant): return str(node.value)
     if isinstance(node, ast.JoinedStr): return re.sub(r'…+', '…', ''.join(map(_template, node.values)))
-    if isinstance(node, ast.FormattedValue): return '…'
+    if isinstance(node, ast.IfExp): return f'{_template(node.body)} / {_template(node.orelse)}'
     return _template(node.left)+_template(node.right) if isinstance(node, ast.BinOp) else '…'
-
-def _message_parts(said)->tuple: # What was wrong, what to do
-    cut = re.fullmatch(r'(.*)(?:[:;] |\. (?=[A-Z]))(.*)', said, re.S) or re.fullmatch('(.*)()', said, re.S)
-    return cut.groups()
 
 def error_messages(
     path:str|Path='.', # A folder of the project
-    kinds:tuple=('UserError', 'ValueError'), # Exceptions to look for
-)->list: # Dicts of `room`, `message`, `remedy`
-    "What a user may be told, from the modules' source."
+)->list: # Dicts of `module`, `what`, `value`, `remedy`
+    "What a user may be told: the three fields of each `UserError` in the modules' source."
     import ast
     with project(path) as cfg:
         files = {m:cfg.lib_path.joinpath(*m.split('.')).with_suffix('.py') for m in module_names(cfg)}
     nodes = ((m, o) for m,f in files.items() for o in ast.walk(ast.parse(f.read_text())))
-    raised = ((m, o) for m,o in nodes if isinstance(o, ast.Call) and getattr(o.func, 'id', '') in kinds and o.args)
-    rows = [dict(zip(('room', 'message', 'remedy'), (m, *_message_parts(_template(o.args[0]))))) for m,o in raised]
-    return sorted((r for r in rows if r['message'].strip('… :')), key=lambda r: (r['room'], r['message']))
+    raised = ((m, o) for m,o in nodes if isinstance(o, ast.Call) and getattr(o.func, 'id', '')=='UserError')
+    fields = 'module','what','value','remedy'
+    rows = [dict(zip(fields, (m, *map(_template, o.args)))) for m,o in raised if len(o.args)==3] # others pass fields on
+    return sorted(rows, key=lambda r: tuple(r.values()))
 
 # %% ../../nbs/dev/site.ipynb #d6e656b0
 def _try(

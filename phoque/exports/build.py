@@ -31,16 +31,16 @@ def parse_sources(
     lex,res = shlex.shlex(text, posix=True),[]
     lex.whitespace_split,lex.quotes,lex.escape,lex.commenters = True,'"','','' # apostrophe, backslash and # belong to a name
     try: parts = list(lex)
-    except ValueError: raise UserError(f"{text}: a \" without its second; close it.") from None
+    except ValueError: raise UserError(text, 'a " without its second', "close it") from None
     for part in parts:
         kind,_,path = part.partition(':')
         if not path or kind=='hub': kind,path = 'messages',part
-        if kind not in SOURCES: raise ValueError(f"no source {kind!r}; use one of {', '.join(SOURCES)}, as in discord:pier.json.")
+        if kind not in SOURCES: raise UserError("--source", f"no source {kind!r}", f"use one of {', '.join(SOURCES)}, as in discord:pier.json")
         if not (hub := path.startswith('hub:')) and not Path(path).is_file():
-            raise UserError(f"{'this is no file' if Path(path).exists() else 'no such file'}: {path}; give {SOURCES[kind].doc}.")
+            raise UserError(path, 'this is no file' if Path(path).exists() else 'no such file', f"give {SOURCES[kind].doc}")
         st = None if hub else Path(path).stat()
         res.append((kind, path, st and f'{st.st_size}-{st.st_mtime_ns}'))
-    if not res: raise ValueError("no source; give a file, as in discord:pier.json.")
+    if not res: raise UserError("--source", "no source", "give a file, as in discord:pier.json")
     return res
 
 # %% ../../nbs/exports/build.ipynb #c5ff1554
@@ -66,7 +66,7 @@ class Build:
     ):
         store_attr()
         for k in ('min_score','benign','near','max_bad'):
-            if not 0<=getattr(self, k)<=1: raise UserError(f"`{k}` is {getattr(self, k)}; use a number from 0 to 1.")
+            if not 0<=getattr(self, k)<=1: raise UserError(f"--{k}", f"{getattr(self, k)} is out of range", "give a number from 0 to 1")
         self.steps,self.began,self.t = [],time.time(),time.perf_counter()
 
     def step(self, name, by_source, lines, worked=None, made=()):
@@ -121,7 +121,7 @@ def parts(self:Build):
     from huggingface_hub import HfApi
     def revision(path): return HfApi().dataset_info(path[4:].partition(':')[0]).sha
     res = [(k, p, state or revision(p)) for k,p,state in parse_sources(self.source) if SOURCES[k].pass_on or not self.redistributable_only]
-    if not res: raise ValueError("no source may be passed on; leave out --redistributable_only and keep the dataset to yourself.")
+    if not res: raise UserError("--source", "no source may be passed on", "leave out --redistributable_only and keep the dataset to yourself")
     return res
 
 @patch
@@ -133,7 +133,7 @@ def read(self:Build, part):
     opts = dict(rejected=self.rejected)
     if self.columns:
         pairs = [c.partition('=')[::2] for c in self.columns.split()]
-        if odd := [k for k,v in pairs if not (k and v)]: raise UserError(f"--columns has {odd[0]!r}; give NAME=COLUMN, as in text=body.")
+        if odd := [k for k,v in pairs if not (k and v)]: raise UserError("--columns", f"it has {odd[0]!r}", "give NAME=COLUMN, as in text=body")
         opts |= dict(columns=dict(pairs), need=tuple(v for _,v in pairs))
     try: return Dataset.from_generator(_conversations, features=_features(), cache_dir=self.work,
         gen_kwargs=dict(part=part, work=self.work, opts=opts, gap=self.gap, max_bad=self.max_bad, code=_code()))
@@ -153,7 +153,7 @@ def read_prompts(
         p = r.get('prompt') or r.get('user_input') or r.get('text')
         p = p.get('text') if isinstance(p, dict) else p
         if not isinstance(p, str):
-            raise UserError(f"{where}: no prompt; it has {excerpt(', '.join(map(str, r)))}; name the column prompt, user_input or text.")
+            raise UserError(where, f"no prompt, but {excerpt(', '.join(map(str, r)))}", "name the column prompt, user_input or text")
         yield p
 
 def _quiet():
@@ -193,7 +193,7 @@ def prepare(self:Build):
             log.info(printable(f"{n['name']}: {n['bad']:,} of {n['rows']:,} rows put aside, to {n['aside']} "
                 f"(most often: {next(iter(n['reasons']))})"))
     self.sources = {n['name']: n for n in notes}
-    if not any(map(len, raws)): raise ValueError(f"no conversation in {self.source}; look at the file.")
+    if not any(map(len, raws)): raise UserError(self.source, "no conversation in it", "look at the file")
     self.step('read', {n['name']: len(raw) for n,raw in zip(notes, raws)}, sum(n['lines'] for n in notes), made=raws)
     return concatenate_datasets([self.clean(raw) for raw in raws if len(raw)])
 
@@ -268,7 +268,7 @@ def render(self:Build, c, kept):
         | dict(n=Value('int64'), lines=Value('int32'), author=Value('string'), replies=List(Value('int64'))))
     rows = both.map(_rows, with_indices=True, batched=True, batch_size=500, num_proc=self.procs(len(both)), features=feats, desc='rows',
         remove_columns=both.column_names, fn_kwargs=dict(cols=list(feats)))
-    if not len(rows): raise ValueError(f"nobody to learn{f' named {self.persona!r}' if self.persona else ''}; give --persona another speaker, or a lower --min_score.")
+    if not len(rows): raise UserError(self.source, f"nobody to learn{f' named {self.persona!r}' if self.persona else ''}", "give --persona another speaker, or a lower --min_score")
     return rows
 
 # %% ../../nbs/exports/build.ipynb #39b8fda7
@@ -343,13 +343,13 @@ def run(self:Build,
         with tables(file) as db: kept = self.doubles(db, c, old)
         if not any(self.steps[-1]['by_source'].values()):
             if old: return SimpleNamespace(ds=None, index=None, run=None)
-            raise ValueError(f"nothing is left of {self.source}: {dict(Counter(kept['lost']))}.")
+            raise UserError(self.source, f"nothing is left of it ({dict(Counter(kept['lost']))})", "loosen what takes most away")
         rows = self.render(c, kept)
         with tables(file) as db:
             self.take(db, rows)
             ds,index = self.split(db, rows)
             for k,v in ds.items():
-                if not len(v) and not old: raise ValueError(f"the {k} split is empty: {len(index)} rows, `test_share` {self.test_share}; give more data or another share.")
+                if not len(v) and not old: raise UserError(f"--test_share {self.test_share}", f"the {k} split is empty, with {len(index)} rows of which like ones stay together", "give more data or another share")
             return SimpleNamespace(ds=ds, index=index, run=self._written(db, ds))
     finally: file.unlink(missing_ok=True)
 
@@ -429,11 +429,11 @@ def open_index(
     from huggingface_hub import snapshot_download
     d = Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns='index/*', local_dir=folder))
     files = sorted(map(str, d.glob('index/*.parquet')))
-    if not files: raise ValueError(f"{repo_id} has no index, so there is nothing to add to; push it without --append first.")
+    if not files: raise UserError(repo_id, "it has no index, so there is nothing to add to", "push it without --append first")
     try: return Dataset.from_parquet(files, cache_dir=folder, features=_index_features())
     except (DatasetGenerationError, ValueError, OSError) as e:
         while e.__cause__: e = e.__cause__
-        raise UserError(f"{repo_id}: its index can't be read ({excerpt(e)}); push the dataset anew, without --append.") from None
+        raise UserError(repo_id, f"its index can't be read ({excerpt(e)})", "push the dataset anew, without --append") from None
 
 def _longer_card(repo_id, r, n):
     "The card that is there, with a report on what was added."
@@ -452,7 +452,7 @@ def _say():
 def _make(b, repo, n, seed, append):
     "Dataset, card and index of a command."
     if b.source=='grumpy':
-        if append: raise ValueError("the invented harbour can't be added to; give --source.")
+        if append: raise UserError("--append", "the invented harbour can't be added to", "give --source")
         ds = to_dataset(grumpy_harbour(n, seed), b.test_share)
         return SimpleNamespace(ds=ds, index=None, run=None, card=dataset_card(ds, repo or 'me/talk'))
     old = open_index(repo, f'{b.work}/index') if append else None
@@ -480,7 +480,7 @@ def data_cli(
     repo = repo or os.environ.get('DATASET_REPO', '')
     try:
         begin_command()
-        if not repo and (append or not dry_run): raise ValueError("no repo; give --repo NAME/DATASET or set DATASET_REPO, or --dry_run to see the report only.")
+        if not repo and (append or not dry_run): raise UserError("--repo", "no repo", "give --repo NAME/DATASET or set DATASET_REPO, or --dry_run to see the report only")
         _say()
         b = Build(**kwargs)
         from huggingface_hub import HfApi

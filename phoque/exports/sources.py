@@ -20,7 +20,7 @@ __all__ = ['MOST_ROW', 'ROW_FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 
            'pick_persona', 'turns']
 
 # %% ../../nbs/exports/sources.ipynb #2a1f4ac0
-def refuse(where, reason, row): raise UserError(f"{where}: {reason}")
+def refuse(where, reason, row): raise UserError(where, reason, "correct the file, or give another")
 
 MOST_ROW = 1<<22 # characters of a record, a message or a user
 # what a row of another shape leads to
@@ -52,8 +52,8 @@ class Quarantine:
     def check(self, where='the end'):
         "Stop if too large a share was bad."
         if self.bad<=self.max_bad*self.rows: return
-        raise UserError(f"{where}: {self.bad:,} of {self.rows:,} rows are bad, more than {self.max_bad:.1%} "
-            f"(most often: {self.reasons.most_common(1)[0][0]}); mend the file or raise --max_bad.")
+        raise UserError(where, f"{self.bad:,} of {self.rows:,} rows are bad, more than {self.max_bad:.1%} "
+            f"(most often: {self.reasons.most_common(1)[0][0]})", "correct the file or raise --max_bad")
 
 # %% ../../nbs/exports/sources.ipynb #8585dc06
 MOST_UNPACKED,MOST_TIMES = 8<<20,100 # what a packed file may hold: bytes in any case, and times its size
@@ -61,11 +61,11 @@ MOST_UNPACKED,MOST_TIMES = 8<<20,100 # what a packed file may hold: bytes in any
 def _export_file(path):
     "A file that has an end."
     if (path := Path(path)).is_file(): return path
-    raise UserError(f"{'this is no file' if path.exists() else 'no such file'}: {path}; give a file that was exported.")
+    raise UserError(path, 'this is no file' if path.exists() else 'no such file', "give a file that was exported")
 
 def _refuse_bomb(path, size, packed):
     if size>max(MOST_UNPACKED, MOST_TIMES*packed):
-        raise UserError(f"{path.name}: it unpacks to more than {MOST_TIMES} times its size, as no export does; leave it out.")
+        raise UserError(path.name, f"it unpacks to more than {MOST_TIMES} times its size, as no export does", "leave it out")
 
 class _Unpacked(gzip.GzipFile):
     def read1(self, size=-1):
@@ -78,7 +78,7 @@ def _whole(name):
     try: yield
     except UserError: raise
     except (*ROW_FAULTS, OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
-        raise UserError(f"{name}: it can't be read ({excerpt(e)}); export or download it again.") from None
+        raise UserError(name, f"it can't be read ({excerpt(e)})", "export or download it again") from None
 
 # %% ../../nbs/exports/sources.ipynb #0716446b
 def _legible(s):
@@ -99,7 +99,7 @@ def _text_lines(f):
         rest,n = line,0
         while len(rest)>MOST_ROW and rest[-1] not in '\r\n':
             rest,n = f.readline(MOST_ROW+1),n+1
-            if n>64: raise UserError(f"{Path(f.name).name}: no end of a line in {n*MOST_ROW:,} characters; give a file of rows.")
+            if n>64: raise UserError(Path(f.name).name, f"no end of a line in {n*MOST_ROW:,} characters", "give a file of rows")
         yield line
 
 # %% ../../nbs/exports/sources.ipynb #89cc41a8
@@ -121,7 +121,7 @@ def _csv(path, bad):
         rows = csv.reader(feed(), strict=True)
         head,fault = record(rows)
         if fault or head==[]:
-            raise UserError(f"{path.name} line 1: {fault or 'it is empty'}; it has to name the columns.")
+            raise UserError(f"{path.name} line 1", fault or 'it is empty', "let it name the columns")
         while head:
             n += len(taken)
             taken.clear()
@@ -165,7 +165,7 @@ def _parquet(path, bad):
                 else: yield f'{path.name} row {n}',row
     except UserError: raise
     except (*ROW_FAULTS, OSError, MemoryError, pa.ArrowException) as e:
-        raise UserError(f"{path.name} after row {n}: it can't be read as Parquet ({excerpt(e)}); get it again.") from None
+        raise UserError(f"{path.name} after row {n}", f"it can't be read as Parquet ({excerpt(e)})", "get it again") from None
 
 def _hub(name, bad):
     from datasets import load_dataset
@@ -179,8 +179,7 @@ def _hub(name, bad):
         ds = load_dataset(repo, config or None, split='train', streaming=True, revision=info.sha)
         for n,row in enumerate(ds, 1): yield f'{name} row {n}',row
     except (*ROW_FAULTS, OSError, RuntimeError, DatasetGenerationError, pa.ArrowException) as e:
-        raise UserError(f"{name}, split `train` after row {n}: it can't be read ({excerpt(e)}); "
-            "give a dataset of data files.") from None
+        raise UserError(f"{name}, split `train` after row {n}", f"it can't be read ({excerpt(e)})", "give a dataset of data files") from None
 
 # %% ../../nbs/exports/sources.ipynb #be38a79d
 EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'}, 'ToxicChat': {'user_input','model_output','jailbreaking'},
@@ -189,8 +188,7 @@ EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'}, 'To
 def _keep_out(columns, where):
     for name,sign in EVAL_ONLY.items():
         if sign<=set(columns):
-            raise UserError(f"{where}: this is {name}, which is for evaluation only; "
-                "give it to --prompts to keep it out of the training data.")
+            raise UserError(where, f"this is {name}, which is for evaluation only", "give it to --prompts to keep it out of the training data")
 
 # %% ../../nbs/exports/sources.ipynb #b6975238
 def records(
@@ -206,7 +204,7 @@ def records(
         kind,name = next((s for s in reversed(path.suffixes) if s!='.gz'), ''),path.name
         read = {'.csv':_csv, '.jsonl':_jsonl, '.json':_jsonl, '.parquet':_parquet}.get(kind)
         if not read:
-            raise UserError(f"{name}: {kind or 'no'} suffix; give a .csv, .jsonl or .parquet file, or a .gz of the first two.")
+            raise UserError(name, f"{kind or 'no'} suffix", "give a .csv, .jsonl or .parquet file, or a .gz of the first two")
     def put_aside(*a):
         if isinstance(bad, Quarantine): bad.rows += 1
         bad(*a)
@@ -215,8 +213,8 @@ def records(
             if not i or read is _jsonl: # elsewhere all rows have the same columns
                 if training: _keep_out(row, where)
                 if gone := [c for c in need if c not in row]:
-                    fault = f"no column `{gone[0]}`; it has {excerpt(', '.join(map(str, row)))}."
-                    if read is not _jsonl: raise UserError(f"{where}: {fault}")
+                    fault = f"no column `{gone[0]}`; it has {excerpt(', '.join(map(str, row)))}"
+                    if read is not _jsonl: raise UserError(where, fault, "give a file that has it")
                     put_aside(where, fault, row)
                     continue
             if isinstance(bad, Quarantine): bad.rows += 1
@@ -358,10 +356,10 @@ def _past(s, i):
 
 def _items(f, begin, name, size=2**16):
     "The text before the match of `begin`, then each value of the list that begins there, with what is wrong with it."
-    buf,dec,end = '',json.JSONDecoder(),f'{name}: it ends in the middle of its list; export it again.'
+    buf,dec = '',json.JSONDecoder()
     while not (m := begin.search(buf)):
         if len(buf)>16*size or not (more := f.read(size)):
-            raise UserError(f"{name}: no list of messages or users in it; export it again.")
+            raise UserError(name, "no list of messages or users in it", "export it again")
         buf += more
     yield buf[:m.start()],''
     i = m.end()
@@ -377,8 +375,9 @@ def _items(f, begin, name, size=2**16):
             yield row,fault
             i = past
             continue
-        if len(buf)-i>MOST_ROW: raise UserError(f"{name}: an entry of its list is {TOO_LONG}; export it again.")
-        if not (more := f.read(max(size, len(buf)-i))): raise UserError(end)
+        if len(buf)-i>MOST_ROW: raise UserError(name, f"an entry of its list is {TOO_LONG}", "export it again")
+        if not (more := f.read(max(size, len(buf)-i))):
+            raise UserError(name, "it ends in the middle of its list", "export it again")
         buf,i = buf[i:]+more,0
 
 # %% ../../nbs/exports/sources.ipynb #f0c5412e
@@ -403,7 +402,7 @@ def read_discord(path, bad=refuse, **_):
     with _whole(path.name), _text(path) as f:
         items = _items(f, _MESSAGES, path.name)
         found = re.search(r'"channel"\s*:\s*\{\s*"id"\s*:\s*"(\w+)"', next(items)[0])
-        if not found: raise UserError(f"{path.name}: no channel before its messages; is it DiscordChatExporter's JSON?")
+        if not found: raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
         def say(m):
             if m['type'] not in ('Default','Reply') or m['author']['isBot']: return
             who,t = m['author'],_when(m['timestamp'])
@@ -435,10 +434,10 @@ def _slack_files(z, path):
     files,twice = {},[]
     for e in z.infolist():
         if e.filename=='users.json' or re.fullmatch(r'[^/]+/\d{4}-\d\d-\d\d\.json', e.filename):
-            if e.flag_bits & 1: raise UserError(f"{path.name}: it is encrypted; unpack it and zip it without a password.")
+            if e.flag_bits & 1: raise UserError(path.name, "it is encrypted", "unpack it and zip it without a password")
             if files.setdefault(e.filename, e) is not e: twice.append(e.filename)
     if 'users.json' not in files or len(files)==1:
-        raise UserError(f"{path.name}: no users.json or no CHANNEL/YYYY-MM-DD.json in it; is it a Slack export?")
+        raise UserError(path.name, "no users.json or no CHANNEL/YYYY-MM-DD.json in it", "give a Slack export")
     _refuse_bomb(path, sum(e.file_size for e in files.values()), path.stat().st_size)
     return files.pop('users.json'),sorted(files.items()),twice
 
@@ -450,7 +449,7 @@ def _slack_user(u):
 def read_slack(path, bad=refuse, **_):
     "Slack export zip"
     path = _export_file(path)
-    if not zipfile.is_zipfile(path): raise UserError(f"{path.name}: no such zip; give the file that Slack's export gave you.")
+    if not zipfile.is_zipfile(path): raise UserError(path.name, "no such zip", "give the file that Slack's export gave you")
     with _whole(path.name), zipfile.ZipFile(path) as z:
         first,days,twice = _slack_files(z, path)
         for name in twice:

@@ -507,7 +507,7 @@ def check_packed(
     for r in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         if r.get('rope_type') not in ('dynamic','longrope'): continue
         if max_length>(known := r.get('original_max_position_embeddings') or c.max_position_embeddings):
-            raise UserError(f"MAX_LENGTH: beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}: set MAX_LENGTH={known}")
+            raise UserError("MAX_LENGTH", f"beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}", f"set MAX_LENGTH={known}")
     window = getattr(c, 'sliding_window', None) or max_length
     error = packed_error(model, tok, stack, (24,16)+(window+32,)*(window<max_length))
-    if not error<PACKED_ERROR: raise UserError(f"{type(model).__name__}: in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head): choose another base model")
+    if not error<PACKED_ERROR: raise UserError(type(model).__name__, f"in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head)", "choose another base model")

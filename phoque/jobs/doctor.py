@@ -110,7 +110,7 @@ def doctor_cli(
     "Look at this machine, its packages and accounts, and at a model and a dataset if given, and say what to mend."
     try:
         begin_command()
-        if dataset_repo and not base_model: raise UserError("--dataset_repo: its tokens are those of a model: give --base_model too")
+        if dataset_repo and not base_model: raise UserError("--dataset_repo", "its tokens are those of a model", "give --base_model too")
         with checking('packages and accounts'): rows = check_pins(job_pins(project_root()/'settings.ini'))+check_accounts()
         with checking('the machine'): rows = check_machine()+rows; quiet_libraries()
         if base_model:

@@ -44,7 +44,7 @@ def find_flavor(
     name:str, # Such as `a10g-large`
 )->dict: # What `FLAVORS` knows of it
     "A machine by its name."
-    if name not in FLAVORS: raise UserError(f"flavor: must be one of {', '.join(FLAVORS)}, got {name!r}; `hf jobs hardware` lists what there is")
+    if name not in FLAVORS: raise UserError("flavor", f"none is called {name!r}", f"choose one of {', '.join(FLAVORS)}; `hf jobs hardware` lists what there is")
     return FLAVORS[name]
 
 def usable_gib(
@@ -85,7 +85,7 @@ def check_timeout(
     "Refuse a timeout that leaves no time to train."
     hours = parse_duration(timeout)/3600
     if hours*60>overhead: return hours
-    raise UserError(f"JOB_TIMEOUT: {timeout} ({hours*3600:g} seconds) is all start and stop, which take about {overhead:g} minutes: "
+    raise UserError("JOB_TIMEOUT", f"{timeout} ({hours*3600:g} seconds) is all start and stop, which take about {overhead:g} minutes",
                     "give it more, such as --timeout 4h")
 
 def job_plan(
@@ -99,7 +99,7 @@ def job_plan(
     share:float=1, # Of one GPU's speed: less where layers are recomputed, more where GPUs share the work
 )->dict: # tokens, hours, jobs, dollars; `at most` is what the timeouts allow
     "What a run takes, before it is paid for."
-    if not 0<=tokens_per_second<math.inf: raise UserError(f"tokens_per_second: must be 0 (what is known of the flavor) or more, got {tokens_per_second}")
+    if not 0<=tokens_per_second<math.inf: raise UserError("tokens_per_second", f"{tokens_per_second} is out of range", "give 0 (what is known of the flavor) or more")
     f,day = find_flavor(flavor),'today' if price else f'on {FLAVORS_READ}'
     speed,hours,price = tokens_per_second or f['tokens/s']*share,check_timeout(timeout, overhead),price or f['$/h']
     plan = {'flavor':flavor, 'gpu':f"{f['GPUs']} × "*(f['GPUs']>1) + f"{f['gpu']} {f['GB']} GB", 'price':f"${price:.2f} an hour {day}", 'timeout of a job':timeout}
@@ -205,8 +205,8 @@ def run_plan(
     if n>1 or (micro_batch,checkpointing)!=(c.per_device_train_batch_size,c.gradient_checkpointing):
         plan['rows'] = f"{micro_batch} at once, {grad_accum} batch{'es'*(grad_accum>1)} a step" + ', on each GPU'*(n>1) + ', with layers recomputed'*checkpointing + ', and a part of every layer'*(c.fsdp and n>1)
     if not need: return plan
-    if need>room: raise UserError(f"{flavor}: about {need:.0f} GiB are needed{' on each GPU'*(n>1)} for one row with its layers recomputed, and {room:.0f} usable: set a smaller MAX_LENGTH, or take a larger GPU"
-        + ", or FSDP=1, with which they share the layers"*(n>1 and not c.fsdp))
+    if need>room: raise UserError(flavor, f"about {need:.0f} GiB are needed{' on each GPU'*(n>1)} for one row with its layers recomputed, and {room:.0f} usable",
+        "set a smaller MAX_LENGTH, or take a larger GPU" + ", or FSDP=1, with which they share the layers"*(n>1 and not c.fsdp))
     plan |= {'memory':f'{need:.1f} GiB of {room:.0f} usable' + ', on each'*(n>1), 'on the Hub':show_hub_use(c, shape, flavor)}
     if 'about' not in plan or tokens_per_second or c.base_model not in (SEED_BASE, SUCCESSOR): return plan
     fit = [f for f,o in FLAVORS.items() if c.per_device_train_batch_size*c.gradient_accumulation_steps%o['GPUs']==0 and fit_flavor(c, shape, f)[3]<=usable_gib(f)]

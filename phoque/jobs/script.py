@@ -209,7 +209,7 @@ def project_root(
     here = Path(path).resolve()
     for p in [here, *here.parents]:
         if (p/'settings.ini').exists(): return p
-    raise UserError(f"{here}: no settings.ini here or above: run this in a clone of phoque")
+    raise UserError(here, "no settings.ini here or above", "run this in a clone of phoque")
 
 def job_pins(
     settings:str|Path, # settings.ini
@@ -240,7 +240,7 @@ def hf_jobs(
 )->subprocess.CompletedProcess:
     "Run the Hub's own client."
     hf = shutil.which('hf', path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if not hf: raise UserError("hf: the Hub's client is not installed: pip install huggingface_hub")
+    if not hf: raise UserError("hf", "the Hub's client is not installed", "pip install huggingface_hub")
     return subprocess.run([hf, 'jobs', 'uv', 'run', *map(str, args)], text=True, **kwargs)
 
 # %% ../../nbs/jobs/script.ipynb #594bda6c
@@ -283,5 +283,5 @@ def check_train(
     "The script is what the modules give, or one line that says it is not."
     dest = project_root(path)/'train'
     for name,text in train_files(path).items():
-        if not (dest/name).exists() or (dest/name).read_text()!=text: raise UserError(f"train/{name} is not what the modules give: run `make generate`")
+        if not (dest/name).exists() or (dest/name).read_text()!=text: raise UserError(f"train/{name}", "it is not what the modules give", "run `make generate`")
     return dest/'train.py'

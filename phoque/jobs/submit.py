@@ -61,7 +61,7 @@ def checking(
     try: yield
     except UserError: raise
     except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
-    except STRANGE: raise UserError(f"{what}: {ENDPOINT} doesn't answer as a Hub does: check HF_ENDPOINT") from None
+    except STRANGE: raise UserError(what, f"{ENDPOINT} doesn't answer as a Hub does", "check HF_ENDPOINT") from None
     finally: answered.set()
 
 # %% ../../nbs/jobs/submit.ipynb #53792a06
@@ -79,8 +79,8 @@ def check_secrets(
 ):
     "The tokens that the job needs are at hand."
     from huggingface_hub import get_token
-    if not get_token(): raise UserError("HF_TOKEN: not set: export a token with write access, from https://huggingface.co/settings/tokens, or run `hf auth login`")
-    if c.report_to=='wandb' and not os.environ.get('WANDB_API_KEY'): raise UserError("WANDB_API_KEY: not set: export it, or submit with --report_to none")
+    if not get_token(): raise UserError("HF_TOKEN", "not set", "export a token with write access, from https://huggingface.co/settings/tokens, or run `hf auth login`")
+    if c.report_to=='wandb' and not os.environ.get('WANDB_API_KEY'): raise UserError("WANDB_API_KEY", "not set", "export it, or submit with --report_to none")
 
 def token_role(
     me:dict, # What `whoami` says
@@ -98,10 +98,10 @@ def check_owner(
     owner,name = repo.split('/')
     roles = {o['name'].casefold():o.get('roleInOrg') for o in me.get('orgs') or ()} | {me['name'].casefold():'admin'}
     if owner.casefold() not in roles:
-        raise UserError(f"HUB_MODEL_ID {repo}: HF_TOKEN is of the account {me['name']}, and {owner} is no organisation that it sees: "
+        raise UserError(f"HUB_MODEL_ID {repo}", f"HF_TOKEN is of the account {me['name']}, and {owner} is no organisation that it sees",
                         f"name {me['name']}/{name}, or take a token of {owner}")
     if roles[owner.casefold()]=='read':
-        raise UserError(f"HUB_MODEL_ID {repo}: {me['name']} may only read in the organisation {owner}: "
+        raise UserError(f"HUB_MODEL_ID {repo}", f"{me['name']} may only read in the organisation {owner}",
                         f"ask its admins for the role write, or name {me['name']}/{name}")
 
 # %% ../../nbs/jobs/submit.ipynb #e76b8c0f
@@ -114,9 +114,9 @@ def check_dataset(
     from httpx2 import HTTPError
     try: row = next(iter(datasets.load_dataset(repo, split='train', streaming=True, revision=revision)), None)
     except (HTTPError, OSError) as e: raise hub_problem(e, f"dataset {repo}") from None
-    except (RuntimeError, *STRANGE, datasets.exceptions.DatasetsError): raise UserError(f"dataset {repo}: no split `train` that can be read: push it with phoque_data") from None
+    except (RuntimeError, *STRANGE, datasets.exceptions.DatasetsError): raise UserError(f"dataset {repo}", "no split `train` that can be read", "push it with phoque_data") from None
     turns = (row or {}).get('messages')
-    if not isinstance(turns, list) or not any(isinstance(m, dict) and m.get('role')=='assistant' for m in turns): raise UserError(f"dataset {repo}: its first row has no assistant turn in `messages`: push it with phoque_data")
+    if not isinstance(turns, list) or not any(isinstance(m, dict) and m.get('role')=='assistant' for m in turns): raise UserError(f"dataset {repo}", "its first row has no assistant turn in `messages`", "push it with phoque_data")
     return f"first row has {len(turns)} turns"
 
 # %% ../../nbs/jobs/submit.ipynb #e1e0e2c8
@@ -133,8 +133,8 @@ def check_wandb(
     except (httpx2.HTTPError, httpx2.InvalidURL): return f'key is set, and not checked: {url} cannot be reached'
     if r.status_code>=500: return f'key is set, and not checked: {url} answered {r.status_code}'
     try: viewer = (read_json(r.content).get('data') or {}).get('viewer'); name = viewer and viewer['username']
-    except STRANGE: raise UserError(f"W&B: {url} doesn't answer as W&B does: check WANDB_BASE_URL, or submit with --report_to none") from None
-    if not viewer: raise UserError(f"WANDB_API_KEY: {url} doesn't know it: copy it from {url.replace('api.', '')}/authorize, or submit with --report_to none")
+    except STRANGE: raise UserError("W&B", f"{url} doesn't answer as W&B does", "check WANDB_BASE_URL, or submit with --report_to none") from None
+    if not viewer: raise UserError("WANDB_API_KEY", f"{url} doesn't know it", f"copy it from {url.replace('api.', '')}/authorize, or submit with --report_to none")
     return f"key of {excerpt(name, 80)}"
 
 def check_installable(
@@ -148,7 +148,7 @@ def check_installable(
     if not p.returncode: return f'{len(p.stdout.splitlines())} packages for Python {JOB_PYTHON}'
     why = ' '.join(p.stderr.split())
     if 'unsatisfiable' not in why or 'network was disabled' in why: return 'not checked: the package index cannot be reached'
-    raise UserError(f"{requirements}: {excerpt(why.split('cause: ')[-1], 200)}: correct the pin in settings.ini and run `make generate`")
+    raise UserError(requirements, f"{excerpt(why.split('cause: ')[-1], 200)}", "correct the pin in settings.ini and run `make generate`")
 
 # %% ../../nbs/jobs/submit.ipynb #3c9d50be
 def preflight(
@@ -160,7 +160,7 @@ def preflight(
     bound_requests(60)
     api = HfApi()
     with checking('the account of HF_TOKEN'): me = check_account(api.whoami())
-    if token_role(me)=='read': raise UserError(f"HF_TOKEN: it may only read: make one with write access, for the account {me['name']}")
+    if token_role(me)=='read': raise UserError("HF_TOKEN", "it may only read", f"make one with write access, for the account {me['name']}")
     with checking(f"model repo {c.hub_model_id}"): model = check_model_repo(api, me, c.hub_model_id)
     with checking(f"dataset {c.dataset_repo}"):
         ds = api.dataset_info(c.dataset_repo)

@@ -34,9 +34,9 @@ _ODD = (ValueError, KeyError, TypeError, AttributeError) # what the client raise
 
 def _problem(e, what):
     if isinstance(e, UserError): return e
-    if isinstance(e, _ODD): return UserError(f"{what}: HF_ENDPOINT doesn't answer as a Hub does: check it")
+    if isinstance(e, _ODD): return UserError(what, "HF_ENDPOINT doesn't answer as a Hub does", "check it")
     if getattr(getattr(e, 'response', None), 'status_code', 0)!=404: return hub_problem(e, what)
-    return UserError(f"{what}: there is none that this account may see: `hf jobs ps` lists its jobs")
+    return UserError(what, "there is none that this account may see", "`hf jobs ps` lists its jobs")
 
 def patiently(
     ask, # Function that asks the Hub
@@ -274,13 +274,13 @@ def watch_run(
     "Follow a run over its jobs, and start the next one while it needs one."
     view,n,spent,before = view or View(),1,0.,0
     price = price_per_hour(str(job.flavor), api)
-    if budget_dollars and not price: raise UserError(f"budget_dollars: the price of flavor {excerpt(job.flavor, 40)} is not known: limit the jobs with --budget_jobs")
+    if budget_dollars and not price: raise UserError("budget_dollars", f"the price of flavor {excerpt(job.flavor, 40)} is not known", "limit the jobs with --budget_jobs")
     full = price*job_timeout(job)/3600
-    if budget_dollars and full==float('inf'): raise UserError("budget_dollars: this job has no JOB_TIMEOUT that says what it can cost: limit the jobs with --budget_jobs")
+    if budget_dollars and full==float('inf'): raise UserError("budget_dollars", "this job has no JOB_TIMEOUT that says what it can cost", "limit the jobs with --budget_jobs")
     def rerun(): return patiently(lambda: well_formed(api.rerun_job(job_id=job.id, namespace=job.owner.name)), f'running job {job.owner.name}/{job.id} again', waits, view.say)
     if again:
-        if job.status.stage in ('SCHEDULING', 'RUNNING'): raise UserError(f"job {job.owner.name}/{job.id} has not ended: follow it without --again")
-        if budget_dollars and full>budget_dollars: raise UserError(f"budget_dollars: a job may cost ${full:.2f} until its timeout, more than the {budget_dollars:g} allowed: nothing was started; raise it, or follow without --again")
+        if job.status.stage in ('SCHEDULING', 'RUNNING'): raise UserError(f"job {job.owner.name}/{job.id}", "it has not ended", "follow it without --again")
+        if budget_dollars and full>budget_dollars: raise UserError("budget_dollars", f"a job may cost ${full:.2f} until its timeout, more than the {budget_dollars:g} allowed", "nothing was started; raise it, or follow without --again")
         job = rerun()
     while True:
         ref = f'{job.owner.name}/{job.id}'
@@ -305,13 +305,13 @@ def find_job(
     waits:tuple=(1,2), # Seconds between tries
 ): # `JobInfo`
     "The job that is meant."
-    if not re.fullmatch(r'[\w:./-]{0,200}', ref): raise UserError(f"job {excerpt(repr(ref), 80)}: no job has such an id: `hf jobs ps -a` lists them")
+    if not re.fullmatch(r'[\w:./-]{0,200}', ref): raise UserError(f"job {excerpt(repr(ref), 80)}", "no job has such an id", "`hf jobs ps -a` lists them")
     *_,ns,id = ['', *ref.strip('/').split('/')]
     ns = ns or patiently(lambda: api.whoami()['name'], 'the account of HF_TOKEN', waits) # named, as the client would ask for it at the default endpoint
     if id: return patiently(lambda: well_formed(api.inspect_job(job_id=id, namespace=ns)), f'job {ns}/{id}', waits)
     key,value = JOB_LABEL
     job = patiently(lambda: next(map(well_formed, api.list_jobs(labels={key:value}, namespace=ns)), None), f'jobs of {ns}', waits)
-    if not job: raise UserError("no job of phoque on this account: submit one with phoque_submit, or name it with --job")
+    if not job: raise UserError("this account", "no job of phoque is on it", "submit one with phoque_submit, or name it with --job")
     return job
 
 @call_parse
@@ -327,8 +327,8 @@ def watch_cli(
     api,view = HfApi(),View()
     try:
         begin_command()
-        if budget_jobs<1: raise UserError(f"budget_jobs: must be at least 1, got {budget_jobs}")
-        if not 0<=budget_dollars<float('inf'): raise UserError(f"budget_dollars: must be 0 (no limit) or more, got {budget_dollars}")
+        if budget_jobs<1: raise UserError("budget_jobs", f"{budget_jobs} is out of range", "give at least 1")
+        if not 0<=budget_dollars<float('inf'): raise UserError("budget_dollars", f"{budget_dollars} is out of range", "give 0 (no limit) or more")
         info = find_job(api, job)
         code = watch_run(api, info, budget_jobs, budget_dollars, view, again=again)
     except UserError as e: sys.exit(f'phoque_watch: {printable(masked(e))}')

@@ -135,7 +135,7 @@ def _try_panel(cells, picture, timeout):
     import json, os, secrets, shutil, socket, subprocess, sys, tempfile
     from playwright.sync_api import sync_playwright
     chrome = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
-    if not chrome: raise UserError("no chromium or google-chrome on this machine: install one to try the panel")
+    if not chrome: raise UserError("chromium", "neither it nor google-chrome is on this machine", "install one to try the panel")
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     token,folder = secrets.token_hex(16),Path(tempfile.mkdtemp())
     code = [dict(cell_type='code', id=f'c{i}', execution_count=None, metadata={}, outputs=[], source=c) for i,c in enumerate(cells)]

@@ -23,7 +23,7 @@ class ProfanityScorer:
     name = 'alt-profanity-check'
     def __init__(self):
         try: import profanity_check
-        except ImportError: raise UserError("scorer profanity: alt-profanity-check is not installed: pip install alt-profanity-check, or name a text classifier of the Hub") from None
+        except ImportError: raise UserError("scorer profanity", "alt-profanity-check is not installed", "pip install alt-profanity-check, or name a text classifier of the Hub") from None
         from importlib.metadata import version
         self.predict,self.version = profanity_check.predict_prob,version('alt-profanity-check')
         files = sorted(Path(profanity_check.__file__).parent.rglob('*.joblib'))
@@ -42,7 +42,7 @@ class TfidfScorer:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         said = [(m['content'],r['toxicity_score']) for r in rows if r['toxicity_score'] is not None for m in r['messages'] if m['role']=='assistant']
-        if not said or not min(s for _,s in said)<.5<=max(s for _,s in said): raise UserError(f"scorer {name}: it needs scored replies below 0.5 and from 0.5 on, got {len(said)} scored: label the dataset, or name another scorer")
+        if not said or not min(s for _,s in said)<.5<=max(s for _,s in said): raise UserError(f"scorer {name}", f"it needs scored replies below 0.5 and from 0.5 on, got {len(said)} scored", "label the dataset, or name another scorer")
         texts,scores = zip(*said)
         self.words = TfidfVectorizer(ngram_range=(1,2), sublinear_tf=True)
         x = self.words.fit_transform([*texts,*texts])
@@ -115,7 +115,7 @@ def eval_prompts(
     else:
         from phoque.exports.build import read_prompts
         try: texts = list(read_prompts(path))
-        except OSError as e: raise UserError(f"{path}: {e.strerror}: give a file of prompts, or none for the mild set") from None
+        except OSError as e: raise UserError(path, e.strerror, "give a file of prompts, or none for the mild set") from None
     return random.Random(seed).sample(texts, n) if 0<n<len(texts) else texts
 
 # %% ../../nbs/measure/score.ipynb #1c5a2780
@@ -182,7 +182,7 @@ def load_adapted_model(
     "A base with an adapter on it, for the commands."
     from phoque.merge import load_adapted
     from phoque.model_qlora import load_tokenizer, quiet_libraries
-    if miss := [k for k,v in dict(base=base, adapter=adapter).items() if not v]: raise UserError(f"--{miss[0]} is missing")
+    if miss := [k for k,v in dict(base=base, adapter=adapter).items() if not v]: raise UserError(f"--{miss[0]}", "it is missing", "name one")
     quiet_libraries()
     return load_adapted(base, [(adapter,1.)]),load_tokenizer(base)
 

@@ -109,7 +109,7 @@ def read_jsonl(
 )->list[dict]: # Messages
     "Read a simulation again."
     try: lines = Path(path).read_bytes().split(b'\n')
-    except OSError as e: raise UserError(f"{path}: {e.strerror}: give a file that phoque_simulate has written") from None
+    except OSError as e: raise UserError(path, e.strerror, "give a file that phoque_simulate has written") from None
     messages = [(f'{path}, line {i}',read_json(l, what=f'{path}, line {i}')) for i,l in enumerate(lines, 1) if l.strip()]
     for what,m in messages: check_message(m, what)
     return [m for _,m in messages]
@@ -123,7 +123,7 @@ def check_message(
     fine = isinstance(meant, dict) and isinstance(meant.get('toxic'), bool) and all(isinstance(v, str) for v in (meant.get('category'), m.get('speaker'), m.get('text')))
     numbers = [m.get('thread'), m.get('t')]
     if fine and all(isinstance(n, (int,float)) and abs(n)<1e9 for n in numbers): return
-    raise UserError(f"{what}: no message with thread, t, speaker, text and intended: give a file that phoque_simulate has written")
+    raise UserError(what, "no message with thread, t, speaker, text and intended", "give a file that phoque_simulate has written")
 
 # %% ../../nbs/measure/simulate.ipynb #bb43e833
 MOST_ANSWER = 65536 # bytes of a moderator's answer
@@ -146,14 +146,14 @@ def http_moderator(
                 r.raise_for_status()
                 for part in r.iter_bytes():
                     data += part
-                    if len(data)>MOST_ANSWER: raise UserError(f"{name}: its answer has more than {MOST_ANSWER:,} bytes: it must answer with `flagged` or `score`")
+                    if len(data)>MOST_ANSWER: raise UserError(name, f"its answer has more than {MOST_ANSWER:,} bytes", "it must answer with `flagged` or `score`")
         except UserError: raise
-        except Exception as e: raise UserError(f"{name}: no answer within {timeout:g} s ({type(e).__name__}): it must answer a POST with JSON") from None # also what a closed client raises
+        except Exception as e: raise UserError(name, f"no answer within {timeout:g} s ({type(e).__name__})", "it must answer a POST with JSON") from None # also what a closed client raises
         finally: hurry.cancel()
         answer = read_json(data, what=f'{name}, its answer')
         verdict = answer.get('flagged', answer.get('score'))
         if isinstance(verdict, bool) or isinstance(verdict, (int,float)) and 0<=verdict<=1: return verdict
-        raise UserError(f"{name}: answered {excerpt(answer, 60)}: it must hold `flagged`, or a `score` from 0 to 1")
+        raise UserError(name, f"answered {excerpt(answer, 60)}", "it must hold `flagged`, or a `score` from 0 to 1")
     return moderate
 
 def replay(
@@ -223,6 +223,6 @@ def simulate_cli(
             messages = simulate(write, threads, judge, persona, seed, length=length, benign=benign, level=level, categories=tuple(categories.split(',')))
             write_jsonl(messages, out)
             print(f"{len(messages)} messages in {out}, {sum(m['intended']['toxic'] for m in messages)} of them meant to be hostile")
-        if not (base or moderator): raise UserError("--base and --adapter, or --moderator and what was written before: nothing to do")
+        if not (base or moderator): raise UserError("--base, --moderator", "neither is given, so there is nothing to do", "give --base and --adapter, or --moderator and what was written before")
         if moderator: print(replay_text(replay(read_jsonl(out), moderator)))
     except (UserError, ValueError) as e: sys.exit(f'phoque_simulate: {printable(masked(e))}')

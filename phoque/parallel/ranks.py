@@ -152,7 +152,7 @@ def launch_ranks()->int: # Exit code
     except ChildFailedError as e:
         if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
         return explain_ranks(e.failures)
-    except SignalException as e: raise UserError(f"ended by {e.sigval.name}: run the same command again to continue") from None
+    except SignalException as e: raise UserError("this job", f"ended by {e.sigval.name}", "run the same command again to continue") from None
     return 0
 
 # %% ../../nbs/parallel/ranks.ipynb #29801fea
@@ -180,10 +180,10 @@ def machine_flags(
     n = os.environ.get('PET_NNODES', '' if host else '1')
     if n=='1': return ['--standalone']
     if not host: return [] # whoever has other machines says where they meet
-    if not n.isdigit(): raise UserError(f"PET_NNODES: must be the number of jobs in the network group {host}, got {n!r}: pass it to each of them")
+    if not n.isdigit(): raise UserError("PET_NNODES", f"must be the number of jobs in the network group {host}, got {n!r}", "pass it to each of them")
     end = time.monotonic()+patience
     while len(there := group_addresses(host))<int(n):
-        if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}: {len(there)} of {n} machines are there after {patience:.0f} s: start the others, or correct PET_NNODES")
+        if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}", f"{len(there)} of {n} machines are there after {patience:.0f} s", "start the others, or correct PET_NNODES")
         time.sleep(1)
     here,port = own_address(there[0]),os.environ.get('MASTER_PORT', '29400')
     log.info(f"{n} machines in {host}: they meet at {there[0]}, this is {here}")

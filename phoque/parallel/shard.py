@@ -100,6 +100,6 @@ def check_sharded(
     "Every 4-bit weight, and the adapter, must be in parts."
     params = [p for layer in model.get_base_model().get_decoder().layers for p in layer.parameters()]
     whole = [p for p in params if not hasattr(p, 'placements')]
-    if whole: raise UserError(f"FSDP: {len(whole)} of {len(params)} tensors of the layers are not sharded: the base must be loaded with `shard=True`, and trained by `make_trainer`")
+    if whole: raise UserError("FSDP", f"{len(whole)} of {len(params)} tensors of the layers are not sharded", "the base must be loaded with `shard=True`, and trained by `make_trainer`")
     here,all_ = (sum(p.nbytes for p in ps)/2**20 for ps in (map(own_part, params), params))
     return f"layers are sharded over {ranks} rank{'s'*(ranks>1)}: {here:,.1f} of {all_:,.1f} MiB on this one, embedding and head whole on each" 

@@ -128,7 +128,7 @@ def read_record(
     ads = r.get('adapters')
     fine = [isinstance(ads, list) and ads and all(map(adapter, ads)), name(r.get('base')), name(r.get('revision') or ''), name(r.get('architecture')), type(r.get('tensors')) is int,
         *(type(r.get(k)) is bool for k in ('nf4','dither'))]
-    if not all(fine): raise UserError(f"{what} isn't what phoque_merge writes: merge again")
+    if not all(fine): raise UserError(what, "it isn't what phoque_merge writes", "merge again")
     return r
 
 def check_files(
@@ -136,7 +136,7 @@ def check_files(
 )->list: # Its files
     "Refuse a folder that holds links or folders: all of it would be sent."
     for p in (found := sorted(Path(folder).iterdir())):
-        if p.is_symlink() or not p.is_file(): raise UserError(f"{p.name} in {Path(folder).name} is a link or a folder, which isn't published: take it out")
+        if p.is_symlink() or not p.is_file(): raise UserError(f"{p.name} in {Path(folder).name}", "it is a link or a folder, which isn't published", "take it out")
     return found
 
 def write_card(
@@ -154,8 +154,8 @@ def check_leaving(
 ):
     "Refuse to let a merge out that adds what an adapter learnt."
     pos = [a for a in record['adapters'] if a['weight']>0]
-    if pos and not benign: raise ValueError(f"{pos[0]['adapter']} has weight {pos[0]['weight']:+g}: a merge that adds what an adapter learnt stays on this machine, since it "
-        "can't be called back. Publish the adapter, private and gated, instead; only if you looked and it is harmless, add --benign.")
+    if pos and not benign: raise UserError(f"{pos[0]['adapter']}", f"it has weight {pos[0]['weight']:+g}, and a merge that adds what an adapter learnt stays on this machine, since it can't be called back",
+        "publish the adapter, private and gated, instead; only if you looked and it is harmless, add --benign")
 
 
 # %% ../../nbs/publish/export.ipynb #00780e73
@@ -167,7 +167,7 @@ def ready_repo(
     "Make sure that a model repo is private, gated and free."
     private_repo(api, repo_id)
     there = [f for f in api.list_repo_files(repo_id) if f not in ('.gitattributes','README.md','LICENSE')]
-    if there and not replace: raise UserError(f"model repo {repo_id}: it holds a model already ({there[0]}): name another repo, or put the merge in its place with --replace")
+    if there and not replace: raise UserError(f"model repo {repo_id}", f"it holds a model already ({there[0]})", "name another repo, or put the merge in its place with --replace")
     return there
 
 # %% ../../nbs/publish/export.ipynb #463bae1f
@@ -206,8 +206,8 @@ def find_converter()->Path: # `convert_hf_to_gguf.py`
     name = 'convert_hf_to_gguf.py'
     found = Path(os.environ['LLAMA_CPP'])/name if os.environ.get('LLAMA_CPP') else shutil.which(name)
     if not found or not Path(found).exists():
-        raise ValueError(f"{name} is not {'in '+os.environ['LLAMA_CPP'] if os.environ.get('LLAMA_CPP') else 'on the PATH'}: "
-                         "git clone https://github.com/ggml-org/llama.cpp and set LLAMA_CPP to that folder.")
+        raise UserError(name, f"it is not {'in '+os.environ['LLAMA_CPP'] if os.environ.get('LLAMA_CPP') else 'on the PATH'}",
+                         "git clone https://github.com/ggml-org/llama.cpp and set LLAMA_CPP to that folder")
     return Path(found)
 
 def export_gguf(
@@ -222,7 +222,7 @@ def export_gguf(
     check_room(out, sum(p.stat().st_size for p in folder.glob('model*.safetensors')))
     try:
         r = subprocess.run([sys.executable,tool,folder,'--outfile',tmp], capture_output=True, text=True)
-        if r.returncode: raise ValueError(f"llama.cpp's converter refused {folder.name}: {excerpt((r.stderr.strip().splitlines() or ['it stopped'])[-1], 200)}")
+        if r.returncode: raise UserError(folder.name, f"llama.cpp's converter refused it ({excerpt((r.stderr.strip().splitlines() or ['it stopped'])[-1], 200)})", "update llama.cpp, or leave --gguf out")
         n = compare_gguf(folder, tmp)
         tmp.rename(out)
     finally: tmp.unlink(missing_ok=True)
@@ -244,11 +244,11 @@ def compare_gguf(
         def ours(n): return names.get_name(n if n.startswith('lm_head') else f'model.{bare_name(n)}', try_suffixes=('.weight',))
         theirs = {t.name:t for t in read.tensors if t.name!='rope_freqs.weight'}
         home = {ours(t):(shard,t) for shard,(ts,_) in read_base(folder).items() for t in ts if ours(t) in theirs}
-    if lost := theirs.keys()-home.keys(): raise ValueError(f"{Path(file).name} holds {min(lost)}, which {Path(folder).name} lacks: it was made from another model.")
+    if lost := theirs.keys()-home.keys(): raise UserError(Path(file).name, f"it holds {min(lost)}, which {Path(folder).name} lacks, so it was made from another model", "convert again")
     for name,(shard,t) in home.items():
         with safe_open(Path(folder)/shard, 'pt') as f: a = f.get_tensor(t).double().norm().item()
         b = float((gguf.dequantize(theirs[name].data, theirs[name].tensor_type).astype('float64')**2).sum()**.5)
-        if not abs(a-b)<=bound*a: raise ValueError(f"{name} has norm {b:.6g} in {Path(file).name} and {a:.6g} in {Path(folder).name}: it was made from another model.")
+        if not abs(a-b)<=bound*a: raise UserError(Path(file).name, f"{name} has norm {b:.6g} in it and {a:.6g} in {Path(folder).name}, so it was made from another model", "convert again")
     return len(home)
 
 # %% ../../nbs/publish/export.ipynb #e1e4bd2f
@@ -280,11 +280,11 @@ def run_merge(
     pairs,rep,out,said = list(zip(adapters, read_weights(weights, len(adapters)))),None,Path(out),[]
     if base is None:
         base = base_of(LoraAdapter(adapters[0]), at=True)
-        if not base: raise UserError(f"adapter {adapters[0]}: it doesn't say which base it was trained on: name it with --base")
-        if not is_hub_id(base): raise UserError(f"adapter {adapters[0]}: it says that it was trained on {excerpt(base, 80)}, which is no name on the Hub: name the base with --base")
+        if not base: raise UserError(f"adapter {adapters[0]}", "it doesn't say which base it was trained on", "name it with --base")
+        if not is_hub_id(base): raise UserError(f"adapter {adapters[0]}", f"it says that it was trained on {excerpt(base, 80)}, which is no name on the Hub", "name the base with --base")
         said.append(f"base: {base}, as {adapters[0]} says")
     if publish or gguf: check_leaving(dict(adapters=[dict(adapter=a, weight=w) for a,w in pairs]), benign)
-    if publish and not check: raise ValueError("only a merge that was checked can be published: leave --no_check out.")
+    if publish and not check: raise UserError("--publish", "only a merge that was checked can be published", "leave --no_check out")
     if gguf: find_converter()
     if publish: patiently(lambda: ready_repo(HfApi(), publish, replace), f"model repo {publish}", time.monotonic()+120) # before the work, not after it
     record = merge_adapters(base, pairs, out, nf4=nf4, dither=dither)
@@ -298,7 +298,9 @@ def run_merge(
     if gguf: said.append(f"{gguf}: {export_gguf(out, gguf, benign)} tensors, as in {out}")
     if publish:
         try: said.append(publish_merge(out, publish, rep, kl=kl, benign=benign, replace=replace))
-        except UserError as e: raise UserError(f"{e}; the merge is complete and stays in {out}, publish_merge sends it from Python") from None
+        except UserError as e:
+            found = f"{e.value}; the merge is complete and stays in {out}"
+            raise UserError(e.what, found, f"{e.remedy}; publish_merge sends it from Python") from None
     return '\n'.join(said)
 
 # %% ../../nbs/publish/export.ipynb #5edcd714
@@ -307,9 +309,9 @@ def read_weights(
     n:int, # How many there must be
 )->list: # Numbers
     "Weights from a command line."
-    if len(weights)!=n: raise ValueError(f"{n} adapters and {len(weights)} weights: give one weight for each.")
+    if len(weights)!=n: raise UserError("--weight", f"{n} adapters and {len(weights)} weights", "give one weight for each")
     try: return [float(w) for w in weights]
-    except ValueError: raise ValueError(f"weight {','.join(weights)!r} is not a number.") from None
+    except ValueError: raise UserError("--weight", f"{','.join(weights)!r} is not a number", "give numbers with commas between") from None
 
 @call_parse
 def merge_cli(
@@ -331,6 +333,6 @@ def merge_cli(
     bound_requests()
     try:
         begin_command()
-        if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise ValueError(f"--{miss[0]} is missing.")
+        if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise UserError(f"--{miss[0]}", "it is missing", "name one")
         print(run_merge(base, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf, benign, replace))
     except ValueError as e: raise SystemExit(f'phoque_merge: {printable(masked(e))}') from None

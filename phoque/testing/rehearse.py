@@ -103,7 +103,7 @@ def _stages(stage, out, steps, conversations, script):
         if re.search(r'checkpoint-\d+ published', line): published.append(line)
         return published and (s := parse_step(line, clock=True)) and s['step']>=.55*steps
     job = lambda n: dict(**SETTINGS, MAX_STEPS=steps, SAVE_STEPS=every, EVAL_STEPS=every, SAMPLE_STEPS=steps, OUTPUT_DIR=out/f'{n}-disk/output')
-    if not stage('the job, killed at about half', sys.executable, script, kill_when=late, **job(1)).killed: raise UserError(f"{steps} steps were done before one was on the Hub: give --steps 40")
+    if not stage('the job, killed at about half', sys.executable, script, kill_when=late, **job(1)).killed: raise UserError("--steps", f"{steps} steps were done before one was on the Hub", "give 40")
     stage('the same command again', sys.executable, script, **job(2))
     stage('merge', cli('phoque_merge'), '--base', BASE, '--adapter', MODEL, '--out', out/'merged')
 
@@ -114,13 +114,13 @@ def fresh_folder(
     "Make the folder, in place of what a former rehearsal left there."
     import shutil
     out = Path(out).resolve()
-    if out.exists() and not out.is_dir(): raise UserError(f"--out {str(out)!r}: a file has this name: name a folder")
+    if out.exists() and not out.is_dir(): raise UserError(f"--out {str(out)!r}", "a file has this name", "name a folder")
     if out.exists() and any(out.iterdir()) and not (out/'hub'/'users.json').exists():
-        raise UserError(f"--out {str(out)!r}: it holds what no rehearsal has left there, and would be emptied: name a new folder")
+        raise UserError(f"--out {str(out)!r}", "it holds what no rehearsal has left there, and would be emptied", "name a new folder")
     try:
         if out.exists(): shutil.rmtree(out)
         out.mkdir(mode=0o700, parents=True)
-    except OSError as e: raise UserError(f"--out {str(out)!r}: {e.strerror}: name a folder that can be written to") from None
+    except OSError as e: raise UserError(f"--out {str(out)!r}", e.strerror, "name a folder that can be written to") from None
     return out
 
 # %% ../../nbs/testing/rehearse.ipynb #67bfbffb
@@ -134,7 +134,7 @@ def rehearse(
     "Dataset, job, kill, resume, merge: every part as its user would start it."
     from phoque.testing.hub import LocalHub
     from phoque.testing.outside import watch_outside
-    if not Path(script).is_file(): raise UserError(f"{script}: no such file: run this in the project's folder, or `make generate` first")
+    if not Path(script).is_file(): raise UserError(script, "no such file", "run this in the project's folder, or `make generate` first")
     check_range('--steps', steps, 8, 10_000)
     out = fresh_folder(out)
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # as the job does, for the merge too

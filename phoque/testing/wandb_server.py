@@ -153,7 +153,7 @@ def ArtifactByID(w, v):
 def graphql(self:LocalWandb, ask, known):
     "Status and body of the answer to a question; `known`: it came with the key."
     text,v = ask.get('query'),ask.get('variables') or {}
-    if not isinstance(text, str) or not isinstance(v, dict): raise UserError("a query is text, and its variables an object")
+    if not isinstance(text, str) or not isinstance(v, dict): raise UserError("body", "a query is text, and its variables an object", "correct it")
     name = (re.search(r'(?:query|mutation)\s+(\w+)', text) or [None,''])[1]
     if not known:
         seen = dict(id='p1') if v.get('project') in self.public and 'project(' in text else None
@@ -182,7 +182,7 @@ def _body(h, most):
         try: n = int(said, base)
         except ValueError: n = -1
         if 0<=n<=most: return n
-        raise UserError(f"a body of {str(said)[:20]} bytes: at most {most:,}")
+        raise UserError("body", f"{str(said)[:20]} bytes", f"send at most {most:,}")
     if h.headers.get('Transfer-Encoding')!='chunked': return h.rfile.read(size(h.headers.get('Content-Length') or '0', 10))
     parts = []
     while n := size(h.rfile.readline(100), 16):
