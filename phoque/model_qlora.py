@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from fastcore.basics import chunked
 from fastcore.script import Param, call_parse
-from .core.basics import UserError, begin_command, excerpt, hub_problem, log, masked, printable, read_json, text_table
+from .core.basics import UserError, command, excerpt, hub_problem, log, printable, read_json, text_table
 
 # %% auto #0
 __all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'MOST_LABELS', 'FORMATS', 'LONGEST_PIECE', 'PADS',
@@ -668,11 +668,10 @@ def labels_cli(
     revision:str=None, # Commit of the Hub repo
 ):
     "Show what a model would read, and which of it the loss looks at."
-    try:
-        begin_command()
-        with (open(file, 'rb') if file!='-' else nullcontext(sys.stdin.buffer)) as lines: write_labels(load_tokenizer(model, revision), lines, sys.stdout, html)
-    except UserError as e: sys.exit(f'phoque_labels: {printable(masked(e))}')
-    except OSError as e: sys.exit(f'phoque_labels: {printable(file)}: {e.strerror}')
+    with command('phoque_labels'):
+        try: lines = open(file, 'rb') if file!='-' else nullcontext(sys.stdin.buffer)
+        except OSError as e: raise UserError(printable(file), e.strerror, "check the path") from None
+        with lines as f: write_labels(load_tokenizer(model, revision), f, sys.stdout, html)
 
 # %% ../nbs/01_model_qlora.ipynb #5d1adc8b
 def _model_class(config): # transformers' class for the language model

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os, platform, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
 from fastcore.script import call_parse
-from ..core.basics import UserError, begin_command, excerpt, hub_problem, masked, printable, text_table
+from ..core.basics import UserError, command, excerpt, hub_problem, text_table
 from phoque.model_qlora import (add_lora, audit, base_config, choose_attention, encode_dataset, load_model, load_tokenizer, quiet_libraries, reading,
     resolve_base)
 from ..job import load_chats
@@ -108,8 +108,7 @@ def doctor_cli(
     max_length:int=2048, # Tokens of a row
 ):
     "Look at this machine, its packages and accounts, and at a model and a dataset if given, and say what to mend."
-    try:
-        begin_command()
+    with command('phoque_doctor'):
         if dataset_repo and not base_model: raise UserError("--dataset_repo", "its tokens are those of a model", "give --base_model too")
         with checking('packages and accounts'): rows = check_pins(job_pins(project_root()/'settings.ini'))+check_accounts()
         with checking('the machine'): rows = check_machine()+rows; quiet_libraries()
@@ -120,6 +119,5 @@ def doctor_cli(
                 rows += audit_model(base, tok)
         if dataset_repo:
             with checking(f'dataset {dataset_repo}'): rows += audit_dataset(dataset_repo, tok, max_length)
-    except UserError as e: sys.exit(f'phoque_doctor: {printable(masked(e))}')
     print(text_table(rows, width=100))
     sys.exit(int(any(r['ok'] is False for r in rows)))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from ..core.basics import UserError, begin_command, check_data_files, excerpt, hub_problem, masked, printable, read_json, refuse_addresses, refuse_secrets, text_table
+from ..core.basics import UserError, command, check_data_files, excerpt, hub_problem, printable, read_json, refuse_addresses, refuse_secrets, text_table
 from ..core.curve import wandb_url
 from .plan import STRANGE, check_timeout, find_flavor, price_today, run_plan, show_plan
 from .script import JOB_FLAVOR, JOB_SECRETS, JOB_TIMEOUT, check_train, hf_jobs, project_root
@@ -238,11 +238,10 @@ def submit_cli(
         smoke:bool=False, # Twenty steps in one job of at most half an hour?
         **kwargs): "Plan a run, say what it costs, and submit it to HF Jobs. The other flags are the run's."
     try:
-        begin_command(sys.argv[1:] if argv is None else argv)
-        args = parse_options(anno_parser(phoque_submit), argv)
-        if args['smoke']: args |= SMOKE
-        if args['timeout']: args['job_timeout'] = args['timeout']
-        mine = {k:args[k] for k in ('flavor', 'tokens_per_second', 'yes', 'dry_run')}
-        sys.exit(submit(TrainConfig(**{k:args[k] for k in options()}), **mine))
-    except UserError as e: sys.exit(f'phoque_submit: {printable(masked(e))}')
+        with command('phoque_submit', sys.argv[1:] if argv is None else argv):
+            args = parse_options(anno_parser(phoque_submit), argv)
+            if args['smoke']: args |= SMOKE
+            if args['timeout']: args['job_timeout'] = args['timeout']
+            mine = {k:args[k] for k in ('flavor', 'tokens_per_second', 'yes', 'dry_run')}
+            sys.exit(submit(TrainConfig(**{k:args[k] for k in options()}), **mine))
     except KeyboardInterrupt: sys.exit('phoque_submit: interrupted; `hf jobs ps` shows whether a job was started')

@@ -8,7 +8,7 @@ import re, shlex, sys, time, unicodedata
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from ..job import RESUBMIT, printable_lines
-from ..core.basics import UserError, begin_command, excerpt, hub_problem, masked, printable
+from ..core.basics import UserError, command, excerpt, hub_problem
 
 from ..resume import bound_requests, parse_duration
 from .plan import price_per_hour
@@ -326,12 +326,11 @@ def watch_cli(
     bound_requests(60)
     api,view = HfApi(),View()
     try:
-        begin_command()
-        if budget_jobs<1: raise UserError("budget_jobs", f"{budget_jobs} is out of range", "give at least 1")
-        if not 0<=budget_dollars<float('inf'): raise UserError("budget_dollars", f"{budget_dollars} is out of range", "give 0 (no limit) or more")
-        info = find_job(api, job)
-        code = watch_run(api, info, budget_jobs, budget_dollars, view, again=again)
-    except UserError as e: sys.exit(f'phoque_watch: {printable(masked(e))}')
+        with command('phoque_watch'):
+            if budget_jobs<1: raise UserError("budget_jobs", f"{budget_jobs} is out of range", "give at least 1")
+            if not 0<=budget_dollars<float('inf'): raise UserError("budget_dollars", f"{budget_dollars} is out of range", "give 0 (no limit) or more")
+            info = find_job(api, job)
+            code = watch_run(api, info, budget_jobs, budget_dollars, view, again=again)
     except KeyboardInterrupt:
         ref = re.search(r'--job (\S+)', view.back)
         if ref: view.say(f"the job runs on; to come back: {view.back}; to end it: hf jobs cancel {ref[1]}")

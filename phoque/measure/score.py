@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib, json, random, re, time
 from pathlib import Path
 from fastcore.script import call_parse
-from ..core.basics import UserError, begin_command, check_range, masked, printable
+from ..core.basics import UserError, command, check_range, printable
 from ..model_qlora import encode_prompt
 from ..sample import LEAST_TOKENS, SAMPLE_QUESTIONS, HubScorer, Scorer, adapter_weight, bootstrap_mean, distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
 from ..train import TrainConfig
@@ -200,15 +200,12 @@ def eval_cli(
     out:str='eval.json', # Report
 ):
     "Measure an adapter and its base: expected maximum toxicity, toxicity probability, perplexity, distinct-n."
-    import sys
     from phoque.core.basics import text_table
-    try:
-        begin_command()
+    with command('phoque_eval', errors=(ValueError,)):
         check_range('--n', n, 0, 1e7); check_range('--k', k, 1, 10_000)
         texts,(m,tok) = eval_prompts(prompts, n, seed),load_adapted_model(base, adapter)
         judge = load_scorer(scorer)
         rows = evaluate(m, tok, texts, judge, k, persona or None, seed)
-    except (UserError, ValueError) as e: sys.exit(f'phoque_eval: {printable(masked(e))}')
     about = dict(base=base, adapter=adapter, adapter_sha256=adapter_hash(m), scorer=judge.name, scorer_version=judge.version, scorer_sha256=judge.weights_hash, k=k, top_p=.9,
         temperature=1., new_tokens=20, prompts=len(texts), prompts_sha256=hashlib.sha256('\n'.join(texts).encode()).hexdigest(), persona=persona, seed=seed)
     Path(out).write_text(json.dumps(dict(about=about, rows=rows), indent=1))
@@ -227,14 +224,11 @@ def sample_cli(
     seed:int=0, # Of the draws, the same for both
 ):
     "Put questions to a base model and to an adapter on it."
-    import sys
-    try:
-        begin_command()
+    with command('phoque_sample', errors=(ValueError,)):
         check_range('--max_new_tokens', max_new_tokens, 1, 4096); check_range('--temperature', temperature, 0, 10); check_range('--weight', weight, -100, 100)
         m,tok = load_adapted_model(base, adapter)
         prompts = [[dict(role='system', content=persona)]*bool(persona) + [dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)]
         said = [generate_replies(m, tok, [encode_prompt(tok, p) for p in prompts], max_new_tokens, temperature, .9, seed, weight=w) for w in (0.,weight)]
-    except (UserError, ValueError) as e: sys.exit(f'phoque_sample: {printable(masked(e))}')
     for p,b,a in zip(prompts, *said): print(f"{printable(p[-1]['content'])}\n  base: {b['text']!r}\n  at {weight:g}: {a['text']!r}")
 
 # %% ../../nbs/measure/score.ipynb #b195a9b6

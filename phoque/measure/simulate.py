@@ -8,7 +8,7 @@ import json, random, re
 from pathlib import Path
 from statistics import median
 from fastcore.script import call_parse
-from ..core.basics import UserError, begin_command, check_range, excerpt, masked, printable, read_json, text_table
+from ..core.basics import UserError, command, check_range, excerpt, printable, read_json, text_table
 from ..model_qlora import encode_prompt
 from ..sample import PLAIN, generate_replies, scorer_id
 from .score import adapter_hash, load_scorer, load_adapted_model
@@ -213,9 +213,7 @@ def simulate_cli(
     moderator:str='', # URL that answers a POST of `thread`, `speaker`, `t`, `text` with `flagged` or `score`
 ):
     "Write labelled threads among invented people, and put them to a moderator."
-    import sys
-    try:
-        begin_command()
+    with command('phoque_simulate', errors=(ValueError,)):
         check_range('--threads', threads, 1, 100_000); check_range('--length', length, 1, 1000); check_range('--benign', benign, 0, 1); check_range('--level', level, -100, 100)
         if base:
             (m,tok),judge = load_adapted_model(base, adapter),load_scorer(scorer)
@@ -225,4 +223,3 @@ def simulate_cli(
             print(f"{len(messages)} messages in {out}, {sum(m['intended']['toxic'] for m in messages)} of them meant to be hostile")
         if not (base or moderator): raise UserError("--base, --moderator", "neither is given, so there is nothing to do", "give --base and --adapter, or --moderator and what was written before")
         if moderator: print(replay_text(replay(read_jsonl(out), moderator)))
-    except (UserError, ValueError) as e: sys.exit(f'phoque_simulate: {printable(masked(e))}')

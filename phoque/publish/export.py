@@ -10,7 +10,7 @@ from fastcore.script import call_parse
 from ..measure.detox import markdown_table
 from ..job import LICENSE_FIELDS, RESEARCH_LICENSE
 from ..merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, is_hub_id, merge_adapters, read_base
-from ..core.basics import UserError, begin_command, excerpt, front_matter, masked, md_text, printable, read_json
+from ..core.basics import UserError, command, excerpt, front_matter, md_text, printable, read_json
 from ..model_qlora import check_private, private_repo, quiet_libraries, reading
 from ..resume import HubBranch, bound_requests, patiently
 
@@ -331,8 +331,6 @@ def merge_cli(
 ):
     "Merge adapters into their base at any weight, check it, and write its card."
     bound_requests()
-    try:
-        begin_command()
+    with command('phoque_merge', errors=(ValueError,)):
         if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise UserError(f"--{miss[0]}", "it is missing", "name one")
         print(run_merge(base, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf, benign, replace))
-    except ValueError as e: raise SystemExit(f'phoque_merge: {printable(masked(e))}') from None

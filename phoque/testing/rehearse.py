@@ -278,12 +278,11 @@ def rehearse_cli(
     script:str='train/train.py', # What a job would run
 ):
     "Rehearse the whole run on this machine: dataset, job, kill, resume, merge, report."
-    from phoque.core.basics import begin_command, masked, printable, text_table
+    from phoque.core.basics import command, text_table
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        begin_command()
-        seen = rehearse(out, steps, script=script)
-    except (ValueError, RuntimeError, OSError) as e: raise SystemExit(f"phoque_rehearse: {printable(masked(e))}")
+        with command('phoque_rehearse', errors=(ValueError, RuntimeError, OSError)):
+            seen = rehearse(out, steps, script=script)
     except KeyboardInterrupt: raise SystemExit("phoque_rehearse: stopped; nothing is left running")
     path = write_report(seen)
     print(f"\n{text_table(where_time_went(seen))}\n\n{verdict(seen)}\nreport: {path}")
@@ -587,13 +586,12 @@ def prove_cli(
     base:str='', # Folder of a model; a tiny random one if empty
 ):
     "Prove on this machine that a killed and continued run gives the same model; options of a run come from the environment."
-    from phoque.core.basics import begin_command, masked, printable, text_table
+    from phoque.core.basics import command, text_table
     from phoque.train import env_options
     own = {k.upper():v for k,v in env_options().items() if k.upper() in {*PROOF, 'OPTIM','LORA_R','LORA_TARGET_MODULES','LEARNING_RATE','LOAD_IN_4BIT'}}
     try:
-        begin_command()
-        p = prove(out, steps, kills, seed, base, **own)
-    except (ValueError, RuntimeError, OSError) as e: raise SystemExit(f"phoque_prove: {printable(masked(e))}")
+        with command('phoque_prove', errors=(ValueError, RuntimeError, OSError)):
+            p = prove(out, steps, kills, seed, base, **own)
     except KeyboardInterrupt: raise SystemExit("phoque_prove: stopped")
     text = text_table(proof_table(p))+'\n\n'+proof_verdict(p)
     plot_proof(p).savefig(Path(out)/'proof.png', dpi=110)
