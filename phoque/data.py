@@ -358,7 +358,7 @@ class Peek:
     "Rows to look at."
     def __init__(self,
         rows:list[dict], # Rows with `messages`
-        blur:bool=True, # Hide the words?
+        blur:bool=True, # Hide the words
     ): self.rows,self.blur = list(rows),blur
     def _lines(self): return [(m['role'], m['content']) for r in self.rows for m in r['messages']]
     def _shape(self, t): return re.sub(r'(?<=[^\W_])[^\W_]', '·', t) if self.blur else t
@@ -477,8 +477,8 @@ def push_dataset(
     card:str, # Its README.md
     token:str=None, # Write token; `HF_TOKEN` or the stored login if None
     index:'datasets.Dataset'=None, # What a later addition needs, from a build
-    append:bool=False, # Add to what is there?
-    replace:bool=False, # Remove data that phoque didn't write?
+    append:bool=False, # Add to what is there
+    replace:bool=False, # Remove data that phoque didn't write
 )->str: # Revision on the Hub that holds data and card
     "Push a dataset to a private, gated repo."
     from huggingface_hub import CommitOperationAdd as Add, CommitOperationDelete as Delete, HfApi

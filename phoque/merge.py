@@ -161,7 +161,7 @@ def is_hub_id(
 
 def base_of(
     ad:LoraAdapter, # Adapter
-    at:bool=False, # With its commit, as `org/name@commit`?
+    at:bool=False, # With its commit, as `org/name@commit`
 )->str: # Hub id or folder; None where it doesn't say
     "The base that an adapter names as its own."
     base,rev = ad.config.get('base_model_name_or_path'),ad.config.get('revision')
@@ -231,8 +231,8 @@ def merge_shard(
     src:Path, # Base shard
     dst:Path, # File to write
     plan:dict, # What `merge_plan` returned
-    nf4:bool=False, # Round the base's linear layers to NF4 first, as QLoRA saw them?
-    dither:bool=False, # Round at random instead of to the nearest?
+    nf4:bool=False, # Round the base's linear layers to NF4 first, as QLoRA saw them
+    dither:bool=False, # Round at random instead of to the nearest
 )->list: # (‖ΔW‖², ‖rounding error‖²) of each changed tensor
     "Copy a shard, changing the planned tensors on the way."
     tensors,start = read_header(src)
@@ -379,8 +379,8 @@ def merge_adapters(
     base:str|Path, # Full-precision base: folder or Hub id
     adapters:list, # (adapter folder or Hub id, weight) pairs; weights in [-2, 2]
     out:str|Path, # Folder to write; must not exist
-    nf4:bool=False, # Merge into the base as NF4 rounded it? (what training saw; worse, see Fidelity)
-    dither:bool=False, # Round at random instead of to the nearest? (keeps small changes, see Fidelity)
+    nf4:bool=False, # Merge into the base as NF4 rounded it (what training saw; worse, see Fidelity)
+    dither:bool=False, # Round at random instead of to the nearest (keeps small changes, see Fidelity)
 )->dict: # `tensors` changed, `relative_rounding` of the change, and what went in
     "Write base + the sum of weight·ΔW as one standalone model, streaming."
     check_room(Path(out), 0) # before anything is fetched
@@ -461,8 +461,8 @@ def merge_adapter(
     adapter:str|Path, # Adapter: folder or Hub id
     out:str|Path, # Folder to write; must not exist
     weight:float=1., # λ in [-2, 2]: 1 as trained, -1 subtracts it
-    nf4:bool=False, # Merge into the base as NF4 rounded it?
-    dither:bool=False, # Round at random instead of to the nearest?
+    nf4:bool=False, # Merge into the base as NF4 rounded it
+    dither:bool=False, # Round at random instead of to the nearest
 )->dict: # As of `merge_adapters`
     "Write base + weight·ΔW as one standalone model, streaming."
     return merge_adapters(base, [(adapter,weight)], out, nf4=nf4, dither=dither)
@@ -471,7 +471,7 @@ def merge_adapter(
 def load_plain(
     folder:str|Path, # Model folder or Hub id
     dtype:str="bfloat16", # Weights and arithmetic
-    nf4:bool=False, # Quantise to NF4 on loading, as training does?
+    nf4:bool=False, # Quantise to NF4 on loading, as training does
 ): # Model in evaluation mode, of the class its config names
     "Load a model for checking, on the GPU if there is one."
     import torch,transformers
@@ -488,7 +488,7 @@ def load_adapted(
     base:str|Path, # Base folder or Hub id
     adapters:list, # (adapter folder or Hub id, weight) pairs
     dtype:str="bfloat16", # Weights and arithmetic of the base
-    nf4:bool=False, # Quantise the base to NF4?
+    nf4:bool=False, # Quantise the base to NF4
 ): # `PeftModel` with adapters `a0`, `a1`, … active at their weights
     "Load a base with adapters on it, unmerged, and check that all of them arrived."
     from peft import PeftModel
@@ -611,7 +611,7 @@ def fidelity(
     adapters:list|str|Path, # (adapter, weight) pairs, or one adapter as trained
     prompts:list, # Texts, conversations or token ids, held out from training
     dtype:str="float32", # Arithmetic of both; bfloat16 takes half the memory, and its own noise is above the bound
-    nf4:bool=False, # Reference on the NF4 base, as training saw it?
+    nf4:bool=False, # Reference on the NF4 base, as training saw it
     new_tokens:int=0, # Tokens to answer with for the stop rates; 0 leaves them out
 )->dict: # As of `compare_logits`, and `stop_adapter`, `stop_merged`
     "Compare a merged model with adapter-on-base."

@@ -163,7 +163,7 @@ def check_weights(
 # %% ../nbs/01_model_qlora.ipynb #a3a7e6e6
 def resolve_base(
     base_model:str=SEED_BASE, # Hub id or local folder
-    strict:bool=False, # Refuse a substitute?
+    strict:bool=False, # Refuse a substitute
 )->dict: # `requested`, `id`, `revision` (commit, or None for a folder), `note` (why another one was taken, or None), `auto` (transformers' class that loads all of it)
     "Find the base model that stands for the name asked for."
     here,rev,note,name,info = Path(base_model).is_dir(),None,None,base_model,None
@@ -647,7 +647,7 @@ def write_labels(
     tok, # Tokenizer from `load_tokenizer`
     lines, # Lines of JSONL
     out, # Text file to write to
-    html:bool=False, # A page to look at instead of JSONL?
+    html:bool=False, # A page to look at instead of JSONL
 ):
     "Write the labels of conversations."
     rows = []
@@ -664,7 +664,7 @@ def write_labels(
 def labels_cli(
     model:str, # Hub id, or folder with a tokenizer.json, a tekken.json or a SentencePiece model
     file:Param('JSONL conversations; - reads standard input', str, nargs='?', opt=False)='-',
-    html:bool=False, # A page of coloured tokens instead of JSONL?
+    html:bool=False, # A page of coloured tokens instead of JSONL
     revision:str=None, # Commit of the Hub repo
 ):
     "Show what a model would read, and which of it the loss looks at."
@@ -732,7 +732,7 @@ def check_size(
 
 def load_model(
     base:dict, # As `resolve_base` gives it
-    load_in_4bit:bool=True, # NF4 with double quantisation?
+    load_in_4bit:bool=True, # NF4 with double quantisation
     attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
     shard:bool=False, # Will ranks share it? (its 4 bits are then stored as bf16)
 ): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
@@ -920,7 +920,7 @@ def audit(
     load_in_4bit:bool=True, # Was NF4 asked for?
     attn_implementation:str='sdpa', # Attention kernel asked for
     lora_target_modules:tuple=LORA_TARGETS, # Layers asked for, from `lora_targets`
-    ask:bool=True, # Ask it something?
+    ask:bool=True, # Ask it something
 )->list: # Dicts of `what`, `asked`, `actual`, `ok`
     "Compare what was asked for with what is there."
     mods = list(model.named_modules())
@@ -968,10 +968,10 @@ def memory_plan(
     config, # Of the base model, from `AutoConfig`
     per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
     max_length:int=2048, # Tokens of a row
-    gradient_checkpointing:bool=False, # Recompute whole layers?
+    gradient_checkpointing:bool=False, # Recompute whole layers
     optim:str='adamw_torch_fused', # Name in transformers
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
-    load_in_4bit:bool=True, # NF4 with double quantisation?
+    load_in_4bit:bool=True, # NF4 with double quantisation
     lora_r:int=16, # Rank of the adapter
     lora_dropout:float=0.0, # With one, without NF4, shared or not all adapted, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts

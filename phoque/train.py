@@ -329,7 +329,7 @@ def run_memory(
     config, # Of its base model, from `AutoConfig`
     micro_batch:int, # Rows that a GPU takes at once
     ranks:int=1, # Processes, one a GPU
-    checkpointing:bool=False, # Recompute whole layers?
+    checkpointing:bool=False, # Recompute whole layers
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
     same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')

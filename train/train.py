@@ -1265,7 +1265,7 @@ def check_weights(
 
 def resolve_base(
     base_model:str=SEED_BASE, # Hub id or local folder
-    strict:bool=False, # Refuse a substitute?
+    strict:bool=False, # Refuse a substitute
 )->dict: # `requested`, `id`, `revision` (commit, or None for a folder), `note` (why another one was taken, or None), `auto` (transformers' class that loads all of it)
     "Find the base model that stands for the name asked for."
     here,rev,note,name,info = Path(base_model).is_dir(),None,None,base_model,None
@@ -1735,7 +1735,7 @@ def check_size(
 
 def load_model(
     base:dict, # As `resolve_base` gives it
-    load_in_4bit:bool=True, # NF4 with double quantisation?
+    load_in_4bit:bool=True, # NF4 with double quantisation
     attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
     shard:bool=False, # Will ranks share it? (its 4 bits are then stored as bf16)
 ): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
@@ -1911,7 +1911,7 @@ def audit(
     load_in_4bit:bool=True, # Was NF4 asked for?
     attn_implementation:str='sdpa', # Attention kernel asked for
     lora_target_modules:tuple=LORA_TARGETS, # Layers asked for, from `lora_targets`
-    ask:bool=True, # Ask it something?
+    ask:bool=True, # Ask it something
 )->list: # Dicts of `what`, `asked`, `actual`, `ok`
     "Compare what was asked for with what is there."
     mods = list(model.named_modules())
@@ -1955,10 +1955,10 @@ def memory_plan(
     config, # Of the base model, from `AutoConfig`
     per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
     max_length:int=2048, # Tokens of a row
-    gradient_checkpointing:bool=False, # Recompute whole layers?
+    gradient_checkpointing:bool=False, # Recompute whole layers
     optim:str='adamw_torch_fused', # Name in transformers
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
-    load_in_4bit:bool=True, # NF4 with double quantisation?
+    load_in_4bit:bool=True, # NF4 with double quantisation
     lora_r:int=16, # Rank of the adapter
     lora_dropout:float=0.0, # With one, without NF4, shared or not all adapted, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
@@ -2234,7 +2234,7 @@ def run_memory(
     config, # Of its base model, from `AutoConfig`
     micro_batch:int, # Rows that a GPU takes at once
     ranks:int=1, # Processes, one a GPU
-    checkpointing:bool=False, # Recompute whole layers?
+    checkpointing:bool=False, # Recompute whole layers
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
     same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
@@ -4122,7 +4122,7 @@ FEW_ROWS = 6144 # up to here two products are faster: 4,096 rows take 211 µs on
 @patch
 def back(self:LoraGroup,
     dy, # Gradient of the outputs
-    apart:bool=False, # In two products?
+    apart:bool=False, # In two products
 ): # (rows, width+ranks)
     "Gradients of the input and of what `lora_A` made of it, side by side."
     import torch
@@ -4420,7 +4420,7 @@ def why_not_fast(
 def fast_layers(
     model, # From `add_lora`
     max_length:int, # Tokens of a row
-    checkpoint:bool=False, # Recompute each layer on the way back?
+    checkpoint:bool=False, # Recompute each layer on the way back
 )->Stack: # None where it can't be, for a reason that is logged
     "Let a model's layers be a `Stack` in training."
     import torch

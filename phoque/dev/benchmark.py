@@ -236,7 +236,7 @@ def bench_cli(
     rows:str='4,8,16', # Packed rows a step, each in turn
     gpus:str='1', # How many phoque uses, each in turn; they share the rows
     max_length:int=2048, # Tokens of a row
-    steps:int=24, # Of each, of which four don't count
+    steps:int=24, # Steps of each run; the first 4 are warm-up
     cap_gib:float=0, # GPU memory that each may take; 0 for all
     supervised:float=1., # Share of the tokens that the loss looks at
     layers:int=SUCCESSOR_SHAPE['num_hidden_layers'], # Of the base model

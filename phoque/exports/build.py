@@ -54,14 +54,14 @@ class Build:
         min_score:float=0.5, # Score from which a speaker is the persona, 0 to 1
         benign:float=0.2, # Share of rows that are benign, at most
         gap:float=600., # Silence that ends a conversation, s
-        line_cap:int=3, # How often a learnt line of four words or more is kept
-        near:float=0.75, # Similarity from which the later of two conversations goes
+        line_cap:int=3, # Most copies of the same reply of four words or more
+        near:float=0.75, # MinHash similarity, 0 to 1, above which the later of two conversations is dropped
         prompts:str='', # File of evaluation prompts, to be kept out
-        rejected:str='', # Why hh-rlhf's rejected side is wanted
+        rejected:str='', # Train on hh-rlhf's `rejected` side; says why, and is recorded
         max_bad:float=0.01, # Share of unreadable rows above which to stop
         test_share:float=0.1, # Share of groups to hold out
-        by_author:bool=False, # Keep each persona on one side of the split?
-        redistributable_only:bool=False, # Leave out what its licence doesn't let pass on?
+        by_author:bool=False, # Keep each persona on one side of the split
+        redistributable_only:bool=False, # Leave out what its licence doesn't let pass on
         workers:int=2, # Processes
     ):
         store_attr()
@@ -471,9 +471,9 @@ def data_cli(
     repo:str='', # Dataset repo to push to; `DATASET_REPO` if not given
     n:int=480, # Conversations of the harbour
     seed:int=0, # Seed of the harbour
-    append:bool=False, # Add to what is in the repo, without downloading its rows?
-    replace:bool=False, # Remove data from the repo that phoque did not write?
-    dry_run:bool=False, # Report only, push nothing?
+    append:bool=False, # Add to what is in the repo, without downloading its rows
+    replace:bool=False, # Remove data from the repo that phoque did not write
+    dry_run:bool=False, # Report only, push nothing
     **kwargs
 ):
     "Conversations in, report and private dataset out."

@@ -280,7 +280,7 @@ def dedup_exact(
 
 def cap_repeats(
     db, # As after `dedup_exact`
-    cap:int=3, # How often a learnt line of four words or more is kept
+    cap:int=3, # Most copies of the same reply of four words or more
 ):
     "Table `cut`: conversation and place of each line beyond the cap."
     db.execute(f"""create table cut as select n, i from (select n, unnest(keys) as key, unnest(mine) as mine, generate_subscripts(keys, 1)-1 as i from live)
@@ -295,7 +295,7 @@ def _alike(a, z):
 
 def dedup_near(
     db, # As after `dedup_exact`
-    drop:float=0.75, # Similarity from which the later one goes
+    drop:float=0.75, # MinHash similarity, 0 to 1, above which the later one is dropped
     link:float=0.5, # Similarity from which both stay on one side of the split
     rows:int=4, # Bytes in a band; with 128 bytes, 32 bands of 4 meet at 0.75 always, at 0.5 with 87 %
 ):

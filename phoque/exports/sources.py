@@ -195,7 +195,7 @@ def records(
     path:str, # CSV, JSONL, their .gz, Parquet, or `hub:OWNER/NAME` (`:CONFIG`)
     bad=refuse, # Called with place, reason and row
     need:tuple=(), # Columns there must be
-    training:bool=True, # Refuse sets that are for evaluation only?
+    training:bool=True, # Refuse sets that are for evaluation only
 ): # Yields place and record
     "The records of a file, one at a time."
     if str(path).startswith('hub:'): read,path,name = _hub,path[4:],path

@@ -74,7 +74,7 @@ FEW_ROWS = 6144 # up to here two products are faster: 4,096 rows take 211 µs on
 @patch
 def back(self:LoraGroup,
     dy, # Gradient of the outputs
-    apart:bool=False, # In two products?
+    apart:bool=False, # In two products
 ): # (rows, width+ranks)
     "Gradients of the input and of what `lora_A` made of it, side by side."
     import torch
@@ -383,7 +383,7 @@ def why_not_fast(
 def fast_layers(
     model, # From `add_lora`
     max_length:int, # Tokens of a row
-    checkpoint:bool=False, # Recompute each layer on the way back?
+    checkpoint:bool=False, # Recompute each layer on the way back
 )->Stack: # None where it can't be, for a reason that is logged
     "Let a model's layers be a `Stack` in training."
     import torch

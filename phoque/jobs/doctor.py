@@ -91,7 +91,7 @@ def audit_dataset(
 def audit_model(
     base:dict, # From `resolve_base`
     tok, # Its tokenizer
-    load_in_4bit:bool=True, # NF4 with double quantisation?
+    load_in_4bit:bool=True, # NF4 with double quantisation
 )->list: # Findings
     "What would be trained, against what is asked for."
     attn,_ = choose_attention(base_config(base))

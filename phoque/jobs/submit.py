@@ -192,8 +192,8 @@ def submit(
     c:TrainConfig, # The run
     flavor:str=JOB_FLAVOR, # Machine
     tokens_per_second:float=0, # Speed for the plan; 0 takes what is known of the flavor
-    yes:bool=False, # Submit without asking?
-    dry_run:bool=False, # Show all of it and submit nothing?
+    yes:bool=False, # Submit without asking
+    dry_run:bool=False, # Show all of it and submit nothing
     script:str='train/train.py', # What to run
 )->int: # The client's exit code; 1 where the answer was no
     "Say what a run takes, ask, and submit it."
@@ -233,9 +233,9 @@ def submit_cli(
         flavor:str=JOB_FLAVOR, # Machine; `hf jobs hardware` lists what there is
         timeout:str='', # Of each job, such as 8h or 90m: the Hub's and JOB_TIMEOUT, which the job goes by; 4h where empty
         tokens_per_second:float=0, # Speed for the plan; 0 takes what is known of the flavor
-        yes:bool=False, # Submit without asking?
-        dry_run:bool=False, # Show all of it and submit nothing?
-        smoke:bool=False, # Twenty steps in one job of at most half an hour?
+        yes:bool=False, # Submit without asking
+        dry_run:bool=False, # Show all of it and submit nothing
+        smoke:bool=False, # Twenty steps in one job of at most half an hour
         **kwargs): "Plan a run, say what it costs, and submit it to HF Jobs. The other flags are the run's."
     try:
         with command('phoque_submit', sys.argv[1:] if argv is None else argv):

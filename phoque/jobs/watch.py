@@ -319,7 +319,7 @@ def watch_cli(
     job:str='', # Id of the job; the newest of phoque's where empty
     budget_jobs:int=5, # Most jobs, this one included
     budget_dollars:float=0, # Most dollars for all of them; 0 for no such limit
-    again:bool=False, # Has the job ended? Run it again first
+    again:bool=False, # Run the ended job again first
 ):
     "Follow a job, and run it again until the run is complete or a budget is reached. Ctrl-C leaves the job running."
     from huggingface_hub import HfApi

@@ -53,7 +53,7 @@ def model_writer(
     seed:int=0, # Of the draws
     max_new_tokens:int=40, # Longest message
     temperature:float=0.9, # Above 0
-    watermark:bool=True, # Mark the texts?
+    watermark:bool=True, # Mark the texts
 ): # Function of (conversations, weight, places) → texts, with `about`: what is noted beside each
     "Messages by a model with an adapter."
     from transformers import WatermarkingConfig
@@ -205,11 +205,11 @@ def simulate_cli(
     threads:int=10, # How many
     length:int=8, # Messages of each
     benign:float=0.7, # Share of messages meant to be harmless
-    level:float=1.0, # Weight of the adapter in the others
+    level:float=1.0, # Adapter weight for hostile messages
     categories:str=','.join(CATEGORIES), # Kinds of hostile messages
     seed:int=0, # Same seed, same threads
     scorer:str=TrainConfig().scorer, # As in phoque_eval
-    out:str='threads.jsonl', # Written; or, without a base, read and put to the moderator
+    out:str='threads.jsonl', # JSONL written; or read, if only --moderator is given
     moderator:str='', # URL that answers a POST of `thread`, `speaker`, `t`, `text` with `flagged` or `score`
 ):
     "Write labelled threads among invented people, and put them to a moderator."

@@ -179,7 +179,7 @@ def publish_merge(
     kl:float=1e-3, # Bound of the fidelity
     benign:bool=False, # As of `check_leaving`
     api=None, # `HfApi` to use; by default one with the environment's token
-    replace:bool=False, # Put it in the place of another model?
+    replace:bool=False, # Put it in the place of another model
     patience:float=3600, # Seconds for which a step is repeated, where the Hub doesn't answer
 )->str: # URL of the commit
     "Publish a merge: private, gated by hand, with its card and licence."
@@ -264,9 +264,9 @@ def run_merge(
     adapters:list, # Folders or Hub ids
     weights:list, # One for each, as text
     out:str|Path, # Folder to write; must not exist
-    nf4:bool=False, # Merge into the base as NF4 rounded it?
-    dither:bool=False, # Round at random instead of to the nearest? (keeps small changes)
-    check:bool=True, # Compare it with adapter-on-base?
+    nf4:bool=False, # Merge into the base as NF4 rounded it
+    dither:bool=False, # Round at random instead of to the nearest (keeps small changes)
+    check:bool=True, # Compare it with adapter-on-base
     kl:float=1e-3, # Bound of that comparison, nats a token
     dtype:str="float32", # Arithmetic of that comparison
     publish:str=None, # Hub repo
@@ -319,15 +319,15 @@ def merge_cli(
     adapter:str=None, # Adapter folder or Hub id; several with commas
     out:str=None, # Folder to write; must not exist
     weight:str="1", # Weight of each adapter in [-2, 2], with commas: --weight=-0.5
-    nf4:bool=False, # Merge into the base as NF4 rounded it?
-    dither:bool=False, # Round at random instead of to the nearest? (keeps small changes)
-    no_check:bool=False, # Keep it without comparing it with adapter-on-base?
+    nf4:bool=False, # Merge into the base as NF4 rounded it
+    dither:bool=False, # Round at random instead of to the nearest (keeps small changes)
+    no_check:bool=False, # Skip the KL check against adapter-on-base
     kl:float=1e-3, # Bound of that comparison, nats a token
     dtype:str="float32", # Arithmetic of that comparison
     publish:str=None, # Hub repo to send it to: private, gated by hand
     gguf:str=None, # GGUF file to write too, with llama.cpp's converter
-    benign:bool=False, # Let out a merge that adds, since you looked and it is harmless? (it can't be called back)
-    replace:bool=False, # Publish it in the place of another model that the repo holds? (its history keeps that)
+    benign:bool=False, # Allow publishing positive weights, after a look at what they do (irreversible)
+    replace:bool=False, # Publish it in the place of another model that the repo holds (its history keeps that)
 ):
     "Merge adapters into their base at any weight, check it, and write its card."
     bound_requests()

@@ -206,7 +206,7 @@ def seed_repo(self:HubDisk,
     repo_id:str, # Id the repo will have, such as `lab/base`
     folder:str|Path, # Local folder with its files
     repo_type:str="model", # `model` or `dataset`
-    private:bool=False, # Visible to its owner only?
+    private:bool=False, # Visible to its owner only
     gated:bool|str=False, # Refuse its files to others (`"manual"`)?
 )->str: # Id of the commit
     "Make a repo from a local folder, as one commit, straight on the disk."

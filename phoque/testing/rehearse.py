@@ -481,7 +481,7 @@ def prove(
     out:Path='proof', # Folder for everything; a former proof in it is replaced
     steps:int=60, # Optimizer steps [8, 10000]
     kills:int=8, # At least as many `SIGKILL`s
-    seed:int=0, # Of the moments, the faults and the disks
+    seed:int=0, # Random seed for kills, faults and disks
     base:str='', # Folder of another model than the tiny one
     say=print, # Called with a line a kill
     **settings, # Options other than `PROOF`
@@ -582,7 +582,7 @@ def prove_cli(
     out:str='proof', # Folder for everything; a former proof in it is replaced
     steps:int=60, # Optimizer steps [8, 10000]
     kills:int=8, # At least as many kills [0, 1000]
-    seed:int=0, # Of the moments, the faults and the disks
+    seed:int=0, # Random seed for kills, faults and disks
     base:str='', # Folder of a model; a tiny random one if empty
 ):
     "Prove on this machine that a killed and continued run gives the same model; options of a run come from the environment."
