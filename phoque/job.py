@@ -120,7 +120,7 @@ def setup_logging():
     sys.stdout = sys.stderr = Indented(sys.stdout)
     h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
-    log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # rank 0 speaks for all
+    log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # only the main process logs
     warnings.filterwarnings('ignore', 'It seems that you are about to commit a data file') # samples.parquet, which belongs to its checkpoint
     threading.excepthook = lambda a: log.error(''.join(traceback.format_exception(a.exc_value)).rstrip()) # a library's thread would print it unmasked
 
@@ -287,7 +287,7 @@ def publish_adapter(
 COMPLETE,RESUBMIT = 0,75 # exit codes; 75 is EX_TEMPFAIL: the same command again continues
 
 class Unpublished(UserError):
-    "What was saved is not on the Hub: an error to read, and exit code 75, as the same command again can mend it."
+    "What was saved is not on the Hub: an error to read, and exit code 75, as the same command again continues it."
 
 class Job:
     "One attempt at a run."

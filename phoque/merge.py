@@ -322,7 +322,7 @@ def _config(folder):
 def _check_stops(settings, folder):
     ids = [settings.get(k) for k in _ids]
     if all(i is None or type(i) is int and 0<=i<2**31 for v in ids for i in (v if isinstance(v, list) else [v])): return settings
-    raise UserError(folder, f"its token ids are {excerpt({k: settings.get(k) for k in _ids}, 80)}, where numbers belong", "mend its generation_config.json or config.json")
+    raise UserError(folder, f"its token ids are {excerpt({k: settings.get(k) for k in _ids}, 80)}, where numbers belong", "correct its generation_config.json or config.json")
 
 def generation_settings(
     folder:Path, # Model folder

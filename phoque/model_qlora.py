@@ -481,7 +481,7 @@ def check_messages(
     name:str='row', # How an error names the row
 )->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
     "Check one conversation and bring it into the form that every format can write."
-    def bad(why, v): raise UserError(name, f"{why}, got {excerpt(v, 60)!r}", "mend or remove it in the dataset")
+    def bad(why, v): raise UserError(name, f"{why}, got {excerpt(v, 60)!r}", "correct or remove it in the dataset")
     if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
     out = []
     for i,m in enumerate(messages):

@@ -245,7 +245,7 @@ def setup_logging():
     sys.stdout = sys.stderr = Indented(sys.stdout)
     h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
-    log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # rank 0 speaks for all
+    log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # only the main process logs
     warnings.filterwarnings('ignore', 'It seems that you are about to commit a data file') # samples.parquet, which belongs to its checkpoint
     threading.excepthook = lambda a: log.error(''.join(traceback.format_exception(a.exc_value)).rstrip()) # a library's thread would print it unmasked
 
@@ -405,7 +405,7 @@ def publish_adapter(
 COMPLETE,RESUBMIT = 0,75 # exit codes; 75 is EX_TEMPFAIL: the same command again continues
 
 class Unpublished(UserError):
-    "What was saved is not on the Hub: an error to read, and exit code 75, as the same command again can mend it."
+    "What was saved is not on the Hub: an error to read, and exit code 75, as the same command again continues it."
 
 class Job:
     "One attempt at a run."
@@ -1574,7 +1574,7 @@ def check_messages(
     name:str='row', # How an error names the row
 )->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
     "Check one conversation and bring it into the form that every format can write."
-    def bad(why, v): raise UserError(name, f"{why}, got {excerpt(v, 60)!r}", "mend or remove it in the dataset")
+    def bad(why, v): raise UserError(name, f"{why}, got {excerpt(v, 60)!r}", "correct or remove it in the dataset")
     if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
     out = []
     for i,m in enumerate(messages):
@@ -4420,7 +4420,7 @@ def why_not_fast(
 def fast_layers(
     model, # From `add_lora`
     max_length:int, # Tokens of a row
-    checkpoint:bool=False, # Recompute each layer on the way back
+    checkpoint:bool=False, # Recompute each layer in the backward pass
 )->Stack: # None where it can't be, for a reason that is logged
     "Let a model's layers be a `Stack` in training."
     import torch

@@ -64,7 +64,7 @@ def _stock(base, attn, talk, out, collate=None, dropout=0., **args):
     return trainer
 
 def seed_trainer(base, talk, rows, max_length, steps, out):
-    "The first settings: padded, 4 × 4 conversations a step, gradient checkpointing, paged 8-bit AdamW."
+    "The baseline recipe: padded, 4 × 4 conversations a step, gradient checkpointing, paged 8-bit AdamW."
     return _stock(base, 'sdpa', talk, out, dropout=.05, max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=4, gradient_checkpointing=True, optim='paged_adamw_8bit'),16
 
 def trl_trainer(base, talk, rows, max_length, steps, out):

@@ -50,7 +50,7 @@ class Build:
         source:str='grumpy', # Files as KIND:FILE, separated by blanks; `grumpy` is the invented harbour
         work:str='phoque-work', # Folder for the tables between the steps; private; may be deleted at any time
         columns:str='', # For `table`: our names and the file's, as 'text=body who=author room=channel t=sent score=tox'
-        persona:str='', # Speaker to learn; '' goes by score
+        persona:str='', # Speaker to learn; '' takes the speakers by their score
         min_score:float=0.5, # Score from which a speaker is the persona, 0 to 1
         benign:float=0.2, # Share of rows that are benign, at most
         gap:float=600., # Silence that ends a conversation, s

@@ -126,7 +126,7 @@ KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), EMAIL=(_EMAIL,None), UR
     HANDLE=(_HANDLE,None), PLATFORM_ID=(_PLATFORM,None), PHONE=(_PHONE,_phone))
 
 def redact_pii(
-    text:str, # Mended text
+    text:str, # Fixed text
     found:Counter=None, # Gets the hits by kind, never the values
 )->str: # The text with `<EMAIL>`, `<URL>` and so on
     "Replace what points at a person by typed placeholders."

@@ -545,7 +545,7 @@ def threads(
 # %% ../../nbs/exports/sources.ipynb #41da9d07
 def pick_persona(
     c:dict, # Conversation, from `threads`
-    persona:str='', # Speaker to learn; '' goes by score
+    persona:str='', # Speaker to learn; '' takes the speakers by their score
     min_score:float=0.5, # Score from which a speaker is the persona, 0 to 1
 )->tuple: # Number of the speaker, or None if there is nothing to learn; and is it benign?
     "Who is to be learnt from a conversation."

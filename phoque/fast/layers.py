@@ -383,7 +383,7 @@ def why_not_fast(
 def fast_layers(
     model, # From `add_lora`
     max_length:int, # Tokens of a row
-    checkpoint:bool=False, # Recompute each layer on the way back
+    checkpoint:bool=False, # Recompute each layer in the backward pass
 )->Stack: # None where it can't be, for a reason that is logged
     "Let a model's layers be a `Stack` in training."
     import torch

@@ -107,7 +107,7 @@ def doctor_cli(
     dataset_repo:str='', # Hub dataset to audit with it
     max_length:int=2048, # Tokens of a row
 ):
-    "Look at this machine, its packages and accounts, and at a model and a dataset if given, and say what to mend."
+    "Look at this machine, its packages and accounts, and at a model and a dataset if given, and say what to fix."
     with command('phoque_doctor'):
         if dataset_repo and not base_model: raise UserError("--dataset_repo", "its tokens are those of a model", "give --base_model too")
         with checking('packages and accounts'): rows = check_pins(job_pins(project_root()/'settings.ini'))+check_accounts()
