@@ -10,7 +10,7 @@ from .core.basics import UserError, excerpt, hub_problem, log, read_json, safe_p
 from .model_qlora import check_model_config, check_size, check_vocabulary, open_tokenizer, read_header, reading, vocabulary_size, weight_files
 
 # %% auto #0
-__all__ = ['MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'LONGEST_NAME', 'RENDER_SECONDS', 'RENDER_BYTES', 'LONGEST_PROMPT',
+__all__ = ['MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'LONGEST_NAME', 'RENDER_SECONDS', 'RENDER_MIB', 'LONGEST_PROMPT',
            'local_folder', 'read_base', 'LoraAdapter', 'is_hub_id', 'base_of', 'bare_name', 'merge_plan',
            'delta_weight', 'check_weight', 'merge_shard', 'dithered', 'nf4_round', 'tokenizer_folder', 'side_files',
            'generation_settings', 'stop_ids', 'stop_as_trained', 'read_tokenizer', 'check_room', 'merge_adapters',
@@ -519,14 +519,14 @@ def set_weights(
             for n in m.scaling: m.set_scale(n, weights.get(n, 0))
 
 # %% ../nbs/05_merge.ipynb #40cf1b30
-RENDER_SECONDS,RENDER_BYTES,LONGEST_PROMPT = 2,2**30,10_000_000 # of processor and memory for a call's templates; characters
-_render = '''import json, resource, sys
+RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # processor and memory for a call's templates; characters
+_render = '''import json, math, resource, sys
 from transformers.utils.chat_template_utils import render_jinja_template
-seconds,size,most,template,names,chats = json.load(sys.stdin)
+seconds,mib,most,template,names,chats = json.load(sys.stdin)
 used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize() if sys.platform=='linux' else 0
 spent = resource.getrusage(resource.RUSAGE_SELF)
-resource.setrlimit(resource.RLIMIT_AS, (used+size,)*2)
-resource.setrlimit(resource.RLIMIT_CPU, (int(spent.ru_utime+spent.ru_stime)+seconds,)*2)
+resource.setrlimit(resource.RLIMIT_AS, (used+(mib<<20),)*2)
+resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(spent.ru_utime+spent.ru_stime)+seconds,)*2)
 texts = [render_jinja_template([c], chat_template=template, add_generation_prompt=c[-1]['role']!='assistant', **names)[0][0] for c in chats]
 if sum(map(len, texts))>most: raise MemoryError
 json.dump(texts, sys.stdout)'''
@@ -541,13 +541,13 @@ def chat_ids(
     template = tok.chat_template.get('default') if isinstance(tok.chat_template, dict) else tok.chat_template
     if not isinstance(template, str): raise UserError(what, "there is none", "put texts to it instead of conversations")
     names = {k:str(v) for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
-    sent = json.dumps([RENDER_SECONDS, RENDER_BYTES, LONGEST_PROMPT, template, names, chats])
+    sent = json.dumps([RENDER_SECONDS, RENDER_MIB, LONGEST_PROMPT, template, names, chats])
     try: r = subprocess.run([sys.executable,'-I','-c',_render], input=sent, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired: r = None
-    if r is None or r.returncode<0: raise UserError(what, f"it takes more than {RENDER_SECONDS} seconds", "use another tokenizer")
-    if r.returncode:
-        said = (r.stderr.strip().splitlines() or ['it stopped'])[-1]
-        raise UserError(what, "it takes too much memory" if said.startswith('MemoryError') else f"it can't write this conversation ({excerpt(said, 100)})", "use another tokenizer")
+    said = (r.stderr.strip().splitlines() or ['it stopped'])[-1] if r else ''
+    if r is None or r.returncode<0 or said.startswith('MemoryError'):
+        raise UserError(what, f"it takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB", "use another tokenizer")
+    if r.returncode: raise UserError(what, f"it can't write this conversation ({excerpt(said, 100)})", "use another tokenizer")
     with reading(what): return [tok(t, add_special_tokens=False).input_ids for t in json.loads(r.stdout)]
 
 # %% ../nbs/05_merge.ipynb #aa6b00c7
