@@ -47,7 +47,7 @@ from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
-from functools import cache
+from functools import cache, wraps
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -1108,14 +1108,13 @@ def refuse_addresses():
         if not re.match(r'https?://[^/\s]', v): raise UserError(k, f"it is no address: {excerpt(repr(v), 80)}", "begin it with http:// or https://")
 
 def begin_command(
-    argv:list=None, # Its arguments; this process's where None and a command was started
+    argv:list=(), # Its arguments
+    private:bool=True, # Files that it writes are for their owner only
 ):
     "What a command does first: its files are private, and no secret is in an argument or an address."
-    from fastcore.script import is_cli
-    private_files()
+    if private: private_files()
     if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1') # bars are no use where nothing can go back
     refuse_addresses()
-    if argv is None: argv = sys.argv[1:] if is_cli() else []
     for before,a in zip(['', *argv], argv):
         flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
         refuse_secrets(**{flag:value})
@@ -1123,12 +1122,13 @@ def begin_command(
 @contextmanager
 def command(
     name:str, # As it is typed, such as `phoque_merge`
-    argv:list=None, # Its arguments; this process's where None and a command was started
+    argv:list=(), # Its arguments
     errors:tuple=(UserError,), # Exceptions that are said in one line
+    private:bool=True, # Files that it writes are for their owner only
 ):
     "Run a command's body: a mistake of the user's is one line and exit code 1, without a traceback or a secret."
     try:
-        begin_command(argv)
+        begin_command(argv, private)
         yield
     except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
 

@@ -4,15 +4,16 @@
 
 # %% ../../nbs/core/basics.ipynb #35f419e6
 from __future__ import annotations
-import json, logging, os, re, sys, textwrap
+import argparse, inspect, json, logging, os, re, shutil, sys, textwrap
 from contextlib import contextmanager
+from functools import wraps
 from itertools import zip_longest
 from pathlib import Path
 
 # %% auto #0
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'safe_path',
            'read_json', 'check_data_files', 'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets',
-           'refuse_addresses', 'begin_command', 'check_range', 'command']
+           'refuse_addresses', 'begin_command', 'check_range', 'command', 'option_parser', 'shell_command']
 
 # %% ../../nbs/core/basics.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -209,14 +210,13 @@ def refuse_addresses():
         if not re.match(r'https?://[^/\s]', v): raise UserError(k, f"it is no address: {excerpt(repr(v), 80)}", "begin it with http:// or https://")
 
 def begin_command(
-    argv:list=None, # Its arguments; this process's where None and a command was started
+    argv:list=(), # Its arguments
+    private:bool=True, # Files that it writes are for their owner only
 ):
     "What a command does first: its files are private, and no secret is in an argument or an address."
-    from fastcore.script import is_cli
-    private_files()
+    if private: private_files()
     if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1') # bars are no use where nothing can go back
     refuse_addresses()
-    if argv is None: argv = sys.argv[1:] if is_cli() else []
     for before,a in zip(['', *argv], argv):
         flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
         refuse_secrets(**{flag:value})
@@ -234,11 +234,66 @@ def check_range(
 @contextmanager
 def command(
     name:str, # As it is typed, such as `phoque_merge`
-    argv:list=None, # Its arguments; this process's where None and a command was started
+    argv:list=(), # Its arguments
     errors:tuple=(UserError,), # Exceptions that are said in one line
+    private:bool=True, # Files that it writes are for their owner only
 ):
     "Run a command's body: a mistake of the user's is one line and exit code 1, without a traceback or a secret."
     try:
-        begin_command(argv)
+        begin_command(argv, private)
         yield
     except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
+
+# %% ../../nbs/core/basics.ipynb #09b6b0b9
+def _plain_help(
+    action, # Option of an `ArgumentParser` made by fastcore
+)->str: # Its help: the default is said where there is one to say
+    text = (action.help or '').removesuffix(f' (default: {action.default})')
+    if isinstance(action, argparse._StoreFalseAction): return f"Don't {text[:1].lower()}{text[1:]}"
+    if action.default is None or action.default is False or action.default=='': return text
+    return f'{text} (default {action.default})'
+
+def option_parser(
+    func, # Function with docments
+    examples:tuple=(), # Command lines to show below the options
+    groups:dict=None, # Heading → names of the options below it; the others stay in the first group
+):
+    "`ArgumentParser` of a function's parameters, with help that a newcomer can read."
+    from fastcore.script import anno_parser
+    p = anno_parser(func)
+    for a in p._actions:
+        if a.help==argparse.SUPPRESS or a.dest=='help': continue
+        a.help = _plain_help(a).replace('%', '%%')
+        if isinstance(a, argparse._StoreFalseAction): # `--no-x` of fastcore stays, `--no_x` is shown
+            a.option_strings = [f'--no_{a.dest}']
+            p._option_string_actions |= {a.option_strings[0]: a}
+        elif a.nargs is None and a.option_strings: a.metavar = {int:'N', float:'X'}.get(a.type, 'TEXT')
+    for title,names in (groups or {}).items():
+        g,first = p.add_argument_group(title),p._optionals._group_actions
+        for a in [a for a in first if a.dest in names]: first.remove(a); g._group_actions.append(a)
+    width = shutil.get_terminal_size((120, 30)).columns
+    p.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
+    if examples: p.epilog = '\n  '.join(['examples:', *examples])
+    return p
+
+# %% ../../nbs/core/basics.ipynb #21809257
+def shell_command(
+    name:str, # As it is typed, such as `phoque_merge`
+    *examples, # Two command lines for its help
+    errors:tuple=(UserError,), # Exceptions that are said in one line
+    private:bool=True, # Files that it writes are for their owner only
+):
+    "Make a function with docments a command; called with arguments, it stays a function."
+    def parsed(func):
+        p = option_parser(func, examples)
+        p.prog = name
+        return {k:v for k,v in vars(p.parse_args()).items() if k not in ('pdb','xtra')} # fastcore's own
+    def decorate(func):
+        @wraps(func)
+        def run(*args, **kwargs):
+            shell = inspect.currentframe().f_back.f_globals
+            typed = not (args or kwargs) and shell.get('__name__')=='__main__' and '__file__' in shell
+            with command(name, sys.argv[1:] if typed else (), errors, private):
+                return func(**parsed(func)) if typed else func(*args, **kwargs)
+        return run
+    return decorate

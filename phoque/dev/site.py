@@ -4,7 +4,7 @@
 
 # %% ../../nbs/dev/site.ipynb #98346b26
 from __future__ import annotations
-import hashlib, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
+import hashlib, json, math, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,11 +18,12 @@ from fastcore.xtras import modified_env
 
 # %% auto #0
 __all__ = ['SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL', 'UNFETCHED', 'FETCHING',
-           'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'run_notebook', 'notebooks', 'run_notebooks',
-           'test_notebook', 'write_readme', 'export_project', 'write_generated', 'check_generated', 'api_entry',
-           'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser',
-           'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
-           'module_names', 'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'docs_cli']
+           'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text', 'same_text', 'run_notebook',
+           'notebooks', 'run_notebooks', 'test_notebook', 'write_readme', 'export_project', 'write_generated',
+           'check_generated', 'api_entry', 'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium',
+           'serve_site', 'in_browser', 'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help',
+           'shown_commands', 'check_commands', 'module_names', 'check_light', 'check_words', 'error_messages',
+           'check_job', 'run_tests', 'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -39,27 +40,78 @@ def project(
         with working_directory(root), modified_env('IN_TEST'): yield get_config()
     finally: get_config.cache_clear()
 
-# %% ../../nbs/dev/site.ipynb #470843be
-def run_notebook(
-    fn:str|Path, # The notebook, changed in place
-):
-    "Execute a notebook and keep its outputs; flagged cells keep the outputs they have."
-    from execnb.nbio import read_nb, write_nb
-    from execnb.shell import CaptureShell
-    from nbdev.clean import clean_nb
+# %% ../../nbs/dev/site.ipynb #d31c861b
+def _directives(cell)->dict: # Such as {'slow': ['4', 'min']}
     from nbdev.process import extract_directives
+    return extract_directives(cell, remove=False) if cell.cell_type=='code' else {}
+
+def _execute(
+    fn:str|Path, # The notebook, which stays as it is
+    run:tuple=(), # Flags of `tst_flags` whose cells are run as well
+)->tuple: # The notebook as it was, and as it is after a run
+    from execnb.nbio import read_nb
+    from execnb.shell import CaptureShell
     fn = Path(fn).resolve()
-    with project(fn.parent) as cfg: flags,root = set(cfg.tst_flags.split()),cfg.config_path
+    with project(fn.parent) as cfg: flags,root = set(cfg.tst_flags.split())-set(run),cfg.config_path
     def skip(cell):
-        if cell.cell_type!='code' or 'nbdev_export(' in cell.source: return True
-        dirs = extract_directives(cell, remove=False)
+        if cell.cell_type!='code' or 'nbdev_export'+'(' in cell.source: return True
+        dirs = _directives(cell)
         if dirs.get('eval:', [''])[0].lower()=='false' or flags & dirs.keys(): return True
         cell.outputs = [] # the shell leaves old outputs where a cell now gives none
-    nb,shell = read_nb(fn),CaptureShell(fn)
+    old,nb,shell = read_nb(fn),read_nb(fn),CaptureShell(fn)
     sys.path.insert(0, str(root))
-    with working_directory(fn.parent), modified_env(IN_TEST='1'):
+    with working_directory(fn.parent), modified_env(IN_TEST='1', RUN_FLAGS=' '.join(run)):
         try: shell.run_all(nb, exc_stop=True, preproc=skip)
         except Exception: raise ValueError(shell.prettytb(fname=fn.name)) from None
+    return old,nb
+
+# %% ../../nbs/dev/site.ipynb #998b9854
+_NUMBER = re.compile(r'-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?')
+
+def shown_text(
+    cell, # A notebook's cell
+)->str: # What it printed, and its results as Markdown, HTML or text
+    "The words and numbers that a cell shows."
+    said = []
+    for o in cell.get('outputs', []):
+        data = o.get('data', {})
+        if o.output_type=='stream': said.append(''.join(o.text) if o.name=='stdout' else '')
+        elif not any(k.startswith('image/') for k in data):
+            said.append(''.join(data.get('text/markdown') or data.get('text/html') or data.get('text/plain') or ''))
+    return '\n'.join(said).strip()
+
+def same_text(
+    a:str, # What one run showed
+    b:str, # What another run showed
+)->bool:
+    "Do both have the same words, and numbers that agree to two hundredths?"
+    words = [re.sub(r'[\s|=─-]+', ' ', _NUMBER.sub('0', t)) for t in (a, b)] # a column is as wide as its longest number
+    numbers = [[float(n.replace(',', '')) for n in _NUMBER.findall(t)] for t in (a, b)]
+    return words[0]==words[1] and all(math.isclose(*p, rel_tol=.02, abs_tol=.01) for p in zip(*numbers))
+
+# %% ../../nbs/dev/site.ipynb #470843be
+def _stamp()->str: # Where and with what a flagged cell was run, in Markdown
+    import platform
+    from importlib.metadata import version
+    import torch
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores'
+    used = ', '.join(f'{p} {version(p)}' for p in ('torch', 'transformers', 'trl', 'peft', 'bitsandbytes'))
+    return f"*Run on {time.strftime('%d %B %Y')}: {machine}, Python {platform.python_version()}, {used}*"
+
+def run_notebook(
+    fn:str|Path, # The notebook, changed in place
+    run:tuple=(), # Flags of `tst_flags` whose cells are run as well; each then names its machine and versions
+):
+    "Execute a notebook and keep its outputs; flagged cells keep the outputs they have."
+    from execnb.nbio import write_nb
+    from nbdev.clean import clean_nb
+    old,nb = _execute(fn, run)
+    for was,cell in zip(old.cells, nb.cells):
+        if cell.cell_type!='code': continue
+        pictures = any(k.startswith('image/') for o in cell.outputs for k in o.get('data', {}))
+        if was.outputs and not pictures and same_text(shown_text(was), shown_text(cell)): cell.outputs = was.outputs
+        elif set(run) & _directives(cell).keys() and cell.outputs:
+            cell.outputs.append(dict(output_type='display_data', metadata={}, data={'text/markdown': [_stamp()]}))
     clean_nb(nb, clean_ids=False)
     write_nb(nb, fn)
 
@@ -100,33 +152,53 @@ def notebooks(
 # %% ../../nbs/dev/site.ipynb #fb9116cb
 _RUN = '''import sys
 from phoque.dev.site import run_notebook
-try: run_notebook(sys.argv[1])
+try: run_notebook(sys.argv[1], sys.argv[2:])
 except ValueError as e: sys.exit(str(e))'''
 
 def run_notebooks(
-    names:str='', # Names such as "00_data 02_train"; '' for all
+    names:str='', # Names such as "00_data 02_train"; '' for all, or for those with a cell that has the flag
     path:str|Path='.', # A folder of the project
+    flag:str='', # `slow` or `cuda`: run the cells with this flag as well
 ):
     "Run notebooks in place and keep their outputs: what a developer does before a commit."
+    from execnb.nbio import read_nb
     for fn in notebooks(names, path):
-        ok,out = _in_process(_RUN, fn, cwd=fn.parent)
+        if flag and not any(flag in _directives(c) for c in read_nb(fn).cells): continue
+        ok,out = _in_process(_RUN, fn, *flag.split(), cwd=fn.parent, timeout=4*3600 if flag else 1800)
         if not ok: raise ValueError(f"{fn.name} failed, and stays as it was:\n{out}")
         print(f'ran {fn.name}')
 
 # %% ../../nbs/dev/site.ipynb #1381e372
-_TEST = '''import sys
-from pathlib import Path
-from nbdev.test import test_nb
-sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=sys.argv[2].split(), basepath=sys.argv[3])[0])'''
+_TEST = '''import json, sys
+from phoque.dev.site import _execute, shown_text
+try: _,nb = _execute(sys.argv[1])
+except ValueError as e: sys.exit(str(e))
+with open(sys.argv[2], 'w') as f: json.dump({c.id:shown_text(c) for c in nb.cells if c.cell_type=='code'}, f)'''
+
+def _changed(
+    fn:Path, # A notebook
+    shown:dict, # {cell id: what a run showed}
+)->list: # [(id, what is saved, what was shown)] where they differ
+    from execnb.nbio import read_nb
+    with project(fn.parent) as cfg: passed = {*cfg.tst_flags.split(), 'varies', 'hide'}
+    cells = [c for c in read_nb(fn).cells if c.id in shown and not passed & _directives(c).keys()]
+    return [(c.id, shown_text(c), shown[c.id]) for c in cells if not same_text(shown_text(c), shown[c.id])]
 
 def test_notebook(
     fn:str|Path, # The notebook
-    timeout:float=900, # Seconds it may take
-)->tuple[bool,str]: # Did it pass? The traceback when it did not
-    "Test one notebook in a process of its own."
-    fn = Path(fn).resolve()
-    with project(fn.parent) as cfg: flags,root = cfg.tst_flags,cfg.config_path
-    return _in_process(_TEST, fn, flags, root, cwd=root, timeout=timeout)
+    timeout:float=900, # Seconds that a run may take
+)->tuple[bool,str]: # Did it pass? The traceback, or what differs, when it did not
+    "Test one notebook in a process of its own, and compare what it shows with what is saved."
+    fn,runs = Path(fn).resolve(),[]
+    with tempfile.TemporaryDirectory() as tmp:
+        for i in range(2):
+            ok,out = _in_process(_TEST, fn, Path(tmp)/'shown', cwd=fn.parent, timeout=timeout)
+            if not ok: return False,out
+            runs.append(json.loads((Path(tmp)/'shown').read_text()))
+            changed = [c for c in _changed(fn, runs[-1]) if all(same_text(r[c[0]], c[2]) for r in runs)]
+            if not changed: return True,''
+    lines = [f'cell {id} is saved with {was[:300]!r} and shows {now[:300]!r}' for id,was,now in changed]
+    return False,'\n'.join([f'{fn.name} shows something else than what is saved: run `make outputs NAMES={fn.stem}` and look', *lines])
 
 # %% ../../nbs/dev/site.ipynb #51fbdc1d
 def _output_text(o)->str: # Markdown
@@ -805,19 +877,23 @@ def _show_pages():
 @call_parse
 def docs_cli(
     outputs:bool=False, # Run notebooks and keep their outputs
+    slow:bool=False, # The same with cells that need minutes
+    gpu:bool=False, # The same with cells that need a GPU
     generate:bool=False, # Write the modules, README.md and train/ from the notebooks
     check:bool=False, # Fail when a generated file is not up to date
     site:bool=False, # Build the site
     shots:bool=False, # Add pictures of five pages to the built site, and name tall pages; needs Chromium
     test:bool=False, # Do what CI does: everything generated, every notebook, the site, the job's dry run
-    names:str='', # Notebooks for --outputs and --test, such as "00_data 02_train"; all when empty
+    names:str='', # Notebooks to run or test, such as "00_data 02_train"; all when empty
     n_workers:int=2, # Notebooks tested at a time
 ):
     "Keep modules, README, job script and site in step with the notebooks."
-    if not (outputs or generate or check or site or shots or test):
-        sys.exit("phoque_docs: say what to do: --outputs --generate --check --site --shots --test")
+    if not (outputs or slow or gpu or generate or check or site or shots or test):
+        sys.exit("phoque_docs: say what to do: --outputs --slow --gpu --generate --check --site --shots --test")
     try:
         if outputs: run_notebooks(names)
+        if slow: run_notebooks(names, flag='slow')
+        if gpu: run_notebooks(names, flag='cuda')
         if generate: write_generated()
         if check: check_generated()
         if site: print(f"open {shlex.quote(f'{build_site()}/index.html')}")
