@@ -17,13 +17,13 @@ from fastcore.script import call_parse
 from fastcore.xtras import modified_env
 
 # %% auto #0
-__all__ = ['SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL', 'UNFETCHED', 'FETCHING',
-           'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text', 'same_text', 'run_notebook',
-           'notebooks', 'run_notebooks', 'test_notebook', 'write_readme', 'export_project', 'write_generated',
-           'check_generated', 'api_entry', 'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium',
-           'serve_site', 'in_browser', 'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help',
-           'shown_commands', 'check_commands', 'module_names', 'check_light', 'check_words', 'error_messages',
-           'check_job', 'run_tests', 'docs_cli']
+__all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL', 'UNFETCHED',
+           'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text', 'same_text',
+           'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'write_readme', 'export_project',
+           'write_generated', 'check_generated', 'api_entry', 'close_chapters', 'rank_search', 'check_site',
+           'build_site', 'find_chromium', 'serve_site', 'in_browser', 'page_sizes', 'search_site', 'screenshots',
+           'page_texts', 'command_help', 'shown_commands', 'check_commands', 'module_names', 'check_light',
+           'check_words', 'error_messages', 'check_job', 'run_tests', 'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -66,6 +66,7 @@ def _execute(
     return old,nb
 
 # %% ../../nbs/dev/site.ipynb #998b9854
+RUN_ON = '*Run on ' # how the line begins that says where a flagged cell was run
 _NUMBER = re.compile(r'-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?')
 
 def shown_text(
@@ -78,7 +79,7 @@ def shown_text(
         if o.output_type=='stream': said.append(''.join(o.text) if o.name=='stdout' else '')
         elif not any(k.startswith('image/') for k in data):
             said.append(''.join(data.get('text/markdown') or data.get('text/html') or data.get('text/plain') or ''))
-    return '\n'.join(said).strip()
+    return '\n'.join(t for t in said if not t.startswith(RUN_ON)).strip()
 
 def same_text(
     a:str, # What one run showed
@@ -96,7 +97,7 @@ def _stamp()->str: # Where and with what a flagged cell was run, in Markdown
     import torch
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores'
     used = ', '.join(f'{p} {version(p)}' for p in ('torch', 'transformers', 'trl', 'peft', 'bitsandbytes'))
-    return f"*Run on {time.strftime('%d %B %Y')}: {machine}, Python {platform.python_version()}, {used}*"
+    return f"{RUN_ON}{time.strftime('%d %B %Y')}: {machine}, Python {platform.python_version()}, {used}*"
 
 def run_notebook(
     fn:str|Path, # The notebook, changed in place
