@@ -13,7 +13,8 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'safe_path',
            'read_json', 'check_data_files', 'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets',
-           'refuse_addresses', 'begin_command', 'check_range', 'command', 'option_parser', 'shell_command']
+           'refuse_addresses', 'begin_command', 'check_range', 'command', 'check_extra', 'option_parser',
+           'shell_command']
 
 # %% ../../nbs/core/basics.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -253,6 +254,19 @@ def _plain_help(
     if action.default is None or action.default is False or action.default=='': return text
     return f'{text} (default {action.default})'
 
+def check_extra(
+    extra:str, # Such as `test`
+):
+    "Refuse where what an extra of phoque brings isn't installed."
+    from importlib.metadata import PackageNotFoundError, requires, version
+    from packaging.requirements import Requirement
+    def missing(r):
+        try: version(r.name)
+        except PackageNotFoundError: return True
+    wanted = [r for r in map(Requirement, requires('phoque')) if r.marker and r.marker.evaluate({'extra':extra}) and not r.marker.evaluate({'extra':''})]
+    lacks = [r.name for r in wanted if missing(r)]
+    if lacks: raise UserError(f"the extra `{extra}`", f"{', '.join(lacks)}: not installed", f"pip install 'phoque[{extra}]'")
+
 def option_parser(
     func, # Function with docments
     examples:tuple=(), # Command lines to show below the options
@@ -282,6 +296,7 @@ def shell_command(
     *examples, # Two command lines for its help
     errors:tuple=(UserError,), # Exceptions that are said in one line
     private:bool=True, # Files that it writes are for their owner only
+    extra:str='', # Extra of phoque that it needs
 ):
     "Make a function with docments a command; called with arguments, it stays a function."
     def parsed(func):
@@ -294,6 +309,8 @@ def shell_command(
             shell = inspect.currentframe().f_back.f_globals
             typed = not (args or kwargs) and shell.get('__name__')=='__main__' and '__file__' in shell
             with command(name, sys.argv[1:] if typed else (), errors, private):
-                return func(**parsed(func)) if typed else func(*args, **kwargs)
+                if typed: kwargs = parsed(func)
+                if extra: check_extra(extra)
+                return func(*args, **kwargs)
         return run
     return decorate

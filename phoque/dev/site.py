@@ -900,4 +900,5 @@ def docs_cli(
         if site: print(f"open {shlex.quote(f'{build_site()}/index.html')}")
         if shots: _show_pages()
         if test and run_tests(names, n_workers): sys.exit(1)
+    except ModuleNotFoundError as e: sys.exit(f"phoque_docs: {e.name} is not installed: pip install 'phoque[docs]'")
     except ValueError as e: sys.exit(f'phoque_docs: {e}')
