@@ -10,10 +10,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install rehearse test docs outputs generate lab hooks clean
+.PHONY: help install rehearse test docs outputs slow gpu gpu-pack generate lab hooks clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP) ## Make .venv with phoque, its tools and the rehearsal's small model
 
@@ -38,6 +38,15 @@ docs: install ## Build the site into _docs
 
 outputs: install ## Run the notebooks (NAMES="00_data 02_train", default all) and keep their outputs
 	@$(BIN)/phoque_docs --outputs --names "$(NAMES)"
+
+slow: install ## Run the cells that need minutes too (NAMES="05_merge"), and keep their outputs
+	@$(BIN)/phoque_docs --slow --names "$(NAMES)"
+
+gpu: install ## The same for the cells that need a GPU, on a machine with one
+	@$(BIN)/phoque_docs --gpu --names "$(NAMES)"
+
+gpu-pack: install ## Packages for a GPU machine without a network: build/gpu-site.tgz
+	@$(BIN)/phoque_docs --pack build/gpu-site.tgz
 
 generate: install ## Export the notebooks; write README.md and train/
 	@$(BIN)/phoque_docs --generate

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/dev/site.ipynb #98346b26
 from __future__ import annotations
-import hashlib, json, math, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
+import hashlib, json, math, os, re, shlex, shutil, signal, subprocess, sys, tarfile, tempfile, threading, time, traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ __all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROW
            'write_generated', 'check_generated', 'api_entry', 'close_chapters', 'rank_search', 'check_site',
            'build_site', 'find_chromium', 'serve_site', 'in_browser', 'page_sizes', 'search_site', 'screenshots',
            'page_texts', 'command_help', 'shown_commands', 'check_commands', 'module_names', 'check_light',
-           'check_words', 'error_messages', 'check_job', 'run_tests', 'docs_cli']
+           'check_words', 'error_messages', 'check_job', 'run_tests', 'packed_versions', 'pack_packages', 'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -866,6 +866,47 @@ def run_tests(
     print(f'{len(results)-failed} passed, {failed} failed')
     return failed
 
+# %% ../../nbs/dev/site.ipynb #70295a65
+def _requires(name, seen): # `name` and what it requires, by name, as installed here
+    from importlib.metadata import PackageNotFoundError, requires
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    if (name := canonicalize_name(name)) in seen: return seen
+    try: needed = requires(name) or []
+    except PackageNotFoundError: return seen
+    seen.add(name)
+    for r in map(Requirement, needed):
+        if not r.marker or r.marker.evaluate({'extra':''}): _requires(r.name, seen)
+    return seen
+
+def packed_versions(
+    package:str, # Such as `phoque`
+)->list[str]: # Such as `trl==1.16.0`
+    "What a package runs with, besides PyTorch and what that brings."
+    from importlib.metadata import requires, version
+    from packaging.requirements import Requirement
+    ours = _requires(package, set())
+    for r in map(Requirement, requires(package) or []): # with what its extra `docs` brings
+        if r.marker and r.marker.evaluate({'extra':'docs'}): _requires(r.name, ours)
+    return sorted(f'{n}=={version(n)}' for n in ours-_requires('torch', set())-{package})
+
+def pack_packages(
+    out:str|Path, # Archive to write, `.tgz`
+    python:str='3.12', # Of the machine that it is for
+    package:str='phoque', # Whose packages
+):
+    "Archive the wheels that a machine with PyTorch lacks."
+    out = Path(out).resolve()
+    with tempfile.TemporaryDirectory() as tmp:
+        platforms = [f'--platform=manylinux_2_{n}_x86_64' for n in (28, 27, 24, 17, 12, 5)]+['--platform=manylinux2014_x86_64', '--platform=any']
+        command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', f'--python-version={python}', *platforms, f'--dest={tmp}/wheels']
+        p = subprocess.run([*command, *packed_versions(package)], capture_output=True, text=True)
+        if p.returncode: raise ValueError(f"packages for Python {python} could not be had:\n{p.stderr}")
+        for w in Path(tmp, 'wheels').iterdir(): shutil.unpack_archive(w, f'{tmp}/site', 'zip')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(out, 'w:gz') as f: f.add(f'{tmp}/site', '.')
+    print(f'{out}: {out.stat().st_size/2**20:.0f} MiB; on the other machine: mkdir site; tar -C site -xzf {out.name}; export PYTHONPATH=$PWD/site:$PWD')
+
 # %% ../../nbs/dev/site.ipynb #67ffc871
 def _show_pages():
     "Take the pictures, and name the pages that are tall."
@@ -880,6 +921,8 @@ def docs_cli(
     outputs:bool=False, # Run notebooks and keep their outputs
     slow:bool=False, # The same with cells that need minutes
     gpu:bool=False, # The same with cells that need a GPU
+    pack:str='', # Archive the packages for a GPU machine without a network, in this file
+    python:str='3.12', # Its Python
     generate:bool=False, # Write the modules, README.md and train/ from the notebooks
     check:bool=False, # Fail when a generated file is not up to date
     site:bool=False, # Build the site
@@ -889,12 +932,13 @@ def docs_cli(
     n_workers:int=2, # Notebooks tested at a time
 ):
     "Keep modules, README, job script and site in step with the notebooks."
-    if not (outputs or slow or gpu or generate or check or site or shots or test):
-        sys.exit("phoque_docs: say what to do: --outputs --slow --gpu --generate --check --site --shots --test")
+    if not (outputs or slow or gpu or pack or generate or check or site or shots or test):
+        sys.exit("phoque_docs: say what to do: --outputs --slow --gpu --pack --generate --check --site --shots --test")
     try:
         if outputs: run_notebooks(names)
         if slow: run_notebooks(names, flag='slow')
         if gpu: run_notebooks(names, flag='cuda')
+        if pack: pack_packages(pack, python)
         if generate: write_generated()
         if check: check_generated()
         if site: print(f"open {shlex.quote(f'{build_site()}/index.html')}")
@@ -902,3 +946,7 @@ def docs_cli(
         if test and run_tests(names, n_workers): sys.exit(1)
     except ModuleNotFoundError as e: sys.exit(f"phoque_docs: {e.name} is not installed: pip install 'phoque[docs]'")
     except ValueError as e: sys.exit(f'phoque_docs: {e}')
+
+# %% ../../nbs/dev/site.ipynb #d8d6c776
+#| eval: false
+if __name__=='__main__': docs_cli()
