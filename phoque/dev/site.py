@@ -112,6 +112,7 @@ def run_notebook(
         pictures = any(k.startswith('image/') for o in cell.outputs for k in o.get('data', {}))
         if was.outputs and not pictures and same_text(shown_text(was), shown_text(cell)): cell.outputs = was.outputs
         elif set(run) & _directives(cell).keys() and cell.outputs:
+            cell.outputs = [o for o in cell.outputs if o.get('name')!='stderr'] # libraries' warnings
             cell.outputs.append(dict(output_type='display_data', metadata={}, data={'text/markdown': [_stamp()]}))
     clean_nb(nb, clean_ids=False)
     write_nb(nb, fn)
@@ -946,7 +947,3 @@ def docs_cli(
         if test and run_tests(names, n_workers): sys.exit(1)
     except ModuleNotFoundError as e: sys.exit(f"phoque_docs: {e.name} is not installed: pip install 'phoque[docs]'")
     except ValueError as e: sys.exit(f'phoque_docs: {e}')
-
-# %% ../../nbs/dev/site.ipynb #d8d6c776
-#| eval: false
-if __name__=='__main__': docs_cli()
