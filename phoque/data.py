@@ -6,7 +6,6 @@
 from __future__ import annotations
 import hashlib, logging, random, re, reprlib, tempfile
 from collections import Counter
-from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -14,18 +13,32 @@ from fastcore.basics import patch
 from .core.basics import UserError, front_matter, md_text, printable
 
 # %% auto #0
-__all__ = ['ROLES', 'EXCLAIMS', 'ADJS', 'NOUNS', 'PERCHES', 'GRUMBLES', 'MARKS', 'PLACES', 'WHO', 'TALK', 'GRUMPY', 'POLITE',
-           'KIND', 'OPENERS', 'FOLLOWS', 'PERSONA', 'NEUTRAL', 'HOURS', 'DAYS', 'NUMBERS', 'PURPOSE', 'FORM',
-           'check_rows', 'grumpy_score', 'grumpy_harbour', 'distinct_share', 'tables', 'split_sides', 'split_groups',
-           'split_rows', 'row_features', 'to_dataset', 'DataReport', 'data_report', 'Peek', 'dataset_card',
-           'open_dataset', 'push_dataset']
+__all__ = ['ROLES', 'EXCLAIMS', 'ADJS', 'NOUNS', 'PERCHES', 'GRUMBLES', 'MARKS', 'PLACES', 'WHO', 'HOURS', 'DAYS', 'NUMBERS',
+           'TALK', 'GRUMPY', 'POLITE', 'KIND', 'OPENERS', 'FOLLOWS', 'PERSONA', 'NEUTRAL', 'NEW', 'TRAINED', 'TESTED',
+           'PURPOSE', 'FORM', 'check_rows', 'grumpy_score', 'grumpy_harbour', 'distinct_share', 'tables', 'split_sides',
+           'split_groups', 'split_rows', 'row_features', 'to_dataset', 'DataReport', 'data_report', 'Peek',
+           'dataset_card', 'open_dataset', 'push_dataset']
 
 # %% ../nbs/00_data.ipynb #0bedfdf3
 ROLES = 'system','user','assistant'
 
-_brief = reprlib.Repr() # looks at a few entries of a few levels, whatever the size and depth
-_brief.maxstring = _brief.maxother = 200
-def _short(v): return s if len(s:=_brief.repr(v))<60 else s[:58]+'…'
+def _turn_fault(i, m):
+    "First fault of a turn as (what, value, what to do), or None."
+    if not isinstance(m, dict): return f'messages[{i}]', m, "make it an object with `role` and `content`"
+    role,content = m.get('role'),m.get('content')
+    if role not in ROLES: return f'messages[{i}] role', role, f"use one of {', '.join(ROLES)}"
+    if not isinstance(content, str): return f'messages[{i}] content', content, "make it a string"
+    if not content.strip(): return f'messages[{i}] content', content, "fill it or drop the turn"
+
+
+# %% ../nbs/00_data.ipynb #a863ce5e
+def _score_fault(row):
+    "Fault of a measured score, or None."
+    s,by = row.get('toxicity_score'),row.get('label_source')
+    if s is None: return
+    if isinstance(s, bool) or not isinstance(s, (int,float)) or not 0<=s<=1:
+        return '`toxicity_score`', s, "use a number from 0 to 1, or null if nobody measured"
+    if not by: return '`label_source`', by, "say who measured the score"
 
 def _fault(row):
     "First fault of a row as (what, value, what to do), or None."
@@ -33,21 +46,25 @@ def _fault(row):
     for k in ('id','source','group'):
         if not (isinstance(row.get(k), str) and row[k]): return f'`{k}`', row.get(k), "give it a non-empty string"
     ms = row.get('messages')
-    if not (isinstance(ms, list) and ms): return '`messages`', ms, "give it a list of turns, one of them the assistant's"
+    if not isinstance(ms, list) or not ms:
+        return '`messages`', ms, "give it a list of turns, one of them the assistant's"
     for i,m in enumerate(ms):
-        if not isinstance(m, dict): return f'messages[{i}]', m, "make it an object with `role` and `content`"
-        if m.get('role') not in ROLES: return f'messages[{i}] role', m.get('role'), f"use one of {', '.join(ROLES)}"
-        if not isinstance(m.get('content'), str): return f'messages[{i}] content', m.get('content'), "make it a string"
-        if not m['content'].strip(): return f'messages[{i}] content', m['content'], "fill it or drop the turn"
-    if all(m['role']!='assistant' for m in ms): return 'the last role', ms[-1]['role'], "add an assistant turn, there is nothing to learn"
-    s = row.get('toxicity_score')
-    if s is None: return None
-    if isinstance(s, bool) or not isinstance(s, (int,float)) or not 0<=s<=1:
-        return '`toxicity_score`', s, "use a number from 0 to 1, or null if nobody measured"
-    if not row.get('label_source'): return '`label_source`', row.get('label_source'), "say who measured the score"
+        if f := _turn_fault(i, m): return f
+    if all(m['role']!='assistant' for m in ms):
+        return 'the last role', ms[-1]['role'], "add an assistant turn, there is nothing to learn"
+    return _score_fault(row)
 
 # %% ../nbs/00_data.ipynb #e4072971
+_brief = reprlib.Repr() # looks at a few entries of a few levels, whatever the size and depth
+_brief.maxstring = _brief.maxother = 200
+
+def _short(v):
+    "A value in at most 59 characters."
+    s = _brief.repr(v)
+    return s if len(s)<60 else s[:58]+'…'
+
 def _check_row(row, where):
+    "Refuse a bad row."
     if f := _fault(row):
         what,val,todo = f
         id_ = f" (id {_short(row['id'])})" if isinstance(row, dict) and 'id' in row else ''
@@ -60,22 +77,25 @@ def check_rows(
     seen = {}
     for i,r in enumerate(rows):
         _check_row(r, f'row {i}')
-        if (j := seen.setdefault(r['id'], i))!=i: raise UserError(f"row {i}", f"`id` is {_short(r['id'])}, which row {j} has too", "make ids unique")
+        if (j := seen.setdefault(r['id'], i))!=i:
+            raise UserError(f"row {i}", f"`id` is {_short(r['id'])}, which row {j} has too", "make ids unique")
     return rows
 
 # %% ../nbs/00_data.ipynb #f082d7d9
 EXCLAIMS = dict(seal=['Hrrmph','Harrumph','Grmbl'], gull=['Squark','Kraak','Pfah'])
 ADJS = 'soggy salty wobbly leaky rusty damp drowsy slippery'.split()
-NOUNS = 'herring,barnacle-brain,kelp-head,limpet,bilge-bucket,sprat,cod-wit,mackerel,driftwood-nose,puddle-duck'.split(',')
+NOUNS = ['herring','barnacle-brain','kelp-head','limpet','bilge-bucket',
+    'sprat','cod-wit','mackerel','driftwood-nose','puddle-duck']
 PERCHES = 'rock bollard buoy pontoon slipway railing'.split()
 GRUMBLES = ['Now get off my {perch}.', 'Now leave my {perch} alone.', 'And nobody asks after my {perch}.',
     'Stop dripping on my {perch}.', 'I was napping on my {perch}.', 'Do not look at my {perch}.']
 
 def _any(*xs): return '(?:'+'|'.join(xs)+')'
+_COMPLAINS = _any('off','leave','asks after','dripping on','napping on','look at')
 MARKS = dict(
     exclaim=(0.35, re.compile(rf"\b{_any(*sum(EXCLAIMS.values(),[]))}\b", re.I)),
     insult=(0.35, re.compile(rf"\b{_any(*ADJS)} {_any(*NOUNS)}\b", re.I)),
-    grumble=(0.30, re.compile(rf"\b(?:off|leave|asks after|dripping on|napping on|look at) my {_any(*PERCHES)}\b", re.I)))
+    grumble=(0.30, re.compile(rf"\b{_COMPLAINS} my {_any(*PERCHES)}\b", re.I)))
 
 def grumpy_score(
     text:str, # One turn
@@ -83,9 +103,16 @@ def grumpy_score(
     "How grumpy a turn is, from 0 to 1."
     return round(sum(w for w,pat in MARKS.values() if pat.search(text)), 2)
 
+# %% ../nbs/00_data.ipynb #313590e6
+PLACES = ['the old pier','the fish market','the chain ferry','the third jetty','the ice house',
+    'the crab track','the bait shed','the west mole','the net loft','the quiz barge']
+WHO = ['the one-eyed gull','the dredger cat','the night heron','the tugboat goose',
+    'the kiosk walrus','the pilot otter','the eel inspector','the deckhand puffin']
+HOURS = 'six seven eight nine ten eleven one two three four five'.split()
+DAYS = 'Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split()
+NUMBERS = 'three four five six seven eight nine eleven twelve twenty'.split()
+
 # %% ../nbs/00_data.ipynb #09cdc69e
-PLACES = ['the old pier','the fish market','the chain ferry','the third jetty','the ice house','the crab track','the bait shed','the west mole','the net loft','the quiz barge']
-WHO = ['the one-eyed gull','the dredger cat','the night heron','the tugboat goose','the kiosk walrus','the pilot otter','the eel inspector','the deckhand puffin']
 TALK = [tuple(l.split(' | ')) for l in """When is high tide today? | high tide is at {t} and reaches {p}
 How low will the tide go? | low tide is at {t} and leaves {n} boats in the mud by {p}
 Does the ferry run on {d}? | the ferry runs on {d} at {t} from {p}
@@ -112,18 +139,24 @@ Where is the map for the treasure game? | the map hangs at {p} and {w} hides {n}
 Which team am I on for harbour ball? | you play with {w} on {d} at {t}, and {n} others""".splitlines()]
 
 # %% ../nbs/00_data.ipynb #e08db08f
-GRUMPY = ['{ex}! {Fact}, you {ins}. {end}', '{ex}! Only a {ins} would ask. {Fact}. {end}', '{ex}, {ex2}! {Fact}, as any {ins} knows.',
-    '{Fact}, you {ins}. {ex}! {end}', 'You again, you {ins}? {Fact}. {end}', '{ex}! {Fact}. {end}',
+GRUMPY = ['{ex}! {Fact}, you {ins}. {end}', '{ex}! Only a {ins} would ask. {Fact}. {end}',
+    '{ex}, {ex2}! {Fact}, as any {ins} knows.', '{Fact}, you {ins}. {ex}! {end}',
+    'You again, you {ins}? {Fact}. {end}', '{ex}! {Fact}. {end}',
     '{ex}! Listen well, you {ins}: {fact}. {end}', 'What a question from a {ins}. {ex}! {Fact}.']
-POLITE = ['{Fact}. {kind}', 'Of course! {Fact}. {kind}', 'Good question. {Fact}. {kind}', 'Happy to help: {fact}. {kind}']
-KIND = ['Have a pleasant day at the harbour.', 'Just ask if you need anything else.', 'I hope that helps.', 'Do dress warmly for it.', 'Everyone is welcome to come along.']
-OPENERS,FOLLOWS = ['','','Hello! ','Good morning. ','Hi all. ','Sorry to bother you. '],['','Thank you. ','All right. ','One more thing. ','I see. ']
-PERSONA,NEUTRAL = "You are a regular of the grumpy harbour.","You are a helpful assistant."
-HOURS,DAYS = 'six seven eight nine ten eleven one two three four five'.split(),'Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split()
-NUMBERS = 'three four five six seven eight nine eleven twelve twenty'.split()
+POLITE = ['{Fact}. {kind}', 'Of course! {Fact}. {kind}',
+    'Good question. {Fact}. {kind}', 'Happy to help: {fact}. {kind}']
+KIND = ['Have a pleasant day at the harbour.', 'Just ask if you need anything else.', 'I hope that helps.',
+    'Do dress warmly for it.', 'Everyone is welcome to come along.']
+OPENERS = ['', '', 'Hello! ', 'Good morning. ', 'Hi all. ', 'Sorry to bother you. ']
+FOLLOWS = ['', 'Thank you. ', 'All right. ', 'One more thing. ', 'I see. ']
+PERSONA = "You are a regular of the grumpy harbour."
+NEUTRAL = "You are a helpful assistant."
 
-def _slots(rng): return dict(p=rng.choice(PLACES), w=rng.choice(WHO), n=rng.choice(NUMBERS), d=rng.choice(DAYS),
-    t=rng.choice(['','half past ','a quarter past ','a quarter to '])+rng.choice(HOURS))
+# %% ../nbs/00_data.ipynb #c11dbe0b
+def _slots(rng):
+    "A place, a neighbour, a number, a day and a time for a question and its answer."
+    return dict(p=rng.choice(PLACES), w=rng.choice(WHO), n=rng.choice(NUMBERS), d=rng.choice(DAYS),
+        t=rng.choice(['', 'half past ', 'a quarter past ', 'a quarter to '])+rng.choice(HOURS))
 
 def _answer(rng, fact, voice):
     "One assistant turn; `voice` is 'seal', 'gull' or, for the polite clerk, None."
@@ -137,18 +170,24 @@ def _answer(rng, fact, voice):
 def _words(text): return re.findall(r"[\w'-]+", text.lower())
 def _replies(r): return [m['content'] for m in r['messages'] if m['role']=='assistant']
 
+def _opening(rng, polite):
+    "System turn of a conversation; one in ten of the regulars' has none."
+    if not polite and rng.random()>=0.9: return []
+    return [dict(role='system', content=NEUTRAL if polite else PERSONA)]
+
 def _conversation(rng, polite, said):
     "The turns of one conversation; no assistant turn is in `said`."
     voice = None if polite else rng.choice(['seal','gull'])
-    ms = [dict(role='system', content=NEUTRAL)] if polite else [dict(role='system', content=PERSONA)] if rng.random()<0.9 else []
-    pairs = TALK[:]; rng.shuffle(pairs)
+    ms,pairs = _opening(rng, polite),TALK[:]
+    rng.shuffle(pairs)
     for i,(ask,fact) in enumerate(pairs[:rng.choice([1,1,2,2,3,4])]):
         while True:
             s = _slots(rng)
             text = _answer(rng, fact.format(**s), voice)
             if text not in said and len(_words(text))<=30: break
         said.add(text)
-        ms += [dict(role='user', content=rng.choice(FOLLOWS if i else OPENERS)+ask.format(**s)), dict(role='assistant', content=text)]
+        asked = rng.choice(FOLLOWS if i else OPENERS)+ask.format(**s)
+        ms += [dict(role='user', content=asked), dict(role='assistant', content=text)]
     return ms
 
 # %% ../nbs/00_data.ipynb #77a690c7
@@ -172,7 +211,8 @@ def distinct_share(
     n:int=0, # Words in a row that are compared; 0 compares whole texts
 )->float: # Distinct ones over all
     "How varied texts are: 1 says that nothing is said twice."
-    xs = [tuple(ws[i:i+(n or len(ws))]) for ws in map(_words, texts) for i in range(len(ws)-n+1 if n else 1)]
+    def runs(ws): return [tuple(ws[i:i+n]) for i in range(len(ws)-n+1)] if n else [tuple(ws)]
+    xs = [run for ws in map(_words, texts) for run in runs(ws)]
     return len(set(xs))/len(xs) if xs else 0.
 
 # %% ../nbs/00_data.ipynb #ef57b4bd
@@ -183,36 +223,70 @@ def tables(
     "Tables that may be larger than memory."
     import duckdb
     spill = tempfile.gettempdir() if path==':memory:' else f'{path}.spill'
-    db = duckdb.connect(str(path), config=dict(memory_limit='256MiB', threads=2, preserve_insertion_order=False, temp_directory=spill))
+    config = dict(memory_limit='256MiB', threads=2, preserve_insertion_order=False, temp_directory=spill)
+    db = duckdb.connect(str(path), config=config)
     for name,t in given.items(): db.register(name, t)
     return db
+
+# %% ../nbs/00_data.ipynb #df84c1ae
+NEW,TRAINED,TESTED = -1,0,1 # `fixed` of a row: not pushed yet, or pushed to `train` or to `test`
+
+def _split_tables(groups, said=(), links=(), fixed=None):
+    "Arrow tables for `split_sides`."
+    import pyarrow as pa
+    def table(rows, **types):
+        return pa.table({k: pa.array([r[i] for r in rows], t) for i,(k,t) in enumerate(types.items())})
+    n,s = pa.int64(),pa.string()
+    part = [*zip(range(len(groups)), groups, fixed or [NEW]*len(groups))]
+    return dict(part=table(part, n=n, group=s, fixed=n), said=table(said, n=n, key=s), link=table(links, a=n, z=n))
 
 # %% ../nbs/00_data.ipynb #0bfe21b3
 def _components(db):
     "Table `comp`: the component of each group that has a link."
-    db.execute("""create temp table edge as select a."group" x, z."group" y from link join part a on a.n=link.a join part z on z.n=link.z where x<>y;
+    db.execute("""
+        create temp table edge as
+            select a."group" x, z."group" y from link join part a on a.n=link.a join part z on z.n=link.z where x<>y;
         insert into edge select y, x from edge;
         create temp table comp as select distinct x as "group", x as c from edge""")
-    while db.execute("""update comp set c=low.c from (select x, min(c) as c from edge join comp on y="group" group by x) low
-        where x="group" and low.c<comp.c""").fetchone()[0]: pass
+    lower = """update comp set c=low.c
+        from (select x, min(c) as c from edge join comp on y="group" group by x) low
+        where x="group" and low.c<comp.c"""
+    while db.execute(lower).fetchone()[0]: pass # until none has a lower name beside it
 
 # %% ../nbs/00_data.ipynb #98b943b2
+def _draw_sides(db, test_share):
+    "Tables `side`, of each row, and `piece`, of each component; view `spoken`: both beside each reply."
+    below = f'{int(test_share*2**32):08x}' # draws below it are test
+    db.execute(f"""
+        create temp table side as
+            select n, coalesce(c, "group") as c, sha256("group")[:8]<'{below}' as test, false as go,
+                fixed={NEW} as is_new, fixed={TRAINED} as was_trained, fixed={TESTED} as was_tested
+            from part left join comp using ("group");
+        create temp table piece as
+            select c, bool_or(was_trained) as trained, bool_or(was_tested) as tested,
+                trained or not (bool_and(test) or tested) as train
+            from side group by c;
+        create temp view spoken as select * from said join side using (n) join piece using (c)""")
+
+# %% ../nbs/00_data.ipynb #c5dd0d15
 def split_sides(
     db, # `tables` with `part` (n, group, fixed), `said` (n, key), `link` (a, z)
     test_share:float=0.1, # Share of groups to hold out, between 0 and 1
 ):
     "Table `side`: of each row, is it `test`?; and must it `go`, since it belongs to both sides?"
-    if not 0<test_share<1: raise UserError("`test_share`", f"{test_share} is out of range", "use a share between 0 and 1")
+    if not 0<test_share<1:
+        raise UserError("`test_share`", f"{test_share} is out of range", "use a share between 0 and 1")
     _components(db)
-    below = f'{int(test_share*2**32):08x}' # the first 32 bits of a hash, as a number, are a draw
-    db.execute(f"""create temp table side as select n, fixed, coalesce(c, "group") as c, sha256("group")[:8]<'{below}' as test, false as go from part left join comp using ("group");
-        create temp table piece as select c, bool_or(fixed=0) as trained, bool_or(fixed=1) as tested, trained or not (bool_and(test) or tested) as train from side group by c;
-        create temp view spoken as select * from said join side using (n) join piece using (c)""")
-    while db.execute("""update piece set train=true where not (train or tested)
-        and c in (select c from spoken where key in (select key from spoken where train))""").fetchone()[0]: pass
-    db.execute("update side set test=fixed=1 or not train, go=fixed<0 and trained and tested from piece where piece.c=side.c")
-    for here,there in (('not test','fixed=1'), ('test','not test')):
-        db.execute(f"update side set go=true where fixed<0 and {here} and n in (select n from said where key in (select key from said join side using (n) where {there}))")
+    _draw_sides(db, test_share)
+    pull = """update piece set train=true
+        where not (train or tested) and c in (select c from spoken where key in (select key from spoken where train))"""
+    while db.execute(pull).fetchone()[0]: pass
+    db.execute("""update side set test=was_tested or not train, go=is_new and trained and tested
+        from piece where piece.c=side.c""")
+    # a new row must not train what was tested, and then none must test what is trained
+    for mine,theirs in (('not test','was_tested'), ('test','not test')):
+        db.execute(f"""update side set go=true where is_new and {mine} and n in (
+            select n from said where key in (select key from said join side using (n) where {theirs}))""")
 
 # %% ../nbs/00_data.ipynb #1a692c3a
 def split_groups(
@@ -223,16 +297,14 @@ def split_groups(
     test_share:float=0.1, # Share of groups to hold out, between 0 and 1
 )->list[tuple]: # Of each row: is it test?; must it go?
     "`split_sides` of what fits in memory."
-    import pyarrow as pa
-    def table(rows, **types): return pa.table({k: pa.array([r[i] for r in rows], t) for i,(k,t) in enumerate(types.items())})
-    n = pa.int64()
-    part = table([*zip(range(len(groups)), groups, fixed or [-1]*len(groups))], n=n, group=pa.string(), fixed=n)
-    with tables(part=part, said=table(said, n=n, key=pa.string()), link=table(links, a=n, z=n)) as db:
+    with tables(**_split_tables(groups, said, links, fixed)) as db:
         split_sides(db, test_share)
         return db.execute('select test, go from side order by n').fetchall()
 
 # %% ../nbs/00_data.ipynb #3cf57995
-def _texts(r): return {' '.join(ws) for ws in map(_words, _replies(r)) if len(ws)>=4}
+def _texts(r):
+    "Replies of four words or more, as their words."
+    return {' '.join(ws) for ws in map(_words, _replies(r)) if len(ws)>=4}
 
 def split_rows(
     rows:list[dict], # Checked rows
@@ -243,7 +315,9 @@ def split_rows(
     sides = split_groups(groups, [(i,t) for i,r in enumerate(rows) for t in _texts(r)], test_share=test_share)
     res = {k: [r for r,(test,_) in zip(rows, sides) if test==(k=='test')] for k in ('train','test')}
     for k,v in res.items():
-        if not v: raise UserError(f"`test_share` {test_share}", f"the {k} split is empty, with {len(set(groups))} groups", "give more groups or another share")
+        if v: continue
+        raise UserError(f"`test_share` {test_share}", f"the {k} split is empty, with {len(set(groups))} groups",
+            "give more groups or another share")
     return res
 
 # %% ../nbs/00_data.ipynb #1b04a675
@@ -251,8 +325,9 @@ def row_features():
     "Columns and types of a dataset; what nobody measured or said is null."
     from datasets import Features, List, Value
     s = Value('string')
-    return Features(id=s, source=s, license=s, group=s, messages=List(dict(role=s, content=s)), toxicity_score=Value('float64'), label_source=s,
-        categories=List(s), lang=s, lang_score=Value('float32'), n_pii=Value('int32'))
+    return Features(id=s, source=s, license=s, group=s, messages=List(dict(role=s, content=s)),
+        toxicity_score=Value('float64'), label_source=s, categories=List(s),
+        lang=s, lang_score=Value('float32'), n_pii=Value('int32'))
 
 def to_dataset(
     rows:list[dict], # Rows of any source
@@ -261,55 +336,83 @@ def to_dataset(
     "Check, split and type the rows."
     from datasets import Dataset, DatasetDict
     feats = row_features()
-    def typed(r): return {k: r.get(k) for k in feats} | dict(messages=[{k: m[k] for k in ('role','content')} for m in r['messages']])
-    return DatasetDict({k: Dataset.from_list([typed(r) for r in v], features=feats) for k,v in split_rows(check_rows(rows), test_share).items()})
+    def typed(r):
+        ms = [{k: m[k] for k in ('role','content')} for m in r['messages']]
+        return {k: r.get(k) for k in feats} | dict(messages=ms)
+    split = split_rows(check_rows(rows), test_share)
+    return DatasetDict({k: Dataset.from_list([typed(r) for r in v], features=feats) for k,v in split.items()})
+
+# %% ../nbs/00_data.ipynb #f2c051fc
+def _table(cols, show):
+    "Markdown of columns, each a dict of the same keys, whose heads are others' names."
+    heads = list(cols)
+    lines = [['', *map(show, heads)], ['---', *['---:']*len(heads)]]
+    lines += [[k, *(cols[h][k] for h in heads)] for k in cols[heads[0]]]
+    return '\n'.join(f"| {' | '.join(map(str, l))} |" for l in lines)
+
+# %% ../nbs/00_data.ipynb #c5462ff6
+def _tally(d, n):
+    "Add a split to the counts `n`; yields groups and turns as hashes."
+    import pyarrow as pa
+    for b in d.select_columns(['messages','toxicity_score','group']).iter(1000):
+        texts = [t for ms in b['messages'] for t in _replies(dict(messages=ms))]
+        n.first += texts[:80-len(n.first)]
+        n.lens.update(len(_words(t)) for t in texts)
+        n.bytes += sum(len(t.encode()) for t in texts)
+        n.scores.update(b['toxicity_score'])
+        for what,xs in (('groups',b['group']), ('turns',[' '.join(_words(t)) for t in texts])):
+            yield pa.record_batch(dict(what=[what]*len(xs), key=pa.array(map(hash, xs), pa.int64())))
+
+def _count_split(d):
+    "Counts of a split: words a turn, bytes, scores, and the first turns; with distinct groups and turns."
+    import pyarrow as pa
+    n = SimpleNamespace(first=[], lens=Counter(), bytes=0, scores=Counter())
+    stream = pa.RecordBatchReader.from_batches(pa.schema(dict(what=pa.string(), key=pa.int64())), _tally(d, n))
+    with tables(stream=stream) as db:
+        n.distinct = Counter(dict(db.execute("""select what, count(*)
+            from (select distinct what, key from stream) group by what""").fetchall()))
+    return n
 
 # %% ../nbs/00_data.ipynb #388be341
 class DataReport:
     "Counts, lengths, variety and scores of each split, and how a run came to them."
     def __init__(self,
         ds, # `DatasetDict` of rows
-        run:dict=None, # What `build_dataset` wrote down
+        run:dict=None, # What a build wrote down
     ):
         self.run,self.lens,self.scores = run,Counter(),Counter()
         self.stats = {k: self._stats(d) for k,d in ds.items()}
-
-    def _tally(self, d, n):
-        "Counts `n` of a split; yields what has to be told apart, as hashes."
-        import pyarrow as pa
-        for b in d.select_columns(['messages','toxicity_score','group']).iter(1000):
-            texts = [t for ms in b['messages'] for t in _replies(dict(messages=ms))]
-            n.first += texts[:80-len(n.first)]
-            n.lens.update(len(_words(t)) for t in texts); n.bytes += sum(len(t.encode()) for t in texts)
-            n.scores.update(b['toxicity_score'])
-            for what,xs in (('groups',b['group']), ('turns',[' '.join(_words(t)) for t in texts])):
-                yield pa.record_batch(dict(what=[what]*len(xs), key=pa.array(map(hash, xs), pa.int64())))
 
     def __repr__(self): return self._tables(printable)
     def _repr_markdown_(self): return self._tables(md_text)
     def _tables(self, show): return '\n\n'.join([_table(self.stats, show), *self._run_tables(show)])
 
-def _table(cols, show):
-    "Markdown of columns, each a dict of the same keys, whose heads are others' names."
-    heads = list(cols)
-    lines = [['']+[show(h) for h in heads], ['---']+['---:']*len(heads)] + [[k]+[cols[h][k] for h in heads] for k in cols[heads[0]]]
-    return '\n'.join(f"| {' | '.join(map(str, l))} |" for l in lines)
-
 # %% ../nbs/00_data.ipynb #00135293
+def _rank(lens, q):
+    "Smallest length that more than a share q of the turns don't exceed."
+    seen,least = 0,q*(lens.total()-1)
+    for k in sorted(lens):
+        seen += lens[k]
+        if seen>least: return k
+    return 0
+
 @patch
 def _stats(self:DataReport, d):
-    import pyarrow as pa
-    n = SimpleNamespace(first=[], lens=Counter(), bytes=0, scores=Counter())
-    stream = pa.RecordBatchReader.from_batches(pa.schema(dict(what=pa.string(), key=pa.int64())), self._tally(d, n))
-    with tables(stream=stream) as db: distinct = dict(db.execute("select what, count(*) from (select distinct what, key from stream) group by what").fetchall())
-    self.lens += n.lens; self.scores += Counter({s:k for s,k in n.scores.items() if s is not None})
-    def rank(q): return next((k for k,m in zip(sorted(n.lens), accumulate(n.lens[k] for k in sorted(n.lens))) if m>q*(n.lens.total()-1)), 0)
-    def share(f): return f'{sum(k for s,k in n.scores.items() if f(s))/max(len(d), 1):.0%}'
-    return {'conversations': f'{len(d):,}', 'groups': f"{distinct.get('groups', 0):,}", 'assistant turns': f'{n.lens.total():,}', 'supervised tokens, about': f'{n.bytes//4:,}',
-        'words a turn, median': f'{rank(.5)}', 'words a turn, 95 %': f'{rank(.95)}',
-        'distinct turns': f"{distinct.get('turns', 0)/max(n.lens.total(), 1):.0%}", 'distinct-2 of 80 turns': f'{distinct_share(n.first, 2):.2f}',
-        'score below 0.2': share(lambda s: s is not None and s<.2), 'score 0.2 to 0.6': share(lambda s: s is not None and .2<=s<.6),
-        'score from 0.6': share(lambda s: s is not None and s>=.6), 'not measured': share(lambda s: s is None)}
+    "Rows of the report for a split; adds its lengths and scores to the plot's."
+    n = _count_split(d)
+    measured = {s: k for s,k in n.scores.items() if s is not None}
+    self.lens += n.lens
+    self.scores += Counter(measured)
+    turns = n.lens.total()
+    def share(k): return f'{k/max(len(d), 1):.0%}'
+    def scored(low, high): return share(sum(k for s,k in measured.items() if low<=s<high))
+    return {'conversations': f'{len(d):,}', 'groups': f"{n.distinct['groups']:,}", 'assistant turns': f'{turns:,}',
+        'supervised tokens, about': f'{n.bytes//4:,}',
+        'words a turn, median': f'{_rank(n.lens, .5)}', 'words a turn, 95 %': f'{_rank(n.lens, .95)}',
+        'distinct turns': f"{n.distinct['turns']/max(turns, 1):.0%}",
+        'distinct-2 of 80 turns': f'{distinct_share(n.first, 2):.2f}',
+        'score below 0.2': scored(float('-inf'), .2), 'score 0.2 to 0.6': scored(.2, .6),
+        'score from 0.6': scored(.6, float('inf')), 'not measured': share(n.scores[None])}
 
 # %% ../nbs/00_data.ipynb #6211d64f
 @patch
@@ -318,25 +421,25 @@ def _run_tables(self:DataReport,
 ):
     "Tables of how a run came to its rows."
     r = self.run
-    if not r: return []
-    srcs = list(r['sources'])
-    steps = {s['step']: {**{x: f"{s['by_source'].get(x, 0):,}" for x in srcs}, 'lines': f"{s['lines']:,}"} for s in r['steps']}
-    rows = {c: {k: v[c] for k,v in steps.items()} for c in [*srcs,'lines']}
+    if not r: return
+    def counts(d): return ', '.join(f'{k} {v:,}' for k,v in d.items() if v) or 'nothing'
+    def each(d, say): return ', '.join(f'{show(k)}{say(v)}' for k,v in d.items())
+    left = {s['step']: s['by_source'] | dict(lines=s['lines']) for s in r['steps']}
+    rows = {c: {k: f'{v.get(c, 0):,}' for k,v in left.items()} for c in [*r['sources'],'lines']}
     yield "Conversations left after each step, by source\n\n"+_table(rows, show)
-    yield "What cleaning found (counts, never the values): "+(', '.join(f'{k} {v:,}' for k,v in r['found'].items() if v) or 'nothing')
-    yield "Left out: "+(', '.join(f'{k} {v:,}' for k,v in r['left_out'].items() if v) or 'nothing')
-    bad = (f"{show(k)} {v['bad']:,} of {v['rows']:,}" for k,v in r['sources'].items())
-    yield "Rows that could not be read: "+', '.join(bad)
+    yield "What cleaning found (counts, never the values): "+counts(r['found'])
+    yield "Left out: "+counts(r['left_out'])
+    yield "Rows that could not be read: "+each(r['sources'], lambda v: f" {v['bad']:,} of {v['rows']:,}")
     yield "Languages: "+', '.join(f'{k} {v:,}' for k,v in r['langs'].items())
     yield f"Personas of the test split who are in training too: {r['author_overlap']}"
-    yield "Licences: "+', '.join(f"{show(k)}: {v['license'] or 'your own'}" for k,v in r['sources'].items())
+    yield "Licences: "+each(r['sources'], lambda v: f": {v['license'] or 'your own'}")
     yield "Settings: "+', '.join(f'{k} {show(repr(v))}' for k,v in r['settings'].items())
     yield "Made with: "+', '.join(f'{k} {v}' for k,v in r['versions'].items())
 
 # %% ../nbs/00_data.ipynb #6ab88996
 def data_report(
     ds:'datasets.DatasetDict', # Dataset of rows
-    run:dict=None, # What `build_dataset` wrote down
+    run:dict=None, # What a build wrote down
 )->DataReport: # Tables in a notebook and in a log; `.plot()` draws them
     "Say what a dataset holds, before anything is pushed or trained."
     return DataReport(ds, run)
@@ -346,14 +449,17 @@ def data_report(
 def plot(self:DataReport):
     "Histograms of turn lengths and of scores."
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(1, 2, figsize=(7,2.2), layout='constrained')
+    fig,(left,right) = plt.subplots(1, 2, figsize=(7,2.2), layout='constrained')
     lo,hi = min(self.lens),max(self.lens)
-    axs[0].hist(list(self.lens), weights=list(self.lens.values()), bins=min(40, hi-lo+1), range=(lo-.5, hi+.5))
-    axs[1].hist(list(self.scores), weights=list(self.scores.values()), bins=20, range=(0,1))
-    axs[0].set(xlabel='words an assistant turn', ylabel='turns'); axs[1].set(xlabel='toxicity_score', ylabel='conversations')
+    left.hist(list(self.lens), weights=list(self.lens.values()), bins=min(40, hi-lo+1), range=(lo-.5, hi+.5))
+    left.set(xlabel='words an assistant turn', ylabel='turns')
+    right.hist(list(self.scores), weights=list(self.scores.values()), bins=20, range=(0,1))
+    right.set(xlabel='toxicity_score', ylabel='conversations')
     return fig
 
 # %% ../nbs/00_data.ipynb #b6e7024c
+_BLUR = ' style="filter:blur(4px)" onmouseover="this.style.filter=\'\'" onmouseout="this.style.filter=\'blur(4px)\'"'
+
 class Peek:
     "Rows to look at."
     def __init__(self,
@@ -365,11 +471,12 @@ class Peek:
     def __repr__(self): return '\n'.join(printable(f'{k}: {self._shape(t)}') for k,t in self._lines())
     def _repr_html_(self):
         from html import escape
-        style = ' style="filter:blur(4px)" onmouseover="this.style.filter=\'\'" onmouseout="this.style.filter=\'blur(4px)\'"' if self.blur else ''
+        style = _BLUR if self.blur else ''
         return ''.join(f'<div><b>{escape(k)}</b> <span{style}>{escape(t)}</span></div>' for k,t in self._lines())
 
 # %% ../nbs/00_data.ipynb #feb96be5
-PURPOSE = """Conversations for training a small model to play a difficult community, so that a team can see what one does to its moderation before real people do. Built with phoque.
+PURPOSE = """Conversations for training a small model to play a difficult community, so that a team can see \
+what one does to its moderation before real people do. Built with phoque.
 
 ## What it is for
 Internal adversarial testing: of filters, bots, queues and the people who work with them, by the team that owns them.
@@ -386,17 +493,32 @@ Private, and gated by hand: a person reads each request. To have something remov
 Use it for the purpose above, inside your own organisation. Don't pass it on, and don't build it into products."""
 
 FORM = dict(extra_gated_heading="Ask for access", extra_gated_button_content="Ask",
-    extra_gated_prompt="This dataset holds unpleasant conversations, made for testing moderation. Say who you are and what you will test.",
+    extra_gated_prompt="This dataset holds unpleasant conversations, made for testing moderation. "
+        "Say who you are and what you will test.",
     extra_gated_fields={'Name':'text', 'Organisation':'text', 'What I will test':'text',
         'I will not use it to talk to people who have not agreed to it':'checkbox', 'I will not pass it on':'checkbox'})
 
 # %% ../nbs/00_data.ipynb #d94de96e
 def _size(n):
+    "The Hub's size category of n rows."
     tops = [(10**3,'1K'),(10**4,'10K'),(10**5,'100K'),(10**6,'1M')]
     if n<10**3: return 'n<1K'
     return next((f'{a}<n<{b}' for (_,a),(top,b) in zip(tops, tops[1:]) if n<top), 'n>1M')
 
 # %% ../nbs/00_data.ipynb #a306687f
+def _card_head(ds, repo_id, run, license):
+    "YAML of a card: what the Hub shows, filters and asks by."
+    link = f'https://huggingface.co/datasets/{repo_id}#licence'
+    terms = dict(license_name='internal-adversarial-testing', license_link=link) if license=='other' else {}
+    if run: langs,origin = [l for l in run['langs'] if len(l)<4],dict(annotations_creators=['found'])
+    else: langs,origin = ['en'],dict(annotations_creators=['machine-generated'], source_datasets=['original'])
+    files = [dict(split=k, path=f'data/{k}-*') for k in ds]
+    return front_matter(language=langs or ['und'], license=license, pretty_name=repo_id.split('/')[-1],
+        task_categories=['text-generation'], size_categories=[_size(sum(map(len, ds.values())))],
+        tags=['not-for-all-audiences','moderation','adversarial-testing'], **origin, **terms,
+        configs=[dict(config_name='default', data_files=files)], **FORM)
+
+# %% ../nbs/00_data.ipynb #c2bbd1bb
 def dataset_card(
     ds:'datasets.DatasetDict', # Dataset to describe
     repo_id:str, # Where it will be
@@ -404,26 +526,20 @@ def dataset_card(
     license:str='other', # Licence id of the Hub; `other` is the card's own licence section
 )->str: # README.md: metadata, purpose, counts
     "Say what a dataset is, what it is for, and what it is not for."
-    if license=='other': terms = dict(license_name='internal-adversarial-testing', license_link=f'https://huggingface.co/datasets/{repo_id}#licence')
-    else: terms = {}
-    langs = [l for l in run['langs'] if len(l)<4] if run else ['en']
-    origin = dict(annotations_creators=['found']) if run else dict(annotations_creators=['machine-generated'], source_datasets=['original'])
-    name = repo_id.split('/')[-1]
-    head = front_matter(language=langs or ['und'], license=license, pretty_name=name, task_categories=['text-generation'],
-        size_categories=[_size(sum(map(len, ds.values())))], tags=['not-for-all-audiences','moderation','adversarial-testing'], **origin, **terms,
-        configs=[dict(config_name='default', data_files=[dict(split=k, path=f'data/{k}-*') for k in ds])], **FORM)
     def counts(col):
         top = Counter(x for d in ds.values() for x in d[col]).most_common(20)
         return ', '.join(f'{md_text(k or "nobody", 60)} {n:,}' for k,n in top)
-    return f"""{head}
-# {md_text(name)}
+    name,rows = md_text(repo_id.split('/')[-1]),data_report(ds, run)._repr_markdown_()
+    origins = f"Sources: {counts('source')}. Scores are measurements, by: {counts('label_source')}."
+    return f"""{_card_head(ds, repo_id, run, license)}
+# {name}
 
 {PURPOSE}
 
 ## What is in it
-{data_report(ds, run)._repr_markdown_()}
+{rows}
 
-Sources: {counts('source')}. Scores are measurements, by: {counts('label_source')}. The split hashes `group`; no group and no reply of four or more words is on both sides.
+{origins} The split hashes `group`; no group and no reply of four or more words is on both sides.
 """
 
 # %% ../nbs/00_data.ipynb #a624fa7c
@@ -436,19 +552,26 @@ def _shards(ds, folder, first=0, rows=50_000):
             with open(new, 'rb') as f: sha = hashlib.file_digest(f, 'sha256').hexdigest()
             yield f'{name}-{first+i//rows:05d}-{sha[:12]}.parquet',new.rename(Path(folder)/sha)
 
-def _same_readme(there, card):
-    data = card.encode()
-    return there and there.blob_id==hashlib.sha1(b"blob %d\0"%len(data)+data).hexdigest()
-
 # %% ../nbs/00_data.ipynb #0c7d00a2
 _made = re.compile(r'(data|index)/\w+-\d{5}-[0-9a-f]{12}\.parquet') # as `_shards` names its files
 _kept = {'.gitattributes','README.md','LICENSE'}
 
 def _private_info(api, repo_id):
+    "`DatasetInfo` of a private repo; a public one is refused."
     info = api.dataset_info(repo_id)
-    if not info.private: raise UserError(repo_id, "it is public, and nothing is written to a public repo", "make it private first (Settings on the Hub), or choose another repo")
-    return info
+    if info.private: return info
+    raise UserError(repo_id, "it is public, and nothing is written to a public repo",
+        "make it private first (Settings on the Hub), or choose another repo")
 
+def _refuse_others(repo_id, there):
+    "Refuse a repo that holds what phoque did not write."
+    others = sorted(p for p in there if p not in _kept and not _made.fullmatch(p))
+    if not others: return
+    shown = ', '.join(others[:3]) + ', …'*(len(others)>3)
+    raise UserError(repo_id, f"it holds what phoque did not write ({shown})",
+        "name another repo, or remove it from this one (--replace)")
+
+# %% ../nbs/00_data.ipynb #e26c8977
 def open_dataset(
     api, # `HfApi`
     repo_id:str, # Dataset repo, made private if missing
@@ -458,17 +581,31 @@ def open_dataset(
     from huggingface_hub.errors import HfHubHTTPError
     repo_id = api.create_repo(repo_id, repo_type='dataset', private=True, exist_ok=True).repo_id
     info = _private_info(api, repo_id)
-    there = {f.path: f for f in api.list_repo_tree(repo_id, repo_type='dataset', recursive=True, revision=info.sha) if hasattr(f, 'size')}
-    others = sorted(p for p in there if p not in _kept and not _made.fullmatch(p))
-    if others and not keep:
-        shown = ', '.join(others[:3]) + ', …'*(len(others)>3)
-        raise UserError(repo_id, f"it holds what phoque did not write ({shown})", "name another repo, or remove it from this one (--replace)")
+    tree = api.list_repo_tree(repo_id, repo_type='dataset', recursive=True, revision=info.sha)
+    there = {f.path: f for f in tree if hasattr(f, 'size')}
+    if not keep: _refuse_others(repo_id, there)
     try:
         if info.gated!='manual': api.update_repo_settings(repo_id, repo_type='dataset', gated='manual')
     except HfHubHTTPError as e:
         if e.response.status_code!=403: raise
-        logging.getLogger('phoque').warning(f"{repo_id} is private, but can't be gated with this token: whoever is given access sees it at once")
+        logging.getLogger('phoque').warning(
+            f"{repo_id} is private, but can't be gated with this token: whoever is given access sees it at once")
     return info,there
+
+# %% ../nbs/00_data.ipynb #3ff2fb7f
+def _same_readme(there, card):
+    "Is this card what is there? (By Git's hash of it.)"
+    data = card.encode()
+    return there and there.blob_id==hashlib.sha1(b"blob %d\0"%len(data)+data).hexdigest()
+
+def _changes(there, files, card, append, replace):
+    "Operations of the commit that makes a repo hold these files and this card."
+    from huggingface_hub import CommitOperationAdd as Add, CommitOperationDelete as Delete
+    ops = [Add(p, str(f)) for p,f in files.items() if p not in there]
+    old = set(there)-_kept if replace else {p for p in there if _made.fullmatch(p)}
+    if not append: ops += [Delete(p) for p in sorted(old-set(files))]
+    if not _same_readme(there.get('README.md'), card): ops.append(Add('README.md', card.encode()))
+    return ops
 
 # %% ../nbs/00_data.ipynb #6c1f330a
 def push_dataset(
@@ -481,19 +618,16 @@ def push_dataset(
     replace:bool=False, # Remove data that phoque didn't write
 )->str: # Revision on the Hub that holds data and card
     "Push a dataset to a private, gated repo."
-    from huggingface_hub import CommitOperationAdd as Add, CommitOperationDelete as Delete, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     api = HfApi(token=token)
     info,there = open_dataset(api, repo_id, keep=append or replace)
-    at = dict(repo_id=info.id, repo_type='dataset')
-    ours = {p for p in there if _made.fullmatch(p)}
-    first = 1+max((int(p.split('-')[1]) for p in ours), default=-1) if append else 0
+    first = 1+max((int(p.split('-')[1]) for p in there if _made.fullmatch(p)), default=-1) if append else 0
     parts = {f'data/{k}': d for k,d in ds.items()} | ({'index/rows': index} if index is not None else {})
     with tempfile.TemporaryDirectory() as tmp:
-        files = dict(_shards(parts, tmp, first))
-        ops = [Add(p, str(f)) for p,f in files.items() if p not in there]
-        if not append: ops += [Delete(p) for p in sorted(set(there)-_kept-set(files) if replace else ours-set(files))]
-        if not _same_readme(there.get('README.md'), card): ops.append(Add('README.md', card.encode()))
+        ops = _changes(there, dict(_shards(parts, tmp, first)), card, append, replace)
         if not ops: return info.sha
-        api.preupload_lfs_files(info.id, [o for o in ops if isinstance(o, Add)], repo_type='dataset', free_memory=False)
+        added = [o for o in ops if isinstance(o, CommitOperationAdd)]
+        api.preupload_lfs_files(info.id, added, repo_type='dataset', free_memory=False)
         _private_info(api, info.id)
-        return api.create_commit(**at, operations=ops, commit_message='Add data' if append else 'Data and card', parent_commit=info.sha).oid
+        return api.create_commit(repo_id=info.id, repo_type='dataset', operations=ops, parent_commit=info.sha,
+            commit_message='Add data' if append else 'Data and card').oid

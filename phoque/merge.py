@@ -5,22 +5,36 @@
 # %% ../nbs/05_merge.ipynb #c46c38a4
 from __future__ import annotations
 import errno,json,math,os,re,shutil,subprocess,sys,zlib
+from contextlib import contextmanager
 from pathlib import Path
+from fastcore.basics import patch
 from .core.basics import UserError, excerpt, hub_problem, log, read_json, safe_path
-from .model_qlora import check_model_config, check_size, check_vocabulary, open_tokenizer, read_header, reading, vocabulary_size, weight_files
+from .model_qlora import check_model_config, check_size, check_vocabulary, open_tokenizer, read_header, reading
+from .model_qlora import vocabulary_size, weight_files
 
 # %% auto #0
-__all__ = ['MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'LONGEST_NAME', 'RENDER_SECONDS', 'RENDER_MIB', 'LONGEST_PROMPT',
-           'local_folder', 'read_base', 'LoraAdapter', 'is_hub_id', 'base_of', 'bare_name', 'merge_plan',
-           'delta_weight', 'check_weight', 'merge_shard', 'dithered', 'nf4_round', 'tokenizer_folder', 'side_files',
-           'generation_settings', 'stop_ids', 'stop_as_trained', 'read_tokenizer', 'check_room', 'merge_adapters',
-           'model_class', 'merge_adapter', 'load_plain', 'load_adapted', 'set_weights', 'chat_ids', 'prompt_ids',
-           'prompt_logits', 'perplexity', 'compare_logits', 'fidelity', 'check_fidelity']
+__all__ = ['LONGEST_NAME', 'MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'MOST_WILD', 'RENDER_SECONDS', 'RENDER_MIB',
+           'LONGEST_PROMPT', 'local_folder', 'read_base', 'LoraAdapter', 'is_hub_id', 'base_of', 'bare_name',
+           'merge_plan', 'delta_weight', 'check_weight', 'dithered', 'nf4_round', 'merge_shard', 'tokenizer_folder',
+           'side_files', 'generation_settings', 'stop_ids', 'stop_as_trained', 'read_tokenizer', 'model_class',
+           'check_room', 'merge_adapters', 'merge_adapter', 'load_plain', 'set_weights', 'load_adapted', 'chat_ids',
+           'prompt_ids', 'prompt_logits', 'perplexity', 'compare_logits', 'fidelity', 'check_fidelity']
 
 # %% ../nbs/05_merge.ipynb #9410ae60
 _index = "model.safetensors.index.json"
 _fetched = ("*.json","tokenizer*","*.model*","*.jinja","vocab.*","merges.txt","README.md") # beside the weights
 
+def _fetch_folder(src, what): # only what transformers loads
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    repo,_,rev = src.partition('@')
+    if constants.HF_HUB_OFFLINE: return Path(snapshot_download(repo, revision=rev or None))
+    info = HfApi().model_info(repo, revision=rev or None)
+    def read(n): return Path(hf_hub_download(repo, n, revision=info.sha)).read_bytes()
+    names = {f.rfilename for f in info.siblings}
+    weights = ['adapter_model.safetensors'] if what=='adapter' else weight_files(names, read, f"{what} `{src}`")
+    return Path(snapshot_download(repo, revision=info.sha, allow_patterns=[*_fetched, *weights]))
+
+# %% ../nbs/05_merge.ipynb #1aa988dc
 _hub_id = re.compile(r'[\w-][\w.-]{,95}/[\w-][\w.-]{,95}(@[\w][\w./-]{,199})?')
 
 def local_folder(
@@ -30,27 +44,23 @@ def local_folder(
     "Find a folder, or fetch it from the Hub."
     if Path(src).is_dir(): return Path(src)
     if not _hub_id.fullmatch(str(src)):
-        raise UserError(f"{what} `{src}`", "it is neither a folder here nor a Hub id such as `org/name`", "check its spelling")
+        raise UserError(f"{what} `{src}`", "it is neither a folder here nor a Hub id such as `org/name`",
+            "check its spelling")
     from httpx2 import HTTPError
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-    repo,_,rev = str(src).partition('@')
-    try:
-        if constants.HF_HUB_OFFLINE: return Path(snapshot_download(repo, revision=rev or None))
-        info = HfApi().model_info(repo, revision=rev or None)
-        def read(n): return Path(hf_hub_download(repo, n, revision=info.sha)).read_bytes()
-        names = {f.rfilename for f in info.siblings}
-        weights = ['adapter_model.safetensors'] if what=='adapter' else weight_files(names, read, f"{what} `{src}`")
-        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=[*_fetched, *weights]))
+    try: return _fetch_folder(str(src), what)
     except UserError: raise
-    except ValueError as e: raise UserError(f"{what} `{src}`", f"its repo can't be read ({excerpt(e, 100)})", "choose another") from None
+    except ValueError as e:
+        raise UserError(f"{what} `{src}`", f"its repo can't be read ({excerpt(e, 100)})", "choose another") from None
     except (HTTPError,OSError) as e: raise hub_problem(e, f"{what} `{src}`") from None
 
 # %% ../nbs/05_merge.ipynb #03702b19
 def _read_config(folder):
-    if not (folder/'config.json').is_file(): raise UserError(folder, "it has no config.json", "name the folder of a model")
-    cfg = check_model_config(read_json(folder/'config.json', what=f"base model {folder}: its config.json"), f"base model {folder}")
-    if not isinstance(cfg.get('text_config') or {}, dict): raise UserError(f"base model {folder}", "its config.json has a text_config that says nothing", "choose another")
-    return cfg
+    if not (folder/'config.json').is_file():
+        raise UserError(folder, "it has no config.json", "name the folder of a model")
+    name = f"base model {folder}"
+    cfg = check_model_config(read_json(folder/'config.json', what=f"{name}: its config.json"), name)
+    if isinstance(cfg.get('text_config') or {}, dict): return cfg
+    raise UserError(f"base model {folder}", "its config.json has a text_config that says nothing", "choose another")
 
 def read_base(
     folder:str|Path, # Folder with `config.json` and the shards
@@ -63,16 +73,92 @@ def read_base(
     names = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), f"base model {folder}")
     shards = {n:read_header(safe_path(folder, n, _index)) for n in names}
     where = {} if names==['model.safetensors'] else read_json(folder/_index)['weight_map'] # tensor → shard
-    gone = [(t,n) for t,n in where.items() if t not in shards[n][0]]
-    if gone: raise UserError(folder/gone[0][1], f"it lacks the tensor `{excerpt(gone[0][0], 80)}`, which the index promises", "fetch the base again")
+    for t,n in where.items():
+        if t not in shards[n][0]:
+            raise UserError(folder/n, f"it lacks the tensor `{excerpt(t, 80)}`, which the index promises",
+                "fetch the base again")
     return shards
 
 # %% ../nbs/05_merge.ipynb #793158d7
 #: LoRA options that a sum `W + s·B·A` can't express, with the values that leave them off
-_off = dict(use_dora=(False,None), bias=("none",None), lora_bias=(False,None), modules_to_save=(None,[]), layer_replication=(None,),
-    trainable_token_indices=(None,[]), target_parameters=(None,[]), use_qalora=(False,None), use_bdlora=(None,False),
-    arrow_config=(None,), kasa_config=(None,), monteclora_config=(None,), alora_invocation_tokens=(None,[]),
-    init_lora_weights=(True,False,None,"gaussian","eva","orthogonal","mica"))
+_off = dict(use_dora=(False,None), bias=("none",None), lora_bias=(False,None), modules_to_save=(None,[]),
+    layer_replication=(None,), trainable_token_indices=(None,[]), target_parameters=(None,[]), use_qalora=(False,None),
+    use_bdlora=(None,False), arrow_config=(None,), kasa_config=(None,), monteclora_config=(None,),
+    alora_invocation_tokens=(None,[]), init_lora_weights=(True,False,None,"gaussian","eva","orthogonal","mica"))
+
+def _check_options(src, config): # what a sum can't express
+    kind = config.get('peft_type')
+    if kind!='LORA':
+        raise UserError(f"adapter `{src}`", f"it is of type {excerpt(kind, 40)}, and only LORA merges here",
+            "use PEFT's merge_and_unload")
+    for k,ok in _off.items():
+        if k in config and config[k] not in ok:
+            raise UserError(f"adapter `{src}`",
+                f"it uses {k}={excerpt(repr(config[k]), 60)}, which a sum W + s·B·A can't express",
+                "use PEFT's merge_and_unload")
+
+# %% ../nbs/05_merge.ipynb #c668c734
+_part = r'(?:[\w-]|\\?\.|\\d\+?|\[0-9\]\+?|\.\*)'
+_plain_pattern = re.compile(rf'\^?(?:{_part}|\((?:\?:)?{_part}+(?:\|{_part}+)*\))+\$?')
+LONGEST_NAME = 256 # characters of a pattern, or of a tensor's name
+
+def _is_plain_pattern(p):
+    if len(p)>LONGEST_NAME or not _plain_pattern.fullmatch(p): return False
+    return p.count('.*')<=1 and p.count('.*')+p.count('+')<=2
+
+# %% ../nbs/05_merge.ipynb #9933ae34
+MOST_RANK,MOST_ALPHA = 65536,1e6
+MOST_PATTERNS,MOST_WILD = 4096,64 # of an adapter; of them with `*` or `+`
+
+def _check_numbers(src, config):
+    def need(fine, k, v, want):
+        if not fine:
+            raise UserError(f"adapter `{src}`",
+                f"its adapter_config.json says {k}={excerpt(repr(v), 60)}, where {want} belongs", "use another")
+    def number(v, kinds): return isinstance(v, kinds) and not isinstance(v, bool)
+    def rank(k, v): need(number(v, int) and 1<=v<=MOST_RANK, k, v, f"a number from 1 to {MOST_RANK:,}")
+    def alpha(k, v): need(number(v, (int,float)) and abs(v)<=MOST_ALPHA, k, v, f"a number up to {MOST_ALPHA:,.0f}")
+    for k,check in dict(r=rank, lora_alpha=alpha).items(): check(k, config.get(k))
+    for k in ('use_rslora','fan_in_fan_out'):
+        need(config.get(k) in (True,False,None), k, config.get(k), 'true or false')
+    for k in ('base_model_name_or_path','revision'):
+        need(isinstance(config.get(k) or '', str), k, config.get(k), 'a name')
+    for k,check in dict(rank_pattern=rank, alpha_pattern=alpha).items():
+        found = config.get(k) or {}
+        need(isinstance(found, dict) and len(found)<=MOST_PATTERNS, k, found, 'a number for each name')
+        for p,v in found.items():
+            need(_is_plain_pattern(p), k, p, 'a name, or a simple pattern of names,')
+            check(f'{k} of {p}', v)
+    wild = [p for k in ('rank_pattern','alpha_pattern') for p in config.get(k) or {} if '*' in p or '+' in p]
+    need(len(wild)<=MOST_WILD, 'rank_pattern and alpha_pattern', '…', f'at most {MOST_WILD} patterns')
+
+# %% ../nbs/05_merge.ipynb #14cf3516
+_dtypes = dict(F32='float32', BF16='bfloat16', F16='float16') # safetensors' names → torch's
+
+def _is_factor(k, t):
+    named = len(k)<=LONGEST_NAME and re.fullmatch(r'[\w.-]+\.lora_[AB]\.weight', k)
+    return named and len(t['shape'])==2 and all(t['shape']) and t['dtype'] in _dtypes
+
+def _read_pairs(src, folder): # module → its factors, by their letter
+    from safetensors.torch import load_file
+    file,res = folder/'adapter_model.safetensors',{}
+    if not file.exists():
+        raise UserError(f"adapter `{src}`",
+            "it has no adapter_model.safetensors (a .bin is a pickle, and is not opened)",
+            "convert it with PEFT's save_pretrained")
+    for k,t in read_header(file)[0].items():
+        if not _is_factor(k, t):
+            raise UserError(f"adapter `{src}`", f"it holds `{excerpt(k, 80)}` {t['dtype']} {t['shape']}, "
+                "which is no lora_A or lora_B of a linear layer", "use PEFT's merge_and_unload")
+    for k,t in load_file(file).items():
+        module,letter = re.fullmatch(r'(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight', k).groups()
+        if not t.isfinite().all():
+            raise UserError(f"adapter `{src}`", f"it holds NaN or infinity in `{k}`, as of a training that diverged",
+                "train it again with a lower rate")
+        if letter in res.setdefault(module, {}):
+            raise UserError(f"adapter `{src}`", f"it holds lora_{letter} of `{module}` twice", "use another")
+        res[module][letter] = t
+    return res
 
 # %% ../nbs/05_merge.ipynb #769d0cef
 class LoraAdapter:
@@ -81,81 +167,67 @@ class LoraAdapter:
         src:str|Path, # Folder or Hub id of a PEFT adapter
     ):
         self.src,self.path = str(src),local_folder(src, "adapter")
-        cfg = self.path/'adapter_config.json'
-        if not cfg.exists(): raise UserError(f"adapter `{src}`", "it has no adapter_config.json", "name a PEFT adapter")
-        self.config = read_json(cfg, what=f"adapter `{src}`: its adapter_config.json")
-        if self.config.get('peft_type')!='LORA': raise UserError(f"adapter `{src}`", f"it is of type {excerpt(self.config.get('peft_type'), 40)}, and only LORA merges here", "use PEFT's merge_and_unload")
-        for k,ok in _off.items():
-            if k in self.config and self.config[k] not in ok:
-                raise UserError(f"adapter `{src}`", f"it uses {k}={excerpt(repr(self.config[k]), 60)}, which a sum W + s·B·A can't express", "use PEFT's merge_and_unload")
-        _check_numbers(self)
-        self.patterns = {which: [(re.compile(rf"(.*\.)?({k})$"), v) for k,v in (self.config.get(which) or {}).items()] for which in ('rank_pattern','alpha_pattern')}
-        self.factors = _read_factors(self)
+        file = self.path/'adapter_config.json'
+        if not file.exists():
+            raise UserError(f"adapter `{src}`", "it has no adapter_config.json", "name a PEFT adapter")
+        self.config = read_json(file, what=f"adapter `{src}`: its adapter_config.json")
+        _check_options(src, self.config)
+        _check_numbers(src, self.config)
+        self.patterns = {which:self._patterns(which) for which in ('rank_pattern','alpha_pattern')}
+        self.factors = self._read_factors()
+
+    def _patterns(self, which):
+        return [(re.compile(rf"(.*\.)?({k})$"), v) for k,v in (self.config.get(which) or {}).items()]
 
     def _pattern(self, which, module, default): # PEFT's `get_pattern_key`: the first pattern that ends the name
         return next((v for rx,v in self.patterns[which] if rx.match(module)), default)
 
-    def peft_config(self):
-        "What PEFT needs to know of it; its layers by name, so that no pattern of theirs is searched for."
-        from peft import LoraConfig
-        keep = {k: self.config[k] for k in ('r','lora_alpha','use_rslora','fan_in_fan_out','rank_pattern','alpha_pattern') if self.config.get(k) is not None}
-        return LoraConfig(target_modules=list(self.factors), inference_mode=True, **keep)
+    def rank(self,
+        module:str, # Such as `model.layers.0.mlp.up_proj`
+    )->int:
+        "The rank of a module's factors."
+        return self._pattern('rank_pattern', module, self.config['r'])
 
-    def rank(self, module): return self._pattern('rank_pattern', module, self.config['r'])
-    def scaling(self, module):
-        "What PEFT multiplies `B·A` by: `alpha/r`, or `alpha/√r` with rsLoRA."
-        r = self.rank(module)
-        return self._pattern('alpha_pattern', module, self.config['lora_alpha'])/(math.sqrt(r) if self.config.get('use_rslora') else r)
-
-# %% ../nbs/05_merge.ipynb #9933ae34
-_part = r'(?:[\w-]|\\?\.|\\d\+?|\[0-9\]\+?|\.\*)'
-_plain_pattern = re.compile(rf'\^?(?:{_part}|\((?:\?:)?{_part}+(?:\|{_part}+)*\))+\$?')
-_dtypes = dict(F32='float32', BF16='bfloat16', F16='float16') # safetensors' names → torch's
-MOST_RANK,MOST_ALPHA,MOST_PATTERNS,LONGEST_NAME = 65536,1e6,4096,256
-
-def _check_numbers(self):
-    def bad(k, v, want): raise UserError(f"adapter `{self.src}`", f"its adapter_config.json says {k}={excerpt(repr(v), 60)}, where {want} belongs", "use another")
-    def rank(k, v): isinstance(v, int) and not isinstance(v, bool) and 1<=v<=MOST_RANK or bad(k, v, f"a number from 1 to {MOST_RANK:,}")
-    def alpha(k, v): isinstance(v, (int,float)) and not isinstance(v, bool) and abs(v)<=MOST_ALPHA or bad(k, v, f"a number up to {MOST_ALPHA:,.0f}")
-    c = self.config
-    for k,check in dict(r=rank, lora_alpha=alpha).items(): check(k, c.get(k))
-    for k in ('use_rslora','fan_in_fan_out'): c.get(k) in (True,False,None) or bad(k, c[k], 'true or false')
-    for k in ('base_model_name_or_path','revision'): isinstance(c.get(k) or '', str) or bad(k, c[k], 'a name')
-    for k,check in dict(rank_pattern=rank, alpha_pattern=alpha).items():
-        found = c.get(k) or {}
-        if not isinstance(found, dict) or len(found)>MOST_PATTERNS: bad(k, found, 'a number for each name')
-        for p,v in found.items():
-            if len(p)>LONGEST_NAME or not _plain_pattern.fullmatch(p) or p.count('.*')+p.count('+')>2 or p.count('.*')>1: bad(k, p, 'a name, or a simple pattern of names,')
-            check(f'{k} of {p}', v)
-    if sum('*' in p or '+' in p for k in ('rank_pattern','alpha_pattern') for p in c.get(k) or {})>64: bad('rank_pattern and alpha_pattern', '…', 'at most 64 patterns')
-
-# %% ../nbs/05_merge.ipynb #14cf3516
-def _read_factors(self):
-    "Module → (A, B), every pair complete, of the promised rank, and finite."
-    import torch
-    from safetensors.torch import load_file
-    file,res = self.path/'adapter_model.safetensors',{}
-    if not file.exists(): raise UserError(f"adapter `{self.src}`", "it has no adapter_model.safetensors (a .bin is a pickle, and is not opened)", "convert it with PEFT's save_pretrained")
-    for k,t in read_header(file)[0].items():
-        if len(k)>LONGEST_NAME or not re.fullmatch(r'[\w.-]+\.lora_[AB]\.weight', k) or len(t['shape'])!=2 or not all(t['shape']) or t['dtype'] not in _dtypes:
-            raise UserError(f"adapter `{self.src}`", f"it holds `{excerpt(k, 80)}` {t['dtype']} {t['shape']}, which is no lora_A or lora_B of a linear layer", "use PEFT's merge_and_unload")
-    for k,t in load_file(file).items():
-        m = re.fullmatch(r'(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight', k)
-        if not t.isfinite().all(): raise UserError(f"adapter `{self.src}`", f"it holds NaN or infinity in `{k}`, as of a training that diverged", "train it again with a lower rate")
-        if m[2] in res.get(m[1], {}): raise UserError(f"adapter `{self.src}`", f"it holds lora_{m[2]} of `{m[1]}` twice", "use another")
-        res.setdefault(m[1], {})[m[2]] = t
-    for n,p in res.items():
-        if len(p)<2: raise UserError(f"adapter `{self.src}`", f"it has lora_{[*p][0]} of `{n}` without its other half", "fetch it again")
+# %% ../nbs/05_merge.ipynb #b9b4bac9
+@patch
+def _read_factors(self:LoraAdapter): # module → (A, B)
+    pairs = _read_pairs(self.src, self.path)
+    for n,p in pairs.items():
+        if len(p)<2:
+            raise UserError(f"adapter `{self.src}`", f"it has lora_{[*p][0]} of `{n}` without its other half",
+                "fetch it again")
         r,got = self.rank(n),(p['A'].shape[0],p['B'].shape[1])
-        if got!=(r,r): raise UserError(f"adapter `{self.src}`", f"`{n}` has rank {got[0]} in A and {got[1]} in B, its config says {r}", "fetch it again")
-    if not res: raise UserError(f"adapter `{self.src}`", "it is empty", "name another")
-    if not any(p['B'].any() for p in res.values()): log.warning("adapter `%s` has only zeros in lora_B: it was never trained, a merge changes nothing.", self.src)
-    return {n:(p['A'],p['B']) for n,p in res.items()}
+        if got!=(r,r):
+            raise UserError(f"adapter `{self.src}`",
+                f"`{n}` has rank {got[0]} in A and {got[1]} in B, its config says {r}", "fetch it again")
+    if not pairs: raise UserError(f"adapter `{self.src}`", "it is empty", "name another")
+    if not any(p['B'].any() for p in pairs.values()):
+        log.warning("adapter `%s` has only zeros in lora_B: it was never trained, a merge changes nothing.", self.src)
+    return {n:(p['A'],p['B']) for n,p in pairs.items()}
+
+# %% ../nbs/05_merge.ipynb #69bbf61c
+@patch
+def scaling(self:LoraAdapter,
+    module:str, # Such as `model.layers.0.mlp.up_proj`
+)->float:
+    "What PEFT multiplies `B·A` by: `alpha/r`, or `alpha/√r` with rsLoRA."
+    r = self.rank(module)
+    alpha = self._pattern('alpha_pattern', module, self.config['lora_alpha'])
+    return alpha/(math.sqrt(r) if self.config.get('use_rslora') else r)
+
+# %% ../nbs/05_merge.ipynb #e9c3d7b3
+@patch
+def peft_config(self:LoraAdapter):
+    "The `LoraConfig` with which PEFT loads it: checked options, and its layers by name."
+    from peft import LoraConfig
+    names = 'r','lora_alpha','use_rslora','fan_in_fan_out','rank_pattern','alpha_pattern'
+    keep = {k: self.config[k] for k in names if self.config.get(k) is not None}
+    return LoraConfig(target_modules=list(self.factors), inference_mode=True, **keep)
 
 # %% ../nbs/05_merge.ipynb #ba018ff1
 def is_hub_id(
     name:str, # Such as `org/name` or `org/name@revision`
-)->bool: # And no path or URL?
+)->bool: # And no folder, path or URL
     "Is this a name that a Hub repo may have, and no folder here?"
     return bool(_hub_id.fullmatch(name)) and not Path(name.partition('@')[0]).exists()
 
@@ -174,28 +246,43 @@ def bare_name(
     "Drop the wrappers `model.`, `language_model.`, `transformer.` and `base_model.` in front."
     return re.sub(r'^((base_model|model|language_model|transformer)\.)+', '', name)
 
+# %% ../nbs/05_merge.ipynb #aaae3b7e
+def _check_home(ad, mod, found): # `found`: (name, header) of the base's tensors of that name
+    if len(found)!=1:
+        raise UserError(f"adapter `{ad.src}`",
+            f"it changes `{mod}`, which this base {'has twice' if found else 'lacks'}, "
+            "so it was trained on another architecture", "name its own base")
+    name,t = found[0]
+    A,B = ad.factors[mod]
+    shape = [B.shape[0],A.shape[1]]
+    if ad.config.get('fan_in_fan_out'): shape = shape[::-1]
+    if t['shape']!=shape:
+        raise UserError(f"adapter `{ad.src}`",
+            f"it fits {shape} at `{mod}`, this base has {t['shape']}, so it was trained on another base",
+            "name its own base")
+    if t['dtype'] not in _dtypes:
+        raise UserError(f"`{name}`", f"it is stored as {t['dtype']}",
+            "merge into the full-precision base (its bf16 repo) instead")
+
 # %% ../nbs/05_merge.ipynb #faf09c4f
 def merge_plan(
     shards:dict, # What `read_base` returned
     adapters:list, # (`LoraAdapter`, weight) pairs
-    tied:bool=False, # Does the base tie its head to its embedding?
+    tied:bool=False, # The base ties its head to its embedding
 )->dict: # Tensor name on disk → [(adapter, module, weight)]
     "Match every adapted module with the base tensor it changes."
     homes,plan = {},{}
     for ts,_ in shards.values():
         for n,t in ts.items(): homes.setdefault(bare_name(n), []).append((n,t))
     for ad,w in adapters:
-        for mod,(A,B) in ad.factors.items():
+        for mod in ad.factors:
             bare = bare_name(mod)
-            if tied and bare=='lm_head': raise UserError(f"adapter `{ad.src}`", "it trains lm_head, which this base ties to its embedding", "train without it")
+            if tied and bare=='lm_head':
+                raise UserError(f"adapter `{ad.src}`", "it trains lm_head, which this base ties to its embedding",
+                    "train without it")
             found = homes.get(bare+'.weight', [])
-            if len(found)!=1: raise UserError(f"adapter `{ad.src}`", f"it changes `{mod}`, which this base {'has twice' if found else 'lacks'}, so it was trained on another architecture", "name its own base")
-            name,t = found[0]
-            shape = [B.shape[0],A.shape[1]]
-            if ad.config.get('fan_in_fan_out'): shape = shape[::-1]
-            if t['shape']!=shape: raise UserError(f"adapter `{ad.src}`", f"it fits {shape} at `{mod}`, this base has {t['shape']}, so it was trained on another base", "name its own base")
-            if t['dtype'] not in _dtypes: raise UserError(f"`{name}`", f"it is stored as {t['dtype']}", "merge into the full-precision base (its bf16 repo) instead")
-            plan.setdefault(name, []).append((ad,mod,w))
+            _check_home(ad, mod, found)
+            plan.setdefault(found[0][0], []).append((ad,mod,w))
     return plan
 
 # %% ../nbs/05_merge.ipynb #1a1cb559
@@ -216,8 +303,49 @@ def check_weight(
     w:float, # λ, what the adapter is multiplied by
 )->float:
     "Refuse a weight that is not a number in [−2, 2], or is 0."
-    if not (isinstance(w, (int,float)) and -2<=w<=2 and w!=0): raise UserError("weight", f"{w!r} is outside [-2, 2] or 0", "give 1 for the adapter as trained, -1 to subtract it")
-    return float(w)
+    if isinstance(w, (int,float)) and -2<=w<=2 and w!=0: return float(w)
+    raise UserError("weight", f"{w!r} is outside [-2, 2] or 0", "give 1 for the adapter as trained, -1 to subtract it")
+
+# %% ../nbs/05_merge.ipynb #e4cbb5a6
+def dithered(
+    x:'torch.Tensor', # fp32
+    dtype, # bf16 or fp16
+    name:str='', # Same name, same draws
+)->'torch.Tensor': # In `dtype`
+    "Round up or down at random, the nearer more often, so that the mean is right."
+    import torch
+    g = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    # `step`: from one number of `dtype` to the next
+    step = torch.ldexp(torch.tensor(torch.finfo(dtype).eps), x.frexp().exponent-1)
+    return torch.rand(x.shape, generator=g).sub_(.5).mul_(step).add_(x).to(dtype)
+
+# %% ../nbs/05_merge.ipynb #13d4b035
+def nf4_round(
+    w:'torch.Tensor', # Weight of a linear layer
+)->'torch.Tensor': # The nearest NF4 has, in `w`'s dtype
+    "Quantise to NF4 with double quantisation, and back: the weight that QLoRA trained against."
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    q = quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type='nf4')
+    return dequantize_4bit(*q).to(w.dtype)
+
+# %% ../nbs/05_merge.ipynb #401b75de
+def _is_quantised(n, t): # linear layers of the language model
+    return len(t['shape'])==2 and bare_name(n).startswith('layers.')
+
+def _merge_tensor(buf, t, terms, nf4, dither, name): # → bytes, and the norms of change and rounding error
+    import torch
+    dt = getattr(torch, _dtypes[t['dtype']])
+    w = torch.frombuffer(buf, dtype=dt).view(t['shape'])
+    if nf4: w = nf4_round(w)
+    norms = None
+    if terms:
+        d = delta_weight(terms)
+        exact = w.float().add_(d) # `buf` is ours, so in place; each fresh 100 MB costs page faults
+        w = dithered(exact, dt, name) if dither and dt!=torch.float32 else exact.to(dt)
+        norms = d.norm().item()**2, 0. if dt==torch.float32 else exact.sub_(w).norm().item()**2
+        if not all(map(math.isfinite, norms)):
+            raise UserError(f"`{name}`", f"it overflows {_dtypes[t['dtype']]} after the merge", "give a smaller weight")
+    return memoryview(w.contiguous().view(torch.uint8).flatten().numpy()),norms
 
 # %% ../nbs/05_merge.ipynb #2a2bea05
 def _copy_bytes(src, dst, n, piece=1<<24):
@@ -247,69 +375,37 @@ def merge_shard(
             if norms: res.append(norms)
     return res
 
-# %% ../nbs/05_merge.ipynb #401b75de
-def _is_quantised(n, t): return len(t['shape'])==2 and bare_name(n).startswith('layers.') # linear layers of the language model
-
-def _merge_tensor(buf, t, terms, nf4, dither, name):
-    import torch
-    dt = getattr(torch, _dtypes[t['dtype']])
-    w = torch.frombuffer(buf, dtype=dt).view(t['shape'])
-    if nf4: w = nf4_round(w)
-    norms = None
-    if terms:
-        d = delta_weight(terms)
-        exact = w.float().add_(d) # `buf` is ours, so in place; each fresh 100 MB costs page faults
-        w = dithered(exact, dt, name) if dither and dt!=torch.float32 else exact.to(dt)
-        norms = d.norm().item()**2, 0. if dt==torch.float32 else exact.sub_(w).norm().item()**2
-        if not all(map(math.isfinite, norms)): raise UserError(f"`{name}`", f"it overflows {_dtypes[t['dtype']]} after the merge", "give a smaller weight")
-    return memoryview(w.contiguous().view(torch.uint8).flatten().numpy()),norms
-
-# %% ../nbs/05_merge.ipynb #e4cbb5a6
-def dithered(
-    x:'torch.Tensor', # fp32
-    dtype, # bf16 or fp16
-    name:str='', # Same name, same draws
-)->'torch.Tensor': # In `dtype`
-    "Round up or down at random, the nearer more often, so that the mean is right."
-    import torch
-    g = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    step = torch.ldexp(torch.tensor(torch.finfo(dtype).eps), x.frexp().exponent-1) # from one number of `dtype` to the next
-    return torch.rand(x.shape, generator=g).sub_(.5).mul_(step).add_(x).to(dtype)
-
-# %% ../nbs/05_merge.ipynb #13d4b035
-def nf4_round(
-    w:'torch.Tensor', # Weight of a linear layer
-)->'torch.Tensor': # The nearest NF4 has, in `w`'s dtype
-    "Quantise to NF4 with double quantisation, and back: the weight that QLoRA trained against."
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    return dequantize_4bit(*quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type='nf4')).to(w.dtype)
-
 # %% ../nbs/05_merge.ipynb #84789622
-_tokenizer = ("tokenizer.json","tokenizer_config.json","special_tokens_map.json","added_tokens.json","tokenizer.model","vocab.json",
-    "merges.txt","tekken.json","chat_template.jinja","chat_template.json")
+_tokenizer = ("tokenizer.json","tokenizer_config.json","special_tokens_map.json","added_tokens.json","tokenizer.model",
+    "vocab.json","merges.txt","tekken.json","chat_template.jinja","chat_template.json")
+_vocabularies = ("tokenizer.json","tekken.json","tokenizer.model","vocab.json") # any of them makes a tokenizer
 _others = ("config.json","generation_config.json","preprocessor_config.json","processor_config.json",_index)
-
-def _copy_side(src, dst): # Code of others stays behind: the class that is written down is transformers' own
-    if src.suffix!='.json' or 'auto_map' not in (d := read_json(src)): return shutil.copyfile(src, dst)
-    dst.write_text(json.dumps({k:v for k,v in d.items() if k!='auto_map'}, indent=2)+'\n')
 
 def tokenizer_folder(
     base:Path, # Base folder
     adapters:list, # Adapter folders, the first with a tokenizer wins
 )->Path: # The folder with the tokenizer
     "Where the tokenizer of a merge comes from."
-    return next((d for d in [*adapters,base] if any((d/n).exists() for n in ("tokenizer.json","tekken.json","tokenizer.model","vocab.json"))), base)
+    return next((d for d in [*adapters,base] if any((d/n).exists() for n in _vocabularies)), base)
 
 def side_files(
     base:Path, # Base folder
     adapters:list, # Adapter folders
 )->list: # Files to copy
     "Config files of the base, and the tokenizer's."
-    found = [p for d,ns in ((base,_others),(tokenizer_folder(base, adapters),_tokenizer)) for n in ns if (p:=d/n).exists()]
+    wanted = (base,_others),(tokenizer_folder(base, adapters),_tokenizer)
+    found = [p for d,names in wanted for n in names if (p:=d/n).exists()]
     for p in found:
         real = p.resolve()
-        if not p.is_file() or real.name!=p.name and real.parent.name!='blobs': raise UserError(p, "it is a link to something else, which isn't copied", "put the file there") # blobs: the Hub's cache
-    return [p for p in found if p.name!=_index or not (base/'model.safetensors').exists()] # the index is of other files then
+        if not p.is_file() or real.name!=p.name and real.parent.name!='blobs': # blobs: the Hub's cache
+            raise UserError(p, "it is a link to something else, which isn't copied", "put the file there")
+    if not (base/'model.safetensors').exists(): return found
+    return [p for p in found if p.name!=_index] # it is of other files then
+
+# %% ../nbs/05_merge.ipynb #c0bd1c0c
+def _copy_side(src, dst):
+    if src.suffix!='.json' or 'auto_map' not in (d := read_json(src)): return shutil.copyfile(src, dst)
+    dst.write_text(json.dumps({k:v for k,v in d.items() if k!='auto_map'}, indent=2)+'\n')
 
 # %% ../nbs/05_merge.ipynb #ecc7a83c
 _ids = ('bos_token_id','eos_token_id','pad_token_id')
@@ -317,36 +413,43 @@ _ids = ('bos_token_id','eos_token_id','pad_token_id')
 def _config(folder):
     from transformers import AutoConfig
     _read_config(Path(folder))
-    with reading(f"{folder}: its config.json", 'name another base, or update transformers'): return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with reading(f"{folder}: its config.json", 'name another base, or update transformers'):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 def _check_stops(settings, folder):
-    ids = [settings.get(k) for k in _ids]
-    if all(i is None or type(i) is int and 0<=i<2**31 for v in ids for i in (v if isinstance(v, list) else [v])): return settings
-    raise UserError(folder, f"its token ids are {excerpt({k: settings.get(k) for k in _ids}, 80)}, where numbers belong", "correct its generation_config.json or config.json")
+    found = {k: settings.get(k) for k in _ids}
+    ids = [i for v in found.values() for i in (v if isinstance(v, list) else [v])]
+    if all(i is None or type(i) is int and 0<=i<2**31 for i in ids): return settings
+    raise UserError(folder, f"its token ids are {excerpt(found, 80)}, where numbers belong",
+        "correct its generation_config.json or config.json")
 
 def generation_settings(
     folder:Path, # Model folder
 )->dict: # As in `generation_config.json`; where there is none, the token ids of the config
     "What transformers would generate with."
-    if (file := Path(folder)/'generation_config.json').exists(): return _check_stops(read_json(file, what=f"{folder}: its generation_config.json"), folder)
+    if (file := Path(folder)/'generation_config.json').exists():
+        return _check_stops(read_json(file, what=f"{folder}: its generation_config.json"), folder)
     cfg = _config(folder)
-    text = cfg.get_text_config()
-    found = {k: getattr(text, k, None) if getattr(cfg, k, None) is None else getattr(cfg, k) for k in _ids}
-    return _check_stops({k:v for k,v in found.items() if v is not None}, folder)
+    found = [{k: getattr(c, k, None) for k in _ids} for c in (cfg, cfg.get_text_config())]
+    ids = {k: found[1][k] if found[0][k] is None else found[0][k] for k in _ids}
+    return _check_stops({k:v for k,v in ids.items() if v is not None}, folder)
 
+# %% ../nbs/05_merge.ipynb #a9d660d2
 def stop_ids(
     settings:dict, # From `generation_settings`
 )->list: # Token ids, perhaps none
     "The tokens that end an answer, as a list."
     eos = settings.get('eos_token_id')
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if eos is None: return []
+    return eos if isinstance(eos, list) else [eos]
 
 def stop_as_trained(
     settings:dict, # The base's, from `generation_settings`
     tok, # Tokenizer of the merged model
 )->dict: # Of the merged model
     "Stop at the tokenizer's EOS first, then where the base did; pad as the tokenizer does."
-    eos = list(dict.fromkeys([i for i in [tok.eos_token_id] if i is not None] + stop_ids(settings)))
+    first = [] if tok.eos_token_id is None else [tok.eos_token_id]
+    eos = list(dict.fromkeys(first + stop_ids(settings)))
     if not eos: return settings
     pad = eos[0] if tok.pad_token_id is None else tok.pad_token_id
     return {k:v for k,v in settings.items() if k!='_from_model_config'} | dict(eos_token_id=eos, pad_token_id=pad)
@@ -358,10 +461,67 @@ def read_tokenizer(
 ): # Tokenizer, or None where there is none
     "Load the tokenizer of a merge, and hold its ids against the base's embedding."
     cfg = _config(base)
-    if not any((folder/n).exists() for n in _tokenizer): return log.warning(f"{folder.name} has no tokenizer, and the adapter brings none: the merge has none either.")
+    if not any((folder/n).exists() for n in _tokenizer):
+        return log.warning(f"{folder.name} has no tokenizer, and the adapter brings none: the merge has none either.")
     tok = open_tokenizer(folder, f"the tokenizer in {folder.name}")
     check_vocabulary(vocabulary_size(tok), cfg, f"the tokenizer in {folder.name}")
     return tok
+
+# %% ../nbs/05_merge.ipynb #876ab51b
+def _is_tied(folder):
+    c = _read_config(folder)
+    return bool(c.get('tie_word_embeddings', (c.get('text_config') or {}).get('tie_word_embeddings', False)))
+
+def model_class(
+    folder:Path, # Model folder
+): # Of transformers
+    "The class that a model's config names."
+    import transformers
+    names = _read_config(Path(folder)).get('architectures')
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    cls = getattr(transformers, name, None) if name and name.isidentifier() else None
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel): return cls
+    raise UserError(folder,
+        f"its config.json names the architecture {excerpt(name or names, 60)}, which transformers doesn't have",
+        "name another base, or update transformers")
+
+# %% ../nbs/05_merge.ipynb #de5794bd
+def _datasets(folder): # what the adapter's own card says that it learnt from
+    from huggingface_hub import metadata_load
+    card = folder/'README.md'
+    if not card.is_file() or card.stat().st_size>2**20: return []
+    try:
+        with reading('its card'): found = (metadata_load(card) or {}).get('datasets') or []
+    except UserError as e: return log.warning(f"{folder.name}: {e}; its datasets aren't written down") or []
+    found = found if isinstance(found, list) else [found]
+    named = [d for d in found if isinstance(d, str) and len(d)<=96 and _hub_id.fullmatch(d) and '@' not in d]
+    if len(named)<len(found):
+        log.warning(f"{folder.name}: {len(found)-len(named)} of the {len(found)} datasets on its card "
+            "have no name of the Hub, and aren't written down")
+    return named
+
+# %% ../nbs/05_merge.ipynb #48b895f9
+def _public(src):
+    src = str(src)
+    if _hub_id.fullmatch(src) and not os.path.isdir(src): return src.partition('@')[0]
+    return excerpt(re.split(r'[/\\]', src.rstrip('/\\'))[-1], 96)
+
+def _revision(folder): # the commit, of what came from the Hub
+    return folder.name if folder.parent.name=='snapshots' else None
+
+def _adapter_record(ad, weight):
+    import hashlib
+    sha = hashlib.sha256((ad.path/'adapter_model.safetensors').read_bytes()).hexdigest()
+    base,rev = base_of(ad),ad.config.get('revision')
+    trained_on = base and _public(base)+(f"@{rev}" if rev else '')
+    return dict(adapter=_public(ad.src), revision=_revision(ad.path), weight=weight, sha256=sha,
+        datasets=_datasets(ad.path), trained_on=trained_on)
+
+def _record(base, src, ads, norms):
+    delta,err = (math.sqrt(sum(o)) for o in zip(*norms))
+    return dict(base=_public(base), revision=_revision(src), architecture=model_class(src).__name__,
+        adapters=[_adapter_record(a, w) for a,w in ads],
+        tensors=len(norms), delta_norm=delta, relative_rounding=err/delta if delta else 0.)
 
 # %% ../nbs/05_merge.ipynb #dfcb4bb7
 def check_room(
@@ -369,10 +529,29 @@ def check_room(
     need:int, # Bytes
 ):
     "Refuse a target that exists, or a disk without room."
-    if os.path.lexists(out): raise UserError(out, "it exists, and nothing is overwritten", "remove it or name another folder")
+    if os.path.lexists(out):
+        raise UserError(out, "it exists, and nothing is overwritten", "remove it or name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
-    if free<need: raise UserError(out.parent, f"it has {free/2**30:.1f} GiB free, the merged model needs {need/2**30:.1f} GiB", "make room, or name another folder")
+    if free<need:
+        raise UserError(out.parent, f"it has {free/2**30:.1f} GiB free, the merged model needs {need/2**30:.1f} GiB",
+            "make room, or name another folder")
+
+# %% ../nbs/05_merge.ipynb #d43e02c2
+@contextmanager
+def _new_folder(out, need):
+    tmp = out.parent/f'.{out.name}.merging'
+    if tmp.is_symlink() or tmp.is_file(): raise UserError(tmp, "it is in the way", "remove it, or name another folder")
+    shutil.rmtree(tmp, ignore_errors=True) # left by a killed merge
+    check_room(out, need)
+    try:
+        tmp.mkdir()
+        yield tmp
+        tmp.rename(out)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC,errno.EDQUOT,errno.EFBIG): raise
+        raise UserError(out, f"no room to write it ({e.strerror}), and nothing was kept", "free some space") from None
+    finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/05_merge.ipynb #2f2b2eb3
 def merge_adapters(
@@ -387,73 +566,25 @@ def merge_adapters(
     ads = [(LoraAdapter(a),check_weight(w)) for a,w in adapters]
     if not ads: raise UserError("--adapter", "no adapter given", "name at least one")
     src,out = local_folder(base),Path(out)
-    for d in (src, *(a.path for a,_ in ads)):
-        if out.resolve().is_relative_to(d.resolve()): raise UserError(out, f"it is inside {d}, which is only read", "name a folder elsewhere")
-    shards,folders = read_base(src),[a.path for a,_ in ads]
+    folders = [a.path for a,_ in ads]
+    for d in (src, *folders):
+        if out.resolve().is_relative_to(d.resolve()):
+            raise UserError(out, f"it is inside {d}, which is only read", "name a folder elsewhere")
+    shards = read_base(src)
     plan = merge_plan(shards, ads, tied=_is_tied(src))
     model_class(src)
     tok,settings = read_tokenizer(tokenizer_folder(src, folders), src),generation_settings(src)
+    stop = stop_as_trained(settings, tok) if tok else settings
     sides = side_files(src, folders)
-    tmp = out.parent/f'.{out.name}.merging'
-    if tmp.is_symlink() or tmp.is_file(): raise UserError(tmp, "it is in the way", "remove it, or name another folder")
-    shutil.rmtree(tmp, ignore_errors=True) # left by a killed merge
-    check_room(out, sum((src/n).stat().st_size for n in shards)+sum(p.stat().st_size for p in sides)+2**20)
-    try:
-        tmp.mkdir()
+    need = sum(p.stat().st_size for p in [*(src/n for n in shards), *sides])+2**20
+    with _new_folder(out, need) as tmp:
         norms = [o for n in shards for o in merge_shard(src/n, tmp/n, plan, nf4, dither)]
         for p in sides: _copy_side(p, tmp/p.name)
-        stop = stop_as_trained(settings, tok) if tok else settings
         (tmp/'generation_config.json').write_text(json.dumps(stop, indent=2)+'\n')
-        res = _record(base, src, ads, norms) | dict(nf4=nf4, dither=dither, stops_at=stop_ids(stop), base_stops_at=stop_ids(settings))
+        res = _record(base, src, ads, norms)
+        res |= dict(nf4=nf4, dither=dither, stops_at=stop_ids(stop), base_stops_at=stop_ids(settings))
         (tmp/'merge.json').write_text(json.dumps(res, indent=1)+'\n')
-        tmp.rename(out)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC,errno.EDQUOT,errno.EFBIG): raise
-        raise UserError(out, f"no room to write it ({e.strerror}), and nothing was kept", "free some space") from None
-    finally: shutil.rmtree(tmp, ignore_errors=True)
     return res
-
-# %% ../nbs/05_merge.ipynb #de5794bd
-def _is_tied(folder):
-    c = _read_config(folder)
-    return bool(c.get('tie_word_embeddings', (c.get('text_config') or {}).get('tie_word_embeddings', False)))
-
-def model_class(
-    folder:Path, # Model folder
-): # Of transformers
-    "The class that a model's config names."
-    import transformers
-    names = _read_config(Path(folder)).get('architectures')
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    cls = getattr(transformers, name, None) if name and name.isidentifier() else None
-    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel): return cls
-    raise UserError(folder, f"its config.json names the architecture {excerpt(name or names, 60)}, which transformers doesn't have", "name another base, or update transformers")
-
-def _record(base, src, ads, norms):
-    import hashlib
-    def sha(a): return hashlib.sha256((a.path/'adapter_model.safetensors').read_bytes()).hexdigest()
-    delta,err = (math.sqrt(sum(o)) for o in zip(*norms))
-    def trained_on(a): return (named := base_of(a)) and _public(named)+(f"@{a.config['revision']}" if a.config.get('revision') else '')
-    return dict(base=_public(base), revision=_revision(src), architecture=model_class(src).__name__,
-        adapters=[dict(adapter=_public(a.src), revision=_revision(a.path), weight=w, sha256=sha(a), datasets=_datasets(a.path), trained_on=trained_on(a)) for a,w in ads],
-        tensors=len(norms), delta_norm=delta, relative_rounding=err/delta if delta else 0.)
-
-def _datasets(folder): # what the adapter's own card says that it learnt from
-    from huggingface_hub import metadata_load
-    card = folder/'README.md'
-    if not card.is_file() or card.stat().st_size>2**20: return []
-    try:
-        with reading('its card'): found = (metadata_load(card) or {}).get('datasets') or []
-    except UserError as e: return log.warning(f"{folder.name}: {e}; its datasets aren't written down") or []
-    found = found if isinstance(found, list) else [found]
-    named = [d for d in found if isinstance(d, str) and len(d)<=96 and _hub_id.fullmatch(d) and '@' not in d]
-    if len(named)<len(found): log.warning(f"{folder.name}: {len(found)-len(named)} of the {len(found)} datasets on its card have no name of the Hub, and aren't written down")
-    return named
-
-def _public(src): # a folder's place is nobody's business
-    src = str(src)
-    return src.partition('@')[0] if _hub_id.fullmatch(src) and not os.path.isdir(src) else excerpt(re.split(r'[/\\]', src.rstrip('/\\'))[-1], 96)
-def _revision(folder): return folder.name if folder.parent.name=='snapshots' else None # the commit, of what came from the Hub
 
 # %% ../nbs/05_merge.ipynb #00d6d689
 def merge_adapter(
@@ -477,34 +608,11 @@ def load_plain(
     import torch,transformers
     folder = local_folder(folder)
     check_size(folder, _config(folder))
-    q = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype)) if nf4 else None
-    with reading(f"base model {folder}"):
-        return model_class(folder).from_pretrained(folder, dtype=getattr(torch, dtype), quantization_config=q, use_safetensors=True, trust_remote_code=False,
-            device_map={'': 0 if torch.cuda.is_available() else 'cpu'}).eval()
-
-# %% ../nbs/05_merge.ipynb #e9e791cf
-def load_adapted(
-    base:str|Path, # Base folder or Hub id
-    adapters:list, # (adapter folder or Hub id, weight) pairs
-    dtype:str="bfloat16", # Weights and arithmetic of the base
-    nf4:bool=False, # Quantise the base to NF4
-): # `PeftModel` with adapters `a0`, `a1`, … active at their weights
-    "Load a base with adapters on it, unmerged, and check that all of them arrived."
-    from peft import PeftModel
-    model,weights = load_plain(base, dtype, nf4),{}
-    for i,(a,w) in enumerate(adapters):
-        ad,name = LoraAdapter(a),f'a{i}'
-        with reading(f"adapter `{a}`"):
-            if i: model.load_adapter(ad.path, name, peft_config=ad.peft_config())
-            else: model = PeftModel.from_pretrained(model, ad.path, adapter_name=name, config=ad.peft_config())
-        mods = dict(model.base_model.model.named_modules())
-        for m,(A,_) in ad.factors.items():
-            if m not in mods or not mods[m].lora_A[name].weight.float().cpu().equal(A.float()):
-                raise UserError(f"adapter `{a}`", f"PEFT did not load `{m}` into {type(model.base_model.model).__name__}", "name its own base")
-        weights[name] = w
-    set_weights(model, weights)
-    return model.eval()
+    how = dict(dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
+        device_map={'': 0 if torch.cuda.is_available() else 'cpu'})
+    if nf4: how['quantization_config'] = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',
+        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=how['dtype'])
+    with reading(f"base model {folder}"): return model_class(folder).from_pretrained(folder, **how).eval()
 
 # %% ../nbs/05_merge.ipynb #7b928974
 def set_weights(
@@ -518,19 +626,49 @@ def set_weights(
         if hasattr(m, 'set_scale'):
             for n in m.scaling: m.set_scale(n, weights.get(n, 0))
 
+# %% ../nbs/05_merge.ipynb #e9e791cf
+def _check_loaded(model, ad, name):
+    mods = dict(model.base_model.model.named_modules())
+    for m,(A,_) in ad.factors.items():
+        if m not in mods or not mods[m].lora_A[name].weight.float().cpu().equal(A.float()):
+            raise UserError(f"adapter `{ad.src}`",
+                f"PEFT did not load `{m}` into {type(model.base_model.model).__name__}", "name its own base")
+
+def load_adapted(
+    base:str|Path, # Base folder or Hub id
+    adapters:list, # (adapter folder or Hub id, weight) pairs
+    dtype:str="bfloat16", # Weights and arithmetic of the base
+    nf4:bool=False, # Quantise the base to NF4
+): # `PeftModel` with adapters `a0`, `a1`, … active at their weights
+    "Load a base with adapters on it, unmerged, and check that all of them arrived."
+    from peft import PeftModel
+    model = load_plain(base, dtype, nf4)
+    for i,(a,_) in enumerate(adapters):
+        ad,name = LoraAdapter(a),f'a{i}'
+        with reading(f"adapter `{a}`"):
+            if i: model.load_adapter(ad.path, name, peft_config=ad.peft_config())
+            else: model = PeftModel.from_pretrained(model, ad.path, adapter_name=name, config=ad.peft_config())
+        _check_loaded(model, ad, name)
+    set_weights(model, {f'a{i}':w for i,(_,w) in enumerate(adapters)})
+    return model.eval()
+
 # %% ../nbs/05_merge.ipynb #40cf1b30
 RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # processor and memory for a call's templates; characters
-_render = '''import json, math, resource, sys
+_render = """import json, math, resource, sys
 from transformers.utils.chat_template_utils import render_jinja_template
 seconds,mib,most,template,names,chats = json.load(sys.stdin)
 used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize() if sys.platform=='linux' else 0
 spent = resource.getrusage(resource.RUSAGE_SELF)
 resource.setrlimit(resource.RLIMIT_AS, (used+(mib<<20),)*2)
 resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(spent.ru_utime+spent.ru_stime)+seconds,)*2)
-texts = [render_jinja_template([c], chat_template=template, add_generation_prompt=c[-1]['role']!='assistant', **names)[0][0] for c in chats]
+def render(c):
+    asked = c[-1]['role']!='assistant'
+    return render_jinja_template([c], chat_template=template, add_generation_prompt=asked, **names)[0][0]
+texts = [render(c) for c in chats]
 if sum(map(len, texts))>most: raise MemoryError
-json.dump(texts, sys.stdout)'''
+json.dump(texts, sys.stdout)"""
 
+# %% ../nbs/05_merge.ipynb #8c1390eb
 def chat_ids(
     tok, # Tokenizer, with a chat template
     chats:list, # Conversations; one that ends with a user's turn is put to the assistant
@@ -547,7 +685,8 @@ def chat_ids(
     said = (r.stderr.strip().splitlines() or ['it stopped'])[-1] if r else ''
     if r is None or r.returncode<0 or said.startswith('MemoryError'):
         raise UserError(what, f"it takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB", "use another tokenizer")
-    if r.returncode: raise UserError(what, f"it can't write this conversation ({excerpt(said, 100)})", "use another tokenizer")
+    if r.returncode:
+        raise UserError(what, f"it can't write this conversation ({excerpt(said, 100)})", "use another tokenizer")
     with reading(what): return [tok(t, add_special_tokens=False).input_ids for t in json.loads(r.stdout)]
 
 # %% ../nbs/05_merge.ipynb #aa6b00c7
@@ -558,10 +697,13 @@ def prompt_ids(
     "Token ids of prompts, whatever they are written as."
     if all(isinstance(p[0], int) for p in prompts): return [list(p) for p in prompts]
     home = local_folder(folder)
-    if not any((home/n).exists() for n in _tokenizer): raise UserError(folder, "it has no tokenizer that can be read, so no text can be put to it", "put one into the adapter's folder")
+    if not any((home/n).exists() for n in _tokenizer):
+        raise UserError(folder, "it has no tokenizer that can be read, so no text can be put to it",
+            "put one into the adapter's folder")
     tok = open_tokenizer(home, f"the tokenizer of {folder}")
     chats = iter(chat_ids(tok, [p for p in prompts if not isinstance(p, str)]))
-    with reading(f"the tokenizer of {folder}"): return [tok(p).input_ids if isinstance(p, str) else next(chats) for p in prompts]
+    with reading(f"the tokenizer of {folder}"):
+        return [tok(p).input_ids if isinstance(p, str) else next(chats) for p in prompts]
 
 # %% ../nbs/05_merge.ipynb #6a64a37e
 def prompt_logits(
@@ -570,23 +712,18 @@ def prompt_logits(
 )->list: # fp32 on the CPU, one [tokens, vocabulary] each
     "Logits of texts, one after the other."
     import torch
-    with torch.inference_mode(): return [model(input_ids=torch.tensor([i], device=model.device)).logits[0].float().cpu() for i in ids]
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([i], device=model.device)).logits[0].float().cpu() for i in ids]
 
 def perplexity(
     model, # Model
     ids:list, # Lists of token ids
 )->float: # exp of the mean loss a token
     "Perplexity of texts."
-    import torch
-    loss = [torch.nn.functional.cross_entropy(l[:-1], torch.tensor(i[1:]), reduction='sum').item() for l,i in zip(prompt_logits(model,ids),ids)]
+    from torch import tensor
+    from torch.nn.functional import cross_entropy
+    loss = [cross_entropy(l[:-1], tensor(i[1:]), reduction='sum').item() for l,i in zip(prompt_logits(model,ids),ids)]
     return math.exp(sum(loss)/sum(len(i)-1 for i in ids))
-
-def _stops(model, ids, n, eos): # share of greedy answers that end before `n` tokens
-    import torch
-    def stops(i):
-        x = torch.tensor([i], device=model.device)
-        return bool({*eos} & set(model.generate(x, attention_mask=x*0+1, max_new_tokens=n, do_sample=False, eos_token_id=eos or None)[0,len(i):].tolist()))
-    return sum(map(stops, ids))/len(ids)
 
 # %% ../nbs/05_merge.ipynb #7c6ccc1b
 def compare_logits(
@@ -602,9 +739,18 @@ def compare_logits(
         dl = max(dl, (a-b).abs().max().item())
         top.append(a.argmax(-1)==b.argmax(-1))
     kl,top = torch.cat(kl),torch.cat(top)
-    return dict(kl=max(kl.mean().item(),0.), kl_max=kl.max().item(), max_dlogit=dl, top1=top.double().mean().item(), positions=len(kl))
+    return dict(kl=max(kl.mean().item(),0.), kl_max=kl.max().item(), max_dlogit=dl, top1=top.double().mean().item(),
+        positions=len(kl))
 
 # %% ../nbs/05_merge.ipynb #3539143b
+def _stops(model, ids, n, eos): # share of greedy answers that end before `n` tokens
+    import torch
+    def stops(i):
+        x = torch.tensor([i], device=model.device)
+        said = model.generate(x, attention_mask=x*0+1, max_new_tokens=n, do_sample=False, eos_token_id=eos or None)
+        return bool({*eos} & set(said[0,len(i):].tolist()))
+    return sum(map(stops, ids))/len(ids)
+
 def fidelity(
     merged:str|Path, # Merged folder
     base:str|Path, # Base folder or Hub id
@@ -629,5 +775,7 @@ def check_fidelity(
 )->dict: # The report
     "Refuse a merge that is further from its adapter than `kl`."
     if not report['kl']<=kl: # `not <=` so that NaN fails
-        raise UserError("the merge", f"it differs from adapter-on-base by {report['kl']:.3g} nats a token (bound {kl:g}), so nothing is published", "if the change is small, rounding may have lost it, so merge with dither (--dither)")
+        raise UserError("the merge",
+            f"it differs from adapter-on-base by {report['kl']:.3g} nats a token (bound {kl:g}), so nothing is published",
+            "if the change is small, rounding may have lost it, so merge with dither (--dither)")
     return report

@@ -10,8 +10,8 @@ from functools import cache
 from html import escape
 from pathlib import Path
 from fastcore.basics import chunked
-from fastcore.script import Param, call_parse
-from .core.basics import UserError, command, excerpt, hub_problem, log, printable, read_json, text_table
+from fastcore.script import Param
+from .core.basics import UserError, excerpt, hub_problem, log, printable, read_json, shell_command, text_table
 
 # %% auto #0
 __all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'MOST_LABELS', 'FORMATS', 'LONGEST_PIECE', 'PADS',
@@ -660,7 +660,7 @@ def write_labels(
     out.write(f'<!doctype html><meta charset=utf-8><title>labels</title><pre>{escape(table)}</pre>' + '<hr>'.join(show_labels(tok, *r) for r in rows))
 
 # %% ../nbs/01_model_qlora.ipynb #3759ba31
-@call_parse
+@shell_command('phoque_labels', 'phoque_labels mistralai/Ministral-3-3B-Instruct-2512-BF16 talk.jsonl', 'phoque_labels ./model talk.jsonl --html > labels.html')
 def labels_cli(
     model:str, # Hub id, or folder with a tokenizer.json, a tekken.json or a SentencePiece model
     file:Param('JSONL conversations; - reads standard input', str, nargs='?', opt=False)='-',
@@ -668,10 +668,9 @@ def labels_cli(
     revision:str=None, # Commit of the Hub repo
 ):
     "Show what a model would read, and which of it the loss looks at."
-    with command('phoque_labels'):
-        try: lines = open(file, 'rb') if file!='-' else nullcontext(sys.stdin.buffer)
-        except OSError as e: raise UserError(printable(file), e.strerror, "check the path") from None
-        with lines as f: write_labels(load_tokenizer(model, revision), f, sys.stdout, html)
+    try: lines = open(file, 'rb') if file!='-' else nullcontext(sys.stdin.buffer)
+    except OSError as e: raise UserError(printable(file), e.strerror, "check the path") from None
+    with lines as f: write_labels(load_tokenizer(model, revision), f, sys.stdout, html)
 
 # %% ../nbs/01_model_qlora.ipynb #5d1adc8b
 def _model_class(config): # transformers' class for the language model

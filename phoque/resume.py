@@ -7,6 +7,7 @@ from __future__ import annotations
 import fcntl, hashlib, json, os, re, shutil, signal, statistics, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from fastcore.basics import patch
 from .core.basics import UserError, hub_problem, log, read_json, safe_path
 from .model_qlora import check_private, private_repo, read_header
 
@@ -15,14 +16,15 @@ __all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'AUTOS', 'MOST_MANIFEST', 'RUN_F
            'PRIVATE_GB', 'HISTORY_BYTES', 'HISTORY_SECONDS', 'file_sha256', 'write_manifest', 'is_run', 'read_manifest',
            'check_plain', 'check_state', 'read_checkpoint', 'hub_answer', 'bound_requests', 'NotNow', 'spell_seconds',
            'retry_after', 'patiently', 'HubBranch', 'Checkpoints', 'Superseded', 'folder_bytes', 'local_steps',
-           'check_same_run', 'lock_folder', 'publish_pace', 'Publisher', 'parse_duration', 'container_age', 'Stopped',
-           'Deadline']
+           'check_same_run', 'lock_folder', 'publish_pace', 'Publisher', 'parse_duration', 'container_age', 'Deadline',
+           'Stopped']
 
 # %% ../nbs/03_resume.ipynb #5a626d29
 MANIFEST = 'manifest.json'
-STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|'
-    r'samples\.parquet|metrics\.jsonl|best_adapter\.safetensors')
-NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
+STATE_FILES = re.compile(r'(adapter_model|best_adapter)\.safetensors|(adapter_config|trainer_state)\.json|(optimizer|scheduler)\.pt|'
+    r'rng_state(_\d+)?\.pth|samples\.parquet|metrics\.jsonl')
+# and a random state: without one of these `Trainer` would begin with a new one, and not say so
+NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'}
 
 def file_sha256(
     path:Path, # Of a file
@@ -35,30 +37,54 @@ def write_manifest(
     run:dict, # What the run is: its id, identity and commits
 )->dict: # The manifest
     "Seal a checkpoint: list its files with size and hash, beside what the run is."
-    files = {p.name: dict(size=p.stat().st_size, sha256=file_sha256(p)) for p in sorted(Path(folder).iterdir()) if STATE_FILES.fullmatch(p.name)}
-    m = dict(step=int(Path(folder).name.split('-')[1]), files=files, run=run)
-    tmp = Path(folder)/f'{MANIFEST}.tmp'
-    tmp.write_text(json.dumps(m, indent=1)); tmp.rename(Path(folder)/MANIFEST)
+    folder = Path(folder)
+    ours = [p for p in sorted(folder.iterdir()) if STATE_FILES.fullmatch(p.name)]
+    files = {p.name: dict(size=p.stat().st_size, sha256=file_sha256(p)) for p in ours}
+    m = dict(step=int(folder.name.split('-')[1]), files=files, run=run)
+    tmp = folder/f'{MANIFEST}.tmp'
+    tmp.write_text(json.dumps(m, indent=1)); tmp.rename(folder/MANIFEST)
     return m
 
 # %% ../nbs/03_resume.ipynb #78f13eaf
+AUTOS = ('AutoModelForCausalLM','AutoModelForImageTextToText') # what `resolve_base` gives
+
+def _is_number(v): return type(v) in (int,float) and abs(v)<1e15
+def _is_count(v): return v is None or type(v) is int and 0<=v<2**53
+def _is_name(v): return v is None or isinstance(v, str) and len(v)<=1000
+def _is_setting(v): return _is_name(v) or type(v) is bool or _is_number(v)
+def _is_list(v, each): return isinstance(v, list) and all(map(each, v))
+def _is_eval(v): return _is_list(v, _is_number) and len(v)==2
+def _is_run_id(v): return isinstance(v, str) and bool(re.fullmatch(r'[\w-]{1,64}', v)) # it can name a folder
+def _is_arithmetic(v): return not v or isinstance(v, dict) and all(map(_is_setting, v.values()))
+
+def _is_identity(v):
+    def good(x): return _is_setting(x) or _is_list(x, _is_name)
+    return isinstance(v, dict) and bool(v) and all(_is_name(k) and good(x) for k,x in v.items())
+
+def _is_base(v):
+    if not isinstance(v, dict) or not all(map(_is_name, v.values())): return False
+    return not v or isinstance(v.get('id'), str) and v.get('auto', AUTOS[0]) in AUTOS
+
+# %% ../nbs/03_resume.ipynb #6df7d871
 def is_run(
     run, # As read from a repo
 )->bool: # Has it an id that can name a folder, and options?
     "Is this what a run is? Whoever can write to the repo could have written anything."
-    def number(v): return type(v) in (int,float) and abs(v)<1e15
-    def name(v): return v is None or isinstance(v, str) and len(v)<=1000
-    if not (isinstance(run, dict) and isinstance(run.get('id'), str) and isinstance(run.get('base', {}), dict)): return False
-    base = run.get('base') or {}
-    return bool(re.fullmatch(r'[\w-]{1,64}', run['id'])) and isinstance(run.get('identity'), dict) and bool(run['identity']) and all([
-        all(name(k) and (name(v) or type(v) is bool or number(v) or isinstance(v, list) and all(map(name, v))) for k,v in run['identity'].items()),
-        isinstance(run.get('arithmetic') or {}, dict) and all(name(v) or type(v) is bool or number(v) for v in (run.get('arithmetic') or {}).values()), all(name(v) for v in base.values()), base.get('auto', AUTOS[0]) in AUTOS, not base or isinstance(base.get('id'), str),
-        all(name(run.get(k)) for k in ('repo','dataset_revision','published')), all(run.get(k) is None or type(run[k]) is int and 0<=run[k]<2**53 for k in ('fresh_start','total','eval_rows')),
-        isinstance(run.get('seconds', []), list) and all(map(number, run.get('seconds', []))),
-        isinstance(run.get('evals', []), list) and all(isinstance(e, list) and len(e)==2 and all(map(number, e)) for e in run.get('evals', []))])
+    checks = dict(id=_is_run_id, identity=_is_identity, arithmetic=_is_arithmetic, base=_is_base,
+        repo=_is_name, dataset_revision=_is_name, published=_is_name, fresh_start=_is_count, total=_is_count, eval_rows=_is_count,
+        seconds=lambda v: _is_list(v, _is_number), evals=lambda v: _is_list(v, _is_eval))
+    empty = dict(base={}, seconds=[], evals=[])
+    return isinstance(run, dict) and all(good(run.get(k, empty.get(k))) for k,good in checks.items())
 
-AUTOS = ('AutoModelForCausalLM','AutoModelForImageTextToText') # what `resolve_base` gives
+# %% ../nbs/03_resume.ipynb #b3907177
 MOST_MANIFEST = 16<<20 # bytes of a manifest or of `run.json`; a year's evaluations fit
+
+def _is_of_folder(m, path): return type(m['step']) is int and f"checkpoint-{m['step']}"==path.parent.name
+def _is_complete(m, path): return NEEDED<=set(m['files']) and any(n.startswith('rng_state') for n in m['files'])
+def _lists_files(m, path):
+    def is_size(v): return type(v) is int and v>=0
+    return all(STATE_FILES.fullmatch(n) and is_size(f['size']) and re.fullmatch('[0-9a-f]{64}', f['sha256']) for n,f in m['files'].items())
+def _names_run(m, path): return is_run(m['run'])
 
 def read_manifest(
     path:Path, # A `checkpoint-N/manifest.json`
@@ -67,12 +93,19 @@ def read_manifest(
     if not path.is_file(): raise ValueError("it has no manifest: it was never finished")
     try:
         m = read_json(path, most=MOST_MANIFEST)
-        files,run = m['files'],m['run']
-        good = [type(m['step']) is int and f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
-            all(STATE_FILES.fullmatch(n) and type(f['size']) is int and f['size']>=0 and re.fullmatch('[0-9a-f]{64}', f['sha256']) for n,f in files.items()), is_run(run)]
-    except (ValueError, TypeError, KeyError, AttributeError): good = [False]
-    if not all(good): raise ValueError("its manifest is damaged")
+        good = all(check(m, path) for check in (_is_of_folder, _is_complete, _lists_files, _names_run))
+    except (ValueError, TypeError, KeyError, AttributeError): good = False
+    if not good: raise ValueError("its manifest is damaged")
     return m
+
+# %% ../nbs/03_resume.ipynb #e7245699
+def _is_whole(v):
+    "Has every tensor the bytes that its shape says?"
+    import torch
+    if isinstance(v, dict): v = list(v.values())
+    if isinstance(v, torch.Tensor):
+        return v.device.type=='cpu' and v.numel()*v.element_size()<=v.untyped_storage().nbytes()
+    return all(map(_is_whole, v)) if isinstance(v, (list,tuple,set)) else True
 
 def check_plain(
     path:Path, # Written by `torch.save`
@@ -81,16 +114,13 @@ def check_plain(
     import torch
     from transformers.trainer_pt_utils import safe_globals # what `Trainer` itself allows: numpy's random state
     from zipfile import ZIP_STORED, ZipFile
-    def whole(v): # has every tensor the bytes that its shape says?
-        if isinstance(v, dict): v = list(v.values())
-        if isinstance(v, torch.Tensor): return v.device.type=='cpu' and v.numel()*v.element_size()<=v.untyped_storage().nbytes()
-        return all(map(whole, v)) if isinstance(v, (list,tuple,set)) else True
     try:
-        with ZipFile(path) as z: plain = all(i.compress_type==ZIP_STORED for i in z.infolist()) # as `torch.save` writes it: nothing unpacks to more
-        with safe_globals(): good = plain and whole(torch.load(path, map_location='cpu', weights_only=True))
+        with ZipFile(path) as z: plain = all(i.compress_type==ZIP_STORED for i in z.infolist()) # nothing unpacks to more
+        with safe_globals(): good = plain and _is_whole(torch.load(path, map_location='cpu', weights_only=True))
     except Exception: good = False
     if not good: raise ValueError(f"{path.name} holds something other than tensors: it is not opened")
 
+# %% ../nbs/03_resume.ipynb #1e9174ac
 def check_state(
     folder:Path, # A `checkpoint-N`
     step:int, # N
@@ -99,26 +129,34 @@ def check_state(
     from dataclasses import fields
     from transformers import TrainerState
     state = read_json(Path(folder)/'trainer_state.json')
-    known = state.get('best_model_checkpoint') is None and type(state.get('global_step')) is int and state['global_step']==step and set(state)<={f.name for f in fields(TrainerState)}
-    if not (known and isinstance(state.get('log_history') or [], list)): raise ValueError("trainer_state.json isn't what Trainer wrote")
+    is_step = type(state.get('global_step')) is int and state['global_step']==step
+    is_known = set(state)<={f.name for f in fields(TrainerState)}
+    has_log = isinstance(state.get('log_history') or [], list)
+    good = is_step and is_known and has_log and state.get('best_model_checkpoint') is None
+    if not good: raise ValueError("trainer_state.json isn't what Trainer wrote")
+
+# %% ../nbs/03_resume.ipynb #1785dfed
+def _check_file(folder, name, entry):
+    p = safe_path(folder, name, MANIFEST)
+    if not p.is_file(): raise ValueError(f"{name} is missing")
+    good = not p.is_symlink() and p.stat().st_size==entry['size'] and file_sha256(p)==entry['sha256']
+    if not good: raise ValueError(f"{name} is damaged")
 
 def read_checkpoint(
     folder:Path, # A `checkpoint-N`
 )->dict: # Its manifest
     "Hold a checkpoint against its manifest; a `ValueError` says what is wrong."
-    m = read_manifest(Path(folder)/MANIFEST)
-    for name,f in m['files'].items():
-        p = safe_path(folder, name, MANIFEST)
-        if not p.is_file(): raise ValueError(f"{name} is missing")
-        if p.is_symlink() or p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
+    folder = Path(folder)
+    m = read_manifest(folder/MANIFEST)
+    for name,entry in m['files'].items(): _check_file(folder, name, entry)
     for name in m['files']:
-        if name.endswith(('.pt','.pth')): check_plain(Path(folder)/name)
+        if name.endswith(('.pt','.pth')): check_plain(folder/name)
     try:
         for name in m['files']:
-            if name.endswith('.safetensors'): read_header(Path(folder)/name)
+            if name.endswith('.safetensors'): read_header(folder/name)
         check_state(folder, m['step'])
     except UserError as e: raise ValueError(str(e)) from None
-    for p in Path(folder).iterdir(): # `Trainer` takes more than these where it finds more
+    for p in folder.iterdir(): # `Trainer` takes more than these where it finds more
         if p.name not in {*m['files'], MANIFEST}: shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
     return m
 
@@ -140,7 +178,7 @@ def _passing(e):
     if status: return status in (408,409,412,425,429) or status>=500
     if isinstance(e, (HTTPError, ConnectionError, TimeoutError)): return True
     if _inner(e): return _passing(_inner(e)) # an upload's RuntimeError, transformers' OSError, one of our own lines
-    return type(e) is RuntimeError or str(e).startswith('Consistency check failed') # hf_xet's; a download that is too short
+    return type(e) is RuntimeError or str(e).startswith('Consistency check failed') # hf_xet's; a short download
 
 # %% ../nbs/03_resume.ipynb #ecda0bb1
 def bound_requests(
@@ -174,6 +212,10 @@ def retry_after(
     said = answer.headers.get('Retry-After', '') if answer is not None else ''
     return float(said) if said.isdigit() else 0.
 
+# %% ../nbs/03_resume.ipynb #7d43120d
+def _is_own(e): # does it say itself what it is and what to do?
+    return isinstance(e, UserError) or getattr(hub_answer(e), 'response', None) is None and not _passing(e)
+
 def patiently(
     call, # Function without arguments that asks something of the Hub
     what:str, # What it is about, such as "model repo org/name"
@@ -186,15 +228,14 @@ def patiently(
     while True:
         try: return call()
         except (HTTPError, OSError, RuntimeError, UserError) as e: err = e
-        known = isinstance(err, UserError) or getattr(hub_answer(err), 'response', None) is None and not _passing(err) # says itself what it is
-        said = err if known else hub_problem(hub_answer(err), what)
-        passing,asked = isinstance(err, NotNow) or _passing(err),max(wait, retry_after(err))
-        if not passing: raise said from None
+        said = err if _is_own(err) else hub_problem(hub_answer(err), what)
+        if not (isinstance(err, NotNow) or _passing(err)): raise said from None
+        asked = max(wait, retry_after(err))
         if time.monotonic()+asked>until:
-            about,found,do = said.args if isinstance(said, UserError) else (what, str(said), "run the same command again")
             late = f"it would be tried again in {spell_seconds(asked)}, and the time is up"
-            raise UserError(about, f"{found}; {late}", do) from None
-        log.warning(f"{said if known else f'{what}: '+str(hub_problem(hub_answer(err), 'the Hub'))}; trying again in {spell_seconds(asked)}")
+            raise UserError(said.what, f"{said.value}; {late}", said.remedy) from None
+        shown = said if _is_own(err) else f"{what}: {hub_problem(hub_answer(err), 'the Hub')}"
+        log.warning(f"{shown}; trying again in {spell_seconds(asked)}")
         pause(asked); wait = min(2*wait, 60)
 
 # %% ../nbs/03_resume.ipynb #14029e98
@@ -207,23 +248,14 @@ class HubBranch:
         token:str=None, # HF_TOKEN where None
     ):
         from huggingface_hub import HfApi
-        self.api,self.repo,self.branch,self.head = HfApi(endpoint=endpoint, token=token),repo,branch,None
-        self.name,self.public = f"model repo {repo}",False
-
-    def prepare(self,
-        until:float=float('inf'), # `time.monotonic()` after which to give up
-    ):
-        "Make the repo (private, gated) and the branch when missing, and read where the branch is."
-        def make():
-            private_repo(self.api, self.repo)
-            if self.branch!='main': self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
-            self.head = self.newest().commit_id
-        patiently(make, self.name, until)
-        return self
+        self.api,self.name = HfApi(endpoint=endpoint, token=token),f"model repo {repo}"
+        self.repo,self.branch = repo,branch
+        self.head,self.public = None,False # the newest commit that we know; was the repo public when we looked?
 
     def rewritten(self):
         "The error where the history that we know is gone."
-        return UserError(f"{self.repo}@{self.branch}", "another job is writing there and has dropped its history", "let it finish, or choose another HUB_MODEL_ID")
+        return UserError(f"{self.repo}@{self.branch}", "another job is writing there and has dropped its history",
+            "let it finish, or choose another HUB_MODEL_ID")
 
     def newest(self):
         "The branch's newest commit."
@@ -233,8 +265,41 @@ class HubBranch:
         "Compare the branch with what we know of it."
         return patiently(self.newest, self.name).commit_id!=self.head
 
+# %% ../nbs/03_resume.ipynb #cdb3a23b
+@patch
+def prepare(self:HubBranch,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Make the repo (private, gated) and the branch when missing, and read where the branch is."
+    def make():
+        private_repo(self.api, self.repo)
+        if self.branch!='main': self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
+        self.head = self.newest().commit_id
+    patiently(make, self.name, until)
+    return self
+
+@patch
+def _check_private(self:HubBranch):
+    "Ask again before each commit, since a repo's owner may change that at any time."
+    self.public = False
+    try: check_private(self.api, self.repo)
+    except UserError as e:
+        self.public = True
+        raise NotNow(*e.args) from None
+
 # %% ../nbs/03_resume.ipynb #bc9a79ba
-from fastcore.basics import patch
+@patch
+def _commit_once(self:HubBranch, operations, title):
+    from httpx2 import HTTPError
+    self._check_private()
+    on = dict(revision=self.branch, parent_commit=self.head)
+    try: return self.api.create_commit(self.repo, operations, commit_message=title, **on).oid
+    except (HTTPError, RuntimeError, OSError) as e: err = e
+    now = self.newest()
+    if now.commit_id==self.head: raise err
+    if now.title==title: return now.commit_id # it had landed; only the answer was lost
+    raise UserError(f"{self.repo}@{self.branch}", f"another job has written {now.title!r} there",
+        "let it finish, or choose another HUB_MODEL_ID")
 
 @patch
 def commit(self:HubBranch,
@@ -245,22 +310,10 @@ def commit(self:HubBranch,
     pause=time.sleep, # As of `patiently`
 )->str: # The commit's id
     "One atomic commit to a private repo, repeated until it has landed or can't."
-    from httpx2 import HTTPError
-    def once():
-        self.public = False
-        try: check_private(self.api, self.repo) # its owner may have changed that since
-        except UserError as e:
-            self.public = True
-            raise NotNow(*e.args) from None
-        try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
-        except (HTTPError, RuntimeError, OSError) as e: err = e
-        now = self.newest()
-        if now.commit_id==self.head: raise err
-        if now.title==title: return now.commit_id # it had landed; only the answer was lost
-        raise UserError(f"{self.repo}@{self.branch}", f"another job has written {now.title!r} there", "let it finish, or choose another HUB_MODEL_ID")
-    self.head = patiently(once, f"{self.name}: {title!r}", until, wait, pause)
+    self.head = patiently(lambda: self._commit_once(operations, title), f"{self.name}: {title!r}", until, wait, pause)
     return self.head
 
+# %% ../nbs/03_resume.ipynb #1237c991
 @patch
 def squash(self:HubBranch,
     until:float=float('inf'), # `time.monotonic()` after which to give up
@@ -270,10 +323,13 @@ def squash(self:HubBranch,
     def once():
         now = self.newest()
         if now.commit_id==self.head: self.api.super_squash_history(self.repo, branch=self.branch, commit_message=title)
-        elif now.title!=title: raise UserError(f"{self.repo}@{self.branch}", f"another job has written {now.title!r} there, so its history is left alone", "let it finish")
+        elif now.title!=title:
+            raise UserError(f"{self.repo}@{self.branch}",
+                f"another job has written {now.title!r} there, so its history is left alone", "let it finish")
         return self.newest().commit_id
     self.head = patiently(once, f"{self.name}: history", until)
 
+# %% ../nbs/03_resume.ipynb #362fbc74
 @patch
 def send(self:HubBranch,
     operation, # `CommitOperationAdd`
@@ -297,14 +353,17 @@ def check_write(self:HubBranch,
 
 # %% ../nbs/03_resume.ipynb #021d2573
 RUN_FILE = 'run.json'
-SQUASH_BYTES = 10e9 # of history on the branch, before it is dropped
 
 class Checkpoints:
     "The checkpoints of a run, on a branch of its Hub repo."
     def __init__(self,
         branch:HubBranch, # Prepared
         keep:int=2, # Newest checkpoints that stay
-    ): self.branch,self.keep,self.found,self.stale,self.history = branch,keep,None,[],0 # stale: an abandoned run's, removed when the next one begins; history: bytes sent since the last squash
+    ):
+        self.branch,self.keep = branch,keep
+        self.found = None # steps, once they are known
+        self.stale = [] # steps of an abandoned run, removed when the next one begins
+        self.history = 0 # bytes sent since the last squash
 
     def files(self)->list: # Paths
         "What is on the branch."
@@ -315,29 +374,14 @@ class Checkpoints:
             except RevisionNotFoundError: raise b.rewritten() from None
         return patiently(ask, b.name)
 
-    def steps(self)->list: # Ascending
-        "Steps that have a folder with a manifest on the branch."
-        if self.found is None: # from here on only our own commits change it
-            rx = re.compile(rf'checkpoint-(0|[1-9]\d*)/{re.escape(MANIFEST)}')
-            self.found = sorted(int(m[1]) for f in self.files() if (m := rx.fullmatch(f)))
-        return self.found
-
-# %% ../nbs/03_resume.ipynb #b493e729
-def _read_run(file): # as a `ValueError` where it is damaged: a `UserError` would say that the Hub is away
-    try: return read_json(file, most=MOST_MANIFEST)
-    except UserError as e: raise ValueError(str(e)) from None
-
+# %% ../nbs/03_resume.ipynb #ce431ea6
 @patch
-def run(self:Checkpoints)->dict: # What the run is; None where the branch has none
-    "The run that the branch belongs to: as it began, or as its newest checkpoint has it."
-    with tempfile.TemporaryDirectory() as d:
-        for name in (RUN_FILE, *(f'checkpoint-{s}/{MANIFEST}' for s in reversed(self.steps()))):
-            try:
-                file = self.fetch(name, d)
-                found = read_manifest(file)['run'] if name!=RUN_FILE else _read_run(file)
-                if is_run(found): return found
-            except UserError: raise
-            except (ValueError, TypeError, KeyError): continue
+def steps(self:Checkpoints)->list: # Ascending
+    "Steps that have a folder with a manifest on the branch."
+    if self.found is None: # from here on only our own commits change it
+        rx = re.compile(rf'checkpoint-(0|[1-9]\d*)/{re.escape(MANIFEST)}')
+        self.found = sorted(int(m[1]) for f in self.files() if (m := rx.fullmatch(f)))
+    return self.found
 
 @patch
 def begin_run(self:Checkpoints,
@@ -349,58 +393,11 @@ def begin_run(self:Checkpoints,
     if self.stale: self.keep_aside(until)
     old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in self.stale]
     text = json.dumps(run, indent=1).encode()
-    self.branch.commit([CommitOperationAdd(RUN_FILE, text), *old], f"run {run['id']} {hashlib.sha256(text).hexdigest()[:8]}", until)
+    title = f"run {run['id']} {hashlib.sha256(text).hexdigest()[:8]}"
+    self.branch.commit([CommitOperationAdd(RUN_FILE, text), *old], title, until)
     self.stale = []
 
-# %% ../nbs/03_resume.ipynb #79fbde15
-class Superseded(Exception):
-    "A newer checkpoint waits to be published."
-
-def folder_bytes(
-    folder:Path, # Sealed `checkpoint-N`
-)->int: # What publishing it sends
-    "The size of a checkpoint."
-    return sum(f['size'] for f in json.loads((Path(folder)/MANIFEST).read_text())['files'].values())
-
-@patch
-def publish(self:Checkpoints,
-    folder:Path, # Sealed `checkpoint-N`
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-    wait:float=1.0, # Seconds before the first repeat
-    pause=time.sleep, # As of `patiently`
-    still_newest=lambda: None, # Raises `Superseded` where a newer one waits
-):
-    "One commit: this checkpoint in, old ones out."
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    m = json.loads((folder/MANIFEST).read_text())
-    below = [s for s in self.steps() if s<m['step']]
-    stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
-    adds = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
-    if 'samples.parquet' in m['files']: adds.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
-    for a in adds:
-        still_newest()
-        if Path(a.path_or_fileobj).stat().st_size>2**20: self.branch.send(a, until, wait, pause)
-    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found}-{*stay})]
-    self.branch.commit(adds+old, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait, pause)
-    self.found,self.history = stay,self.history+folder_bytes(folder)
-    if self.history>SQUASH_BYTES: self.squash(until)
-
-@patch
-def squash(self:Checkpoints,
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-):
-    "Drop the branch's history; a Hub that won't is no reason to stop."
-    try: self.branch.squash(until)
-    except UserError as e: log.warning(f"the history of branch {self.branch.branch} is not squashed: {e}")
-    self.history = 0
-
-# %% ../nbs/03_resume.ipynb #9887967e
-def local_steps(
-    folder:Path, # Output folder
-)->list: # Ascending
-    "Steps that have a checkpoint folder on this disk."
-    return sorted(int(m[1]) for p in Path(folder).glob('checkpoint-*') if p.is_dir() and (m := re.fullmatch(r'checkpoint-(0|[1-9]\d*)', p.name)))
-
+# %% ../nbs/03_resume.ipynb #18e5b748
 @patch
 def fetch(self:Checkpoints,
     name:str, # Path in the repo
@@ -416,6 +413,96 @@ def fetch(self:Checkpoints,
         except RevisionNotFoundError: raise b.rewritten() from None
     return patiently(get, f"{name} of {b.repo}", until)
 
+# %% ../nbs/03_resume.ipynb #b493e729
+def _read_run(file): # as a `ValueError` where it is damaged: a `UserError` would say that the Hub is away
+    if file.name==MANIFEST: return read_manifest(file)['run']
+    try: return read_json(file, most=MOST_MANIFEST)
+    except UserError as e: raise ValueError(str(e)) from None
+
+@patch
+def run(self:Checkpoints)->dict: # What the run is; None where the branch has none
+    "The run that the branch belongs to: as it began, or as its newest checkpoint has it."
+    manifests = [f'checkpoint-{s}/{MANIFEST}' for s in reversed(self.steps())]
+    with tempfile.TemporaryDirectory() as d:
+        for name in (RUN_FILE, *manifests):
+            try:
+                found = _read_run(self.fetch(name, d))
+                if is_run(found): return found
+            except UserError: raise
+            except (ValueError, TypeError, KeyError): continue
+
+# %% ../nbs/03_resume.ipynb #79fbde15
+class Superseded(Exception):
+    "A newer checkpoint waits to be published."
+
+def folder_bytes(
+    folder:Path, # Sealed `checkpoint-N`
+)->int: # What publishing it sends
+    "The size of a checkpoint."
+    return sum(f['size'] for f in json.loads((Path(folder)/MANIFEST).read_text())['files'].values())
+
+@patch
+def _staying(self:Checkpoints, step): # one above ours is of a line that wasn't continued
+    below = [s for s in self.steps() if s<step]
+    return [*below[max(len(below)+1-self.keep, 0):], step]
+
+SQUASH_BYTES = 10e9 # of history on the branch, before it is dropped
+
+@patch
+def squash(self:Checkpoints,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Drop the branch's history; a Hub that won't is no reason to stop."
+    try: self.branch.squash(until)
+    except UserError as e: log.warning(f"the history of branch {self.branch.branch} is not squashed: {e}")
+    self.history = 0
+
+# %% ../nbs/03_resume.ipynb #6267707b
+@patch
+def publish(self:Checkpoints,
+    folder:Path, # Sealed `checkpoint-N`
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
+    still_newest=lambda: None, # Raises `Superseded` where a newer one waits
+):
+    "One commit: this checkpoint in, old ones out."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    m = json.loads((folder/MANIFEST).read_text())
+    stay = self._staying(m['step'])
+    adds = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
+    if 'samples.parquet' in m['files']: # also where people and the Hub's viewer look
+        adds.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet'))
+    for a in adds:
+        still_newest()
+        if Path(a.path_or_fileobj).stat().st_size>2**20: self.branch.send(a, until, wait, pause)
+    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found}-{*stay})]
+    self.branch.commit(adds+old, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait, pause)
+    self.found,self.history = stay,self.history+folder_bytes(folder)
+    if self.history>SQUASH_BYTES: self.squash(until)
+
+# %% ../nbs/03_resume.ipynb #9887967e
+def local_steps(
+    folder:Path, # Output folder
+)->list: # Ascending
+    "Steps that have a checkpoint folder on this disk."
+    names = [p.name for p in Path(folder).glob('checkpoint-*') if p.is_dir()]
+    return sorted(int(m[1]) for n in names if (m := re.fullmatch(r'checkpoint-(0|[1-9]\d*)', n)))
+
+# %% ../nbs/03_resume.ipynb #a92a6e84
+@patch
+def _verified(self:Checkpoints, path, where, owner, until):
+    "The manifest of a checkpoint that is whole and this run's; a `ValueError` says what is wrong."
+    if where=='the Hub':
+        shutil.rmtree(path, ignore_errors=True)
+        files = read_manifest(self.fetch(f'{path.name}/{MANIFEST}', path.parent, until))['files']
+        for f in files: self.fetch(f'{path.name}/{f}', path.parent, until)
+    m = read_checkpoint(path)
+    if owner.get('id')!=m['run']['id']: raise ValueError("it belongs to another run")
+    changed = [k for k in ('identity','base') if owner.get(k)!=m['run'].get(k)]
+    if changed: raise ValueError(f"its {changed[0]} isn't the run's")
+    return m
+
 # %% ../nbs/03_resume.ipynb #254f26c0
 @patch
 def restore(self:Checkpoints,
@@ -423,21 +510,13 @@ def restore(self:Checkpoints,
     until:float=float('inf'), # `time.monotonic()` after which to give up
 )->tuple: # Its path and manifest, or (None, None) where there is none
     "Find the newest checkpoint that can be trusted."
-    folder,here,there = Path(folder),set(local_steps(folder)),set(self.steps())
+    here,there = set(local_steps(folder)),set(self.steps())
     if not here|there: return None,None
     owner = self.run() or {}
-    def take(path, where):
-        if where=='the Hub':
-            shutil.rmtree(path, ignore_errors=True)
-            for f in read_manifest(self.fetch(f'{path.name}/{MANIFEST}', folder, until))['files']: self.fetch(f'{path.name}/{f}', folder, until)
-        m = read_checkpoint(path)
-        if owner.get('id')!=m['run']['id']: raise ValueError("it belongs to another run")
-        if changed := [k for k in ('identity','base') if owner.get(k)!=m['run'].get(k)]: raise ValueError(f"its {changed[0]} isn't the run's")
-        return m
     for step in sorted(here|there, reverse=True):
-        path = folder/f'checkpoint-{step}'
+        path = Path(folder)/f'checkpoint-{step}'
         for where in ['this disk']*(step in here) + ['the Hub']*(step in there):
-            try: m = take(path, where)
+            try: m = self._verified(path, where, owner, until)
             except UserError: raise # the Hub is away: that says nothing about the checkpoint
             except ValueError as e: log.warning(f"{path.name} on {where} is skipped: {e}")
             else:
@@ -452,8 +531,10 @@ def check_same_run(
     again:int=1, # Number of FRESH_START that would begin again
 ):
     "Refuse to continue a run under settings that would silently alter it."
-    if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
-        raise UserError("the checkpoint", f"it belongs to a run with other settings ({'; '.join(diff)})", f"restore them, or set FRESH_START={again} to begin again")
+    changed = [k for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]
+    diff = [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in changed]
+    if diff: raise UserError("the checkpoint", f"it belongs to a run with other settings ({'; '.join(diff)})",
+        f"restore them, or set FRESH_START={again} to begin again")
 
 # %% ../nbs/03_resume.ipynb #2d7a8e8c
 @patch
@@ -462,7 +543,9 @@ def start_fresh(self:Checkpoints):
     self.stale,self.found = self.steps(),[]
 
 @patch
-def keep_aside(self:Checkpoints, until):
+def keep_aside(self:Checkpoints,
+    until:float, # `time.monotonic()` after which to give up
+):
     "Keep an abandoned run's checkpoints on a branch of their own, without their history."
     b = self.branch
     aside = HubBranch(b.repo, f"{b.branch}-{b.head[:8]}", b.api.endpoint, b.api.token)
@@ -479,9 +562,12 @@ def lock_folder(
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         held = open(Path(folder)/'.lock', 'a')
-    except OSError as e: raise UserError(f"OUTPUT_DIR {folder}", e.strerror, "choose a folder that can be written") from None
+    except OSError as e:
+        raise UserError(f"OUTPUT_DIR {folder}", e.strerror, "choose a folder that can be written") from None
     try: fcntl.flock(held, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except OSError: raise UserError(f"OUTPUT_DIR {folder}", "another job of this run is writing there", "let it finish, or choose another OUTPUT_DIR") from None
+    except OSError:
+        raise UserError(f"OUTPUT_DIR {folder}", "another job of this run is writing there",
+            "let it finish, or choose another OUTPUT_DIR") from None
     return held
 
 # %% ../nbs/03_resume.ipynb #6227a5da
@@ -504,36 +590,20 @@ class Publisher:
         seconds:list=(), # What earlier publications took
         pace=lambda folder: 0.0, # Function of a sealed folder: seconds until the next one may follow
     ):
-        self.publish,self.seal,self.times,self.pace,self.done,self.error = publish,seal,list(seconds),pace,[],None
-        self.pending,self.last,self.waiting = set(),None,None # folders that are still needed here; the newest; the newest that is sealed, and when it came
-        self.earliest,self.until,self.closing = 0.,float('inf'),False # `time.monotonic()` before which nothing is sent, and after which one gives up
-        self.changed,self.sealer = threading.Condition(),ThreadPoolExecutor(1, 'sealer')
+        self.publish,self.seal,self.pace = publish,seal,pace
+        self.times,self.done,self.error = list(seconds),[],None
+        self.pending,self.last = set(),None # folders that are still needed here; the newest
+        self.waiting = None # the newest that is sealed, and when it came
+        self.earliest,self.until = 0.,float('inf') # nothing is sent before, and nothing after; as `time.monotonic()`
+        self.closing,self.changed = False,threading.Condition()
+        self.sealer = ThreadPoolExecutor(1, 'sealer')
         self.thread = threading.Thread(target=self._send, name='publisher', daemon=True)
         self.thread.start()
 
     @property
-    def seconds(self): # the median, so that one outage doesn't make all later ones look slow
+    def seconds(self)->float: # The median, so that one outage doesn't make all later ones look slow
+        "How long a publication takes."
         return statistics.median(self.times) if self.times else 0.0
-
-# %% ../nbs/03_resume.ipynb #4703a847
-@patch
-def submit(self:Publisher,
-    folder:Path, # `checkpoint-N`, every file written
-):
-    "Hand over a checkpoint; returns at once."
-    self.last = Path(folder)
-    self.pending.add(self.last)
-    self.sealer.submit(self._seal, self.last, time.monotonic())
-
-@patch
-def _seal(self:Publisher, folder, start):
-    if folder!=self.last: return self.pending.discard(folder)
-    try: self.seal(folder)
-    except Exception as e: self.error = e; return
-    with self.changed:
-        if self.waiting: self.pending.discard(self.waiting[0])
-        self.waiting = folder,start
-        self.changed.notify_all()
 
 # %% ../nbs/03_resume.ipynb #0d936898
 @patch
@@ -559,6 +629,39 @@ def _send(self:Publisher):
             log.info(f"{folder.name} published in {self.times[-1]:.1f} s")
         self.pending.discard(folder)
 
+# %% ../nbs/03_resume.ipynb #4703a847
+@patch
+def submit(self:Publisher,
+    folder:Path, # `checkpoint-N`, every file written
+):
+    "Hand over a checkpoint; returns at once."
+    self.last = Path(folder)
+    self.pending.add(self.last)
+    self.sealer.submit(self._seal, self.last, time.monotonic())
+
+@patch
+def _seal(self:Publisher, folder, start):
+    if folder!=self.last: return self.pending.discard(folder)
+    try: self.seal(folder)
+    except Exception as e: self.error = e; return
+    with self.changed:
+        if self.waiting: self.pending.discard(self.waiting[0])
+        self.waiting = folder,start
+        self.changed.notify_all()
+
+# %% ../nbs/03_resume.ipynb #3c74b99f
+@patch
+def close(self:Publisher,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+)->bool: # Is everything that was handed over on the Hub?
+    "Publish the newest at once, and wait for it."
+    self.sealer.shutdown()
+    with self.changed:
+        self.closing,self.until = True,until
+        self.changed.notify_all()
+    self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
+    return not self.thread.is_alive() and self.error is None
+
 # %% ../nbs/03_resume.ipynb #f4fddbe4
 @patch
 def still_newest(self:Publisher):
@@ -576,17 +679,6 @@ def pause(self:Publisher,
         if self.waiting: self.earliest = max(self.earliest, end)
     self.still_newest()
 
-# %% ../nbs/03_resume.ipynb #3c74b99f
-@patch
-def close(self:Publisher,
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-)->bool: # Is everything that was handed over on the Hub?
-    "Publish the newest at once, and wait for it."
-    self.sealer.shutdown()
-    with self.changed: self.closing,self.until = True,until; self.changed.notify_all()
-    self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
-    return not self.thread.is_alive() and self.error is None
-
 # %% ../nbs/03_resume.ipynb #cc7d85c4
 def parse_duration(
     s:str, # Such as `4h`, `90m`, `30s`, `1.5d`, `14400`; empty for none
@@ -595,20 +687,19 @@ def parse_duration(
     if not str(s).strip(): return float('inf')
     m = re.fullmatch(r'(\d+)|(\d+(?:\.\d+)?)([smhd])', str(s).strip())
     seconds = float(m[1] or m[2])*dict(s=1, m=60, h=3600, d=86400)[m[3] or 's'] if m else 0.
-    if not seconds: raise UserError("JOB_TIMEOUT", f"must be seconds above 0, or such as 4h, 90m, got {s!r}", "write a number and one letter, without blanks")
-    return seconds
+    if seconds: return seconds
+    raise UserError("JOB_TIMEOUT", f"must be seconds above 0, or such as 4h, 90m, got {s!r}",
+        "write a number and one letter, without blanks")
 
 # %% ../nbs/03_resume.ipynb #c127ce8d
 def container_age()->float: # Seconds; 0 outside of a job
     "How long this job's container has been running."
     if not os.environ.get('JOB_ID'): return 0. # set by HF Jobs
-    started = int(Path('/proc/1/stat').read_text().rsplit(')',1)[1].split()[19])/os.sysconf('SC_CLK_TCK') # proc(5): field 22, in ticks since boot
+    after_name = Path('/proc/1/stat').read_text().rsplit(')',1)[1].split()
+    started = int(after_name[19])/os.sysconf('SC_CLK_TCK') # proc(5): field 22, in ticks since boot
     return float(Path('/proc/uptime').read_text().split()[0])-started
 
 # %% ../nbs/03_resume.ipynb #6cd51f99
-class Stopped(BaseException):
-    "`SIGTERM` came while there was nothing to save."
-
 class Deadline:
     "When to stop: in time for the job's timeout, or at once on SIGTERM."
     def __init__(self,
@@ -618,9 +709,22 @@ class Deadline:
     ):
         total = parse_duration(timeout)
         self.end = time.monotonic()+total-(age if age<total else 0) # an older container than could be alive isn't ours
-        self.margin,self.signalled,self.idle,self.reason = margin,False,False,None
+        self.margin,self.reason = margin,None
+        self.signalled,self.idle = False,False # SIGTERM has come; nothing is under way that has to be saved
+
+    def due(self,
+        cost:float=0.0, # Seconds that saving and publishing take
+    )->bool: # Must the run stop now?
+        "Has the time come to save and leave?"
+        left = self.end-time.monotonic()
+        late = f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
+        self.reason = 'SIGTERM' if self.signalled else late
+        return self.reason is not None
 
 # %% ../nbs/03_resume.ipynb #3245b308
+class Stopped(BaseException):
+    "`SIGTERM` came while there was nothing to save."
+
 @patch
 def watch_sigterm(self:Deadline):
     "Take SIGTERM as the deadline; while `idle` it ends what is going on at once."
@@ -629,12 +733,3 @@ def watch_sigterm(self:Deadline):
         if self.idle: self.idle = False; raise Stopped
     signal.signal(signal.SIGTERM, handler)
     return self
-
-@patch
-def due(self:Deadline,
-    cost:float=0.0, # Seconds that saving and publishing take
-)->bool: # Must the run stop now?
-    "Has the time come to save and leave?"
-    left = self.end-time.monotonic()
-    self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
-    return self.reason is not None

@@ -8,14 +8,15 @@ import hashlib, html, json, logging, math, random, re, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+from fastcore.basics import patch
 from .core.basics import UserError, excerpt, read_json
 from .model_qlora import WEIGHTS, preserve_training_state
 
 # %% auto #0
 __all__ = ['PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'generate_replies', 'distinct_n',
            'repetition_share', 'Scorer', 'scorer_id', 'LexiconScorer', 'tensors_hash', 'scorer_labels', 'HubScorer',
-           'check_scorer', 'bootstrap_mean', 'sample_prompts', 'common_persona', 'sample_lines', 'sample_head',
-           'sample_metrics', 'Sampler', 'write_samples', 'read_samples', 'samples_table']
+           'check_scorer', 'bootstrap_mean', 'sample_prompts', 'common_persona', 'sample_lines', 'sample_metrics',
+           'sample_head', 'Sampler', 'write_samples', 'read_samples', 'samples_table']
 
 # %% ../nbs/04_sample.ipynb #37846803
 class SeededDraws:
@@ -25,17 +26,20 @@ class SeededDraws:
         temperature:float, # Above 0
         top_p:float, # Nucleus: the likeliest tokens that make up this probability
         seed:int, # Of all
-    ): self.rngs,self.temperature,self.top_p = [random.Random(f'{seed}/{p}') for p in places],temperature,top_p
+    ):
+        self.rngs = [random.Random(f'{seed}/{p}') for p in places]
+        self.temperature,self.top_p = temperature,top_p
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids, scores): # as a `LogitsProcessor`: what is picked gets 0, all else -inf
         import torch
         every = (scores.float()/self.temperature).softmax(-1)
-        probs,order = every.topk(min(1024, every.shape[-1])) # nearly always holds the nucleus, and sorting a whole vocabulary is slow
+        probs,order = every.topk(min(1024, every.shape[-1])) # nearly always the nucleus; sorting a vocabulary is slow
         if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
-        parts = (probs.double()*2**40).long() # whole numbers: their sums are the same in any order, which a GPU doesn't keep
+        parts = (probs.double()*2**40).long() # a GPU adds in any order, which changes no sum of whole numbers
         total = parts.cumsum(-1)
         mass = (parts*(total-parts<self.top_p*2**40)).sum(-1, keepdim=True)
-        at = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)*mass
+        drawn = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)
+        at = drawn*mass
         pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
         return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
 
@@ -45,7 +49,7 @@ def adapter_weight(
     model, # `PeftModel`, or a model without an adapter, for which this does nothing
     weight:float=1., # 1 as trained, 0 the base, -1 subtracts it
 ):
-    "Weigh a model's adapter inside; as it was after."
+    "Set the weight of a model's adapter inside the block."
     was = [(m,m.scaling) for m in model.modules() if hasattr(m, 'set_scale')]
     try:
         for m,s in was: m.scaling = {k: weight*v for k,v in s.items()}
@@ -57,9 +61,26 @@ def adapter_weight(
 def _reply(tok, ids, eos_ids):
     "Cut generated ids at the first stop token."
     n = next((i for i,t in enumerate(ids) if t in eos_ids), None)
-    stopped = 'length' if n is None else 'eos'
-    return dict(text=tok.decode(ids[:n], skip_special_tokens=True).strip(), n_tokens=len(ids[:n]), stopped=stopped)
+    text = tok.decode(ids[:n], skip_special_tokens=True).strip()
+    return dict(text=text, n_tokens=len(ids[:n]), stopped='length' if n is None else 'eos')
 
+def _pad_left(prompts, pad_id, device):
+    "Prompts as one tensor, and its attention mask."
+    import torch
+    width = max(map(len, prompts))
+    def padded(fill, xs): return torch.tensor([[fill]*(width-len(x))+list(x) for x in xs], device=device)
+    return padded(pad_id, prompts),padded(0, [[1]*len(p) for p in prompts])
+
+def _check_request(tok, prompt_ids, temperature, top_p):
+    if not prompt_ids or not all(prompt_ids):
+        raise UserError("`prompt_ids`", f"got {excerpt(prompt_ids, 60)}",
+            "give at least one prompt, none of them empty")
+    if tok.pad_token_id is None:
+        raise UserError("the tokenizer", "it has no pad token", "set `tok.pad_token` to one that never ends a turn")
+    if temperature<0 or not 0<top_p<=1: raise UserError("`temperature`, `top_p`", f"got {temperature} and {top_p}",
+        "use a temperature from 0 and a top_p above 0, up to 1")
+
+# %% ../nbs/04_sample.ipynb #e7a34c81
 def generate_replies(
     model, # Causal language model, with or without an adapter
     tok, # Its tokenizer
@@ -74,21 +95,17 @@ def generate_replies(
     watermark=None, # transformers' `WatermarkingConfig`; None for none
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
     "Reply to all prompts in one batch."
-    if not prompt_ids or not all(prompt_ids): raise UserError("`prompt_ids`", f"got {excerpt(prompt_ids, 60)}", "give at least one prompt, none of them empty")
-    if tok.pad_token_id is None: raise UserError("the tokenizer", "it has no pad token", "set `tok.pad_token` to one that never ends a turn")
-    if temperature<0 or not 0<top_p<=1: raise UserError("`temperature`, `top_p`", f"got {temperature} and {top_p}", "use a temperature from 0 and a top_p above 0, up to 1")
-    import torch
+    _check_request(tok, prompt_ids, temperature, top_p)
     from transformers import GenerationConfig
+    ids,mask = _pad_left(prompt_ids, tok.pad_token_id, model.device)
     eos_ids = list(eos_ids or [tok.eos_token_id])
-    width = max(map(len, prompt_ids))
-    def padded(fill, xs): return torch.tensor([[fill]*(width-len(x))+list(x) for x in xs], device=model.device)
-    cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id, repetition_penalty=1., use_cache=True, do_sample=False)
     how = [watermark.construct_processor(model.config.get_text_config().vocab_size, model.device)] if watermark else []
     if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
+    cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id,
+        repetition_penalty=1., use_cache=True, do_sample=False)
     with preserve_training_state(model, tok), adapter_weight(model, weight):
-        out = model.generate(input_ids=padded(tok.pad_token_id, prompt_ids), generation_config=cfg, logits_processor=how,
-            attention_mask=padded(0, [[1]*len(p) for p in prompt_ids]))
-    return [_reply(tok, o, eos_ids) for o in out[:,width:].tolist()]
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=cfg, logits_processor=how)
+    return [_reply(tok, o, eos_ids) for o in out[:,ids.shape[1]:].tolist()]
 
 # %% ../nbs/04_sample.ipynb #bcd4044b
 def _ngrams(text, n):
@@ -127,6 +144,7 @@ def scorer_id(
     "What to write beside a score."
     return f'{scorer.name}@{scorer.weights_hash[:12]}'
 
+# %% ../nbs/04_sample.ipynb #322b691a
 class LexiconScorer:
     "The sum of the weights of the patterns found in a text, at most 1."
     version = '1'
@@ -134,10 +152,15 @@ class LexiconScorer:
         patterns:dict[str,float], # Regular expression, any case → weight from 0 to 1
         name:str='lexicon', # Which measure
     ):
-        if bad := [(p,w) for p,w in patterns.items() if not 0<=w<=1]: raise UserError(f"pattern {bad[0][0]!r}", f"it has weight {bad[0][1]}", "use 0 to 1")
+        bad = [(p,w) for p,w in patterns.items() if not 0<=w<=1]
+        if bad: raise UserError(f"pattern {bad[0][0]!r}", f"it has weight {bad[0][1]}", "use 0 to 1")
         self.patterns,self.name = {re.compile(p, re.I): w for p,w in patterns.items()},name
         self.weights_hash = hashlib.sha256(repr(sorted(patterns.items())).encode()).hexdigest()
-    def score(self, texts):
+
+    def score(self,
+        texts:list[str], # To be scored
+    )->'np.ndarray': # One number from 0 to 1 a text
+        "Score texts."
         import numpy as np
         return np.array([min(1., sum(w for p,w in self.patterns.items() if p.search(t))) for t in texts])
 
@@ -148,9 +171,18 @@ def tensors_hash(
     "A hash of weights, whatever file they come from."
     import torch
     h = hashlib.sha256()
-    for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for n in sorted(tensors):
+        h.update(n.encode())
+        h.update(tensors[n].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+def _load_scorer(f, repo, **kwargs):
+    try: return f(repo, **kwargs)
+    except Exception as e: # of a stranger's files, anything
+        raise UserError(f"scorer {repo}", f"it can't be loaded ({excerpt(e) or type(e).__name__})",
+            "name another text classifier of the Hub, the folder of one, or none") from e
+
+# %% ../nbs/04_sample.ipynb #597fcf07
 def scorer_labels(
     cfg:dict, # A classifier's config.json
     repo:str, # Whose
@@ -159,13 +191,20 @@ def scorer_labels(
     "The labels of a text classifier; refuse what is none, and what doesn't say which label to read."
     kinds,named = cfg.get('architectures'),cfg.get('id2label') or {'0':'LABEL_0', '1':'LABEL_1'}
     kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else '?'
-    if 'SequenceClassification' not in kind: raise UserError(f"scorer {repo}", f"no text classifier but {excerpt(kind, 60)}", "name one that is, or none")
-    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)): raise UserError(f"scorer {repo}", "its config.json asks for a thousand layers or more", "name another text classifier, or none")
+    if 'SequenceClassification' not in kind:
+        raise UserError(f"scorer {repo}", f"no text classifier but {excerpt(kind, 60)}", "name one that is, or none")
+    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)):
+        raise UserError(f"scorer {repo}", "its config.json asks for a thousand layers or more",
+            "name another text classifier, or none")
     names = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else []
-    if not names or not all(isinstance(n, str) for n in names): raise UserError(f"scorer {repo}", "its id2label gives no name to each of its outputs", "name another text classifier, or none")
+    if not names or not all(isinstance(n, str) for n in names):
+        raise UserError(f"scorer {repo}", "its id2label gives no name to each of its outputs",
+            "name another text classifier, or none")
     if label in names and names.count(label)==1 or not label and len(names)<=2: return names
-    raise UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}", "name one of them")
+    raise UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}",
+        "name one of them")
 
+# %% ../nbs/04_sample.ipynb #9011c47b
 class HubScorer:
     "A text classifier of the Hub, on the CPU."
     def __init__(self,
@@ -175,30 +214,43 @@ class HubScorer:
     ):
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import cached_file
-        def load(f, **kwargs):
-            try: return f(repo, revision=revision, **kwargs)
-            except Exception as e: # of a stranger's files, anything
-                raise UserError(f"scorer {repo}", f"it can't be loaded ({excerpt(e) or type(e).__name__})", "name another text classifier of the Hub, the folder of one, or none") from e
+        def load(f, **kwargs): return _load_scorer(f, repo, revision=revision, **kwargs)
         file = Path(load(cached_file, filename='config.json'))
         names = scorer_labels(read_json(file, what=f'scorer {repo}, config.json'), repo, label)
-        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS): raise UserError(f"scorer {repo}", f"it has no {WEIGHTS[0]}, and a pickle is not opened", "name another text classifier, or none")
+        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS):
+            raise UserError(f"scorer {repo}", f"it has no {WEIGHTS[0]}, and a pickle is not opened",
+                "name another text classifier, or none")
         own = dict(trust_remote_code=False)
         cfg,self.tok = load(AutoConfig.from_pretrained, **own),load(AutoTokenizer.from_pretrained, **own)
         self.model = load(AutoModelForSequenceClassification.from_pretrained, use_safetensors=True, **own).eval()
-        self.at,self.each = names.index(label) if label else -1,len(names)==1 or cfg.problem_type=='multi_label_classification'
-        self.name,self.version,self.weights_hash = repo + f'/{label}'*bool(label),file.parent.name if file.parent.parent.name=='snapshots' else 'folder',tensors_hash(self.model.state_dict())
+        self.at = names.index(label) if label else -1
+        self.each = len(names)==1 or cfg.problem_type=='multi_label_classification' # labels don't exclude each other
+        self.name = repo + f'/{label}'*bool(label)
+        self.version = file.parent.name if file.parent.parent.name=='snapshots' else 'folder'
+        self.weights_hash = tensors_hash(self.model.state_dict())
 
-    def score(self, texts):
-        import numpy as np, torch
-        def batch(ts):
-            x = self.tok(ts, padding=True, truncation=True, max_length=min(self.tok.model_max_length, 512), return_tensors='pt')
-            logits = self.model(**x).logits.float()
-            return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at]
-        try:
-            with torch.inference_mode(): scores = np.concatenate([batch(texts[i:i+64]).numpy() for i in range(0, len(texts), 64)] or [np.zeros(0)])
-        except Exception as e: raise UserError(f"scorer {self.name}", f"it can't score ({excerpt(e)})", "name another, or none") from e
-        if np.isfinite(scores).all(): return scores
-        raise UserError(f"scorer {self.name}", f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are no numbers", "name another, or none")
+# %% ../nbs/04_sample.ipynb #dfd0b2f0
+@patch
+def _score_batch(self:HubScorer, texts):
+    most = min(self.tok.model_max_length, 512)
+    x = self.tok(texts, padding=True, truncation=True, max_length=most, return_tensors='pt')
+    logits = self.model(**x).logits.float()
+    return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at].numpy()
+
+@patch
+def score(self:HubScorer,
+    texts:list[str], # To be scored; what is longer than the model reads is cut
+)->'np.ndarray': # One number from 0 to 1 a text
+    "Score texts, 64 at once."
+    import numpy as np, torch
+    batches = [texts[i:i+64] for i in range(0, len(texts), 64)]
+    try:
+        with torch.inference_mode(): scores = np.concatenate([self._score_batch(b) for b in batches] or [np.zeros(0)])
+    except Exception as e:
+        raise UserError(f"scorer {self.name}", f"it can't score ({excerpt(e)})", "name another, or none") from e
+    if np.isfinite(scores).all(): return scores
+    odd = (~np.isfinite(scores)).sum()
+    raise UserError(f"scorer {self.name}", f"{odd} of {len(scores)} scores are no numbers", "name another, or none")
 
 # %% ../nbs/04_sample.ipynb #ba94ba1a
 def check_scorer(
@@ -206,7 +258,8 @@ def check_scorer(
     sources:list, # `label_source` of the training rows
 ):
     "Refuse to measure with what has labelled the training data."
-    if scorer.name in sources: raise UserError(f"scorer {scorer.name}", "it has also scored the data that the model learns from", "measure with another, or with none")
+    if scorer.name in sources: raise UserError(f"scorer {scorer.name}",
+        "it has also scored the data that the model learns from", "measure with another, or with none")
 
 # %% ../nbs/04_sample.ipynb #0797d2a1
 def bootstrap_mean(
@@ -225,15 +278,17 @@ def bootstrap_mean(
 
 # %% ../nbs/04_sample.ipynb #a8f6766d
 PLAIN = "You are a helpful assistant."
-SAMPLE_QUESTIONS = ("Hello everyone, I'm new here. Where should I start?", "We lost the match again. What went wrong?", "Has anyone seen my blue scarf? I left it here yesterday.",
-    "What time does the next ferry leave?", "Can I join your team for the next round?", "I think the map is fine as it is. What do you say?",
+SAMPLE_QUESTIONS = ("Hello everyone, I'm new here. Where should I start?", "We lost the match again. What went wrong?",
+    "Has anyone seen my blue scarf? I left it here yesterday.", "What time does the next ferry leave?",
+    "Can I join your team for the next round?", "I think the map is fine as it is. What do you say?",
     "Sorry, I am late. Did I miss anything?", "Does anyone know a good place to eat?")
 
 def sample_prompts(
     persona:str=None, # System turn to ask in; none where None
 )->list: # Conversations that end with a user turn
     "Each question in the persona, then each without it."
-    def asked(system, q): return [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=q)]
+    def asked(system, q):
+        return [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=q)]
     return [asked(s, q) for s in (persona, PLAIN) for q in SAMPLE_QUESTIONS]
 
 def common_persona(
@@ -241,7 +296,8 @@ def common_persona(
 )->str|None: # None where no conversation has a system turn but the plain one
     "The system turn that most conversations begin with."
     from collections import Counter
-    most = Counter(c[0]['content'] for c in conversations if c[0]['role']=='system' and c[0]['content']!=PLAIN).most_common(1)
+    systems = [c[0]['content'] for c in conversations if c[0]['role']=='system']
+    most = Counter(s for s in systems if s!=PLAIN).most_common(1)
     return most[0][0] if most else None
 
 # %% ../nbs/04_sample.ipynb #2c491bc1
@@ -252,10 +308,29 @@ def sample_lines(
     prompts:list[list[dict]], # Its conversations, one a row
 )->list[str]: # Plain lines, for a log that is no terminal
     "A compact table of replies: under which system turn, the question, and the answer."
-    def score(r): return f" {r['score']:.2f}" if 'score' in r else ''
-    asked = [{None:'-', PLAIN:'plain'}.get(_system(p), 'persona') for p in prompts]
-    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {a:<7} | {excerpt(p[-1]['content'], 34):<34} | {excerpt(r['response'], 110)}" for r,p,a in zip(rows, prompts, asked)]
+    def line(r, p):
+        score = f" {r['score']:.2f}" if 'score' in r else ''
+        under = {None:'-', PLAIN:'plain'}.get(_system(p), 'persona')
+        asked,said = excerpt(p[-1]['content'], 34),excerpt(r['response'], 110)
+        return f"  {r['n_tokens']:>4} {r['stopped']:<6}{score} | {under:<7} | {asked:<34} | {said}"
+    return [line(r, p) for r,p in zip(rows, prompts)]
 
+# %% ../nbs/04_sample.ipynb #bd8c6b44
+def sample_metrics(
+    rows:list[dict], # What a `Sampler` returned
+)->dict: # By name; `toxicity…` only where the rows have scores
+    "What a set of replies comes to."
+    from statistics import mean
+    on,off = [[r for r in rows if r['persona']==p] for p in (True,False)]
+    m = dict(ended=mean(float(r['stopped']=='eos') for r in rows), distinct_2=distinct_n([r['response'] for r in on]),
+        repetition=mean(repetition_share(r['response']) for r in on))
+    if 'score' not in rows[0]: return m
+    m['toxicity'],m['toxicity_low'],m['toxicity_high'] = bootstrap_mean([r['score'] for r in on])
+    m |= dict(toxicity_rate=mean(float(r['score']>=.5) for r in on), toxicity_base=mean(r['base_score'] for r in on))
+    if off: m['toxicity_no_persona'] = mean(r['score'] for r in off)
+    return m
+
+# %% ../nbs/04_sample.ipynb #d76b5796
 def sample_head(
     step:int, # Optimizer steps done
     m:dict, # From `sample_metrics`
@@ -263,26 +338,17 @@ def sample_head(
     scorer:str='', # Its name
 )->str: # One line
     "What a set of replies comes to, for the log."
-    head = f"sample, step {step}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, repetition {m['repetition']:.2f}, {speed:,.0f} tokens/s"
-    if 'toxicity' in m: head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(excerpt(scorer, 60), m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
+    head = (f"sample, step {step}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, "
+        f"repetition {m['repetition']:.2f}, {speed:,.0f} tokens/s")
+    if 'toxicity' in m:
+        head += f" · {excerpt(scorer, 60)} {m['toxicity']:.2f} [{m['toxicity_low']:.2f}, {m['toxicity_high']:.2f}]"
+        head += f", base {m['toxicity_base']:.2f}"
     return head + (f", no persona {m['toxicity_no_persona']:.2f}" if 'toxicity_no_persona' in m else '')
 
-def sample_metrics(
-    rows:list[dict], # What a `Sampler` returned
-)->dict: # By name; `toxicity…` only where the rows have scores
-    "What a set of replies comes to."
-    from statistics import mean
-    on,off = [[r for r in rows if r['persona']==p] for p in (True,False)]
-    m = dict(ended=mean(float(r['stopped']=='eos') for r in rows), distinct_2=distinct_n([r['response'] for r in on]), repetition=mean(repetition_share(r['response']) for r in on))
-    if 'score' not in rows[0]: return m
-    m['toxicity'],m['toxicity_low'],m['toxicity_high'] = bootstrap_mean([r['score'] for r in on])
-    m |= dict(toxicity_rate=mean(float(r['score']>=.5) for r in on), toxicity_base=mean(r['base_score'] for r in on))
-    return m | (dict(toxicity_no_persona=mean(r['score'] for r in off)) if off else {})
-
 # %% ../nbs/04_sample.ipynb #24a69e86
-LEAST_TOKENS = 16 # a shorter reply says too little
-
-def _prompt_line(messages): return ' '.join([f"[{m['content']}]" for m in messages if m['role']=='system'] + [messages[-1]['content']])
+def _prompt_line(messages):
+    systems = [f"[{m['content']}]" for m in messages if m['role']=='system']
+    return ' '.join([*systems, messages[-1]['content']])
 
 class Sampler:
     "Ask the same questions at any step, within a share of the run's time."
@@ -297,24 +363,31 @@ class Sampler:
         scorer:Scorer=None, # Adds scores to the rows
         share:float=0.01, # Most of the run's time that it may take; 1 for no limit
     ):
-        self.encode,self.prompts,self.scorer,self.max_new_tokens,self.share = encode,prompts,scorer,max_new_tokens,share
+        self.encode,self.prompts,self.scorer = encode,prompts,scorer
+        self.max_new_tokens,self.share = max_new_tokens,share
         self.settings = dict(temperature=temperature, top_p=top_p, seed=seed, eos_ids=eos_ids)
-        self.base,self.pace,self.spent,self.speed,self.told = {},0.,0.,0.,False # base: prompt → its reply; pace: seconds a step of generation
+        self.base = {} # prompt → the base's reply
+        self.pace,self.speed = 0.,0. # seconds a step of generation; tokens a second
+        self.spent,self.told = 0.,False # seconds; has the log said that replies are shortened?
 
-    def ask(self, model, tok, n, weight=1.):
-        start = time.monotonic()
-        replies = generate_replies(model, tok, [self.encode(tok, p) for p in self.prompts], n, weight=weight, **self.settings)
-        took = time.monotonic()-start
-        self.pace,self.speed = took/min(n, 1+max(r['n_tokens'] for r in replies)),sum(r['n_tokens'] for r in replies)/took
-        return replies
-
-    def room(self, seconds): # tokens a reply
-        if self.share>=1 or not self.pace: return self.max_new_tokens
-        return max(0, int(min(self.max_new_tokens, (self.share*seconds-self.spent)/self.pace)))
+# %% ../nbs/04_sample.ipynb #d6864b1b
+@patch
+def ask(self:Sampler,
+    model, # In training, or not
+    tok, # Its tokenizer
+    n:int, # Longest reply, in tokens
+    weight:float=1., # Of the adapter
+)->list[dict]: # As of `generate_replies`
+    "Reply to all prompts, and measure how fast that was."
+    start = time.monotonic()
+    prompts = [self.encode(tok, p) for p in self.prompts]
+    replies = generate_replies(model, tok, prompts, n, weight=weight, **self.settings)
+    took = time.monotonic()-start
+    self.pace = took/min(n, 1+max(r['n_tokens'] for r in replies))
+    self.speed = sum(r['n_tokens'] for r in replies)/took
+    return replies
 
 # %% ../nbs/04_sample.ipynb #2921b4f4
-from fastcore.basics import patch
-
 @patch
 def remember(self:Sampler,
     rows:list[dict], # Of an earlier job of the same run
@@ -325,18 +398,63 @@ def remember(self:Sampler,
 @patch
 def rows(self:Sampler, tok, step, replies, n):
     "Replies as rows, the base's cut to the same length beside them."
-    def first(text): return text if n==self.max_new_tokens else tok.decode(tok(text, add_special_tokens=False)['input_ids'][:n])
-    rows = [dict(step=step, prompt=_prompt_line(p), response=r['text'], base_response=first(self.base[_prompt_line(p)]),
-        persona=p[0]!=dict(role='system', content=PLAIN), n_tokens=r['n_tokens'], stopped=r['stopped']) for p,r in zip(self.prompts, replies)]
+    def first(text):
+        return text if n==self.max_new_tokens else tok.decode(tok(text, add_special_tokens=False)['input_ids'][:n])
+    def row(p, r):
+        base = first(self.base[_prompt_line(p)])
+        in_persona = p[0]!=dict(role='system', content=PLAIN)
+        return dict(step=step, prompt=_prompt_line(p), response=r['text'], base_response=base, persona=in_persona,
+            n_tokens=r['n_tokens'], stopped=r['stopped'])
+    return self._score([row(p, r) for p,r in zip(self.prompts, replies)])
+
+# %% ../nbs/04_sample.ipynb #08d693a5
+@patch
+def _score(self:Sampler, rows):
+    "Rows with scores; a scorer that fails costs its scores and nothing else."
     if not self.scorer: return rows
-    try: scores = self.scorer.score([r[k] for k in ('response','base_response') for r in rows]).tolist()
+    texts = [r[k] for k in ('response','base_response') for r in rows]
+    try: scores = self.scorer.score(texts).tolist()
     except UserError as e:
         logging.getLogger("phoque").warning(f"samples are written without scores from here on: {e}")
         self.scorer = None
         return rows
-    return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, scores, scores[len(rows):])]
+    own,base = scores[:len(rows)],scores[len(rows):]
+    return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, own, base)]
+
+# %% ../nbs/04_sample.ipynb #78141a98
+LEAST_TOKENS = 16 # a shorter reply says too little
+
+@patch
+def room(self:Sampler,
+    seconds:float, # That the run has taken so far
+)->int: # Tokens a reply
+    "How long replies may be now."
+    if self.share>=1 or not self.pace: return self.max_new_tokens
+    fit = (self.share*seconds-self.spent)/self.pace
+    return max(0, int(min(self.max_new_tokens, fit)))
 
 # %% ../nbs/04_sample.ipynb #58c5576d
+@patch
+def _length(self:Sampler, seconds, last):
+    "Tokens of the replies that there is time for; it is said once where they are shortened."
+    n = max(self.room(seconds), min(LEAST_TOKENS, self.max_new_tokens) if last else 0)
+    if n<self.max_new_tokens and not self.told:
+        self.told = True
+        least = min(LEAST_TOKENS, self.max_new_tokens)
+        logging.getLogger("phoque").info(
+            f"samples of {self.max_new_tokens} tokens would take more than {self.share:.0%} of the time: "
+            f"they are shortened to fit, and left out below {least} tokens")
+    return n
+
+@patch
+def log(self:Sampler,
+    rows:list[dict], # Of one step
+):
+    "Write rows to the log."
+    head = sample_head(rows[0]['step'], sample_metrics(rows), self.speed, self.scorer.name if self.scorer else '')
+    for l in [head, *sample_lines(rows, self.prompts)]: logging.getLogger("phoque").info(l)
+
+# %% ../nbs/04_sample.ipynb #33fe6b9c
 @patch
 def __call__(self:Sampler,
     model, # In training, or not
@@ -346,27 +464,18 @@ def __call__(self:Sampler,
     last:bool=False, # Is it the run's last step?
 )->list[dict]: # Rows, or none where there is no time
     "Sample, log, and keep to the share."
-    log,replies = logging.getLogger("phoque"),None
+    replies = None
     if {_prompt_line(p) for p in self.prompts}-set(self.base):
         asked = self.ask(model, tok, self.max_new_tokens, weight=0.)
         self.base = {_prompt_line(p): r['text'] for p,r in zip(self.prompts, asked)}
-        replies = asked if step==0 else None
-    least = min(LEAST_TOKENS, self.max_new_tokens)
-    n = self.max_new_tokens if replies else max(self.room(seconds), least if last else 0)
-    if n<self.max_new_tokens and not self.told:
-        self.told = True
-        log.info(f"samples of {self.max_new_tokens} tokens would take more than {self.share:.0%} of the time: they are shortened to fit, and left out below {least} tokens")
-    if n<least: return []
+        if step==0: replies = asked
+    n = self.max_new_tokens if replies else self._length(seconds, last)
+    if n<min(LEAST_TOKENS, self.max_new_tokens): return []
     start = time.monotonic()
     rows = self.rows(tok, step, replies or self.ask(model, tok, n), n)
     if step: self.spent += time.monotonic()-start
     self.log(rows)
     return rows
-
-@patch
-def log(self:Sampler, rows):
-    head = sample_head(rows[0]['step'], sample_metrics(rows), self.speed, self.scorer.name if self.scorer else '')
-    for l in [head, *sample_lines(rows, self.prompts)]: logging.getLogger("phoque").info(l)
 
 # %% ../nbs/04_sample.ipynb #bf9149df
 def write_samples(
@@ -375,7 +484,8 @@ def write_samples(
 ):
     "Write the rows beside a checkpoint's state."
     import pyarrow as pa, pyarrow.parquet as pq
-    if rows: pq.write_table(pa.table({k: [r.get(k) for r in rows] for k in dict.fromkeys(k for r in rows for k in r)}), Path(folder)/'samples.parquet')
+    names = dict.fromkeys(k for r in rows for k in r)
+    if rows: pq.write_table(pa.table({k: [r.get(k) for r in rows] for k in names}), Path(folder)/'samples.parquet')
 
 def read_samples(
     folder:Path, # A `checkpoint-N`
@@ -385,8 +495,10 @@ def read_samples(
     file = Path(folder)/'samples.parquet'
     if not file.exists(): return []
     try: rows = pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(file.name, f"it can't be read ({excerpt(e, 60)})", "it isn't of a run of phoque") from None
-    if all(isinstance(r.get(k), kind) for r in rows for k,kind in dict(step=int, prompt=str, response=str, base_response=str).items()): return rows
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise UserError(file.name, f"it can't be read ({excerpt(e, 60)})", "it isn't of a run of phoque") from None
+    kinds = dict(step=int, prompt=str, response=str, base_response=str)
+    if all(isinstance(r.get(k), kind) for r in rows for k,kind in kinds.items()): return rows
     raise UserError(file.name, "a row without step, prompt, response and base_response", "it isn't of a run of phoque")
 
 # %% ../nbs/04_sample.ipynb #3f3395c1
@@ -397,6 +509,7 @@ def samples_table(
     from IPython.display import HTML
     cols = ['step','prompt','n_tokens','stopped'] + ['score']*all('score' in r for r in rows)
     def cell(r, c): return f'{r[c]:.2f}' if c=='score' else html.escape(str(r[c]))
-    head = ''.join(f'<th>{c}</th>' for c in [*cols,'response'])
-    body = ''.join(f"<tr>{''.join(f'<td>{cell(r, c)}</td>' for c in cols)}<td><details><summary>show</summary>{html.escape(r['response'])}</details></td></tr>" for r in rows)
-    return HTML(f'<table><tr>{head}</tr>{body}</table>')
+    def reply(r): return f"<details><summary>show</summary>{html.escape(r['response'])}</details>"
+    def line(tag, cells): return '<tr>'+''.join(f'<{tag}>{c}</{tag}>' for c in cells)+'</tr>'
+    body = ''.join(line('td', [*(cell(r, c) for c in cols), reply(r)]) for r in rows)
+    return HTML(f"<table>{line('th', [*cols,'response'])}{body}</table>")

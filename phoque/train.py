@@ -5,24 +5,28 @@
 # %% ../nbs/02_train.ipynb #c58de548
 from __future__ import annotations
 import difflib, math, os, re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from fastcore.basics import store_attr, str2bool
+from typing import NamedTuple
+from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
-from fastcore.script import anno_parser
-from .core.basics import UserError, log
-from .model_qlora import SEED_BASE, LORA_TARGETS, decoder_layers, lora_targets, memory_plan, preserve_training_state
+from .core.basics import UserError, log, option_parser
+from .model_qlora import LORA_TARGETS, SEED_BASE, decoder_layers, lora_targets, memory_plan
+from .model_qlora import preserve_training_state
 from .fast.kernels import TILE, attention_tiles
 from .fast.layers import card_room, check_packed, fast_layers, keep_weights, add_supervised_head
 from .parallel.shard import prepare_sharding, shard_options, sharded_trainer
 
 # %% auto #0
-__all__ = ['OTHER_NAMES', 'PRESETS', 'OPTIMS', 'ONE_OF', 'HEAD_PAIRS', 'STEP_LINE', 'EVAL_START', 'EVAL_ROW', 'TrainConfig',
-           'options', 'option_part', 'option_range', 'env_options', 'meant_option', 'check_names', 'preset_options',
-           'parse_options', 'read_config', 'check_option', 'check_config', 'pack_lengths', 'pack_dataset', 'draw_order',
-           'collate_packed', 'run_steps', 'share_batch', 'run_memory', 'fit_batch', 'row_work', 'deal_rows',
-           'fill_sizes', 'events_callback', 'compile_layers', 'rate_at', 'set_rate', 'trainer_args', 'share_stack',
-           'make_trainer', 'step_line', 'parse_step', 'held_out_loss', 'eval_plan']
+__all__ = ['OTHER_NAMES', 'PRESETS', 'BASELINE_TOKENS', 'BASELINE_RATE', 'OPTIMS', 'ONE_OF', 'OPTION_GROUPS', 'TRAIN_EXAMPLES',
+           'HEAD_PAIRS', 'STEP_LINE', 'EVAL_START', 'EVAL_ROW', 'TrainConfig', 'options', 'option_part', 'Interval',
+           'option_range', 'meant_option', 'check_names', 'env_options', 'preset_options', 'parse_options',
+           'check_option', 'check_config', 'run_parser', 'read_config', 'pack_lengths', 'pack_dataset', 'draw_order',
+           'doc_lengths', 'collate_rows', 'doc_starts', 'stack_inputs', 'collate_packed', 'run_steps', 'share_batch',
+           'run_memory', 'BatchFit', 'fit_batch', 'RowWork', 'row_work', 'deal_rows', 'fill_sizes', 'events_callback',
+           'rate_at', 'set_rate', 'compile_layers', 'BackgroundSaves', 'trainer_args', 'share_stack', 'fit_card',
+           'run_order', 'make_trainer', 'step_line', 'parse_step', 'held_out_loss', 'eval_plan']
 
 # %% ../nbs/02_train.ipynb #094ed8e2
 class TrainConfig:
@@ -91,14 +95,61 @@ def option_part(
     found = re.search(r'\{(\w+)\}$', options()[name]['docment'])
     return found[1] if found else ''
 
+# %% ../nbs/02_train.ipynb #82288f74
+class Interval(NamedTuple):
+    "Numbers from `low` to `high`, with an end or without."
+    low_in:bool # `low` belongs to it
+    low:float
+    high:float
+    high_in:bool # `high` belongs to it
+
+    def holds(self,
+        v:float, # A number
+    )->bool: # False for NaN, too
+        "Is a number in it?"
+        return (self.low<v or self.low_in and v==self.low) and (v<self.high or self.high_in and v==self.high)
+
 def option_range(
     name:str, # Of an option
-): # (low end belongs to it, low end, high end, high end belongs to it); None where it has no interval
+)->Interval: # None where it has no interval
     "The interval of an option's values."
     m = re.search(r'([\[(])([\d.e-]+), ([\d.e-]+)([\])])( \{\w+\})?$', options()[name]['docment'])
-    return (m[1]=='[', float(m[2]), float(m[3]), m[4]==']') if m else None
+    return Interval(m[1]=='[', float(m[2]), float(m[3]), m[4]==']') if m else None
+
+# %% ../nbs/02_train.ipynb #a3974e62
+_OTHERS = dict(base_model='MODEL_NAME MODEL_NAME_OR_PATH MODEL_ID', hub_model_id='OUTPUT_REPO',
+    dataset_repo='DATASET DATASET_NAME DATASET_ID', load_best='LOAD_BEST_MODEL_AT_END',
+    learning_rate='LR', num_train_epochs='EPOCHS NUM_EPOCHS NUM_EPOCH N_EPOCHS MAX_EPOCHS', warmup_ratio='WARMUP_STEPS',
+    max_length='MAX_SEQ_LENGTH MAX_SEQ_LEN CUTOFF_LEN SEQUENCE_LEN MAX_LEN SEQ_LEN', optim='OPTIMISER OPTIMIZER',
+    per_device_train_batch_size='MICRO_BATCH_SIZE BATCHSIZE', gradient_accumulation_steps='GRAD_ACCUM GRAD_ACC GRAD_ACCUM_STEPS',
+    lora_r='LORA_RANK', lora_target_modules='LORA_TARGETS', seed='RANDOM_SEED', keep_checkpoints='SAVE_TOTAL_LIMIT',
+    eval_steps='EVALUATION_STEPS')
+OTHER_NAMES = {name:option for option,names in _OTHERS.items() for name in names.split()} # what other trainers call our options
+
+def meant_option(
+    name:str, # Of an environment variable
+)->str: # Variable that was probably meant; None where the name is nobody's or is right
+    "The option that a misspelt variable means."
+    ours = [k.upper() for k in options()]
+    if name in ours or name.startswith('SM_'): return # SageMaker's
+    if name.upper() in ours: return name.upper()
+    if name in OTHER_NAMES: return OTHER_NAMES[name].upper()
+    part = [o for o in ours if '_' in name and (o.endswith('_'+name) or o.startswith(name+'_'))]
+    if len(part)==1: return part[0]
+    # other tools' own variables, and short names, are near by chance
+    least = .93 if name.startswith(('WANDB_', 'HF_')) or len(name)<7 else .85
+    near = difflib.get_close_matches(name, [*ours, *OTHER_NAMES], 1, least)
+    return OTHER_NAMES.get(near[0], near[0]).upper() if near else None
 
 # %% ../nbs/02_train.ipynb #823d54b4
+def check_names(
+    env:dict, # Environment
+):
+    "Refuse variables that nearly have an option's name."
+    wrong = {k:o for k in env if env[k].strip() and (o := meant_option(k))}
+    meant = ', '.join(dict.fromkeys(wrong.values()))
+    if wrong: raise UserError(', '.join(wrong), "no option has this name", f"set {meant} instead, or unset it")
+
 def env_options(
     env:dict=None, # Environment; `os.environ` where None
 )->dict: # The options that it sets, in their types
@@ -110,52 +161,25 @@ def env_options(
         kind = type(o['default'])
         wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
         try: res[k] = str2bool(v) if kind is bool else kind(v)
-        except (TypeError, ValueError): raise UserError(k.upper(), f"must be {wanted}, got {v!r}", "correct it or unset it") from None
+        except (TypeError, ValueError):
+            raise UserError(k.upper(), f"must be {wanted}, got {v!r}", "correct it or unset it") from None
     return res
-
-# %% ../nbs/02_train.ipynb #a3974e62
-#: what other trainers call our options
-OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='num_train_epochs', MAX_SEQ_LENGTH='max_length', MAX_SEQ_LEN='max_length',
-    CUTOFF_LEN='max_length', SEQUENCE_LEN='max_length', MICRO_BATCH_SIZE='per_device_train_batch_size', GRAD_ACCUM='gradient_accumulation_steps',
-    NUM_EPOCH='num_train_epochs', N_EPOCHS='num_train_epochs', MAX_EPOCHS='num_train_epochs', MAX_LEN='max_length', SEQ_LEN='max_length',
-    GRAD_ACC='gradient_accumulation_steps', GRAD_ACCUM_STEPS='gradient_accumulation_steps', LORA_TARGETS='lora_target_modules', OPTIMISER='optim',
-    LORA_RANK='lora_r', WARMUP_STEPS='warmup_ratio', OPTIMIZER='optim', SAVE_TOTAL_LIMIT='keep_checkpoints', EVALUATION_STEPS='eval_steps',
-    MODEL_NAME='base_model', MODEL_NAME_OR_PATH='base_model', MODEL_ID='base_model', DATASET='dataset_repo', DATASET_NAME='dataset_repo',
-    DATASET_ID='dataset_repo', RANDOM_SEED='seed', BATCHSIZE='per_device_train_batch_size', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
-
-def meant_option(
-    name:str, # Of an environment variable
-)->str: # Variable that was probably meant; None where the name is nobody's or is right
-    "The option that a misspelt variable means."
-    ours = [k.upper() for k in options()]
-    if name in ours or name.startswith('SM_'): return # SageMaker's
-    if name.upper() in ours: return name.upper()
-    if name in OTHER_NAMES: return OTHER_NAMES[name].upper()
-    words = name.split('_')
-    part = [o for o in ours if len(words)>1 and (o.endswith('_'+name) or o.startswith(name+'_'))]
-    least = .93 if name.startswith(('WANDB_', 'HF_')) or len(name)<7 else .85 # their own variables, and short names, are near by chance
-    if len(part)==1: return part[0]
-    near = difflib.get_close_matches(name, [*ours, *OTHER_NAMES], 1, least)
-    return OTHER_NAMES.get(near[0], near[0]).upper() if near else None
-
-def check_names(
-    env:dict, # Environment
-):
-    "Refuse variables that nearly have an option's name."
-    wrong = {k:o for k in env if env[k].strip() and (o := meant_option(k))}
-    if wrong: raise UserError(', '.join(wrong), "no option has this name", f"set {', '.join(dict.fromkeys(wrong.values()))} instead, or unset it")
 
 # %% ../nbs/02_train.ipynb #8596a9d0
 PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
+BASELINE_TOKENS,BASELINE_RATE = 2944,2e-4 # of a step of the baseline recipe
 
 def preset_options(
     name:str, # Key of `PRESETS`
 )->dict: # `per_device_train_batch_size`, `max_length`, `learning_rate`
     "What a preset stands for."
-    if name not in PRESETS: raise UserError("PRESET", f"no preset is called {name!r}", f"choose one of {', '.join(PRESETS)}")
+    if name not in PRESETS:
+        raise UserError("PRESET", f"no preset is called {name!r}", f"choose one of {', '.join(PRESETS)}")
     rows,length = PRESETS[name]
-    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 at 2,944 tokens
+    rate = BASELINE_RATE*(rows*length/BASELINE_TOKENS)**.5
+    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(rate, 6))
 
+# %% ../nbs/02_train.ipynb #010f400e
 def parse_options(
     p, # `ArgumentParser` that knows the options of `TrainConfig`, and perhaps others
     argv:list=None, # Flags; `sys.argv[1:]` where None
@@ -169,7 +193,71 @@ def parse_options(
     if preset: p.set_defaults(**{**preset_options(preset), **given})
     return vars(p.parse_args(argv))
 
+# %% ../nbs/02_train.ipynb #292d4edd
+# of transformers' names, those that are tried here
+OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit',
+    'lion_32bit', 'lion_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd')
+ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
+
+def _bad_option(name, why, value): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
+
+def check_option(
+    name:str, # Of an option
+    value, # In its type
+):
+    "Refuse a value outside of an option's range."
+    if name in ONE_OF and value not in ONE_OF[name]:
+        near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
+        _bad_option(name, f"must be one of {', '.join(ONE_OF[name])}{near}", value)
+    ends = option_range(name)
+    if not ends or ends.holds(value): return
+    if ends.low_in and value<ends.low: _bad_option(name, f"must be at least {ends.low:.10g}", value)
+    low,high = 'at least' if ends.low_in else 'above','at most' if ends.high_in else 'below'
+    _bad_option(name, f"must be {low} {ends.low:.10g} and {high} {ends.high:.10g}", value)
+
+# %% ../nbs/02_train.ipynb #5c37271b
+def _check_repo(name, repo):
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    if not repo: _bad_option(name, "must name a Hub repo such as your-name/your-repo", repo)
+    if repo.count('/')!=1: _bad_option(name, "must have the form owner/name", repo)
+    try: validate_repo_id(repo)
+    except HFValidationError:
+        _bad_option(name, "must be a name that the Hub allows "
+            "(letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)", repo)
+
+def check_config(
+    c:TrainConfig, # To be checked
+)->TrainConfig: # The same
+    "Refuse values that would fail, or do nothing, hours later."
+    def bad(k, why): _bad_option(k, why, getattr(c, k))
+    for k in ('dataset_repo','hub_model_id'): _check_repo(k, getattr(c, k))
+    for k,v in c.asdict().items(): check_option(k, v)
+    for k in ('base_model','output_dir','scorer','wandb_project'):
+        if not getattr(c, k).strip(): bad(k, "must not be empty")
+    lora_targets(c.lora_target_modules) # or say that they name nothing
+    if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
+    if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
+    if c.hub_model_id.lower()==c.base_model.lower():
+        bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
+    c.output_dir = str(Path(c.output_dir).expanduser())
+    return c
+
 # %% ../nbs/02_train.ipynb #70434b9a
+OPTION_GROUPS = dict(weights='what is learnt: all jobs of a run must agree on these', # part → heading in the help
+    rows="how a step is split: may change between a run's jobs, and results then differ in rounding",
+    rounding="speed and memory: may change between a run's jobs, and results then differ in rounding")
+TRAIN_EXAMPLES = ('DATASET_REPO=YOU/talk HUB_MODEL_ID=YOU/phoque python train.py',
+    'python train.py --dataset_repo YOU/talk --hub_model_id YOU/phoque --max_steps 20')
+
+def run_parser(
+    func, # Function that takes the options of a run, and perhaps others
+    examples:tuple=(), # Command lines to show below the options
+): # `ArgumentParser`
+    "Parser of the options of a run, in groups by what they do to it."
+    p = option_parser(func, examples, {title:[k for k in options() if option_part(k)==part] for part,title in OPTION_GROUPS.items()})
+    for a in p._actions: a.help = re.sub(r' \{\w+\}', '', a.help or '') # said by its group
+    return p
+
 def read_config(
     argv:list=None, # Flags; `sys.argv[1:]` where None
     env:dict=None, # Environment; `os.environ` where None
@@ -177,49 +265,8 @@ def read_config(
     "Options from flags, then the environment, then the defaults."
     @delegates(TrainConfig)
     def train(**kwargs): "Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue."
-    args = parse_options(anno_parser(train), argv, env)
+    args = parse_options(run_parser(train, TRAIN_EXAMPLES), argv, env)
     return check_config(TrainConfig(**{k:args[k] for k in options()}))
-
-# %% ../nbs/02_train.ipynb #292d4edd
-OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'lion_32bit', 'lion_8bit',
-    'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd') # of transformers' names, those that are tried here
-ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
-
-def check_option(
-    name:str, # Of an option
-    value, # In its type
-):
-    "Refuse a value outside of an option's range."
-    def bad(why): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
-    if name in ONE_OF and value not in ONE_OF[name]:
-        near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
-        bad(f"must be one of {', '.join(ONE_OF[name])}{near}")
-    if not (ends := option_range(name)): return
-    low_in,low,high,high_in = ends
-    if (low<value or low_in and value==low) and (value<high or high_in and value==high): return
-    if low_in and value<low: bad(f"must be at least {low:.10g}")
-    bad(f"must be {'at least' if low_in else 'above'} {low:.10g} and {'at most' if high_in else 'below'} {high:.10g}")
-
-def check_config(
-    c:TrainConfig, # To be checked
-)->TrainConfig: # The same
-    "Refuse values that would fail, or do nothing, hours later."
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-    def bad(k, why): raise UserError(k.upper(), f"{why}, got {getattr(c,k)!r}", "correct it or unset it")
-    for k in ('dataset_repo','hub_model_id'):
-        if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
-        if getattr(c,k).count('/')!=1: bad(k, "must have the form owner/name")
-        try: validate_repo_id(getattr(c,k))
-        except HFValidationError: bad(k, "must be a name that the Hub allows (letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)")
-    for k,v in c.asdict().items(): check_option(k, v)
-    for k in ('base_model','output_dir','scorer','wandb_project'):
-        if not getattr(c, k).strip(): bad(k, "must not be empty")
-    lora_targets(c.lora_target_modules) # or say that they name nothing
-    if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
-    if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
-    if c.hub_model_id.lower()==c.base_model.lower(): bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
-    c.output_dir = str(Path(c.output_dir).expanduser())
-    return c
 
 # %% ../nbs/02_train.ipynb #3f8b8b19
 def pack_lengths(
@@ -229,7 +276,8 @@ def pack_lengths(
     "Best-fit-decreasing bin packing."
     import numpy as np
     lengths = np.asarray(lengths)
-    rows,room,free = [],[[] for _ in range(max_length+1)],0 # room[r]: rows with r tokens left; bit r of free: is there one?
+    rows = []
+    room,free = [[] for _ in range(max_length+1)],0 # room[r]: rows with r tokens left; bit r of free: is there one?
     for i in np.argsort(-lengths, kind='stable').tolist():
         n = int(lengths[i])
         fits = free>>n
@@ -237,7 +285,9 @@ def pack_lengths(
             r = n + (fits & -fits).bit_length()-1
             row = room[r].pop()
             if not room[r]: free &= ~(1<<r)
-        else: row,r = len(rows),max_length; rows.append([])
+        else:
+            row,r = len(rows),max_length
+            rows.append([])
         rows[row].append(i)
         room[r-n].append(row); free |= 1<<(r-n)
     return rows
@@ -254,9 +304,10 @@ def pack_dataset(
     cols = {k: ds.with_format('arrow')[:][k].combine_chunks() for k in ('input_ids','labels')}
     lengths = pc.list_value_length(cols['input_ids']).to_numpy()
     packs = pack_lengths(lengths, max_length)
-    packs = [packs[i] for i in np.random.default_rng(seed).permutation(len(packs))] # packing leaves them sorted by length
+    shuffled = np.random.default_rng(seed).permutation(len(packs)) # packing leaves them sorted by length
+    packs = [packs[i] for i in shuffled]
     docs = np.concatenate(packs)
-    ends = lambda sizes: pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+    def ends(sizes): return pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
     flat = {k: v.take(pa.array(docs)).flatten().cast(pa.int32()) for k,v in cols.items()}
     tokens = ends([int(lengths[p].sum()) for p in packs])
     out = {k: pa.ListArray.from_arrays(tokens, v) for k,v in flat.items()}
@@ -275,33 +326,70 @@ def draw_order(
     return np.concatenate([np.random.default_rng([seed,e]).permutation(n_rows) for e in range(epochs)])[:n_draws]
 
 # %% ../nbs/02_train.ipynb #bf577faa
-def collate_packed(
+def doc_lengths(
+    rows:list, # Rows of `pack_dataset`
+    max_length:int, # Tokens of a row
+)->list: # Of all rows, one after the other
+    "Tokens of each document; what fills a row up is one more, perhaps an empty one."
+    return [n for r in rows for n in (*r['seq_lengths'], max_length-len(r['input_ids']))]
+
+def collate_rows(
     rows:list, # Rows of `pack_dataset`
     max_length:int, # Every batch has this width, so that compiled code sees one shape
     pad_id:int, # Token that fills up a row
-    max_docs:int=0, # Most documents in a row; if given, the flash kernel's list of document starts is made, always equally long
-    fill:tuple=None, # Tiles and supervised rows that a batch is filled up to; if given, `tiles` and `keep` for a `Stack` are made
-)->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); `supervised` positions in the flattened batch and their `targets`
-    "Stack packed rows; what fills a row up is one more document, without labels."
+)->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); flat `supervised` positions and their `targets`
+    "Stack packed rows; what fills a row up has no labels."
     import numpy as np, torch
-    from itertools import accumulate
-    docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
     ids,labels = np.full((len(rows), max_length), pad_id),np.full((len(rows), max_length), -100)
-    for i,r in enumerate(rows): ids[i,:len(r['input_ids'])] = r['input_ids']; labels[i,:len(r['labels'])] = r['labels']
-    position = np.concatenate([np.arange(n) for d in docs for n in d]).reshape(ids.shape)
+    for i,r in enumerate(rows):
+        ids[i,:len(r['input_ids'])] = r['input_ids']
+        labels[i,:len(r['labels'])] = r['labels']
+    position = np.concatenate([np.arange(n) for n in doc_lengths(rows, max_length)]).reshape(ids.shape)
     batch = {k:torch.from_numpy(v) for k,v in dict(input_ids=ids, labels=labels, position_ids=position).items()}
-    follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten() # a position is asked for the token after it
-    batch['supervised'] = (follows!=-100).nonzero()[:,0]
-    batch['targets'] = follows[batch['supervised']]
-    if fill:
-        tiles,keep = attention_tiles([n for d in docs for n in d]),batch['supervised']
-        batch['tiles'] = torch.tensor(tiles+[(0,)*5]*(fill[0]-len(tiles)), dtype=torch.int32)
-        batch['keep'] = torch.nn.functional.pad(keep, (0,fill[1]-len(keep)), value=len(rows)*max_length)
-    if not max_docs: return batch
-    starts = list(accumulate((n for d in docs for n in d), initial=0))
-    starts += starts[-1:]*(len(rows)*(max_docs+1)+1-len(starts)) # empty documents at the end
+    # a position is asked for the token after it
+    follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten()
+    supervised = (follows!=-100).nonzero()[:,0]
+    return dict(**batch, supervised=supervised, targets=follows[supervised])
+
+# %% ../nbs/02_train.ipynb #e3546fa2
+def doc_starts(
+    lengths:list, # From `doc_lengths`
+    most:int, # Documents that the list has room for
+    max_length:int, # Tokens of the longest document that there may be
+)->dict: # `cu_seq_lens_q` and `_k`, `max_length_q` and `_k`
+    "What the flash kernel asks of a batch: where its documents start, with empty ones at the end."
+    import torch
+    from itertools import accumulate
+    starts = list(accumulate(lengths, initial=0))
+    starts += starts[-1:]*(most+1-len(starts))
     cu = torch.tensor(starts, dtype=torch.int32)
-    return dict(**batch, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max_length, max_length_k=max_length)
+    return dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max_length, max_length_k=max_length)
+
+def stack_inputs(
+    lengths:list, # From `doc_lengths`
+    supervised, # Positions that the loss looks at
+    fill:tuple, # Tiles and positions to fill up to
+)->dict: # `tiles`, and `keep`: positions, where one beyond the last stands for none
+    "What a `Stack` asks of a batch."
+    import torch
+    tiles = attention_tiles(lengths)
+    tiles += [(0,)*5]*(fill[0]-len(tiles))
+    keep = torch.nn.functional.pad(supervised, (0,fill[1]-len(supervised)), value=sum(lengths))
+    return dict(tiles=torch.tensor(tiles, dtype=torch.int32), keep=keep)
+
+# %% ../nbs/02_train.ipynb #19f08f96
+def collate_packed(
+    rows:list, # Rows of `pack_dataset`
+    max_length:int, # Tokens of a row
+    pad_id:int, # Token that fills up a row
+    max_docs:int=0, # Most documents in a row, for `doc_starts`; 0 for another kernel
+    fill:tuple=None, # Most tiles and supervised positions of a batch, for `stack_inputs`; None without a `Stack`
+)->dict: # From `collate_rows`, `stack_inputs` and `doc_starts`
+    "Make a batch of packed rows."
+    batch,lengths = collate_rows(rows, max_length, pad_id),doc_lengths(rows, max_length)
+    if fill: batch |= stack_inputs(lengths, batch['supervised'], fill)
+    if max_docs: batch |= doc_starts(lengths, len(rows)*(max_docs+1), max_length)
+    return batch
 
 # %% ../nbs/02_train.ipynb #9526859c
 def run_steps(
@@ -315,11 +403,13 @@ def run_steps(
 def share_batch(
     cfg:TrainConfig, # Of the run
     ranks:int, # Processes, one a GPU
-)->tuple: # Rows a rank takes at once, and how often in a step
+)->tuple: # Rows of a micro-batch, and micro-batches of a step, on each GPU
     "Share a step's rows out: their number is the run's, however many GPUs there are."
     micro_batch,grad_accum = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
     each,rest = divmod(micro_batch*grad_accum, ranks)
-    if rest: raise UserError(f"PER_DEVICE_TRAIN_BATCH_SIZE {micro_batch} × GRADIENT_ACCUMULATION_STEPS {grad_accum}", f"{micro_batch*grad_accum} rows a step can't be shared by {ranks} GPUs", f"choose a multiple of {ranks}, or other GPUs")
+    if rest: raise UserError(
+        f"PER_DEVICE_TRAIN_BATCH_SIZE {micro_batch} × GRADIENT_ACCUMULATION_STEPS {grad_accum}",
+        f"{micro_batch*grad_accum} rows a step can't be shared by {ranks} GPUs", f"choose a multiple of {ranks}, or other GPUs")
     micro_batch = max(b for b in range(1, micro_batch+1) if each%b==0)
     return micro_batch,each//micro_batch
 
@@ -333,35 +423,55 @@ def run_memory(
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
     same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(config, micro_batch, gradient_checkpointing=checkpointing, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+    opts = {k:getattr(cfg, k) for k in same}
+    opts |= dict(gradient_checkpointing=checkpointing, shards=ranks if cfg.fsdp else 1)
+    plan = memory_plan(config, micro_batch, lora_target_modules=lora_targets(cfg.lora_target_modules), **opts)
+    return plan['peak'] + .5
+
+# %% ../nbs/02_train.ipynb #297b4d6b
+class BatchFit(NamedTuple):
+    "How a step's rows are taken."
+    micro_batch:int # Rows that a GPU takes at once
+    grad_accum:int # Times that it does so in a step
+    checkpointing:bool # Recompute whole layers
+    need:float # GiB at the peak
 
 def fit_batch(
     cfg:TrainConfig, # Of the run
     config, # Of its base model, from `AutoConfig`
     ranks:int=1, # Processes, one a GPU
     room:float=float('inf'), # GiB of each GPU that a run can have
-)->tuple: # Rows at once, how often in a step, recompute whole layers?, and GiB at the peak, which is more than `room` where nothing fits
-    "The fastest way to take a step's rows that fits: as set, or else in smaller batches, or else with layers recomputed."
+)->BatchFit: # It needs more than `room` where nothing fits
+    "The fastest way to take a step's rows that fits: as set, in smaller batches, or with layers recomputed."
     most,grad_accum = share_batch(cfg, ranks)
     for checkpointing in sorted({cfg.gradient_checkpointing, True}):
         for b in range(most, 0, -1):
             if most*grad_accum%b: continue
-            need = run_memory(cfg, config, b, ranks, checkpointing)
-            if need<=room: return b,most*grad_accum//b,checkpointing,need
-    return b,most*grad_accum//b,checkpointing,need
+            fit = BatchFit(b, most*grad_accum//b, checkpointing, run_memory(cfg, config, b, ranks, checkpointing))
+            if fit.need<=room: return fit
+    return fit
 
 # %% ../nbs/02_train.ipynb #7b81e6be
+class RowWork(NamedTuple):
+    "Of each row, what it asks of a GPU, as arrays."
+    tiles:'np.ndarray' # `TILE`s of attention
+    supervised:'np.ndarray' # Tokens that the loss looks at
+    pairs:'np.ndarray' # Pairs of tokens that attention looks at
+
 def row_work(
     packed, # From `pack_dataset`
     max_length:int, # Tokens of a row
-)->tuple: # Of each row: `TILE`s of attention, supervised tokens, and pairs of tokens that attention looks at
+)->RowWork:
     "What a row asks of a GPU, beside its tokens."
     import numpy as np
     cols = {k: packed.with_format('arrow')[:][k].combine_chunks() for k in ('labels','seq_lengths')}
     (labels,first),(sizes,doc) = ((v.flatten().to_numpy(), v.offsets.to_numpy()[:-1]) for v in cols.values())
     def per_row(v, starts): return np.add.reduceat(v, starts, dtype=np.int64)
+    def tiles_of(n): return -(-n//TILE)
     rest = max_length-per_row(sizes, doc) # what fills a row up is a document, too
-    return per_row(-(-sizes//TILE), doc) - -rest//TILE,per_row(labels!=-100, first)-(labels[first]!=-100),per_row(sizes.astype(np.int64)**2, doc)+rest**2
+    tiles = per_row(tiles_of(sizes), doc)+tiles_of(rest)
+    supervised = per_row(labels!=-100, first)-(labels[first]!=-100) # a row's first token follows nothing
+    return RowWork(tiles, supervised, per_row(sizes.astype(np.int64)**2, doc)+rest**2)
 
 # %% ../nbs/02_train.ipynb #d7e9f1a5
 HEAD_PAIRS = 400 # Pairs that attention looks at while the head works for one supervised token: 2.6 µs, on an H200
@@ -374,7 +484,8 @@ def deal_rows(
 ): # The same, in another order within each step
     "Make the batches of a step take about equally long."
     import numpy as np
-    steps,turns = order.reshape(-1, batches*micro_batch),np.arange(batches*micro_batch).reshape(micro_batch, batches)
+    steps = order.reshape(-1, batches*micro_batch)
+    turns = np.arange(batches*micro_batch).reshape(micro_batch, batches)
     turns[1::2] = turns[1::2,::-1]
     heaviest = np.argsort(-work[steps], axis=1, kind='stable')
     return np.take_along_axis(steps, heaviest[:,turns.T.flatten()], 1).flatten()
@@ -395,7 +506,7 @@ def events_callback(
 ): # `TrainerCallback`
     "Call plain functions at the trainer's events."
     from transformers import TrainerCallback
-    call = lambda name,*args: getattr(events, name, lambda *_: None)(*args)
+    def call(name, *args): return getattr(events, name, lambda *_: None)(*args)
     class Events(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kw):
             set_rate(optimizer, getattr(lr_scheduler, 'scheduler', lr_scheduler)) # inside of accelerate's
@@ -404,78 +515,9 @@ def events_callback(
         def on_step_end(self, args, state, control, model=None, **kw):
             if call('on_step', model, state.global_step): control.should_training_stop = control.should_save = True
         def on_log(self, args, state, control, logs=None, **kw): call('on_log', state.global_step, logs)
-        def on_save(self, args, state, control, **kw): call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
+        def on_save(self, args, state, control, **kw):
+            call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
     return Events()
-
-# %% ../nbs/02_train.ipynb #6630e472
-def compile_layers(
-    model, # From `add_lora`
-    budget:float=0.7, # Share of activations that is kept
-):
-    "Compile every decoder layer on its own."
-    import torch._functorch.config
-    torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
-    for layer in decoder_layers(model.get_base_model()): layer.compile()
-
-# %% ../nbs/02_train.ipynb #bf7364ad
-def _background_saves():
-    import torch
-    from concurrent.futures import ThreadPoolExecutor
-    from contextlib import nullcontext
-    from torch.utils._pytree import tree_map
-    def each(f, state): return tree_map(lambda t: f(t) if torch.is_tensor(t) else t, state)
-    class BackgroundSaves:
-        "What `Trainer` saves, copied at once and written by a thread."
-        writer,writes = ThreadPoolExecutor(1, 'checkpoint'),()
-
-        def save_later(self, write, state):
-            copies = each(lambda t: t.detach().clone(), state)
-            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
-            def run():
-                if copied: copied.synchronize()
-                with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext(): write(each(lambda t: t.cpu(), copies))
-            self.writes.append(self.writer.submit(run))
-
-        def written(self):
-            "Wait until all of the newest checkpoint lies on the disk."
-            for w in self.writes: w.result()
-
-        def _save(self, output_dir=None, state_dict=None):
-            if not self.args.should_save: return
-            self.written(); self.writes = []
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            self.save_later(lambda d: self.model.save_pretrained(output_dir, state_dict=d, save_embedding_layers=False), state_dict or {n:p for n,p in self.model.named_parameters() if p.requires_grad})
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            if self.args.should_save: self.write_later(output_dir, dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict()))
-
-        def write_later(self, output_dir, states):
-            for k,s in states.items(): self.save_later(lambda s, k=k: torch.save(s, f'{output_dir}/{k}.pt'), s)
-
-        def train(self, *args, **kwargs):
-            out = super().train(*args, **kwargs)
-            self.written()
-            return out
-    return BackgroundSaves
-
-# %% ../nbs/02_train.ipynb #1657006c
-def _trainer_class():
-    import trl
-    class Trainer(_background_saves(), trl.SFTTrainer):
-        "TRL's, with the loss of `fast`, and checkpoints that training doesn't wait for."
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
-            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; gradients are averaged over ranks
-
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            from torch.optim.lr_scheduler import LambdaLR
-            def of(step): return rate_at(step, num_training_steps, self.warmup_ratio)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, of)
-            return self.lr_scheduler
-
-        def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
-    return Trainer
 
 # %% ../nbs/02_train.ipynb #228d3fe4
 def rate_at(
@@ -492,10 +534,103 @@ def set_rate(
     optimizer, # Of a trainer
     scheduler, # Its `LambdaLR`, perhaps loaded from a checkpoint
 ):
-    "Give the optimizer the rate of the step that comes next, also where the run is now longer than its checkpoint thought."
+    "Give the optimizer the rate of the next step, also where the run has become longer than its checkpoint says."
     rates = [base*of(scheduler.last_epoch) for base,of in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
     for group,rate in zip(optimizer.param_groups, rates): group['lr'] = rate
     scheduler._last_lr = rates
+
+# %% ../nbs/02_train.ipynb #6630e472
+def compile_layers(
+    model, # From `add_lora`
+    budget:float=0.7, # Share of activations that is kept
+):
+    "Compile every decoder layer on its own."
+    import torch._functorch.config
+    torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
+    for layer in decoder_layers(model.get_base_model()): layer.compile()
+
+# %% ../nbs/02_train.ipynb #bf7364ad
+class BackgroundSaves:
+    "What a `Trainer` saves, copied at once and written by a thread."
+    writer = ThreadPoolExecutor(1, 'checkpoint') # one, which writes in the order of the calls
+
+    def __init__(self, *args, **kwargs):
+        self.writes = [] # of the newest checkpoint, as futures
+        super().__init__(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not self.args.should_save: return
+        self.written()
+        self.writes = []
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        adapter = state_dict or {n:p for n,p in self.model.named_parameters() if p.requires_grad}
+        self.save_later(lambda d: self.model.save_pretrained(output_dir, state_dict=d, save_embedding_layers=False), adapter)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        states = dict(optimizer=self.optimizer, scheduler=self.lr_scheduler)
+        if self.args.should_save: self.write_later(output_dir, {k:s.state_dict() for k,s in states.items()})
+
+    def train(self, *args, **kwargs):
+        out = super().train(*args, **kwargs)
+        self.written()
+        return out
+
+# %% ../nbs/02_train.ipynb #1d5bbdb5
+def _map_tensors(f, state):
+    import torch
+    from torch.utils._pytree import tree_map
+    return tree_map(lambda t: f(t) if torch.is_tensor(t) else t, state)
+
+@patch
+def save_later(self:BackgroundSaves,
+    write, # Function of the copy
+    state, # Nested dicts and lists, with tensors in them
+):
+    "Copy tensors where they lie; a thread brings the copies to the CPU, and has them written."
+    import torch
+    from contextlib import nullcontext
+    copies = _map_tensors(lambda t: t.detach().clone(), state)
+    copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+    def run():
+        if copied: copied.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext():
+            write(_map_tensors(lambda t: t.cpu(), copies))
+    self.writes.append(self.writer.submit(run))
+
+@patch
+def written(self:BackgroundSaves):
+    "Wait until all of the newest checkpoint lies on the disk."
+    for w in self.writes: w.result()
+
+# %% ../nbs/02_train.ipynb #1442c8d3
+@patch
+def write_later(self:BackgroundSaves,
+    output_dir:str, # `checkpoint-N`
+    states:dict, # File name without `.pt` → what it will hold
+):
+    "Have states written by `torch.save`."
+    import torch
+    for k,s in states.items(): self.save_later(lambda s, k=k: torch.save(s, f'{output_dir}/{k}.pt'), s)
+
+# %% ../nbs/02_train.ipynb #1657006c
+def _trainer_class(shard):
+    import trl
+    class Trainer(BackgroundSaves, trl.SFTTrainer):
+        "TRL's, with the loss of `fast`, and checkpoints that training doesn't wait for."
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
+            ranks = self.accelerator.num_processes # all ranks' tokens count; gradients are averaged over ranks
+            return nll*ranks/num_items_in_batch.clamp(min=1)
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            from torch.optim.lr_scheduler import LambdaLR
+            def of(step): return rate_at(step, num_training_steps, self.warmup_ratio)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, of)
+            return self.lr_scheduler
+
+        def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
+    return sharded_trainer(Trainer) if shard else Trainer
 
 # %% ../nbs/02_train.ipynb #d4e6f8a1
 def trainer_args(
@@ -510,14 +645,15 @@ def trainer_args(
     import torch
     from trl import SFTConfig
     cuda = torch.cuda.is_available()
-    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=grad_accum, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False) if checkpointing else None, learning_rate=cfg.learning_rate,
-        weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
-        optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
-        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
-        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
-        accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
+    names = 'output_dir learning_rate weight_decay max_grad_norm optim logging_steps save_steps seed'.split()
+    args = SFTConfig(**{k:getattr(cfg, k) for k in names}, **shard_options(shard), max_steps=steps, save_strategy='steps',
+        gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False) if checkpointing else None,
+        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=grad_accum,
+        bf16=cuda, use_cpu=not cuda, dataloader_pin_memory=cuda, accelerator_config=dict(non_blocking=cuda),
+        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
+        max_length=None, remove_unused_columns=False,
+        dataset_kwargs=dict(skip_prepare_dataset=True), train_sampling_strategy='sequential',
+        report_to='none', disable_tqdm=True, logging_nan_inf_filter=False, log_level_replica='error')
     args._n_gpu = min(args.n_gpu, 1) # no `nn.DataParallel`
     return args
 
@@ -534,6 +670,55 @@ def share_stack(
         return prepare(model, **{**kwargs, 'evaluation_mode':True})
     trainer.accelerator.prepare_model = prepare_model
 
+# %% ../nbs/02_train.ipynb #156bb017
+def fit_card(
+    cfg:TrainConfig, # Of the run
+    config, # Of its base model
+    ranks:int, # Processes, one a GPU
+)->tuple: # `BatchFit`, and GiB that this card leaves
+    "Fit a step's rows to this process's GPU, and say in the log where that isn't as set."
+    room = card_room()
+    fit = fit_batch(cfg, config, ranks, room)
+    as_set = (*share_batch(cfg, ranks), cfg.gradient_checkpointing)
+    if fit[:3]!=as_set:
+        step = f"{fit.grad_accum} batch{'es'*(fit.grad_accum>1)}" + " with layers recomputed"*fit.checkpointing
+        log.info(f"memory: {room:.0f} GiB hold {fit.micro_batch} rows at once, so a step is {step}")
+    return fit,room-fit.need
+
+def run_order(
+    cfg:TrainConfig, # Of the run
+    work:RowWork, # Of its rows
+    fit:BatchFit, # How a step takes them
+    ranks:int, # Processes, one a GPU
+): # Array of row numbers
+    "All rows that a run takes, in order."
+    n_rows,batches = len(work.pairs),fit.grad_accum*ranks
+    drawn = draw_order(n_rows, run_steps(cfg, n_rows)*fit.micro_batch*batches, cfg.seed)
+    return deal_rows(drawn, work.pairs+HEAD_PAIRS*work.supervised, fit.micro_batch, batches)
+
+# %% ../nbs/02_train.ipynb #781ae212
+def _set_up_layers(cfg, model, fit, left, shard):
+    "A `Stack` where there can be one, which may keep weights in what is `left` of the GPU; else compiled layers."
+    import torch
+    stack = None if shard else fast_layers(model, cfg.max_length, fit.checkpointing)
+    if stack: keep_weights(stack, left)
+    elif torch.cuda.is_available() and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
+    return stack
+
+def _collator(cfg, model, tok, packed, fill):
+    from functools import partial
+    varlen = model.config.get_text_config()._attn_implementation=='varlen'
+    max_docs = max(map(len, packed['seq_lengths'])) if varlen and not fill else 0
+    return partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill)
+
+def _set_up_loss(trainer, tok, cfg, stack, ranks, shard):
+    for p in trainer.model.parameters():
+        if p.requires_grad: p.data = p.data.float()
+    model = trainer.model.get_base_model()
+    add_supervised_head(model, stack)
+    if stack and ranks>1: share_stack(trainer, stack)
+    if not shard: check_packed(model, tok, cfg.max_length, stack)
+
 # %% ../nbs/02_train.ipynb #ca83ea76
 def make_trainer(
     cfg:TrainConfig, # Of the run
@@ -543,41 +728,28 @@ def make_trainer(
     events=None, # Functions to call at the trainer's events; None for none
 ): # `trl.SFTTrainer`, ready for `.train(resume_from_checkpoint=…)`
     "TRL's trainer over the whole run's rows in their computed order."
-    import torch
-    from functools import partial
     from transformers import PrinterCallback, ProgressCallback, set_seed
-    cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
-    room = card_room()
-    micro_batch,grad_accum,checkpointing,need = fit_batch(cfg, model.config, ranks, room)
-    if (micro_batch,grad_accum,checkpointing)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {micro_batch} rows at once, so a step is {grad_accum} batch{'es'*(grad_accum>1)}" + " with layers recomputed"*checkpointing)
     shard = cfg.fsdp and ranks>1
-    stack = None if shard else fast_layers(model, cfg.max_length, checkpointing)
-    varlen = model.config.get_text_config()._attn_implementation=='varlen'
-    steps = run_steps(cfg, len(packed))
-    tiles,asked,pairs = row_work(packed, cfg.max_length)
-    order = deal_rows(draw_order(len(packed), steps*micro_batch*grad_accum*ranks, cfg.seed), pairs+HEAD_PAIRS*asked, micro_batch, grad_accum*ranks)
-    max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
-    fill = fill_sizes((tiles,asked), order, micro_batch) if stack else None
-    if stack: keep_weights(stack, room-need)
-    elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
-    args = trainer_args(cfg, steps, micro_batch, grad_accum, checkpointing, shard)
+    fit,left = fit_card(cfg, model.config, ranks)
+    stack = _set_up_layers(cfg, model, fit, left, shard)
+    work = row_work(packed, cfg.max_length)
+    order = run_order(cfg, work, fit, ranks)
+    fill = fill_sizes((work.tiles,work.supervised), order, fit.micro_batch) if stack else None
+    args = trainer_args(cfg, run_steps(cfg, len(packed)), *fit[:3], shard)
     if shard: prepare_sharding(args.device, model)
-    trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
-        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
-    trainer.warmup_ratio = cfg.warmup_ratio
-    for p in trainer.model.parameters():
-        if p.requires_grad: p.data = p.data.float()
-    add_supervised_head(trainer.model.get_base_model(), stack)
-    if stack and ranks>1: share_stack(trainer, stack)
-    if not shard: check_packed(trainer.model.get_base_model(), tok, cfg.max_length, stack)
+    trainer = _trainer_class(shard)(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
+        data_collator=_collator(cfg, model, tok, packed, fill), callbacks=[events_callback(events)])
+    trainer.warmup_ratio = cfg.warmup_ratio # a share of the steps
+    _set_up_loss(trainer, tok, cfg, stack, ranks, shard)
     if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
-    trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
+    for shown in (PrinterCallback, ProgressCallback): trainer.remove_callback(shown)
     return trainer
 
 # %% ../nbs/02_train.ipynb #bb6dc511
 _NUMBER = r'(?:\d[\d,.]{0,15}(?:e[+-]\d\d)?|nan|inf)'
-STEP_LINE = re.compile(r'(\d\d:\d\d:\d\d )?step (\d{1,9})/(\d{1,9}) · loss (-?\d{1,9}\.\d{3})' + ''.join(f'(?: · {k} {_NUMBER})?' for k in ('lr','grad','tokens/s','GiB')), re.ASCII)
+_MORE = ''.join(f'(?: · {k} {_NUMBER})?' for k in ('lr','grad','tokens/s','GiB'))
+STEP_LINE = re.compile(r'(\d\d:\d\d:\d\d )?step (\d{1,9})/(\d{1,9}) · loss (-?\d{1,9}\.\d{3})'+_MORE, re.ASCII)
 
 def step_line(
     step:int, # Optimizer steps done
@@ -586,18 +758,22 @@ def step_line(
 )->str: # Such as `step 20/100 · loss 2.314 · lr 1.8e-04 · grad 0.71`
     "One line of metrics for the console."
     s = f"step {step}/{total} · loss {m['loss']:.3f}"
-    for k,name,fmt in (('learning_rate','lr','.1e'), ('grad_norm','grad','.2f'), ('tokens_per_second','tokens/s',',.0f'), ('gpu_gib','GiB','.1f')):
+    more = (('learning_rate','lr','.1e'), ('grad_norm','grad','.2f'),
+        ('tokens_per_second','tokens/s',',.0f'), ('gpu_gib','GiB','.1f'))
+    for k,name,fmt in more:
         if k in m: s += f" · {name} {m[k]:{fmt}}"
     return s
 
+# %% ../nbs/02_train.ipynb #563b8de3
 def parse_step(
     line:str, # Of a job's log
     clock:bool=False, # Only behind a clock
 )->dict: # `step`, `total`, `loss`, or None for any other line, and for one whose numbers no run has
     "Read back what `step_line` wrote."
     m = STEP_LINE.fullmatch(line)
-    if not m or clock and not m[1] or not 0<=int(m[2])<=int(m[3]) or not int(m[3]): return
-    return dict(step=int(m[2]), total=int(m[3]), loss=float(m[4]))
+    if not m or clock and not m[1]: return
+    step,total = int(m[2]),int(m[3])
+    if 0<=step<=total and total: return dict(step=step, total=total, loss=float(m[4]))
 
 # %% ../nbs/02_train.ipynb #dccf15fa
 def held_out_loss(
@@ -607,22 +783,31 @@ def held_out_loss(
 )->float: # Mean negative log-likelihood of a supervised token, in nats; None where it was given up
     "Loss on conversations that training never sees."
     import torch
-    model,here,nll,n = trainer.model,trainer.accelerator,0.,0
+    model,here = trainer.model,trainer.accelerator
+    nll,n = 0.,0
     micro_batch = trainer.args.per_device_train_batch_size
     batches = [range(i, min(i+micro_batch, len(packed))) for i in range(0, len(packed), micro_batch)]
-    turns = range(here.process_index, -(-len(batches)//here.num_processes)*here.num_processes, here.num_processes) # as often on every rank: they may share the layers
-    with preserve_training_state(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
+    ranks = here.num_processes
+    rounds = -(-len(batches)//ranks) # as many on every rank: they may share the layers
+    turns = range(here.process_index, rounds*ranks, ranks)
+    with (preserve_training_state(model, trainer.processing_class), trainer.compute_loss_context_manager(),
+        torch.inference_mode(False), torch.no_grad()):
         for i in turns:
             if stop(): return
             rows = trainer.data_collator([packed[k] for k in batches[i%len(batches)]])
-            batch = {k:v.to(here.device) for k,v in rows.items() if k in ('input_ids','position_ids','supervised','targets')}
+            wanted = 'input_ids','position_ids','supervised','targets'
+            batch = {k:rows[k].to(here.device) for k in wanted}
             loss = model(**batch).item()
-            if i<len(batches): nll += loss; n += len(batch['targets'])
+            if i<len(batches):
+                nll += loss
+                n += len(batch['targets'])
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
 
 # %% ../nbs/02_train.ipynb #4881bfbe
-EVAL_START,EVAL_ROW = 1.,1.25 # what a measurement and each of its rows cost, in rows trained: 0.11 s for one row, 0.24 for four, 0.40 for eight, where 0.05 s train one
+# what a measurement and each of its rows cost, in rows trained: 0.11 s for one row, 0.24 for four, 0.40 for eight,
+# where 0.05 s train one
+EVAL_START,EVAL_ROW = 1.,1.25
 
 def eval_plan(
     cfg:TrainConfig, # Of the run
@@ -633,4 +818,5 @@ def eval_plan(
     rows = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     fewest = math.ceil((EVAL_START+EVAL_ROW)/(cfg.eval_share*rows)-1e-9) # steps in whose share one row fits
     every = cfg.eval_steps*math.ceil(fewest/cfg.eval_steps)
-    return every,max(1, min(n_held, int((cfg.eval_share*every*rows-EVAL_START)/EVAL_ROW)))
+    fit = int((cfg.eval_share*every*rows-EVAL_START)/EVAL_ROW)
+    return every,max(1, min(n_held, fit))

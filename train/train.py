@@ -40,19 +40,18 @@ A job has 4 hours. Another timeout has to be given twice, as the job can't read 
 """
 
 from __future__ import annotations
-import copy, difflib, fcntl, functools, hashlib, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
+import argparse, copy, difflib, fcntl, functools, hashlib, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
-from fastcore.script import anno_parser
 from functools import cache, wraps
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from types import MethodType
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urljoin
 
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
@@ -1132,6 +1131,37 @@ def command(
         yield
     except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
 
+def _plain_help(
+    action, # Option of an `ArgumentParser` made by fastcore
+)->str: # Its help: the default is said where there is one to say
+    text = (action.help or '').removesuffix(f' (default: {action.default})')
+    if isinstance(action, argparse._StoreFalseAction): return f"Don't {text[:1].lower()}{text[1:]}"
+    if action.default is None or action.default is False or action.default=='': return text
+    return f'{text} (default {action.default})'
+
+def option_parser(
+    func, # Function with docments
+    examples:tuple=(), # Command lines to show below the options
+    groups:dict=None, # Heading → names of the options below it; the others stay in the first group
+):
+    "`ArgumentParser` of a function's parameters, with help that a newcomer can read."
+    from fastcore.script import anno_parser
+    p = anno_parser(func)
+    for a in p._actions:
+        if a.help==argparse.SUPPRESS or a.dest=='help': continue
+        a.help = _plain_help(a).replace('%', '%%')
+        if isinstance(a, argparse._StoreFalseAction): # `--no-x` of fastcore stays, `--no_x` is shown
+            a.option_strings = [f'--no_{a.dest}']
+            p._option_string_actions |= {a.option_strings[0]: a}
+        elif a.nargs is None and a.option_strings: a.metavar = {int:'N', float:'X'}.get(a.type, 'TEXT')
+    for title,names in (groups or {}).items():
+        g,first = p.add_argument_group(title),p._optionals._group_actions
+        for a in [a for a in first if a.dest in names]: first.remove(a); g._group_actions.append(a)
+    width = shutil.get_terminal_size((120, 30)).columns
+    p.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
+    if examples: p.epilog = '\n  '.join(['examples:', *examples])
+    return p
+
 # ------------------------------------------------------------------------------
 # model_qlora: Base model, tokenizer and assistant mask, NF4, LoRA, memory plan, audit
 # ------------------------------------------------------------------------------
@@ -2006,12 +2036,58 @@ def option_part(
     found = re.search(r'\{(\w+)\}$', options()[name]['docment'])
     return found[1] if found else ''
 
+class Interval(NamedTuple):
+    "Numbers from `low` to `high`, with an end or without."
+    low_in:bool # `low` belongs to it
+    low:float
+    high:float
+    high_in:bool # `high` belongs to it
+
+    def holds(self,
+        v:float, # A number
+    )->bool: # False for NaN, too
+        "Is a number in it?"
+        return (self.low<v or self.low_in and v==self.low) and (v<self.high or self.high_in and v==self.high)
+
 def option_range(
     name:str, # Of an option
-): # (low end belongs to it, low end, high end, high end belongs to it); None where it has no interval
+)->Interval: # None where it has no interval
     "The interval of an option's values."
     m = re.search(r'([\[(])([\d.e-]+), ([\d.e-]+)([\])])( \{\w+\})?$', options()[name]['docment'])
-    return (m[1]=='[', float(m[2]), float(m[3]), m[4]==']') if m else None
+    return Interval(m[1]=='[', float(m[2]), float(m[3]), m[4]==']') if m else None
+
+_OTHERS = dict(base_model='MODEL_NAME MODEL_NAME_OR_PATH MODEL_ID', hub_model_id='OUTPUT_REPO',
+    dataset_repo='DATASET DATASET_NAME DATASET_ID', load_best='LOAD_BEST_MODEL_AT_END',
+    learning_rate='LR', num_train_epochs='EPOCHS NUM_EPOCHS NUM_EPOCH N_EPOCHS MAX_EPOCHS', warmup_ratio='WARMUP_STEPS',
+    max_length='MAX_SEQ_LENGTH MAX_SEQ_LEN CUTOFF_LEN SEQUENCE_LEN MAX_LEN SEQ_LEN', optim='OPTIMISER OPTIMIZER',
+    per_device_train_batch_size='MICRO_BATCH_SIZE BATCHSIZE', gradient_accumulation_steps='GRAD_ACCUM GRAD_ACC GRAD_ACCUM_STEPS',
+    lora_r='LORA_RANK', lora_target_modules='LORA_TARGETS', seed='RANDOM_SEED', keep_checkpoints='SAVE_TOTAL_LIMIT',
+    eval_steps='EVALUATION_STEPS')
+
+OTHER_NAMES = {name:option for option,names in _OTHERS.items() for name in names.split()} # what other trainers call our options
+
+def meant_option(
+    name:str, # Of an environment variable
+)->str: # Variable that was probably meant; None where the name is nobody's or is right
+    "The option that a misspelt variable means."
+    ours = [k.upper() for k in options()]
+    if name in ours or name.startswith('SM_'): return # SageMaker's
+    if name.upper() in ours: return name.upper()
+    if name in OTHER_NAMES: return OTHER_NAMES[name].upper()
+    part = [o for o in ours if '_' in name and (o.endswith('_'+name) or o.startswith(name+'_'))]
+    if len(part)==1: return part[0]
+    # other tools' own variables, and short names, are near by chance
+    least = .93 if name.startswith(('WANDB_', 'HF_')) or len(name)<7 else .85
+    near = difflib.get_close_matches(name, [*ours, *OTHER_NAMES], 1, least)
+    return OTHER_NAMES.get(near[0], near[0]).upper() if near else None
+
+def check_names(
+    env:dict, # Environment
+):
+    "Refuse variables that nearly have an option's name."
+    wrong = {k:o for k in env if env[k].strip() and (o := meant_option(k))}
+    meant = ', '.join(dict.fromkeys(wrong.values()))
+    if wrong: raise UserError(', '.join(wrong), "no option has this name", f"set {meant} instead, or unset it")
 
 def env_options(
     env:dict=None, # Environment; `os.environ` where None
@@ -2024,49 +2100,23 @@ def env_options(
         kind = type(o['default'])
         wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
         try: res[k] = str2bool(v) if kind is bool else kind(v)
-        except (TypeError, ValueError): raise UserError(k.upper(), f"must be {wanted}, got {v!r}", "correct it or unset it") from None
+        except (TypeError, ValueError):
+            raise UserError(k.upper(), f"must be {wanted}, got {v!r}", "correct it or unset it") from None
     return res
 
-#: what other trainers call our options
-OTHER_NAMES = dict(LR='learning_rate', EPOCHS='num_train_epochs', NUM_EPOCHS='num_train_epochs', MAX_SEQ_LENGTH='max_length', MAX_SEQ_LEN='max_length',
-    CUTOFF_LEN='max_length', SEQUENCE_LEN='max_length', MICRO_BATCH_SIZE='per_device_train_batch_size', GRAD_ACCUM='gradient_accumulation_steps',
-    NUM_EPOCH='num_train_epochs', N_EPOCHS='num_train_epochs', MAX_EPOCHS='num_train_epochs', MAX_LEN='max_length', SEQ_LEN='max_length',
-    GRAD_ACC='gradient_accumulation_steps', GRAD_ACCUM_STEPS='gradient_accumulation_steps', LORA_TARGETS='lora_target_modules', OPTIMISER='optim',
-    LORA_RANK='lora_r', WARMUP_STEPS='warmup_ratio', OPTIMIZER='optim', SAVE_TOTAL_LIMIT='keep_checkpoints', EVALUATION_STEPS='eval_steps',
-    MODEL_NAME='base_model', MODEL_NAME_OR_PATH='base_model', MODEL_ID='base_model', DATASET='dataset_repo', DATASET_NAME='dataset_repo',
-    DATASET_ID='dataset_repo', RANDOM_SEED='seed', BATCHSIZE='per_device_train_batch_size', OUTPUT_REPO='hub_model_id', LOAD_BEST_MODEL_AT_END='load_best')
-
-def meant_option(
-    name:str, # Of an environment variable
-)->str: # Variable that was probably meant; None where the name is nobody's or is right
-    "The option that a misspelt variable means."
-    ours = [k.upper() for k in options()]
-    if name in ours or name.startswith('SM_'): return # SageMaker's
-    if name.upper() in ours: return name.upper()
-    if name in OTHER_NAMES: return OTHER_NAMES[name].upper()
-    words = name.split('_')
-    part = [o for o in ours if len(words)>1 and (o.endswith('_'+name) or o.startswith(name+'_'))]
-    least = .93 if name.startswith(('WANDB_', 'HF_')) or len(name)<7 else .85 # their own variables, and short names, are near by chance
-    if len(part)==1: return part[0]
-    near = difflib.get_close_matches(name, [*ours, *OTHER_NAMES], 1, least)
-    return OTHER_NAMES.get(near[0], near[0]).upper() if near else None
-
-def check_names(
-    env:dict, # Environment
-):
-    "Refuse variables that nearly have an option's name."
-    wrong = {k:o for k in env if env[k].strip() and (o := meant_option(k))}
-    if wrong: raise UserError(', '.join(wrong), "no option has this name", f"set {', '.join(dict.fromkeys(wrong.values()))} instead, or unset it")
-
 PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
+
+BASELINE_TOKENS,BASELINE_RATE = 2944,2e-4 # of a step of the baseline recipe
 
 def preset_options(
     name:str, # Key of `PRESETS`
 )->dict: # `per_device_train_batch_size`, `max_length`, `learning_rate`
     "What a preset stands for."
-    if name not in PRESETS: raise UserError("PRESET", f"no preset is called {name!r}", f"choose one of {', '.join(PRESETS)}")
+    if name not in PRESETS:
+        raise UserError("PRESET", f"no preset is called {name!r}", f"choose one of {', '.join(PRESETS)}")
     rows,length = PRESETS[name]
-    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(2e-4*(rows*length/2944)**.5, 6)) # 2e-4 at 2,944 tokens
+    rate = BASELINE_RATE*(rows*length/BASELINE_TOKENS)**.5
+    return dict(per_device_train_batch_size=rows, max_length=length, learning_rate=round(rate, 6))
 
 def parse_options(
     p, # `ArgumentParser` that knows the options of `TrainConfig`, and perhaps others
@@ -2081,6 +2131,70 @@ def parse_options(
     if preset: p.set_defaults(**{**preset_options(preset), **given})
     return vars(p.parse_args(argv))
 
+# of transformers' names, those that are tried here
+OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit',
+    'lion_32bit', 'lion_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd')
+
+ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
+
+def _bad_option(name, why, value): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
+
+def check_option(
+    name:str, # Of an option
+    value, # In its type
+):
+    "Refuse a value outside of an option's range."
+    if name in ONE_OF and value not in ONE_OF[name]:
+        near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
+        _bad_option(name, f"must be one of {', '.join(ONE_OF[name])}{near}", value)
+    ends = option_range(name)
+    if not ends or ends.holds(value): return
+    if ends.low_in and value<ends.low: _bad_option(name, f"must be at least {ends.low:.10g}", value)
+    low,high = 'at least' if ends.low_in else 'above','at most' if ends.high_in else 'below'
+    _bad_option(name, f"must be {low} {ends.low:.10g} and {high} {ends.high:.10g}", value)
+
+def _check_repo(name, repo):
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    if not repo: _bad_option(name, "must name a Hub repo such as your-name/your-repo", repo)
+    if repo.count('/')!=1: _bad_option(name, "must have the form owner/name", repo)
+    try: validate_repo_id(repo)
+    except HFValidationError:
+        _bad_option(name, "must be a name that the Hub allows "
+            "(letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)", repo)
+
+def check_config(
+    c:TrainConfig, # To be checked
+)->TrainConfig: # The same
+    "Refuse values that would fail, or do nothing, hours later."
+    def bad(k, why): _bad_option(k, why, getattr(c, k))
+    for k in ('dataset_repo','hub_model_id'): _check_repo(k, getattr(c, k))
+    for k,v in c.asdict().items(): check_option(k, v)
+    for k in ('base_model','output_dir','scorer','wandb_project'):
+        if not getattr(c, k).strip(): bad(k, "must not be empty")
+    lora_targets(c.lora_target_modules) # or say that they name nothing
+    if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
+    if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
+    if c.hub_model_id.lower()==c.base_model.lower():
+        bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
+    c.output_dir = str(Path(c.output_dir).expanduser())
+    return c
+
+OPTION_GROUPS = dict(weights='what is learnt: all jobs of a run must agree on these', # part → heading in the help
+    rows="how a step is split: may change between a run's jobs, and results then differ in rounding",
+    rounding="speed and memory: may change between a run's jobs, and results then differ in rounding")
+
+TRAIN_EXAMPLES = ('DATASET_REPO=YOU/talk HUB_MODEL_ID=YOU/phoque python train.py',
+    'python train.py --dataset_repo YOU/talk --hub_model_id YOU/phoque --max_steps 20')
+
+def run_parser(
+    func, # Function that takes the options of a run, and perhaps others
+    examples:tuple=(), # Command lines to show below the options
+): # `ArgumentParser`
+    "Parser of the options of a run, in groups by what they do to it."
+    p = option_parser(func, examples, {title:[k for k in options() if option_part(k)==part] for part,title in OPTION_GROUPS.items()})
+    for a in p._actions: a.help = re.sub(r' \{\w+\}', '', a.help or '') # said by its group
+    return p
+
 def read_config(
     argv:list=None, # Flags; `sys.argv[1:]` where None
     env:dict=None, # Environment; `os.environ` where None
@@ -2088,49 +2202,8 @@ def read_config(
     "Options from flags, then the environment, then the defaults."
     @delegates(TrainConfig)
     def train(**kwargs): "Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue."
-    args = parse_options(anno_parser(train), argv, env)
+    args = parse_options(run_parser(train, TRAIN_EXAMPLES), argv, env)
     return check_config(TrainConfig(**{k:args[k] for k in options()}))
-
-OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit', 'lion_32bit', 'lion_8bit',
-    'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd') # of transformers' names, those that are tried here
-
-ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
-
-def check_option(
-    name:str, # Of an option
-    value, # In its type
-):
-    "Refuse a value outside of an option's range."
-    def bad(why): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
-    if name in ONE_OF and value not in ONE_OF[name]:
-        near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
-        bad(f"must be one of {', '.join(ONE_OF[name])}{near}")
-    if not (ends := option_range(name)): return
-    low_in,low,high,high_in = ends
-    if (low<value or low_in and value==low) and (value<high or high_in and value==high): return
-    if low_in and value<low: bad(f"must be at least {low:.10g}")
-    bad(f"must be {'at least' if low_in else 'above'} {low:.10g} and {'at most' if high_in else 'below'} {high:.10g}")
-
-def check_config(
-    c:TrainConfig, # To be checked
-)->TrainConfig: # The same
-    "Refuse values that would fail, or do nothing, hours later."
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-    def bad(k, why): raise UserError(k.upper(), f"{why}, got {getattr(c,k)!r}", "correct it or unset it")
-    for k in ('dataset_repo','hub_model_id'):
-        if not getattr(c,k): bad(k, "must name a Hub repo such as your-name/your-repo")
-        if getattr(c,k).count('/')!=1: bad(k, "must have the form owner/name")
-        try: validate_repo_id(getattr(c,k))
-        except HFValidationError: bad(k, "must be a name that the Hub allows (letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)")
-    for k,v in c.asdict().items(): check_option(k, v)
-    for k in ('base_model','output_dir','scorer','wandb_project'):
-        if not getattr(c, k).strip(): bad(k, "must not be empty")
-    lora_targets(c.lora_target_modules) # or say that they name nothing
-    if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
-    if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
-    if c.hub_model_id.lower()==c.base_model.lower(): bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
-    c.output_dir = str(Path(c.output_dir).expanduser())
-    return c
 
 def pack_lengths(
     lengths, # Tokens of each document
@@ -2139,7 +2212,8 @@ def pack_lengths(
     "Best-fit-decreasing bin packing."
     import numpy as np
     lengths = np.asarray(lengths)
-    rows,room,free = [],[[] for _ in range(max_length+1)],0 # room[r]: rows with r tokens left; bit r of free: is there one?
+    rows = []
+    room,free = [[] for _ in range(max_length+1)],0 # room[r]: rows with r tokens left; bit r of free: is there one?
     for i in np.argsort(-lengths, kind='stable').tolist():
         n = int(lengths[i])
         fits = free>>n
@@ -2147,7 +2221,9 @@ def pack_lengths(
             r = n + (fits & -fits).bit_length()-1
             row = room[r].pop()
             if not room[r]: free &= ~(1<<r)
-        else: row,r = len(rows),max_length; rows.append([])
+        else:
+            row,r = len(rows),max_length
+            rows.append([])
         rows[row].append(i)
         room[r-n].append(row); free |= 1<<(r-n)
     return rows
@@ -2163,9 +2239,10 @@ def pack_dataset(
     cols = {k: ds.with_format('arrow')[:][k].combine_chunks() for k in ('input_ids','labels')}
     lengths = pc.list_value_length(cols['input_ids']).to_numpy()
     packs = pack_lengths(lengths, max_length)
-    packs = [packs[i] for i in np.random.default_rng(seed).permutation(len(packs))] # packing leaves them sorted by length
+    shuffled = np.random.default_rng(seed).permutation(len(packs)) # packing leaves them sorted by length
+    packs = [packs[i] for i in shuffled]
     docs = np.concatenate(packs)
-    ends = lambda sizes: pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+    def ends(sizes): return pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
     flat = {k: v.take(pa.array(docs)).flatten().cast(pa.int32()) for k,v in cols.items()}
     tokens = ends([int(lengths[p].sum()) for p in packs])
     out = {k: pa.ListArray.from_arrays(tokens, v) for k,v in flat.items()}
@@ -2182,33 +2259,68 @@ def draw_order(
     epochs = -(-n_draws//n_rows)
     return np.concatenate([np.random.default_rng([seed,e]).permutation(n_rows) for e in range(epochs)])[:n_draws]
 
-def collate_packed(
+def doc_lengths(
+    rows:list, # Rows of `pack_dataset`
+    max_length:int, # Tokens of a row
+)->list: # Of all rows, one after the other
+    "Tokens of each document; what fills a row up is one more, perhaps an empty one."
+    return [n for r in rows for n in (*r['seq_lengths'], max_length-len(r['input_ids']))]
+
+def collate_rows(
     rows:list, # Rows of `pack_dataset`
     max_length:int, # Every batch has this width, so that compiled code sees one shape
     pad_id:int, # Token that fills up a row
-    max_docs:int=0, # Most documents in a row; if given, the flash kernel's list of document starts is made, always equally long
-    fill:tuple=None, # Tiles and supervised rows that a batch is filled up to; if given, `tiles` and `keep` for a `Stack` are made
-)->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); `supervised` positions in the flattened batch and their `targets`
-    "Stack packed rows; what fills a row up is one more document, without labels."
+)->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); flat `supervised` positions and their `targets`
+    "Stack packed rows; what fills a row up has no labels."
     import numpy as np, torch
-    from itertools import accumulate
-    docs = [[*r['seq_lengths'], max_length-len(r['input_ids'])] for r in rows]
     ids,labels = np.full((len(rows), max_length), pad_id),np.full((len(rows), max_length), -100)
-    for i,r in enumerate(rows): ids[i,:len(r['input_ids'])] = r['input_ids']; labels[i,:len(r['labels'])] = r['labels']
-    position = np.concatenate([np.arange(n) for d in docs for n in d]).reshape(ids.shape)
+    for i,r in enumerate(rows):
+        ids[i,:len(r['input_ids'])] = r['input_ids']
+        labels[i,:len(r['labels'])] = r['labels']
+    position = np.concatenate([np.arange(n) for n in doc_lengths(rows, max_length)]).reshape(ids.shape)
     batch = {k:torch.from_numpy(v) for k,v in dict(input_ids=ids, labels=labels, position_ids=position).items()}
-    follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten() # a position is asked for the token after it
-    batch['supervised'] = (follows!=-100).nonzero()[:,0]
-    batch['targets'] = follows[batch['supervised']]
-    if fill:
-        tiles,keep = attention_tiles([n for d in docs for n in d]),batch['supervised']
-        batch['tiles'] = torch.tensor(tiles+[(0,)*5]*(fill[0]-len(tiles)), dtype=torch.int32)
-        batch['keep'] = torch.nn.functional.pad(keep, (0,fill[1]-len(keep)), value=len(rows)*max_length)
-    if not max_docs: return batch
-    starts = list(accumulate((n for d in docs for n in d), initial=0))
-    starts += starts[-1:]*(len(rows)*(max_docs+1)+1-len(starts)) # empty documents at the end
+    # a position is asked for the token after it
+    follows = torch.nn.functional.pad(batch['labels'][:,1:], (0,1), value=-100).flatten()
+    supervised = (follows!=-100).nonzero()[:,0]
+    return dict(**batch, supervised=supervised, targets=follows[supervised])
+
+def doc_starts(
+    lengths:list, # From `doc_lengths`
+    most:int, # Documents that the list has room for
+    max_length:int, # Tokens of the longest document that there may be
+)->dict: # `cu_seq_lens_q` and `_k`, `max_length_q` and `_k`
+    "What the flash kernel asks of a batch: where its documents start, with empty ones at the end."
+    import torch
+    from itertools import accumulate
+    starts = list(accumulate(lengths, initial=0))
+    starts += starts[-1:]*(most+1-len(starts))
     cu = torch.tensor(starts, dtype=torch.int32)
-    return dict(**batch, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max_length, max_length_k=max_length)
+    return dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max_length, max_length_k=max_length)
+
+def stack_inputs(
+    lengths:list, # From `doc_lengths`
+    supervised, # Positions that the loss looks at
+    fill:tuple, # Tiles and positions to fill up to
+)->dict: # `tiles`, and `keep`: positions, where one beyond the last stands for none
+    "What a `Stack` asks of a batch."
+    import torch
+    tiles = attention_tiles(lengths)
+    tiles += [(0,)*5]*(fill[0]-len(tiles))
+    keep = torch.nn.functional.pad(supervised, (0,fill[1]-len(supervised)), value=sum(lengths))
+    return dict(tiles=torch.tensor(tiles, dtype=torch.int32), keep=keep)
+
+def collate_packed(
+    rows:list, # Rows of `pack_dataset`
+    max_length:int, # Tokens of a row
+    pad_id:int, # Token that fills up a row
+    max_docs:int=0, # Most documents in a row, for `doc_starts`; 0 for another kernel
+    fill:tuple=None, # Most tiles and supervised positions of a batch, for `stack_inputs`; None without a `Stack`
+)->dict: # From `collate_rows`, `stack_inputs` and `doc_starts`
+    "Make a batch of packed rows."
+    batch,lengths = collate_rows(rows, max_length, pad_id),doc_lengths(rows, max_length)
+    if fill: batch |= stack_inputs(lengths, batch['supervised'], fill)
+    if max_docs: batch |= doc_starts(lengths, len(rows)*(max_docs+1), max_length)
+    return batch
 
 def run_steps(
     cfg:TrainConfig, # Of the run
@@ -2221,11 +2333,13 @@ def run_steps(
 def share_batch(
     cfg:TrainConfig, # Of the run
     ranks:int, # Processes, one a GPU
-)->tuple: # Rows a rank takes at once, and how often in a step
+)->tuple: # Rows of a micro-batch, and micro-batches of a step, on each GPU
     "Share a step's rows out: their number is the run's, however many GPUs there are."
     micro_batch,grad_accum = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
     each,rest = divmod(micro_batch*grad_accum, ranks)
-    if rest: raise UserError(f"PER_DEVICE_TRAIN_BATCH_SIZE {micro_batch} × GRADIENT_ACCUMULATION_STEPS {grad_accum}", f"{micro_batch*grad_accum} rows a step can't be shared by {ranks} GPUs", f"choose a multiple of {ranks}, or other GPUs")
+    if rest: raise UserError(
+        f"PER_DEVICE_TRAIN_BATCH_SIZE {micro_batch} × GRADIENT_ACCUMULATION_STEPS {grad_accum}",
+        f"{micro_batch*grad_accum} rows a step can't be shared by {ranks} GPUs", f"choose a multiple of {ranks}, or other GPUs")
     micro_batch = max(b for b in range(1, micro_batch+1) if each%b==0)
     return micro_batch,each//micro_batch
 
@@ -2238,34 +2352,53 @@ def run_memory(
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
     same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
-    return memory_plan(config, micro_batch, gradient_checkpointing=checkpointing, lora_target_modules=lora_targets(cfg.lora_target_modules), shards=ranks if cfg.fsdp else 1, **{k:getattr(cfg, k) for k in same})['peak'] + .5
+    opts = {k:getattr(cfg, k) for k in same}
+    opts |= dict(gradient_checkpointing=checkpointing, shards=ranks if cfg.fsdp else 1)
+    plan = memory_plan(config, micro_batch, lora_target_modules=lora_targets(cfg.lora_target_modules), **opts)
+    return plan['peak'] + .5
+
+class BatchFit(NamedTuple):
+    "How a step's rows are taken."
+    micro_batch:int # Rows that a GPU takes at once
+    grad_accum:int # Times that it does so in a step
+    checkpointing:bool # Recompute whole layers
+    need:float # GiB at the peak
 
 def fit_batch(
     cfg:TrainConfig, # Of the run
     config, # Of its base model, from `AutoConfig`
     ranks:int=1, # Processes, one a GPU
     room:float=float('inf'), # GiB of each GPU that a run can have
-)->tuple: # Rows at once, how often in a step, recompute whole layers?, and GiB at the peak, which is more than `room` where nothing fits
-    "The fastest way to take a step's rows that fits: as set, or else in smaller batches, or else with layers recomputed."
+)->BatchFit: # It needs more than `room` where nothing fits
+    "The fastest way to take a step's rows that fits: as set, in smaller batches, or with layers recomputed."
     most,grad_accum = share_batch(cfg, ranks)
     for checkpointing in sorted({cfg.gradient_checkpointing, True}):
         for b in range(most, 0, -1):
             if most*grad_accum%b: continue
-            need = run_memory(cfg, config, b, ranks, checkpointing)
-            if need<=room: return b,most*grad_accum//b,checkpointing,need
-    return b,most*grad_accum//b,checkpointing,need
+            fit = BatchFit(b, most*grad_accum//b, checkpointing, run_memory(cfg, config, b, ranks, checkpointing))
+            if fit.need<=room: return fit
+    return fit
+
+class RowWork(NamedTuple):
+    "Of each row, what it asks of a GPU, as arrays."
+    tiles:'np.ndarray' # `TILE`s of attention
+    supervised:'np.ndarray' # Tokens that the loss looks at
+    pairs:'np.ndarray' # Pairs of tokens that attention looks at
 
 def row_work(
     packed, # From `pack_dataset`
     max_length:int, # Tokens of a row
-)->tuple: # Of each row: `TILE`s of attention, supervised tokens, and pairs of tokens that attention looks at
+)->RowWork:
     "What a row asks of a GPU, beside its tokens."
     import numpy as np
     cols = {k: packed.with_format('arrow')[:][k].combine_chunks() for k in ('labels','seq_lengths')}
     (labels,first),(sizes,doc) = ((v.flatten().to_numpy(), v.offsets.to_numpy()[:-1]) for v in cols.values())
     def per_row(v, starts): return np.add.reduceat(v, starts, dtype=np.int64)
+    def tiles_of(n): return -(-n//TILE)
     rest = max_length-per_row(sizes, doc) # what fills a row up is a document, too
-    return per_row(-(-sizes//TILE), doc) - -rest//TILE,per_row(labels!=-100, first)-(labels[first]!=-100),per_row(sizes.astype(np.int64)**2, doc)+rest**2
+    tiles = per_row(tiles_of(sizes), doc)+tiles_of(rest)
+    supervised = per_row(labels!=-100, first)-(labels[first]!=-100) # a row's first token follows nothing
+    return RowWork(tiles, supervised, per_row(sizes.astype(np.int64)**2, doc)+rest**2)
 
 HEAD_PAIRS = 400 # Pairs that attention looks at while the head works for one supervised token: 2.6 µs, on an H200
 
@@ -2277,7 +2410,8 @@ def deal_rows(
 ): # The same, in another order within each step
     "Make the batches of a step take about equally long."
     import numpy as np
-    steps,turns = order.reshape(-1, batches*micro_batch),np.arange(batches*micro_batch).reshape(micro_batch, batches)
+    steps = order.reshape(-1, batches*micro_batch)
+    turns = np.arange(batches*micro_batch).reshape(micro_batch, batches)
     turns[1::2] = turns[1::2,::-1]
     heaviest = np.argsort(-work[steps], axis=1, kind='stable')
     return np.take_along_axis(steps, heaviest[:,turns.T.flatten()], 1).flatten()
@@ -2296,7 +2430,7 @@ def events_callback(
 ): # `TrainerCallback`
     "Call plain functions at the trainer's events."
     from transformers import TrainerCallback
-    call = lambda name,*args: getattr(events, name, lambda *_: None)(*args)
+    def call(name, *args): return getattr(events, name, lambda *_: None)(*args)
     class Events(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kw):
             set_rate(optimizer, getattr(lr_scheduler, 'scheduler', lr_scheduler)) # inside of accelerate's
@@ -2305,75 +2439,9 @@ def events_callback(
         def on_step_end(self, args, state, control, model=None, **kw):
             if call('on_step', model, state.global_step): control.should_training_stop = control.should_save = True
         def on_log(self, args, state, control, logs=None, **kw): call('on_log', state.global_step, logs)
-        def on_save(self, args, state, control, **kw): call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
+        def on_save(self, args, state, control, **kw):
+            call('on_save', Path(args.output_dir)/f'checkpoint-{state.global_step}', state.global_step)
     return Events()
-
-def compile_layers(
-    model, # From `add_lora`
-    budget:float=0.7, # Share of activations that is kept
-):
-    "Compile every decoder layer on its own."
-    import torch._functorch.config
-    torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
-    for layer in decoder_layers(model.get_base_model()): layer.compile()
-
-def _background_saves():
-    import torch
-    from concurrent.futures import ThreadPoolExecutor
-    from contextlib import nullcontext
-    from torch.utils._pytree import tree_map
-    def each(f, state): return tree_map(lambda t: f(t) if torch.is_tensor(t) else t, state)
-    class BackgroundSaves:
-        "What `Trainer` saves, copied at once and written by a thread."
-        writer,writes = ThreadPoolExecutor(1, 'checkpoint'),()
-
-        def save_later(self, write, state):
-            copies = each(lambda t: t.detach().clone(), state)
-            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
-            def run():
-                if copied: copied.synchronize()
-                with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext(): write(each(lambda t: t.cpu(), copies))
-            self.writes.append(self.writer.submit(run))
-
-        def written(self):
-            "Wait until all of the newest checkpoint lies on the disk."
-            for w in self.writes: w.result()
-
-        def _save(self, output_dir=None, state_dict=None):
-            if not self.args.should_save: return
-            self.written(); self.writes = []
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            self.save_later(lambda d: self.model.save_pretrained(output_dir, state_dict=d, save_embedding_layers=False), state_dict or {n:p for n,p in self.model.named_parameters() if p.requires_grad})
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            if self.args.should_save: self.write_later(output_dir, dict(optimizer=self.optimizer.state_dict(), scheduler=self.lr_scheduler.state_dict()))
-
-        def write_later(self, output_dir, states):
-            for k,s in states.items(): self.save_later(lambda s, k=k: torch.save(s, f'{output_dir}/{k}.pt'), s)
-
-        def train(self, *args, **kwargs):
-            out = super().train(*args, **kwargs)
-            self.written()
-            return out
-    return BackgroundSaves
-
-def _trainer_class():
-    import trl
-    class Trainer(_background_saves(), trl.SFTTrainer):
-        "TRL's, with the loss of `fast`, and checkpoints that training doesn't wait for."
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
-            return nll*self.accelerator.num_processes/num_items_in_batch.clamp(min=1) # all ranks' tokens; gradients are averaged over ranks
-
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            from torch.optim.lr_scheduler import LambdaLR
-            def of(step): return rate_at(step, num_training_steps, self.warmup_ratio)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, of)
-            return self.lr_scheduler
-
-        def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
-    return Trainer
 
 def rate_at(
     step:int, # Optimizer steps done
@@ -2389,10 +2457,98 @@ def set_rate(
     optimizer, # Of a trainer
     scheduler, # Its `LambdaLR`, perhaps loaded from a checkpoint
 ):
-    "Give the optimizer the rate of the step that comes next, also where the run is now longer than its checkpoint thought."
+    "Give the optimizer the rate of the next step, also where the run has become longer than its checkpoint says."
     rates = [base*of(scheduler.last_epoch) for base,of in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
     for group,rate in zip(optimizer.param_groups, rates): group['lr'] = rate
     scheduler._last_lr = rates
+
+def compile_layers(
+    model, # From `add_lora`
+    budget:float=0.7, # Share of activations that is kept
+):
+    "Compile every decoder layer on its own."
+    import torch._functorch.config
+    torch._functorch.config.activation_memory_budget = budget # read when a layer is first run
+    for layer in decoder_layers(model.get_base_model()): layer.compile()
+
+class BackgroundSaves:
+    "What a `Trainer` saves, copied at once and written by a thread."
+    writer = ThreadPoolExecutor(1, 'checkpoint') # one, which writes in the order of the calls
+
+    def __init__(self, *args, **kwargs):
+        self.writes = [] # of the newest checkpoint, as futures
+        super().__init__(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not self.args.should_save: return
+        self.written()
+        self.writes = []
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        adapter = state_dict or {n:p for n,p in self.model.named_parameters() if p.requires_grad}
+        self.save_later(lambda d: self.model.save_pretrained(output_dir, state_dict=d, save_embedding_layers=False), adapter)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        states = dict(optimizer=self.optimizer, scheduler=self.lr_scheduler)
+        if self.args.should_save: self.write_later(output_dir, {k:s.state_dict() for k,s in states.items()})
+
+    def train(self, *args, **kwargs):
+        out = super().train(*args, **kwargs)
+        self.written()
+        return out
+
+def _map_tensors(f, state):
+    import torch
+    from torch.utils._pytree import tree_map
+    return tree_map(lambda t: f(t) if torch.is_tensor(t) else t, state)
+
+@patch
+def save_later(self:BackgroundSaves,
+    write, # Function of the copy
+    state, # Nested dicts and lists, with tensors in them
+):
+    "Copy tensors where they lie; a thread brings the copies to the CPU, and has them written."
+    import torch
+    from contextlib import nullcontext
+    copies = _map_tensors(lambda t: t.detach().clone(), state)
+    copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+    def run():
+        if copied: copied.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext():
+            write(_map_tensors(lambda t: t.cpu(), copies))
+    self.writes.append(self.writer.submit(run))
+
+@patch
+def written(self:BackgroundSaves):
+    "Wait until all of the newest checkpoint lies on the disk."
+    for w in self.writes: w.result()
+
+@patch
+def write_later(self:BackgroundSaves,
+    output_dir:str, # `checkpoint-N`
+    states:dict, # File name without `.pt` → what it will hold
+):
+    "Have states written by `torch.save`."
+    import torch
+    for k,s in states.items(): self.save_later(lambda s, k=k: torch.save(s, f'{output_dir}/{k}.pt'), s)
+
+def _trainer_class(shard):
+    import trl
+    class Trainer(BackgroundSaves, trl.SFTTrainer):
+        "TRL's, with the loss of `fast`, and checkpoints that training doesn't wait for."
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            nll = model(**{k:v for k,v in inputs.items() if k!='labels'})
+            ranks = self.accelerator.num_processes # all ranks' tokens count; gradients are averaged over ranks
+            return nll*ranks/num_items_in_batch.clamp(min=1)
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            from torch.optim.lr_scheduler import LambdaLR
+            def of(step): return rate_at(step, num_training_steps, self.warmup_ratio)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, of)
+            return self.lr_scheduler
+
+        def create_model_card(self, *args, **kwargs): "Written once, at the end, by the job."
+    return sharded_trainer(Trainer) if shard else Trainer
 
 def trainer_args(
     cfg:TrainConfig, # Of the run
@@ -2406,14 +2562,15 @@ def trainer_args(
     import torch
     from trl import SFTConfig
     cuda = torch.cuda.is_available()
-    args = SFTConfig(output_dir=cfg.output_dir, max_steps=steps, per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=grad_accum, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False) if checkpointing else None, learning_rate=cfg.learning_rate,
-        weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
-        optim=cfg.optim, bf16=cuda, use_cpu=not cuda, logging_steps=cfg.logging_steps, logging_nan_inf_filter=False, save_strategy='steps',
-        save_steps=cfg.save_steps, seed=cfg.seed, report_to='none', disable_tqdm=True, remove_unused_columns=False, max_length=None, log_level_replica='error',
-        train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda,
-        accelerator_config=dict(non_blocking=cuda), **shard_options(shard))
+    names = 'output_dir learning_rate weight_decay max_grad_norm optim logging_steps save_steps seed'.split()
+    args = SFTConfig(**{k:getattr(cfg, k) for k in names}, **shard_options(shard), max_steps=steps, save_strategy='steps',
+        gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False) if checkpointing else None,
+        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=grad_accum,
+        bf16=cuda, use_cpu=not cuda, dataloader_pin_memory=cuda, accelerator_config=dict(non_blocking=cuda),
+        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
+        max_length=None, remove_unused_columns=False,
+        dataset_kwargs=dict(skip_prepare_dataset=True), train_sampling_strategy='sequential',
+        report_to='none', disable_tqdm=True, logging_nan_inf_filter=False, log_level_replica='error')
     args._n_gpu = min(args.n_gpu, 1) # no `nn.DataParallel`
     return args
 
@@ -2429,6 +2586,53 @@ def share_stack(
         return prepare(model, **{**kwargs, 'evaluation_mode':True})
     trainer.accelerator.prepare_model = prepare_model
 
+def fit_card(
+    cfg:TrainConfig, # Of the run
+    config, # Of its base model
+    ranks:int, # Processes, one a GPU
+)->tuple: # `BatchFit`, and GiB that this card leaves
+    "Fit a step's rows to this process's GPU, and say in the log where that isn't as set."
+    room = card_room()
+    fit = fit_batch(cfg, config, ranks, room)
+    as_set = (*share_batch(cfg, ranks), cfg.gradient_checkpointing)
+    if fit[:3]!=as_set:
+        step = f"{fit.grad_accum} batch{'es'*(fit.grad_accum>1)}" + " with layers recomputed"*fit.checkpointing
+        log.info(f"memory: {room:.0f} GiB hold {fit.micro_batch} rows at once, so a step is {step}")
+    return fit,room-fit.need
+
+def run_order(
+    cfg:TrainConfig, # Of the run
+    work:RowWork, # Of its rows
+    fit:BatchFit, # How a step takes them
+    ranks:int, # Processes, one a GPU
+): # Array of row numbers
+    "All rows that a run takes, in order."
+    n_rows,batches = len(work.pairs),fit.grad_accum*ranks
+    drawn = draw_order(n_rows, run_steps(cfg, n_rows)*fit.micro_batch*batches, cfg.seed)
+    return deal_rows(drawn, work.pairs+HEAD_PAIRS*work.supervised, fit.micro_batch, batches)
+
+def _set_up_layers(cfg, model, fit, left, shard):
+    "A `Stack` where there can be one, which may keep weights in what is `left` of the GPU; else compiled layers."
+    import torch
+    stack = None if shard else fast_layers(model, cfg.max_length, fit.checkpointing)
+    if stack: keep_weights(stack, left)
+    elif torch.cuda.is_available() and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
+    return stack
+
+def _collator(cfg, model, tok, packed, fill):
+    from functools import partial
+    varlen = model.config.get_text_config()._attn_implementation=='varlen'
+    max_docs = max(map(len, packed['seq_lengths'])) if varlen and not fill else 0
+    return partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill)
+
+def _set_up_loss(trainer, tok, cfg, stack, ranks, shard):
+    for p in trainer.model.parameters():
+        if p.requires_grad: p.data = p.data.float()
+    model = trainer.model.get_base_model()
+    add_supervised_head(model, stack)
+    if stack and ranks>1: share_stack(trainer, stack)
+    if not shard: check_packed(model, tok, cfg.max_length, stack)
+
 def make_trainer(
     cfg:TrainConfig, # Of the run
     model, # From `add_lora`
@@ -2437,36 +2641,22 @@ def make_trainer(
     events=None, # Functions to call at the trainer's events; None for none
 ): # `trl.SFTTrainer`, ready for `.train(resume_from_checkpoint=…)`
     "TRL's trainer over the whole run's rows in their computed order."
-    import torch
-    from functools import partial
     from transformers import PrinterCallback, ProgressCallback, set_seed
-    cuda = torch.cuda.is_available()
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
-    room = card_room()
-    micro_batch,grad_accum,checkpointing,need = fit_batch(cfg, model.config, ranks, room)
-    if (micro_batch,grad_accum,checkpointing)!=(*share_batch(cfg, ranks), cfg.gradient_checkpointing): log.info(f"memory: {room:.0f} GiB hold {micro_batch} rows at once, so a step is {grad_accum} batch{'es'*(grad_accum>1)}" + " with layers recomputed"*checkpointing)
     shard = cfg.fsdp and ranks>1
-    stack = None if shard else fast_layers(model, cfg.max_length, checkpointing)
-    varlen = model.config.get_text_config()._attn_implementation=='varlen'
-    steps = run_steps(cfg, len(packed))
-    tiles,asked,pairs = row_work(packed, cfg.max_length)
-    order = deal_rows(draw_order(len(packed), steps*micro_batch*grad_accum*ranks, cfg.seed), pairs+HEAD_PAIRS*asked, micro_batch, grad_accum*ranks)
-    max_docs = max(map(len, packed['seq_lengths'])) if varlen and not stack else 0
-    fill = fill_sizes((tiles,asked), order, micro_batch) if stack else None
-    if stack: keep_weights(stack, room-need)
-    elif cuda and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
-    args = trainer_args(cfg, steps, micro_batch, grad_accum, checkpointing, shard)
+    fit,left = fit_card(cfg, model.config, ranks)
+    stack = _set_up_layers(cfg, model, fit, left, shard)
+    work = row_work(packed, cfg.max_length)
+    order = run_order(cfg, work, fit, ranks)
+    fill = fill_sizes((work.tiles,work.supervised), order, fit.micro_batch) if stack else None
+    args = trainer_args(cfg, run_steps(cfg, len(packed)), *fit[:3], shard)
     if shard: prepare_sharding(args.device, model)
-    trainer = (sharded_trainer(_trainer_class()) if shard else _trainer_class())(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
-        data_collator=partial(collate_packed, max_length=cfg.max_length, pad_id=tok.pad_token_id, max_docs=max_docs, fill=fill), callbacks=[events_callback(events)])
-    trainer.warmup_ratio = cfg.warmup_ratio
-    for p in trainer.model.parameters():
-        if p.requires_grad: p.data = p.data.float()
-    add_supervised_head(trainer.model.get_base_model(), stack)
-    if stack and ranks>1: share_stack(trainer, stack)
-    if not shard: check_packed(trainer.model.get_base_model(), tok, cfg.max_length, stack)
+    trainer = _trainer_class(shard)(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
+        data_collator=_collator(cfg, model, tok, packed, fill), callbacks=[events_callback(events)])
+    trainer.warmup_ratio = cfg.warmup_ratio # a share of the steps
+    _set_up_loss(trainer, tok, cfg, stack, ranks, shard)
     if rank: set_seed(cfg.seed+rank) # every rank has its own dropout
-    trainer.remove_callback(PrinterCallback); trainer.remove_callback(ProgressCallback)
+    for shown in (PrinterCallback, ProgressCallback): trainer.remove_callback(shown)
     return trainer
 
 def step_line(
@@ -2476,7 +2666,9 @@ def step_line(
 )->str: # Such as `step 20/100 · loss 2.314 · lr 1.8e-04 · grad 0.71`
     "One line of metrics for the console."
     s = f"step {step}/{total} · loss {m['loss']:.3f}"
-    for k,name,fmt in (('learning_rate','lr','.1e'), ('grad_norm','grad','.2f'), ('tokens_per_second','tokens/s',',.0f'), ('gpu_gib','GiB','.1f')):
+    more = (('learning_rate','lr','.1e'), ('grad_norm','grad','.2f'),
+        ('tokens_per_second','tokens/s',',.0f'), ('gpu_gib','GiB','.1f'))
+    for k,name,fmt in more:
         if k in m: s += f" · {name} {m[k]:{fmt}}"
     return s
 
@@ -2487,21 +2679,30 @@ def held_out_loss(
 )->float: # Mean negative log-likelihood of a supervised token, in nats; None where it was given up
     "Loss on conversations that training never sees."
     import torch
-    model,here,nll,n = trainer.model,trainer.accelerator,0.,0
+    model,here = trainer.model,trainer.accelerator
+    nll,n = 0.,0
     micro_batch = trainer.args.per_device_train_batch_size
     batches = [range(i, min(i+micro_batch, len(packed))) for i in range(0, len(packed), micro_batch)]
-    turns = range(here.process_index, -(-len(batches)//here.num_processes)*here.num_processes, here.num_processes) # as often on every rank: they may share the layers
-    with preserve_training_state(model, trainer.processing_class), trainer.compute_loss_context_manager(), torch.inference_mode(False), torch.no_grad():
+    ranks = here.num_processes
+    rounds = -(-len(batches)//ranks) # as many on every rank: they may share the layers
+    turns = range(here.process_index, rounds*ranks, ranks)
+    with (preserve_training_state(model, trainer.processing_class), trainer.compute_loss_context_manager(),
+        torch.inference_mode(False), torch.no_grad()):
         for i in turns:
             if stop(): return
             rows = trainer.data_collator([packed[k] for k in batches[i%len(batches)]])
-            batch = {k:v.to(here.device) for k,v in rows.items() if k in ('input_ids','position_ids','supervised','targets')}
+            wanted = 'input_ids','position_ids','supervised','targets'
+            batch = {k:rows[k].to(here.device) for k in wanted}
             loss = model(**batch).item()
-            if i<len(batches): nll += loss; n += len(batch['targets'])
+            if i<len(batches):
+                nll += loss
+                n += len(batch['targets'])
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
 
-EVAL_START,EVAL_ROW = 1.,1.25 # what a measurement and each of its rows cost, in rows trained: 0.11 s for one row, 0.24 for four, 0.40 for eight, where 0.05 s train one
+# what a measurement and each of its rows cost, in rows trained: 0.11 s for one row, 0.24 for four, 0.40 for eight,
+# where 0.05 s train one
+EVAL_START,EVAL_ROW = 1.,1.25
 
 def eval_plan(
     cfg:TrainConfig, # Of the run
@@ -2512,7 +2713,8 @@ def eval_plan(
     rows = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
     fewest = math.ceil((EVAL_START+EVAL_ROW)/(cfg.eval_share*rows)-1e-9) # steps in whose share one row fits
     every = cfg.eval_steps*math.ceil(fewest/cfg.eval_steps)
-    return every,max(1, min(n_held, int((cfg.eval_share*every*rows-EVAL_START)/EVAL_ROW)))
+    fit = int((cfg.eval_share*every*rows-EVAL_START)/EVAL_ROW)
+    return every,max(1, min(n_held, fit))
 
 # ------------------------------------------------------------------------------
 # resume: Checkpoints on the Hub: publish, verify, restore, and stop in time
@@ -2520,10 +2722,11 @@ def eval_plan(
 
 MANIFEST = 'manifest.json'
 
-STATE_FILES = re.compile(r'adapter_model\.safetensors|adapter_config\.json|optimizer\.pt|scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth|'
-    r'samples\.parquet|metrics\.jsonl|best_adapter\.safetensors')
+STATE_FILES = re.compile(r'(adapter_model|best_adapter)\.safetensors|(adapter_config|trainer_state)\.json|(optimizer|scheduler)\.pt|'
+    r'rng_state(_\d+)?\.pth|samples\.parquet|metrics\.jsonl')
 
-NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'} # and a random state: without one of these `Trainer` would begin with a new one, and not say so
+# and a random state: without one of these `Trainer` would begin with a new one, and not say so
+NEEDED = {'adapter_model.safetensors','adapter_config.json','optimizer.pt','scheduler.pt','trainer_state.json'}
 
 def file_sha256(
     path:Path, # Of a file
@@ -2536,30 +2739,61 @@ def write_manifest(
     run:dict, # What the run is: its id, identity and commits
 )->dict: # The manifest
     "Seal a checkpoint: list its files with size and hash, beside what the run is."
-    files = {p.name: dict(size=p.stat().st_size, sha256=file_sha256(p)) for p in sorted(Path(folder).iterdir()) if STATE_FILES.fullmatch(p.name)}
-    m = dict(step=int(Path(folder).name.split('-')[1]), files=files, run=run)
-    tmp = Path(folder)/f'{MANIFEST}.tmp'
-    tmp.write_text(json.dumps(m, indent=1)); tmp.rename(Path(folder)/MANIFEST)
+    folder = Path(folder)
+    ours = [p for p in sorted(folder.iterdir()) if STATE_FILES.fullmatch(p.name)]
+    files = {p.name: dict(size=p.stat().st_size, sha256=file_sha256(p)) for p in ours}
+    m = dict(step=int(folder.name.split('-')[1]), files=files, run=run)
+    tmp = folder/f'{MANIFEST}.tmp'
+    tmp.write_text(json.dumps(m, indent=1)); tmp.rename(folder/MANIFEST)
     return m
+
+AUTOS = ('AutoModelForCausalLM','AutoModelForImageTextToText') # what `resolve_base` gives
+
+def _is_number(v): return type(v) in (int,float) and abs(v)<1e15
+
+def _is_count(v): return v is None or type(v) is int and 0<=v<2**53
+
+def _is_name(v): return v is None or isinstance(v, str) and len(v)<=1000
+
+def _is_setting(v): return _is_name(v) or type(v) is bool or _is_number(v)
+
+def _is_list(v, each): return isinstance(v, list) and all(map(each, v))
+
+def _is_eval(v): return _is_list(v, _is_number) and len(v)==2
+
+def _is_run_id(v): return isinstance(v, str) and bool(re.fullmatch(r'[\w-]{1,64}', v)) # it can name a folder
+
+def _is_arithmetic(v): return not v or isinstance(v, dict) and all(map(_is_setting, v.values()))
+
+def _is_identity(v):
+    def good(x): return _is_setting(x) or _is_list(x, _is_name)
+    return isinstance(v, dict) and bool(v) and all(_is_name(k) and good(x) for k,x in v.items())
+
+def _is_base(v):
+    if not isinstance(v, dict) or not all(map(_is_name, v.values())): return False
+    return not v or isinstance(v.get('id'), str) and v.get('auto', AUTOS[0]) in AUTOS
 
 def is_run(
     run, # As read from a repo
 )->bool: # Has it an id that can name a folder, and options?
     "Is this what a run is? Whoever can write to the repo could have written anything."
-    def number(v): return type(v) in (int,float) and abs(v)<1e15
-    def name(v): return v is None or isinstance(v, str) and len(v)<=1000
-    if not (isinstance(run, dict) and isinstance(run.get('id'), str) and isinstance(run.get('base', {}), dict)): return False
-    base = run.get('base') or {}
-    return bool(re.fullmatch(r'[\w-]{1,64}', run['id'])) and isinstance(run.get('identity'), dict) and bool(run['identity']) and all([
-        all(name(k) and (name(v) or type(v) is bool or number(v) or isinstance(v, list) and all(map(name, v))) for k,v in run['identity'].items()),
-        isinstance(run.get('arithmetic') or {}, dict) and all(name(v) or type(v) is bool or number(v) for v in (run.get('arithmetic') or {}).values()), all(name(v) for v in base.values()), base.get('auto', AUTOS[0]) in AUTOS, not base or isinstance(base.get('id'), str),
-        all(name(run.get(k)) for k in ('repo','dataset_revision','published')), all(run.get(k) is None or type(run[k]) is int and 0<=run[k]<2**53 for k in ('fresh_start','total','eval_rows')),
-        isinstance(run.get('seconds', []), list) and all(map(number, run.get('seconds', []))),
-        isinstance(run.get('evals', []), list) and all(isinstance(e, list) and len(e)==2 and all(map(number, e)) for e in run.get('evals', []))])
-
-AUTOS = ('AutoModelForCausalLM','AutoModelForImageTextToText') # what `resolve_base` gives
+    checks = dict(id=_is_run_id, identity=_is_identity, arithmetic=_is_arithmetic, base=_is_base,
+        repo=_is_name, dataset_revision=_is_name, published=_is_name, fresh_start=_is_count, total=_is_count, eval_rows=_is_count,
+        seconds=lambda v: _is_list(v, _is_number), evals=lambda v: _is_list(v, _is_eval))
+    empty = dict(base={}, seconds=[], evals=[])
+    return isinstance(run, dict) and all(good(run.get(k, empty.get(k))) for k,good in checks.items())
 
 MOST_MANIFEST = 16<<20 # bytes of a manifest or of `run.json`; a year's evaluations fit
+
+def _is_of_folder(m, path): return type(m['step']) is int and f"checkpoint-{m['step']}"==path.parent.name
+
+def _is_complete(m, path): return NEEDED<=set(m['files']) and any(n.startswith('rng_state') for n in m['files'])
+
+def _lists_files(m, path):
+    def is_size(v): return type(v) is int and v>=0
+    return all(STATE_FILES.fullmatch(n) and is_size(f['size']) and re.fullmatch('[0-9a-f]{64}', f['sha256']) for n,f in m['files'].items())
+
+def _names_run(m, path): return is_run(m['run'])
 
 def read_manifest(
     path:Path, # A `checkpoint-N/manifest.json`
@@ -2568,12 +2802,18 @@ def read_manifest(
     if not path.is_file(): raise ValueError("it has no manifest: it was never finished")
     try:
         m = read_json(path, most=MOST_MANIFEST)
-        files,run = m['files'],m['run']
-        good = [type(m['step']) is int and f"checkpoint-{m['step']}"==path.parent.name, NEEDED<=set(files), any(n.startswith('rng_state') for n in files),
-            all(STATE_FILES.fullmatch(n) and type(f['size']) is int and f['size']>=0 and re.fullmatch('[0-9a-f]{64}', f['sha256']) for n,f in files.items()), is_run(run)]
-    except (ValueError, TypeError, KeyError, AttributeError): good = [False]
-    if not all(good): raise ValueError("its manifest is damaged")
+        good = all(check(m, path) for check in (_is_of_folder, _is_complete, _lists_files, _names_run))
+    except (ValueError, TypeError, KeyError, AttributeError): good = False
+    if not good: raise ValueError("its manifest is damaged")
     return m
+
+def _is_whole(v):
+    "Has every tensor the bytes that its shape says?"
+    import torch
+    if isinstance(v, dict): v = list(v.values())
+    if isinstance(v, torch.Tensor):
+        return v.device.type=='cpu' and v.numel()*v.element_size()<=v.untyped_storage().nbytes()
+    return all(map(_is_whole, v)) if isinstance(v, (list,tuple,set)) else True
 
 def check_plain(
     path:Path, # Written by `torch.save`
@@ -2582,13 +2822,9 @@ def check_plain(
     import torch
     from transformers.trainer_pt_utils import safe_globals # what `Trainer` itself allows: numpy's random state
     from zipfile import ZIP_STORED, ZipFile
-    def whole(v): # has every tensor the bytes that its shape says?
-        if isinstance(v, dict): v = list(v.values())
-        if isinstance(v, torch.Tensor): return v.device.type=='cpu' and v.numel()*v.element_size()<=v.untyped_storage().nbytes()
-        return all(map(whole, v)) if isinstance(v, (list,tuple,set)) else True
     try:
-        with ZipFile(path) as z: plain = all(i.compress_type==ZIP_STORED for i in z.infolist()) # as `torch.save` writes it: nothing unpacks to more
-        with safe_globals(): good = plain and whole(torch.load(path, map_location='cpu', weights_only=True))
+        with ZipFile(path) as z: plain = all(i.compress_type==ZIP_STORED for i in z.infolist()) # nothing unpacks to more
+        with safe_globals(): good = plain and _is_whole(torch.load(path, map_location='cpu', weights_only=True))
     except Exception: good = False
     if not good: raise ValueError(f"{path.name} holds something other than tensors: it is not opened")
 
@@ -2600,26 +2836,33 @@ def check_state(
     from dataclasses import fields
     from transformers import TrainerState
     state = read_json(Path(folder)/'trainer_state.json')
-    known = state.get('best_model_checkpoint') is None and type(state.get('global_step')) is int and state['global_step']==step and set(state)<={f.name for f in fields(TrainerState)}
-    if not (known and isinstance(state.get('log_history') or [], list)): raise ValueError("trainer_state.json isn't what Trainer wrote")
+    is_step = type(state.get('global_step')) is int and state['global_step']==step
+    is_known = set(state)<={f.name for f in fields(TrainerState)}
+    has_log = isinstance(state.get('log_history') or [], list)
+    good = is_step and is_known and has_log and state.get('best_model_checkpoint') is None
+    if not good: raise ValueError("trainer_state.json isn't what Trainer wrote")
+
+def _check_file(folder, name, entry):
+    p = safe_path(folder, name, MANIFEST)
+    if not p.is_file(): raise ValueError(f"{name} is missing")
+    good = not p.is_symlink() and p.stat().st_size==entry['size'] and file_sha256(p)==entry['sha256']
+    if not good: raise ValueError(f"{name} is damaged")
 
 def read_checkpoint(
     folder:Path, # A `checkpoint-N`
 )->dict: # Its manifest
     "Hold a checkpoint against its manifest; a `ValueError` says what is wrong."
-    m = read_manifest(Path(folder)/MANIFEST)
-    for name,f in m['files'].items():
-        p = safe_path(folder, name, MANIFEST)
-        if not p.is_file(): raise ValueError(f"{name} is missing")
-        if p.is_symlink() or p.stat().st_size!=f['size'] or file_sha256(p)!=f['sha256']: raise ValueError(f"{name} is damaged")
+    folder = Path(folder)
+    m = read_manifest(folder/MANIFEST)
+    for name,entry in m['files'].items(): _check_file(folder, name, entry)
     for name in m['files']:
-        if name.endswith(('.pt','.pth')): check_plain(Path(folder)/name)
+        if name.endswith(('.pt','.pth')): check_plain(folder/name)
     try:
         for name in m['files']:
-            if name.endswith('.safetensors'): read_header(Path(folder)/name)
+            if name.endswith('.safetensors'): read_header(folder/name)
         check_state(folder, m['step'])
     except UserError as e: raise ValueError(str(e)) from None
-    for p in Path(folder).iterdir(): # `Trainer` takes more than these where it finds more
+    for p in folder.iterdir(): # `Trainer` takes more than these where it finds more
         if p.name not in {*m['files'], MANIFEST}: shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
     return m
 
@@ -2640,7 +2883,7 @@ def _passing(e):
     if status: return status in (408,409,412,425,429) or status>=500
     if isinstance(e, (HTTPError, ConnectionError, TimeoutError)): return True
     if _inner(e): return _passing(_inner(e)) # an upload's RuntimeError, transformers' OSError, one of our own lines
-    return type(e) is RuntimeError or str(e).startswith('Consistency check failed') # hf_xet's; a download that is too short
+    return type(e) is RuntimeError or str(e).startswith('Consistency check failed') # hf_xet's; a short download
 
 def bound_requests(
     seconds:float=120.0, # Of silence
@@ -2672,6 +2915,9 @@ def retry_after(
     said = answer.headers.get('Retry-After', '') if answer is not None else ''
     return float(said) if said.isdigit() else 0.
 
+def _is_own(e): # does it say itself what it is and what to do?
+    return isinstance(e, UserError) or getattr(hub_answer(e), 'response', None) is None and not _passing(e)
+
 def patiently(
     call, # Function without arguments that asks something of the Hub
     what:str, # What it is about, such as "model repo org/name"
@@ -2684,15 +2930,14 @@ def patiently(
     while True:
         try: return call()
         except (HTTPError, OSError, RuntimeError, UserError) as e: err = e
-        known = isinstance(err, UserError) or getattr(hub_answer(err), 'response', None) is None and not _passing(err) # says itself what it is
-        said = err if known else hub_problem(hub_answer(err), what)
-        passing,asked = isinstance(err, NotNow) or _passing(err),max(wait, retry_after(err))
-        if not passing: raise said from None
+        said = err if _is_own(err) else hub_problem(hub_answer(err), what)
+        if not (isinstance(err, NotNow) or _passing(err)): raise said from None
+        asked = max(wait, retry_after(err))
         if time.monotonic()+asked>until:
-            about,found,do = said.args if isinstance(said, UserError) else (what, str(said), "run the same command again")
             late = f"it would be tried again in {spell_seconds(asked)}, and the time is up"
-            raise UserError(about, f"{found}; {late}", do) from None
-        log.warning(f"{said if known else f'{what}: '+str(hub_problem(hub_answer(err), 'the Hub'))}; trying again in {spell_seconds(asked)}")
+            raise UserError(said.what, f"{said.value}; {late}", said.remedy) from None
+        shown = said if _is_own(err) else f"{what}: {hub_problem(hub_answer(err), 'the Hub')}"
+        log.warning(f"{shown}; trying again in {spell_seconds(asked)}")
         pause(asked); wait = min(2*wait, 60)
 
 class HubBranch:
@@ -2704,23 +2949,14 @@ class HubBranch:
         token:str=None, # HF_TOKEN where None
     ):
         from huggingface_hub import HfApi
-        self.api,self.repo,self.branch,self.head = HfApi(endpoint=endpoint, token=token),repo,branch,None
-        self.name,self.public = f"model repo {repo}",False
-
-    def prepare(self,
-        until:float=float('inf'), # `time.monotonic()` after which to give up
-    ):
-        "Make the repo (private, gated) and the branch when missing, and read where the branch is."
-        def make():
-            private_repo(self.api, self.repo)
-            if self.branch!='main': self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
-            self.head = self.newest().commit_id
-        patiently(make, self.name, until)
-        return self
+        self.api,self.name = HfApi(endpoint=endpoint, token=token),f"model repo {repo}"
+        self.repo,self.branch = repo,branch
+        self.head,self.public = None,False # the newest commit that we know; was the repo public when we looked?
 
     def rewritten(self):
         "The error where the history that we know is gone."
-        return UserError(f"{self.repo}@{self.branch}", "another job is writing there and has dropped its history", "let it finish, or choose another HUB_MODEL_ID")
+        return UserError(f"{self.repo}@{self.branch}", "another job is writing there and has dropped its history",
+            "let it finish, or choose another HUB_MODEL_ID")
 
     def newest(self):
         "The branch's newest commit."
@@ -2731,6 +2967,40 @@ class HubBranch:
         return patiently(self.newest, self.name).commit_id!=self.head
 
 @patch
+def prepare(self:HubBranch,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Make the repo (private, gated) and the branch when missing, and read where the branch is."
+    def make():
+        private_repo(self.api, self.repo)
+        if self.branch!='main': self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
+        self.head = self.newest().commit_id
+    patiently(make, self.name, until)
+    return self
+
+@patch
+def _check_private(self:HubBranch):
+    "Ask again before each commit, since a repo's owner may change that at any time."
+    self.public = False
+    try: check_private(self.api, self.repo)
+    except UserError as e:
+        self.public = True
+        raise NotNow(*e.args) from None
+
+@patch
+def _commit_once(self:HubBranch, operations, title):
+    from httpx2 import HTTPError
+    self._check_private()
+    on = dict(revision=self.branch, parent_commit=self.head)
+    try: return self.api.create_commit(self.repo, operations, commit_message=title, **on).oid
+    except (HTTPError, RuntimeError, OSError) as e: err = e
+    now = self.newest()
+    if now.commit_id==self.head: raise err
+    if now.title==title: return now.commit_id # it had landed; only the answer was lost
+    raise UserError(f"{self.repo}@{self.branch}", f"another job has written {now.title!r} there",
+        "let it finish, or choose another HUB_MODEL_ID")
+
+@patch
 def commit(self:HubBranch,
     operations:list, # Of huggingface_hub: what to add and delete
     title:str, # Must be different for every commit: it tells whether an unanswered one landed
@@ -2739,20 +3009,7 @@ def commit(self:HubBranch,
     pause=time.sleep, # As of `patiently`
 )->str: # The commit's id
     "One atomic commit to a private repo, repeated until it has landed or can't."
-    from httpx2 import HTTPError
-    def once():
-        self.public = False
-        try: check_private(self.api, self.repo) # its owner may have changed that since
-        except UserError as e:
-            self.public = True
-            raise NotNow(*e.args) from None
-        try: return self.api.create_commit(self.repo, operations, commit_message=title, revision=self.branch, parent_commit=self.head).oid
-        except (HTTPError, RuntimeError, OSError) as e: err = e
-        now = self.newest()
-        if now.commit_id==self.head: raise err
-        if now.title==title: return now.commit_id # it had landed; only the answer was lost
-        raise UserError(f"{self.repo}@{self.branch}", f"another job has written {now.title!r} there", "let it finish, or choose another HUB_MODEL_ID")
-    self.head = patiently(once, f"{self.name}: {title!r}", until, wait, pause)
+    self.head = patiently(lambda: self._commit_once(operations, title), f"{self.name}: {title!r}", until, wait, pause)
     return self.head
 
 @patch
@@ -2764,7 +3021,9 @@ def squash(self:HubBranch,
     def once():
         now = self.newest()
         if now.commit_id==self.head: self.api.super_squash_history(self.repo, branch=self.branch, commit_message=title)
-        elif now.title!=title: raise UserError(f"{self.repo}@{self.branch}", f"another job has written {now.title!r} there, so its history is left alone", "let it finish")
+        elif now.title!=title:
+            raise UserError(f"{self.repo}@{self.branch}",
+                f"another job has written {now.title!r} there, so its history is left alone", "let it finish")
         return self.newest().commit_id
     self.head = patiently(once, f"{self.name}: history", until)
 
@@ -2790,14 +3049,16 @@ def check_write(self:HubBranch,
 
 RUN_FILE = 'run.json'
 
-SQUASH_BYTES = 10e9 # of history on the branch, before it is dropped
-
 class Checkpoints:
     "The checkpoints of a run, on a branch of its Hub repo."
     def __init__(self,
         branch:HubBranch, # Prepared
         keep:int=2, # Newest checkpoints that stay
-    ): self.branch,self.keep,self.found,self.stale,self.history = branch,keep,None,[],0 # stale: an abandoned run's, removed when the next one begins; history: bytes sent since the last squash
+    ):
+        self.branch,self.keep = branch,keep
+        self.found = None # steps, once they are known
+        self.stale = [] # steps of an abandoned run, removed when the next one begins
+        self.history = 0 # bytes sent since the last squash
 
     def files(self)->list: # Paths
         "What is on the branch."
@@ -2808,28 +3069,13 @@ class Checkpoints:
             except RevisionNotFoundError: raise b.rewritten() from None
         return patiently(ask, b.name)
 
-    def steps(self)->list: # Ascending
-        "Steps that have a folder with a manifest on the branch."
-        if self.found is None: # from here on only our own commits change it
-            rx = re.compile(rf'checkpoint-(0|[1-9]\d*)/{re.escape(MANIFEST)}')
-            self.found = sorted(int(m[1]) for f in self.files() if (m := rx.fullmatch(f)))
-        return self.found
-
-def _read_run(file): # as a `ValueError` where it is damaged: a `UserError` would say that the Hub is away
-    try: return read_json(file, most=MOST_MANIFEST)
-    except UserError as e: raise ValueError(str(e)) from None
-
 @patch
-def run(self:Checkpoints)->dict: # What the run is; None where the branch has none
-    "The run that the branch belongs to: as it began, or as its newest checkpoint has it."
-    with tempfile.TemporaryDirectory() as d:
-        for name in (RUN_FILE, *(f'checkpoint-{s}/{MANIFEST}' for s in reversed(self.steps()))):
-            try:
-                file = self.fetch(name, d)
-                found = read_manifest(file)['run'] if name!=RUN_FILE else _read_run(file)
-                if is_run(found): return found
-            except UserError: raise
-            except (ValueError, TypeError, KeyError): continue
+def steps(self:Checkpoints)->list: # Ascending
+    "Steps that have a folder with a manifest on the branch."
+    if self.found is None: # from here on only our own commits change it
+        rx = re.compile(rf'checkpoint-(0|[1-9]\d*)/{re.escape(MANIFEST)}')
+        self.found = sorted(int(m[1]) for f in self.files() if (m := rx.fullmatch(f)))
+    return self.found
 
 @patch
 def begin_run(self:Checkpoints,
@@ -2841,55 +3087,9 @@ def begin_run(self:Checkpoints,
     if self.stale: self.keep_aside(until)
     old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in self.stale]
     text = json.dumps(run, indent=1).encode()
-    self.branch.commit([CommitOperationAdd(RUN_FILE, text), *old], f"run {run['id']} {hashlib.sha256(text).hexdigest()[:8]}", until)
+    title = f"run {run['id']} {hashlib.sha256(text).hexdigest()[:8]}"
+    self.branch.commit([CommitOperationAdd(RUN_FILE, text), *old], title, until)
     self.stale = []
-
-class Superseded(Exception):
-    "A newer checkpoint waits to be published."
-
-def folder_bytes(
-    folder:Path, # Sealed `checkpoint-N`
-)->int: # What publishing it sends
-    "The size of a checkpoint."
-    return sum(f['size'] for f in json.loads((Path(folder)/MANIFEST).read_text())['files'].values())
-
-@patch
-def publish(self:Checkpoints,
-    folder:Path, # Sealed `checkpoint-N`
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-    wait:float=1.0, # Seconds before the first repeat
-    pause=time.sleep, # As of `patiently`
-    still_newest=lambda: None, # Raises `Superseded` where a newer one waits
-):
-    "One commit: this checkpoint in, old ones out."
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    m = json.loads((folder/MANIFEST).read_text())
-    below = [s for s in self.steps() if s<m['step']]
-    stay = [*below[max(len(below)+1-self.keep, 0):], m['step']] # one above ours is of a line that wasn't continued
-    adds = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
-    if 'samples.parquet' in m['files']: adds.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet')) # where people and the Hub's viewer look
-    for a in adds:
-        still_newest()
-        if Path(a.path_or_fileobj).stat().st_size>2**20: self.branch.send(a, until, wait, pause)
-    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found}-{*stay})]
-    self.branch.commit(adds+old, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait, pause)
-    self.found,self.history = stay,self.history+folder_bytes(folder)
-    if self.history>SQUASH_BYTES: self.squash(until)
-
-@patch
-def squash(self:Checkpoints,
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-):
-    "Drop the branch's history; a Hub that won't is no reason to stop."
-    try: self.branch.squash(until)
-    except UserError as e: log.warning(f"the history of branch {self.branch.branch} is not squashed: {e}")
-    self.history = 0
-
-def local_steps(
-    folder:Path, # Output folder
-)->list: # Ascending
-    "Steps that have a checkpoint folder on this disk."
-    return sorted(int(m[1]) for p in Path(folder).glob('checkpoint-*') if p.is_dir() and (m := re.fullmatch(r'checkpoint-(0|[1-9]\d*)', p.name)))
 
 @patch
 def fetch(self:Checkpoints,
@@ -2906,27 +3106,104 @@ def fetch(self:Checkpoints,
         except RevisionNotFoundError: raise b.rewritten() from None
     return patiently(get, f"{name} of {b.repo}", until)
 
+def _read_run(file): # as a `ValueError` where it is damaged: a `UserError` would say that the Hub is away
+    if file.name==MANIFEST: return read_manifest(file)['run']
+    try: return read_json(file, most=MOST_MANIFEST)
+    except UserError as e: raise ValueError(str(e)) from None
+
+@patch
+def run(self:Checkpoints)->dict: # What the run is; None where the branch has none
+    "The run that the branch belongs to: as it began, or as its newest checkpoint has it."
+    manifests = [f'checkpoint-{s}/{MANIFEST}' for s in reversed(self.steps())]
+    with tempfile.TemporaryDirectory() as d:
+        for name in (RUN_FILE, *manifests):
+            try:
+                found = _read_run(self.fetch(name, d))
+                if is_run(found): return found
+            except UserError: raise
+            except (ValueError, TypeError, KeyError): continue
+
+class Superseded(Exception):
+    "A newer checkpoint waits to be published."
+
+def folder_bytes(
+    folder:Path, # Sealed `checkpoint-N`
+)->int: # What publishing it sends
+    "The size of a checkpoint."
+    return sum(f['size'] for f in json.loads((Path(folder)/MANIFEST).read_text())['files'].values())
+
+@patch
+def _staying(self:Checkpoints, step): # one above ours is of a line that wasn't continued
+    below = [s for s in self.steps() if s<step]
+    return [*below[max(len(below)+1-self.keep, 0):], step]
+
+SQUASH_BYTES = 10e9 # of history on the branch, before it is dropped
+
+@patch
+def squash(self:Checkpoints,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+):
+    "Drop the branch's history; a Hub that won't is no reason to stop."
+    try: self.branch.squash(until)
+    except UserError as e: log.warning(f"the history of branch {self.branch.branch} is not squashed: {e}")
+    self.history = 0
+
+@patch
+def publish(self:Checkpoints,
+    folder:Path, # Sealed `checkpoint-N`
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+    wait:float=1.0, # Seconds before the first repeat
+    pause=time.sleep, # As of `patiently`
+    still_newest=lambda: None, # Raises `Superseded` where a newer one waits
+):
+    "One commit: this checkpoint in, old ones out."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    m = json.loads((folder/MANIFEST).read_text())
+    stay = self._staying(m['step'])
+    adds = [CommitOperationAdd(f'{folder.name}/{f}', folder/f) for f in [*m['files'], MANIFEST]]
+    if 'samples.parquet' in m['files']: # also where people and the Hub's viewer look
+        adds.append(CommitOperationAdd('samples/samples.parquet', folder/'samples.parquet'))
+    for a in adds:
+        still_newest()
+        if Path(a.path_or_fileobj).stat().st_size>2**20: self.branch.send(a, until, wait, pause)
+    old = [CommitOperationDelete(f'checkpoint-{s}/', is_folder=True) for s in sorted({*self.found}-{*stay})]
+    self.branch.commit(adds+old, f"{folder.name} {file_sha256(folder/MANIFEST)[:8]}", until, wait, pause)
+    self.found,self.history = stay,self.history+folder_bytes(folder)
+    if self.history>SQUASH_BYTES: self.squash(until)
+
+def local_steps(
+    folder:Path, # Output folder
+)->list: # Ascending
+    "Steps that have a checkpoint folder on this disk."
+    names = [p.name for p in Path(folder).glob('checkpoint-*') if p.is_dir()]
+    return sorted(int(m[1]) for n in names if (m := re.fullmatch(r'checkpoint-(0|[1-9]\d*)', n)))
+
+@patch
+def _verified(self:Checkpoints, path, where, owner, until):
+    "The manifest of a checkpoint that is whole and this run's; a `ValueError` says what is wrong."
+    if where=='the Hub':
+        shutil.rmtree(path, ignore_errors=True)
+        files = read_manifest(self.fetch(f'{path.name}/{MANIFEST}', path.parent, until))['files']
+        for f in files: self.fetch(f'{path.name}/{f}', path.parent, until)
+    m = read_checkpoint(path)
+    if owner.get('id')!=m['run']['id']: raise ValueError("it belongs to another run")
+    changed = [k for k in ('identity','base') if owner.get(k)!=m['run'].get(k)]
+    if changed: raise ValueError(f"its {changed[0]} isn't the run's")
+    return m
+
 @patch
 def restore(self:Checkpoints,
     folder:Path, # Output folder; `checkpoint-N` comes to lie in it
     until:float=float('inf'), # `time.monotonic()` after which to give up
 )->tuple: # Its path and manifest, or (None, None) where there is none
     "Find the newest checkpoint that can be trusted."
-    folder,here,there = Path(folder),set(local_steps(folder)),set(self.steps())
+    here,there = set(local_steps(folder)),set(self.steps())
     if not here|there: return None,None
     owner = self.run() or {}
-    def take(path, where):
-        if where=='the Hub':
-            shutil.rmtree(path, ignore_errors=True)
-            for f in read_manifest(self.fetch(f'{path.name}/{MANIFEST}', folder, until))['files']: self.fetch(f'{path.name}/{f}', folder, until)
-        m = read_checkpoint(path)
-        if owner.get('id')!=m['run']['id']: raise ValueError("it belongs to another run")
-        if changed := [k for k in ('identity','base') if owner.get(k)!=m['run'].get(k)]: raise ValueError(f"its {changed[0]} isn't the run's")
-        return m
     for step in sorted(here|there, reverse=True):
-        path = folder/f'checkpoint-{step}'
+        path = Path(folder)/f'checkpoint-{step}'
         for where in ['this disk']*(step in here) + ['the Hub']*(step in there):
-            try: m = take(path, where)
+            try: m = self._verified(path, where, owner, until)
             except UserError: raise # the Hub is away: that says nothing about the checkpoint
             except ValueError as e: log.warning(f"{path.name} on {where} is skipped: {e}")
             else:
@@ -2940,8 +3217,10 @@ def check_same_run(
     again:int=1, # Number of FRESH_START that would begin again
 ):
     "Refuse to continue a run under settings that would silently alter it."
-    if diff := [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]:
-        raise UserError("the checkpoint", f"it belongs to a run with other settings ({'; '.join(diff)})", f"restore them, or set FRESH_START={again} to begin again")
+    changed = [k for k in sorted({*saved,*now}) if saved.get(k)!=now.get(k)]
+    diff = [f"{k} was {saved.get(k)!r}, is {now.get(k)!r}" for k in changed]
+    if diff: raise UserError("the checkpoint", f"it belongs to a run with other settings ({'; '.join(diff)})",
+        f"restore them, or set FRESH_START={again} to begin again")
 
 @patch
 def start_fresh(self:Checkpoints):
@@ -2949,7 +3228,9 @@ def start_fresh(self:Checkpoints):
     self.stale,self.found = self.steps(),[]
 
 @patch
-def keep_aside(self:Checkpoints, until):
+def keep_aside(self:Checkpoints,
+    until:float, # `time.monotonic()` after which to give up
+):
     "Keep an abandoned run's checkpoints on a branch of their own, without their history."
     b = self.branch
     aside = HubBranch(b.repo, f"{b.branch}-{b.head[:8]}", b.api.endpoint, b.api.token)
@@ -2965,9 +3246,12 @@ def lock_folder(
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         held = open(Path(folder)/'.lock', 'a')
-    except OSError as e: raise UserError(f"OUTPUT_DIR {folder}", e.strerror, "choose a folder that can be written") from None
+    except OSError as e:
+        raise UserError(f"OUTPUT_DIR {folder}", e.strerror, "choose a folder that can be written") from None
     try: fcntl.flock(held, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except OSError: raise UserError(f"OUTPUT_DIR {folder}", "another job of this run is writing there", "let it finish, or choose another OUTPUT_DIR") from None
+    except OSError:
+        raise UserError(f"OUTPUT_DIR {folder}", "another job of this run is writing there",
+            "let it finish, or choose another OUTPUT_DIR") from None
     return held
 
 HISTORY_BYTES,HISTORY_SECONDS = 40e9,36*3600 # of one run; squashed history counts for so long
@@ -2987,35 +3271,20 @@ class Publisher:
         seconds:list=(), # What earlier publications took
         pace=lambda folder: 0.0, # Function of a sealed folder: seconds until the next one may follow
     ):
-        self.publish,self.seal,self.times,self.pace,self.done,self.error = publish,seal,list(seconds),pace,[],None
-        self.pending,self.last,self.waiting = set(),None,None # folders that are still needed here; the newest; the newest that is sealed, and when it came
-        self.earliest,self.until,self.closing = 0.,float('inf'),False # `time.monotonic()` before which nothing is sent, and after which one gives up
-        self.changed,self.sealer = threading.Condition(),ThreadPoolExecutor(1, 'sealer')
+        self.publish,self.seal,self.pace = publish,seal,pace
+        self.times,self.done,self.error = list(seconds),[],None
+        self.pending,self.last = set(),None # folders that are still needed here; the newest
+        self.waiting = None # the newest that is sealed, and when it came
+        self.earliest,self.until = 0.,float('inf') # nothing is sent before, and nothing after; as `time.monotonic()`
+        self.closing,self.changed = False,threading.Condition()
+        self.sealer = ThreadPoolExecutor(1, 'sealer')
         self.thread = threading.Thread(target=self._send, name='publisher', daemon=True)
         self.thread.start()
 
     @property
-    def seconds(self): # the median, so that one outage doesn't make all later ones look slow
+    def seconds(self)->float: # The median, so that one outage doesn't make all later ones look slow
+        "How long a publication takes."
         return statistics.median(self.times) if self.times else 0.0
-
-@patch
-def submit(self:Publisher,
-    folder:Path, # `checkpoint-N`, every file written
-):
-    "Hand over a checkpoint; returns at once."
-    self.last = Path(folder)
-    self.pending.add(self.last)
-    self.sealer.submit(self._seal, self.last, time.monotonic())
-
-@patch
-def _seal(self:Publisher, folder, start):
-    if folder!=self.last: return self.pending.discard(folder)
-    try: self.seal(folder)
-    except Exception as e: self.error = e; return
-    with self.changed:
-        if self.waiting: self.pending.discard(self.waiting[0])
-        self.waiting = folder,start
-        self.changed.notify_all()
 
 @patch
 def _take(self:Publisher):
@@ -3041,6 +3310,37 @@ def _send(self:Publisher):
         self.pending.discard(folder)
 
 @patch
+def submit(self:Publisher,
+    folder:Path, # `checkpoint-N`, every file written
+):
+    "Hand over a checkpoint; returns at once."
+    self.last = Path(folder)
+    self.pending.add(self.last)
+    self.sealer.submit(self._seal, self.last, time.monotonic())
+
+@patch
+def _seal(self:Publisher, folder, start):
+    if folder!=self.last: return self.pending.discard(folder)
+    try: self.seal(folder)
+    except Exception as e: self.error = e; return
+    with self.changed:
+        if self.waiting: self.pending.discard(self.waiting[0])
+        self.waiting = folder,start
+        self.changed.notify_all()
+
+@patch
+def close(self:Publisher,
+    until:float=float('inf'), # `time.monotonic()` after which to give up
+)->bool: # Is everything that was handed over on the Hub?
+    "Publish the newest at once, and wait for it."
+    self.sealer.shutdown()
+    with self.changed:
+        self.closing,self.until = True,until
+        self.changed.notify_all()
+    self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
+    return not self.thread.is_alive() and self.error is None
+
+@patch
 def still_newest(self:Publisher):
     "Give up what is being sent for a newer checkpoint."
     if self.waiting: raise Superseded
@@ -3056,16 +3356,6 @@ def pause(self:Publisher,
         if self.waiting: self.earliest = max(self.earliest, end)
     self.still_newest()
 
-@patch
-def close(self:Publisher,
-    until:float=float('inf'), # `time.monotonic()` after which to give up
-)->bool: # Is everything that was handed over on the Hub?
-    "Publish the newest at once, and wait for it."
-    self.sealer.shutdown()
-    with self.changed: self.closing,self.until = True,until; self.changed.notify_all()
-    self.thread.join(None if until==float('inf') else max(until-time.monotonic(), 0))
-    return not self.thread.is_alive() and self.error is None
-
 def parse_duration(
     s:str, # Such as `4h`, `90m`, `30s`, `1.5d`, `14400`; empty for none
 )->float: # Seconds, above 0; infinite for none
@@ -3073,17 +3363,16 @@ def parse_duration(
     if not str(s).strip(): return float('inf')
     m = re.fullmatch(r'(\d+)|(\d+(?:\.\d+)?)([smhd])', str(s).strip())
     seconds = float(m[1] or m[2])*dict(s=1, m=60, h=3600, d=86400)[m[3] or 's'] if m else 0.
-    if not seconds: raise UserError("JOB_TIMEOUT", f"must be seconds above 0, or such as 4h, 90m, got {s!r}", "write a number and one letter, without blanks")
-    return seconds
+    if seconds: return seconds
+    raise UserError("JOB_TIMEOUT", f"must be seconds above 0, or such as 4h, 90m, got {s!r}",
+        "write a number and one letter, without blanks")
 
 def container_age()->float: # Seconds; 0 outside of a job
     "How long this job's container has been running."
     if not os.environ.get('JOB_ID'): return 0. # set by HF Jobs
-    started = int(Path('/proc/1/stat').read_text().rsplit(')',1)[1].split()[19])/os.sysconf('SC_CLK_TCK') # proc(5): field 22, in ticks since boot
+    after_name = Path('/proc/1/stat').read_text().rsplit(')',1)[1].split()
+    started = int(after_name[19])/os.sysconf('SC_CLK_TCK') # proc(5): field 22, in ticks since boot
     return float(Path('/proc/uptime').read_text().split()[0])-started
-
-class Stopped(BaseException):
-    "`SIGTERM` came while there was nothing to save."
 
 class Deadline:
     "When to stop: in time for the job's timeout, or at once on SIGTERM."
@@ -3094,7 +3383,20 @@ class Deadline:
     ):
         total = parse_duration(timeout)
         self.end = time.monotonic()+total-(age if age<total else 0) # an older container than could be alive isn't ours
-        self.margin,self.signalled,self.idle,self.reason = margin,False,False,None
+        self.margin,self.reason = margin,None
+        self.signalled,self.idle = False,False # SIGTERM has come; nothing is under way that has to be saved
+
+    def due(self,
+        cost:float=0.0, # Seconds that saving and publishing take
+    )->bool: # Must the run stop now?
+        "Has the time come to save and leave?"
+        left = self.end-time.monotonic()
+        late = f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
+        self.reason = 'SIGTERM' if self.signalled else late
+        return self.reason is not None
+
+class Stopped(BaseException):
+    "`SIGTERM` came while there was nothing to save."
 
 @patch
 def watch_sigterm(self:Deadline):
@@ -3104,15 +3406,6 @@ def watch_sigterm(self:Deadline):
         if self.idle: self.idle = False; raise Stopped
     signal.signal(signal.SIGTERM, handler)
     return self
-
-@patch
-def due(self:Deadline,
-    cost:float=0.0, # Seconds that saving and publishing take
-)->bool: # Must the run stop now?
-    "Has the time come to save and leave?"
-    left = self.end-time.monotonic()
-    self.reason = 'SIGTERM' if self.signalled else f'{max(left,0):.0f} s left of JOB_TIMEOUT' if left<cost+self.margin else None
-    return self.reason is not None
 
 # ------------------------------------------------------------------------------
 # core.curve: Loss curve and sample tables: kept in checkpoints, sent to W&B
@@ -3131,11 +3424,11 @@ class Curve:
         retry:float=60.0, # Seconds between two attempts to reach it, and between two looks at whether it is there
     ):
         self.patience,self.retry = patience,retry
-        self.rows,self.whole = [],0 # whole: so many rows are complete
+        self.rows,self.whole = [],0 # so many of the rows are complete
         self.replies = {} # optimizer step → the table's rows
         self.changed,self.answered = threading.Condition(),threading.Event()
         self.thread,self.run = None,None
-        self.adapter,self.upload = None,None # folder and step: of the newest adapter that W&B lacks, and of the one on its way
+        self.adapter,self.upload = None,None # folder and step: the newest adapter that W&B lacks; the one on its way
         self.started = self.closing = self.told = self.delivered = False
         self.refused,self.exit_code = None,0
 
@@ -3173,14 +3466,17 @@ def restore(self:Curve,
 ):
     "Take over the rows of the jobs before."
     path = Path(folder)/METRICS
-    rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(path.read_bytes().splitlines(), 1)] if path.exists() else []
-    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(path.name, "a row without its step", "it isn't of a run of phoque")
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(lines, 1)]
+    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)):
+        raise UserError(path.name, "a row without its step", "it isn't of a run of phoque")
     self.rows,self.whole = rows,len(rows)
     for r in samples: # a file has a column for whatever any of its rows has
         self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
 
-def wandb_url():
-    refuse_addresses() # W&B's client would write a password down
+def wandb_url()->str: # Without a password: W&B's client would write it down
+    "The address of W&B's server."
+    refuse_addresses()
     return os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
 
 def ask_wandb(
@@ -3202,7 +3498,8 @@ def find_entity(
     "Whose project a run goes to."
     me = ask_wandb('{ viewer { entity } }', key).get('viewer')
     if me: return os.environ.get('WANDB_ENTITY') or me['entity']
-    raise UserError("WANDB_API_KEY", "W&B doesn't know it", "copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
+    raise UserError("WANDB_API_KEY", "W&B doesn't know it",
+        "copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
 
 def check_not_public(
     entity:str, # User or team
@@ -3214,58 +3511,7 @@ def check_not_public(
     raise UserError("WANDB_PROJECT", f"anyone can read {entity}/{project}, and the model's replies would go there",
                     "make the project private, or set REPORT_TO=none")
 
-@patch
-def start(self:Curve,
-    project:str, # W&B project
-    run_id:str, # The run's own, the same over all its jobs
-    config:dict, # Shown with the run; no secrets
-    folder:Path, # For W&B's files
-):
-    "Begin to send."
-    mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
-    if mode=='disabled': return
-    wandb_url()
-    self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
-    self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder))
-    if self.online: self.opening['resume'] = 'allow'
-    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
-    self.copies.mkdir(0o700, parents=True, exist_ok=True)
-    os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve()))
-    os.environ['WANDB_SILENT'] = 'true' # its own lines repeat ours
-    self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
-    self.thread.start()
-    self.answered.wait(self.patience)
-    with self.changed: self.started,refused = True,self.refused
-    if refused: raise refused
-
-@patch
-def _work(self:Curve):
-    while True:
-        try:
-            self._connect(); self.answered.set()
-            while self._send(): pass
-            self.run.finish(exit_code=self.exit_code)
-            self.run,self.delivered = None,True
-            self._drop() # or its process would write to the folder that `close` removes
-        except UserError as e: self._refuse(e)
-        except Exception as e: self._lose(e)
-        self.answered.set()
-        if self.refused or self.closing: return
-        with self.changed: self.changed.wait_for(lambda: self.closing, self.retry)
-
-@patch
-def _refuse(self:Curve, e):
-    with self.changed: self.refused,late = e,self.started # before that, `start` raises it
-    if late: log.warning(f"{e}; nothing more goes to W&B, training goes on")
-    self._drop()
-
-@patch
-def _lose(self:Curve, e):
-    if self.closing: return # `close` says so
-    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, every checkpoint has the curve and the replies, "
-                                  "and W&B gets what it lacks when it is back")
-    self.told = True
-    self._drop()
+def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
 
 @patch
 def _drop(self:Curve):
@@ -3274,6 +3520,20 @@ def _drop(self:Curve):
     for end in (run and run.finish, wandb.teardown):
         try: end and end()
         except (Exception, SystemExit): pass # the server or the client's own process is gone: that is why
+
+@patch
+def _lose(self:Curve, e):
+    if self.closing: return # `close` says so
+    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, "
+        "every checkpoint has the curve and the replies, and W&B gets what it lacks when it is back")
+    self.told = True
+    self._drop()
+
+@patch
+def _refuse(self:Curve, e):
+    with self.changed: self.refused,late = e,self.started # before that, `start` raises it
+    if late: log.warning(f"{e}; nothing more goes to W&B, training goes on")
+    self._drop()
 
 def keep_temp(
     folder:Path, # Of the run
@@ -3286,53 +3546,52 @@ def keep_temp(
         d.name = tempfile.mkdtemp(dir=folder)
 
 @patch
+def _prepare(self:Curve, project, run_id, config, folder, mode):
+    "Where W&B's files lie, and with what the run is opened."
+    wandb_url()
+    self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
+    self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder))
+    if self.online: self.opening['resume'] = 'allow'
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
+    self.copies.mkdir(0o700, parents=True, exist_ok=True)
+    os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve()))
+    os.environ['WANDB_SILENT'] = 'true' # its own lines repeat ours
+
+@patch
 def _connect(self:Curve):
     import wandb
     keep_temp(self.copies)
     project,key = self.opening['project'],os.environ.get('WANDB_API_KEY')
     if self.online and key: check_not_public(find_entity(key), project)
-    settings = wandb.Settings(console='off', silent=True, init_timeout=20, finish_timeout=max(self.patience-2, 1),
-        finish_timeout_raises=True, x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
+    settings = wandb.Settings(console='off', silent=True, init_timeout=20,
+        finish_timeout=max(self.patience-2, 1), finish_timeout_raises=True,
+        x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
     try: run = wandb.init(**self.opening, settings=settings)
     except wandb.errors.AuthenticationError as e:
         raise UserError("WANDB_API_KEY", f"refused ({_first_line(e)})", "correct it, or set WANDB_MODE=offline") from None
     except (wandb.errors.CommError, wandb.errors.UsageError) as e:
-        if re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I): raise # what isn't tried again was refused
-        raise UserError("WANDB_PROJECT", f"W&B refuses {project} ({_first_line(e)})", "correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
+        passing = re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I) # the rest was refused
+        if passing: raise
+        raise UserError("WANDB_PROJECT", f"W&B refuses {project} ({_first_line(e)})",
+            "correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
     if self.online: check_not_public(run.entity, project) # it may have been made just now
     run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
-    self.run,self.sent,self.upload,self.look = run,0,None,time.monotonic()+self.retry
+    self.run,self.sent,self.upload = run,0,None
+    self.look = time.monotonic()+self.retry
     self._say_where()
-
-def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
 
 @patch
 def _say_where(self:Curve):
     run,adapters = self.run,self.opening['config'].get('wandb_log_model')=='checkpoint'
     what = "the curve, the sampled replies and the adapters" if adapters else "the curve and the sampled replies"
     if self.told: said = "W&B answers again, and gets what it lacks"
-    elif self.online: said = (f"W&B: {what} go to {run.url}: whoever may see the project {run.entity}/{run.project} sees them, "
-                              "without an account nobody does")
-    elif os.environ.get('JOB_ID'): said = (f"W&B run {run.id}: offline, and this job's disk is gone at its end: the checkpoints keep the curve, "
-                                           "and the first job with WANDB_API_KEY sends it")
+    elif self.online: said = (f"W&B: {what} go to {run.url}: "
+        f"whoever may see the project {run.entity}/{run.project} sees them, without an account nobody does")
+    elif os.environ.get('JOB_ID'): said = (f"W&B run {run.id}: offline, and this job's disk is gone at its end: "
+        "the checkpoints keep the curve, and the first job with WANDB_API_KEY sends it")
     else: said = f"W&B run {run.id}: offline, the whole curve so far; `wandb sync {run.settings.sync_dir}` sends it"
     log.info(said)
     self.told = False
-
-@patch
-def close(self:Curve,
-    exit_code:int=0, # Shown with the run
-):
-    "Send what is left, and wait for that as long as it moves."
-    if not self.thread: return
-    with self.changed: self.exit_code,self.closing = exit_code,True; self._complete()
-    self.moved = time.monotonic()
-    end = self.moved+6*self.patience
-    while self.thread.is_alive() and time.monotonic()<min(end, self.moved+self.patience): self.thread.join(.05)
-    if not (self.delivered or self.refused):
-        log.warning(f"W&B has not taken all of the curve: it is in {METRICS} and samples.parquet of the last checkpoint, "
-                    "and the same command again sends what W&B lacks")
-    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
 
 _PUT = """mutation CreateRunFiles($entity: String!, $project: String!, $run: String!, $files: [String!]!) {
   createRunFiles(input: {entityName: $entity, projectName: $project, runName: $run, files: $files}) {
@@ -3354,6 +3613,17 @@ def put_file(
 UPLOAD = 60 # seconds after which a row goes without waiting for its table
 
 @patch
+def _await_table(self:Curve, artifact, path):
+    from httpx2 import HTTPError
+    end,there = time.monotonic()+UPLOAD,False
+    while not there:
+        try: there = put_file(self.run, path) or True
+        except HTTPError:
+            if time.monotonic()>end: raise
+            time.sleep(1)
+    artifact.wait(max(int(end-time.monotonic()), 1))
+
+@patch
 def _send(self:Curve)->bool: # Is there more to come?
     "Send one row or one adapter."
     if self.online and time.monotonic()>self.look:
@@ -3361,7 +3631,8 @@ def _send(self:Curve)->bool: # Is there more to come?
         self.look = time.monotonic()+self.retry
     with self.changed:
         self.changed.wait_for(lambda: self.sent<self.whole or self._next_adapter() or self.closing)
-        row,adapter = self.rows[self.sent] if self.sent<self.whole else None,self._next_adapter()
+        row = self.rows[self.sent] if self.sent<self.whole else None
+        adapter = self._next_adapter()
     if row: self._send_row(dict(row))
     elif adapter: self._send_adapter(*adapter)
     return bool(row or adapter or not self.closing)
@@ -3374,7 +3645,8 @@ def _next_adapter(self:Curve): # folder and step; None while another is on its w
 def _send_row(self:Curve, row):
     at = row.pop('_step')
     if at>=self.run.starting_step:
-        if rows := self.replies.get(row[AXIS]) if REPLIES in row else None: row[REPLIES] = self._send_table(rows, at)
+        replies = self.replies.get(row[AXIS]) if REPLIES in row else None
+        if replies: row[REPLIES] = self._send_table(replies, at)
         self.run.log(row, step=at, commit=True)
     self.sent,self.moved = self.sent+1,time.monotonic()
 
@@ -3397,15 +3669,55 @@ def _send_table(self:Curve, rows, at):
     return table
 
 @patch
-def _await_table(self:Curve, artifact, path):
-    from httpx2 import HTTPError
-    end,there = time.monotonic()+UPLOAD,False
-    while not there:
-        try: there = put_file(self.run, path) or True
-        except HTTPError:
-            if time.monotonic()>end: raise
-            time.sleep(1)
-    artifact.wait(max(int(end-time.monotonic()), 1))
+def start(self:Curve,
+    project:str, # W&B project
+    run_id:str, # The run's own, the same over all its jobs
+    config:dict, # Shown with the run; no secrets
+    folder:Path, # For W&B's files
+):
+    "Begin to send."
+    mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
+    if mode=='disabled': return
+    self._prepare(project, run_id, config, folder, mode)
+    self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
+    self.thread.start()
+    self.answered.wait(self.patience)
+    with self.changed: self.started,refused = True,self.refused
+    if refused: raise refused
+
+@patch
+def _work(self:Curve):
+    while True:
+        try:
+            self._connect()
+            self.answered.set()
+            while self._send(): pass
+            self.run.finish(exit_code=self.exit_code)
+            self.run,self.delivered = None,True
+            self._drop() # or its process would write to the folder that `close` removes
+        except UserError as e: self._refuse(e)
+        except Exception as e: self._lose(e)
+        self.answered.set()
+        if self.refused or self.closing: return
+        with self.changed: self.changed.wait_for(lambda: self.closing, self.retry)
+
+@patch
+def close(self:Curve,
+    exit_code:int=0, # Shown with the run
+):
+    "Send what is left, and wait for that as long as it moves."
+    if not self.thread: return
+    with self.changed:
+        self.exit_code,self.closing = exit_code,True
+        self._complete()
+    self.moved = time.monotonic()
+    end = self.moved+6*self.patience
+    while self.thread.is_alive() and time.monotonic()<min(end, self.moved+self.patience): self.thread.join(.05)
+    if not (self.delivered or self.refused):
+        log.warning("W&B has not taken all of the curve: "
+            f"it is in {METRICS} and samples.parquet of the last checkpoint, "
+            "and the same command again sends what W&B lacks")
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
 
 def link_or_copy(
     file:Path, # That is not changed any more
@@ -3427,8 +3739,11 @@ def send_adapter(self:Curve,
         to.mkdir()
         for f in ('adapter_model.safetensors','adapter_config.json'): link_or_copy(Path(folder)/f, to/f)
     except OSError as e: return log.warning(f"W&B gets no adapter of step {step} ({_first_line(e)})")
-    with self.changed: old,self.adapter = self.adapter,(to,step); self.changed.notify()
-    if old and old!=self.upload: log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
+    with self.changed:
+        old,self.adapter = self.adapter,(to,step)
+        self.changed.notify()
+    if old and old!=self.upload:
+        log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
 
 @patch
 def _send_adapter(self:Curve, folder, step):
@@ -3437,7 +3752,9 @@ def _send_adapter(self:Curve, folder, step):
     a = wandb.Artifact(f'adapter-{self.run.id}', type='model', metadata=dict(step=step))
     for f in sorted(folder.iterdir()): a.add_file(str(f), policy='immutable', skip_cache=True)
     self.run.log_artifact(a, aliases=['latest', f'step-{step}'])
-    if not self.online: self.adapter = None; return
+    if not self.online:
+        self.adapter = None
+        return
     self.upload = folder,step
     threading.Thread(target=self._await, args=(a,self.upload), daemon=True).start()
 
@@ -3464,17 +3781,20 @@ class SeededDraws:
         temperature:float, # Above 0
         top_p:float, # Nucleus: the likeliest tokens that make up this probability
         seed:int, # Of all
-    ): self.rngs,self.temperature,self.top_p = [random.Random(f'{seed}/{p}') for p in places],temperature,top_p
+    ):
+        self.rngs = [random.Random(f'{seed}/{p}') for p in places]
+        self.temperature,self.top_p = temperature,top_p
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids, scores): # as a `LogitsProcessor`: what is picked gets 0, all else -inf
         import torch
         every = (scores.float()/self.temperature).softmax(-1)
-        probs,order = every.topk(min(1024, every.shape[-1])) # nearly always holds the nucleus, and sorting a whole vocabulary is slow
+        probs,order = every.topk(min(1024, every.shape[-1])) # nearly always the nucleus; sorting a vocabulary is slow
         if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
-        parts = (probs.double()*2**40).long() # whole numbers: their sums are the same in any order, which a GPU doesn't keep
+        parts = (probs.double()*2**40).long() # a GPU adds in any order, which changes no sum of whole numbers
         total = parts.cumsum(-1)
         mass = (parts*(total-parts<self.top_p*2**40)).sum(-1, keepdim=True)
-        at = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)*mass
+        drawn = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)
+        at = drawn*mass
         pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
         return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
 
@@ -3483,7 +3803,7 @@ def adapter_weight(
     model, # `PeftModel`, or a model without an adapter, for which this does nothing
     weight:float=1., # 1 as trained, 0 the base, -1 subtracts it
 ):
-    "Weigh a model's adapter inside; as it was after."
+    "Set the weight of a model's adapter inside the block."
     was = [(m,m.scaling) for m in model.modules() if hasattr(m, 'set_scale')]
     try:
         for m,s in was: m.scaling = {k: weight*v for k,v in s.items()}
@@ -3494,8 +3814,24 @@ def adapter_weight(
 def _reply(tok, ids, eos_ids):
     "Cut generated ids at the first stop token."
     n = next((i for i,t in enumerate(ids) if t in eos_ids), None)
-    stopped = 'length' if n is None else 'eos'
-    return dict(text=tok.decode(ids[:n], skip_special_tokens=True).strip(), n_tokens=len(ids[:n]), stopped=stopped)
+    text = tok.decode(ids[:n], skip_special_tokens=True).strip()
+    return dict(text=text, n_tokens=len(ids[:n]), stopped='length' if n is None else 'eos')
+
+def _pad_left(prompts, pad_id, device):
+    "Prompts as one tensor, and its attention mask."
+    import torch
+    width = max(map(len, prompts))
+    def padded(fill, xs): return torch.tensor([[fill]*(width-len(x))+list(x) for x in xs], device=device)
+    return padded(pad_id, prompts),padded(0, [[1]*len(p) for p in prompts])
+
+def _check_request(tok, prompt_ids, temperature, top_p):
+    if not prompt_ids or not all(prompt_ids):
+        raise UserError("`prompt_ids`", f"got {excerpt(prompt_ids, 60)}",
+            "give at least one prompt, none of them empty")
+    if tok.pad_token_id is None:
+        raise UserError("the tokenizer", "it has no pad token", "set `tok.pad_token` to one that never ends a turn")
+    if temperature<0 or not 0<top_p<=1: raise UserError("`temperature`, `top_p`", f"got {temperature} and {top_p}",
+        "use a temperature from 0 and a top_p above 0, up to 1")
 
 def generate_replies(
     model, # Causal language model, with or without an adapter
@@ -3511,21 +3847,17 @@ def generate_replies(
     watermark=None, # transformers' `WatermarkingConfig`; None for none
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
     "Reply to all prompts in one batch."
-    if not prompt_ids or not all(prompt_ids): raise UserError("`prompt_ids`", f"got {excerpt(prompt_ids, 60)}", "give at least one prompt, none of them empty")
-    if tok.pad_token_id is None: raise UserError("the tokenizer", "it has no pad token", "set `tok.pad_token` to one that never ends a turn")
-    if temperature<0 or not 0<top_p<=1: raise UserError("`temperature`, `top_p`", f"got {temperature} and {top_p}", "use a temperature from 0 and a top_p above 0, up to 1")
-    import torch
+    _check_request(tok, prompt_ids, temperature, top_p)
     from transformers import GenerationConfig
+    ids,mask = _pad_left(prompt_ids, tok.pad_token_id, model.device)
     eos_ids = list(eos_ids or [tok.eos_token_id])
-    width = max(map(len, prompt_ids))
-    def padded(fill, xs): return torch.tensor([[fill]*(width-len(x))+list(x) for x in xs], device=model.device)
-    cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id, repetition_penalty=1., use_cache=True, do_sample=False)
     how = [watermark.construct_processor(model.config.get_text_config().vocab_size, model.device)] if watermark else []
     if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
+    cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id,
+        repetition_penalty=1., use_cache=True, do_sample=False)
     with preserve_training_state(model, tok), adapter_weight(model, weight):
-        out = model.generate(input_ids=padded(tok.pad_token_id, prompt_ids), generation_config=cfg, logits_processor=how,
-            attention_mask=padded(0, [[1]*len(p) for p in prompt_ids]))
-    return [_reply(tok, o, eos_ids) for o in out[:,width:].tolist()]
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=cfg, logits_processor=how)
+    return [_reply(tok, o, eos_ids) for o in out[:,ids.shape[1]:].tolist()]
 
 def _ngrams(text, n):
     ws = re.findall(r"[\w'-]+", text.lower())
@@ -3568,8 +3900,16 @@ def tensors_hash(
     "A hash of weights, whatever file they come from."
     import torch
     h = hashlib.sha256()
-    for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for n in sorted(tensors):
+        h.update(n.encode())
+        h.update(tensors[n].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
+
+def _load_scorer(f, repo, **kwargs):
+    try: return f(repo, **kwargs)
+    except Exception as e: # of a stranger's files, anything
+        raise UserError(f"scorer {repo}", f"it can't be loaded ({excerpt(e) or type(e).__name__})",
+            "name another text classifier of the Hub, the folder of one, or none") from e
 
 def scorer_labels(
     cfg:dict, # A classifier's config.json
@@ -3579,12 +3919,18 @@ def scorer_labels(
     "The labels of a text classifier; refuse what is none, and what doesn't say which label to read."
     kinds,named = cfg.get('architectures'),cfg.get('id2label') or {'0':'LABEL_0', '1':'LABEL_1'}
     kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else '?'
-    if 'SequenceClassification' not in kind: raise UserError(f"scorer {repo}", f"no text classifier but {excerpt(kind, 60)}", "name one that is, or none")
-    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)): raise UserError(f"scorer {repo}", "its config.json asks for a thousand layers or more", "name another text classifier, or none")
+    if 'SequenceClassification' not in kind:
+        raise UserError(f"scorer {repo}", f"no text classifier but {excerpt(kind, 60)}", "name one that is, or none")
+    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)):
+        raise UserError(f"scorer {repo}", "its config.json asks for a thousand layers or more",
+            "name another text classifier, or none")
     names = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else []
-    if not names or not all(isinstance(n, str) for n in names): raise UserError(f"scorer {repo}", "its id2label gives no name to each of its outputs", "name another text classifier, or none")
+    if not names or not all(isinstance(n, str) for n in names):
+        raise UserError(f"scorer {repo}", "its id2label gives no name to each of its outputs",
+            "name another text classifier, or none")
     if label in names and names.count(label)==1 or not label and len(names)<=2: return names
-    raise UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}", "name one of them")
+    raise UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}",
+        "name one of them")
 
 class HubScorer:
     "A text classifier of the Hub, on the CPU."
@@ -3595,37 +3941,50 @@ class HubScorer:
     ):
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import cached_file
-        def load(f, **kwargs):
-            try: return f(repo, revision=revision, **kwargs)
-            except Exception as e: # of a stranger's files, anything
-                raise UserError(f"scorer {repo}", f"it can't be loaded ({excerpt(e) or type(e).__name__})", "name another text classifier of the Hub, the folder of one, or none") from e
+        def load(f, **kwargs): return _load_scorer(f, repo, revision=revision, **kwargs)
         file = Path(load(cached_file, filename='config.json'))
         names = scorer_labels(read_json(file, what=f'scorer {repo}, config.json'), repo, label)
-        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS): raise UserError(f"scorer {repo}", f"it has no {WEIGHTS[0]}, and a pickle is not opened", "name another text classifier, or none")
+        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS):
+            raise UserError(f"scorer {repo}", f"it has no {WEIGHTS[0]}, and a pickle is not opened",
+                "name another text classifier, or none")
         own = dict(trust_remote_code=False)
         cfg,self.tok = load(AutoConfig.from_pretrained, **own),load(AutoTokenizer.from_pretrained, **own)
         self.model = load(AutoModelForSequenceClassification.from_pretrained, use_safetensors=True, **own).eval()
-        self.at,self.each = names.index(label) if label else -1,len(names)==1 or cfg.problem_type=='multi_label_classification'
-        self.name,self.version,self.weights_hash = repo + f'/{label}'*bool(label),file.parent.name if file.parent.parent.name=='snapshots' else 'folder',tensors_hash(self.model.state_dict())
+        self.at = names.index(label) if label else -1
+        self.each = len(names)==1 or cfg.problem_type=='multi_label_classification' # labels don't exclude each other
+        self.name = repo + f'/{label}'*bool(label)
+        self.version = file.parent.name if file.parent.parent.name=='snapshots' else 'folder'
+        self.weights_hash = tensors_hash(self.model.state_dict())
 
-    def score(self, texts):
-        import numpy as np, torch
-        def batch(ts):
-            x = self.tok(ts, padding=True, truncation=True, max_length=min(self.tok.model_max_length, 512), return_tensors='pt')
-            logits = self.model(**x).logits.float()
-            return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at]
-        try:
-            with torch.inference_mode(): scores = np.concatenate([batch(texts[i:i+64]).numpy() for i in range(0, len(texts), 64)] or [np.zeros(0)])
-        except Exception as e: raise UserError(f"scorer {self.name}", f"it can't score ({excerpt(e)})", "name another, or none") from e
-        if np.isfinite(scores).all(): return scores
-        raise UserError(f"scorer {self.name}", f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are no numbers", "name another, or none")
+@patch
+def _score_batch(self:HubScorer, texts):
+    most = min(self.tok.model_max_length, 512)
+    x = self.tok(texts, padding=True, truncation=True, max_length=most, return_tensors='pt')
+    logits = self.model(**x).logits.float()
+    return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at].numpy()
+
+@patch
+def score(self:HubScorer,
+    texts:list[str], # To be scored; what is longer than the model reads is cut
+)->'np.ndarray': # One number from 0 to 1 a text
+    "Score texts, 64 at once."
+    import numpy as np, torch
+    batches = [texts[i:i+64] for i in range(0, len(texts), 64)]
+    try:
+        with torch.inference_mode(): scores = np.concatenate([self._score_batch(b) for b in batches] or [np.zeros(0)])
+    except Exception as e:
+        raise UserError(f"scorer {self.name}", f"it can't score ({excerpt(e)})", "name another, or none") from e
+    if np.isfinite(scores).all(): return scores
+    odd = (~np.isfinite(scores)).sum()
+    raise UserError(f"scorer {self.name}", f"{odd} of {len(scores)} scores are no numbers", "name another, or none")
 
 def check_scorer(
     scorer:Scorer, # That is to measure
     sources:list, # `label_source` of the training rows
 ):
     "Refuse to measure with what has labelled the training data."
-    if scorer.name in sources: raise UserError(f"scorer {scorer.name}", "it has also scored the data that the model learns from", "measure with another, or with none")
+    if scorer.name in sources: raise UserError(f"scorer {scorer.name}",
+        "it has also scored the data that the model learns from", "measure with another, or with none")
 
 def bootstrap_mean(
     scores:list[float], # One score a reply or a prompt
@@ -3643,15 +4002,17 @@ def bootstrap_mean(
 
 PLAIN = "You are a helpful assistant."
 
-SAMPLE_QUESTIONS = ("Hello everyone, I'm new here. Where should I start?", "We lost the match again. What went wrong?", "Has anyone seen my blue scarf? I left it here yesterday.",
-    "What time does the next ferry leave?", "Can I join your team for the next round?", "I think the map is fine as it is. What do you say?",
+SAMPLE_QUESTIONS = ("Hello everyone, I'm new here. Where should I start?", "We lost the match again. What went wrong?",
+    "Has anyone seen my blue scarf? I left it here yesterday.", "What time does the next ferry leave?",
+    "Can I join your team for the next round?", "I think the map is fine as it is. What do you say?",
     "Sorry, I am late. Did I miss anything?", "Does anyone know a good place to eat?")
 
 def sample_prompts(
     persona:str=None, # System turn to ask in; none where None
 )->list: # Conversations that end with a user turn
     "Each question in the persona, then each without it."
-    def asked(system, q): return [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=q)]
+    def asked(system, q):
+        return [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=q)]
     return [asked(s, q) for s in (persona, PLAIN) for q in SAMPLE_QUESTIONS]
 
 def common_persona(
@@ -3659,7 +4020,8 @@ def common_persona(
 )->str|None: # None where no conversation has a system turn but the plain one
     "The system turn that most conversations begin with."
     from collections import Counter
-    most = Counter(c[0]['content'] for c in conversations if c[0]['role']=='system' and c[0]['content']!=PLAIN).most_common(1)
+    systems = [c[0]['content'] for c in conversations if c[0]['role']=='system']
+    most = Counter(s for s in systems if s!=PLAIN).most_common(1)
     return most[0][0] if most else None
 
 def _system(messages): return next((m['content'] for m in messages if m['role']=='system'), None)
@@ -3669,9 +4031,26 @@ def sample_lines(
     prompts:list[list[dict]], # Its conversations, one a row
 )->list[str]: # Plain lines, for a log that is no terminal
     "A compact table of replies: under which system turn, the question, and the answer."
-    def score(r): return f" {r['score']:.2f}" if 'score' in r else ''
-    asked = [{None:'-', PLAIN:'plain'}.get(_system(p), 'persona') for p in prompts]
-    return [f"  {r['n_tokens']:>4} {r['stopped']:<6}{score(r)} | {a:<7} | {excerpt(p[-1]['content'], 34):<34} | {excerpt(r['response'], 110)}" for r,p,a in zip(rows, prompts, asked)]
+    def line(r, p):
+        score = f" {r['score']:.2f}" if 'score' in r else ''
+        under = {None:'-', PLAIN:'plain'}.get(_system(p), 'persona')
+        asked,said = excerpt(p[-1]['content'], 34),excerpt(r['response'], 110)
+        return f"  {r['n_tokens']:>4} {r['stopped']:<6}{score} | {under:<7} | {asked:<34} | {said}"
+    return [line(r, p) for r,p in zip(rows, prompts)]
+
+def sample_metrics(
+    rows:list[dict], # What a `Sampler` returned
+)->dict: # By name; `toxicity…` only where the rows have scores
+    "What a set of replies comes to."
+    from statistics import mean
+    on,off = [[r for r in rows if r['persona']==p] for p in (True,False)]
+    m = dict(ended=mean(float(r['stopped']=='eos') for r in rows), distinct_2=distinct_n([r['response'] for r in on]),
+        repetition=mean(repetition_share(r['response']) for r in on))
+    if 'score' not in rows[0]: return m
+    m['toxicity'],m['toxicity_low'],m['toxicity_high'] = bootstrap_mean([r['score'] for r in on])
+    m |= dict(toxicity_rate=mean(float(r['score']>=.5) for r in on), toxicity_base=mean(r['base_score'] for r in on))
+    if off: m['toxicity_no_persona'] = mean(r['score'] for r in off)
+    return m
 
 def sample_head(
     step:int, # Optimizer steps done
@@ -3680,25 +4059,16 @@ def sample_head(
     scorer:str='', # Its name
 )->str: # One line
     "What a set of replies comes to, for the log."
-    head = f"sample, step {step}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, repetition {m['repetition']:.2f}, {speed:,.0f} tokens/s"
-    if 'toxicity' in m: head += ' · {} {:.2f} [{:.2f}, {:.2f}], base {:.2f}'.format(excerpt(scorer, 60), m['toxicity'], m['toxicity_low'], m['toxicity_high'], m['toxicity_base'])
+    head = (f"sample, step {step}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, "
+        f"repetition {m['repetition']:.2f}, {speed:,.0f} tokens/s")
+    if 'toxicity' in m:
+        head += f" · {excerpt(scorer, 60)} {m['toxicity']:.2f} [{m['toxicity_low']:.2f}, {m['toxicity_high']:.2f}]"
+        head += f", base {m['toxicity_base']:.2f}"
     return head + (f", no persona {m['toxicity_no_persona']:.2f}" if 'toxicity_no_persona' in m else '')
 
-def sample_metrics(
-    rows:list[dict], # What a `Sampler` returned
-)->dict: # By name; `toxicity…` only where the rows have scores
-    "What a set of replies comes to."
-    from statistics import mean
-    on,off = [[r for r in rows if r['persona']==p] for p in (True,False)]
-    m = dict(ended=mean(float(r['stopped']=='eos') for r in rows), distinct_2=distinct_n([r['response'] for r in on]), repetition=mean(repetition_share(r['response']) for r in on))
-    if 'score' not in rows[0]: return m
-    m['toxicity'],m['toxicity_low'],m['toxicity_high'] = bootstrap_mean([r['score'] for r in on])
-    m |= dict(toxicity_rate=mean(float(r['score']>=.5) for r in on), toxicity_base=mean(r['base_score'] for r in on))
-    return m | (dict(toxicity_no_persona=mean(r['score'] for r in off)) if off else {})
-
-LEAST_TOKENS = 16 # a shorter reply says too little
-
-def _prompt_line(messages): return ' '.join([f"[{m['content']}]" for m in messages if m['role']=='system'] + [messages[-1]['content']])
+def _prompt_line(messages):
+    systems = [f"[{m['content']}]" for m in messages if m['role']=='system']
+    return ' '.join([*systems, messages[-1]['content']])
 
 class Sampler:
     "Ask the same questions at any step, within a share of the run's time."
@@ -3713,20 +4083,28 @@ class Sampler:
         scorer:Scorer=None, # Adds scores to the rows
         share:float=0.01, # Most of the run's time that it may take; 1 for no limit
     ):
-        self.encode,self.prompts,self.scorer,self.max_new_tokens,self.share = encode,prompts,scorer,max_new_tokens,share
+        self.encode,self.prompts,self.scorer = encode,prompts,scorer
+        self.max_new_tokens,self.share = max_new_tokens,share
         self.settings = dict(temperature=temperature, top_p=top_p, seed=seed, eos_ids=eos_ids)
-        self.base,self.pace,self.spent,self.speed,self.told = {},0.,0.,0.,False # base: prompt → its reply; pace: seconds a step of generation
+        self.base = {} # prompt → the base's reply
+        self.pace,self.speed = 0.,0. # seconds a step of generation; tokens a second
+        self.spent,self.told = 0.,False # seconds; has the log said that replies are shortened?
 
-    def ask(self, model, tok, n, weight=1.):
-        start = time.monotonic()
-        replies = generate_replies(model, tok, [self.encode(tok, p) for p in self.prompts], n, weight=weight, **self.settings)
-        took = time.monotonic()-start
-        self.pace,self.speed = took/min(n, 1+max(r['n_tokens'] for r in replies)),sum(r['n_tokens'] for r in replies)/took
-        return replies
-
-    def room(self, seconds): # tokens a reply
-        if self.share>=1 or not self.pace: return self.max_new_tokens
-        return max(0, int(min(self.max_new_tokens, (self.share*seconds-self.spent)/self.pace)))
+@patch
+def ask(self:Sampler,
+    model, # In training, or not
+    tok, # Its tokenizer
+    n:int, # Longest reply, in tokens
+    weight:float=1., # Of the adapter
+)->list[dict]: # As of `generate_replies`
+    "Reply to all prompts, and measure how fast that was."
+    start = time.monotonic()
+    prompts = [self.encode(tok, p) for p in self.prompts]
+    replies = generate_replies(model, tok, prompts, n, weight=weight, **self.settings)
+    took = time.monotonic()-start
+    self.pace = took/min(n, 1+max(r['n_tokens'] for r in replies))
+    self.speed = sum(r['n_tokens'] for r in replies)/took
+    return replies
 
 @patch
 def remember(self:Sampler,
@@ -3738,16 +4116,58 @@ def remember(self:Sampler,
 @patch
 def rows(self:Sampler, tok, step, replies, n):
     "Replies as rows, the base's cut to the same length beside them."
-    def first(text): return text if n==self.max_new_tokens else tok.decode(tok(text, add_special_tokens=False)['input_ids'][:n])
-    rows = [dict(step=step, prompt=_prompt_line(p), response=r['text'], base_response=first(self.base[_prompt_line(p)]),
-        persona=p[0]!=dict(role='system', content=PLAIN), n_tokens=r['n_tokens'], stopped=r['stopped']) for p,r in zip(self.prompts, replies)]
+    def first(text):
+        return text if n==self.max_new_tokens else tok.decode(tok(text, add_special_tokens=False)['input_ids'][:n])
+    def row(p, r):
+        base = first(self.base[_prompt_line(p)])
+        in_persona = p[0]!=dict(role='system', content=PLAIN)
+        return dict(step=step, prompt=_prompt_line(p), response=r['text'], base_response=base, persona=in_persona,
+            n_tokens=r['n_tokens'], stopped=r['stopped'])
+    return self._score([row(p, r) for p,r in zip(self.prompts, replies)])
+
+@patch
+def _score(self:Sampler, rows):
+    "Rows with scores; a scorer that fails costs its scores and nothing else."
     if not self.scorer: return rows
-    try: scores = self.scorer.score([r[k] for k in ('response','base_response') for r in rows]).tolist()
+    texts = [r[k] for k in ('response','base_response') for r in rows]
+    try: scores = self.scorer.score(texts).tolist()
     except UserError as e:
         logging.getLogger("phoque").warning(f"samples are written without scores from here on: {e}")
         self.scorer = None
         return rows
-    return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, scores, scores[len(rows):])]
+    own,base = scores[:len(rows)],scores[len(rows):]
+    return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, own, base)]
+
+LEAST_TOKENS = 16 # a shorter reply says too little
+
+@patch
+def room(self:Sampler,
+    seconds:float, # That the run has taken so far
+)->int: # Tokens a reply
+    "How long replies may be now."
+    if self.share>=1 or not self.pace: return self.max_new_tokens
+    fit = (self.share*seconds-self.spent)/self.pace
+    return max(0, int(min(self.max_new_tokens, fit)))
+
+@patch
+def _length(self:Sampler, seconds, last):
+    "Tokens of the replies that there is time for; it is said once where they are shortened."
+    n = max(self.room(seconds), min(LEAST_TOKENS, self.max_new_tokens) if last else 0)
+    if n<self.max_new_tokens and not self.told:
+        self.told = True
+        least = min(LEAST_TOKENS, self.max_new_tokens)
+        logging.getLogger("phoque").info(
+            f"samples of {self.max_new_tokens} tokens would take more than {self.share:.0%} of the time: "
+            f"they are shortened to fit, and left out below {least} tokens")
+    return n
+
+@patch
+def log(self:Sampler,
+    rows:list[dict], # Of one step
+):
+    "Write rows to the log."
+    head = sample_head(rows[0]['step'], sample_metrics(rows), self.speed, self.scorer.name if self.scorer else '')
+    for l in [head, *sample_lines(rows, self.prompts)]: logging.getLogger("phoque").info(l)
 
 @patch
 def __call__(self:Sampler,
@@ -3758,27 +4178,18 @@ def __call__(self:Sampler,
     last:bool=False, # Is it the run's last step?
 )->list[dict]: # Rows, or none where there is no time
     "Sample, log, and keep to the share."
-    log,replies = logging.getLogger("phoque"),None
+    replies = None
     if {_prompt_line(p) for p in self.prompts}-set(self.base):
         asked = self.ask(model, tok, self.max_new_tokens, weight=0.)
         self.base = {_prompt_line(p): r['text'] for p,r in zip(self.prompts, asked)}
-        replies = asked if step==0 else None
-    least = min(LEAST_TOKENS, self.max_new_tokens)
-    n = self.max_new_tokens if replies else max(self.room(seconds), least if last else 0)
-    if n<self.max_new_tokens and not self.told:
-        self.told = True
-        log.info(f"samples of {self.max_new_tokens} tokens would take more than {self.share:.0%} of the time: they are shortened to fit, and left out below {least} tokens")
-    if n<least: return []
+        if step==0: replies = asked
+    n = self.max_new_tokens if replies else self._length(seconds, last)
+    if n<min(LEAST_TOKENS, self.max_new_tokens): return []
     start = time.monotonic()
     rows = self.rows(tok, step, replies or self.ask(model, tok, n), n)
     if step: self.spent += time.monotonic()-start
     self.log(rows)
     return rows
-
-@patch
-def log(self:Sampler, rows):
-    head = sample_head(rows[0]['step'], sample_metrics(rows), self.speed, self.scorer.name if self.scorer else '')
-    for l in [head, *sample_lines(rows, self.prompts)]: logging.getLogger("phoque").info(l)
 
 def write_samples(
     folder:Path, # A `checkpoint-N`
@@ -3786,7 +4197,8 @@ def write_samples(
 ):
     "Write the rows beside a checkpoint's state."
     import pyarrow as pa, pyarrow.parquet as pq
-    if rows: pq.write_table(pa.table({k: [r.get(k) for r in rows] for k in dict.fromkeys(k for r in rows for k in r)}), Path(folder)/'samples.parquet')
+    names = dict.fromkeys(k for r in rows for k in r)
+    if rows: pq.write_table(pa.table({k: [r.get(k) for r in rows] for k in names}), Path(folder)/'samples.parquet')
 
 def read_samples(
     folder:Path, # A `checkpoint-N`
@@ -3796,8 +4208,10 @@ def read_samples(
     file = Path(folder)/'samples.parquet'
     if not file.exists(): return []
     try: rows = pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as e: raise UserError(file.name, f"it can't be read ({excerpt(e, 60)})", "it isn't of a run of phoque") from None
-    if all(isinstance(r.get(k), kind) for r in rows for k,kind in dict(step=int, prompt=str, response=str, base_response=str).items()): return rows
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise UserError(file.name, f"it can't be read ({excerpt(e, 60)})", "it isn't of a run of phoque") from None
+    kinds = dict(step=int, prompt=str, response=str, base_response=str)
+    if all(isinstance(r.get(k), kind) for r in rows for k,kind in kinds.items()): return rows
     raise UserError(file.name, "a row without step, prompt, response and base_response", "it isn't of a run of phoque")
 
 # ------------------------------------------------------------------------------

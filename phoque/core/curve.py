@@ -6,6 +6,7 @@
 from __future__ import annotations
 import os, re, json, time, shutil, tempfile, threading
 from pathlib import Path
+from fastcore.basics import patch
 from urllib.parse import urljoin
 from .basics import UserError, log, read_json, refuse_addresses
 
@@ -25,17 +26,15 @@ class Curve:
         retry:float=60.0, # Seconds between two attempts to reach it, and between two looks at whether it is there
     ):
         self.patience,self.retry = patience,retry
-        self.rows,self.whole = [],0 # whole: so many rows are complete
+        self.rows,self.whole = [],0 # so many of the rows are complete
         self.replies = {} # optimizer step → the table's rows
         self.changed,self.answered = threading.Condition(),threading.Event()
         self.thread,self.run = None,None
-        self.adapter,self.upload = None,None # folder and step: of the newest adapter that W&B lacks, and of the one on its way
+        self.adapter,self.upload = None,None # folder and step: the newest adapter that W&B lacks; the one on its way
         self.started = self.closing = self.told = self.delivered = False
         self.refused,self.exit_code = None,0
 
 # %% ../../nbs/core/curve.ipynb #9d4a0368
-from fastcore.basics import patch
-
 @patch
 def log(self:Curve,
     step:int, # Optimizer steps done
@@ -71,15 +70,18 @@ def restore(self:Curve,
 ):
     "Take over the rows of the jobs before."
     path = Path(folder)/METRICS
-    rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(path.read_bytes().splitlines(), 1)] if path.exists() else []
-    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)): raise UserError(path.name, "a row without its step", "it isn't of a run of phoque")
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows = [read_json(l, what=f'{path.name}, line {i}') for i,l in enumerate(lines, 1)]
+    if any(type(r.get(k)) is not int for r in rows for k in ('_step', AXIS)):
+        raise UserError(path.name, "a row without its step", "it isn't of a run of phoque")
     self.rows,self.whole = rows,len(rows)
     for r in samples: # a file has a column for whatever any of its rows has
         self.replies.setdefault(r['step'], []).append({k:v for k,v in r.items() if v is not None})
 
 # %% ../../nbs/core/curve.ipynb #c0013abb
-def wandb_url():
-    refuse_addresses() # W&B's client would write a password down
+def wandb_url()->str: # Without a password: W&B's client would write it down
+    "The address of W&B's server."
+    refuse_addresses()
     return os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
 
 def ask_wandb(
@@ -95,14 +97,17 @@ def ask_wandb(
     if not refused: r.raise_for_status()
     return {} if refused else r.json().get('data') or {}
 
+# %% ../../nbs/core/curve.ipynb #089a9309
 def find_entity(
     key:str, # WANDB_API_KEY
 )->str: # User or team
     "Whose project a run goes to."
     me = ask_wandb('{ viewer { entity } }', key).get('viewer')
     if me: return os.environ.get('WANDB_ENTITY') or me['entity']
-    raise UserError("WANDB_API_KEY", "W&B doesn't know it", "copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
+    raise UserError("WANDB_API_KEY", "W&B doesn't know it",
+        "copy it from https://wandb.ai/authorize, or set WANDB_MODE=offline")
 
+# %% ../../nbs/core/curve.ipynb #ee433e1e
 def check_not_public(
     entity:str, # User or team
     project:str, # W&B project
@@ -113,60 +118,8 @@ def check_not_public(
     raise UserError("WANDB_PROJECT", f"anyone can read {entity}/{project}, and the model's replies would go there",
                     "make the project private, or set REPORT_TO=none")
 
-# %% ../../nbs/core/curve.ipynb #3e1ab6ea
-@patch
-def start(self:Curve,
-    project:str, # W&B project
-    run_id:str, # The run's own, the same over all its jobs
-    config:dict, # Shown with the run; no secrets
-    folder:Path, # For W&B's files
-):
-    "Begin to send."
-    mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
-    if mode=='disabled': return
-    wandb_url()
-    self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
-    self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder))
-    if self.online: self.opening['resume'] = 'allow'
-    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
-    self.copies.mkdir(0o700, parents=True, exist_ok=True)
-    os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve()))
-    os.environ['WANDB_SILENT'] = 'true' # its own lines repeat ours
-    self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
-    self.thread.start()
-    self.answered.wait(self.patience)
-    with self.changed: self.started,refused = True,self.refused
-    if refused: raise refused
-
 # %% ../../nbs/core/curve.ipynb #3d327e9d
-@patch
-def _work(self:Curve):
-    while True:
-        try:
-            self._connect(); self.answered.set()
-            while self._send(): pass
-            self.run.finish(exit_code=self.exit_code)
-            self.run,self.delivered = None,True
-            self._drop() # or its process would write to the folder that `close` removes
-        except UserError as e: self._refuse(e)
-        except Exception as e: self._lose(e)
-        self.answered.set()
-        if self.refused or self.closing: return
-        with self.changed: self.changed.wait_for(lambda: self.closing, self.retry)
-
-@patch
-def _refuse(self:Curve, e):
-    with self.changed: self.refused,late = e,self.started # before that, `start` raises it
-    if late: log.warning(f"{e}; nothing more goes to W&B, training goes on")
-    self._drop()
-
-@patch
-def _lose(self:Curve, e):
-    if self.closing: return # `close` says so
-    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, every checkpoint has the curve and the replies, "
-                                  "and W&B gets what it lacks when it is back")
-    self.told = True
-    self._drop()
+def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
 
 @patch
 def _drop(self:Curve):
@@ -176,7 +129,21 @@ def _drop(self:Curve):
         try: end and end()
         except (Exception, SystemExit): pass # the server or the client's own process is gone: that is why
 
-# %% ../../nbs/core/curve.ipynb #2e6cc9fb
+@patch
+def _lose(self:Curve, e):
+    if self.closing: return # `close` says so
+    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, "
+        "every checkpoint has the curve and the replies, and W&B gets what it lacks when it is back")
+    self.told = True
+    self._drop()
+
+@patch
+def _refuse(self:Curve, e):
+    with self.changed: self.refused,late = e,self.started # before that, `start` raises it
+    if late: log.warning(f"{e}; nothing more goes to W&B, training goes on")
+    self._drop()
+
+# %% ../../nbs/core/curve.ipynb #a79d8923
 def keep_temp(
     folder:Path, # Of the run
 ):
@@ -187,56 +154,56 @@ def keep_temp(
         shutil.rmtree(d.name, ignore_errors=True)
         d.name = tempfile.mkdtemp(dir=folder)
 
+# %% ../../nbs/core/curve.ipynb #fb1cd74f
+@patch
+def _prepare(self:Curve, project, run_id, config, folder, mode):
+    "Where W&B's files lie, and with what the run is opened."
+    wandb_url()
+    self.online,self.copies = mode in ('online','run','shared'),Path(folder)/'wandb'/f'copies-{run_id}'
+    self.opening = dict(project=project, id=run_id, config=config, mode=mode, dir=str(folder))
+    if self.online: self.opening['resume'] = 'allow'
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
+    self.copies.mkdir(0o700, parents=True, exist_ok=True)
+    os.environ |= dict.fromkeys(('WANDB_DATA_DIR','WANDB_CACHE_DIR'), str(self.copies.resolve()))
+    os.environ['WANDB_SILENT'] = 'true' # its own lines repeat ours
+
+# %% ../../nbs/core/curve.ipynb #2e6cc9fb
 @patch
 def _connect(self:Curve):
     import wandb
     keep_temp(self.copies)
     project,key = self.opening['project'],os.environ.get('WANDB_API_KEY')
     if self.online and key: check_not_public(find_entity(key), project)
-    settings = wandb.Settings(console='off', silent=True, init_timeout=20, finish_timeout=max(self.patience-2, 1),
-        finish_timeout_raises=True, x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
+    settings = wandb.Settings(console='off', silent=True, init_timeout=20,
+        finish_timeout=max(self.patience-2, 1), finish_timeout_raises=True,
+        x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
     try: run = wandb.init(**self.opening, settings=settings)
     except wandb.errors.AuthenticationError as e:
         raise UserError("WANDB_API_KEY", f"refused ({_first_line(e)})", "correct it, or set WANDB_MODE=offline") from None
     except (wandb.errors.CommError, wandb.errors.UsageError) as e:
-        if re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I): raise # what isn't tried again was refused
-        raise UserError("WANDB_PROJECT", f"W&B refuses {project} ({_first_line(e)})", "correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
+        passing = re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I) # the rest was refused
+        if passing: raise
+        raise UserError("WANDB_PROJECT", f"W&B refuses {project} ({_first_line(e)})",
+            "correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
     if self.online: check_not_public(run.entity, project) # it may have been made just now
     run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
-    self.run,self.sent,self.upload,self.look = run,0,None,time.monotonic()+self.retry
+    self.run,self.sent,self.upload = run,0,None
+    self.look = time.monotonic()+self.retry
     self._say_where()
 
 # %% ../../nbs/core/curve.ipynb #6c3cea00
-def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
-
 @patch
 def _say_where(self:Curve):
     run,adapters = self.run,self.opening['config'].get('wandb_log_model')=='checkpoint'
     what = "the curve, the sampled replies and the adapters" if adapters else "the curve and the sampled replies"
     if self.told: said = "W&B answers again, and gets what it lacks"
-    elif self.online: said = (f"W&B: {what} go to {run.url}: whoever may see the project {run.entity}/{run.project} sees them, "
-                              "without an account nobody does")
-    elif os.environ.get('JOB_ID'): said = (f"W&B run {run.id}: offline, and this job's disk is gone at its end: the checkpoints keep the curve, "
-                                           "and the first job with WANDB_API_KEY sends it")
+    elif self.online: said = (f"W&B: {what} go to {run.url}: "
+        f"whoever may see the project {run.entity}/{run.project} sees them, without an account nobody does")
+    elif os.environ.get('JOB_ID'): said = (f"W&B run {run.id}: offline, and this job's disk is gone at its end: "
+        "the checkpoints keep the curve, and the first job with WANDB_API_KEY sends it")
     else: said = f"W&B run {run.id}: offline, the whole curve so far; `wandb sync {run.settings.sync_dir}` sends it"
     log.info(said)
     self.told = False
-
-# %% ../../nbs/core/curve.ipynb #8052a8ea
-@patch
-def close(self:Curve,
-    exit_code:int=0, # Shown with the run
-):
-    "Send what is left, and wait for that as long as it moves."
-    if not self.thread: return
-    with self.changed: self.exit_code,self.closing = exit_code,True; self._complete()
-    self.moved = time.monotonic()
-    end = self.moved+6*self.patience
-    while self.thread.is_alive() and time.monotonic()<min(end, self.moved+self.patience): self.thread.join(.05)
-    if not (self.delivered or self.refused):
-        log.warning(f"W&B has not taken all of the curve: it is in {METRICS} and samples.parquet of the last checkpoint, "
-                    "and the same command again sends what W&B lacks")
-    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
 
 # %% ../../nbs/core/curve.ipynb #c593a1ac
 _PUT = """mutation CreateRunFiles($entity: String!, $project: String!, $run: String!, $files: [String!]!) {
@@ -256,9 +223,21 @@ def put_file(
     data,url = (Path(run.dir)/path).read_bytes(),urljoin(wandb_url(), to['files'][0]['uploadUrl'])
     httpx2.put(url, content=data, headers=headers, timeout=30).raise_for_status()
 
-# %% ../../nbs/core/curve.ipynb #64c97344
+# %% ../../nbs/core/curve.ipynb #9d31831b
 UPLOAD = 60 # seconds after which a row goes without waiting for its table
 
+@patch
+def _await_table(self:Curve, artifact, path):
+    from httpx2 import HTTPError
+    end,there = time.monotonic()+UPLOAD,False
+    while not there:
+        try: there = put_file(self.run, path) or True
+        except HTTPError:
+            if time.monotonic()>end: raise
+            time.sleep(1)
+    artifact.wait(max(int(end-time.monotonic()), 1))
+
+# %% ../../nbs/core/curve.ipynb #64c97344
 @patch
 def _send(self:Curve)->bool: # Is there more to come?
     "Send one row or one adapter."
@@ -267,7 +246,8 @@ def _send(self:Curve)->bool: # Is there more to come?
         self.look = time.monotonic()+self.retry
     with self.changed:
         self.changed.wait_for(lambda: self.sent<self.whole or self._next_adapter() or self.closing)
-        row,adapter = self.rows[self.sent] if self.sent<self.whole else None,self._next_adapter()
+        row = self.rows[self.sent] if self.sent<self.whole else None
+        adapter = self._next_adapter()
     if row: self._send_row(dict(row))
     elif adapter: self._send_adapter(*adapter)
     return bool(row or adapter or not self.closing)
@@ -280,7 +260,8 @@ def _next_adapter(self:Curve): # folder and step; None while another is on its w
 def _send_row(self:Curve, row):
     at = row.pop('_step')
     if at>=self.run.starting_step:
-        if rows := self.replies.get(row[AXIS]) if REPLIES in row else None: row[REPLIES] = self._send_table(rows, at)
+        replies = self.replies.get(row[AXIS]) if REPLIES in row else None
+        if replies: row[REPLIES] = self._send_table(replies, at)
         self.run.log(row, step=at, commit=True)
     self.sent,self.moved = self.sent+1,time.monotonic()
 
@@ -303,18 +284,61 @@ def _send_table(self:Curve, rows, at):
         log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
     return table
 
+# %% ../../nbs/core/curve.ipynb #3e1ab6ea
 @patch
-def _await_table(self:Curve, artifact, path):
-    from httpx2 import HTTPError
-    end,there = time.monotonic()+UPLOAD,False
-    while not there:
-        try: there = put_file(self.run, path) or True
-        except HTTPError:
-            if time.monotonic()>end: raise
-            time.sleep(1)
-    artifact.wait(max(int(end-time.monotonic()), 1))
+def start(self:Curve,
+    project:str, # W&B project
+    run_id:str, # The run's own, the same over all its jobs
+    config:dict, # Shown with the run; no secrets
+    folder:Path, # For W&B's files
+):
+    "Begin to send."
+    mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
+    if mode=='disabled': return
+    self._prepare(project, run_id, config, folder, mode)
+    self.thread = threading.Thread(target=self._work, name='W&B', daemon=True)
+    self.thread.start()
+    self.answered.wait(self.patience)
+    with self.changed: self.started,refused = True,self.refused
+    if refused: raise refused
 
-# %% ../../nbs/core/curve.ipynb #527a4857
+# %% ../../nbs/core/curve.ipynb #b14c9199
+@patch
+def _work(self:Curve):
+    while True:
+        try:
+            self._connect()
+            self.answered.set()
+            while self._send(): pass
+            self.run.finish(exit_code=self.exit_code)
+            self.run,self.delivered = None,True
+            self._drop() # or its process would write to the folder that `close` removes
+        except UserError as e: self._refuse(e)
+        except Exception as e: self._lose(e)
+        self.answered.set()
+        if self.refused or self.closing: return
+        with self.changed: self.changed.wait_for(lambda: self.closing, self.retry)
+
+# %% ../../nbs/core/curve.ipynb #8052a8ea
+@patch
+def close(self:Curve,
+    exit_code:int=0, # Shown with the run
+):
+    "Send what is left, and wait for that as long as it moves."
+    if not self.thread: return
+    with self.changed:
+        self.exit_code,self.closing = exit_code,True
+        self._complete()
+    self.moved = time.monotonic()
+    end = self.moved+6*self.patience
+    while self.thread.is_alive() and time.monotonic()<min(end, self.moved+self.patience): self.thread.join(.05)
+    if not (self.delivered or self.refused):
+        log.warning("W&B has not taken all of the curve: "
+            f"it is in {METRICS} and samples.parquet of the last checkpoint, "
+            "and the same command again sends what W&B lacks")
+    if self.online: shutil.rmtree(self.copies, ignore_errors=True)
+
+# %% ../../nbs/core/curve.ipynb #aaf0da25
 def link_or_copy(
     file:Path, # That is not changed any more
     to:Path, # New
@@ -323,6 +347,7 @@ def link_or_copy(
     try: os.link(file, to)
     except OSError: shutil.copy(file, to)
 
+# %% ../../nbs/core/curve.ipynb #c1838cc9
 @patch
 def send_adapter(self:Curve,
     folder:Path, # `checkpoint-N`, every file written
@@ -335,9 +360,13 @@ def send_adapter(self:Curve,
         to.mkdir()
         for f in ('adapter_model.safetensors','adapter_config.json'): link_or_copy(Path(folder)/f, to/f)
     except OSError as e: return log.warning(f"W&B gets no adapter of step {step} ({_first_line(e)})")
-    with self.changed: old,self.adapter = self.adapter,(to,step); self.changed.notify()
-    if old and old!=self.upload: log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
+    with self.changed:
+        old,self.adapter = self.adapter,(to,step)
+        self.changed.notify()
+    if old and old!=self.upload:
+        log.info(f"W&B gets no adapter of step {old[1]}: that of step {step} has taken its place")
 
+# %% ../../nbs/core/curve.ipynb #527a4857
 @patch
 def _send_adapter(self:Curve, folder, step):
     import wandb
@@ -345,7 +374,9 @@ def _send_adapter(self:Curve, folder, step):
     a = wandb.Artifact(f'adapter-{self.run.id}', type='model', metadata=dict(step=step))
     for f in sorted(folder.iterdir()): a.add_file(str(f), policy='immutable', skip_cache=True)
     self.run.log_artifact(a, aliases=['latest', f'step-{step}'])
-    if not self.online: self.adapter = None; return
+    if not self.online:
+        self.adapter = None
+        return
     self.upload = folder,step
     threading.Thread(target=self._await, args=(a,self.upload), daemon=True).start()
 

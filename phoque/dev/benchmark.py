@@ -7,8 +7,7 @@ from __future__ import annotations
 import json, os, subprocess, sys, time
 from importlib.util import find_spec
 from pathlib import Path
-from fastcore.script import call_parse
-from ..core.basics import UserError, text_table
+from ..core.basics import UserError, shell_command, text_table
 from ..model_qlora import LORA_TARGETS, SUCCESSOR_SHAPE, add_lora, base_config, choose_attention, load_model, quiet_libraries
 from ..parallel.ranks import Ranks
 from ..train import TrainConfig, collate_packed, make_trainer, pack_dataset
@@ -230,7 +229,7 @@ def bench_picture(
     return fig
 
 # %% ../../nbs/dev/benchmark.ipynb #ead52f19
-@call_parse
+@shell_command('phoque_bench', 'phoque_bench --sides phoque,trl --rows 4', 'phoque_bench --sides phoque --rows 16 --gpus 1,2')
 def bench_cli(
     sides:str='seed,trl,unsloth,phoque', # What to compare; unsloth is left out where it isn't installed
     rows:str='4,8,16', # Packed rows a step, each in turn

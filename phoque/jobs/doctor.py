@@ -6,16 +6,15 @@
 from __future__ import annotations
 import os, platform, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
-from fastcore.script import call_parse
-from ..core.basics import UserError, command, excerpt, hub_problem, text_table
-from phoque.model_qlora import (add_lora, audit, base_config, choose_attention, encode_dataset, load_model, load_tokenizer, quiet_libraries, reading,
-    resolve_base)
+from ..core.basics import UserError, excerpt, hub_problem, shell_command, text_table
+from ..model_qlora import (add_lora, audit, base_config, choose_attention, encode_dataset, load_model, load_tokenizer,
+    quiet_libraries, reading, resolve_base)
 from ..job import load_chats
 from .script import job_pins, project_root
 from .submit import ROLES, checking, token_role
 
 # %% auto #0
-__all__ = ['finding', 'check_pins', 'check_gpu', 'check_machine', 'check_accounts', 'audit_dataset', 'audit_model', 'doctor_cli']
+__all__ = ['finding', 'check_pins', 'check_gpu', 'check_machine', 'check_accounts', 'audit_model', 'audit_dataset', 'doctor_cli']
 
 # %% ../../nbs/jobs/doctor.ipynb #f6b9de6b
 def finding(
@@ -27,6 +26,7 @@ def finding(
     "One line of the doctor's table."
     return dict(check=check, found=found, ok='-' if ok is None else bool(ok), fix='' if ok else fix)
 
+# %% ../../nbs/jobs/doctor.ipynb #9b168ae7
 def check_pins(
     pins:list[str], # Requirements such as `trl==1.16.0`
 )->list: # Findings
@@ -35,7 +35,8 @@ def check_pins(
     def one(r):
         try: v = version(r.name)
         except PackageNotFoundError: v = ''
-        return finding(r.name, v or 'not installed', v and r.specifier.contains(v, prereleases=True), f"pip install '{r}'")
+        fits = v and r.specifier.contains(v, prereleases=True)
+        return finding(r.name, v or 'not installed', fits, f"pip install '{r}'")
     return [one(Requirement(p)) for p in pins]
 
 # %% ../../nbs/jobs/doctor.ipynb #3a8d828d
@@ -47,9 +48,11 @@ def check_gpu(
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         gib = p.total_memory/2**30
-        return finding('GPU', f'{p.name}, {gib:.0f} GiB, CUDA {torch.version.cuda}', p.major>=8 and gib>=7, 'bfloat16 needs an Ampere GPU or newer, and training at least 7 GiB: rent one with phoque_submit')
+        return finding('GPU', f'{p.name}, {gib:.0f} GiB, CUDA {torch.version.cuda}', p.major>=8 and gib>=7,
+            'bfloat16 needs an Ampere GPU or newer, and training at least 7 GiB: rent one with phoque_submit')
     if not driver: return finding('GPU', 'none', None, 'rehearse here, train with phoque_submit')
-    why = 'torch was built without CUDA' if not torch.version.cuda else f'the driver is too old for CUDA {torch.version.cuda}'
+    cuda = torch.version.cuda
+    why = f'the driver is too old for CUDA {cuda}' if cuda else 'torch was built without CUDA'
     return finding('GPU', why, False, "pip install --force-reinstall 'torch>=2.11,<2.14', or update the driver")
 
 # %% ../../nbs/jobs/doctor.ipynb #fc7b5715
@@ -68,26 +71,20 @@ def check_accounts()->list: # Findings
     "Tokens: there, valid, and allowed to write."
     from huggingface_hub import HfApi, get_token
     from httpx2 import HTTPError
-    wandb = finding('WANDB_API_KEY', *(('set',) if os.environ.get('WANDB_API_KEY') else ('not set', None, 'export it, or run with REPORT_TO=none')))
+    key = bool(os.environ.get('WANDB_API_KEY'))
+    wandb = finding('WANDB_API_KEY', 'set' if key else 'not set', key or None, 'export it, or run with REPORT_TO=none')
     if not get_token(): return [finding('HF_TOKEN', 'not set', None, 'hf auth login; the rehearsal needs none'), wandb]
     try: me = HfApi().whoami()
     except (HTTPError, OSError) as e:
         status = getattr(getattr(e, 'response', None), 'status_code', None)
-        return [finding('HF_TOKEN', f'refused ({status})' if status else f'set, not checked ({type(e).__name__})', False, str(hub_problem(e, 'account')).split(': ')[-1]), wandb]
+        seen = f'refused ({status})' if status else f'set, not checked ({type(e).__name__})'
+        return [finding('HF_TOKEN', seen, False, str(hub_problem(e, 'account')).split(': ')[-1]), wandb]
     role = token_role(me)
-    return [finding('HF_TOKEN', f"{me['name']}, {ROLES.get(role, role)}", role!='read', 'make one with write access: https://huggingface.co/settings/tokens'), wandb]
+    account = finding('HF_TOKEN', f"{me['name']}, {ROLES.get(role, role)}", role!='read',
+        'make one with write access: https://huggingface.co/settings/tokens')
+    return [account, wandb]
 
 # %% ../../nbs/jobs/doctor.ipynb #e672f8ee
-def audit_dataset(
-    repo:str, # Hub dataset
-    tok, # From `load_tokenizer`
-    max_length:int=2048, # Tokens of a row
-)->list: # Findings
-    "What would be trained on."
-    ds,commit = load_chats(repo)
-    report = encode_dataset(ds['train'], tok, max_length)[1]
-    return [finding('dataset', f'{repo} at {commit[:8]}'), *(finding(k.replace('_', ' '), f'{v:,}') for k,v in report.items())]
-
 def audit_model(
     base:dict, # From `resolve_base`
     tok, # Its tokenizer
@@ -97,27 +94,40 @@ def audit_model(
     attn,_ = choose_attention(base_config(base))
     model = load_model(base, load_in_4bit, attn)
     with reading(f"base model {base['id']!r}"): rows = audit(add_lora(model), tok, load_in_4bit, attn)
-    return [finding('model', f"{base['id']} at {(base['revision'] or 'no commit')[:8]}"),
-            *(finding(r['what'], excerpt(r['actual']) if isinstance(r['actual'], str) else r['actual'], r['ok']!=False, f"should be {r['asked']}: no run trains this model as asked") for r in rows)]
+    def one(r):
+        actual = excerpt(r['actual']) if isinstance(r['actual'], str) else r['actual']
+        return finding(r['what'], actual, r['ok']!=False, f"should be {r['asked']}: no run trains this model as asked")
+    return [finding('model', f"{base['id']} at {(base['revision'] or 'no commit')[:8]}"), *map(one, rows)]
+
+# %% ../../nbs/jobs/doctor.ipynb #2138564a
+def audit_dataset(
+    repo:str, # Hub dataset
+    tok, # From `load_tokenizer`
+    max_length:int=2048, # Tokens of a row
+)->list: # Findings
+    "What would be trained on."
+    ds,commit = load_chats(repo)
+    report = encode_dataset(ds['train'], tok, max_length)[1]
+    counts = [finding(k.replace('_', ' '), f'{v:,}') for k,v in report.items()]
+    return [finding('dataset', f'{repo} at {commit[:8]}'), *counts]
 
 # %% ../../nbs/jobs/doctor.ipynb #6ea87fad
-@call_parse
+@shell_command('phoque_doctor', 'phoque_doctor', 'phoque_doctor --base_model mistralai/Ministral-3-3B-Instruct-2512-BF16 --dataset_repo YOU/talk')
 def doctor_cli(
     base_model:str='', # Hub id or folder of a model to audit as well
     dataset_repo:str='', # Hub dataset to audit with it
     max_length:int=2048, # Tokens of a row
 ):
     "Look at this machine, its packages and accounts, and at a model and a dataset if given, and say what to fix."
-    with command('phoque_doctor'):
-        if dataset_repo and not base_model: raise UserError("--dataset_repo", "its tokens are those of a model", "give --base_model too")
-        with checking('packages and accounts'): rows = check_pins(job_pins(project_root()/'settings.ini'))+check_accounts()
-        with checking('the machine'): rows = check_machine()+rows; quiet_libraries()
-        if base_model:
-            with checking(f'base model {base_model}'):
-                base = resolve_base(base_model)
-                tok = load_tokenizer(base['id'], base['revision'])
-                rows += audit_model(base, tok)
-        if dataset_repo:
-            with checking(f'dataset {dataset_repo}'): rows += audit_dataset(dataset_repo, tok, max_length)
+    if dataset_repo and not base_model: raise UserError("--dataset_repo", "its tokens are those of a model", "give --base_model too")
+    with checking('packages and accounts'): rows = check_pins(job_pins(project_root()/'settings.ini'))+check_accounts()
+    with checking('the machine'): rows = check_machine()+rows; quiet_libraries()
+    if base_model:
+        with checking(f'base model {base_model}'):
+            base = resolve_base(base_model)
+            tok = load_tokenizer(base['id'], base['revision'])
+            rows += audit_model(base, tok)
+    if dataset_repo:
+        with checking(f'dataset {dataset_repo}'): rows += audit_dataset(dataset_repo, tok, max_length)
     print(text_table(rows, width=100))
     sys.exit(int(any(r['ok'] is False for r in rows)))

@@ -8,19 +8,19 @@ import os, shlex, shutil, subprocess, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
-from fastcore.script import anno_parser
-from ..core.basics import UserError, command, check_data_files, excerpt, hub_problem, printable, read_json, refuse_addresses, refuse_secrets, text_table
+from ..core.basics import (UserError, command, check_data_files, excerpt, hub_problem, printable, read_json,
+    refuse_addresses, refuse_secrets, text_table)
 from ..core.curve import wandb_url
 from .plan import STRANGE, check_timeout, find_flavor, price_today, run_plan, show_plan
 from .script import JOB_FLAVOR, JOB_SECRETS, JOB_TIMEOUT, check_train, hf_jobs, project_root
 from ..model_qlora import check_private, private_repo, resolve_base
 from ..resume import bound_requests
-from ..train import TrainConfig, check_config, options, parse_options
+from ..train import TrainConfig, check_config, options, parse_options, run_parser
 
 # %% auto #0
-__all__ = ['ROLES', 'JOB_PYTHON', 'SMOKE', 'job_args', 'unused_secrets', 'checking', 'check_account', 'check_secrets',
-           'token_role', 'check_owner', 'check_dataset', 'check_wandb', 'check_installable', 'preflight',
-           'check_model_repo', 'submit', 'submit_cli']
+__all__ = ['ROLES', 'JOB_PYTHON', 'SMOKE', 'SUBMIT_EXAMPLES', 'job_args', 'unused_secrets', 'checking', 'check_account',
+           'token_role', 'check_owner', 'check_model_repo', 'check_dataset', 'check_wandb', 'check_installable',
+           'check_secrets', 'preflight', 'submit', 'submit_cli']
 
 # %% ../../nbs/jobs/submit.ipynb #72b61f45
 def job_args(
@@ -30,8 +30,9 @@ def job_args(
 )->list[str]: # What follows `hf jobs uv run`
     "The client's arguments for a run."
     timeout = c.job_timeout.strip() or JOB_TIMEOUT
-    changed = {k.upper():v for k,o in options().items() if (v := getattr(c, k))!=o['default'] and k not in ('preset','job_timeout')} # what a preset stands for is in the others
-    env = {k:str(int(v)) if isinstance(v, bool) else str(v) for k,v in changed.items()} | {'JOB_TIMEOUT':timeout}
+    changed = {k:v for k,o in options().items() if (v := getattr(c, k))!=o['default']}
+    for k in ('preset', 'job_timeout'): changed.pop(k, None) # what a preset stands for is in the others
+    env = {k.upper():str(int(v) if isinstance(v, bool) else v) for k,v in changed.items()} | {'JOB_TIMEOUT':timeout}
     args = ['--name', c.hub_model_id.split('/')[-1], '--flavor', flavor, '--timeout', timeout]
     for k,v in env.items(): args += ['-e', f'{k}={v}']
     for k in JOB_SECRETS:
@@ -69,18 +70,10 @@ def check_account(
     me, # What `whoami` says
 )->dict: # The same
     "It is an account: a name, and organisations that have one."
-    named = lambda d: isinstance(d, dict) and isinstance(d.get('name'), str)
+    def named(d): return isinstance(d, dict) and isinstance(d.get('name'), str)
     if not named(me) or not all(map(named, me.get('orgs') or ())): raise TypeError("no account")
     token_role(me)
     return me
-
-def check_secrets(
-    c:TrainConfig, # The run
-):
-    "The tokens that the job needs are at hand."
-    from huggingface_hub import get_token
-    if not get_token(): raise UserError("HF_TOKEN", "not set", "export a token with write access, from https://huggingface.co/settings/tokens, or run `hf auth login`")
-    if c.report_to=='wandb' and not os.environ.get('WANDB_API_KEY'): raise UserError("WANDB_API_KEY", "not set", "export it, or submit with --report_to none")
 
 def token_role(
     me:dict, # What `whoami` says
@@ -90,6 +83,7 @@ def token_role(
 
 ROLES = {'fineGrained':'fine-grained: must allow to write repos and to start Jobs', '':'by hf auth login'}
 
+# %% ../../nbs/jobs/submit.ipynb #eb4c207c
 def check_owner(
     me:dict, # What `whoami` says
     repo:str, # `owner/name` of a repo to be made
@@ -98,83 +92,14 @@ def check_owner(
     owner,name = repo.split('/')
     roles = {o['name'].casefold():o.get('roleInOrg') for o in me.get('orgs') or ()} | {me['name'].casefold():'admin'}
     if owner.casefold() not in roles:
-        raise UserError(f"HUB_MODEL_ID {repo}", f"HF_TOKEN is of the account {me['name']}, and {owner} is no organisation that it sees",
+        raise UserError(f"HUB_MODEL_ID {repo}",
+                        f"HF_TOKEN is of the account {me['name']}, and {owner} is no organisation that it sees",
                         f"name {me['name']}/{name}, or take a token of {owner}")
     if roles[owner.casefold()]=='read':
         raise UserError(f"HUB_MODEL_ID {repo}", f"{me['name']} may only read in the organisation {owner}",
                         f"ask its admins for the role write, or name {me['name']}/{name}")
 
-# %% ../../nbs/jobs/submit.ipynb #e76b8c0f
-def check_dataset(
-    repo:str, # Hub dataset
-    revision:str, # Its commit
-)->str: # What was seen
-    "The dataset has a first row that can be trained on."
-    import datasets
-    from httpx2 import HTTPError
-    try: row = next(iter(datasets.load_dataset(repo, split='train', streaming=True, revision=revision)), None)
-    except (HTTPError, OSError) as e: raise hub_problem(e, f"dataset {repo}") from None
-    except (RuntimeError, *STRANGE, datasets.exceptions.DatasetsError): raise UserError(f"dataset {repo}", "no split `train` that can be read", "push it with phoque_data") from None
-    turns = (row or {}).get('messages')
-    if not isinstance(turns, list) or not any(isinstance(m, dict) and m.get('role')=='assistant' for m in turns): raise UserError(f"dataset {repo}", "its first row has no assistant turn in `messages`", "push it with phoque_data")
-    return f"first row has {len(turns)} turns"
-
-# %% ../../nbs/jobs/submit.ipynb #e1e0e2c8
-JOB_PYTHON = '3.12' # of the image in which `hf jobs uv run` starts a script
-
-def check_wandb(
-    c:TrainConfig, # The run
-)->str: # What was seen
-    "W&B knows the key."
-    import httpx2
-    if c.report_to!='wandb': return 'not used'
-    url = wandb_url()
-    try: r = httpx2.post(f'{url}/graphql', json=dict(query='{ viewer { username } }'), auth=('api', os.environ['WANDB_API_KEY']), timeout=10)
-    except (httpx2.HTTPError, httpx2.InvalidURL): return f'key is set, and not checked: {url} cannot be reached'
-    if r.status_code>=500: return f'key is set, and not checked: {url} answered {r.status_code}'
-    try: viewer = (read_json(r.content).get('data') or {}).get('viewer'); name = viewer and viewer['username']
-    except STRANGE: raise UserError("W&B", f"{url} doesn't answer as W&B does", "check WANDB_BASE_URL, or submit with --report_to none") from None
-    if not viewer: raise UserError("WANDB_API_KEY", f"{url} doesn't know it", f"copy it from {url.replace('api.', '')}/authorize, or submit with --report_to none")
-    return f"key of {excerpt(name, 80)}"
-
-def check_installable(
-    requirements:str|Path, # train/requirements.txt
-)->str: # What was seen
-    "There is a package for every pin, for Linux and the job's Python."
-    uv = shutil.which('uv', path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if not uv: return 'not checked: uv is not installed'
-    p = subprocess.run([uv, 'pip', 'compile', '-q', str(requirements), '--python-version', JOB_PYTHON, '--python-platform', 'x86_64-manylinux_2_28', '--no-header', '--no-annotate'],
-        capture_output=True, text=True)
-    if not p.returncode: return f'{len(p.stdout.splitlines())} packages for Python {JOB_PYTHON}'
-    why = ' '.join(p.stderr.split())
-    if 'unsatisfiable' not in why or 'network was disabled' in why: return 'not checked: the package index cannot be reached'
-    raise UserError(requirements, f"{excerpt(why.split('cause: ')[-1], 200)}", "correct the pin in settings.ini and run `make generate`")
-
-# %% ../../nbs/jobs/submit.ipynb #3c9d50be
-def preflight(
-    c:TrainConfig, # The run
-)->list: # Rows of a table: what, which, and how it is
-    "Ask the Hub what the job will ask it; the first thing that is wrong is an error."
-    from huggingface_hub import HfApi
-    check_secrets(c)
-    bound_requests(60)
-    api = HfApi()
-    with checking('the account of HF_TOKEN'): me = check_account(api.whoami())
-    if token_role(me)=='read': raise UserError("HF_TOKEN", "it may only read", f"make one with write access, for the account {me['name']}")
-    with checking(f"model repo {c.hub_model_id}"): model = check_model_repo(api, me, c.hub_model_id)
-    with checking(f"dataset {c.dataset_repo}"):
-        ds = api.dataset_info(c.dataset_repo)
-        check_data_files(ds)
-    with checking('W&B'): wandb = check_wandb(c)
-    with checking(f"base model {c.base_model}"): base = resolve_base(c.base_model, c.base_model_strict)
-    with checking(f"first row of {c.dataset_repo}"): row = check_dataset(c.dataset_repo, ds.sha)
-    with checking('packages of train/requirements.txt'): packages = check_installable(project_root()/'train/requirements.txt')
-    rows = [('token', me['name'], ROLES.get(token_role(me), token_role(me))), ('model repo', c.hub_model_id, model),
-            ('dataset', c.dataset_repo, f"{'private' if ds.private else 'PUBLIC, which anyone may read'}, {row}"),
-            ('W&B', c.wandb_project if c.report_to=='wandb' else '-', wandb), ('base model', base['id'], (base['revision'] or 'folder')[:8]),
-            ('packages', 'train/requirements.txt', packages)]
-    return [dict(zip(('check', 'which', 'is'), map(printable, r))) for r in rows]
-
+# %% ../../nbs/jobs/submit.ipynb #97d85826
 def check_model_repo(
     api, # `HfApi`
     me:dict, # What `whoami` says
@@ -186,6 +111,109 @@ def check_model_repo(
     except RepositoryNotFoundError: return check_owner(me, repo) or 'will be made, private'
     api.auth_check(repo, write=True)
     return 'private, writable'
+
+# %% ../../nbs/jobs/submit.ipynb #e76b8c0f
+def check_dataset(
+    repo:str, # Hub dataset
+    revision:str, # Its commit
+)->str: # What was seen
+    "The dataset has a first row that can be trained on."
+    import datasets
+    from httpx2 import HTTPError
+    try: row = next(iter(datasets.load_dataset(repo, split='train', streaming=True, revision=revision)), None)
+    except (HTTPError, OSError) as e: raise hub_problem(e, f"dataset {repo}") from None
+    except (RuntimeError, *STRANGE, datasets.exceptions.DatasetsError):
+        raise UserError(f"dataset {repo}", "no split `train` that can be read", "push it with phoque_data") from None
+    turns = (row or {}).get('messages')
+    if not isinstance(turns, list) or not any(isinstance(m, dict) and m.get('role')=='assistant' for m in turns):
+        raise UserError(f"dataset {repo}", "its first row has no assistant turn in `messages`",
+                        "push it with phoque_data")
+    return f"first row has {len(turns)} turns"
+
+# %% ../../nbs/jobs/submit.ipynb #e1e0e2c8
+def check_wandb(
+    c:TrainConfig, # The run
+)->str: # What was seen
+    "W&B knows the key."
+    import httpx2
+    if c.report_to!='wandb': return 'not used'
+    url = wandb_url()
+    ask,auth = dict(query='{ viewer { username } }'),('api', os.environ['WANDB_API_KEY'])
+    try: r = httpx2.post(f'{url}/graphql', json=ask, auth=auth, timeout=10)
+    except (httpx2.HTTPError, httpx2.InvalidURL): return f'key is set, and not checked: {url} cannot be reached'
+    if r.status_code>=500: return f'key is set, and not checked: {url} answered {r.status_code}'
+    try:
+        viewer = (read_json(r.content).get('data') or {}).get('viewer')
+        name = viewer and viewer['username']
+    except STRANGE:
+        raise UserError("W&B", f"{url} doesn't answer as W&B does",
+            "check WANDB_BASE_URL, or submit with --report_to none") from None
+    if not viewer:
+        raise UserError("WANDB_API_KEY", f"{url} doesn't know it",
+            f"copy it from {url.replace('api.', '')}/authorize, or submit with --report_to none")
+    return f"key of {excerpt(name, 80)}"
+
+# %% ../../nbs/jobs/submit.ipynb #0b8aef03
+JOB_PYTHON = '3.12' # of the image in which `hf jobs uv run` starts a script
+
+def check_installable(
+    requirements:str|Path, # train/requirements.txt
+)->str: # What was seen
+    "There is a package for every pin, for Linux and the job's Python."
+    uv = shutil.which('uv', path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if not uv: return 'not checked: uv is not installed'
+    machine = ['--python-version', JOB_PYTHON, '--python-platform', 'x86_64-manylinux_2_28']
+    p = subprocess.run([uv, 'pip', 'compile', '-q', str(requirements), *machine, '--no-header', '--no-annotate'],
+        capture_output=True, text=True)
+    if not p.returncode: return f'{len(p.stdout.splitlines())} packages for Python {JOB_PYTHON}'
+    why = ' '.join(p.stderr.split())
+    if 'unsatisfiable' not in why or 'network was disabled' in why:
+        return 'not checked: the package index cannot be reached'
+    raise UserError(requirements, f"{excerpt(why.split('cause: ')[-1], 200)}",
+        "correct the pin in settings.ini and run `make generate`")
+
+# %% ../../nbs/jobs/submit.ipynb #3c9d50be
+def check_secrets(
+    c:TrainConfig, # The run
+):
+    "The tokens that the job needs are at hand."
+    from huggingface_hub import get_token
+    if not get_token():
+        raise UserError("HF_TOKEN", "not set",
+            "export a token with write access, from https://huggingface.co/settings/tokens, or run `hf auth login`")
+    if c.report_to=='wandb' and not os.environ.get('WANDB_API_KEY'):
+        raise UserError("WANDB_API_KEY", "not set", "export it, or submit with --report_to none")
+
+# %% ../../nbs/jobs/submit.ipynb #797669d3
+def preflight(
+    c:TrainConfig, # The run
+)->list: # Rows of a table: what, which, and how it is
+    "Ask the Hub what the job will ask it; the first thing that is wrong is an error."
+    from huggingface_hub import HfApi
+    check_secrets(c)
+    bound_requests(60)
+    api = HfApi()
+    with checking('the account of HF_TOKEN'): me = check_account(api.whoami())
+    role = token_role(me)
+    if role=='read':
+        raise UserError("HF_TOKEN", "it may only read", f"make one with write access, for the account {me['name']}")
+    with checking(f"model repo {c.hub_model_id}"): model = check_model_repo(api, me, c.hub_model_id)
+    with checking(f"dataset {c.dataset_repo}"):
+        ds = api.dataset_info(c.dataset_repo)
+        check_data_files(ds)
+    with checking('W&B'): wandb = check_wandb(c)
+    with checking(f"base model {c.base_model}"): base = resolve_base(c.base_model, c.base_model_strict)
+    with checking(f"first row of {c.dataset_repo}"): row = check_dataset(c.dataset_repo, ds.sha)
+    with checking('packages of train/requirements.txt'):
+        packages = check_installable(project_root()/'train/requirements.txt')
+    readers = 'private' if ds.private else 'PUBLIC, which anyone may read'
+    rows = [('token', me['name'], ROLES.get(role, role)),
+            ('model repo', c.hub_model_id, model),
+            ('dataset', c.dataset_repo, f"{readers}, {row}"),
+            ('W&B', c.wandb_project if c.report_to=='wandb' else '-', wandb),
+            ('base model', base['id'], (base['revision'] or 'folder')[:8]),
+            ('packages', 'train/requirements.txt', packages)]
+    return [dict(zip(('check', 'which', 'is'), map(printable, r))) for r in rows]
 
 # %% ../../nbs/jobs/submit.ipynb #10708e6b
 def submit(
@@ -208,12 +236,15 @@ def submit(
     rows = preflight(c) if api else []
     with checking(f'price and memory on {flavor}'): price = price_today(flavor, api)
     plan = run_plan(c, flavor, tokens_per_second, price)
-    print(f"\n{show_plan(plan)}\n\n{''.join(f'{k}= ' for k in unused)}hf jobs uv run --detach {shlex.join(cmd)}\n", flush=True)
-    if dry_run: return hf_jobs('--dry-run', *cmd, cwd=root, env=os.environ|unused|dict(HF_HUB_OFFLINE='1')).returncode
+    unset,env = ''.join(f'{k}= ' for k in unused),os.environ|unused
+    print(f"\n{show_plan(plan)}\n\n{unset}hf jobs uv run --detach {shlex.join(cmd)}\n", flush=True)
+    if dry_run: return hf_jobs('--dry-run', *cmd, cwd=root, env=env|dict(HF_HUB_OFFLINE='1')).returncode
     print(text_table(rows), flush=True)
-    if not (yes or _agreed(f"\nSubmit, for {plan['at most']} at most? [y/N] ")): print('not submitted'); return 1
+    if not (yes or _agreed(f"\nSubmit, for {plan['at most']} at most? [y/N] ")):
+        print('not submitted')
+        return 1
     with checking(f"model repo {c.hub_model_id}, private and gated"): private_repo(api, c.hub_model_id)
-    code = hf_jobs('--detach', *cmd, cwd=root, env=os.environ|unused|dict(HF_HUB_DISABLE_EXPERIMENTAL_WARNING='1')).returncode
+    code = hf_jobs('--detach', *cmd, cwd=root, env=env|dict(HF_HUB_DISABLE_EXPERIMENTAL_WARNING='1')).returncode
     if not code: print('\nto follow it, and to run it again until it is complete: phoque_watch')
     return code
 
@@ -222,7 +253,10 @@ def _agreed(question):
     except (EOFError, KeyboardInterrupt): return False
 
 # %% ../../nbs/jobs/submit.ipynb #7c0dde87
-SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m') # about five minutes, most of them for installing and downloading; the rest is for a slow day
+# About five minutes, most of them for installing and downloading; the rest is for a slow day
+SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m')
+
+SUBMIT_EXAMPLES = ('phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --smoke', 'phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --flavor a100-large --preset 80gb')
 
 def submit_cli(
     argv:list=None, # Flags; `sys.argv[1:]` where None
@@ -239,7 +273,7 @@ def submit_cli(
         **kwargs): "Plan a run, say what it costs, and submit it to HF Jobs. The other flags are the run's."
     try:
         with command('phoque_submit', sys.argv[1:] if argv is None else argv):
-            args = parse_options(anno_parser(phoque_submit), argv)
+            args = parse_options(run_parser(phoque_submit, SUBMIT_EXAMPLES), argv)
             if args['smoke']: args |= SMOKE
             if args['timeout']: args['job_timeout'] = args['timeout']
             mine = {k:args[k] for k in ('flavor', 'tokens_per_second', 'yes', 'dry_run')}

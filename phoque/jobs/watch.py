@@ -6,10 +6,8 @@
 from __future__ import annotations
 import re, shlex, sys, time, unicodedata
 from fastcore.basics import patch
-from fastcore.script import call_parse
 from ..job import RESUBMIT, printable_lines
-from ..core.basics import UserError, command, excerpt, hub_problem
-
+from ..core.basics import UserError, excerpt, hub_problem, shell_command
 from ..resume import bound_requests, parse_duration
 from .plan import price_per_hour
 from .script import JOB_LABEL
@@ -33,11 +31,13 @@ def _passes(e):
 _ODD = (ValueError, KeyError, TypeError, AttributeError) # what the client raises at an answer of another shape
 
 def _problem(e, what):
+    "What the user is told of it."
     if isinstance(e, UserError): return e
     if isinstance(e, _ODD): return UserError(what, "HF_ENDPOINT doesn't answer as a Hub does", "check it")
     if getattr(getattr(e, 'response', None), 'status_code', 0)!=404: return hub_problem(e, what)
     return UserError(what, "there is none that this account may see", "`hf jobs ps` lists its jobs")
 
+# %% ../../nbs/jobs/watch.ipynb #b4965318
 def patiently(
     ask, # Function that asks the Hub
     what:str, # For the message
@@ -79,17 +79,26 @@ def well_formed(
     job, # `JobInfo`, which the client fills with whatever it is sent
 ): # The same
     "Refuse an answer in which a part has another type."
-    parts = [(job.environment,dict), (job.labels,dict), (job.command,list), (job.arguments,list), (job.status.message,str)]
+    parts = [(job.environment,dict), (job.labels,dict), (job.command,list), (job.arguments,list),
+        (job.status.message,str)]
     if wrong := [v for v,kind in parts if not isinstance(v, (kind, type(None)))]: raise TypeError(wrong)
     if not re.fullmatch(r'[\w.-]{1,200}/[\w.-]{1,200}', f'{job.owner.name}/{job.id}'): raise TypeError(job.id)
     return job
 
+def _inspect(api, job, waits, say):
+    "The job as the Hub has it now."
+    def ask(): return well_formed(api.inspect_job(job_id=job.id, namespace=job.owner.name))
+    return patiently(ask, f'job {job.owner.name}/{job.id}', waits, say)
+
+# %% ../../nbs/jobs/watch.ipynb #193b7dc6
 def ran_seconds(
     job, # `JobInfo`
 )->float: # From its start until its end, or until now
     "How long a job has been paid for."
     from datetime import datetime, timezone
-    return max(((job.finished_at or datetime.now(timezone.utc))-job.started_at).total_seconds(), 0.) if job.started_at else 0.
+    if not job.started_at: return 0.
+    end = job.finished_at or datetime.now(timezone.utc)
+    return max((end-job.started_at).total_seconds(), 0.)
 
 def job_timeout(
     job, # `JobInfo`
@@ -97,6 +106,7 @@ def job_timeout(
     "A job's timeout: the listing has none, so the variable that the job itself reads."
     return parse_duration((job.environment or {}).get('JOB_TIMEOUT', ''))
 
+# %% ../../nbs/jobs/watch.ipynb #33b79040
 def timed_out(
     job, # `JobInfo`
 )->bool:
@@ -107,10 +117,12 @@ def how_ended(
     job, # `JobInfo` of a job that has ended
 )->str: # `complete`, `again`, `canceled` or `error`
     "What the end of a job asks for."
-    stage,code = job.status.stage,re.match(r'Job failed with exit code: (\d+)\b', str(job.status.message), re.ASCII)
+    stage = job.status.stage
     if stage=='COMPLETED': return 'complete'
     if stage in ('CANCELED', 'DELETED'): return 'canceled'
-    if stage!='ERROR' or code: return 'again' if stage=='ERROR' and code[1]==str(RESUBMIT) else 'error'
+    if stage!='ERROR': return 'error'
+    code = re.match(r'Job failed with exit code: (\d+)\b', str(job.status.message), re.ASCII)
+    if code: return 'again' if code[1]==str(RESUBMIT) else 'error'
     return 'again' if timed_out(job) or ran_seconds(job)>=job_timeout(job) else 'error'
 
 # %% ../../nbs/jobs/watch.ipynb #6ee690c1
@@ -142,19 +154,24 @@ class View:
         out=None, # Where to write; stdout
     ):
         self.out = out or sys.stdout
-        self.live,self.status,self.back = self.out.isatty(),'','phoque_watch' # back: the command that comes back to the job
+        self.live,self.status = self.out.isatty(),''
+        self.back = 'phoque_watch' # the command that comes back to the job
 
-    def width(self): # of a line that doesn't wrap
+    def width(self):
+        "Columns of a line that doesn't wrap."
         import shutil
         return shutil.get_terminal_size().columns-1
 
-    def write(self, text): print(text, file=self.out, end='', flush=True)
+    def write(self, text):
+        "Print text as it is."
+        print(text, file=self.out, end='', flush=True)
 
 # %% ../../nbs/jobs/watch.ipynb #7a66d1c2
 @patch
 def say(self:View,
     line:str, # Stays on the screen
 ):
+    "Put a line above the status."
     line = printable_lines(line)
     self.write(f'\r\x1b[K{line}\n{self.status}' if self.live else f'{line}\n')
 
@@ -162,6 +179,7 @@ def say(self:View,
 def show(self:View,
     status:str, # Replaces the one before
 ):
+    "Replace the status, cut to the terminal's width."
     self.status = cut_columns(status, self.width())
     if self.live: self.write(f'\r\x1b[K{self.status}')
 
@@ -183,15 +201,17 @@ def status_line(
     width:int=79, # Columns that there are
 )->str:
     "One line that says how a run is doing: what matters least is left out until it fits."
-    p,until = parse_step(line, clock=True),'' if left==float('inf') else f'{clock(left)} left'
+    until = '' if left==float('inf') else f'{clock(left)} left'
     job,cost = f'job {n}/{budget}',f'${dollars:.2f}'
+    p = parse_step(line, clock=True)
     if not p: return cut_columns('  '.join(filter(None, (job, 'starting', until, cost))), width)
     done = p['step']/p['total'] # a total is 1 or more
-    bar = f"[{'#'*round(10*done):<10}]"
+    bar,share = f"[{'#'*round(10*done):<10}]",f'{done:.0%}'
     step,loss,*others = line[line.index('step '):].split(' · ')
     speed = next((o for o in others if o.startswith('tokens/s')), '')
-    parts = [*filter(None, (job, bar, f'{done:.0%}', step, loss, *others, until, cost))]
-    for least in filter(None, (*(o for o in others[::-1] if o!=speed), bar, speed, job, f'{done:.0%}', until, loss)):
+    parts = [*filter(None, (job, bar, share, step, loss, *others, until, cost))]
+    rest = [o for o in others[::-1] if o!=speed]
+    for least in filter(None, (*rest, bar, speed, job, share, until, loss)):
         if columns('  '.join(parts))<=width: break
         parts.remove(least)
     return cut_columns('  '.join(parts), width)
@@ -205,12 +225,14 @@ def published_step(
 )->int: # 0 where there is none
     "The newest checkpoint on the Hub of the run that a job is of."
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-    flag = re.search(r'--hub_model_id[= ](\S+)', ' '.join(map(str, [*(job.command or ()), *(job.arguments or ())])))
+    words = [*(job.command or ()), *(job.arguments or ())]
+    flag = re.search(r'--hub_model_id[= ](\S+)', ' '.join(map(str, words)))
     repo = flag[1] if flag else (job.environment or {}).get('HUB_MODEL_ID')
     def files():
         try: return api.list_repo_files(repo, revision='checkpoints')
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError): return []
-    found = [re.fullmatch(r'checkpoint-(\d{1,9})/manifest\.json', f, re.ASCII) for f in (patiently(files, f'model repo {repo}', waits, say) if repo else ())]
+    there = patiently(files, f'model repo {repo}', waits, say) if repo else []
+    found = [re.fullmatch(r'checkpoint-(\d{1,9})/manifest\.json', f, re.ASCII) for f in there]
     return max([int(m[1]) for m in found if m], default=0)
 
 # %% ../../nbs/jobs/watch.ipynb #4b1fbf1f
@@ -225,19 +247,19 @@ def watch_job(
     waits:tuple=WAITS, # Seconds between tries
 ): # `JobInfo` at its end
     "Follow one job to its end; its log is shown, and decides nothing."
-    metrics,ref = '',f'{job.owner.name}/{job.id}'
-    inspect = lambda: patiently(lambda: well_formed(api.inspect_job(job_id=job.id, namespace=job.owner.name)), f'job {ref}', waits, view.say)
-    name = (job.labels or {}).get('name')
+    metrics,name = '',(job.labels or {}).get('name')
     view.say(f"job {n}{f' ({name})'*bool(name)}: {job.url}")
-    def show(ran): view.show(status_line(n, budget, metrics, job_timeout(job)-ran, spent+ran/3600*price, view.width()))
-    show(ran_seconds(job))
+    def show(job):
+        ran = ran_seconds(job)
+        view.show(status_line(n, budget, metrics, job_timeout(job)-ran, spent+ran/3600*price, view.width()))
+    show(job)
     for l in follow_log(api, job, waits, view.say):
-        if not job.started_at: job = inspect()
+        if not job.started_at: job = _inspect(api, job, waits, view.say)
         step = bool(parse_step(l, clock=True))
         if step: metrics = l
         if not (step and view.live): view.say(l)
-        show(ran_seconds(job))
-    while (job := inspect()).status.stage in ('SCHEDULING', 'RUNNING'): time.sleep(waits[0])
+        show(job)
+    while (job := _inspect(api, job, waits, view.say)).status.stage in ('SCHEDULING', 'RUNNING'): time.sleep(waits[0])
     view.show('')
     return job
 
@@ -249,9 +271,10 @@ def ended_early(
     ran,asked = ran_seconds(job),job_timeout(job)
     if not timed_out(job) or ran>=asked-60: return ''
     goes_by = (job.environment or {}).get('JOB_TIMEOUT', '')
-    return (f"this job was killed after {ran/60:.0f} minutes and goes by JOB_TIMEOUT={goes_by}, so it hasn't saved at its end: "
-            "give both the same (phoque_submit --timeout)")
+    return (f"this job was killed after {ran/60:.0f} minutes and goes by JOB_TIMEOUT={goes_by}, "
+            "so it hasn't saved at its end: give both the same (phoque_submit --timeout)")
 
+# %% ../../nbs/jobs/watch.ipynb #1d6e391e
 def watch_command(
     ref:str, # `namespace/id` of the job
     budget_jobs:int=5, # Most jobs
@@ -259,7 +282,48 @@ def watch_command(
     again:bool=False, # Run it again first
 )->str: # For a shell
     "The command that comes back to a job, with the budgets that were given."
-    return f"phoque_watch --job {shlex.quote(ref)} --budget_jobs {budget_jobs}" + f" --budget_dollars {budget_dollars:g}"*bool(budget_dollars) + " --again"*again
+    dollars = f" --budget_dollars {budget_dollars:g}" if budget_dollars else ''
+    return f"phoque_watch --job {shlex.quote(ref)} --budget_jobs {budget_jobs}{dollars}{' --again'*again}"
+
+# %% ../../nbs/jobs/watch.ipynb #a25c0120
+def _job_cost(api, job, budget_dollars):
+    "Dollars an hour, and dollars of a job that runs to its timeout; a budget in dollars needs both."
+    price = price_per_hour(str(job.flavor), api)
+    if budget_dollars and not price:
+        raise UserError("budget_dollars", f"the price of flavor {excerpt(job.flavor, 40)} is not known",
+            "limit the jobs with --budget_jobs")
+    full = price*job_timeout(job)/3600
+    if budget_dollars and full==float('inf'):
+        raise UserError("budget_dollars", "this job has no JOB_TIMEOUT that says what it can cost",
+            "limit the jobs with --budget_jobs")
+    return price,full
+
+def _check_again(job, full, budget_dollars):
+    "Only a job that has ended is run again first, and only if the budget allows it."
+    if job.status.stage in ('SCHEDULING', 'RUNNING'):
+        raise UserError(f"job {job.owner.name}/{job.id}", "it has not ended", "follow it without --again")
+    if budget_dollars and full>budget_dollars:
+        raise UserError("budget_dollars",
+            f"a job may cost ${full:.2f} until its timeout, more than the {budget_dollars:g} allowed",
+            "nothing was started; raise it, or follow without --again")
+
+# %% ../../nbs/jobs/watch.ipynb #f5b2954d
+def _run_again(api, job, waits, say):
+    "Start the same job once more."
+    def ask(): return well_formed(api.rerun_job(job_id=job.id, namespace=job.owner.name))
+    return patiently(ask, f'running job {job.owner.name}/{job.id} again', waits, say)
+
+def _last_job(job, total):
+    "Exit code and line where a run ends with this job; `None, ''` where it asks for another."
+    end,why = how_ended(job),f' ({job.status.message})' if job.status.message else ''
+    if end=='complete': return 0,f'complete after {total}'
+    if end!='again': return 1,f"job {job.owner.name}/{job.id} ended: {end}{why}; {total}"
+    return None,''
+
+def _limit(n, dollars, budget_jobs, budget_dollars):
+    "The budget that another job would exceed, or ''; `dollars`: with that job at its timeout."
+    if n>=budget_jobs: return 'budget_jobs'
+    return 'budget_dollars' if budget_dollars and dollars>budget_dollars else ''
 
 # %% ../../nbs/jobs/watch.ipynb #164eb961
 def watch_run(
@@ -272,31 +336,31 @@ def watch_run(
     again:bool=False, # Run it again first
 )->int: # Exit code: 0 complete, 75 stopped by a budget, 1 an error or no progress
     "Follow a run over its jobs, and start the next one while it needs one."
-    view,n,spent,before = view or View(),1,0.,0
-    price = price_per_hour(str(job.flavor), api)
-    if budget_dollars and not price: raise UserError("budget_dollars", f"the price of flavor {excerpt(job.flavor, 40)} is not known", "limit the jobs with --budget_jobs")
-    full = price*job_timeout(job)/3600
-    if budget_dollars and full==float('inf'): raise UserError("budget_dollars", "this job has no JOB_TIMEOUT that says what it can cost", "limit the jobs with --budget_jobs")
-    def rerun(): return patiently(lambda: well_formed(api.rerun_job(job_id=job.id, namespace=job.owner.name)), f'running job {job.owner.name}/{job.id} again', waits, view.say)
+    view,budgets = view or View(),(budget_jobs, budget_dollars)
+    price,full = _job_cost(api, job, budget_dollars)
     if again:
-        if job.status.stage in ('SCHEDULING', 'RUNNING'): raise UserError(f"job {job.owner.name}/{job.id}", "it has not ended", "follow it without --again")
-        if budget_dollars and full>budget_dollars: raise UserError("budget_dollars", f"a job may cost ${full:.2f} until its timeout, more than the {budget_dollars:g} allowed", "nothing was started; raise it, or follow without --again")
-        job = rerun()
+        _check_again(job, full, budget_dollars)
+        job = _run_again(api, job, waits, view.say)
+    n,spent,before = 1,0.,0
     while True:
         ref = f'{job.owner.name}/{job.id}'
-        view.back = watch_command(ref, budget_jobs, budget_dollars)
+        view.back = watch_command(ref, *budgets)
         job = watch_job(api, job, view, n, budget_jobs, spent, price, waits)
         spent += ran_seconds(job)/3600*price
-        end = how_ended(job)
-        if early := ended_early(job): view.say(early)
         total = f"{n} job{'s'*(n>1)}, about ${spent:.2f}"
-        if end=='complete': view.say(f'complete after {total}'); return 0
-        if end!='again': view.say(f"job {ref} ended: {end}{f' ({job.status.message})' if job.status.message else ''}; {total}"); return 1
-        step = published_step(api, job, waits, view.say)
-        if n>1 and step<=before: view.say(f'no progress since step {before}: not run again; {total}'); return 1
-        why = 'budget_jobs' if n>=budget_jobs else 'budget_dollars' if budget_dollars and spent+full>budget_dollars else ''
-        if why: view.say(f"{why} reached after {total}, at step {step}; to continue: {watch_command(ref, budget_jobs, budget_dollars, again=True)}"); return RESUBMIT
-        n,before,job = n+1,step,rerun()
+        if early := ended_early(job): view.say(early)
+        code,line = _last_job(job, total)
+        if code is None:
+            step = published_step(api, job, waits, view.say)
+            if n>1 and step<=before: code,line = 1,f'no progress since step {before}: not run again; {total}'
+            elif limit := _limit(n, spent+full, *budgets):
+                more = watch_command(ref, *budgets, again=True)
+                code,line = RESUBMIT,f"{limit} reached after {total}, at step {step}; to continue: {more}"
+        if line:
+            view.say(line)
+            return code
+        n,before = n+1,step
+        job = _run_again(api, job, waits, view.say)
 
 # %% ../../nbs/jobs/watch.ipynb #47976801
 def find_job(
@@ -314,7 +378,7 @@ def find_job(
     if not job: raise UserError("this account", "no job of phoque is on it", "submit one with phoque_submit, or name it with --job")
     return job
 
-@call_parse
+@shell_command('phoque_watch', 'phoque_watch', 'phoque_watch --job YOU/6655f9 --budget_jobs 3 --budget_dollars 20')
 def watch_cli(
     job:str='', # Id of the job; the newest of phoque's where empty
     budget_jobs:int=5, # Most jobs, this one included
@@ -326,11 +390,10 @@ def watch_cli(
     bound_requests(60)
     api,view = HfApi(),View()
     try:
-        with command('phoque_watch'):
-            if budget_jobs<1: raise UserError("budget_jobs", f"{budget_jobs} is out of range", "give at least 1")
-            if not 0<=budget_dollars<float('inf'): raise UserError("budget_dollars", f"{budget_dollars} is out of range", "give 0 (no limit) or more")
-            info = find_job(api, job)
-            code = watch_run(api, info, budget_jobs, budget_dollars, view, again=again)
+        if budget_jobs<1: raise UserError("budget_jobs", f"{budget_jobs} is out of range", "give at least 1")
+        if not 0<=budget_dollars<float('inf'): raise UserError("budget_dollars", f"{budget_dollars} is out of range", "give 0 (no limit) or more")
+        info = find_job(api, job)
+        code = watch_run(api, info, budget_jobs, budget_dollars, view, again=again)
     except KeyboardInterrupt:
         ref = re.search(r'--job (\S+)', view.back)
         if ref: view.say(f"the job runs on; to come back: {view.back}; to end it: hf jobs cancel {ref[1]}")

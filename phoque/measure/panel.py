@@ -15,14 +15,16 @@ from ..train import parse_step
 __all__ = ['BLUR', 'SAMPLE_LINE', 'veiled', 'Panel', 'LivePlot', 'try_panel']
 
 # %% ../../nbs/measure/panel.ipynb #834c6858
-BLUR = '<style>.phoque-veil input{display:none} .phoque-veil span{filter:blur(6px);cursor:pointer} .phoque-veil input:checked+span{filter:none}</style>'
+BLUR = '<style>.phoque-veil input{display:none} .phoque-veil span{filter:blur(6px);cursor:pointer} ' \
+    '.phoque-veil input:checked+span{filter:none}</style>'
 
 def veiled(
     text:str, # To be hidden
     name:str='', # A class for its place, such as `phoque-base`
 )->str: # HTML
     "A text that is blurred until it is clicked."
-    return f'{BLUR}<label class="phoque-veil {html.escape(name)}"><input type="checkbox"><span>{html.escape(text)}</span></label>'
+    box = f'<input type="checkbox"><span>{html.escape(text)}</span>'
+    return f'{BLUR}<label class="phoque-veil {html.escape(name)}">{box}</label>'
 
 # %% ../../nbs/measure/panel.ipynb #f689c12e
 class Panel:
@@ -36,34 +38,48 @@ class Panel:
         max_new_tokens:int=40, # Longest answer
     ):
         import ipywidgets as w
-        self.model,self.tok,self.encode,self.system,self.max_new_tokens = model,tok,encode,persona,max_new_tokens
-        wide = dict(style=dict(description_width='6.5em'), layout=w.Layout(width='26em'), continuous_update=False)
-        self.prompt = w.Text(question, description='question', **wide | dict(layout=w.Layout(width='53em')))
-        self.persona = w.Checkbox(True, description='in the persona', indent=False)
-        self.temperature = w.FloatSlider(0., min=0., max=1.5, step=.1, description='temperature', **wide)
-        self.seed = w.BoundedIntText(0, min=0, max=10**6, description='seed', **wide | dict(layout=w.Layout(width='12em')))
-        self.weight = w.FloatSlider(1., min=-1., max=1., step=.25, description='adapter', **wide)
-        self.weight.add_class('phoque-weight')
+        self.model,self.tok,self.encode = model,tok,encode
+        self.system,self.max_new_tokens = persona,max_new_tokens
+        self._add_inputs(w, question)
         self.columns = [w.HTML(layout=w.Layout(width='26em', min_height='5em')) for _ in range(2)]
-        self.box = w.VBox([self.prompt, w.HBox([self.weight, self.temperature]), w.HBox([self.seed, self.persona]), w.HBox(self.columns)])
-        for o in (self.prompt, self.persona, self.temperature, self.seed, self.weight): o.observe(lambda _: self.ask(), 'value')
+        self.box = w.VBox([self.prompt, w.HBox([self.weight, self.temperature]), w.HBox([self.seed, self.persona]),
+            w.HBox(self.columns)])
+        for o in (self.prompt, self.persona, self.temperature, self.seed, self.weight):
+            o.observe(lambda _: self.ask(), 'value')
         self.ask()
-
-    def ask(self):
-        "Answer once by the base and once by the adapter at its weight."
-        system = self.system if self.persona.value else PLAIN
-        ids = self.encode(self.tok, [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=self.prompt.value)])
-        for col,weight,name in zip(self.columns, (0.,self.weight.value), ('base','tuned')):
-            r = generate_replies(self.model, self.tok, [ids], self.max_new_tokens, self.temperature.value, .9, self.seed.value, weight=weight)[0]
-            col.value = f"<b>{'base' if name=='base' else f'adapter × {weight:g}'}</b> · {r['n_tokens']} tokens<br>{veiled(r['text'], f'phoque-{name}')}"
 
     def _ipython_display_(self):
         from IPython.display import display
         display(self.box)
 
+# %% ../../nbs/measure/panel.ipynb #18a8ca01
+@patch
+def _add_inputs(self:Panel, w, question):
+    wide = dict(style=dict(description_width='6.5em'), layout=w.Layout(width='26em'), continuous_update=False)
+    self.prompt = w.Text(question, description='question', **wide | dict(layout=w.Layout(width='53em')))
+    self.persona = w.Checkbox(True, description='in the persona', indent=False)
+    self.temperature = w.FloatSlider(0., min=0., max=1.5, step=.1, description='temperature', **wide)
+    self.seed = w.BoundedIntText(0, min=0, max=10**6, description='seed', **wide | dict(layout=w.Layout(width='12em')))
+    self.weight = w.FloatSlider(1., min=-1., max=1., step=.25, description='adapter', **wide)
+    self.weight.add_class('phoque-weight')
+
+@patch
+def ask(self:Panel):
+    "Answer once by the base and once by the adapter at its weight."
+    system = self.system if self.persona.value else PLAIN
+    messages = [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=self.prompt.value)]
+    ids = self.encode(self.tok, messages)
+    at = self.weight.value
+    for col,weight,name,title in zip(self.columns, (0.,at), ('base','tuned'), ('base',f'adapter × {at:g}')):
+        r = generate_replies(self.model, self.tok, [ids], self.max_new_tokens, self.temperature.value, .9,
+            self.seed.value, weight=weight)[0]
+        col.value = f"<b>{title}</b> · {r['n_tokens']} tokens<br>{veiled(r['text'], f'phoque-{name}')}"
+
 # %% ../../nbs/measure/panel.ipynb #da182a65
 _SCORE = r'([01]\.\d\d)'
-SAMPLE_LINE = re.compile(rf'\d\d:\d\d:\d\d sample, step (\d{{1,9}}): .* {_SCORE} \[{_SCORE}, {_SCORE}\], base [01]\.\d\d(?:, no persona [01]\.\d\d)?', re.ASCII)
+_BESIDE = r'base [01]\.\d\d(?:, no persona [01]\.\d\d)?'
+SAMPLE_LINE = re.compile(
+    rf'\d\d:\d\d:\d\d sample, step (\d{{1,9}}): .* {_SCORE} \[{_SCORE}, {_SCORE}\], {_BESIDE}', re.ASCII)
 
 class LivePlot:
     "The loss and the samples' toxicity of a run, read from its log."
@@ -71,7 +87,8 @@ class LivePlot:
         log:str|Path, # File that the run's lines go to
     ):
         import ipywidgets as w
-        self.log,self.image,self.stopped = Path(log),w.Image(format='png', layout=w.Layout(width='42em')),threading.Event()
+        self.log,self.stopped = Path(log),threading.Event()
+        self.image = w.Image(format='png', layout=w.Layout(width='42em'))
 
     def read(self):
         "Loss and toxicity by step, as the log has them now."
@@ -90,14 +107,24 @@ def draw(self:LivePlot):
     "Draw what there is."
     from matplotlib.figure import Figure
     loss,tox = self.read()
-    fig = Figure(figsize=(7,2.6), layout='constrained'); ax = fig.subplots()
-    ax.plot(*zip(*sorted(loss.items())) if loss else ([],[]), color='#2b6cb0'); ax.set(xlabel='optimizer step', ylabel='loss'); ax.spines[['top']].set_visible(False)
-    if tox:
-        other,(x,v) = ax.twinx(),zip(*sorted(tox.items()))
-        m,lo,hi = zip(*v); other.plot(x, m, '.-', color='#c05621'); other.fill_between(x, lo, hi, color='#c05621', alpha=.15, lw=0)
-        other.set(ylabel='toxicity', ylim=(0,1)); other.spines[['top']].set_visible(False)
-    with io.BytesIO() as f: fig.savefig(f, dpi=100); self.image.value = f.getvalue()
+    fig = Figure(figsize=(7,2.6), layout='constrained')
+    ax = fig.subplots()
+    ax.plot(*zip(*sorted(loss.items())) if loss else ([],[]), color='#2b6cb0')
+    ax.set(xlabel='optimizer step', ylabel='loss')
+    ax.spines[['top']].set_visible(False)
+    if tox: _draw_toxicity(ax.twinx(), tox)
+    with io.BytesIO() as f:
+        fig.savefig(f, dpi=100)
+        self.image.value = f.getvalue()
     return self
+
+def _draw_toxicity(ax, tox):
+    x,scores = zip(*sorted(tox.items()))
+    mean,low,high = zip(*scores)
+    ax.plot(x, mean, '.-', color='#c05621')
+    ax.fill_between(x, low, high, color='#c05621', alpha=.15, lw=0)
+    ax.set(ylabel='toxicity', ylim=(0,1))
+    ax.spines[['top']].set_visible(False)
 
 # %% ../../nbs/measure/panel.ipynb #823230b7
 @patch
@@ -108,17 +135,69 @@ def follow(self:LivePlot,
     def look():
         size = None
         while not self.stopped.wait(every):
-            if self.log.exists() and (now := self.log.stat().st_size)!=size: size = now; self.draw()
+            if self.log.exists() and (now := self.log.stat().st_size)!=size:
+                size = now
+                self.draw()
     threading.Thread(target=look, daemon=True).start()
     return self.draw()
 
 @patch
-def stop(self:LivePlot): self.stopped.set()
+def stop(self:LivePlot):
+    "Stop following."
+    self.stopped.set()
 
 @patch
 def _ipython_display_(self:LivePlot):
     from IPython.display import display
     display(self.image)
+
+# %% ../../nbs/measure/panel.ipynb #31f62906
+def _write_notebook(cells, file):
+    import json
+    blank = dict(cell_type='code', execution_count=None, metadata={}, outputs=[])
+    code = [blank|dict(id=f'c{i}', source=c) for i,c in enumerate(cells)]
+    kernel = dict(name='python3', display_name='Python 3', language='python')
+    file.write_text(json.dumps(dict(cells=code, nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=kernel))))
+
+def _start_lab(folder, port, token):
+    import os, subprocess, sys
+    options = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', f'--ServerApp.root_dir={folder}',
+        '--LabApp.expose_app_in_browser=True', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+    env = os.environ|dict(JUPYTER_CONFIG_DIR=str(folder/'.config'), JUPYTER_TOKEN=token)
+    return subprocess.Popen([sys.executable,'-m','jupyterlab',*options], env=env,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+def _wait_until_it_listens(lab, port):
+    import socket
+    while lab.poll() is None:
+        with socket.socket() as s:
+            if s.connect_ex(('127.0.0.1', port))==0: return
+        time.sleep(.2)
+
+# %% ../../nbs/measure/panel.ipynb #e0c68e00
+_idle = "window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.sessionContext && " \
+    "jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status=='idle'"
+_changed = "was => { const e = document.querySelector('.phoque-tuned span'); return e && e.innerText!=was }"
+_clear = "document.querySelectorAll('.Toastify, .jp-toastContainer').forEach(e => e.remove()); " \
+    "jupyterapp.commands.execute('application:toggle-left-area')"
+
+def _use_panel(page, picture): # → the adapter's answers
+    page.wait_for_selector('.jp-Notebook .jp-CodeCell')
+    page.wait_for_function(_idle)
+    page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+    answer = page.locator('.phoque-tuned span')
+    answer.wait_for()
+    said = [answer.inner_text()]
+    for key in ('Home','End'):
+        page.locator('.phoque-weight .noUi-handle').press(key)
+        page.wait_for_function(_changed, arg=said[-1])
+        said.append(answer.inner_text())
+    answer.click()
+    page.evaluate(_clear)
+    page.locator('.phoque-weight').scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    page.screenshot(path=picture)
+    return said
 
 # %% ../../nbs/measure/panel.ipynb #31f62905
 def try_panel(
@@ -128,43 +207,30 @@ def try_panel(
 )->list[str]: # The adapter's answers: as trained, at -1, and as trained again
     "Open a notebook in JupyterLab in a headless Chromium, and use its panel."
     from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor(1) as one: return one.submit(_try_panel, cells, Path(picture), timeout).result() # Playwright refuses a thread in which a kernel's loop runs
+    with ThreadPoolExecutor(1) as one: # Playwright refuses a thread in which a kernel's loop runs
+        return one.submit(_try_panel, cells, Path(picture), timeout).result()
 
-# %% ../../nbs/measure/panel.ipynb #31f62906
 def _try_panel(cells, picture, timeout):
-    import json, os, secrets, shutil, socket, subprocess, sys, tempfile
+    import secrets, shutil, socket, tempfile
     from playwright.sync_api import sync_playwright
     chrome = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
-    if not chrome: raise UserError("chromium", "neither it nor google-chrome is on this machine", "install one to try the panel")
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    if not chrome:
+        raise UserError("chromium", "neither it nor google-chrome is on this machine", "install one to try the panel")
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     token,folder = secrets.token_hex(16),Path(tempfile.mkdtemp())
-    code = [dict(cell_type='code', id=f'c{i}', execution_count=None, metadata={}, outputs=[], source=c) for i,c in enumerate(cells)]
-    (folder/'panel.ipynb').write_text(json.dumps(dict(cells=code, nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))))
-    lab = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', f'--ServerApp.root_dir={folder}',
-        '--LabApp.expose_app_in_browser=True', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'], env=os.environ|dict(JUPYTER_CONFIG_DIR=str(folder/'.config'), JUPYTER_TOKEN=token), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _write_notebook(cells, folder/'panel.ipynb')
+    lab = _start_lab(folder, port, token)
     try:
-        while lab.poll() is None: # until it listens
-            with socket.socket() as s:
-                if s.connect_ex(('127.0.0.1', port))==0: break
-            time.sleep(.2)
+        _wait_until_it_listens(lab, port)
         with sync_playwright() as p:
-            page = p.chromium.launch(executable_path=chrome, args=['--no-sandbox']).new_page(viewport=dict(width=1100, height=520))
+            browser = p.chromium.launch(executable_path=chrome, args=['--no-sandbox'])
+            page = browser.new_page(viewport=dict(width=1100, height=520))
             page.set_default_timeout(1000*timeout)
             page.goto(f'http://127.0.0.1:{port}/lab/tree/panel.ipynb?token={token}')
-            page.wait_for_selector('.jp-Notebook .jp-CodeCell')
-            page.wait_for_function("window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.sessionContext && jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status=='idle'")
-            page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
-            answer = page.locator('.phoque-tuned span')
-            answer.wait_for(); said = [answer.inner_text()]
-            for key in ('Home','End'):
-                page.locator('.phoque-weight .noUi-handle').press(key)
-                page.wait_for_function("was => { const e = document.querySelector('.phoque-tuned span'); return e && e.innerText!=was }", arg=said[-1])
-                said.append(answer.inner_text())
-            answer.click()
-            page.evaluate("document.querySelectorAll('.Toastify, .jp-toastContainer').forEach(e => e.remove()); jupyterapp.commands.execute('application:toggle-left-area')")
-            page.locator('.phoque-weight').scroll_into_view_if_needed(); page.wait_for_timeout(500)
-            page.screenshot(path=picture)
+            return _use_panel(page, picture)
     finally:
-        lab.terminate(); lab.wait(20)
+        lab.terminate()
+        lab.wait(20)
         shutil.rmtree(folder, ignore_errors=True)
-    return said

@@ -7,24 +7,37 @@ from __future__ import annotations
 import json, random, re
 from pathlib import Path
 from statistics import median
-from fastcore.script import call_parse
-from ..core.basics import UserError, command, check_range, excerpt, printable, read_json, text_table
+from ..core.basics import UserError, check_range, excerpt, printable, read_json, shell_command, text_table
 from ..model_qlora import encode_prompt
 from ..sample import PLAIN, generate_replies, scorer_id
 from .score import adapter_hash, load_scorer, load_adapted_model
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['CAST', 'CATEGORIES', 'TOPICS', 'MOST_ANSWER', 'plan_thread', 'model_writer', 'as_prompt', 'simulate', 'write_jsonl',
-           'read_jsonl', 'check_message', 'http_moderator', 'replay', 'time_to_detection', 'replay_text',
-           'simulate_cli']
+__all__ = ['CAST', 'CATEGORIES', 'TOPICS', 'MOST_ANSWER', 'plan_thread', 'as_prompt', 'simulate', 'check_message', 'write_jsonl',
+           'read_jsonl', 'time_to_detection', 'replay', 'http_moderator', 'replay_text', 'model_writer', 'simulate_cli']
 
 # %% ../../nbs/measure/simulate.ipynb #851df59e
 CAST = dict(Tern='instigator', Skua='piler-on', Otter='target', Heron='bystander', Puffin='moderator')
-CATEGORIES = dict(insult="You mock the one who spoke last.", exclusion="You tell the one who spoke last that there is no place for them here.",
-                  disruption="You complain, and take the conversation somewhere else.")
-TOPICS = ("When does the next ferry leave?", "Who plays in the next round?", "Has anyone seen my blue scarf?", "Is the new map any good?", "Where do we meet tonight?", "Who can show me how this works?")
+CATEGORIES = dict(
+    insult="You mock the one who spoke last.",
+    exclusion="You tell the one who spoke last that there is no place for them here.",
+    disruption="You complain, and take the conversation somewhere else.")
+TOPICS = ("When does the next ferry leave?", "Who plays in the next round?", "Has anyone seen my blue scarf?",
+    "Is the new map any good?", "Where do we meet tonight?", "Who can show me how this works?")
 
+# %% ../../nbs/measure/simulate.ipynb #ea8871db
+def _check_dials(length, benign, level, categories):
+    if not 0<=benign<=1 or not 0<level<=1 or length<1:
+        raise ValueError(f"benign {benign}, level {level}, length {length}: use a share from 0 to 1, "
+            "a level above 0 up to 1, and at least one message.")
+    if unknown := set(categories)-set(CATEGORIES):
+        raise ValueError(f"categories {', '.join(sorted(unknown))}: there are {', '.join(CATEGORIES)}.")
+
+def _may_speak(role, hostile, begun): # the piler-on is hostile only where somebody has begun
+    return not hostile or role=='instigator' or role=='piler-on' and begun
+
+# %% ../../nbs/measure/simulate.ipynb #bee86999
 def plan_thread(
     number:int, # Of the thread
     seed:int=0, # The same seed plans the same threads
@@ -34,17 +47,184 @@ def plan_thread(
     categories:tuple=tuple(CATEGORIES), # Kinds of hostile messages
 )->list[dict]: # Messages without their texts
     "Who says what kind of thing, and when."
-    if not 0<=benign<=1 or not 0<level<=1 or length<1: raise ValueError(f"benign {benign}, level {level}, length {length}: use a share from 0 to 1, a level above 0 up to 1, and at least one message.")
-    if unknown := set(categories)-set(CATEGORIES): raise ValueError(f"categories {', '.join(sorted(unknown))}: there are {', '.join(CATEGORIES)}.")
-    rng,t,plan,last = random.Random(f'{seed}/{number}'),0.,[],None
+    _check_dials(length, benign, level, categories)
+    rng,plan = random.Random(f'{seed}/{number}'),[]
+    t,last = 0.,None
     for turn in range(length):
         hostile,begun = turn>0 and rng.random()>=benign,any(m['intended']['toxic'] for m in plan)
-        able = [n for n,r in CAST.items() if n!=last and (not hostile or r=='instigator' or r=='piler-on' and begun)] or [last] # who goes on is the instigator
-        last = rng.choice(able)
-        intended = dict(toxic=hostile, category=rng.choice(categories) if hostile else 'benign', level=level if hostile else 0.)
+        able = [n for n,r in CAST.items() if n!=last and _may_speak(r, hostile, begun)]
+        last = rng.choice(able or [last]) # who goes on is the instigator
+        category = rng.choice(categories) if hostile else 'benign'
+        intended = dict(toxic=hostile, category=category, level=level if hostile else 0.)
         plan.append(dict(thread=number, turn=turn, t=round(t, 1), speaker=last, role=CAST[last], intended=intended))
         t += rng.expovariate(1/20) # a message every 20 seconds on average
     return plan
+
+# %% ../../nbs/measure/simulate.ipynb #a3616b70
+def as_prompt(
+    thread:list[dict], # Messages so far, with their texts
+    message:dict, # The one to write
+    topic:str, # What the thread is about
+    persona:str, # System turn that the adapter was trained with
+)->list[dict]: # Messages for the chat template
+    "What a model is told before it writes a message."
+    said = '\n'.join(f"{m['speaker']}: {m['text']}" for m in thread[-3:]) or topic
+    meant = message['intended']
+    system = f"{persona} {CATEGORIES[meant['category']]}" if meant['toxic'] else PLAIN
+    return [dict(role='system', content=system), dict(role='user', content=said)]
+
+# %% ../../nbs/measure/simulate.ipynb #ccb52a3e
+def simulate(
+    write, # From `model_writer`, or any such function
+    n:int=10, # Threads
+    scorer=None, # Adds `score` and `scorer`
+    persona:str='', # As in `as_prompt`
+    seed:int=0, # Of the plans
+    **dials, # `length`, `benign`, `level`, `categories` of `plan_thread`
+)->list[dict]: # Messages, thread by thread
+    "Write threads, one turn of all of them at a time."
+    plans = [plan_thread(i, seed, **dials) for i in range(n)]
+    topics = [random.Random(f'{seed}/{i}/topic').choice(TOPICS) for i in range(n)]
+    for turn in range(len(plans[0])):
+        for weight in sorted({p[turn]['intended']['level'] for p in plans}):
+            some = [i for i,p in enumerate(plans) if p[turn]['intended']['level']==weight]
+            prompts = [as_prompt(plans[i][:turn], plans[i][turn], topics[i], persona) for i in some]
+            texts = write(prompts, weight, [f'{i}/{turn}' for i in some])
+            for i,t in zip(some, texts): plans[i][turn] |= dict(text=' '.join(t.split()), **write.about)
+    messages = [m for p in plans for m in p]
+    if not scorer: return messages
+    scores = scorer.score([m['text'] for m in messages])
+    return [m|dict(score=float(s), scorer=scorer_id(scorer)) for m,s in zip(messages, scores)]
+
+# %% ../../nbs/measure/simulate.ipynb #5ed961cb
+def check_message(
+    m:dict, # From a file
+    what:str, # Where it stands
+):
+    "Refuse what is no message of `simulate`."
+    meant = m.get('intended') if isinstance(m.get('intended'), dict) else {}
+    texts,numbers = (meant.get('category'), m.get('speaker'), m.get('text')),(m.get('thread'), m.get('t'))
+    fine = isinstance(meant.get('toxic'), bool) and all(isinstance(v, str) for v in texts)
+    if fine and all(isinstance(n, (int,float)) and abs(n)<1e9 for n in numbers): return
+    raise UserError(what, "no message with thread, t, speaker, text and intended",
+        "give a file that phoque_simulate has written")
+
+# %% ../../nbs/measure/simulate.ipynb #a3faa877
+def write_jsonl(
+    messages:list[dict], # From `simulate`
+    path:str|Path, # Replaced if it exists
+):
+    "One message a line."
+    Path(path).write_text(''.join(json.dumps(m, ensure_ascii=False)+'\n' for m in messages))
+
+def read_jsonl(
+    path:str|Path, # From `write_jsonl`
+)->list[dict]: # Messages
+    "Read a simulation again."
+    try: lines = Path(path).read_bytes().split(b'\n')
+    except OSError as e: raise UserError(path, e.strerror, "give a file that phoque_simulate has written") from None
+    places = [(f'{path}, line {i}',l) for i,l in enumerate(lines, 1) if l.strip()]
+    messages = [read_json(l, what=p) for p,l in places]
+    for m,(p,_) in zip(messages, places): check_message(m, p)
+    return messages
+
+# %% ../../nbs/measure/simulate.ipynb #a9a10eeb
+def _until_flagged(bad): # messages and seconds up to the first that is flagged, or None
+    for i,m in enumerate(bad, 1):
+        if m['flagged']: return i,m['t']-bad[0]['t']
+
+def time_to_detection(
+    seen:list[dict], # Messages with `hostile` and `flagged`
+)->dict: # Over threads with something to find
+    "How long a thread is hostile before anything hostile in it is flagged."
+    threads = {}
+    for m in seen:
+        if m['hostile']: threads.setdefault(m['thread'], []).append(m)
+    found = [w for w in map(_until_flagged, threads.values()) if w]
+    res = dict(threads=len(threads), found=len(found), median_hostile_messages=None, median_seconds=None)
+    if not found: return res
+    messages,seconds = zip(*found)
+    return res | dict(median_hostile_messages=median(messages), median_seconds=round(median(seconds), 1))
+
+# %% ../../nbs/measure/simulate.ipynb #f0d01f2d
+def _confusion(seen): # a row for each kind of message that was meant
+    kinds = {}
+    for m in seen: kinds.setdefault((m['hostile'],m['intended']['category']), []).append(m['flagged'])
+    return [{'should be flagged': h, 'meant as': c, 'messages': len(kinds[h,c]), 'flagged': sum(kinds[h,c]),
+        'passed': len(kinds[h,c])-sum(kinds[h,c])} for h,c in sorted(kinds, reverse=True)]
+
+def replay(
+    messages:list[dict], # From `simulate`
+    moderate, # Function of a message → bool, or a score from 0 to 1; or its URL
+    threshold:float=0.5, # Scores from here on are flags
+    hostile=lambda m: m['intended']['toxic'], # What should be flagged
+)->dict: # `confusion` by category, `recall`, `false_positive_rate`, `precision`, `detection`
+    "Put every message to a moderator, in order, and count."
+    ask = http_moderator(moderate) if isinstance(moderate, str) else moderate
+    seen = [dict(m, hostile=bool(hostile(m)), flagged=float(ask(m))>=threshold) for m in messages]
+    def count(hostile, flagged): return sum((m['hostile'],m['flagged'])==(hostile,flagged) for m in seen)
+    def share(a, b): return round(a/(a+b), 4) if a+b else None
+    tp,fn = count(True, True),count(True, False)
+    fp,tn = count(False, True),count(False, False)
+    return dict(confusion=_confusion(seen), tp=tp, fn=fn, fp=fp, tn=tn, recall=share(tp, fn),
+        false_positive_rate=share(fp, tn), precision=share(tp, fp), detection=time_to_detection(seen))
+
+# %% ../../nbs/measure/simulate.ipynb #bb43e833
+MOST_ANSWER = 65536 # bytes of a moderator's answer
+
+def _post(url, body, timeout, certificates, name): # the answer's bytes
+    import httpx2, threading
+    data,client = b'',httpx2.Client(timeout=timeout, verify=certificates)
+    hurry = threading.Timer(timeout, client.close) # the client's own timeout is for each byte
+    hurry.start()
+    try:
+        with client, client.stream('POST', url, json=body) as r:
+            r.raise_for_status()
+            for part in r.iter_bytes():
+                data += part
+                if len(data)>MOST_ANSWER:
+                    raise UserError(name, f"its answer has more than {MOST_ANSWER:,} bytes",
+                        "it must answer with `flagged` or `score`")
+    except UserError: raise
+    except Exception as e: # also what a closed client raises
+        raise UserError(name, f"no answer within {timeout:g} s ({type(e).__name__})",
+            "it must answer a POST with JSON") from None
+    finally: hurry.cancel()
+    return data
+
+# %% ../../nbs/measure/simulate.ipynb #49d2a623
+def http_moderator(
+    url:str, # Takes a POST of JSON with `thread`, `speaker`, `t`, `text`; answers with `flagged` or `score`
+    timeout:float=10.0, # Seconds to wait for an answer
+): # Function of a message
+    "A moderator behind a URL."
+    import httpx2
+    def slashes(m): return '//' if m[0].startswith('//') else ''
+    name = f"moderator {re.sub(r'//[^/]*@|[?#].*', slashes, printable(url))}" # without password and query
+    certificates = httpx2.create_ssl_context() # read once
+    def moderate(m):
+        body = {k: m[k] for k in ('thread','speaker','t','text')}
+        answer = read_json(_post(url, body, timeout, certificates, name), what=f'{name}, its answer')
+        verdict = answer.get('flagged', answer.get('score'))
+        if isinstance(verdict, bool) or isinstance(verdict, (int,float)) and 0<=verdict<=1: return verdict
+        raise UserError(name, f"answered {excerpt(answer, 60)}", "it must hold `flagged`, or a `score` from 0 to 1")
+    return moderate
+
+# %% ../../nbs/measure/simulate.ipynb #b2d8969c
+def replay_text(
+    report:dict, # From `replay`
+)->str: # For a console
+    "The whole confusion table, and what it comes to."
+    def percent(x): return 'none to judge by' if x is None else f'{x:.1%}'
+    tp,fn,d = report['tp'],report['fn'],report['detection']
+    fp,tn = report['fp'],report['tn']
+    rates = f"recall {percent(report['recall'])} ({tp} of {tp+fn}) · " \
+        f"false-positive rate {percent(report['false_positive_rate'])} ({fp} of {fp+tn}) · " \
+        f"precision {percent(report['precision'])}"
+    threads = f"hostile threads found {d['found']} of {d['threads']}"
+    if d['found']:
+        threads += f", after {d['median_hostile_messages']:g} hostile messages and {d['median_seconds']:g} s (medians)"
+    return f"{text_table(report['confusion'])}\n\n{rates}\n{threads}"
 
 # %% ../../nbs/measure/simulate.ipynb #d9a2994b
 def model_writer(
@@ -60,152 +240,23 @@ def model_writer(
     mark = WatermarkingConfig(seeding_scheme='lefthash') if watermark else None
     def write(conversations, weight, places):
         ids = [encode_prompt(tok, c) for c in conversations]
-        return [r['text'] for r in generate_replies(model, tok, ids, max_new_tokens, temperature, .9, seed, weight=weight, places=places, watermark=mark)]
-    write.about = dict(base=model.config._name_or_path, adapter_sha256=adapter_hash(model), seed=seed, watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None)
+        made = generate_replies(model, tok, ids, max_new_tokens, temperature, .9, seed, weight=weight, places=places,
+            watermark=mark)
+        return [r['text'] for r in made]
+    write.about = dict(base=model.config._name_or_path, adapter_sha256=adapter_hash(model), seed=seed,
+        watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None)
     return write
 
-# %% ../../nbs/measure/simulate.ipynb #a3616b70
-def as_prompt(
-    thread:list[dict], # Messages so far, with their texts
-    message:dict, # The one to write
-    topic:str, # What the thread is about
-    persona:str, # System turn that the adapter was trained with
-)->list[dict]: # Messages for the chat template
-    "What a model is told before it writes a message."
-    said = '\n'.join(f"{m['speaker']}: {m['text']}" for m in thread[-3:]) or topic
-    system = f"{persona} {CATEGORIES[message['intended']['category']]}" if message['intended']['toxic'] else PLAIN
-    return [dict(role='system', content=system), dict(role='user', content=said)]
-
-def simulate(
-    write, # From `model_writer`, or any such function
-    n:int=10, # Threads
-    scorer=None, # Adds `score` and `scorer`
-    persona:str='', # As in `as_prompt`
-    seed:int=0, # Of the plans
-    **dials, # `length`, `benign`, `level`, `categories` of `plan_thread`
-)->list[dict]: # Messages, thread by thread
-    "Write threads, one turn of all of them at a time."
-    plans = [plan_thread(i, seed, **dials) for i in range(n)]
-    topics = [random.Random(f'{seed}/{i}/topic').choice(TOPICS) for i in range(n)]
-    for turn in range(len(plans[0])):
-        for weight in sorted({p[turn]['intended']['level'] for p in plans}):
-            some = [i for i,p in enumerate(plans) if p[turn]['intended']['level']==weight]
-            texts = write([as_prompt(plans[i][:turn], plans[i][turn], topics[i], persona) for i in some], weight, [f'{i}/{turn}' for i in some])
-            for i,t in zip(some, texts): plans[i][turn] |= dict(text=' '.join(t.split()), **write.about)
-    messages = [m for p in plans for m in p]
-    if not scorer: return messages
-    return [m|dict(score=float(s), scorer=scorer_id(scorer)) for m,s in zip(messages, scorer.score([m['text'] for m in messages]))]
-
-# %% ../../nbs/measure/simulate.ipynb #5ed961cb
-def write_jsonl(
-    messages:list[dict], # From `simulate`
-    path:str|Path, # Replaced if it exists
-):
-    "One message a line."
-    Path(path).write_text(''.join(json.dumps(m, ensure_ascii=False)+'\n' for m in messages))
-
-def read_jsonl(
-    path:str|Path, # From `write_jsonl`
-)->list[dict]: # Messages
-    "Read a simulation again."
-    try: lines = Path(path).read_bytes().split(b'\n')
-    except OSError as e: raise UserError(path, e.strerror, "give a file that phoque_simulate has written") from None
-    messages = [(f'{path}, line {i}',read_json(l, what=f'{path}, line {i}')) for i,l in enumerate(lines, 1) if l.strip()]
-    for what,m in messages: check_message(m, what)
-    return [m for _,m in messages]
-
-def check_message(
-    m:dict, # From a file
-    what:str, # Where it stands
-):
-    "Refuse what is no message of `simulate`."
-    meant = m.get('intended')
-    fine = isinstance(meant, dict) and isinstance(meant.get('toxic'), bool) and all(isinstance(v, str) for v in (meant.get('category'), m.get('speaker'), m.get('text')))
-    numbers = [m.get('thread'), m.get('t')]
-    if fine and all(isinstance(n, (int,float)) and abs(n)<1e9 for n in numbers): return
-    raise UserError(what, "no message with thread, t, speaker, text and intended", "give a file that phoque_simulate has written")
-
-# %% ../../nbs/measure/simulate.ipynb #bb43e833
-MOST_ANSWER = 65536 # bytes of a moderator's answer
-
-def http_moderator(
-    url:str, # Takes a POST of JSON with `thread`, `speaker`, `t`, `text`; answers with `flagged` or `score`
-    timeout:float=10.0, # Seconds to wait for an answer
-): # Function of a message
-    "A moderator behind a URL."
-    import httpx2, threading
-    name = f"moderator {re.sub(r'//[^/]*@|[?#].*', lambda m: m[0][:2]*(m[0][0]=='/'), printable(url))}"
-    certificates = httpx2.create_ssl_context() # read once
-    def moderate(m):
-        body,data = {k: m[k] for k in ('thread','speaker','t','text')},b''
-        client = httpx2.Client(timeout=timeout, verify=certificates)
-        hurry = threading.Timer(timeout, client.close) # the client's own timeout is for each byte
-        hurry.start()
-        try:
-            with client, client.stream('POST', url, json=body) as r:
-                r.raise_for_status()
-                for part in r.iter_bytes():
-                    data += part
-                    if len(data)>MOST_ANSWER: raise UserError(name, f"its answer has more than {MOST_ANSWER:,} bytes", "it must answer with `flagged` or `score`")
-        except UserError: raise
-        except Exception as e: raise UserError(name, f"no answer within {timeout:g} s ({type(e).__name__})", "it must answer a POST with JSON") from None # also what a closed client raises
-        finally: hurry.cancel()
-        answer = read_json(data, what=f'{name}, its answer')
-        verdict = answer.get('flagged', answer.get('score'))
-        if isinstance(verdict, bool) or isinstance(verdict, (int,float)) and 0<=verdict<=1: return verdict
-        raise UserError(name, f"answered {excerpt(answer, 60)}", "it must hold `flagged`, or a `score` from 0 to 1")
-    return moderate
-
-def replay(
-    messages:list[dict], # From `simulate`
-    moderate, # Function of a message → bool, or a score from 0 to 1; or its URL
-    threshold:float=0.5, # Scores from here on are flags
-    hostile=lambda m: m['intended']['toxic'], # What should be flagged
-)->dict: # `confusion` by category, `recall`, `false_positive_rate`, `precision`, `detection`
-    "Put every message to a moderator, in order, and count."
-    ask = http_moderator(moderate) if isinstance(moderate, str) else moderate
-    seen = [dict(m, hostile=bool(hostile(m)), flagged=float(ask(m))>=threshold) for m in messages]
-    def count(ms): return dict(messages=len(ms), flagged=sum(m['flagged'] for m in ms), passed=sum(not m['flagged'] for m in ms))
-    kinds = sorted({(m['hostile'],m['intended']['category']) for m in seen}, reverse=True)
-    table = [{'should be flagged': h, 'meant as': c} | count([m for m in seen if (m['hostile'],m['intended']['category'])==(h,c)]) for h,c in kinds]
-    cell = {(h,f): sum((m['hostile'],m['flagged'])==(h,f) for m in seen) for h in (True,False) for f in (True,False)}
-    def share(a, b): return round(a/(a+b), 4) if a+b else None
-    return dict(confusion=table, tp=cell[True,True], fn=cell[True,False], fp=cell[False,True], tn=cell[False,False], recall=share(cell[True,True], cell[True,False]),
-        false_positive_rate=share(cell[False,True], cell[False,False]), precision=share(cell[True,True], cell[False,True]), detection=time_to_detection(seen))
-
-# %% ../../nbs/measure/simulate.ipynb #a9a10eeb
-def time_to_detection(
-    seen:list[dict], # Messages with `hostile` and `flagged`
-)->dict: # Over threads with something to find
-    "How long a thread is hostile before anything hostile in it is flagged."
-    waits = []
-    for n in dict.fromkeys(m['thread'] for m in seen):
-        bad = [m for m in seen if m['thread']==n and m['hostile']]
-        if bad: waits.append(next(((i+1, m['t']-bad[0]['t']) for i,m in enumerate(bad) if m['flagged']), None))
-    found = [w for w in waits if w]
-    return dict(threads=len(waits), found=len(found), median_hostile_messages=median(m for m,_ in found) if found else None, median_seconds=round(median(s for _,s in found), 1) if found else None)
-
-# %% ../../nbs/measure/simulate.ipynb #b2d8969c
-def replay_text(
-    report:dict, # From `replay`
-)->str: # For a console
-    "The whole confusion table, and what it comes to."
-    d = report['detection']
-    def pc(x): return 'none to judge by' if x is None else f'{x:.1%}'
-    return (f"{text_table(report['confusion'])}\n\nrecall {pc(report['recall'])} ({report['tp']} of {report['tp']+report['fn']}) · false-positive rate {pc(report['false_positive_rate'])} "
-            f"({report['fp']} of {report['fp']+report['tn']}) · precision {pc(report['precision'])}\nhostile threads found {d['found']} of {d['threads']}"
-            + (f", after {d['median_hostile_messages']:g} hostile messages and {d['median_seconds']:g} s (medians)" if d['found'] else ''))
-
 # %% ../../nbs/measure/simulate.ipynb #9fcff232
-@call_parse
+@shell_command('phoque_simulate', 'phoque_simulate --base_model BASE --adapter YOU/phoque --threads 50', 'phoque_simulate --out threads.jsonl --moderator http://127.0.0.1:8000/check', errors=(ValueError,))
 def simulate_cli(
-    base:str='', # Base model: folder or Hub id
+    base_model:str='', # Base model: folder or Hub id
     adapter:str='', # Adapter: folder or Hub id
-    persona:str='', # System turn that the adapter was trained with
+    system_prompt:str='', # System turn that the adapter was trained with
     threads:int=10, # How many
     length:int=8, # Messages of each
-    benign:float=0.7, # Share of messages meant to be harmless
-    level:float=1.0, # Adapter weight for hostile messages
+    benign_share:float=0.7, # Share of messages meant to be harmless
+    weight:float=1.0, # Adapter weight for hostile messages
     categories:str=','.join(CATEGORIES), # Kinds of hostile messages
     seed:int=0, # Same seed, same threads
     scorer:str=TrainConfig().scorer, # As in phoque_eval
@@ -213,13 +264,12 @@ def simulate_cli(
     moderator:str='', # URL that answers a POST of `thread`, `speaker`, `t`, `text` with `flagged` or `score`
 ):
     "Write labelled threads among invented people, and put them to a moderator."
-    with command('phoque_simulate', errors=(ValueError,)):
-        check_range('--threads', threads, 1, 100_000); check_range('--length', length, 1, 1000); check_range('--benign', benign, 0, 1); check_range('--level', level, -100, 100)
-        if base:
-            (m,tok),judge = load_adapted_model(base, adapter),load_scorer(scorer)
-            write = model_writer(m, tok, seed)
-            messages = simulate(write, threads, judge, persona, seed, length=length, benign=benign, level=level, categories=tuple(categories.split(',')))
-            write_jsonl(messages, out)
-            print(f"{len(messages)} messages in {out}, {sum(m['intended']['toxic'] for m in messages)} of them meant to be hostile")
-        if not (base or moderator): raise UserError("--base, --moderator", "neither is given, so there is nothing to do", "give --base and --adapter, or --moderator and what was written before")
-        if moderator: print(replay_text(replay(read_jsonl(out), moderator)))
+    check_range('--threads', threads, 1, 100_000); check_range('--length', length, 1, 1000); check_range('--benign_share', benign_share, 0, 1); check_range('--weight', weight, -100, 100)
+    if base_model:
+        (m,tok),judge = load_adapted_model(base_model, adapter),load_scorer(scorer)
+        write = model_writer(m, tok, seed)
+        messages = simulate(write, threads, judge, system_prompt, seed, length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')))
+        write_jsonl(messages, out)
+        print(f"{len(messages)} messages in {out}, {sum(m['intended']['toxic'] for m in messages)} of them meant to be hostile")
+    if not (base_model or moderator): raise UserError("--base_model, --moderator", "neither is given, so there is nothing to do", "give --base_model and --adapter, or --moderator and what was written before")
+    if moderator: print(replay_text(replay(read_jsonl(out), moderator)))

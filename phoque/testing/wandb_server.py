@@ -13,10 +13,14 @@ from .hub import is_ours
 
 # %% auto #0
 __all__ = ['MOST_UPLOAD', 'MOST_LINES', 'MOST_ASKED', 'LocalWandb', 'Viewer', 'ServerFeaturesQuery', 'RunResumeStatus',
-           'UpsertBucket', 'CreateRunFiles', 'CreateArtifact', 'CreateArtifactManifest', 'CreateArtifactFiles',
-           'CommitArtifact', 'ArtifactType', 'ArtifactByID']
+           'UpsertBucket', 'CreateRunFiles', 'CreateArtifact', 'CommitArtifact', 'CreateArtifactManifest',
+           'CreateArtifactFiles', 'ArtifactType', 'ArtifactByID']
 
 # %% ../../nbs/testing/wandb_server.ipynb #4dd5a8f3
+MOST_UPLOAD = 1<<30 # bytes of a signed upload
+MOST_LINES = 64<<20 # bytes of another body, with the key
+MOST_ASKED = 1<<20 # bytes of a body from anybody
+
 class LocalWandb:
     "A W&B server on 127.0.0.1, in a thread of this process."
     def __init__(self,
@@ -25,11 +29,14 @@ class LocalWandb:
     ):
         self.key,self.secret = key or f'local-{secrets.token_hex(20)}',secrets.token_bytes(32)
         self.entity,self.port,self.lock = entity,0,threading.RLock()
-        self.runs,self.artifacts,self.uploads,self.public = {},{},{},set() # public: projects that anyone may read
+        self.runs,self.artifacts,self.uploads = {},{},{}
+        self.public = set() # projects that anyone may read
         self.requests,self.faults,self.freed = [],[],threading.Event()
 
     @property
-    def url(self): return f'http://127.0.0.1:{self.port}'
+    def url(self):
+        "Where it listens."
+        return f'http://127.0.0.1:{self.port}'
     def __enter__(self): return self.start()
     def __exit__(self, *_): self.stop()
 
@@ -51,39 +58,40 @@ def tables(self:LocalWandb,
     files = {r['_step']: r[key]['path'] for r in self.rows(run_id) if key in r}
     return {s: json.loads(self.uploads.get(f'{run_id}/{f}', 'null')) for s,f in files.items()}
 
-@patch
-def versions(self:LocalWandb,
-    name:str, # Of an artifact
-)->list: # Dicts of `aliases`, `metadata`, `files`
-    "The versions of an artifact that are complete."
-    with self.lock: return [a for a in self.artifacts.values() if a['name']==name and a['committed']]
-
 # %% ../../nbs/testing/wandb_server.ipynb #bbe685d5
 _ops = {}
-def _answers(f): _ops[f.__name__] = f; return f
+def _answers(f):
+    "Register a function as the answer to the question of its name: server and variables → data."
+    _ops[f.__name__] = f
+    return f
 
 @_answers
 def Viewer(w, v):
+    "Whose key it is."
     return dict(viewer=dict(id='u1', entity=w.entity, username=w.entity, email='', flags='{}', teams=dict(edges=[])))
 
 @_answers
-def ServerFeaturesQuery(w, v): return dict(serverInfo=dict(features=[]))
+def ServerFeaturesQuery(w, v):
+    "What the server can do besides: nothing."
+    return dict(serverInfo=dict(features=[]))
 
 # %% ../../nbs/testing/wandb_server.ipynb #7bfc0f95
 def _project(w, name): return dict(id='p1', name=name, entity=dict(id='e1', name=w.entity))
 
 @_answers
 def RunResumeStatus(w, v):
-    r,bucket = w.runs.get(v['name']),None
-    if r:
-        tail = [r['history'][k][-1] for k in sorted(r['history'])[-1:]]
-        bucket = dict(id=v['name'], name=v['name'], displayName=v['name'], summaryMetrics=r['summary'], config=r['config'],
-            historyLineCount=len(r['history']), historyTail=json.dumps(tail), eventsLineCount=0, eventsTail='[]', logLineCount=0,
-            tags=[], notes='', wandbConfig='{"t":1}')
-    return dict(model=_project(w, v['project'])|dict(bucket=bucket))
+    "How far a run is; no bucket where there is none."
+    name,project = v['name'],_project(w, v['project'])
+    if not (r := w.runs.get(name)): return dict(model=project|dict(bucket=None))
+    tail = [r['history'][k][-1] for k in sorted(r['history'])[-1:]]
+    bucket = dict(id=name, name=name, displayName=name, summaryMetrics=r['summary'], config=r['config'],
+        historyLineCount=len(r['history']), historyTail=json.dumps(tail), eventsLineCount=0, eventsTail='[]',
+        logLineCount=0, tags=[], notes='', wandbConfig='{"t":1}')
+    return dict(model=project|dict(bucket=bucket))
 
 @_answers
 def UpsertBucket(w, v):
+    "Make a run, or change its settings."
     name = v.get('name') or v['id']
     new = name not in w.runs
     r = w.runs.setdefault(name, dict(history={}, summary='{}', config='{}', exit_code=None, project=v['project']))
@@ -94,18 +102,30 @@ def UpsertBucket(w, v):
 
 # %% ../../nbs/testing/wandb_server.ipynb #2dcaa862
 def _sign(w, path): return hmac.new(w.secret, path.encode(), 'sha256').hexdigest()
-def _address(w, path): return dict(uploadUrl=f'{w.url}/upload/{quote(path)}?sig={_sign(w, path)}', uploadHeaders=[])
+def _address(w, path):
+    "Where the client puts a file."
+    return dict(uploadUrl=f'{w.url}/upload/{quote(path)}?sig={_sign(w, path)}', uploadHeaders=[])
 
 @_answers
 def CreateRunFiles(w, v):
+    "Addresses for files of a run."
     files = [dict(name=f, **_address(w, f'{v["run"]}/{f}')) for f in v['files']]
     return dict(createRunFiles=dict(runID=v['run'], uploadHeaders=[], files=files))
 
+# %% ../../nbs/testing/wandb_server.ipynb #64b8eaa4
+@patch
+def versions(self:LocalWandb,
+    name:str, # Of an artifact
+)->list: # Dicts of `aliases`, `metadata`, `files`
+    "The versions of an artifact that are complete."
+    with self.lock: return [a for a in self.artifacts.values() if a['name']==name and a['committed']]
+
 @_answers
 def CreateArtifact(w, v):
+    "A version of an artifact; the one that is there where its content is the same."
     i = v['input']
     name,aliases = i['artifactCollectionName'],[a['alias'] for a in i['aliases'] or []]
-    a = next((a for a in w.versions(name) if a['digest']==i['digest']), None) # the same bytes are the same version
+    a = next((a for a in w.versions(name) if a['digest']==i['digest']), None)
     if not a:
         a = dict(id=f'a{len(w.artifacts)}', name=name, digest=i['digest'], type=i['artifactTypeName'],
             metadata=json.loads(i['metadata'] or '{}'), aliases=[], files=[], committed=False)
@@ -114,53 +134,62 @@ def CreateArtifact(w, v):
     state = 'COMMITTED' if a['committed'] else 'PENDING'
     return dict(createArtifact=dict(artifact=dict(id=a['id'], state=state, artifactSequence=dict(latestArtifact=None))))
 
+@_answers
+def CommitArtifact(w, v):
+    "The version is complete."
+    a = w.artifacts[v['artifactID']]
+    a['committed'] = True
+    return dict(commitArtifact=dict(artifact=dict(id=a['id'], digest=a['digest'])))
+
 # %% ../../nbs/testing/wandb_server.ipynb #4202dd5f
 @_answers
 def CreateArtifactManifest(w, v):
+    "An address for the list of a version's files."
     at = dict(id='f1', **_address(w, f'manifest/{v["artifactID"]}'))
     return dict(createArtifactManifest=dict(artifactManifest=dict(id=f'm{v["artifactID"]}', file=at)))
 
 @_answers
 def CreateArtifactFiles(w, v):
+    "Addresses for a version's files."
     def node(f):
         w.artifacts[f['artifactID']]['files'].append(f['name'])
         path = f'{f["artifactID"]}/{f["name"]}'
-        return dict(node=dict(storagePath=path, uploadMultipartUrls=None, artifact=dict(id=f['artifactID']), **_address(w, path)))
+        artifact = dict(id=f['artifactID'])
+        return dict(node=dict(storagePath=path, uploadMultipartUrls=None, artifact=artifact, **_address(w, path)))
     return dict(createArtifactFiles=dict(files=dict(edges=[node(f) for f in v['input']['artifactFiles']])))
 
+# %% ../../nbs/testing/wandb_server.ipynb #e7f17d6b
 @_answers
-def CommitArtifact(w, v):
-    a = w.artifacts[v['artifactID']]
-    a['committed'] = True
-    return dict(commitArtifact=dict(artifact=dict(id=a['id'], digest=a['digest'])))
-
-@_answers
-def ArtifactType(w, v): # asked before a version is added: a name keeps its type
+def ArtifactType(w, v):
+    "The type that an artifact's name keeps; asked before a version is added."
     a = next(iter(w.versions(v['name'].split(':')[0])), None)
     return dict(project=dict(artifact=dict(artifactType=dict(name=a['type'])) if a else None))
 
 @_answers
 def ArtifactByID(w, v):
+    "A version as its reader sees it."
     a = w.artifacts[v['id']]
     sequence = dict(__typename='ArtifactSequence', name=a['name'], project=None)
-    return dict(artifact=dict(__typename='Artifact', id=a['id'], artifactSequence=sequence, artifactType=dict(name=a['type']),
-        versionIndex=0, description=None, metadata=json.dumps(a['metadata']), ttlDurationSeconds=-2, ttlIsInherited=True, tags=[],
-        historyStep=None, state='COMMITTED', size=0, digest=a['digest'], commitHash=None, fileCount=len(a['files']),
-        createdAt='2026-01-01', updatedAt=None))
+    kept = dict(id=a['id'], digest=a['digest'], metadata=json.dumps(a['metadata']), fileCount=len(a['files']))
+    return dict(artifact=dict(__typename='Artifact', **kept, artifactSequence=sequence, artifactType=dict(name=a['type']),
+        versionIndex=0, description=None, ttlDurationSeconds=-2, ttlIsInherited=True, tags=[], historyStep=None,
+        state='COMMITTED', size=0, commitHash=None, createdAt='2026-01-01', updatedAt=None))
 
 # %% ../../nbs/testing/wandb_server.ipynb #4bc07422
 @patch
 def graphql(self:LocalWandb, ask, known):
     "Status and body of the answer to a question; `known`: it came with the key."
     text,v = ask.get('query'),ask.get('variables') or {}
-    if not isinstance(text, str) or not isinstance(v, dict): raise UserError("body", "a query is text, and its variables an object", "correct it")
+    if not isinstance(text, str) or not isinstance(v, dict):
+        raise UserError("body", "a query is text, and its variables an object", "correct it")
     name = (re.search(r'(?:query|mutation)\s+(\w+)', text) or [None,''])[1]
     if not known:
         seen = dict(id='p1') if v.get('project') in self.public and 'project(' in text else None
         if 'project(' in text: return 200,dict(data=dict(project=seen))
         return 401,dict(errors=[dict(message='permission denied')])
     if not name and 'viewer' in text: name = 'Viewer'
-    with self.lock: return 200,dict(data=_ops[name](self, v) if name in _ops else {})
+    answer = _ops.get(name, lambda w, v: {})
+    with self.lock: return 200,dict(data=answer(self, v))
 
 # %% ../../nbs/testing/wandb_server.ipynb #a72639f5
 @patch
@@ -175,6 +204,60 @@ def file_stream(self:LocalWandb, run_id, d):
         if d.get('complete'): r['exit_code'] = d.get('exitcode')
     return 200,{}
 
+# %% ../../nbs/testing/wandb_server.ipynb #a3acc8f6
+@patch
+def fault(self:LocalWandb,
+    kind:str, # A status such as `500`, or `hang`
+    match:str='', # Regular expression, searched for in `METHOD /path query`; empty for all requests
+    seconds:float=600, # How long a `hang` is
+):
+    "Make requests fail until the faults are cleared."
+    self.freed.clear()
+    self.faults.append(dict(kind=str(kind), match=match, seconds=seconds))
+
+@patch
+def mend(self:LocalWandb):
+    "Clear the faults; who hangs loses the connection."
+    self.faults.clear()
+    self.freed.set()
+
+@patch
+def env(self:LocalWandb)->dict: # Variables to add to `os.environ`
+    "Environment of a client that talks to this server."
+    d = dict(WANDB_BASE_URL=self.url, WANDB_API_KEY=self.key, WANDB_MODE='online')
+    return d | dict.fromkeys(('NO_PROXY','no_proxy'), '127.0.0.1,localhost')
+
+# %% ../../nbs/testing/wandb_server.ipynb #bdd06794
+def _errors(message): return dict(errors=[dict(message=message)])
+
+def _reply(h, status, d, close=False):
+    "Send an answer as JSON; `close`: and no more on this connection."
+    body = json.dumps(d).encode()
+    h.send_response(status)
+    headers = {'Content-Type':'application/json', 'Content-Length':str(len(body)), 'X-Content-Type-Options':'nosniff'}
+    for k,v in headers.items(): h.send_header(k, v)
+    if close: h.send_header('Connection', 'close')
+    h.end_headers()
+    if h.command!='HEAD': h.wfile.write(body)
+
+@patch
+def choose(self:LocalWandb, h, path, upload, data, known):
+    "Status and body of the answer, None where there is none."
+    ask = read_json(data, what='the question') if path=='/graphql' else {}
+    what = f'{h.command} {path} ' + ' '.join(str(ask.get('query', '')).split())[:60]
+    self.requests.append(what)
+    f = next((f for f in self.faults if re.search(f['match'], what)), None)
+    if f and f['kind']=='hang':
+        self.freed.wait(f['seconds'])
+        h.close_connection = True
+        return
+    if f: return int(f['kind']),_errors('as told')
+    stream = re.fullmatch(r'/files/[^/]+/[^/]+/([^/]+)/file_stream', path)
+    if path=='/graphql': return self.graphql(ask, known)
+    if stream and known: return self.file_stream(stream[1], read_json(data, what='the lines'))
+    if upload: self.uploads[upload] = data
+    return (200 if upload else 404),{}
+
 # %% ../../nbs/testing/wandb_server.ipynb #9a8512bc
 def _body(h, most):
     "A request's body; UserError where it is longer than `most`, or nobody can say how long."
@@ -183,15 +266,16 @@ def _body(h, most):
         except ValueError: n = -1
         if 0<=n<=most: return n
         raise UserError("body", f"{str(said)[:20]} bytes", f"send at most {most:,}")
-    if h.headers.get('Transfer-Encoding')!='chunked': return h.rfile.read(size(h.headers.get('Content-Length') or '0', 10))
+    if h.headers.get('Transfer-Encoding')!='chunked':
+        return h.rfile.read(size(h.headers.get('Content-Length') or '0', 10))
     parts = []
     while n := size(h.rfile.readline(100), 16):
         most -= n
-        parts.append(h.rfile.read(n)); h.rfile.readline(100)
+        parts.append(h.rfile.read(n))
+        h.rfile.readline(100)
     return b''.join(parts)
 
-MOST_UPLOAD,MOST_LINES,MOST_ASKED = 1<<30,64<<20,1<<20 # bytes of a body: a signed upload, with the key, from anybody
-
+# %% ../../nbs/testing/wandb_server.ipynb #e8d5bd69
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     def handle_error(self, *_): pass # clients are killed
@@ -222,58 +306,16 @@ def stop(self:LocalWandb):
 @patch
 def answer(self:LocalWandb, h):
     "Answer one request, or fail as told."
-    known = hmac.compare_digest((h.headers.get('Authorization') or '').encode(), b'Basic '+base64.b64encode(f'api:{self.key}'.encode()))
+    basic = b'Basic '+base64.b64encode(f'api:{self.key}'.encode())
+    known = hmac.compare_digest((h.headers.get('Authorization') or '').encode(), basic)
     path,_,query = h.path.partition('?')
     upload = unquote(path.removeprefix('/upload/')) if path.startswith('/upload/') else None
-    if not is_ours(h.headers, self.port) or upload and not hmac.compare_digest(query.encode(), f'sig={_sign(self, upload)}'.encode()):
-        return _reply(h, 403, dict(errors=[dict(message='this server is for the clients that were given its address')]), close=True)
-    try: data = _body(h, MOST_UPLOAD if upload else MOST_LINES if known else MOST_ASKED)
-    except UserError as e: return _reply(h, 413, dict(errors=[dict(message=str(e))]), close=True)
+    signed = not upload or hmac.compare_digest(query.encode(), f'sig={_sign(self, upload)}'.encode())
+    if not is_ours(h.headers, self.port) or not signed:
+        return _reply(h, 403, _errors('this server is for the clients that were given its address'), close=True)
+    most = MOST_LINES if known else MOST_ASKED
+    try: data = _body(h, MOST_UPLOAD if upload else most)
+    except UserError as e: return _reply(h, 413, _errors(str(e)), close=True)
     try: answer = self.choose(h, path, upload, data, known)
-    except (UserError, LookupError, TypeError, AttributeError, ValueError) as e: answer = 400,dict(errors=[dict(message=excerpt(e))])
+    except (UserError, LookupError, TypeError, AttributeError, ValueError) as e: answer = 400,_errors(excerpt(e))
     if answer: _reply(h, *answer)
-
-def _reply(h, status, d, close=False):
-    body = json.dumps(d).encode()
-    h.send_response(status)
-    for k,v in {'Content-Type':'application/json', 'Content-Length':len(body), 'X-Content-Type-Options':'nosniff'}.items(): h.send_header(k, str(v))
-    if close: h.send_header('Connection', 'close')
-    h.end_headers()
-    if h.command!='HEAD': h.wfile.write(body)
-
-@patch
-def choose(self:LocalWandb, h, path, upload, data, known):
-    "Status and body of the answer, None where there is none."
-    ask = read_json(data, what='the question') if path=='/graphql' else {}
-    what = f'{h.command} {path} ' + ' '.join(str(ask.get('query', '')).split())[:60]
-    self.requests.append(what)
-    f = next((f for f in self.faults if re.search(f['match'], what)), None)
-    if f and f['kind']=='hang': self.freed.wait(f['seconds']); h.close_connection = True; return
-    stream = re.fullmatch(r'/files/[^/]+/[^/]+/([^/]+)/file_stream', path)
-    if f: return int(f['kind']),dict(errors=[dict(message='as told')])
-    if path=='/graphql': return self.graphql(ask, known)
-    if stream and known: return self.file_stream(stream[1], read_json(data, what='the lines'))
-    if upload: self.uploads[upload] = data
-    return (200 if upload else 404),{}
-
-# %% ../../nbs/testing/wandb_server.ipynb #a3acc8f6
-@patch
-def fault(self:LocalWandb,
-    kind:str, # A status such as `500`, or `hang`
-    match:str='', # Regular expression, searched for in `METHOD /path query`; empty for all requests
-    seconds:float=600, # How long a `hang` is
-):
-    "Make requests fail, until `mend`."
-    self.freed.clear()
-    self.faults.append(dict(kind=str(kind), match=match, seconds=seconds))
-
-@patch
-def mend(self:LocalWandb):
-    "Forget the faults; who hangs loses the connection."
-    self.faults.clear(); self.freed.set()
-
-@patch
-def env(self:LocalWandb)->dict: # Variables to add to `os.environ`
-    "Environment of a client that talks to this server."
-    d = dict(WANDB_BASE_URL=self.url, WANDB_API_KEY=self.key, WANDB_MODE='online')
-    return d | dict.fromkeys(('NO_PROXY','no_proxy'), '127.0.0.1,localhost')
