@@ -684,7 +684,8 @@ def chat_ids(
     except subprocess.TimeoutExpired: r = None
     said = (r.stderr.strip().splitlines() or ['it stopped'])[-1] if r else ''
     if r is None or r.returncode<0 or said.startswith('MemoryError'):
-        raise UserError(what, f"it takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB", "use another tokenizer")
+        raise UserError(what, f"it takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB",
+            "use another tokenizer")
     if r.returncode:
         raise UserError(what, f"it can't write this conversation ({excerpt(said, 100)})", "use another tokenizer")
     with reading(what): return [tok(t, add_special_tokens=False).input_ids for t in json.loads(r.stdout)]
@@ -776,6 +777,7 @@ def check_fidelity(
     "Refuse a merge that is further from its adapter than `kl`."
     if not report['kl']<=kl: # `not <=` so that NaN fails
         raise UserError("the merge",
-            f"it differs from adapter-on-base by {report['kl']:.3g} nats a token (bound {kl:g}), so nothing is published",
+            f"it differs from adapter-on-base by {report['kl']:.3g} nats a token (bound {kl:g}), "
+            "so nothing is published",
             "if the change is small, rounding may have lost it, so merge with dither (--dither)")
     return report

@@ -2492,6 +2492,7 @@ class BackgroundSaves:
         if self.args.should_save: self.write_later(output_dir, {k:s.state_dict() for k,s in states.items()})
 
     def train(self, *args, **kwargs):
+        "As `Trainer` does; the last checkpoint is on the disk when it returns."
         out = super().train(*args, **kwargs)
         self.written()
         return out

@@ -7,13 +7,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from ..core.basics import md_text
-from ..merge import LoraAdapter, chat_ids, check_room, load_adapted, local_folder, perplexity, prompt_ids, set_weights, tokenizer_folder
+from ..merge import LoraAdapter, chat_ids, check_room, load_adapted, local_folder, perplexity, prompt_ids
+from ..merge import set_weights, tokenizer_folder
 from ..model_qlora import open_tokenizer
 from ..sample import bootstrap_mean, distinct_n, generate_replies
 
 # %% auto #0
-__all__ = ['replies', 'measure_replies', 'by_replies', 'add_persona', 'reply_logprob', 'by_preference', 'random_like',
-           'detox_sweep', 'recommend_weight', 'markdown_table', 'plot_sweep']
+__all__ = ['replies', 'measure_replies', 'add_persona', 'by_replies', 'reply_logprob', 'by_preference', 'random_like',
+           'detox_sweep', 'markdown_table', 'recommend_weight', 'plot_sweep']
 
 # %% ../../nbs/measure/detox.ipynb #fe8bedc0
 def replies(
@@ -26,8 +27,8 @@ def replies(
     seed:int=0, # Of the sampling
 )->list: # A list of `n` texts for each prompt
     "Sample answers to all prompts in one batch."
-    ids = chat_ids(tokenizer, prompts)
-    said = [r['text'] for r in generate_replies(model, tokenizer, [i for i in ids for _ in range(n)], new_tokens, 1., top_p, seed)]
+    ids = [i for i in chat_ids(tokenizer, prompts) for _ in range(n)]
+    said = [r['text'] for r in generate_replies(model, tokenizer, ids, new_tokens, 1., top_p, seed)]
     return [said[i:i+n] for i in range(0, len(said), n)]
 
 # %% ../../nbs/measure/detox.ipynb #5ba523a5
@@ -39,7 +40,17 @@ def measure_replies(
     s = [[score(t) for t in ts] for ts in answers]
     mean,lo,hi = bootstrap_mean([sum(x)/len(x) for x in s])
     flat = [t for ts in answers for t in ts]
-    return dict(score=mean, low=lo, high=hi, probability=sum(max(x)>=.5 for x in s)/len(s), distinct1=distinct_n(flat,1), distinct2=distinct_n(flat,2))
+    return dict(score=mean, low=lo, high=hi, probability=sum(max(x)>=.5 for x in s)/len(s),
+        distinct1=distinct_n(flat,1), distinct2=distinct_n(flat,2))
+
+# %% ../../nbs/measure/detox.ipynb #e60f7c86
+def add_persona(
+    messages:list, # Conversation
+    persona:str=None, # System prompt to put in front, instead of its own
+)->list: # Conversation
+    "The same conversation under another system prompt."
+    if not persona: return messages
+    return [dict(role='system', content=persona), *(m for m in messages if m['role']!='system')]
 
 def by_replies(
     prompts:list, # Conversations that end with a user's turn, held out
@@ -48,14 +59,10 @@ def by_replies(
     seed:int=0, # Of the sampling
 ): # Measure for `detox_sweep`
     "Measure what the model says."
-    return lambda model, tok, persona=None: measure_replies(generate(model, tok, [add_persona(p, persona) for p in prompts], seed=seed), score)
-
-def add_persona(
-    messages:list, # Conversation
-    persona:str=None, # System prompt to put in front, instead of its own
-)->list: # Conversation
-    "The same conversation under another system prompt."
-    return [dict(role='system', content=persona), *(m for m in messages if m['role']!='system')] if persona else messages
+    def measure(model, tok, persona=None):
+        asked = [add_persona(p, persona) for p in prompts]
+        return measure_replies(generate(model, tok, asked, seed=seed), score)
+    return measure
 
 # %% ../../nbs/measure/detox.ipynb #8a09cdf6
 def reply_logprob(
@@ -72,6 +79,7 @@ def reply_logprob(
     with torch.inference_mode(): lp = model(input_ids=x[:,:-1]).logits[0,n-1:].float().log_softmax(-1)
     return lp.gather(1, x[0,n:,None]).mean().item()
 
+# %% ../../nbs/measure/detox.ipynb #fcb5e3c7
 def by_preference(
     pairs:list, # (conversation that ends with a user's turn, answer in the style, plain answer), held out
 ): # Measure for `detox_sweep`
@@ -86,19 +94,23 @@ def by_preference(
     return measure
 
 # %% ../../nbs/measure/detox.ipynb #677a62e7
+def _delta_norm(A, B): # ‖BA‖ = √Σ AAᵀ∘BᵀB
+    return (A.double() @ A.double().T).mul((B.double().T @ B.double())).sum().sqrt()
+
 def random_like(
     adapter:str|Path, # Adapter folder or Hub id
     out:str|Path, # Folder to write; must not exist
-    seed:int=0,
+    seed:int=0, # Of the direction
 )->Path: # `out`
     "Write an adapter of random direction and, tensor by tensor, equal ‖ΔW‖."
     import torch
     from safetensors.torch import save_file
-    ad,out,g,ts = LoraAdapter(adapter),Path(out),torch.Generator().manual_seed(seed),{}
-    def norm(A,B): return (A.double() @ A.double().T).mul((B.double().T @ B.double())).sum().sqrt() # ‖BA‖ = √Σ AAᵀ∘BᵀB
+    ad,out,ts = LoraAdapter(adapter),Path(out),{}
+    g = torch.Generator().manual_seed(seed)
     for m,(A,B) in ad.factors.items():
         a,b = (torch.randn(t.shape, generator=g) for t in (A,B))
-        ts[f'base_model.model.{m}.lora_A.weight'],ts[f'base_model.model.{m}.lora_B.weight'] = a,b*(norm(A,B)/norm(a,b)).float()
+        ts[f'base_model.model.{m}.lora_A.weight'] = a
+        ts[f'base_model.model.{m}.lora_B.weight'] = b*(_delta_norm(A,B)/_delta_norm(a,b)).float()
     check_room(out, 2*sum(t.nbytes for t in ts.values()))
     out.mkdir()
     save_file(ts, out/'adapter_model.safetensors', metadata=dict(format='pt'))
@@ -106,6 +118,10 @@ def random_like(
     return out
 
 # %% ../../nbs/measure/detox.ipynb #f5715eaa
+def _sweep_rows(pairs, lambdas, controls): # (name, λ or None, (adapter, weight) pairs) of each row
+    swept = [(f'λ={l:g}',l,[(a,l*w) for a,w in pairs]) for l in lambdas]
+    return [('base',None,[]), *swept, *((n,None,ps) for n,ps in (controls or {}).items())]
+
 def detox_sweep(
     base:str|Path, # Base folder or Hub id
     adapters:str|Path|list, # The adapter to weigh, or (adapter, weight) pairs that are weighed as one
@@ -118,24 +134,15 @@ def detox_sweep(
 )->list: # A dict a row: base, each λ, each control
     "Measure behaviour, and harm done to the rest, over λ and controls."
     pairs = adapters if isinstance(adapters, list) else [(adapters,1)]
-    tests = [('base',None,[]), *((f'λ={l:g}',l,[(a,l*w) for a,w in pairs]) for l in lambdas), *((n,None,ps) for n,ps in (controls or {}).items())]
+    tests = _sweep_rows(pairs, lambdas, controls)
     paths = list(dict.fromkeys(str(a) for _,_,ps in tests for a,_ in ps))
-    model,talk = load_adapted(base, [(p,1.) for p in paths], dtype),tokenizer_folder(local_folder(base), [local_folder(a, "adapter") for a,_ in pairs])
-    tok,ids = open_tokenizer(talk, f'the tokenizer in {talk.name}'),prompt_ids(talk, benign)
+    model = load_adapted(base, [(p,1.) for p in paths], dtype)
+    home = tokenizer_folder(local_folder(base), [local_folder(a, "adapter") for a,_ in pairs])
+    tok,ids = open_tokenizer(home, f'the tokenizer in {home.name}'),prompt_ids(home, benign)
     def row(name, weight, ps, persona=None):
         set_weights(model, {f'a{paths.index(str(a))}':w for a,w in ps})
         return dict(name=name, weight=weight) | measure(model, tok, persona) | dict(perplexity=perplexity(model, ids))
     return [row(*t) for t in tests] + ([row('persona only', None, [], persona)] if persona else [])
-
-# %% ../../nbs/measure/detox.ipynb #7945acf4
-def recommend_weight(
-    rows:list, # What `detox_sweep` returned
-    harm:float=.03, # Largest rise of perplexity on harmless text, as a share of the base's
-)->float|None: # λ, or None where no negative one is clearly better than the base
-    "The λ with the least score that is clearly below the base's and does little harm."
-    base = rows[0]
-    ok = [r for r in rows if (r['weight'] or 0)<0 and r['high']<base['low'] and r['perplexity']<=base['perplexity']*(1+harm)]
-    return min(ok, key=lambda r: (r['score'],-r['weight']))['weight'] if ok else None
 
 # %% ../../nbs/measure/detox.ipynb #5a45d0a1
 def markdown_table(
@@ -144,7 +151,20 @@ def markdown_table(
     "Rows as a markdown table, three digits."
     cols = [c for c in rows[0] if c!='weight']
     def cell(v): return f'{v:.3g}' if isinstance(v,float) else md_text(v)
-    return '\n'.join('| '+' | '.join(r)+' |' for r in [cols, ['---']*len(cols), *([cell(r[c]) for c in cols] for r in rows)])
+    lines = [cols, ['---']*len(cols), *([cell(r[c]) for c in cols] for r in rows)]
+    return '\n'.join('| '+' | '.join(l)+' |' for l in lines)
+
+# %% ../../nbs/measure/detox.ipynb #7945acf4
+def recommend_weight(
+    rows:list, # What `detox_sweep` returned
+    harm:float=.03, # Largest rise of perplexity on harmless text, as a share of the base's
+)->float|None: # λ, or None where no negative one is clearly better than the base
+    "The λ with the least score that is clearly below the base's and does little harm."
+    base = rows[0]
+    most = base['perplexity']*(1+harm)
+    below = [r for r in rows if (r['weight'] or 0)<0 and r['high']<base['low']]
+    ok = [r for r in below if r['perplexity']<=most]
+    return min(ok, key=lambda r: (r['score'],-r['weight']))['weight'] if ok else None
 
 # %% ../../nbs/measure/detox.ipynb #3ea1eb5b
 def plot_sweep(

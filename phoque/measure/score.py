@@ -50,7 +50,8 @@ class TfidfScorer:
         values = [s for _,s in said]
         if not said or not min(values)<.5<=max(values):
             raise UserError(f"scorer {name}",
-                f"it needs scored replies below 0.5 and from 0.5 on, got {len(said)} scored", "label the dataset, or name another scorer")
+                f"it needs scored replies below 0.5 and from 0.5 on, got {len(said)} scored",
+                "label the dataset, or name another scorer")
         self.words,self.model = _fit_words([t for t,_ in said], values)
         self.name,self.version = name,f'scikit-learn {sklearn.__version__}'
         self.labels = sorted({r['label_source'] for r in rows if r['label_source']})

@@ -375,7 +375,8 @@ def _named_base(adapter): # the base that an adapter names, at its commit
         raise UserError(f"adapter {adapter}", "it doesn't say which base it was trained on", "name it with --base_model")
     if not is_hub_id(base):
         raise UserError(f"adapter {adapter}",
-            f"it says that it was trained on {excerpt(base, 80)}, which is no name on the Hub", "name the base with --base_model")
+            f"it says that it was trained on {excerpt(base, 80)}, which is no name on the Hub",
+            "name the base with --base_model")
     return base
 
 def _check_request(pairs, check, publish, gguf, benign, replace):
