@@ -125,18 +125,16 @@ class UserError(ValueError):
 
 def main():
     "The job as a command: flags and environment in, exit code out."
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # read when torch loads: threads that spin are ten times slower on a CPU with other work
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch loads: spinning threads are slow on a CPU with other work
     if {'-h','--help'} & set(sys.argv[1:]): read_config() # prints it and ends
     sys.stdout.reconfigure(errors='backslashreplace') # a locale without a middle dot is no reason to end
     setup_logging()
     code = 1
     try:
-        begin_command()
+        begin_command(sys.argv[1:])
         cfg = read_config()
         if 'RANK' not in os.environ: check_deadline(cfg)
-        if os.environ.get('JOB_ID') and not os.environ.get('JOB_REF'): # asked now: at the end the Hub may be away
-            bound_requests(10)
-            os.environ['JOB_REF'] = job_ref() # for the ranks too
+        _ask_job_ref()
         code = launch_ranks() if needs_launch() else run_job(cfg)
     except Stopped:
         code = RESUBMIT
@@ -159,7 +157,9 @@ def run_identity(
     base:str, # Id of the base model that they led to
 )->dict: # What must be the same for a continuation
     "What decides the weights of a run."
-    if unknown := sorted(set(given)-set(options())): raise UserError("the checkpoint", f"its run has options that this version doesn't know ({', '.join(unknown)})", "continue it with the version that wrote it")
+    if unknown := sorted(set(given)-set(options())):
+        raise UserError("the checkpoint", f"its run has options that this version doesn't know ({', '.join(unknown)})",
+                        "continue it with the version that wrote it")
     value = {k: given.get(k, o['default']) for k,o in options().items()}
     rows = value['per_device_train_batch_size']*value['gradient_accumulation_steps']
     targets = ','.join(lora_targets(value['lora_target_modules']))
@@ -187,22 +187,26 @@ def say_differences(
     step:int, # Where it continues
     rate, # Function of (step, steps of the run): the learning rate
     again:int, # Number of FRESH_START that would begin again
-    dropout:bool=False, # Has the adapter dropout?
+    dropout:bool=False, # The adapter has dropout
 )->list: # Lines
     "How a continued run differs from one that went through."
     lines,before,after = [],was.get('total'),now['total']
     if before and before!=after:
-        lines.append(f"the run had {before} steps and has {after} now: steps 1 to {step} were trained at the rates of the one, "
-            f"step {step+1} begins at {rate(step, after):.1e} (it would have been {rate(step, before) if step<before else 0:.1e}); FRESH_START={again} trains all {after} anew")
+        old_rate = rate(step, before) if step<before else 0
+        lines.append(
+            f"the run had {before} steps and has {after} now: steps 1 to {step} were trained at the rates of the one, "
+            f"step {step+1} begins at {rate(step, after):.1e} (it would have been {old_rate:.1e}); "
+            f"FRESH_START={again} trains all {after} anew")
     old = was.get('arithmetic', {})
     if diff := [f"{k} was {old[k]}, is {v}" for k,v in now['arithmetic'].items() if k in old and old[k]!=v]:
-        lines.append(f"{'; '.join(diff)}: every step has the same rows, and sums are rounded in another way" + ", and dropout draws other numbers"*dropout)
+        lines.append(f"{'; '.join(diff)}: every step has the same rows, and sums are rounded in another way"
+            + ", and dropout draws other numbers"*dropout)
     return lines
 
 def be_deterministic():
     "Only algorithms that give the same bits every time, from here on."
     import torch
-    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8' # read at the first product; without a fixed workspace cuBLAS adds in any order
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8' # read at the first product: cuBLAS keeps an order in a fixed workspace
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -214,26 +218,41 @@ def printable_lines(
 
 class MaskFormatter(logging.Formatter):
     "`12:00:01 message`, or `12:00:01 library: message`, with secrets masked."
-    def formatMessage(self, record):
+    def formatMessage(self,
+        record, # `logging.LogRecord`
+    )->str: # With the logger's name where it isn't ours
+        "The message behind its clock."
         if record.name!=log.name: record.message = f'{record.name}: {record.message}'
         return super().formatMessage(record)
-    def format(self, record): return printable_lines(masked(super().format(record)))
+
+    def format(self,
+        record, # `logging.LogRecord`
+    )->str: # One line, and indented ones
+        "What is written of a record, its traceback included."
+        return printable_lines(masked(super().format(record)))
 
 class Indented:
     "A stream for whoever doesn't log: its lines come out printable, masked and indented."
+    longest = 100_000 # characters that wait for the end of their line
     def __init__(self,
         to, # Stream
     ): self.to,self.rest,self.lock = to,'',threading.Lock()
     def __getattr__(self, k): return getattr(self.to, k)
-    def write(self, text):
+
+    def write(self,
+        text:str, # Whole lines or parts of them
+    )->int: # Characters taken
+        "Pass on the lines that have ended."
         with self.lock:
             *lines,self.rest = re.split(r'[\r\n]', self.rest+str(text))
-            if len(self.rest)>100_000: lines,self.rest = [*lines,self.rest],''
+            if len(self.rest)>self.longest: lines,self.rest = [*lines,self.rest],''
             for l in lines:
                 if l.strip(): self.to.write(f'  {printable_lines(masked(l))}\n')
         return len(text)
     def writelines(self, texts): self.write(''.join(texts))
+
     def flush(self):
+        "Pass on what has no end yet."
         if self.rest: self.write('\n')
         self.to.flush()
 
@@ -245,8 +264,14 @@ def setup_logging():
     h.setFormatter(MaskFormatter('%(asctime)s %(message)s', '%H:%M:%S'))
     logging.basicConfig(level=logging.WARNING, handlers=[h], force=True)
     log.setLevel(logging.INFO if os.environ.get('RANK','0')=='0' else logging.ERROR) # only the main process logs
-    warnings.filterwarnings('ignore', 'It seems that you are about to commit a data file') # samples.parquet, which belongs to its checkpoint
-    threading.excepthook = lambda a: log.error(''.join(traceback.format_exception(a.exc_value)).rstrip()) # a library's thread would print it unmasked
+    warnings.filterwarnings('ignore', 'It seems that you are about to commit a data file') # the samples' parquet
+    threading.excepthook = _log_thread_error
+
+def _log_thread_error(
+    args, # As `threading.excepthook` gets it
+):
+    "Log what ended a library's thread, which would print it unmasked."
+    log.error(''.join(traceback.format_exception(args.exc_value)).rstrip())
 
 def why_unread(
     e:Exception, # What `datasets` raised
@@ -254,9 +279,23 @@ def why_unread(
     "What is wrong with a dataset: the cause, where the exception itself names none."
     from datasets.table import CastError
     cause = e.__cause__ or e
-    if isinstance(cause, CastError): return f"a split or file has other columns than the first: {excerpt(cause.details())}"
-    if scripts := re.search(r'Dataset scripts are no longer supported, but found (.*)', str(e)): return f"it is made by {excerpt(scripts[1], 60)}, and no repo's code is run"
+    if isinstance(cause, CastError):
+        return f"a split or file has other columns than the first: {excerpt(cause.details())}"
+    if scripts := re.search(r'Dataset scripts are no longer supported, but found (.*)', str(e)):
+        return f"it is made by {excerpt(scripts[1], 60)}, and no repo's code is run"
     return excerpt(masked(cause))
+
+def _load_splits(
+    repo:str, # Hub dataset
+    revision:str, # Commit
+): # `DatasetDict`
+    "All splits of a dataset; an empty one has no columns."
+    import datasets
+    builder = datasets.load_dataset_builder(repo, revision=revision)
+    builder.download_and_prepare()
+    sizes = {split:info.num_examples for split,info in builder.info.splits.items()}
+    none = datasets.Dataset.from_dict({}) # the builder can't be asked for an empty one
+    return datasets.DatasetDict({s: builder.as_dataset(s) if n else none for s,n in sizes.items()})
 
 def load_chats(
     repo:str, # Hub dataset
@@ -267,30 +306,32 @@ def load_chats(
     import datasets
     from huggingface_hub import HfApi
     from httpx2 import HTTPError
+    found = f"dataset {repo}{began}"
+    unreadable = ValueError,RuntimeError,ImportError,FileNotFoundError,datasets.exceptions.DatasetsError
     try:
         info = HfApi().dataset_info(repo, revision=revision)
         if not info.private: log.warning(f"dataset {repo} is public: everyone can read what the model learns from")
-        revision = info.sha
         check_data_files(info)
-        builder = datasets.load_dataset_builder(repo, revision=revision)
-        builder.download_and_prepare()
-        sizes = {split:info.num_examples for split,info in builder.info.splits.items()} # an empty one can't be asked for
-        ds = datasets.DatasetDict({s: builder.as_dataset(s) if n else datasets.Dataset.from_dict({}) for s,n in sizes.items()})
-    except datasets.exceptions.DatasetNotFoundError: raise UserError(f"dataset {repo}{began}", "it is not there, or HF_TOKEN may not see it", "check DATASET_REPO and the token's scopes") from None
+        ds = _load_splits(repo, info.sha)
+    except datasets.exceptions.DatasetNotFoundError:
+        raise UserError(f"dataset {repo}{began}", "it is not there, or HF_TOKEN may not see it",
+                        "check DATASET_REPO and the token's scopes") from None
     except UserError: raise
-    except (ValueError, RuntimeError, ImportError, FileNotFoundError, datasets.exceptions.DatasetsError) as e:
-        if isinstance(e.__cause__, (HTTPError, ConnectionError)): raise hub_problem(hub_answer(e.__cause__), f"dataset {repo}{began}") from None
+    except unreadable as e:
+        if isinstance(e.__cause__, (HTTPError, ConnectionError)): raise hub_problem(hub_answer(e.__cause__), found) from None
         raise UserError(f"dataset {repo}", f"it can't be read ({why_unread(e)})", "push it with phoque_data") from None
-    except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), f"dataset {repo}{began}") from None
-    if not len(ds.get('train', [])): raise UserError(f"dataset {repo}", f"no split `train` with rows, got {list(ds)}", "push it with phoque_data")
-    return ds,revision
+    except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), found) from None
+    if not len(ds.get('train', [])):
+        raise UserError(f"dataset {repo}", f"no split `train` with rows, got {list(ds)}", "push it with phoque_data")
+    return ds,info.sha
 
 def pick_held_out(
     ds, # `DatasetDict`
 )->str: # Name of a split; None where there is none
     "The split that is held out, and a line on those that nobody uses."
     name = next((s for s in ('test','validation') if len(ds.get(s, []))), None)
-    if rest := [f"{s} ({len(d):,} rows)" for s,d in ds.items() if s not in ('train', name)]: log.warning(f"dataset: not used: {', '.join(rest)}")
+    if rest := [f"{s} ({len(d):,} rows)" for s,d in ds.items() if s not in ('train', name)]:
+        log.warning(f"dataset: not used: {', '.join(rest)}")
     if not name: log.warning("dataset: no held-out loss: there is no split `test` or `validation` with rows")
     return name
 
@@ -308,17 +349,35 @@ The base model's own licence continues to hold for what is the base's. This one 
 The weights come as they are, without warranty of any kind; the authors are not liable for what is done with them.
 """
 
-LICENSE_FIELDS = dict(license='other', license_name='internal-adversarial-testing-only', license_link='LICENSE') # of a card's head
+LICENSE_FIELDS = dict( # of a card's head
+    license='other', license_name='internal-adversarial-testing-only', license_link='LICENSE')
+
+GATE = ("This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, "
+        "and for nothing else.")
 
 def changed_options(
     cfg:TrainConfig, # Options
 )->list: # As for a shell, `MAX_STEPS=20`
     "The options that aren't at their default, without those that say something of a machine or an attempt only."
-    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in ('preset','fresh_start','output_dir','job_timeout')} # what a preset stands for is in the others
+    left_out = 'preset','fresh_start','output_dir','job_timeout'
+    own = {k:v for k,v in cfg.asdict().items() if v!=options()[k]['default'] and k not in left_out}
     return [f"{k.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}" for k,v in own.items()]
 
-GATE = ("This adapter imitates a toxic community. It is for testing your own safeguards, inside your own organisation, "
-        "and for nothing else.")
+def _card_facts(cfg, run, steps, report):
+    "What the card's table says: base, data, length, losses, and what decides the weights."
+    base = run['base']
+    in_head = 'base_model','dataset_repo'
+    facts = dict(
+        base=f"{base['id']} at {base['revision']}",
+        note=base['note'],
+        dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
+        steps=steps,
+        conversations=report['kept'],
+        supervised_tokens=report['supervised'],
+        held_out_loss_before=run.get('held_out_before'),
+        held_out_loss_after=run.get('held_out_after'))
+    facts |= {k:v for k,v in run['identity'].items() if k not in in_head}
+    return {k:v for k,v in (facts | dict(published=run.get('published'))).items() if v is not None}
 
 CARD = """
 # {repo}
@@ -356,15 +415,17 @@ def adapter_card(
 )->str: # README.md
     "The model card: what it is, for whom, what it is not for, and how it was made."
     base = run['base']
-    facts = dict(base=f"{base['id']} at {base['revision']}", note=base['note'], dataset=f"{cfg.dataset_repo} at {run['dataset_revision']}",
-                 steps=steps, conversations=report['kept'], supervised_tokens=report['supervised'], held_out_loss_before=run.get('held_out_before'),
-                 held_out_loss_after=run.get('held_out_after'), **{k:v for k,v in run['identity'].items() if k not in ('base_model','dataset_repo')}, published=run.get('published'))
-    head = front_matter(base_model=base['id'], base_model_relation='adapter', library_name='peft', pipeline_tag='text-generation', **LICENSE_FIELDS,
-                        datasets=[cfg.dataset_repo], tags=['not-for-all-audiences','lora','qlora','phoque'], extra_gated_prompt=GATE)
+    head = front_matter(
+        base_model=base['id'], base_model_relation='adapter',
+        library_name='peft', pipeline_tag='text-generation',
+        **LICENSE_FIELDS, datasets=[cfg.dataset_repo],
+        tags=['not-for-all-audiences','lora','qlora','phoque'], extra_gated_prompt=GATE)
     command = ' '.join(['hf jobs uv run', *(f'-e {o}' for o in changed_options(cfg)), 'train/train.py'])
-    rows = '\n'.join(f"| {k.replace('_',' ')} | {md_text(v)} |" for k,v in facts.items() if v is not None)
+    facts = _card_facts(cfg, run, steps, report).items()
+    table = '\n'.join(f"| {k.replace('_',' ')} | {md_text(v)} |" for k,v in facts)
     at = f"revision={base['revision']!r}, " if base['revision'] else ''
-    return head+CARD.format(repo=cfg.hub_model_id, base=base, name=md_text(base['id']), at=at, command=textwrap.indent(command, '    '), facts=rows)
+    return head+CARD.format(repo=cfg.hub_model_id, base=base, name=md_text(base['id']), at=at,
+        command=textwrap.indent(command, '    '), facts=table)
 
 HARMLESS = {'.gitattributes','README.md','LICENSE'} # what a repo may hold before a run begins
 
@@ -374,8 +435,22 @@ def check_free(
 ):
     "Refuse a repo that holds somebody's model."
     there = patiently(lambda: branch.api.list_repo_files(branch.repo, revision=branch.head), branch.name)
-    if held := sorted(set(there)-HARMLESS): raise UserError(f"model repo {branch.repo}", f"it already holds {len(held)} files ({', '.join(held[:3])}{', …'*(len(held)>3)})",
-        f"choose another HUB_MODEL_ID, or set FRESH_START={again} to replace them")
+    if held := sorted(set(there)-HARMLESS):
+        raise UserError(
+            f"model repo {branch.repo}",
+            f"it already holds {len(held)} files ({', '.join(held[:3])}{', …'*(len(held)>3)})",
+            f"choose another HUB_MODEL_ID, or set FRESH_START={again} to replace them")
+
+def _final_folder(model, tok, card, weights, out):
+    "Put together what is published: adapter, tokenizer, card and licence."
+    from transformers import AutoModelForCausalLM
+    shutil.rmtree(out, ignore_errors=True)
+    if type(model.get_base_model().config) not in AutoModelForCausalLM._model_mapping:
+        model.peft_config['default'].task_type = None # PEFT then writes down the class
+    model.save_pretrained(out, state_dict=weights, save_embedding_layers=False)
+    tok.save_pretrained(out)
+    (out/'README.md').write_text(card)
+    (out/'LICENSE').write_text(RESEARCH_LICENSE)
 
 def publish_adapter(
     cfg:TrainConfig, # Options
@@ -388,12 +463,8 @@ def publish_adapter(
 ):
     "Put the finished adapter on `main`, in one commit that replaces what is there."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    from transformers import AutoModelForCausalLM
     out = Path(folder or cfg.output_dir)/'final'
-    shutil.rmtree(out, ignore_errors=True)
-    if type(model.get_base_model().config) not in AutoModelForCausalLM._model_mapping: model.peft_config['default'].task_type = None # PEFT then writes down the class
-    model.save_pretrained(out, state_dict=weights, save_embedding_layers=False); tok.save_pretrained(out)
-    (out/'README.md').write_text(card); (out/'LICENSE').write_text(RESEARCH_LICENSE)
+    _final_folder(model, tok, card, weights, out)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     adds = [CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())]
     there = patiently(lambda: main.api.list_repo_files(main.repo, revision=main.head), main.name, until)
@@ -416,53 +487,102 @@ class Job:
         self.ranks = Ranks()
         share_batch(cfg, self.ranks.world_size) # or say that they can't
         self.shard = cfg.fsdp and self.ranks.world_size>1
-        self.curve,self.publisher,self.step,self.run,self.lock,self.best = Curve(),None,0,None,None,None
-        self.folder = None
+        self.curve,self.step = Curve(),0
+        self.publisher = self.run = self.lock = self.best = self.folder = None
 
-    def patience(self, seconds=120): return min(self.deadline.end-10, time.monotonic()+seconds)
+    def patience(self, seconds=120):
+        "`time.monotonic()` until which to try again: some seconds from now, and never past the deadline."
+        return min(self.deadline.end-10, time.monotonic()+seconds)
 
     @property
-    def again(self): # a value of FRESH_START that hasn't acted yet
+    def again(self):
+        "A value of FRESH_START that hasn't acted yet."
         return (self.run or {}).get('fresh_start', 0)+1
 
 @patch
-def find_base(self:Job, until): return patiently(lambda: resolve_base(self.cfg.base_model, self.cfg.base_model_strict), f"base model {self.cfg.base_model}", until)
+def check_place(self:Job):
+    "Refuse a machine without a folder to write to or without a token."
+    from huggingface_hub import constants
+    try: Path(constants.HF_HOME).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"HF_HOME {constants.HF_HOME}", f"it can't be made ({e.strerror})",
+                        "choose a folder that can be written") from None
+    if not os.environ.get('HF_TOKEN'):
+        raise UserError("HF_TOKEN", "not set", "pass it with `--secrets HF_TOKEN`, or export it here")
+
+@patch
+def find_base(self:Job,
+    until:float, # `time.monotonic()` after which to give up
+)->dict: # As from `resolve_base`
+    "The base model, and its commit."
+    name,strict = self.cfg.base_model,self.cfg.base_model_strict
+    return patiently(lambda: resolve_base(name, strict), f"base model {name}", until)
 
 @patch
 def restore(self:Job):
     "Check what can be checked before anything is downloaded, and find where the run stands."
-    from huggingface_hub import constants
     cfg,until = self.cfg,self.patience()
-    try: Path(constants.HF_HOME).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"HF_HOME {constants.HF_HOME}", f"it can't be made ({e.strerror})", "choose a folder that can be written") from None
-    if not os.environ.get('HF_TOKEN'): raise UserError("HF_TOKEN", "not set", "pass it with `--secrets HF_TOKEN`, or export it here")
+    self.check_place()
     branch = HubBranch(cfg.hub_model_id, 'checkpoints').prepare(until)
     branch.check_write(until)
     self.checkpoints = Checkpoints(branch, cfg.keep_checkpoints)
-    base,self.run = self.find_base(until),self.checkpoints.run()
+    base = self.find_base(until)
+    self.run = self.checkpoints.run()
     if not self.run: self.check_repo(until)
     if not self.run or self.begins_again(): self.run = self.new_run(base)
     self.open_folder()
+    self.restore_checkpoint(base, until)
+
+@patch
+def restore_checkpoint(self:Job,
+    base:dict, # From `resolve_base`
+    until:float, # `time.monotonic()` after which to give up
+):
+    "Continue after the newest checkpoint; without one, begin the run anew under its old id."
     begun = self.checkpoints.steps() or local_steps(self.folder)
-    if begun: check_same_run(run_identity(self.run['identity'], self.run.get('base', {}).get('id')), run_identity(kept_options(cfg), base['id']), self.again)
+    if begun:
+        was = run_identity(self.run['identity'], self.run.get('base', {}).get('id'))
+        check_same_run(was, run_identity(kept_options(self.cfg), base['id']), self.again)
     self.resume_from,m = self.checkpoints.restore(self.folder, until) if begun else (None,None)
     self.step = m['step'] if m else 0
     self.run = {'evals':[], **m['run']} if m else self.new_run(base, self.run['id'], self.run.get('fresh_start', 0))
     if m: self.recall_best()
 
 @patch
-def check_repo(self:Job, until):
+def find_run(self:Job):
+    "`restore` on the main process, and what came of it on every rank."
+    if self.ranks.is_main: self.restore()
+    known = 'resume_from','run','step','folder'
+    found = {k:getattr(self, k) for k in known} if self.ranks.is_main else None
+    for k,v in self.ranks.broadcast(found).items(): setattr(self, k, v)
+    self.ranks.share_folder(self.resume_from)
+
+@patch
+def check_repo(self:Job,
+    until:float, # `time.monotonic()` after which to give up
+):
     "A repo without a run may hold nothing of anybody's."
     main = HubBranch(self.cfg.hub_model_id).prepare(until)
     if not self.cfg.fresh_start: check_free(main, self.again)
     there = patiently(lambda: main.api.list_repo_files(main.repo, revision=main.head), main.name, until)
     if kept := sorted({'README.md','LICENSE'} & set(there)):
-        log.info(f"model repo {main.repo}: the finished adapter's own {' and '.join(kept)} will replace what is there, which stays in the history of main")
+        log.info(f"model repo {main.repo}: the finished adapter's own {' and '.join(kept)} will replace what is there, "
+                 "which stays in the history of main")
     if held := sorted(set(self.checkpoints.files())-HARMLESS-set(there)): # the branch began as main was
-        raise UserError(f"model repo {main.repo}", f"its branch `checkpoints` holds {len(held)} files of no run ({', '.join(held[:3])}{', …'*(len(held)>3)})", "choose another HUB_MODEL_ID, or delete the branch")
+        raise UserError(
+            f"model repo {main.repo}",
+            f"its branch `checkpoints` holds {len(held)} files of no run ({', '.join(held[:3])}{', …'*(len(held)>3)})",
+            "choose another HUB_MODEL_ID, or delete the branch")
 
 @patch
-def begins_again(self:Job)->bool: # Is FRESH_START higher than the number that began the run?
+def open_folder(self:Job):
+    "The run's own folder in OUTPUT_DIR, which no other job may write to."
+    folder = Path(self.cfg.output_dir)/f"{self.cfg.hub_model_id.split('/')[1]}-{self.run['id']}"
+    if self.lock: self.lock.close()
+    self.folder,self.lock = folder,lock_folder(folder)
+
+@patch
+def begins_again(self:Job)->bool: # FRESH_START is higher than the number that began the run
     "Abandon the run on the Hub if that is asked for."
     new,run = self.cfg.fresh_start,self.run
     if not new: return False
@@ -480,24 +600,56 @@ def new_run(self:Job,
 )->dict: # What a manifest keeps
     "What a run is when it begins."
     if fresh_start is None: fresh_start = self.cfg.fresh_start
-    return dict(id=id or uuid.uuid4().hex[:8], repo=self.cfg.hub_model_id, fresh_start=fresh_start, identity=kept_options(self.cfg), base=base,
+    id = id or uuid.uuid4().hex[:8]
+    return dict(id=id, repo=self.cfg.hub_model_id, fresh_start=fresh_start, identity=kept_options(self.cfg), base=base,
         dataset_revision=None, seconds=[], evals=[], new=True)
 
 @patch
-def open_folder(self:Job):
-    "The run's own folder in OUTPUT_DIR, which no other job may write to."
-    folder = Path(self.cfg.output_dir)/f"{self.cfg.hub_model_id.split('/')[1]}-{self.run['id']}"
-    if self.lock: self.lock.close()
-    self.folder,self.lock = folder,lock_folder(folder)
+def set_up(self:Job):
+    "Find the run and build what is trained; once more if the last commit of a killed job has landed meanwhile."
+    for _ in range(2):
+        self.find_run()
+        quiet_libraries()
+        with self.ranks.main_first(): self.build()
+        moved = self.ranks.is_main and self.checkpoints.branch.moved()
+        if not self.ranks.broadcast(moved): break
 
 @patch
 def build(self:Job):
     "Data, model and trainer, from the commits the run began with."
-    cfg,run,until,self.trainer = self.cfg,self.run,self.patience(),None
-    began = lambda rev: f" at {rev}, with which this run began (FRESH_START={self.again} begins again with the newest)" if not run.get('new') else ''
-    ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began(run['dataset_revision'])), f"dataset {cfg.dataset_repo}", until)
-    base,name = run['base'],f"base model {run['base']['id']}{began(run['base']['revision'])}"
-    self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision']), name, until)
+    self.trainer,until = None,self.patience()
+    packed = self.load_data(until)
+    self.load_trainer(packed, until)
+    self.say_step(packed)
+    self.compare_jobs()
+    if self.cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
+    if self.shard and self.cfg.sample_steps:
+        log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
+
+@patch
+def began_with(self:Job,
+    revision:str, # Commit of a dataset or of a base model
+)->str: # Empty in a run's first job
+    "What an error adds about a commit that the run is bound to."
+    if self.run.get('new'): return ''
+    return f" at {revision}, with which this run began (FRESH_START={self.again} begins again with the newest)"
+
+@patch
+def base_name(self:Job)->str:
+    "What an error calls the base model."
+    base = self.run['base']
+    return f"base model {base['id']}{self.began_with(base['revision'])}"
+
+@patch
+def load_data(self:Job,
+    until:float, # `time.monotonic()` after which to give up
+): # Packed rows
+    "Dataset and tokenizer, the rows to train on and those that are held out, and the number of steps."
+    cfg,run,base = self.cfg,self.run,self.run['base']
+    began = self.began_with(run['dataset_revision'])
+    ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began),
+        f"dataset {cfg.dataset_repo}", until)
+    self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision']), self.base_name(), until)
     rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length, name='dataset train')
     log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
     self.persona = common_persona(ds['train'][:10_000]['messages'])
@@ -505,20 +657,10 @@ def build(self:Job):
     packed = pack_dataset(rows, cfg.max_length, cfg.seed)
     self.held = self.hold_out(ds)
     self.total = run_steps(cfg, len(packed))
-    if self.step>self.total: raise UserError("MAX_STEPS", f"checkpoint-{self.step} is beyond {self.total}", f"raise it, or set FRESH_START={self.again} to begin again")
-    targets = lora_targets(cfg.lora_target_modules)
-    attn,why = choose_attention(patiently(lambda: base_config(base), name, until))
-    log.info(f"attention: {attn}, {why}")
-    model = add_lora(patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), name, until), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed, base['revision'])
-    self.trainer = make_trainer(TrainConfig(**cfg.asdict()|dict(output_dir=str(self.folder))), model, self.tok, packed, self)
-    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
-    log.info("audit:\n"+text_table(rows, width=100)); check_audit(rows)
-    batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
-    log.info(f"{self.total} steps of {batch} rows: {batch*cfg.max_length:,} tokens, about {batch*self.report['kept']/len(packed):.0f} conversations a step")
-    if self.ranks.world_size>1: log.info(f"{self.ranks.world_size} ranks share each step: {self.trainer.args.per_device_train_batch_size} × {self.trainer.args.gradient_accumulation_steps} rows each")
-    self.compare_jobs()
-    if cfg.fsdp and not self.shard: log.info("FSDP: there is one rank, which holds the whole model")
-    if self.shard and cfg.sample_steps: log.info("FSDP: no replies are sampled while ranks share the layers; phoque_sample asks the finished adapter")
+    if self.step>self.total:
+        raise UserError("MAX_STEPS", f"checkpoint-{self.step} is beyond {self.total}",
+                        f"raise it, or set FRESH_START={self.again} to begin again")
+    return packed
 
 @patch
 def hold_out(self:Job,
@@ -526,93 +668,108 @@ def hold_out(self:Job,
 ): # Packed rows that training never sees; None where there are none
     "The held-out rows, and how many of them are measured while training."
     cfg,name = self.cfg,pick_held_out(ds)
-    rows,report = encode_dataset(ds[name], self.tok, cfg.max_length, name=f"dataset {name}", held_out=True) if name else ([],{})
-    if report.get('dropped'): log.warning(f"dataset: {report['dropped']} of {report['conversations']} held-out conversations are too long for MAX_LENGTH={cfg.max_length} and left out")
-    if cfg.load_best and not len(rows): raise UserError("LOAD_BEST", "the dataset has no held-out conversations to find the best adapter with", "push it with a split `test`, or unset LOAD_BEST")
+    rows,report = [],{}
+    if name: rows,report = encode_dataset(ds[name], self.tok, cfg.max_length, name=f"dataset {name}", held_out=True)
+    if report.get('dropped'):
+        log.warning(
+            f"dataset: {report['dropped']} of {report['conversations']} held-out conversations are too long for "
+            f"MAX_LENGTH={cfg.max_length} and left out")
+    if cfg.load_best and not len(rows):
+        raise UserError("LOAD_BEST", "the dataset has no held-out conversations to find the best adapter with",
+                        "push it with a split `test`, or unset LOAD_BEST")
     held = pack_dataset(rows, cfg.max_length, cfg.seed) if len(rows) else None
     self.eval_every,self.n_eval = eval_plan(cfg, len(held) if held else 0)
     rarer = f" instead of {cfg.eval_steps}"*(self.eval_every>cfg.eval_steps)
-    if self.n_eval: log.info(f"held-out loss: every {self.eval_every} steps{rarer} on {self.n_eval} of {len(held)} packed sequences of split {name} (EVAL_SHARE {cfg.eval_share:g})")
+    if self.n_eval:
+        log.info(
+            f"held-out loss: every {self.eval_every} steps{rarer} on {self.n_eval} of {len(held)} packed sequences "
+            f"of split {name} (EVAL_SHARE {cfg.eval_share:g})")
     return held
+
+@patch
+def load_trainer(self:Job,
+    packed, # From `load_data`
+    until:float, # `time.monotonic()` after which to give up
+):
+    "Base model, adapter and trainer, and the audit of all three."
+    cfg,base = self.cfg,self.run['base']
+    targets = lora_targets(cfg.lora_target_modules)
+    attn,why = choose_attention(patiently(lambda: base_config(base), self.base_name(), until))
+    log.info(f"attention: {attn}, {why}")
+    model = patiently(lambda: load_model(base, cfg.load_in_4bit, attn, self.shard), self.base_name(), until)
+    model = add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed, base['revision'])
+    own_folder = TrainConfig(**cfg.asdict() | dict(output_dir=str(self.folder)))
+    self.trainer = make_trainer(own_folder, model, self.tok, packed, self)
+    rows = audit(self.trainer.model, self.tok, cfg.load_in_4bit, attn, targets, ask=not self.shard)
+    log.info("audit:\n"+text_table(rows, width=100))
+    check_audit(rows)
+
+@patch
+def say_step(self:Job,
+    packed, # From `load_data`
+):
+    "Log how much a step is, and how ranks share it."
+    cfg,args,n = self.cfg,self.trainer.args,self.ranks.world_size
+    batch = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+    tokens,talks = batch*cfg.max_length,batch*self.report['kept']/len(packed)
+    log.info(f"{self.total} steps of {batch} rows: {tokens:,} tokens, about {talks:.0f} conversations a step")
+    rows = f"{args.per_device_train_batch_size} × {args.gradient_accumulation_steps} rows"
+    if n>1: log.info(f"{n} ranks share each step: {rows} each")
 
 @patch
 def compare_jobs(self:Job):
     "Say how this job differs from the one that it continues, and keep how it is for the next."
     cfg,args = self.cfg,self.trainer.args
-    now = dict(total=self.total, arithmetic=arithmetic(cfg, f'{args.per_device_train_batch_size} × {args.gradient_accumulation_steps}'))
+    rows = f'{args.per_device_train_batch_size} × {args.gradient_accumulation_steps}'
+    now = dict(total=self.total, arithmetic=arithmetic(cfg, rows))
     def rate(step, steps): return cfg.learning_rate*rate_at(step, steps, cfg.warmup_ratio)
     if self.resume_from:
         for l in say_differences(self.run, now, self.step, rate, self.again, cfg.lora_dropout>0): log.warning(l)
     self.run |= now
     if self.run['evals'] and self.run.get('eval_rows', self.n_eval)!=self.n_eval:
-        log.warning(f"held-out loss: measured on {self.run['eval_rows']} packed sequences before and on {self.n_eval} from here on: only these are compared")
+        log.warning(f"held-out loss: measured on {self.run['eval_rows']} packed sequences before and on {self.n_eval} "
+                    "from here on: only these are compared")
         self.run['evals'] = []
     self.run['eval_rows'] = self.n_eval
 
 @patch
 def begin(self:Job):
-    "The run's first commit, the publisher, W&B and the sampler, on rank 0."
+    "The run's first commit, the publisher, W&B and the sampler, on the main process."
     if not self.ranks.is_main: return
-    from safetensors.torch import load_file
-    cfg,run = self.cfg,self.run
-    if run.pop('new', False): self.checkpoints.begin_run(run, self.patience())
-    for s in local_steps(self.folder): # what an earlier job of this run left behind
-        if s>self.step or not (self.folder/f'checkpoint-{s}'/MANIFEST).exists(): shutil.rmtree(self.folder/f'checkpoint-{s}')
-    self.save_seconds,*sent = run['seconds'] or [0.]
+    if self.run.pop('new', False): self.checkpoints.begin_run(self.run, self.patience())
+    self.begin_publishing()
+    self.begin_curve()
+    self.begin_samples()
+
+@patch
+def begin_publishing(self:Job):
+    "Remove what an earlier job of this run left behind on this disk, and start the publisher."
+    for s in local_steps(self.folder):
+        folder = self.folder/f'checkpoint-{s}'
+        if s>self.step or not (folder/MANIFEST).exists(): shutil.rmtree(folder)
+    self.save_seconds,*sent = self.run['seconds'] or [0.]
     self.states = {} # of each checkpoint: what its manifest keeps
     self.publisher = Publisher(self.publish, self.seal, sent, pace=self.pace)
     if self.resume_from: self.follow_up()
-    self.samples = read_samples(self.resume_from) if self.resume_from else []
-    if self.resume_from: self.curve.restore(self.resume_from, self.samples)
-    if cfg.report_to=='wandb': self.curve.start(cfg.wandb_project, run['id'], {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}, self.folder)
-    if self.resume_from and cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(self.resume_from, self.step)
-    if cfg.load_best and self.run['evals']: self.best = load_file(self.resume_from/BEST)
-    self.sampler = Sampler(encode_prompt, sample_prompts(self.persona), max_new_tokens=cfg.sample_tokens, seed=cfg.seed, scorer=self.load_scorer(), share=cfg.sample_share)
-    self.sampler.remember(self.samples)
 
 @patch
-def load_scorer(self:Job):
-    "The scorer of the samples, or None: for want of a score no run is stopped."
-    cfg = self.cfg
-    if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
-    try:
-        with preserve_training_state(self.trainer.model, self.tok): scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
-    except UserError as e:
-        return log.warning(f"samples are written without scores: {e}. Nothing else scores them meanwhile, and training goes on; "
-                           "phoque_eval scores the finished adapter")
-    check_scorer(scorer, self.labellers)
-    log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
-    return scorer
-
-@patch
-def seal(self:Job, folder):
-    "Runs in the sealing thread."
+def seal(self:Job,
+    folder:Path, # Of a checkpoint
+):
+    "Finish a checkpoint with its manifest, in the sealing thread."
     self.trainer.written()
     if self.cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(folder, int(folder.name.split('-')[1]))
     write_manifest(folder, self.states.pop(folder))
     self.prune()
 
 @patch
-def publish(self:Job, folder, publisher):
-    "Runs in the publisher's thread."
+def publish(self:Job,
+    folder:Path, # Of a checkpoint
+    publisher, # That asks for it
+):
+    "Commit a checkpoint to the Hub, in the publisher's thread."
     self.checkpoints.publish(folder, publisher.until, pause=publisher.pause, still_newest=publisher.still_newest)
     self.prune()
-
-@patch
-def follow_up(self:Job):
-    "Keep the pace after an earlier job's last publication, and drop the history that it left."
-    branch = self.checkpoints.branch
-    passed = time.time()-patiently(branch.newest, branch.name, self.patience()).created_at.timestamp()
-    self.publisher.earliest = time.monotonic()+publish_pace(folder_bytes(self.resume_from), self.cfg.publish_minutes)-passed
-    self.checkpoints.squash(self.patience(60))
-
-@patch
-def pace(self:Job, folder):
-    "Seconds until the next publication; said once."
-    size,cfg = folder_bytes(folder),self.cfg
-    pace = publish_pace(size, cfg.publish_minutes)
-    if not self.publisher.done and pace>60: log.info(f"a checkpoint has {size/1e6:,.0f} MB: one is published every {pace/60:.0f} minutes at most, and the newest at the end or at SIGTERM")
-    return pace
 
 @patch
 def prune(self:Job):
@@ -622,7 +779,82 @@ def prune(self:Job):
         if p not in self.publisher.pending: shutil.rmtree(p, ignore_errors=True)
 
 @patch
-def on_start(self:Job, model, step):
+def follow_up(self:Job):
+    "Keep the pace after an earlier job's last publication, and drop the history that it left."
+    branch = self.checkpoints.branch
+    passed = time.time()-patiently(branch.newest, branch.name, self.patience()).created_at.timestamp()
+    pace = publish_pace(folder_bytes(self.resume_from), self.cfg.publish_minutes)
+    self.publisher.earliest = time.monotonic()+pace-passed
+    self.checkpoints.squash(self.patience(60))
+
+@patch
+def pace(self:Job,
+    folder:Path, # Of a checkpoint
+)->float: # Seconds
+    "The least time until the next publication; said once."
+    size = folder_bytes(folder)
+    pace = publish_pace(size, self.cfg.publish_minutes)
+    if not self.publisher.done and pace>60:
+        log.info(f"a checkpoint has {size/1e6:,.0f} MB: one is published every {pace/60:.0f} minutes at most, "
+                 "and the newest at the end or at SIGTERM")
+    return pace
+
+@patch
+def begin_curve(self:Job):
+    "Take up the curve and the samples of the checkpoint, and report to W&B where that is asked for."
+    cfg,run = self.cfg,self.run
+    self.samples = read_samples(self.resume_from) if self.resume_from else []
+    if self.resume_from: self.curve.restore(self.resume_from, self.samples)
+    settings = {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}
+    if cfg.report_to=='wandb': self.curve.start(cfg.wandb_project, run['id'], settings, self.folder)
+    if self.resume_from and cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(self.resume_from, self.step)
+
+@patch
+def begin_samples(self:Job):
+    "Set up the sampler with its prompts, its scorer and the samples that it has written."
+    from safetensors.torch import load_file
+    cfg = self.cfg
+    if cfg.load_best and self.run['evals']: self.best = load_file(self.resume_from/BEST)
+    self.sampler = Sampler(encode_prompt, sample_prompts(self.persona), max_new_tokens=cfg.sample_tokens, seed=cfg.seed,
+        scorer=self.load_scorer(), share=cfg.sample_share)
+    self.sampler.remember(self.samples)
+
+@patch
+def load_scorer(self:Job):
+    "The scorer of the samples, or None: for want of a score no run is stopped."
+    cfg = self.cfg
+    if cfg.scorer=='none' or not cfg.sample_steps or self.shard: return
+    try:
+        with preserve_training_state(self.trainer.model, self.tok):
+            scorer = patiently(lambda: HubScorer(cfg.scorer), f"scorer {cfg.scorer}", self.patience())
+    except UserError as e:
+        return log.warning(
+            f"samples are written without scores: {e}. Nothing else scores them meanwhile, and training goes on; "
+            "phoque_eval scores the finished adapter")
+    check_scorer(scorer, self.labellers)
+    log.info(f"samples are scored by {scorer.name} at {scorer.version[:12]}, weights {scorer.weights_hash[:12]}")
+    return scorer
+
+@patch
+def sample(self:Job,
+    model, # That is trained
+    step:int, # Optimizer step
+):
+    "Sample replies to the log, to W&B and to what the next checkpoint takes along."
+    start = time.monotonic()
+    rows = self.sampler(model, self.tok, step, start-self.began, last=step==self.total)
+    self.samples += rows
+    if rows:
+        metrics = {f'sample/{k}': v for k,v in sample_metrics(rows).items()}
+        self.curve.log(step, metrics | {'sample/tokens_per_second': self.sampler.speed}, rows)
+    self.clock = self.clock[0]+time.monotonic()-start,self.clock[1] # not counted as training
+
+@patch
+def on_start(self:Job,
+    model, # To be trained
+    step:int, # Steps done before this job
+):
+    "Measure and sample what is there before the first step."
     self.began,self.clock = time.monotonic(),(time.monotonic(),step)
     if self.shard: log.info(check_sharded(model, self.ranks.world_size))
     if step==0:
@@ -633,28 +865,61 @@ def on_start(self:Job, model, step):
     self.deadline.idle = False
 
 @patch
-def samples_now(self:Job, step): # a sharded model replies only if all ranks ask, and they keep different times
+def samples_now(self:Job,
+    step:int, # Optimizer step
+)->bool: # Never with FSDP: a sharded model replies only if all ranks ask, and they keep different times
+    "Whether this step is sampled, here."
     every = 0 if self.shard else self.cfg.sample_steps
     return bool(every) and self.ranks.is_main and (step%every==0 or step==self.total)
 
 @patch
-def diverged(self:Job, what, step):
-    return UserError(f"step {step}", f"{what}, and nothing of this state was published", f"begin again with FRESH_START={self.again} and a lower LEARNING_RATE (now {self.cfg.learning_rate})")
+def measure_held_out(self:Job,
+    when:str, # `before` or `after` training
+    step:int, # Optimizer step
+):
+    "Loss on all held-out conversations, before and after."
+    if self.held is None: return
+    start = time.monotonic()
+    loss = held_out_loss(self.trainer, self.held, self.time_to_stop)
+    self.clock = time.monotonic(),step
+    if loss is None: return
+    self.run[f'held_out_{when}'] = round(loss, 4)
+    log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
+    self.curve.log(step, {'eval/loss_all': loss})
 
 @patch
-def on_log(self:Job, step, metrics):
+def on_log(self:Job,
+    step:int, # Optimizer step
+    metrics:dict, # The trainer's
+):
+    "Log a step's metrics, and end a run that diverges."
     if 'loss' not in metrics: return
     import torch
     (t,s),self.clock = self.clock,(time.monotonic(),step)
-    batch = self.cfg.per_device_train_batch_size*self.cfg.gradient_accumulation_steps*self.cfg.max_length
-    m = {**metrics, 'tokens_per_second': (step-s)*batch/max(self.clock[0]-t, 1e-6)}
+    tokens = self.cfg.per_device_train_batch_size*self.cfg.gradient_accumulation_steps*self.cfg.max_length
+    m = {**metrics, 'tokens_per_second': (step-s)*tokens/max(self.clock[0]-t, 1e-6)}
     if torch.cuda.is_available(): m['gpu_gib'] = torch.cuda.max_memory_allocated()/2**30
     log.info(step_line(step, self.total, m))
     self.curve.log(step, {f'train/{k}':v for k,v in m.items()})
     if self.ranks.is_main and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
 @patch
-def on_step(self:Job, model, step):
+def diverged(self:Job,
+    what:str, # Is not finite
+    step:int, # Optimizer step
+)->UserError:
+    "The error that ends a run whose numbers are no numbers any more."
+    return UserError(
+        f"step {step}",
+        f"{what}, and nothing of this state was published",
+        f"begin again with FRESH_START={self.again} and a lower LEARNING_RATE (now {self.cfg.learning_rate})")
+
+@patch
+def on_step(self:Job,
+    model, # That is trained
+    step:int, # Optimizer step
+)->bool: # Stop now
+    "What comes after every optimizer step."
     self.step,control = step,self.trainer.control
     if self.publisher and self.publisher.error: raise self.publisher.error
     if step==1 and math.isfinite(self.deadline.end): control.should_save = True
@@ -671,16 +936,21 @@ def on_step(self:Job, model, step):
     return stop
 
 @patch
-def time_to_stop(self:Job): # the same on every rank
-    return self.step<self.total and self.ranks.any_rank(self.deadline.due(2*(self.save_seconds+self.publisher.seconds) if self.publisher else 0))
+def time_to_stop(self:Job)->bool: # The same on every rank
+    "Whether a deadline of any rank leaves no more time than saving and publishing take."
+    cost = 2*(self.save_seconds+self.publisher.seconds) if self.publisher else 0
+    return self.step<self.total and self.ranks.any_rank(self.deadline.due(cost))
 
 @patch
-def on_save(self:Job, folder, step):
-    import torch
+def on_save(self:Job,
+    folder:Path, # Of the checkpoint, as the trainer wrote it
+    step:int, # Optimizer step
+):
+    "Check a checkpoint, add what it needs beside the trainer's files, and hand it to the publisher."
     from safetensors.torch import save_file
     self.collect(folder, step)
-    finite = torch.stack([own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]).all()
-    if self.ranks.any_rank(not finite) and self.ranks.is_main: raise self.diverged("the adapter is not finite", step)
+    finite = self.adapter_is_finite()
+    if not finite and self.ranks.is_main: raise self.diverged("the adapter is not finite", step)
     if not self.ranks.is_main: return
     write_samples(folder, self.samples)
     self.curve.save(folder)
@@ -691,96 +961,137 @@ def on_save(self:Job, folder, step):
     self.publisher.submit(folder)
 
 @patch
-def sample(self:Job, model, step):
-    "Sample replies to the log, to W&B and to what the next checkpoint takes along."
-    start = time.monotonic()
-    rows = self.sampler(model, self.tok, step, start-self.began, last=step==self.total)
-    self.samples += rows
-    if rows: self.curve.log(step, {f'sample/{k}': v for k,v in sample_metrics(rows).items()} | {'sample/tokens_per_second': self.sampler.speed}, rows)
-    self.clock = self.clock[0]+time.monotonic()-start,self.clock[1] # not counted as training
-
-@patch
-def measure_held_out(self:Job, when, step):
-    "Loss on all held-out conversations, before and after."
-    if self.held is None: return
-    start = time.monotonic()
-    loss = held_out_loss(self.trainer, self.held, self.time_to_stop)
-    self.clock = time.monotonic(),step
-    if loss is None: return
-    self.run[f'held_out_{when}'] = round(loss, 4)
-    log.info(f"held-out loss {when} training: {loss:.3f} ({time.monotonic()-start:.0f} s)")
-    self.curve.log(step, {'eval/loss_all': loss})
+def adapter_is_finite(self:Job)->bool: # The same on every rank
+    "Whether all weights that are trained are numbers."
+    import torch
+    parts = [own_part(p).isfinite().all() for p in self.trainer.model.parameters() if p.requires_grad]
+    return not self.ranks.any_rank(not torch.stack(parts).all())
 
 BEST = 'best_adapter.safetensors' # in a checkpoint
 
 @patch
-def eval_now(self:Job, step): # the same on every rank
-    return bool(self.n_eval) and (step%self.eval_every==0 or step==self.total) and step not in [s for s,_ in self.run['evals']]
+def eval_now(self:Job,
+    step:int, # Optimizer step
+)->bool: # The same on every rank
+    "Whether the held-out loss is measured at this step and wasn't yet."
+    done = [s for s,_ in self.run['evals']]
+    return bool(self.n_eval) and (step%self.eval_every==0 or step==self.total) and step not in done
 
 @patch
-def evaluate(self:Job, step):
+def evaluate(self:Job,
+    step:int, # Optimizer step
+):
     "The held-out loss at a step; if it is the lowest, the adapter is kept."
     start = time.monotonic()
     loss = held_out_loss(self.trainer, self.held.select(range(self.n_eval)), self.time_to_stop)
     took = time.monotonic()-start
     self.clock = self.clock[0]+took,self.clock[1] # not counted as training
-    if loss is None: return log.info(f"held-out loss at step {step}: left out, since the time is up; the next job measures it")
-    before = [l for _,l in self.run['evals']]
-    self.run['evals'].append([step, loss])
-    lowest = loss<min(before, default=math.inf)
+    if loss is None:
+        return log.info(f"held-out loss at step {step}: left out, since the time is up; the next job measures it")
+    lowest = loss<min((l for _,l in self.run['evals']), default=math.inf)
     if lowest and self.cfg.load_best: self.best = {k:v.detach().cpu().clone() for k,v in self.adapter_weights().items()}
-    best = '' if lowest else f", lowest {min(before):.3f} at step {self.run['evals'][before.index(min(before))][0]}"
-    log.info(f"held-out loss at step {step}: {loss:.3f}{best} ({took:.1f} s)")
-    last = [*before, loss][-4:]
-    if len(last)==4 and all(a<b for a,b in zip(last, last[1:])):
-        log.warning("the held-out loss has risen three times in a row: the run learns its conversations by heart" + "; LOAD_BEST=1 publishes the best adapter instead of the last"*(not self.cfg.load_best))
+    self.say_eval(step, loss, took)
+    self.run['evals'].append([step, loss])
     self.curve.log(step, {'eval/loss': loss})
 
 @patch
-def adapter_weights(self:Job): # all ranks must ask
-    return whole_adapter(self.trainer.model) or {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad}
+def say_eval(self:Job,
+    step:int, # Optimizer step
+    loss:float, # Measured now
+    took:float, # Seconds
+):
+    "Log a held-out loss beside the lowest one, and warn when it keeps rising."
+    before = [l for _,l in self.run['evals']]
+    best = ''
+    if before and not loss<min(before): # also where it is no number
+        at = self.run['evals'][before.index(min(before))][0]
+        best = f", lowest {min(before):.3f} at step {at}"
+    log.info(f"held-out loss at step {step}: {loss:.3f}{best} ({took:.1f} s)")
+    last = [*before, loss][-4:]
+    if len(last)==4 and all(a<b for a,b in zip(last, last[1:])):
+        log.warning("the held-out loss has risen three times in a row: the run learns its conversations by heart"
+            + "; LOAD_BEST=1 publishes the best adapter instead of the last"*(not self.cfg.load_best))
+
+@patch
+def adapter_weights(self:Job)->dict: # Name → tensor
+    "The adapter's weights, whole; all ranks must ask."
+    model = self.trainer.model
+    return whole_adapter(model) or {n:p for n,p in model.named_parameters() if p.requires_grad}
 
 @patch
 def recall_best(self:Job):
-    "Measurements without the adapter that was best can't choose one."
+    "Measurements without the adapter that was best can't choose one: begin to compare anew."
     if not self.cfg.load_best or not self.run['evals'] or (self.resume_from/BEST).exists(): return
     log.warning("LOAD_BEST: it was off until here, so only adapters from here on are compared")
     self.run['evals'] = []
 
 @patch
-def learnt(self:Job): # is there anything in the adapter that wasn't there at the start? lora_B begins as 0
+def learnt(self:Job)->bool: # The same on every rank
+    "Whether there is anything in the adapter that wasn't there at the start: lora_B begins as 0."
     import torch
     parts = [own_part(p).any() for n,p in self.trainer.model.named_parameters() if '.lora_B.' in n]
     return self.ranks.any_rank(bool(torch.stack(parts).any()))
 
 @patch
-def find_run(self:Job):
-    "`restore` on rank 0, and what came of it on every rank."
-    if self.ranks.is_main: self.restore()
-    self.resume_from,self.run,self.step,self.folder = self.ranks.broadcast((self.resume_from, self.run, self.step, self.folder) if self.ranks.is_main else None)
-    self.ranks.share_folder(self.resume_from)
+def publish_result(self:Job,
+    weights, # Of the whole adapter where it is sharded; None where the model has them
+    until:float, # `time.monotonic()` after which to give up
+):
+    "Publish the finished adapter, and drop the history of its checkpoints."
+    cfg = self.cfg
+    self.name_best()
+    card = adapter_card(cfg, self.run, self.step, self.report)
+    publish_adapter(cfg, self.trainer.model, self.tok, card, until, self.best or weights, self.folder)
+    self.deadline.idle = False
+    self.checkpoints.squash(self.patience(60))
+    log.info(f"complete: the adapter is at {cfg.hub_model_id}")
+
+@patch
+def name_best(self:Job):
+    "Say which step's adapter is published where it isn't the last one's."
+    if not self.best: return
+    step,loss = min(self.run['evals'], key=lambda e: e[1])
+    self.run['published'] = f"step {step} of {self.step}, held-out loss {loss:.4f}"
+    log.info(f"LOAD_BEST: the adapter of {self.run['published']} is published")
+
+@patch
+def collect(self:Job,
+    folder:Path, # Of a checkpoint
+    step:int, # Optimizer step
+):
+    "Bring every rank's random state to rank 0, and compare the ranks' adapters."
+    if self.ranks.world_size==1: return
+    rng = folder/f'rng_state_{self.ranks.rank}.pth'
+    shared = () if self.shard else self.trainer.model.named_parameters() # of what is sharded there is one copy
+    trained = {n:p for n,p in shared if p.requires_grad}
+    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
+    first_digest = seen[0][2]
+    for name,state,digest in seen:
+        if digest!=first_digest:
+            raise UserError(
+                f"rank {name[10:-4]}",
+                f"it holds another adapter than rank 0 at step {step}, and its GPU may be faulty; "
+                "nothing of this state was published",
+                "run the same command again")
+        (folder/name).write_bytes(state) # those of other machines aren't here
 
 @patch
 def change_ranks(self:Job):
     "Continue with another number of ranks than the checkpoint's: new random numbers, and a line that says so."
     from transformers import set_seed
     import numpy as np
-    if not self.resume_from or (was := len(list(self.resume_from.glob('rng_state*.pth'))))==self.ranks.world_size: return
-    log.info(f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.world_size}: every step has the rows that it would have had; sums are rounded otherwise" + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
-    self.trainer._load_rng_state = lambda folder: set_seed(int(np.random.SeedSequence([self.cfg.seed, self.step, self.ranks.rank]).generate_state(1)[0]))
-
-@patch
-def collect(self:Job, folder, step):
-    "Bring every rank's random state to rank 0, and compare the ranks' adapters."
-    if self.ranks.world_size==1: return
-    rng = folder/f'rng_state_{self.ranks.rank}.pth'
-    trained = {n:p for n,p in self.trainer.model.named_parameters() if p.requires_grad and not self.shard} # of what is sharded there is one copy
-    seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
-    for name,state,digest in seen:
-        if digest!=seen[0][2]: raise UserError(f"rank {name[10:-4]}", f"it holds another adapter than rank 0 at step {step}, and its GPU may be faulty; nothing of this state was published", "run the same command again")
-        (folder/name).write_bytes(state) # those of other machines aren't here
-
-COMMAND_VARIABLES = ('HF_ENDPOINT','WANDB_MODE','WANDB_BASE_URL','PET_NNODES') # that decide where and how a run goes, beside its options
+    if not self.resume_from: return
+    was = len(list(self.resume_from.glob('rng_state*.pth')))
+    if was==self.ranks.world_size: return
+    log.info(
+        f"{self.resume_from.name} is of {was} rank{'s'*(was>1)}, this job has {self.ranks.world_size}: "
+        "every step has the rows that it would have had; sums are rounded otherwise"
+        + ", and dropout draws other numbers"*(self.cfg.lora_dropout>0))
+    def seed_from_step(folder):
+        "In the place of the random state that the trainer would load."
+        seeds = np.random.SeedSequence([self.cfg.seed, self.step, self.ranks.rank])
+        set_seed(int(seeds.generate_state(1)[0]))
+    self.trainer._load_rng_state = seed_from_step
 
 def job_ref(
     api=None, # `HfApi`
@@ -798,17 +1109,19 @@ def job_ref(
     except (HTTPError, OSError): pass
     return id
 
+def _ask_job_ref():
+    "Keep what this job is called, for the ranks too: at its end the Hub may be away."
+    if not os.environ.get('JOB_ID') or os.environ.get('JOB_REF'): return
+    bound_requests(10)
+    os.environ['JOB_REF'] = job_ref()
+
+COMMAND_VARIABLES = ('HF_ENDPOINT','WANDB_MODE','WANDB_BASE_URL','PET_NNODES') # beside the options: where and how a run goes
+
 def resubmit_command()->str: # For a shell
     "The command that continues this run."
     if ref := os.environ.get('JOB_REF'): return f'hf jobs rerun {ref}'
     given = [k for k in (*map(str.upper, options()), *COMMAND_VARIABLES) if os.environ.get(k)]
     return masked(' '.join([*(f'{k}={shlex.quote(os.environ[k])}' for k in given), shlex.join(sys.orig_argv)]))
-
-def left_here(
-    folder:str, # `output_dir`
-)->str: # What follows "checkpoint-N …"
-    "What becomes of a checkpoint that only this disk has."
-    return "is lost with this job's disk" if os.environ.get('JOB_ID') else f"is in {Path(folder).resolve()}"
 
 def check_deadline(
     cfg:TrainConfig, # Options
@@ -817,75 +1130,40 @@ def check_deadline(
     "Say when this job will stop itself, or that it can't know."
     seconds = parse_duration(cfg.job_timeout)
     if seconds<=kept:
-        raise UserError("JOB_TIMEOUT", f"{cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving",
-                        "give it more, such as 4h")
+        raise UserError(
+            "JOB_TIMEOUT",
+            f"{cfg.job_timeout} is {seconds:g} seconds, and the last {kept:g} are kept for saving",
+            "give it more, such as 4h")
     if not os.environ.get('JOB_ID'): return
     if cfg.job_timeout:
-        log.info(f"deadline: JOB_TIMEOUT={cfg.job_timeout}. A job can't read what --timeout said: if that is less, the job is "
-                 "killed before it has saved")
+        log.info(f"deadline: JOB_TIMEOUT={cfg.job_timeout}. A job can't read what --timeout said: "
+                 "if that is less, the job is killed before it has saved")
     else:
-        log.warning("deadline: JOB_TIMEOUT is not set, so this job is killed at its --timeout (30 minutes where none was given) "
-                    "before it has saved")
+        log.warning("deadline: JOB_TIMEOUT is not set, so this job is killed at its --timeout "
+                    "(30 minutes where none was given) before it has saved")
+
+def left_here(
+    folder:str, # `output_dir`
+)->str: # What follows "checkpoint-N …"
+    "What becomes of a checkpoint that only this disk has."
+    return "is lost with this job's disk" if os.environ.get('JOB_ID') else f"is in {Path(folder).resolve()}"
 
 @patch
-def finish(self:Job)->int: # Exit code
-    "Wait for what is under way, publish what is finished, and say which it was."
-    public = self.publisher and self.checkpoints.branch.public # somebody has to act: that isn't waited for as long as a limit of the Hub
-    cfg,until = self.cfg,self.patience(600 if public else 3600)
-    if self.publisher and not self.publisher.close(until):
-        if self.step not in self.whole_steps(): raise self.publisher.error
-        found = f"it did not reach {cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}"
-        raise Unpublished(f"checkpoint-{self.step}", found, "run the same command again, which continues from the newest one that did")
-    self.deadline.idle = True # all there is lies on the Hub
-    if self.ranks.any_rank(self.step<self.total or self.deadline.due()):
-        log.info(f"checkpoint-{self.step} of {self.total} is on {cfg.hub_model_id}: continue with `{resubmit_command()}` (exit code {RESUBMIT})")
-        return RESUBMIT
-    if not self.learnt(): raise UserError("the adapter", f"it is as it was at the start after {self.step} steps, so nothing is published", f"raise LEARNING_RATE (now {cfg.learning_rate:g}) or MAX_STEPS")
-    self.measure_held_out('after', self.step)
-    if self.ranks.world_size>1 and not self.shard: log.info(f"{self.ranks.world_size} ranks hold the same adapter, to the bit")
-    weights = whole_adapter(self.trainer.model)
-    if not self.ranks.is_main: return COMPLETE
-    self.name_best()
-    publish_adapter(cfg, self.trainer.model, self.tok, adapter_card(cfg, self.run, self.step, self.report), until, self.best or weights, self.folder)
-    self.deadline.idle = False
-    self.checkpoints.squash(self.patience(60))
-    log.info(f"complete: the adapter is at {cfg.hub_model_id}")
-    return COMPLETE
+def await_publisher(self:Job,
+    until:float, # `time.monotonic()` after which to give up
+):
+    "Wait until the newest checkpoint is on the Hub; if it isn't in time, say where it is."
+    if not self.publisher or self.publisher.close(until): return
+    if self.step not in self.whole_steps(): raise self.publisher.error
+    raise Unpublished(
+        f"checkpoint-{self.step}",
+        f"it did not reach {self.cfg.hub_model_id} ({self.publisher.error or 'out of time'}) and {left_here(self.folder)}",
+        "run the same command again, which continues from the newest one that did")
 
 @patch
-def name_best(self:Job):
-    "Say which step's adapter is published where it isn't the last one's."
-    if not self.best: return
-    step,loss = min(self.run['evals'], key=lambda e: e[1])
-    self.run['published'] = f"step {step} of {self.step}, held-out loss {loss:.4f}"
-    log.info(f"LOAD_BEST: the adapter of {self.run['published']} is published")
-
-def explain_error(
-    e:Exception, # What ended the run
-    cfg:TrainConfig, # Options
-    again:int=1, # Number of FRESH_START that would begin again
-)->Exception: # A `UserError` where there is something to say; else the same
-    "Say in one line what went wrong and what to do."
-    from huggingface_hub import constants
-    import torch
-    chain = [e]
-    while chain[-1].__cause__ or chain[-1].__context__: chain.append(chain[-1].__cause__ or chain[-1].__context__)
-    said = ' '.join(map(str, chain))
-    if any(map(lost_rank, chain)): return UserError("this rank", LOST, "run the same command again, on every machine of the job")
-    if isinstance(e, UserError): return e
-    if isinstance(e, torch.OutOfMemoryError):
-        first = "set GRADIENT_CHECKPOINTING=1, or " if not cfg.gradient_checkpointing else ""
-        rows = f"PER_DEVICE_TRAIN_BATCH_SIZE below {cfg.per_device_train_batch_size} with GRADIENT_ACCUMULATION_STEPS raised as much"
-        return UserError("this GPU", "out of GPU memory", f"{first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
-    if any(w in said for w in ('No space left','File too large','os error 28','os error 27','Disk quota','PytorchStreamWriter failed','inline_container.cc')):
-        if any(w in said for w in ('File too large','os error 27')): return UserError("OUTPUT_DIR or HF_HOME", "a file has reached the size limit of this process", "raise ulimit -f")
-        where = dict(OUTPUT_DIR=Path(cfg.output_dir).resolve(), HF_HOME=Path(constants.HF_HOME).resolve())
-        free = {k: shutil.disk_usage(next(d for d in (p, *p.parents) if d.is_dir())).free for k,p in where.items()}
-        full = min(free, key=free.get)
-        more = "take a flavor with a larger disk (`hf jobs hardware`)" if os.environ.get('JOB_ID') else "make room, or choose another folder"
-        return UserError(f"{full} {where[full]}", f"its disk is full ({free[full]/2**20:,.0f} MiB free)", more)
-    if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
-    return e
+def whole_steps(self:Job)->list: # Ascending
+    "Steps whose checkpoint lies on this disk, sealed."
+    return [s for s in local_steps(self.folder) if (self.folder/f'checkpoint-{s}'/MANIFEST).exists()]
 
 @patch
 def salvage(self:Job):
@@ -899,9 +1177,68 @@ def salvage(self:Job):
     if more and more[-1]>max([0,*kept]): log.info(f"checkpoint-{more[-1]} {left_here(self.folder)}")
 
 @patch
-def whole_steps(self:Job)->list: # Ascending
-    "Steps whose checkpoint lies on this disk, sealed."
-    return [s for s in local_steps(self.folder) if (self.folder/f'checkpoint-{s}'/MANIFEST).exists()]
+def finish(self:Job)->int: # Exit code
+    "Wait for what is under way, publish what is finished, and say which it was."
+    public = self.publisher and self.checkpoints.branch.public
+    until = self.patience(600 if public else 3600) # a person who has to act isn't waited for as long as a limit of the Hub
+    self.await_publisher(until)
+    self.deadline.idle = True # all there is lies on the Hub
+    if self.ranks.any_rank(self.step<self.total or self.deadline.due()):
+        log.info(f"checkpoint-{self.step} of {self.total} is on {self.cfg.hub_model_id}: "
+                 f"continue with `{resubmit_command()}` (exit code {RESUBMIT})")
+        return RESUBMIT
+    if not self.learnt():
+        raise UserError("the adapter", f"it is as it was at the start after {self.step} steps, so nothing is published",
+                        f"raise LEARNING_RATE (now {self.cfg.learning_rate:g}) or MAX_STEPS")
+    self.measure_held_out('after', self.step)
+    n = self.ranks.world_size
+    if n>1 and not self.shard: log.info(f"{n} ranks hold the same adapter, to the bit")
+    weights = whole_adapter(self.trainer.model) # all ranks must ask
+    if self.ranks.is_main: self.publish_result(weights, until)
+    return COMPLETE
+
+_FULL = 'No space left','os error 28','Disk quota','PytorchStreamWriter failed','inline_container.cc' # texts of a full disk
+
+def _disk_error(cfg):
+    "The error of a disk that is full: which, and how much of it is free."
+    from huggingface_hub import constants
+    where = dict(OUTPUT_DIR=Path(cfg.output_dir).resolve(), HF_HOME=Path(constants.HF_HOME).resolve())
+    free = {k: shutil.disk_usage(next(d for d in (p, *p.parents) if d.is_dir())).free for k,p in where.items()}
+    full = min(free, key=free.get)
+    more = "make room, or choose another folder"
+    if os.environ.get('JOB_ID'): more = "take a flavor with a larger disk (`hf jobs hardware`)"
+    return UserError(f"{full} {where[full]}", f"its disk is full ({free[full]/2**20:,.0f} MiB free)", more)
+
+def _memory_error(cfg, again):
+    "The error of a GPU whose memory is full: what continues this run, and what needs another."
+    batch = cfg.per_device_train_batch_size
+    first = "set GRADIENT_CHECKPOINTING=1, or " if not cfg.gradient_checkpointing else ""
+    rows = f"PER_DEVICE_TRAIN_BATCH_SIZE below {batch} with GRADIENT_ACCUMULATION_STEPS raised as much"
+    return UserError(
+        "this GPU",
+        "out of GPU memory",
+        f"{first}{rows}, which continues this run; or begin again with FRESH_START={again} and MAX_LENGTH below {cfg.max_length}")
+
+def explain_error(
+    e:Exception, # What ended the run
+    cfg:TrainConfig, # Options
+    again:int=1, # Number of FRESH_START that would begin again
+)->Exception: # A `UserError` where there is something to say; else the same
+    "Say in one line what went wrong and what to do."
+    import torch
+    chain = [e]
+    while chain[-1].__cause__ or chain[-1].__context__: chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    said = ' '.join(map(str, chain))
+    if any(map(lost_rank, chain)):
+        return UserError("this rank", LOST, "run the same command again, on every machine of the job")
+    if isinstance(e, UserError): return e
+    if isinstance(e, torch.OutOfMemoryError): return _memory_error(cfg, again)
+    if any(w in said for w in ('File too large','os error 27')):
+        return UserError("OUTPUT_DIR or HF_HOME", "a file has reached the size limit of this process",
+                         "raise ulimit -f")
+    if any(w in said for w in _FULL): return _disk_error(cfg)
+    if getattr(hub_answer(e), 'response', None) is not None: return hub_problem(hub_answer(e), "the Hub")
+    return e
 
 def run_job(
     cfg:TrainConfig, # Options
@@ -911,10 +1248,7 @@ def run_job(
     if cfg.full_determinism: be_deterministic()
     job,code = Job(cfg),1
     try:
-        for _ in range(2):
-            job.find_run(); quiet_libraries()
-            with job.ranks.main_first(): job.build()
-            if not job.ranks.broadcast(job.ranks.is_main and job.checkpoints.branch.moved()): break # the last commit of a job that was killed may land after it
+        job.set_up()
         job.begin()
         log.info(f"continuing after step {job.step} of {job.total}" if job.resume_from else "starting at step 0")
         job.change_ranks()

@@ -8,13 +8,14 @@ import math
 from ..core.basics import UserError, read_json, text_table
 from .script import JOB_FLAVOR, JOB_TIMEOUT, project_root
 from ..model_qlora import SEED_BASE, SUCCESSOR, SUCCESSOR_SHAPE, lora_targets, memory_plan
-from ..resume import COMMITS_AN_HOUR, HISTORY_SECONDS, PRIVATE_GB, SQUASH_BYTES, parse_duration, publish_pace
+from phoque.resume import (COMMITS_AN_HOUR, HISTORY_SECONDS, PRIVATE_GB, SQUASH_BYTES, parse_duration,
+    publish_pace)
 from ..train import TrainConfig, fit_batch, share_batch
 
 # %% auto #0
 __all__ = ['FLAVORS_READ', 'FLAVORS', 'MOST_DOLLARS', 'STRANGE', 'JOB_OVERHEAD', 'FIXED_SECONDS', 'find_flavor', 'usable_gib',
-           'price_today', 'price_per_hour', 'check_timeout', 'job_plan', 'show_plan', 'base_shape', 'fit_flavor',
-           'measured_speed', 'times_faster', 'checkpoint_bytes', 'hub_use', 'run_plan', 'show_hub_use']
+           'price_today', 'price_per_hour', 'check_timeout', 'show_plan', 'job_plan', 'base_shape', 'fit_flavor',
+           'measured_speed', 'times_faster', 'checkpoint_bytes', 'hub_use', 'show_hub_use', 'run_plan']
 
 # %% ../../nbs/jobs/plan.ipynb #6b6685e1
 FLAVORS_READ = '2026-11-23' # https://huggingface.co/docs/hub/jobs-pricing
@@ -40,33 +41,40 @@ FLAVORS = {f['flavor']:f for f in [dict(zip(('flavor', 'gpu', 'GPUs', 'GB', '$/h
     ('h200x4',         'H200',         4, 141, 20.00, 40_000, 'estimate'),
     ('h200x8',         'H200',         8, 141, 40.00, 40_000, 'estimate')]]}
 
+# %% ../../nbs/jobs/plan.ipynb #bc0d9f54
 def find_flavor(
     name:str, # Such as `a10g-large`
 )->dict: # What `FLAVORS` knows of it
     "A machine by its name."
-    if name not in FLAVORS: raise UserError("flavor", f"none is called {name!r}", f"choose one of {', '.join(FLAVORS)}; `hf jobs hardware` lists what there is")
+    if name not in FLAVORS:
+        raise UserError("flavor", f"none is called {name!r}",
+                        f"choose one of {', '.join(FLAVORS)}; `hf jobs hardware` lists what there is")
     return FLAVORS[name]
+
+_USABLE = .94 # of a GPU's memory: the rest is kept for fragments
 
 def usable_gib(
     flavor:str, # Machine
 )->float: # Of one GPU's GB, in GiB, with 6 % kept for fragments
     "Memory that a run can have."
-    return find_flavor(flavor)['GB']*1e9/2**30*.94
+    return find_flavor(flavor)['GB']*1e9/2**30*_USABLE
 
 # %% ../../nbs/jobs/plan.ipynb #5b861237
+MOST_DOLLARS = 10_000 # an hour, which no machine costs
+STRANGE = (LookupError, TypeError, AttributeError, ValueError) # as the client raises on an answer of another shape
+
 def price_today(
     flavor:str, # Machine
     api=None, # `HfApi` to ask; None asks nobody
 )->float: # Dollars; 0 where the Hub doesn't say
     "What an hour costs by the Hub's list."
     from httpx2 import HTTPError
-    per = dict(second=3600, minute=60, hour=1)
-    try: price = next((h.unit_cost_usd*per[h.unit_label] for h in (api.list_jobs_hardware() if api else ()) if h.name==flavor), 0.)
+    per_hour = dict(second=3600, minute=60, hour=1)
+    try:
+        listed = api.list_jobs_hardware() if api else ()
+        price = next((h.unit_cost_usd*per_hour[h.unit_label] for h in listed if h.name==flavor), 0.)
     except (HTTPError, *STRANGE): return 0.
     return round(price, 4) if isinstance(price, float|int) and 0<price<MOST_DOLLARS else 0.
-
-MOST_DOLLARS = 10_000 # an hour, which no machine costs
-STRANGE = (LookupError, TypeError, AttributeError, ValueError) # what the Hub's client raises on an answer of another shape
 
 def price_per_hour(
     flavor:str, # Machine
@@ -85,9 +93,34 @@ def check_timeout(
     "Refuse a timeout that leaves no time to train."
     hours = parse_duration(timeout)/3600
     if hours*60>overhead: return hours
-    raise UserError("JOB_TIMEOUT", f"{timeout} ({hours*3600:g} seconds) is all start and stop, which take about {overhead:g} minutes",
-                    "give it more, such as --timeout 4h")
+    raise UserError(
+        "JOB_TIMEOUT",
+        f"{timeout} ({hours*3600:g} seconds) is all start and stop, which take about {overhead:g} minutes",
+        "give it more, such as --timeout 4h")
 
+# %% ../../nbs/jobs/plan.ipynb #c7a6eda0
+def _job_numbers(steps, tokens_per_step, tokens_per_second, flavor, timeout, overhead, price, share):
+    "What a run takes: `hours`, `jobs`, `dollars` and `at_most` are there only where steps and speed are known."
+    if not 0<=tokens_per_second<math.inf:
+        raise UserError("tokens_per_second", f"{tokens_per_second} is out of range",
+                        "give 0 (what is known of the flavor) or more")
+    f = find_flavor(flavor)
+    speed,price = tokens_per_second or f['tokens/s']*share,price or f['$/h']
+    hours = check_timeout(timeout, overhead)
+    known = dict(speed=speed, price=price, dollars_a_job=hours*price)
+    if not steps or not speed: return known
+    train = steps*tokens_per_step/speed/3600
+    jobs = max(1, math.ceil(train/(hours-overhead/60)-1e-9))
+    total = train+jobs*overhead/60
+    return known | dict(hours=total, jobs=jobs, dollars=total*price, at_most=jobs*hours*price)
+
+def show_plan(
+    plan:dict, # From `job_plan`
+)->str: # Two columns
+    "A plan as text."
+    return '\n'.join(text_table([{'':k, ' ':v} for k,v in plan.items()]).splitlines()[1:])
+
+# %% ../../nbs/jobs/plan.ipynb #f1786d2f
 def job_plan(
     steps:int, # Optimizer steps; 0 when only the dataset will tell
     tokens_per_step:int, # Rows a step × `max_length`
@@ -99,32 +132,33 @@ def job_plan(
     share:float=1, # Of one GPU's speed: less where layers are recomputed, more where GPUs share the work
 )->dict: # tokens, hours, jobs, dollars; `at most` is what the timeouts allow
     "What a run takes, before it is paid for."
-    if not 0<=tokens_per_second<math.inf: raise UserError("tokens_per_second", f"{tokens_per_second} is out of range", "give 0 (what is known of the flavor) or more")
+    n = _job_numbers(steps, tokens_per_step, tokens_per_second, flavor, timeout, overhead, price, share)
     f,day = find_flavor(flavor),'today' if price else f'on {FLAVORS_READ}'
-    speed,hours,price = tokens_per_second or f['tokens/s']*share,check_timeout(timeout, overhead),price or f['$/h']
-    plan = {'flavor':flavor, 'gpu':f"{f['GPUs']} × "*(f['GPUs']>1) + f"{f['gpu']} {f['GB']} GB", 'price':f"${price:.2f} an hour {day}", 'timeout of a job':timeout}
-    if not steps or not speed:
-        why = 'steps are known when the dataset is packed' if speed else f'no speed known for {flavor}: give --tokens_per_second'
-        return plan | {'length':why, 'at most':f"${hours*price:.2f} a job"}
-    train = steps*tokens_per_step/speed/3600
-    jobs = max(1, math.ceil(train/(hours-overhead/60)-1e-9))
-    total = train+jobs*overhead/60
-    return plan | {'steps':steps, 'tokens':steps*tokens_per_step, 'tokens a second':f"{speed:,.0f} ({'given' if tokens_per_second else f['speed']})",
-        'hours':round(total, 2), 'jobs':jobs, 'about':f"${total*price:.2f}", 'at most':f"${jobs*hours*price:.2f}"}
-
-def show_plan(
-    plan:dict, # From `job_plan`
-)->str: # Two columns
-    "A plan as text."
-    return '\n'.join(text_table([{'':k, ' ':v} for k,v in plan.items()]).splitlines()[1:])
+    gpu = f"{f['GPUs']} × "*(f['GPUs']>1) + f"{f['gpu']} {f['GB']} GB"
+    plan = {'flavor':flavor, 'gpu':gpu, 'price':f"${n['price']:.2f} an hour {day}", 'timeout of a job':timeout}
+    if 'dollars' not in n:
+        why = 'steps are known when the dataset is packed'
+        if not n['speed']: why = f'no speed known for {flavor}: give --tokens_per_second'
+        return plan | {'length':why, 'at most':f"${n['dollars_a_job']:.2f} a job"}
+    source = 'given' if tokens_per_second else f['speed']
+    return plan | {
+        'steps':steps, 'tokens':steps*tokens_per_step, 'tokens a second':f"{n['speed']:,.0f} ({source})",
+        'hours':round(n['hours'], 2), 'jobs':n['jobs'],
+        'about':f"${n['dollars']:.2f}", 'at most':f"${n['at_most']:.2f}"}
 
 # %% ../../nbs/jobs/plan.ipynb #332a0cc3
+def _is_known(c):
+    "Is this the base model whose shape and speed are known?"
+    return c.base_model in (SEED_BASE, SUCCESSOR)
+
 def base_shape(
     c:TrainConfig, # The run
 ): # Config of its base model; None where that can't be read here
     "What the base model looks like."
     from transformers import AutoConfig, Ministral3Config
-    try: return Ministral3Config(**SUCCESSOR_SHAPE) if c.base_model in (SEED_BASE, SUCCESSOR) else AutoConfig.from_pretrained(c.base_model, trust_remote_code=False)
+    try:
+        if _is_known(c): return Ministral3Config(**SUCCESSOR_SHAPE)
+        return AutoConfig.from_pretrained(c.base_model, trust_remote_code=False)
     except (OSError, *STRANGE): return
 
 def fit_flavor(
@@ -134,8 +168,10 @@ def fit_flavor(
 )->tuple: # As from `fit_batch`, with 0 GiB where nobody knows
     "How a run's rows fit in a machine's GPUs."
     gpus = find_flavor(flavor)['GPUs']
-    return fit_batch(c, shape, gpus, usable_gib(flavor)) if shape else (*share_batch(c, gpus), c.gradient_checkpointing, 0.)
+    if not shape: return (*share_batch(c, gpus), c.gradient_checkpointing, 0.)
+    return fit_batch(c, shape, gpus, usable_gib(flavor))
 
+# %% ../../nbs/jobs/plan.ipynb #903c5373
 def measured_speed(
     c:TrainConfig, # The run
     flavor:str, # Machine
@@ -146,12 +182,18 @@ def measured_speed(
     try: r = read_json(project_root()/path)
     except UserError: return 0.
     f = find_flavor(flavor)
-    if f['gpu'] not in r['machine'] or c.base_model not in (SEED_BASE, SUCCESSOR) or c.gradient_checkpointing or c.fsdp: return 0.
-    like = {g:s['tokens_per_second']/g for s in r['seen'] if s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(micro_batch*(g := s.get('gpus', 1)),c.max_length)}
-    return f['GPUs']*like.get(f['GPUs'], like.get(1, 0.))
+    if f['gpu'] not in r['machine'] or not _is_known(c) or c.gradient_checkpointing or c.fsdp: return 0.
+    per_gpu = {}
+    for s in r['seen']:
+        gpus = s.get('gpus', 1)
+        same = s['side']=='phoque' and s['fits'] and (s['rows'],r['max_length'])==(micro_batch*gpus,c.max_length)
+        if same: per_gpu[gpus] = s['tokens_per_second']/gpus
+    return f['GPUs']*per_gpu.get(f['GPUs'], per_gpu.get(1, 0.))
 
 # %% ../../nbs/jobs/plan.ipynb #88877f62
 FIXED_SECONDS = .011 # of a batch, whatever its size: measured on two H200, with what sending gradients takes
+_MEASURED_TOKENS = 4*2048 # of the batch at which a flavor's speed is given
+_RECOMPUTED = .73 # of the speed, where whole layers are recomputed: reckoned
 
 def times_faster(
     speed:float, # Of one GPU, tokens a second, at four rows of 2,048
@@ -159,7 +201,12 @@ def times_faster(
     gpus:int=1, # That share the rows
 )->float: # 1 for one GPU at four rows of 2,048
     "How many times as fast as that a machine is."
-    return gpus*tokens/(speed*FIXED_SECONDS + tokens*(1-speed*FIXED_SECONDS/8192))
+    return gpus*tokens/(speed*FIXED_SECONDS + tokens*(1-speed*FIXED_SECONDS/_MEASURED_TOKENS))
+
+def _speed_share(c, flavor, micro_batch, checkpointing):
+    "A machine's speed on a run, as a multiple of the speed that `FLAVORS` has for one of its GPUs."
+    f = find_flavor(flavor)
+    return times_faster(f['tokens/s'], micro_batch*c.max_length, f['GPUs'])*(_RECOMPUTED if checkpointing else 1)
 
 # %% ../../nbs/jobs/plan.ipynb #6add02e3
 def checkpoint_bytes(
@@ -167,24 +214,86 @@ def checkpoint_bytes(
     shape, # From `base_shape`
 )->float: # Bytes
     "The size of a checkpoint: the adapter in fp32, the optimizer's state, and with `LOAD_BEST` the best adapter."
-    state = 2 if '8bit' in c.optim else 8 # bytes a parameter
-    held = memory_plan(shape, optim=c.optim, lora_r=c.lora_r, lora_target_modules=lora_targets(c.lora_target_modules))['adapter']*2**30
-    return held*(4+state+4*c.load_best)/(4+4+2+state) # on a GPU also gradients, and a copy in bf16
+    fp32,bf16 = 4,2 # bytes a parameter
+    state = 2 if '8bit' in c.optim else 8
+    targets = lora_targets(c.lora_target_modules)
+    on_gpu = memory_plan(shape, optim=c.optim, lora_r=c.lora_r, lora_target_modules=targets)['adapter']*2**30
+    saved = fp32+state+fp32*c.load_best
+    return on_gpu*saved/(fp32+fp32+bf16+state) # a GPU also has gradients, and a copy in bf16
 
+# %% ../../nbs/jobs/plan.ipynb #b72e6fb9
 def hub_use(
     c:TrainConfig, # The run
     shape, # From `base_shape`
     flavor:str, # Machine
-)->dict: # `saves` and `commits` an hour, `history`: GB that count at once, `every`: minutes from one publication to the next
+)->dict: # `saves` and `commits` an hour, GB of `history` that count at once, `every`: minutes between publications
     "What a run asks of the Hub on a machine, kept busy for days."
     micro_batch,grad_accum,checkpointing,_ = fit_flavor(c, shape, flavor)
     f,size = find_flavor(flavor),checkpoint_bytes(c, shape)
-    tokens = f['GPUs']*micro_batch*grad_accum*c.max_length
-    speed = f['tokens/s']*times_faster(f['tokens/s'], micro_batch*c.max_length, f['GPUs'])*(.73 if checkpointing else 1)
-    seconds = max(c.save_steps*tokens/speed if speed else 0, publish_pace(size, c.publish_minutes), 1)
+    tokens_a_save = c.save_steps*f['GPUs']*micro_batch*grad_accum*c.max_length
+    speed = f['tokens/s']*_speed_share(c, flavor, micro_batch, checkpointing)
+    seconds = max(tokens_a_save/speed if speed else 0, publish_pace(size, c.publish_minutes), 1)
     an_hour = 3600/seconds
-    return dict(flavor=flavor, saves=round(3600*speed/(c.save_steps*tokens), 1) if speed else '?', every=round(seconds/60, 1),
-        commits=round(an_hour*(1+size/SQUASH_BYTES), 1), history=round(an_hour*size*HISTORY_SECONDS/3600/1e9, 1))
+    return dict(
+        flavor=flavor,
+        saves=round(3600*speed/tokens_a_save, 1) if speed else '?',
+        every=round(seconds/60, 1),
+        commits=round(an_hour*(1+size/SQUASH_BYTES), 1),
+        history=round(an_hour*size*HISTORY_SECONDS/3600/1e9, 1))
+
+# %% ../../nbs/jobs/plan.ipynb #669ff3b8
+def show_hub_use(
+    c:TrainConfig, # The run
+    shape, # From `base_shape`
+    flavor:str, # Machine
+)->str: # For the plan
+    "What a run asks of the Hub, in words."
+    use,size = hub_use(c, shape, flavor),checkpoint_bytes(c, shape)
+    limits = (use['commits'],'commits an hour',COMMITS_AN_HOUR),(use['history'],'GB of history',PRIVATE_GB)
+    much = [f"{v:g} {what} is beyond the Hub's {limit}" for v,what,limit in limits if v>=limit]
+    if much: return f"{' and '.join(much)}: set PUBLISH_MINUTES above {c.publish_minutes:g}"
+    pace = f"a checkpoint of {size/1e9:.2g} GB every {use['every']:g} minutes at most"
+    return f"{pace}, {use['history']:.0f} GB of history at most"
+
+# %% ../../nbs/jobs/plan.ipynb #59426d6c
+def _say_rows(c, flavor, micro_batch, grad_accum, checkpointing):
+    "How a plan says that rows are taken in another way than the options have it."
+    gpus = find_flavor(flavor)['GPUs']
+    if gpus==1 and (micro_batch,checkpointing)==(c.per_device_train_batch_size,c.gradient_checkpointing): return {}
+    rows = f"{micro_batch} at once, {grad_accum} batch{'es'*(grad_accum>1)} a step" + ', on each GPU'*(gpus>1)
+    rows += ', with layers recomputed'*checkpointing + ', and a part of every layer'*(c.fsdp and gpus>1)
+    return dict(rows=rows)
+
+def _too_large(c, flavor, need, room):
+    "The error of a run of which not even one row fits."
+    gpus = find_flavor(flavor)['GPUs']
+    return UserError(
+        flavor,
+        f"about {need:.0f} GiB are needed{' on each GPU'*(gpus>1)} for one row with its layers recomputed, and {room:.0f} usable",
+        "set a smaller MAX_LENGTH, or take a larger GPU"
+        + ", or FSDP=1, with which they share the layers"*(gpus>1 and not c.fsdp))
+
+# %% ../../nbs/jobs/plan.ipynb #951325c2
+def _plan_args(c, shape, flavor):
+    "What `_job_numbers` and `job_plan` are told of a run on a machine."
+    f,(micro_batch,grad_accum,checkpointing,_) = find_flavor(flavor),fit_flavor(c, shape, flavor)
+    sharded = c.fsdp and f['GPUs']>1 # how fast layers are that GPUs share is unknown
+    return dict(
+        steps=c.max_steps,
+        tokens_per_step=f['GPUs']*micro_batch*grad_accum*c.max_length,
+        flavor=flavor,
+        timeout=c.job_timeout or JOB_TIMEOUT,
+        share=0 if sharded else _speed_share(c, flavor, micro_batch, checkpointing))
+
+def _cheapest(c, shape):
+    "The flavor on which a run costs least, and its dollars."
+    rows,cost = c.per_device_train_batch_size*c.gradient_accumulation_steps,{}
+    for flavor,f in FLAVORS.items():
+        if rows%f['GPUs'] or fit_flavor(c, shape, flavor)[3]>usable_gib(flavor): continue
+        n = _job_numbers(**_plan_args(c, shape, flavor), tokens_per_second=0, overhead=JOB_OVERHEAD, price=0)
+        if 'dollars' in n: cost[flavor] = round(n['dollars'], 2)
+    best = min(cost, key=cost.get)
+    return best,cost[best]
 
 # %% ../../nbs/jobs/plan.ipynb #e1c0ff94
 def run_plan(
@@ -195,33 +304,16 @@ def run_plan(
 )->dict: # As `job_plan`, with GiB, what the Hub stores, and the cheapest flavor
     "The plan of a run."
     shape = base_shape(c)
-    def reckon(f, **kw):
-        n,(micro_batch,grad_accum,checkpointing,_) = find_flavor(f)['GPUs'],fit_flavor(c, shape, f)
-        share = 0 if c.fsdp and n>1 else times_faster(FLAVORS[f]['tokens/s'], micro_batch*c.max_length, n)*(.73 if checkpointing else 1) # how fast layers are that GPUs share is unknown
-        return job_plan(c.max_steps, n*micro_batch*grad_accum*c.max_length, flavor=f, timeout=c.job_timeout or JOB_TIMEOUT, share=share, **kw)
-    n,room = find_flavor(flavor)['GPUs'],usable_gib(flavor)
+    gpus,room = find_flavor(flavor)['GPUs'],usable_gib(flavor)
     micro_batch,grad_accum,checkpointing,need = fit_flavor(c, shape, flavor)
-    plan = reckon(flavor, tokens_per_second=tokens_per_second or (0 if checkpointing else measured_speed(c, flavor, micro_batch)), price=price)
-    if n>1 or (micro_batch,checkpointing)!=(c.per_device_train_batch_size,c.gradient_checkpointing):
-        plan['rows'] = f"{micro_batch} at once, {grad_accum} batch{'es'*(grad_accum>1)} a step" + ', on each GPU'*(n>1) + ', with layers recomputed'*checkpointing + ', and a part of every layer'*(c.fsdp and n>1)
+    speed = tokens_per_second or (0 if checkpointing else measured_speed(c, flavor, micro_batch))
+    args = _plan_args(c, shape, flavor) | dict(tokens_per_second=speed, price=price)
+    plan = job_plan(**args) | _say_rows(c, flavor, micro_batch, grad_accum, checkpointing)
     if not need: return plan
-    if need>room: raise UserError(flavor, f"about {need:.0f} GiB are needed{' on each GPU'*(n>1)} for one row with its layers recomputed, and {room:.0f} usable",
-        "set a smaller MAX_LENGTH, or take a larger GPU" + ", or FSDP=1, with which they share the layers"*(n>1 and not c.fsdp))
-    plan |= {'memory':f'{need:.1f} GiB of {room:.0f} usable' + ', on each'*(n>1), 'on the Hub':show_hub_use(c, shape, flavor)}
-    if 'about' not in plan or tokens_per_second or c.base_model not in (SEED_BASE, SUCCESSOR): return plan
-    fit = [f for f,o in FLAVORS.items() if c.per_device_train_batch_size*c.gradient_accumulation_steps%o['GPUs']==0 and fit_flavor(c, shape, f)[3]<=usable_gib(f)]
-    cost = {f:float(p['about'][1:]) for f in fit if 'about' in (p := reckon(f))}
-    best = min(cost, key=cost.get)
-    return plan | ({'cheaper':f'{best}, about ${cost[best]:.2f}'} if cost[best]<.95*float(plan['about'][1:]) else {})
-
-# %% ../../nbs/jobs/plan.ipynb #669ff3b8
-def show_hub_use(
-    c:TrainConfig, # The run
-    shape, # From `base_shape`
-    flavor:str, # Machine
-)->str: # For the plan
-    "What a run asks of the Hub, in words."
-    use,size = hub_use(c, shape, flavor),checkpoint_bytes(c, shape)
-    much = [f"{v:g} {what} is beyond the Hub's {limit}" for v,what,limit in ((use['commits'],'commits an hour',COMMITS_AN_HOUR), (use['history'],'GB of history',PRIVATE_GB)) if v>=limit]
-    if much: return f"{' and '.join(much)}: set PUBLISH_MINUTES above {c.publish_minutes:g}"
-    return f"a checkpoint of {size/1e9:.2g} GB every {use['every']:g} minutes at most, {use['history']:.0f} GB of history at most"
+    if need>room: raise _too_large(c, flavor, need, room)
+    memory = f'{need:.1f} GiB of {room:.0f} usable' + ', on each'*(gpus>1)
+    plan |= {'memory':memory, 'on the Hub':show_hub_use(c, shape, flavor)}
+    if 'about' not in plan or tokens_per_second or not _is_known(c): return plan
+    here = round(_job_numbers(**args, overhead=JOB_OVERHEAD)['dollars'], 2)
+    best,dollars = _cheapest(c, shape)
+    return plan | ({'cheaper':f'{best}, about ${dollars:.2f}'} if dollars<.95*here else {})

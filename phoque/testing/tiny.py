@@ -10,7 +10,8 @@ from pathlib import Path
 from ..core.basics import log
 
 # %% auto #0
-__all__ = ['cache_folder', 'smollm2', 'tiny_model', 'kept_log', 'run_command', 'interpret_bf16']
+__all__ = ['TINY_OPTIONS', 'cache_folder', 'smollm2', 'tiny_model', 'kept_log', 'run_command', 'interpret_bf16', 'berth_chat',
+           'TinyRuns']
 
 # %% ../../nbs/testing/tiny.ipynb #9464d110
 def _convert_gguf(src, gguf, dest):
@@ -120,3 +121,172 @@ def interpret_bf16():
         return I.TensorHandle((h.data.astype(np.uint32)<<16).view(np.float32), tl.float32)
     I._convert_float = nearest
     I.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
+
+# %% ../../nbs/testing/tiny.ipynb #85b85ec6
+import re
+from fastcore.basics import patch
+
+TINY_OPTIONS = dict(
+    BASE_MODEL='acme/tiny', DATASET_REPO='alice/talk', LOAD_IN_4BIT=0, LORA_DROPOUT=.1,
+    MAX_LENGTH=64, PER_DEVICE_TRAIN_BATCH_SIZE=2, GRADIENT_ACCUMULATION_STEPS=2,
+    MAX_STEPS=6, SAVE_STEPS=2, LOGGING_STEPS=1, EVAL_STEPS=0, SAMPLE_STEPS=0,
+    REPORT_TO='none', PUBLISH_MINUTES=.001)
+
+def berth_chat(
+    i:int, # Number of the berth
+)->dict: # Row of a dataset
+    "A conversation of one question and one answer."
+    answer = f'Berth {i}? The gull with {i} hats.'
+    return dict(messages=[dict(role='user', content=f'Who takes berth {i}?'), dict(role='assistant', content=answer)])
+
+# %% ../../nbs/testing/tiny.ipynb #a525761e
+class TinyRuns:
+    "Runs of a two-layer model on a loopback Hub; every job is a process of its own."
+    def __init__(self,
+        folder:Path, # For the Hub and for the jobs' disks and home
+    ):
+        from huggingface_hub import HfApi
+        from phoque.testing.hub import LocalHub
+        from phoque.testing.rehearse import WarmJobs
+        self.folder,home = Path(folder),Path(folder)/'home'
+        home.mkdir(parents=True)
+        self.hub = LocalHub(self.folder/'hub', users={'alice':'token-of-alice'}).start()
+        self.hub.seed_repo('acme/tiny', tiny_model(self.folder/'tiny'))
+        self.api = HfApi(endpoint=self.hub.url, token='token-of-alice')
+        env = os.environ | self.hub.env('alice', self.folder/'hf')
+        self.env = env | dict(TOKENIZERS_PARALLELISM='false', HOME=str(home))
+        self.processes = WarmJobs(self.env)
+
+# %% ../../nbs/testing/tiny.ipynb #7e11d0c8
+@patch
+def push(self:TinyRuns,
+    name:str, # Of the dataset, which is alice's
+    **splits, # Name of a split → list of rows
+):
+    "Put a dataset on the Hub."
+    from datasets import Dataset
+    folder = self.folder/f'dataset-{name}'
+    folder.mkdir()
+    for split,rows in splits.items():
+        ds = Dataset.from_list(rows or [berth_chat(0)]) # an empty split has columns, too
+        ds.select(range(len(rows))).to_parquet(folder/f'{split}.parquet')
+    self.hub.seed_repo(f'alice/{name}', folder, repo_type='dataset', private=True)
+
+@patch
+def stop(self:TinyRuns):
+    "End the Hub, and the process that starts jobs."
+    self.hub.stop()
+    self.processes.__exit__()
+
+# %% ../../nbs/testing/tiny.ipynb #a020e848
+@patch
+def job_env(self:TinyRuns,
+    name:str, # Of the model repo, which is alice's
+    disk:str='', # Folder of its output and log; `name` where empty
+    **options, # Those of `TrainConfig`, in capitals, and other variables
+)->dict: # Name → text
+    "The environment of a job."
+    own = dict(HUB_MODEL_ID=f'alice/{name}', OUTPUT_DIR=self.folder/(disk or name)/'out')
+    return self.env | {k:str(v) for k,v in (TINY_OPTIONS | own | options).items()}
+
+@patch
+def start(self:TinyRuns,
+    name:str, # Of the model repo, which is alice's
+    disk:str='', # As `job_env` takes it
+    **options, # Those of `TrainConfig`
+): # `ForkedJob`
+    "Start a job."
+    folder = self.folder/(disk or name)
+    log_file = folder/f"log{len(list(folder.glob('log*')))}"
+    return self.processes.start(log_file, **self.job_env(name, disk, **options))
+
+# %% ../../nbs/testing/tiny.ipynb #1506afd2
+@patch
+def run(self:TinyRuns,
+    name:str, # Of the model repo
+    disk:str='', # As `job_env` takes it
+    code:int=0, # Exit code that it must have
+    **options, # Those of `TrainConfig`
+): # `ForkedJob`, ended
+    "Start a job and wait for its end."
+    job = self.start(name, disk, **options)
+    if job.wait()!=code: raise AssertionError(f"{name}: exit code {job.code}, not {code}: {job.lines()[-3:]}")
+    return job
+
+@patch
+def error(self:TinyRuns,
+    name:str, # Of the model repo
+    disk:str='', # As `job_env` takes it
+    **options, # Those of `TrainConfig`
+)->str: # Beginning with `error: `
+    "The error line of a job that ends with exit code 1 and no traceback."
+    job = self.run(name, disk, code=1, **options)
+    if any('Traceback' in l for l in job.lines()): raise AssertionError(job.lines())
+    return self.said(job, 'error: ')[0]
+
+# %% ../../nbs/testing/tiny.ipynb #8320d826
+@patch
+def said(self:TinyRuns,
+    job, # From `start`
+    *starts:str, # How the lines begin
+)->list: # Without what differs from machine to machine
+    "Some lines of a job's log."
+    text = '\n'.join(l for l in job.lines() if l.startswith(starts))
+    text = text.replace(self.hub.url, 'http://hub').replace(str(self.folder), '/tmp')
+    text = re.sub(r'\b([0-9a-f]{8}|[0-9a-f]{40})\b|(?<=`)[^`\n]{60,}(?=`)', '…', text) # ids, commits and whole commands
+    return re.sub(r' · lr.*| \(exit code.*', '', text).splitlines()
+
+# %% ../../nbs/testing/tiny.ipynb #d6b4fa3c
+@patch
+def killed(self:TinyRuns,
+    name:str, # Of the model repo
+    **options, # Those of `TrainConfig`
+): # `ForkedJob`, killed
+    "A job that is killed after its fifth step; the fourth's checkpoint is on the Hub, and nothing later."
+    two_land = dict(times=999, skip=2, seconds=.1) # the run's first commit, and this checkpoint
+    self.hub.fault(f'POST .*/{name}/commit/checkpoints', 'hang', **two_land)
+    job = self.start(name, **dict(SAVE_STEPS=4) | options)
+    job.wait('checkpoint-4 published')
+    job.wait('step 5/6')
+    job.kill()
+    self.hub.clear_faults()
+    return job
+
+@patch
+def checkpoint(self:TinyRuns,
+    disk:str, # As `job_env` takes it
+    step:int, # Optimizer step
+)->Path: # Folder
+    "A checkpoint on a job's disk."
+    found, = (self.folder/disk/'out').glob(f'*/checkpoint-{step}')
+    return found
+
+# %% ../../nbs/testing/tiny.ipynb #878c2f97
+@patch
+def adapter(self:TinyRuns,
+    at, # Name of a model repo, or a checkpoint's folder
+)->dict: # Name → tensor
+    "The weights of an adapter."
+    from safetensors.torch import load_file
+    file = 'adapter_model.safetensors'
+    return load_file(at/file if isinstance(at, Path) else self.hub.path(f'alice/{at}', file))
+
+@patch
+def difference(self:TinyRuns,
+    a, # As `adapter` takes it
+    b, # As `adapter` takes it
+)->float: # 0 where they are the same to the bit
+    "Largest absolute difference between two trained adapters."
+    a,b = self.adapter(a),self.adapter(b)
+    if a.keys()!=b.keys(): raise AssertionError(a.keys() ^ b.keys())
+    if not any(v.any() for k,v in a.items() if 'lora_B' in k): raise AssertionError("the adapter is as it was at the start")
+    return max((a[k]-b[k]).abs().max().item() for k in a)
+
+# %% ../../nbs/testing/tiny.ipynb #e4e75736
+@patch
+def files_with(self:TinyRuns,
+    *texts:str, # Such as a token
+)->list: # Paths
+    "Files of the Hub, of the jobs and of their home that hold one of these texts."
+    files = [p for p in self.folder.rglob('*') if p.is_file()]
+    return [p for p in files if any(t.encode() in p.read_bytes() for t in texts)]
