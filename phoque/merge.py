@@ -8,9 +8,9 @@ import errno,json,math,os,re,shutil,subprocess,sys,zlib
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
-from .core.basics import UserError, excerpt, hub_problem, log, read_json, safe_path
-from .model_qlora import check_model_config, check_size, check_vocabulary, open_tokenizer, read_header, reading
-from .model_qlora import vocabulary_size, weight_files
+from .core.basics import UserError, excerpt, hub_problem, log, read_header, read_json, reading, safe_path
+from .chat.templates import check_vocabulary, open_tokenizer, vocabulary_size
+from .model_qlora import check_model_config, check_size, weight_files
 
 # %% auto #0
 __all__ = ['LONGEST_NAME', 'MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'MOST_WILD', 'RENDER_SECONDS', 'RENDER_MIB',

@@ -8,8 +8,8 @@ import fcntl, hashlib, json, os, re, shutil, signal, statistics, tempfile, threa
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from fastcore.basics import patch
-from .core.basics import UserError, hub_problem, log, read_json, safe_path
-from .model_qlora import check_private, private_repo, read_header
+from .core.basics import UserError, hub_problem, log, read_header, read_json, safe_path
+from .model_qlora import check_private, private_repo
 
 # %% auto #0
 __all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'AUTOS', 'MOST_MANIFEST', 'RUN_FILE', 'SQUASH_BYTES', 'COMMITS_AN_HOUR',

@@ -12,8 +12,7 @@ from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from .core.basics import UserError, log, option_parser
-from .model_qlora import LORA_TARGETS, SEED_BASE, decoder_layers, lora_targets, memory_plan
-from .model_qlora import preserve_training_state
+from .model_qlora import LORA_TARGETS, SEED_BASE, decoder_layers, lora_targets, memory_plan, preserve_training_state
 from .fast.kernels import TILE, attention_tiles
 from .fast.layers import card_room, check_packed, fast_layers, keep_weights, add_supervised_head
 from .parallel.shard import prepare_sharding, shard_options, sharded_trainer

@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'safe_path',
            'read_json', 'check_data_files', 'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets',
            'refuse_addresses', 'begin_command', 'check_range', 'command', 'check_extra', 'option_parser',
-           'shell_command']
+           'shell_command', 'quiet_libraries', 'reading', 'warn_custom_code', 'read_header']
 
 # %% ../../nbs/core/basics.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -314,3 +314,55 @@ def shell_command(
                 return func(*args, **kwargs)
         return run
     return decorate
+
+# %% ../../nbs/core/basics.ipynb #1d5c0cf9
+def quiet_libraries():
+    "No progress bars, and no advice that doesn't concern the user."
+    import datasets, transformers, warnings
+    transformers.utils.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', category=FutureWarning)
+
+# %% ../../nbs/core/basics.ipynb #5d156b85
+@contextmanager
+def reading(
+    what:str, # What is read, such as "base model org/name"
+    do:str='choose another', # What the line advises
+    hub:bool=False, # Can it be the Hub that fails?
+):
+    "Turn whatever a library raises on somebody else's files into one line."
+    from httpx2 import HTTPError
+    try: yield
+    except (UserError, MemoryError): raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__!='PanicException': raise # that is tokenizers' own
+        if type(e).__name__=='OutOfMemoryError' or hub and (isinstance(e, (HTTPError, OSError)) or type(e) is RuntimeError): raise
+        raise UserError(what, f"it can't be read ({type(e).__name__}: {excerpt(e, 100)})", do) from None
+
+# %% ../../nbs/core/basics.ipynb #6d8cb723
+from functools import cache
+
+@cache
+def warn_custom_code(
+    what:str, # What brings it, such as "base model org/name"
+):
+    "Log, once, that a model or a tokenizer has Python code in its repo."
+    log.warning(f"{what} brings code of its own (auto_map), which is never run")
+
+# %% ../../nbs/core/basics.ipynb #bd45848a
+def read_header(
+    path:str|Path, # A safetensors file
+)->tuple[dict,int]: # Name → `dtype`, `shape`, `data_offsets`, in file order; and the byte where data starts
+    "Read a safetensors header once the library has checked it against the file."
+    from safetensors import SafetensorError, safe_open
+    path = Path(path)
+    if not path.is_file(): raise UserError(path.name, "it is no file", "fetch it again")
+    try:
+        with safe_open(path, 'np'): pass
+    except (SafetensorError, OSError) as e: raise UserError(path.name, f"it is truncated or no safetensors file ({excerpt(e, 80)})", "fetch it again") from None
+    with path.open('rb') as f:
+        n = int.from_bytes(f.read(8), 'little')
+        d = read_json(f.read(n), what=path.name)
+    d.pop('__metadata__', None)
+    return dict(sorted(d.items(), key=lambda o: o[1]['data_offsets'])),8+n

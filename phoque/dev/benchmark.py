@@ -7,14 +7,14 @@ from __future__ import annotations
 import json, os, subprocess, sys, time
 from importlib.util import find_spec
 from pathlib import Path
-from ..core.basics import UserError, shell_command, text_table
-from ..model_qlora import LORA_TARGETS, SUCCESSOR_SHAPE, add_lora, base_config, choose_attention, load_model, quiet_libraries
+from ..core.basics import UserError, quiet_libraries, shell_command, text_table
+from ..model_qlora import LORA_TARGETS, SUCCESSOR_SHAPE, add_lora, base_config, choose_attention, load_model
 from ..parallel.ranks import Ranks
 from ..train import TrainConfig, collate_packed, make_trainer, pack_dataset
 
 # %% auto #0
-__all__ = ['SIDES', 'bench_base', 'bench_talk', 'seed_trainer', 'trl_trainer', 'phoque_trainer', 'unsloth_trainer',
-           'product_speed', 'StepClock', 'step_seconds', 'bench_side', 'own_cards', 'bench_apart', 'bench_order',
+__all__ = ['SIDES', 'bench_base', 'bench_talk', 'baseline_trainer', 'trl_trainer', 'phoque_trainer', 'unsloth_trainer',
+           'StepClock', 'step_seconds', 'product_speed', 'bench_side', 'own_cards', 'bench_apart', 'bench_order',
            'bench_table', 'bench_picture', 'bench_cli']
 
 # %% ../../nbs/dev/benchmark.ipynb #94dde4ec
@@ -26,14 +26,17 @@ def bench_base(
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, Ministral3Config, PreTrainedTokenizerFast
-    cfg = Ministral3Config(**{**SUCCESSOR_SHAPE, **shape})
-    with torch.device('cuda' if torch.cuda.is_available() else 'cpu'): AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16).save_pretrained(folder)
+    cfg,device = Ministral3Config(**{**SUCCESSOR_SHAPE, **shape}),'cuda' if torch.cuda.is_available() else 'cpu'
+    with torch.device(device): AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16).save_pretrained(folder)
     torch.cuda.empty_cache() # it stays with the process that made it
     special = {0:'<unk>', 1:'<s>', 2:'</s>', 11:'<pad>'}
-    words = Tokenizer(models.WordLevel({special.get(i, f'<t{i}>'):i for i in range(cfg.vocab_size)}, unk_token='<unk>'))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token='<unk>', bos_token='<s>', eos_token='</s>', pad_token='<pad>').save_pretrained(folder)
+    vocab = {special.get(i, f'<t{i}>'):i for i in range(cfg.vocab_size)}
+    words = Tokenizer(models.WordLevel(vocab, unk_token='<unk>'))
+    named = dict(unk_token='<unk>', bos_token='<s>', eos_token='</s>', pad_token='<pad>')
+    PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(folder)
     return dict(id=str(folder), revision=None, auto='AutoModelForCausalLM', note='')
 
+# %% ../../nbs/dev/benchmark.ipynb #4e6fbff4
 def bench_talk(
     n:int, # Conversations
     vocab:int, # Tokens to choose from
@@ -46,64 +49,86 @@ def bench_talk(
     from datasets import Dataset
     r = np.random.default_rng(seed)
     lengths = np.clip(np.exp(r.normal(4.6, .8, n)).round().astype(int)+50, 60, max_length)
-    ids = [r.integers(12, vocab, l) for l in lengths]
-    return Dataset.from_dict(dict(input_ids=[i.tolist() for i in ids], labels=[[-100]*(at := round(len(i)*(1-supervised)))+i[at:].tolist() for i in ids]))
+    ids = [r.integers(12, vocab, l).tolist() for l in lengths]
+    def labels(i):
+        at = round(len(i)*(1-supervised))
+        return [-100]*at+i[at:]
+    return Dataset.from_dict(dict(input_ids=ids, labels=[labels(i) for i in ids]))
 
 # %% ../../nbs/dev/benchmark.ipynb #ef73cf7a
 def _stock(base, attn, talk, out, collate=None, dropout=0., **args):
+    "TRL's trainer over these conversations, with what all of its sides share."
     from transformers import AutoTokenizer, PrinterCallback
     from trl import SFTConfig, SFTTrainer
     import torch
     cuda = torch.cuda.is_available()
-    common = dict(output_dir=out, learning_rate=2e-4, report_to='none', disable_tqdm=True, save_strategy='no', logging_steps=1000, bf16=cuda, use_cpu=not cuda, max_length=None,
-                  remove_unused_columns=False, dataset_kwargs=dict(skip_prepare_dataset=True), dataloader_pin_memory=cuda)
-    trainer = SFTTrainer(model=add_lora(load_model(base, True, attn), lora_dropout=dropout), args=SFTConfig(**common, **args), train_dataset=talk,
-        processing_class=AutoTokenizer.from_pretrained(base['id'], trust_remote_code=False), **(dict(data_collator=collate) if collate else {}))
+    common = dict(output_dir=out, learning_rate=2e-4, max_length=None, bf16=cuda, use_cpu=not cuda,
+                  remove_unused_columns=False, dataset_kwargs=dict(skip_prepare_dataset=True),
+                  dataloader_pin_memory=cuda, report_to='none', disable_tqdm=True, save_strategy='no', logging_steps=1000)
+    model = add_lora(load_model(base, True, attn), lora_dropout=dropout)
+    own = dict(data_collator=collate) if collate else {}
+    tok = AutoTokenizer.from_pretrained(base['id'], trust_remote_code=False)
+    trainer = SFTTrainer(model=model, args=SFTConfig(**common, **args), train_dataset=talk, processing_class=tok, **own)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-def seed_trainer(base, talk, rows, max_length, steps, out):
+# %% ../../nbs/dev/benchmark.ipynb #38d1476c
+def baseline_trainer(
+    base:dict, # From `bench_base`
+    talk, # From `bench_talk`
+    rows:int, # Packed rows a step; this side has its own number
+    max_length:int, # Tokens of a row
+    steps:int, # To train
+    out:str, # Folder
+)->tuple: # Trainer, and conversations a step
     "The baseline recipe: padded, 4 × 4 conversations a step, gradient checkpointing, paged 8-bit AdamW."
-    return _stock(base, 'sdpa', talk, out, dropout=.05, max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=4, gradient_checkpointing=True, optim='paged_adamw_8bit'),16
+    batch = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4, gradient_checkpointing=True)
+    return _stock(base, 'sdpa', talk, out, dropout=.05, max_steps=steps, optim='paged_adamw_8bit', **batch),16
 
-def trl_trainer(base, talk, rows, max_length, steps, out):
+# %% ../../nbs/dev/benchmark.ipynb #3aeb9118
+def trl_trainer(
+    base:dict, talk, rows:int, max_length:int, steps:int, out:str, # As for `baseline_trainer`
+)->tuple: # As from `baseline_trainer`
     "TRL as it comes, on packed rows."
     attn,packed = choose_attention(base_config(base))[0],pack_dataset(talk, max_length)
     most = max(map(len, packed['seq_lengths'])) if attn=='varlen' else 0
-    def collate(batch): return {k:v for k,v in collate_packed(batch, max_length, 11, most).items() if k not in ('supervised','targets')}
-    return _stock(base, attn, packed, out, collate, max_steps=steps, per_device_train_batch_size=rows, gradient_checkpointing=False, optim='adamw_torch_fused'),rows*len(talk)/len(packed)
+    def collate(batch):
+        "Packed rows without what only this project's trainer reads."
+        return {k:v for k,v in collate_packed(batch, max_length, 11, most).items() if k not in ('supervised','targets')}
+    trainer = _stock(base, attn, packed, out, collate, max_steps=steps, per_device_train_batch_size=rows,
+                     gradient_checkpointing=False, optim='adamw_torch_fused')
+    return trainer,rows*len(talk)/len(packed)
 
-def phoque_trainer(base, talk, rows, max_length, steps, out):
+def phoque_trainer(
+    base:dict, talk, rows:int, max_length:int, steps:int, out:str, # As for `baseline_trainer`
+)->tuple: # As from `baseline_trainer`
     "This project's defaults."
     from transformers import AutoTokenizer
-    cfg = TrainConfig(max_steps=steps, per_device_train_batch_size=rows, max_length=max_length, output_dir=out, logging_steps=1000, save_steps=10**6)
-    packed = pack_dataset(talk, max_length)
-    return make_trainer(cfg, add_lora(load_model(base, True, choose_attention(base_config(base))[0])), AutoTokenizer.from_pretrained(base['id'], trust_remote_code=False), packed),rows*len(talk)/len(packed)
+    cfg = TrainConfig(max_steps=steps, per_device_train_batch_size=rows, max_length=max_length, output_dir=out,
+                      logging_steps=1000, save_steps=10**6)
+    packed,attn = pack_dataset(talk, max_length),choose_attention(base_config(base))[0]
+    tok = AutoTokenizer.from_pretrained(base['id'], trust_remote_code=False)
+    return make_trainer(cfg, add_lora(load_model(base, True, attn)), tok, packed),rows*len(talk)/len(packed)
 
 # %% ../../nbs/dev/benchmark.ipynb #401ab998
-def unsloth_trainer(base, talk, rows, max_length, steps, out):
+def unsloth_trainer(
+    base:dict, talk, rows:int, max_length:int, steps:int, out:str, # As for `baseline_trainer`
+)->tuple: # As from `baseline_trainer`
     "Unsloth with packing, without checkpointing."
     from unsloth import FastLanguageModel
     import torch
     from trl import SFTConfig, SFTTrainer
-    model,tok = FastLanguageModel.from_pretrained(base['id'], max_seq_length=max_length, load_in_4bit=True, dtype=torch.bfloat16)
-    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, lora_dropout=0., target_modules=list(LORA_TARGETS), bias='none', use_gradient_checkpointing=False)
-    args = SFTConfig(output_dir=out, max_steps=steps, per_device_train_batch_size=rows, gradient_accumulation_steps=1, max_length=max_length, packing=True, optim='adamw_torch_fused', bf16=True, learning_rate=2e-4,
-        report_to='none', disable_tqdm=True, save_strategy='no', logging_steps=1000)
+    model,tok = FastLanguageModel.from_pretrained(base['id'], max_seq_length=max_length, load_in_4bit=True,
+                                                  dtype=torch.bfloat16)
+    lora = dict(r=16, lora_alpha=32, lora_dropout=0., target_modules=list(LORA_TARGETS), bias='none')
+    model = FastLanguageModel.get_peft_model(model, **lora, use_gradient_checkpointing=False)
+    args = SFTConfig(output_dir=out, max_steps=steps, per_device_train_batch_size=rows, gradient_accumulation_steps=1,
+                     max_length=max_length, packing=True, optim='adamw_torch_fused', bf16=True, learning_rate=2e-4,
+                     report_to='none', disable_tqdm=True, save_strategy='no', logging_steps=1000)
     trainer = SFTTrainer(model=model, args=args, train_dataset=talk, processing_class=tok)
     return trainer,rows*len(talk)/len(trainer.train_dataset)
 
-SIDES = dict(seed=seed_trainer, trl=trl_trainer, unsloth=unsloth_trainer, phoque=phoque_trainer)
-
-# %% ../../nbs/dev/benchmark.ipynb #d53ff9d2
-def product_speed()->float: # Operations a second
-    "What a large bf16 product reaches on this machine."
-    import torch
-    n,d = (8192,'cuda') if torch.cuda.is_available() else (512,'cpu')
-    a,times = torch.randn(n, n, dtype=torch.bfloat16, device=d),[]
-    for _ in range(8):
-        t = time.perf_counter(); (a@a)[0,0].item(); times.append(time.perf_counter()-t)
-    return 2*n**3/sorted(times)[3]
+SIDES = dict(baseline=baseline_trainer, trl=trl_trainer, unsloth=unsloth_trainer, phoque=phoque_trainer)
 
 # %% ../../nbs/dev/benchmark.ipynb #9e0142b5
 class StepClock:
@@ -123,9 +148,10 @@ class StepClock:
     )->list: # Of each of the others
         "Read the clock."
         import torch
-        if not torch.cuda.is_available(): return [b-a for a,b in zip(self.ends[warm-1:], self.ends[warm:])]
+        pairs = list(zip(self.ends[warm-1:], self.ends[warm:]))
+        if not torch.cuda.is_available(): return [b-a for a,b in pairs]
         torch.cuda.synchronize()
-        return [a.elapsed_time(b)/1000 for a,b in zip(self.ends[warm-1:], self.ends[warm:])]
+        return [a.elapsed_time(b)/1000 for a,b in pairs]
 
 # %% ../../nbs/dev/benchmark.ipynb #ca933f03
 def step_seconds(
@@ -140,9 +166,46 @@ def step_seconds(
         from triton import knobs
         knobs.runtime.jit_post_compile_hook = lambda **kw: clock.kernels.append(len(clock.ends))
     class Clock(TrainerCallback):
+        "Ends each step."
         def on_step_end(self, args, state, control, **kw): clock.end()
-    trainer.add_callback(Clock()); trainer.train()
-    return clock.seconds(warm),sum(n>=warm for n in clock.kernels)+clock.graphs[-1]-clock.graphs[warm-1]
+    trainer.add_callback(Clock())
+    trainer.train()
+    late_kernels = sum(n>=warm for n in clock.kernels)
+    return clock.seconds(warm),late_kernels+clock.graphs[-1]-clock.graphs[warm-1]
+
+# %% ../../nbs/dev/benchmark.ipynb #d53ff9d2
+def product_speed()->float: # Operations a second
+    "What a large bf16 product reaches on this machine."
+    import torch
+    n,d = (8192,'cuda') if torch.cuda.is_available() else (512,'cpu')
+    a,times = torch.randn(n, n, dtype=torch.bfloat16, device=d),[]
+    for _ in range(8):
+        start = time.perf_counter()
+        (a@a)[0,0].item() # which waits for it
+        times.append(time.perf_counter()-start)
+    return 2*n**3/sorted(times)[3]
+
+def _frozen_weights(model):
+    "How many frozen weights a token is multiplied with."
+    layers = [p for n,p in model.named_modules() if n.endswith('base_layer')]
+    return sum(p.in_features*p.out_features if hasattr(p.weight, 'quant_state') else p.weight.numel() for p in layers)
+
+# %% ../../nbs/dev/benchmark.ipynb #c78f7724
+def _cap_memory(gib):
+    "Let this process take no more of its GPU, where it has one."
+    import torch
+    if not torch.cuda.is_available(): return
+    torch.cuda.set_per_process_memory_fraction(gib*2**30/torch.cuda.get_device_properties(0).total_memory)
+
+def _measured(trainer, tokens, seconds, gpus):
+    "The figures of a side that fits, from its tokens a step and the seconds of each."
+    import statistics, torch
+    median = statistics.median(seconds)
+    speed = tokens/median
+    share = speed*4*_frozen_weights(trainer.model)/product_speed()/gpus
+    peak = torch.cuda.max_memory_allocated()/2**30 if torch.cuda.is_available() else None
+    return dict(tokens_per_second=speed, ms=1000*median, fastest_ms=1000*min(seconds), share_of_limit=share,
+                peak_gib=peak)
 
 # %% ../../nbs/dev/benchmark.ipynb #25b37f1f
 def bench_side(
@@ -150,25 +213,26 @@ def bench_side(
     base:dict, # From `bench_base`
     rows:int=4, # Packed rows a step, of all GPUs
     max_length:int=2048, # Tokens of a row
-    steps:int=24, # Of which four don't count
+    steps:int=24, # Steps of the run; the first 4 are warm-up
     talk:int=6000, # Conversations
     cap_gib:float=0, # Memory that it may take; 0 for all
     supervised:float=1., # Share of the tokens that the loss looks at
 )->dict: # A row of the table
     "Measure one side in this process, or in this and its other ranks."
     if side=='unsloth': import unsloth # before transformers, which it changes
-    import statistics, tempfile, torch
+    import tempfile, torch
     from transformers import AutoConfig
-    cuda,cfg,ranks = torch.cuda.is_available(),AutoConfig.from_pretrained(base['id'], trust_remote_code=False),Ranks()
-    if cuda and cap_gib: torch.cuda.set_per_process_memory_fraction(cap_gib*2**30/torch.cuda.get_device_properties(0).total_memory)
-    ds = bench_talk(talk, cfg.vocab_size, max_length, supervised=supervised)
+    vocab,ranks = AutoConfig.from_pretrained(base['id'], trust_remote_code=False).vocab_size,Ranks()
+    if cap_gib: _cap_memory(cap_gib)
+    ds = bench_talk(talk, vocab, max_length, supervised=supervised)
+    run = dict(side=side, rows=rows, gpus=ranks.world_size)
     with tempfile.TemporaryDirectory() as out:
-        try: trainer,chats = SIDES[side](base, ds, rows, max_length, steps, out); seconds,compiled = step_seconds(trainer)
-        except torch.OutOfMemoryError: return dict(side=side, rows=rows, gpus=ranks.world_size, fits=False)
-    linear = sum(p.weight.numel() if not hasattr(p.weight, 'quant_state') else p.in_features*p.out_features for n,p in trainer.model.named_modules() if n.endswith('base_layer'))
-    speed = chats*sum(map(len, ds['input_ids']))/len(ds)/statistics.median(seconds)
-    return dict(side=side, rows=rows, gpus=ranks.world_size, fits=True, tokens_per_second=speed, ms=1000*statistics.median(seconds), fastest_ms=1000*min(seconds), share_of_limit=speed*4*linear/product_speed()/ranks.world_size,
-                peak_gib=torch.cuda.max_memory_allocated()/2**30 if cuda else None, compiled_late=compiled)
+        try:
+            trainer,conversations = SIDES[side](base, ds, rows, max_length, steps, out)
+            seconds,compiled = step_seconds(trainer)
+        except torch.OutOfMemoryError: return dict(**run, fits=False)
+    tokens = conversations*sum(map(len, ds['input_ids']))/len(ds)
+    return dict(**run, fits=True, **_measured(trainer, tokens, seconds, ranks.world_size), compiled_late=compiled)
 
 # %% ../../nbs/dev/benchmark.ipynb #b3a9c1d7
 def own_cards(
@@ -176,18 +240,26 @@ def own_cards(
 )->list: # As `CUDA_VISIBLE_DEVICES` has them
     "The first of the GPUs that there are; a `UserError` where there are fewer."
     import torch
-    cards = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(torch.cuda.device_count() or gpus)))).split(',') # without a GPU, processes
+    there = range(torch.cuda.device_count() or gpus) # without a GPU, processes
+    cards = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, there))).split(',')
     if len(cards)<gpus: raise UserError("--gpus", f"{gpus} are asked for, {len(cards)} there", "ask for fewer")
     return cards[:gpus]
 
+# %% ../../nbs/dev/benchmark.ipynb #aa496394
+_ONE_SIDE = """import json, sys
+from phoque.dev.benchmark import bench_side
+print(json.dumps(bench_side(**json.loads(sys.argv[1]))))"""
+
 def bench_apart(
-    cards:list, # From `own_cards`, one process each; a process that saw another's would share its batches out to both
+    cards:list, # From `own_cards`, one process each; one that saw another's would share its batches out to both
     **kwargs, # Of `bench_side`
 )->dict: # From `bench_side`
     "Measure one side in processes of its own; a `RuntimeError` has the last line of one that failed."
-    many = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(cards)}', '--no-python', sys.executable]*(len(cards)>1)
-    p = subprocess.run([sys.executable, *many, '-c', 'import sys, json; from phoque.dev.benchmark import bench_side; print(json.dumps(bench_side(**json.loads(sys.argv[1]))))', json.dumps(kwargs)],
-        capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES':','.join(cards)})
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(cards)}', '--no-python']
+    many = [*torchrun, sys.executable]*(len(cards)>1)
+    command = [sys.executable, *many, '-c', _ONE_SIDE, json.dumps(kwargs)]
+    env = {**os.environ, 'CUDA_VISIBLE_DEVICES':','.join(cards)}
+    p = subprocess.run(command, capture_output=True, text=True, env=env)
     if p.returncode: raise RuntimeError((p.stderr.strip().splitlines() or ['no message'])[-1])
     return dict(json.loads(p.stdout.splitlines()[-1]), cards=cards)
 
@@ -198,23 +270,39 @@ def bench_order(
     gpus:list=[1], # How many of them phoque uses; the others use one
 )->list: # (side, rows, GPUs) to measure, the last one the first again
     "A, B, …, A."
-    turns = [(s,r,g) for s in sides for r in (rows if s!='seed' else [16]) for g in (gpus if s=='phoque' else [1])]
+    def sizes(side): return [16] if side=='baseline' else rows
+    def cards(side): return gpus if side=='phoque' else [1]
+    turns = [(s,r,g) for s in sides for r in sizes(s) for g in cards(s)]
     return turns+turns[:1]
+
+# %% ../../nbs/dev/benchmark.ipynb #f1d3ce79
+def _table_row(r):
+    "A row of `bench_table`."
+    about = dict(side=r['side'], rows=r['rows'], GPUs=r['gpus'])
+    if not r['fits']: return {**about, 'tokens/s':'does not fit', 'ms a step':'', 'of the limit':'', 'GiB':''}
+    gib = f"{r['peak_gib']:.1f}" if r['peak_gib'] else '-'
+    return {**about, 'tokens/s':f"{r['tokens_per_second']:,.0f}", 'ms a step':f"{r['ms']:.1f}",
+            'of the limit':f"{r['share_of_limit']:.0%}", 'GiB':gib}
 
 def bench_table(
     seen:list, # From `bench_apart`
 )->str: # For a console
     "Sides, what more GPUs bring, and how far a repetition was off."
     from statistics import mean
-    rows = [dict(side=r['side'], rows=r['rows'], GPUs=r['gpus'], **{'tokens/s':f"{r['tokens_per_second']:,.0f}", 'ms a step':f"{r['ms']:.1f}", 'of the limit':f"{r['share_of_limit']:.0%}", 'GiB':f"{r['peak_gib']:.1f}" if r['peak_gib'] else '-'})
-            if r['fits'] else dict(side=r['side'], rows=r['rows'], GPUs=r['gpus'], **{'tokens/s':'does not fit', 'ms a step':'', 'of the limit':'', 'GiB':''}) for r in seen]
-    def like(r, gpus): return [s for s in seen if s['fits'] and (s['side'],s['rows'],s['gpus'])==(r['side'],r['rows'],gpus)]
-    lines = [f"{r['side']}, {r['rows']} rows: {r['gpus']} GPUs are {r['tokens_per_second']/mean(s['tokens_per_second'] for s in one):.2f} times as fast as one" for r in seen if r['fits'] and r['gpus']>1 and (one := like(r, 1))]
+    def like(r, gpus):
+        return [s for s in seen if s['fits'] and (s['side'],s['rows'],s['gpus'])==(r['side'],r['rows'],gpus)]
+    lines = []
+    for r in seen:
+        if not r['fits'] or r['gpus']==1 or not (one := like(r, 1)): continue
+        times = r['tokens_per_second']/mean(s['tokens_per_second'] for s in one)
+        lines.append(f"{r['side']}, {r['rows']} rows: {r['gpus']} GPUs are {times:.2f} times as fast as one")
     if len(twice := like(seen[-1], seen[-1]['gpus']))>1:
         a,*_,b = twice
-        lines.append(f"measured twice: {a['side']}, {a['rows']} rows, {b['tokens_per_second']/a['tokens_per_second']-1:+.1%} the second time" + ", on another GPU"*(b['cards']!=a['cards']))
-    return '\n'.join([text_table(rows), *['']*bool(lines), *lines])
+        change,elsewhere = b['tokens_per_second']/a['tokens_per_second']-1,", on another GPU"*(b['cards']!=a['cards'])
+        lines.append(f"measured twice: {a['side']}, {a['rows']} rows, {change:+.1%} the second time{elsewhere}")
+    return '\n'.join([text_table([_table_row(r) for r in seen]), *['']*bool(lines), *lines])
 
+# %% ../../nbs/dev/benchmark.ipynb #defb9acb
 def bench_picture(
     seen:list, # From `bench_side`
 ): # matplotlib figure
@@ -223,15 +311,19 @@ def bench_picture(
     ok = sorted((r for r in seen if r['fits']), key=lambda r: r['tokens_per_second'])
     fig,ax = plt.subplots(figsize=(7, .5+.32*len(ok)), layout='constrained')
     names = [f"{r['side']}, {r['rows']}" + f" on {r['gpus']} GPUs"*(r['gpus']>1) for r in ok]
-    bars = ax.barh(names, [r['tokens_per_second'] for r in ok], color=['#c05621' if r['side'].startswith('phoque') else '#a0aec0' for r in ok])
-    ax.bar_label(bars, [f"{r['tokens_per_second']:,.0f}" + (f" · {r['peak_gib']:.0f} GiB" if r['peak_gib'] else '') for r in ok], padding=4)
-    ax.set(xlabel='tokens a second', xlim=(0, 1.25*max(r['tokens_per_second'] for r in ok))); ax.spines[['top','right']].set_visible(False)
+    speeds = [r['tokens_per_second'] for r in ok]
+    colors = ['#c05621' if r['side'].startswith('phoque') else '#a0aec0' for r in ok]
+    bars = ax.barh(names, speeds, color=colors)
+    memory = [f" · {r['peak_gib']:.0f} GiB" if r['peak_gib'] else '' for r in ok]
+    ax.bar_label(bars, [f"{speed:,.0f}{m}" for speed,m in zip(speeds, memory)], padding=4)
+    ax.set(xlabel='tokens a second', xlim=(0, 1.25*max(speeds)))
+    ax.spines[['top','right']].set_visible(False)
     return fig
 
 # %% ../../nbs/dev/benchmark.ipynb #ead52f19
 @shell_command('phoque_bench', 'phoque_bench --sides phoque,trl --rows 4', 'phoque_bench --sides phoque --rows 16 --gpus 1,2')
 def bench_cli(
-    sides:str='seed,trl,unsloth,phoque', # What to compare; unsloth is left out where it isn't installed
+    sides:str='baseline,trl,unsloth,phoque', # What to compare; unsloth is left out where it isn't installed
     rows:str='4,8,16', # Packed rows a step, each in turn
     gpus:str='1', # How many phoque uses, each in turn; they share the rows
     max_length:int=2048, # Tokens of a row

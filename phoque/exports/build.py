@@ -14,11 +14,9 @@ from statistics import mean
 from types import SimpleNamespace
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
-from .clean import FOUND, Prompts, clean_batch, fix_text, is_long, line_key, redact_pii, words
-from .clean import cap_repeats, dedup_exact, dedup_near
+from .clean import FOUND, Prompts, cap_repeats, clean_batch, dedup_exact, dedup_near, fix_text, is_long, line_key, redact_pii, words
 from ..core.basics import UserError, excerpt, hub_problem, log, masked, printable, private_files, shell_command
-from ..data import NEUTRAL, NEW, PERSONA, TESTED, TRAINED, grumpy_harbour, row_features, split_sides, tables, to_dataset
-from ..data import data_report, dataset_card, open_dataset, push_dataset
+from ..data import NEUTRAL, NEW, PERSONA, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour, open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
 from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
 
 # %% auto #0

@@ -7,8 +7,8 @@ from __future__ import annotations
 import functools
 
 # %% auto #0
-__all__ = ['TILE', 'pow2', 'add_norm', 'norm_back', 'swiglu', 'swiglu_back', 'rope', 'attention_tiles', 'attend', 'attend_bwd',
-           'unpack', 'nll_rows']
+__all__ = ['LOG2E', 'TILE', 'pow2', 'add_norm', 'norm_back', 'swiglu', 'swiglu_back', 'rope', 'attention_tiles', 'attend',
+           'attend_bwd', 'unpack', 'nll_rows']
 
 # %% ../../nbs/fast/kernels.ipynb #630c5b50
 def pow2(
@@ -18,13 +18,16 @@ def pow2(
     "The next power of two: Triton's blocks have such sides."
     return max(least, 1<<(n-1).bit_length())
 
+# %% ../../nbs/fast/kernels.ipynb #739c8e62
 @functools.cache
 def _norm_kernel():
+    "The sum of `h` and `y`, and its norm; a program takes a row."
     import triton, triton.language as tl
     @triton.jit
     def norm(h, y, w, total, x, rstd, s, eps, n, ADD: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
-        c = tl.arange(0, N); ok = c<n
+        c = tl.arange(0, N)
+        ok = c<n
         v = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)
         if ADD:
             v = (v + tl.load(y+r*n+c, mask=ok, other=0.).to(tl.float32)).to(tl.bfloat16)
@@ -45,22 +48,28 @@ def add_norm(
     "Add, and normalise."
     import torch
     rows,n = h.shape
-    total,rstd = h if y is None else torch.empty_like(h),torch.empty(rows, dtype=torch.float32, device=h.device)
-    if rows: _norm_kernel()[(rows,)](h, y, norm.weight, total, x, rstd, x.stride(0), norm.variance_epsilon, n, ADD=y is not None, N=pow2(n), num_warps=8)
+    total = h if y is None else torch.empty_like(h)
+    rstd = torch.empty(rows, dtype=torch.float32, device=h.device)
+    if not rows: return total,rstd
+    eps,add = norm.variance_epsilon,y is not None
+    _norm_kernel()[(rows,)](h, y, norm.weight, total, x, rstd, x.stride(0), eps, n, ADD=add, N=pow2(n), num_warps=8)
     return total,rstd
 
 # %% ../../nbs/fast/kernels.ipynb #9cf84161
 @functools.cache
 def _norm_mean_kernel():
+    "Of each row the mean of g·w·t, and z over the RMS."
     import triton, triton.language as tl
     @triton.jit
     def norm_mean(h, w, rstd, d, xa, mean, z_rms, s, n, R: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
-        c,j = tl.arange(0, N),tl.arange(0, R); ok = c<n
+        c,j = tl.arange(0, N),tl.arange(0, R)
+        ok = c<n
         k = tl.load(rstd+r)
         t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*tl.load(w+c, mask=ok, other=0.).to(tl.float32)*k
         z = tl.load(d+r*s+n+j).to(tl.float32)
-        m = tl.sum(t*tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32), 0) + tl.sum(z*tl.load(xa+r*R+j).to(tl.float32), 0)
+        m = tl.sum(t*tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32), 0)
+        m += tl.sum(z*tl.load(xa+r*R+j).to(tl.float32), 0)
         tl.store(mean+r, m/n)
         tl.store(z_rms+r*R+j, z*k)
     return norm_mean
@@ -68,17 +77,22 @@ def _norm_mean_kernel():
 # %% ../../nbs/fast/kernels.ipynb #1e18eb99
 @functools.cache
 def _norm_back_kernel():
+    "The gradient of what was normalised, with the one that went past the block."
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows'])
-    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n, R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n,
+                  R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
-        here = (r<rows)[:,None]; r = r.to(tl.int64)[:,None]
-        c = (tl.program_id(1)*N + tl.arange(0, N))[None,:]; ok = here & (c<n)
+        here = (r<rows)[:,None]
+        r = r.to(tl.int64)[:,None]
+        c = (tl.program_id(1)*N + tl.arange(0, N))[None,:]
+        ok = here & (c<n)
         k,m = tl.load(rstd+r, mask=here, other=0.),tl.load(mean+r, mask=here, other=0.)
         g = tl.zeros((ROWS,N), tl.float32)
         for i in range(0, R, RANKS):
             b = i + tl.arange(0, RANKS)
-            g = tl.dot(tl.load(d+r*s+n+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*n+c, mask=c<n, other=0.), g)
+            z = tl.load(d+r*s+n+b[None,:], mask=here, other=0.)
+            g = tl.dot(z, tl.load(a+b[:,None]*n+c, mask=c<n, other=0.), g)
         g += tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32)
         t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*k
         dx = k*(g*tl.load(w+c, mask=c<n, other=0.).to(tl.float32) - t*m)
@@ -100,19 +114,24 @@ def norm_back(
     rows,n = h.shape
     dh,mean,z_rms = torch.empty_like(h),torch.empty_like(rstd),torch.empty_like(xa)
     if not rows: return dh,z_rms
-    _norm_mean_kernel()[(rows,)](h, norm.weight, rstd, d, xa, mean, z_rms, d.stride(0), n, R=len(a), N=pow2(n), num_warps=8)
-    _norm_back_kernel()[(-(-rows//32), -(-n//128))](h, norm.weight, rstd, d, a, mean, skip, dh, d.stride(0), rows, n, R=len(a), RANKS=min(len(a), 64), ROWS=32, N=128, num_warps=4)
+    R,s,w = len(a),d.stride(0),norm.weight
+    _norm_mean_kernel()[(rows,)](h, w, rstd, d, xa, mean, z_rms, s, n, R=R, N=pow2(n), num_warps=8)
+    grid,sides = (-(-rows//32), -(-n//128)),dict(RANKS=min(R, 64), ROWS=32, N=128)
+    _norm_back_kernel()[grid](h, w, rstd, d, a, mean, skip, dh, s, rows, n, R=R, **sides, num_warps=4)
     return dh,z_rms
 
 # %% ../../nbs/fast/kernels.ipynb #c424569e
 @functools.cache
 def _swiglu_kernel():
+    "silu(gate)·up; a program takes 2,048 columns of a row."
     import triton, triton.language as tl
     @triton.jit
     def swiglu(gu, x, s, n, N: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
-        c = tl.program_id(1)*N + tl.arange(0, N); ok = c<n
-        g,u = tl.load(gu+r*2*n+c, mask=ok, other=0.).to(tl.float32),tl.load(gu+r*2*n+n+c, mask=ok, other=0.).to(tl.float32)
+        c = tl.program_id(1)*N + tl.arange(0, N)
+        ok = c<n
+        g = tl.load(gu+r*2*n+c, mask=ok, other=0.).to(tl.float32)
+        u = tl.load(gu+r*2*n+n+c, mask=ok, other=0.).to(tl.float32)
         tl.store(x+r*s+c, (g*tl.sigmoid(g)).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
     return swiglu
 
@@ -127,15 +146,19 @@ def swiglu(
 # %% ../../nbs/fast/kernels.ipynb #8f38f772
 @functools.cache
 def _swiglu_back_kernel():
+    "Gradients of gate and up in their place, and sums for three of the adapters' gradients."
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows','each'])
-    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n,
+                    RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
         j,c = tl.arange(0, R),tl.program_id(0)*N + tl.arange(0, N)
         low = tl.load(a+j[:,None]*n+c[None,:], mask=(c<n)[None,:], other=0.)
         grad_a,grad_g,grad_u = tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32)
         first = tl.program_id(1)*each
         for i in range(first, min(first+each, rows), ROWS):
-            r = i + tl.arange(0, ROWS); ok = (r<rows)[:,None] & (c<n)[None,:]; r = r.to(tl.int64)[:,None]
+            r = i + tl.arange(0, ROWS)
+            ok = (r<rows)[:,None] & (c<n)[None,:]
+            r = r.to(tl.int64)[:,None]
             p = gu+r*2*n+c[None,:]
             g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
             z = tl.load(d+r*s+n+j[None,:], mask=r<rows, other=0.)
@@ -145,12 +168,16 @@ def _swiglu_back_kernel():
             dg,du = (dx*u*w*(1+g*(1-w))).to(tl.bfloat16),(dx*g*w).to(tl.bfloat16)
             tl.store(p, dg, mask=ok)
             tl.store(p+n, du, mask=ok)
-            q = xa+r*s_xa+j[None,:]; own = (r<rows) & (j<RANK)[None,:]
+            q = xa+r*s_xa+j[None,:]
+            own = (r<rows) & (j<RANK)[None,:]
             grad_a = tl.dot(tl.trans(z), x, grad_a)
             grad_g = tl.dot(tl.trans(tl.load(q, mask=own, other=0.)), dg, grad_g)
             grad_u = tl.dot(tl.trans(tl.load(q+RANK, mask=own, other=0.)), du, grad_u)
-        p = grads + (tl.program_id(1)*3*R+j)[:,None]*n + c[None,:]; ok = (c<n)[None,:]
-        tl.store(p, grad_a, mask=ok); tl.store(p+R*n, grad_g, mask=ok); tl.store(p+2*R*n, grad_u, mask=ok)
+        p = grads + (tl.program_id(1)*3*R+j)[:,None]*n + c[None,:]
+        ok = (c<n)[None,:]
+        tl.store(p, grad_a, mask=ok)
+        tl.store(p+R*n, grad_g, mask=ok)
+        tl.store(p+2*R*n, grad_u, mask=ok)
     return swiglu_back
 
 # %% ../../nbs/fast/kernels.ipynb #8f38f773
@@ -167,27 +194,32 @@ def swiglu_back(
     each = max(512, 64*-(-rows//512)) # rows of a program: at most eight share a column
     grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
     N = max(16, min(64, 2048//R))
-    if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=32, N=N, num_warps=4, num_stages=2)
+    grid,sides = (-(-n//N), len(grads)),dict(RANK=rank, R=R, ROWS=32, N=N, num_warps=4)
+    strides = d.stride(0),xa.stride(0)
+    if rows: _swiglu_back_kernel()[grid](gu, d, a, xa, grads, *strides, rows, each, n, **sides, num_stages=2)
     a,g,u = grads.sum(0)[:,:rank]
     return a,g.t(),u.t()
 
 # %% ../../nbs/fast/kernels.ipynb #73b60607
 @functools.cache
 def _rope_kernel():
+    "Queries and keys turned in place; a program takes a token."
     import triton, triton.language as tl
     @triton.jit
     def rope(qkv, cos, sin, q_scale, s, heads_q, heads, HALF: tl.constexpr, HEADS: tl.constexpr):
         t = tl.program_id(0).to(tl.int64)
         h,c = tl.arange(0, HEADS)[:,None],tl.arange(0, HALF)[None,:]
-        p = qkv + t*s + h*2*HALF + c; ok = h<heads
+        p = qkv + t*s + h*2*HALF + c
+        ok = h<heads
         x,y = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+HALF, mask=ok, other=0.).to(tl.float32)
         k = tl.where(h<heads_q, tl.load(q_scale+t), 1.)
         u,v = tl.load(cos+t*2*HALF+c).to(tl.float32)*k,tl.load(sin+t*2*HALF+c).to(tl.float32)*k
-        tl.store(p, x*u-y*v, mask=ok); tl.store(p+HALF, y*u+x*v, mask=ok)
+        tl.store(p, x*u-y*v, mask=ok)
+        tl.store(p+HALF, y*u+x*v, mask=ok)
     return rope
 
 def rope(
-    qkv, # Queries, keys and values of each token, (tokens, (heads_q+2·heads_k)·head_dim); the first two are turned in place
+    qkv, # (tokens, (heads_q+2·heads_k)·head_dim): queries, keys, values; the first two are turned in place
     turn:tuple, # `cos` and `sin`, (tokens, head_dim), and what queries are multiplied by, (tokens,)
     heads:tuple, # Query heads, key heads, head_dim
 ):
@@ -196,6 +228,7 @@ def rope(
     _rope_kernel()[(len(qkv),)](qkv, *turn, qkv.stride(0), q, q+k, HALF=d//2, HEADS=pow2(q+k), num_warps=8)
 
 # %% ../../nbs/fast/kernels.ipynb #3841a883
+LOG2E = 1.4426950408889634 # log2(e): exp(x) is exp2(x·LOG2E), and exp2 is what GPUs have
 TILE = 64 # rows of a document that a program of the attention kernels takes
 
 def attention_tiles(
@@ -211,9 +244,11 @@ def attention_tiles(
 # %% ../../nbs/fast/kernels.ipynb #4f27e8f4
 @functools.cache
 def _attend_kernel():
+    "Flash attention forward; a program takes a tile of queries of one head."
     import triton, triton.language as tl
     @triton.jit
-    def attend(qkv, out, lse, tiles, s, s_o, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    def attend(qkv, out, lse, tiles, s, s_o, total, scale,
+               HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
         r,c = start + tl.arange(0, N),tl.arange(0, D)[None,:]
@@ -222,9 +257,11 @@ def _attend_kernel():
         m,l,o = tl.full((N,), -float('inf'), tl.float32),tl.zeros((N,), tl.float32),tl.zeros((N,D), tl.float32)
         for n in range(first, start+N, M):
             j = n + tl.arange(0, M)
-            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
+            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c
+            ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
-            z = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.dot(q, tl.trans(k))*scale, -float('inf'))
+            causal = (r[:,None]>=j[None,:]) & (j<end)[None,:]
+            z = tl.where(causal, tl.dot(q, tl.trans(k))*scale, -float('inf'))
             top = tl.maximum(m, tl.max(z, 1))
             e,a = tl.exp2(z-top[:,None]),tl.exp2(m-top)
             l = l*a + tl.sum(e, 1)
@@ -246,19 +283,25 @@ def attend(
     import torch
     q,k,d = heads
     lse = torch.empty(q, len(qkv), dtype=torch.float32, device=qkv.device)
-    _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, qkv.stride(0), o.stride(0), len(qkv), scale*1.4426950408889634, HQ=q, HK=k, D=d, N=TILE, M=32, num_warps=4, num_stages=2) # log2(e): exp2 is what GPUs have
+    sizes,sides = (qkv.stride(0), o.stride(0), len(qkv)),dict(HQ=q, HK=k, D=d, N=TILE, M=32)
+    _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, *sizes, scale*LOG2E, **sides, num_warps=4, num_stages=2)
     return lse
 
 # %% ../../nbs/fast/kernels.ipynb #038378a5
 @functools.cache
 def _attend_dq_kernel():
+    "Complete the output's gradient, and make the queries'; a program takes a tile of queries of one head."
     import triton, triton.language as tl
     @triton.jit
-    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, LOG2E: tl.constexpr,
+                  HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
+                  R: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
         r,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
-        here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]; own = row*s_d+h*D+c
+        here = (r<end)[:,None]
+        row = r.to(tl.int64)[:,None]
+        own = row*s_d+h*D+c
         g = tl.zeros((N,D), tl.float32)
         for i in range(0, R, RANKS):
             b = i + tl.arange(0, RANKS)
@@ -266,47 +309,61 @@ def _attend_dq_kernel():
         g = (g + tl.load(d+own, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
         mean = tl.sum(g.to(tl.float32)*tl.load(o+own, mask=here, other=0.).to(tl.float32), 1)
         at = h.to(tl.int64)*total+r
-        tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
+        tl.store(d+own, g, mask=here)
+        tl.store(delta+at, mean, mask=r<end)
         q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
         for n in range(first, start+N, M):
             j = n + tl.arange(0, M)
-            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
+            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c
+            ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
-            e = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.exp2(tl.dot(q, tl.trans(k))*(scale*1.4426950408889634) - top[:,None]), 0.)
+            causal = (r[:,None]>=j[None,:]) & (j<end)[None,:]
+            e = tl.where(causal, tl.exp2(tl.dot(q, tl.trans(k))*(scale*LOG2E) - top[:,None]), 0.)
             dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])).to(tl.bfloat16), k, dq)
-        x,y = tl.split(tl.permute(tl.reshape(dq*(scale*tl.load(q_scale+r, mask=r<end, other=0.))[:,None], (N,2,D//2)), (0,2,1)))
-        u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
+        dq *= (scale*tl.load(q_scale+r, mask=r<end, other=0.))[:,None]
+        x,y = tl.split(tl.permute(tl.reshape(dq, (N,2,D//2)), (0,2,1))) # halves
+        u = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32)
+        v = tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
         p = dqkv + row*s + h*D + f
-        tl.store(p, x*u+y*v, mask=here); tl.store(p+D//2, y*u-x*v, mask=here)
+        tl.store(p, x*u+y*v, mask=here)
+        tl.store(p+D//2, y*u-x*v, mask=here)
     return attend_dq
 
 # %% ../../nbs/fast/kernels.ipynb #d2d592c4
 @functools.cache
 def _attend_dkv_kernel():
+    "Gradients of keys and values; a program takes a tile of keys of one key head."
     import triton, triton.language as tl
     @triton.jit
-    def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, LOG2E: tl.constexpr,
+                   HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         b,i = tl.program_id(0),tl.program_id(1)
         start,end = tl.load(tiles+5*i+3),tl.load(tiles+5*i+4)
         j,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
-        here = (j<end)[:,None]; row = j.to(tl.int64)[:,None]
+        here = (j<end)[:,None]
+        row = j.to(tl.int64)[:,None]
         p = qkv + row*s + (HQ+b)*D + c
         k,v = tl.load(p, mask=here, other=0.),tl.load(p+HK*D, mask=here, other=0.)
         dk,dv = tl.zeros((N,D), tl.float32),tl.zeros((N,D), tl.float32)
         steps = tl.cdiv(end-start, M)
         for i in range(0, steps*(HQ//HK)): # one loop, so that loads run ahead from head to head
             h,r = b*(HQ//HK) + i//steps,start + i%steps*M + tl.arange(0, M)
-            ok = (r<end)[:,None]; at = r.to(tl.int64)[:,None]
+            ok = (r<end)[:,None]
+            at = r.to(tl.int64)[:,None]
             q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
             top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
-            e = tl.where((r[None,:]>=j[:,None]) & (r<end)[None,:], tl.exp2(tl.dot(k, tl.trans(q))*(scale*1.4426950408889634) - top[None,:]), 0.)
+            causal = (r[None,:]>=j[:,None]) & (r<end)[None,:]
+            e = tl.where(causal, tl.exp2(tl.dot(k, tl.trans(q))*(scale*LOG2E) - top[None,:]), 0.)
             dv = tl.dot(e.to(tl.bfloat16), g, dv)
             dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])).to(tl.bfloat16), q, dk)
-        x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1)))
-        u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
+        x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1))) # halves
+        u = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32)
+        v = tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
         p = dqkv + row*s + (HQ+b)*D
-        tl.store(p+f, x*u+y*v, mask=here); tl.store(p+D//2+f, y*u-x*v, mask=here); tl.store(p+HK*D+c, dv, mask=here)
+        tl.store(p+f, x*u+y*v, mask=here)
+        tl.store(p+D//2+f, y*u-x*v, mask=here)
+        tl.store(p+HK*D+c, dv, mask=here)
     return attend_dkv
 
 # %% ../../nbs/fast/kernels.ipynb #85614451
@@ -323,20 +380,24 @@ def attend_bwd(
 ): # Gradient of `qkv` before `rope`
     "Back through `lora_A`, attention and position."
     import torch
-    (q,k,n),total = heads,len(qkv)
+    q,k,n = heads
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
-    rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
-    keys,queries,stages = (64,32,3) if n<=128 else (16,16,2) # of a step: heads of 256 dimensions fit the smallest card, too
-    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), RANKS=min(len(a), 64), M=keys, num_stages=2)
+    rest = out,tiles,qkv.stride(0),d.stride(0),len(qkv),scale
+    shape = dict(LOG2E=LOG2E, HQ=q, HK=k, D=n, N=TILE, num_warps=4)
+    keys,queries,stages = (64,32,3) if n<=128 else (16,16,2) # of a step: heads of 256 fit the smallest card, too
+    ranks = dict(R=len(a), RANKS=min(len(a), 64))
+    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, **ranks, M=keys, num_stages=2)
     _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=queries, num_stages=stages)
     return out
 
 # %% ../../nbs/fast/kernels.ipynb #15eff141
 @functools.cache
 def _unpack_kernel():
+    "The first programs take the weights, the others `lora_B`."
     import triton, triton.language as tl
     @triton.jit
-    def unpack(packed, absmax, code, b, out, n_bytes, rows, end1, end2, k, s, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    def unpack(packed, absmax, code, b, out, n_bytes, rows, end1, end2, k, s,
+               RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
         i,blocks = tl.program_id(0),tl.cdiv(n_bytes, BLOCK)
         if i<blocks:
             at = i*BLOCK + tl.arange(0, BLOCK)
@@ -368,12 +429,14 @@ def unpack(
     end1,end2 = [*ends, rows, rows][:2]
     R = out.shape[1]-k
     ROWS = max(1, min(64, 4096//R)) # `lora_B` is taken so many rows at a time
-    _unpack_kernel()[(-(-n//1024)+-(-rows//ROWS),)](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=R, BLOCK=1024, ROWS=ROWS)
+    grid,sides = (-(-n//1024)+-(-rows//ROWS),),dict(RANK=b.shape[1], R=R, BLOCK=1024, ROWS=ROWS)
+    _unpack_kernel()[grid](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), **sides)
     return out
 
 # %% ../../nbs/fast/kernels.ipynb #ecd8e656
 @functools.cache
 def _nll_kernel():
+    "Loss and gradient of a row; a program reads it twice, 4,096 logits at a time."
     import triton, triton.language as tl
     @triton.jit
     def nll(z, targets, loss, dz, n, N: tl.constexpr):
@@ -403,6 +466,8 @@ def nll_rows(
 )->tuple: # Negative log-likelihood of each, in nats, and the gradient of their sum
     "Cross-entropy and its gradient."
     import torch
-    loss,dz = torch.empty(len(z), dtype=torch.float32, device=z.device),torch.empty(z.shape, dtype=dtype, device=z.device)
-    if len(z): _nll_kernel()[(len(z),)](z, targets, loss, dz, z.shape[1], N=min(4096, pow2(z.shape[1])), num_warps=8)
+    rows,n = z.shape
+    loss = torch.empty(rows, dtype=torch.float32, device=z.device)
+    dz = torch.empty(z.shape, dtype=dtype, device=z.device)
+    if rows: _nll_kernel()[(rows,)](z, targets, loss, dz, n, N=min(4096, pow2(n)), num_warps=8)
     return loss,dz

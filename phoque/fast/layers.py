@@ -6,57 +6,65 @@
 from __future__ import annotations
 import functools
 from types import MethodType
+from typing import NamedTuple
+from fastcore.basics import patch
 from ..core.basics import UserError, log
 from ..model_qlora import FAST_LAYERS, HEAD_LOGITS, decoder_layers, preserve_training_state
 from .kernels import add_norm, attend, attend_bwd, attention_tiles, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0
-__all__ = ['FEW_ROWS', 'PROJECTIONS', 'PACKED_ERROR', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'Replay',
-           'why_not_fast', 'fast_layers', 'card_room', 'keep_weights', 'own_logits', 'head_is_plain', 'own_nll',
-           'add_supervised_head', 'packed_error', 'check_packed']
+__all__ = ['FEW_ROWS', 'PROJECTIONS', 'PACKED_ERROR', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'SavedAttention',
+           'SavedMLP', 'Replay', 'why_not_fast', 'fast_layers', 'card_room', 'keep_weights', 'own_logits',
+           'head_is_plain', 'own_nll', 'add_supervised_head', 'packed_error', 'check_packed']
+
+# %% ../../nbs/fast/layers.ipynb #ddc7c882
+def _join_weights(
+    weights:list, # 4-bit weights, each with its `quant_state`; they become views of what is returned
+)->tuple: # The bytes of all, and their scales, fp32
+    "Lay 4-bit weights under one another, in one place only."
+    import torch, bitsandbytes.functional as F
+    packed = torch.cat([w.data.flatten() for w in weights])
+    for w,p in zip(weights, packed.split([w.numel() for w in weights])): w.data = p.view(w.shape)
+    def scales(s): return (F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax
+    return packed,torch.cat([scales(w.quant_state) for w in weights])
 
 # %% ../../nbs/fast/layers.ipynb #771ed2dc
-def _mm32(a, b):
-    import torch
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float()@b.float()
-
 class LoraGroup:
     "Adapted 4-bit projections that read the same input, as one."
     def __init__(self,
         mods:list, # PEFT's `Linear4bit` modules, in the order of their outputs
         norm=None, # Module through which they read; None for none
     ):
-        import torch, bitsandbytes.functional as F
+        import torch
         weights = [m.base_layer.weight for m in mods]
-        states = [w.quant_state for w in weights]
-        self.packed,self.code,self.kept = torch.cat([w.data.flatten() for w in weights]),states[0].code,None
-        for w,p in zip(weights, self.packed.split([w.numel() for w in weights])): w.data = p.view(w.shape) # they lie in one place only
-        self.absmax = torch.cat([(F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax for s in states])
+        self.packed,self.absmax = _join_weights(weights)
+        self.code,self.kept = weights[0].quant_state.code,None
         self.width,self.sizes = mods[0].in_features,[m.out_features for m in mods]
         self.ends = [sum(self.sizes[:i+1]) for i in range(len(mods)-1)]
         self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
         self.ranks = pow2(self.rank*len(mods)) # columns for all of them
         self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
-        self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of a row of `lora_A`'s gradients
+        self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of `lora_A`'s gradients, a row
         if norm is not None: self.factor *= norm.weight.detach()
         rest = self.ranks-self.rank*len(mods)
-        self.blank = [torch.zeros(rest, self.width, device=self.code.device)]*(rest>0) # none empty: one empty tensor, and `cat` is four times slower
-
-    def room(self,
-        rows:int, # Of the input
-    ): # Uninitialised, (rows, width+ranks)
-        "A buffer for an input and what `lora_A` makes of it."
-        import torch
-        return torch.empty(rows, self.width+self.ranks, dtype=torch.bfloat16, device=self.code.device)
+        blank = torch.zeros(rest, self.width, device=self.code.device)
+        self.blank = [blank] if rest else [] # with an empty tensor among them, `cat` is four times slower
 
 # %% ../../nbs/fast/layers.ipynb #ad4e3344
-from fastcore.basics import patch
+@patch
+def room(self:LoraGroup,
+    rows:int, # Of the input
+): # Uninitialised, (rows, width+ranks)
+    "A buffer for an input and what `lora_A` makes of it."
+    import torch
+    return torch.empty(rows, self.width+self.ranks, dtype=torch.bfloat16, device=self.code.device)
 
 @patch
 def weight(self:LoraGroup): # (outputs, width+ranks), bf16
     "Weights, with `lora_B` beside them."
     if self.kept is not None: return self.kept
-    return unpack(self.packed, self.absmax, self.code, self.b, self.ends, self.b.new_empty(sum(self.sizes), self.width+self.ranks))
+    out = self.b.new_empty(sum(self.sizes), self.width+self.ranks)
+    return unpack(self.packed, self.absmax, self.code, self.b, self.ends, out)
 
 @patch
 def forward(self:LoraGroup,
@@ -69,7 +77,7 @@ def forward(self:LoraGroup,
     return torch.mm(x, self.weight().t()),xa
 
 # %% ../../nbs/fast/layers.ipynb #dfee2354
-FEW_ROWS = 6144 # up to here two products are faster: 4,096 rows take 211 µs on an H200 instead of 243, 8,192 take 440 instead of 431
+FEW_ROWS = 6144 # up to here two products are faster
 
 @patch
 def back(self:LoraGroup,
@@ -83,6 +91,12 @@ def back(self:LoraGroup,
     d = dy.new_empty(len(dy), w.shape[1])
     for c in (slice(self.width), slice(self.width, None)): torch.mm(dy, w[:,c], out=d[:,c])
     return d
+
+# %% ../../nbs/fast/layers.ipynb #17575575
+def _mm32(a, b):
+    "The product of two bf16 matrices, in fp32."
+    import torch
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float()@b.float()
 
 @patch
 def grad_b(self:LoraGroup,
@@ -100,18 +114,23 @@ def grad_a(self:LoraGroup,
     "Gradients of `lora_A`."
     return list(_mm32(dxa.t(), x)[:self.rank*len(self.sizes)].split(self.rank))
 
-# %% ../../nbs/fast/layers.ipynb #bda832d0
+# %% ../../nbs/fast/layers.ipynb #c0613d68
 def _nll(z, targets, dtype):
+    "Negative log-likelihoods, and the gradient of their sum: by `nll_rows`, or without a GPU by torch."
     import torch
     if z.is_cuda: return nll_rows(z, targets, dtype)
     p = z.log_softmax(-1)
-    return -p.gather(1, targets[:,None])[:,0],(p.exp()-torch.nn.functional.one_hot(targets, z.shape[1])).to(dtype)
+    dz = p.exp()-torch.nn.functional.one_hot(targets, z.shape[1])
+    return -p.gather(1, targets[:,None])[:,0],dz.to(dtype)
 
+# %% ../../nbs/fast/layers.ipynb #bda832d0
 @functools.cache
 def _head_loss():
+    "Autograd's function for `supervised_nll`."
     import torch
 
     class HeadLoss(torch.autograd.Function):
+        "Loss and gradient in one go."
         @staticmethod
         def forward(ctx, h, weight, targets):
             nll,dh = h.new_zeros((), dtype=torch.float32),torch.empty_like(h)
@@ -123,10 +142,14 @@ def _head_loss():
                 if ctx.needs_input_grad[0]: torch.mm(dz, weight, out=d)
             ctx.save_for_backward(dh)
             return nll
+
         @staticmethod
-        def backward(ctx, g): return (ctx.saved_tensors[0].float()*g).to(ctx.saved_tensors[0].dtype), None, None
+        def backward(ctx, g):
+            dh, = ctx.saved_tensors
+            return (dh.float()*g).to(dh.dtype),None,None
     return HeadLoss
 
+# %% ../../nbs/fast/layers.ipynb #3321dcc5
 def supervised_nll(
     hidden, # What enters the head, (rows, hidden)
     weight, # Of the head, (vocabulary, hidden); gets no gradient
@@ -147,59 +170,8 @@ class FastLayer:
         self.qkv,self.o = LoraGroup([at.q_proj,at.k_proj,at.v_proj], self.norm1),LoraGroup([at.o_proj])
         self.gu,self.down = LoraGroup([mlp.gate_proj,mlp.up_proj], self.norm2),LoraGroup([mlp.down_proj])
         self.groups = [self.qkv, self.o, self.gu, self.down]
-        self.heads,self.scale = (self.qkv.sizes[0]//at.head_dim, self.qkv.sizes[1]//at.head_dim, at.head_dim),scale
-
-@patch
-def forward(self:FastLayer,
-    h, # Residual stream, (tokens, hidden)
-    y, # What the layer before adds to it; None for nothing
-    turn:tuple, # As for `rope`
-    tiles, # As for `attend`
-    keep=None, # Rows that go on after attention, filled up with len(h) for none; None for all
-)->tuple: # Residual stream, what this layer adds to it, and what `backward` needs
-    "Through attention and the MLP."
-    x = self.qkv.room(len(h))
-    h,rms1 = add_norm(h, y, self.norm1, x)
-    qkv,xa1 = self.qkv.forward(x)
-    rope(qkv, turn, self.heads)
-    o = self.o.room(len(h))
-    lse = attend(qkv, o, tiles, self.heads, self.scale)
-    on,on_o = (h,o) if keep is None else (t.index_select(0, keep.clamp(max=len(h)-1)) for t in (h,o))
-    y,xa2 = self.o.forward(on_o)
-    x = self.gu.room(len(y))
-    on,rms2 = add_norm(on, y, self.norm2, x)
-    gu,xa3 = self.gu.forward(x)
-    x = self.down.room(len(y))
-    swiglu(gu, x)
-    y,xa4 = self.down.forward(x)
-    return on,y,(h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4)
-
-# %% ../../nbs/fast/layers.ipynb #43711b37
-@patch
-def backward(self:FastLayer,
-    saved:tuple, # From `forward`; used up
-    dh, # Gradient of the residual stream after the layer
-    turn:tuple, # As in `forward`
-    tiles, # As in `forward`
-    keep=None, # As in `forward`
-    first:bool=False, # Does nothing below it learn?
-)->tuple: # Gradient of the residual stream before the layer, and those of the groups' `lora_A`, yet to be scaled, and `lora_B`
-    "Back through the MLP and attention."
-    h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
-    d,b4 = self.down.back(dh),self.down.grad_b(dh, xa4)
-    a4,*b3 = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
-    d = self.gu.back(gu)
-    dh,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
-    a3 = self.gu.grad_a(z, on)
-    d,b2,w = self.o.back(dh),self.o.grad_b(dh, xa2),self.o.width
-    a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
-    if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
-    dqkv = attend_bwd(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
-    b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
-    if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
-    else: dh,z = norm_back(h, rms1, self.norm1, self.qkv.back(dqkv, len(dqkv)<=FEW_ROWS), self.qkv.a, xa1, dh)
-    a1 = self.qkv.grad_a(z, h)
-    return dh,[*a1, *a2, *a3, a4],[*b1, *b2, *b3, *b4]
+        self.heads = self.qkv.sizes[0]//at.head_dim,self.qkv.sizes[1]//at.head_dim,at.head_dim
+        self.scale = scale
 
 # %% ../../nbs/fast/layers.ipynb #7885ff3b
 class Stack:
@@ -209,38 +181,112 @@ class Stack:
     ):
         import torch
         scale = decoder.layers[0].self_attn.scaling
-        self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
-        self.passes,self.replays,self.kept = {},{},[] # the last from `keep_weights`: each kind of group's, of all layers
+        self.layers = [FastLayer(l, scale) for l in decoder.layers]
+        self.norm,self.rotary = decoder.norm,decoder.rotary_emb
+        self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
+        self.checkpoint = False # recompute each layer in the backward pass
+        self.passes,self.replays = {},{} # how often a shape of batch was seen, and its `Replay`
+        self.kept = [] # the weights from `keep_weights`: each kind of group's, of all layers
         self.groups = [g for l in self.layers for g in l.groups]
         self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
         self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
-        self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
 
-    def turn(self,
-        h, # Embedded tokens, (rows, tokens, hidden)
-        position_ids, # Each document's from 0, (rows, tokens)
-    )->tuple: # As for `rope`
-        "How queries and keys are turned, and queries scaled."
-        import torch
-        cos,sin = (t.flatten(0,1).contiguous() for t in self.rotary(h, position_ids))
-        scale,beta = torch.ones(len(cos), device=h.device),self.rope.get('llama_4_scaling_beta')
-        if beta: scale += beta*torch.log1p(torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])) # transformers' get_llama_4_attn_scale
-        return cos,sin,scale
+# %% ../../nbs/fast/layers.ipynb #78fbfa96
+@patch
+def cast_adapter(self:Stack):
+    "The adapter in bf16, scaled."
+    import torch
+    a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
+    b = torch.cat([p.detach().flatten() for g in self.groups for p in g.lora_b])
+    a,b = a.to(torch.bfloat16),b.to(torch.bfloat16)
+    parts_a = a.split([g.ranks*g.width for g in self.groups])
+    parts_b = b.split([sum(g.sizes)*g.rank for g in self.groups])
+    for g,x,y in zip(self.groups, parts_a, parts_b): g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
+    if self.kept: self.renew_kept(b.view(len(self.layers), -1))
 
-    def cast_adapter(self):
-        "The adapter in bf16, scaled."
-        import torch
-        a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
-        b = torch.cat([p.detach().flatten() for g in self.groups for p in g.lora_b])
-        a,b = a.to(torch.bfloat16),b.to(torch.bfloat16)
-        for g,x,y in zip(self.groups, a.split([g.ranks*g.width for g in self.groups]), b.split([sum(g.sizes)*g.rank for g in self.groups])):
-            g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
-        b,at = b.view(len(self.layers), -1),0
-        for kept,g in zip(self.kept, self.layers[0].groups):
-            for i,w in enumerate(kept.split(g.sizes, 1)): # a projection of every layer, (layers, outputs, width+ranks)
-                c,n = g.width+i*g.rank,w.shape[1]*g.rank
-                w[:,:,c:c+g.rank] = b[:,at:at+n].view(len(w), -1, g.rank)
-                at += n
+# %% ../../nbs/fast/layers.ipynb #0c7efd21
+@patch
+def turn(self:Stack,
+    h, # Embedded tokens, (rows, tokens, hidden)
+    position_ids, # Each document's from 0, (rows, tokens)
+)->tuple: # As for `rope`
+    "How queries and keys are turned, and queries scaled."
+    import torch
+    cos,sin = (t.flatten(0,1).contiguous() for t in self.rotary(h, position_ids))
+    scale,beta = torch.ones(len(cos), device=h.device),self.rope.get('llama_4_scaling_beta')
+    if beta: # transformers' get_llama_4_attn_scale
+        contexts = torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])
+        scale += beta*torch.log1p(contexts)
+    return cos,sin,scale
+
+# %% ../../nbs/fast/layers.ipynb #8f37de11
+class SavedAttention(NamedTuple):
+    "What attention's backward pass needs of its forward pass, by token but for the last two."
+    h:object # Residual stream that came in
+    rms:object # One over its RMS
+    xa:object # What `lora_A` of queries, keys and values made
+    qkv:object # Queries, keys and values, the first two turned
+    lse:object # Second output of `attend`
+    o:object # Its first, (tokens, width+ranks)
+    kept:object # The rows of `o` that go on
+    xa_o:object # What `lora_A` of the output projection made of them
+
+class SavedMLP(NamedTuple):
+    "What the MLP's backward pass needs of its forward pass, by row."
+    h:object # Residual stream that came in
+    rms:object # One over its RMS
+    xa:object # What `lora_A` of gate and up made
+    gu:object # Gate and up; they become their gradients
+    xa_down:object # What `lora_A` of the down projection made
+
+# %% ../../nbs/fast/layers.ipynb #a38234a6
+@patch
+def attention(self:FastLayer,
+    h, # Residual stream, (tokens, hidden)
+    y, # What the layer before adds to it; None for nothing
+    turn:tuple, # As for `rope`
+    tiles, # As for `attend`
+    keep=None, # Rows that go on, filled up with len(h) for none; None for all
+)->tuple: # Residual stream of those rows, what attention adds to it, and a `SavedAttention`
+    "Through the first half of the layer."
+    x = self.qkv.room(len(h))
+    h,rms = add_norm(h, y, self.norm1, x)
+    qkv,xa = self.qkv.forward(x)
+    rope(qkv, turn, self.heads)
+    o = self.o.room(len(h))
+    lse = attend(qkv, o, tiles, self.heads, self.scale)
+    on,kept = h,o
+    if keep is not None: on,kept = (t.index_select(0, keep.clamp(max=len(h)-1)) for t in (h,o))
+    y,xa_o = self.o.forward(kept)
+    return on,y,SavedAttention(h, rms, xa, qkv, lse, o, kept, xa_o)
+
+# %% ../../nbs/fast/layers.ipynb #3461c8d3
+@patch
+def mlp(self:FastLayer,
+    h, # Residual stream, (rows, hidden)
+    y, # What attention adds to it
+)->tuple: # Residual stream, what the MLP adds to it, and a `SavedMLP`
+    "Through the second half of the layer."
+    x = self.gu.room(len(y))
+    h,rms = add_norm(h, y, self.norm2, x)
+    gu,xa = self.gu.forward(x)
+    x = self.down.room(len(y))
+    swiglu(gu, x)
+    y,xa_down = self.down.forward(x)
+    return h,y,SavedMLP(h, rms, xa, gu, xa_down)
+
+@patch
+def forward(self:FastLayer,
+    h, # Residual stream, (tokens, hidden)
+    y, # What the layer before adds to it; None for nothing
+    turn:tuple, # As for `rope`
+    tiles, # As for `attend`
+    keep=None, # As for `attention`
+)->tuple: # Residual stream, what this layer adds to it, and what `backward` needs
+    "Through attention and the MLP."
+    h,y,attention = self.attention(h, y, turn, tiles, keep)
+    h,y,mlp = self.mlp(h, y)
+    return h,y,(attention,mlp)
 
 # %% ../../nbs/fast/layers.ipynb #abfcc89d
 @patch
@@ -256,9 +302,59 @@ def forward(self:Stack,
     y,saved = None,[]
     for l in self.layers:
         h,y,s = l.forward(h, y, (cos,sin,scale), tiles, keep if l is self.layers[-1] else None)
-        saved.append(s[0] if self.checkpoint else s)
+        saved.append(s[0].h if self.checkpoint else s)
     x = torch.empty_like(h)
     return x,[*saved, add_norm(h, y, self.norm, x)]
+
+# %% ../../nbs/fast/layers.ipynb #d2e3102a
+@patch
+def mlp_back(self:FastLayer,
+    s:SavedMLP, # From `mlp`; used up
+    dh, # Gradient of the residual stream after the layer
+)->tuple: # As from `backward`, of the MLP
+    "Back through the MLP."
+    d,b_down = self.down.back(dh),self.down.grad_b(dh, s.xa_down)
+    a_down,*b_gu = swiglu_back(s.gu, d, self.down.a, s.xa, self.down.rank)
+    d = self.gu.back(s.gu)
+    dh,z = norm_back(s.h, s.rms, self.norm2, d, self.gu.a, s.xa, dh)
+    return dh,[*self.gu.grad_a(z, s.h), a_down],[*b_gu, *b_down]
+
+# %% ../../nbs/fast/layers.ipynb #43711b37
+@patch
+def attention_back(self:FastLayer,
+    s:SavedAttention, # From `attention`; used up
+    dh, # Gradient of the residual stream between attention and MLP
+    turn:tuple, tiles, keep=None, # As in `attention`
+    first:bool=False, # Nothing below it learns
+)->tuple: # As from `backward`, of attention
+    "Back through attention."
+    w,n = self.o.width,len(s.h)
+    d,b_o = self.o.back(dh),self.o.grad_b(dh, s.xa_o)
+    a_o = self.o.grad_a(d[:,w:], s.kept[:,:w])
+    if keep is not None: dh,d = (x.new_zeros(n+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d))
+    dqkv = attend_bwd(s.qkv, s.o, s.lse, d, self.o.a, turn, tiles, self.heads, self.scale)
+    b_qkv = self.qkv.grad_b(dqkv, s.xa)
+    if first: z = (dqkv@self.qkv.weight()[:,self.qkv.width:])*s.rms[:,None].to(s.h.dtype)
+    else:
+        d = self.qkv.back(dqkv, n<=FEW_ROWS)
+        dh,z = norm_back(s.h, s.rms, self.norm1, d, self.qkv.a, s.xa, dh)
+    return dh,[*self.qkv.grad_a(z, s.h), *a_o],[*b_qkv, *b_o]
+
+# %% ../../nbs/fast/layers.ipynb #acf4c5a8
+@patch
+def backward(self:FastLayer,
+    saved:tuple, # From `forward`; used up
+    dh, # Gradient of the residual stream after the layer
+    turn:tuple, # As in `forward`
+    tiles, # As in `forward`
+    keep=None, # As in `forward`
+    first:bool=False, # Nothing below it learns
+)->tuple: # Gradient of the residual stream before it, those of `lora_A`, yet to be scaled, and those of `lora_B`
+    "Back through the MLP and attention."
+    attention,mlp = saved
+    dh,a_mlp,b_mlp = self.mlp_back(mlp, dh)
+    dh,a,b = self.attention_back(attention, dh, turn, tiles, keep, first)
+    return dh,a+a_mlp,b+b_mlp
 
 # %% ../../nbs/fast/layers.ipynb #5ddb5997
 @patch
@@ -269,8 +365,11 @@ def backward(self:Stack,
 ): # Gradients of `params`, one after the other, fp32
     "Back through the last norm and all layers."
     import torch
-    (h,rms),none,grads_a,grads_b,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],[],(cos,sin,scale)
-    dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
+    (h,rms),turn = saved.pop(),(cos,sin,scale)
+    none = dx.new_zeros(len(dx), 16)
+    no_a = none.new_zeros(16, h.shape[1]) # nothing was adapted here
+    dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), no_a, none, torch.zeros_like(h))
+    grads_a,grads_b = [],[]
     for l in reversed(self.layers):
         s,on = saved.pop(),keep if l is self.layers[-1] else None
         if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
@@ -278,41 +377,10 @@ def backward(self:Stack,
         grads_a,grads_b = a+grads_a,b+grads_b
     grads = self.factor.new_empty(sum(p.numel() for p in self.params))
     a,b = grads[:len(self.factor)],grads[len(self.factor):].view(-1, self.groups[0].rank)
-    torch.cat([g.flatten() for g in grads_a], out=a); torch.cat(grads_b, out=b) # the latter lie apart, and are read there
+    torch.cat([g.flatten() for g in grads_a], out=a)
+    torch.cat(grads_b, out=b) # they lie apart, and are read there
     a *= self.factor
     return grads
-
-# %% ../../nbs/fast/layers.ipynb #f491a8b1
-@patch
-def __call__(self:Stack,
-    h, # Embedded tokens, (rows, tokens, hidden)
-    position_ids, # Each document's from 0, (rows, tokens)
-    tiles, # As in `forward`
-    keep, # As in `forward`
-): # What enters the head, with the adapter's gradients to come
-    "Let autograd pass."
-    import torch
-    with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
-
-# %% ../../nbs/fast/layers.ipynb #7856ca0c
-@functools.cache
-def _through():
-    import torch
-    from accelerate.utils import reduce
-    class Through(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, stack, *given):
-            ctx.rest = stack,given[:6],stack.replay(given[:6])
-            if ctx.rest[2]: return ctx.rest[2].forward(given[:6])
-            x,ctx.saved = stack.forward(*given[:6])
-            return x
-
-        @staticmethod
-        def backward(ctx, dx):
-            stack,given,replay = ctx.rest
-            grads = reduce(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]), 'mean') # over ranks; a copy, since a recorded pass will write over its own
-            return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
-    return Through
 
 # %% ../../nbs/fast/layers.ipynb #6d0fc0d9
 class Replay:
@@ -325,9 +393,11 @@ class Replay:
         torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
         self.given,pool = [t.clone() for t in given],torch.cuda.graph_pool_handle()
         self.fwd_graph,self.bwd_graph = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.fwd_graph, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
+        with torch.cuda.graph(self.fwd_graph, pool=pool, capture_error_mode='thread_local'):
+            self.x,saved = stack.forward(*self.given)
         self.dx = torch.zeros_like(self.x)
-        with torch.cuda.graph(self.bwd_graph, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
+        with torch.cuda.graph(self.bwd_graph, pool=pool, capture_error_mode='thread_local'):
+            self.grads = stack.backward(saved, self.dx, *self.given[1:])
 
     def forward(self, given):
         "Forward, on these tensors."
@@ -340,6 +410,7 @@ class Replay:
         self.dx.copy_(dx); self.bwd_graph.replay()
         return self.grads
 
+# %% ../../nbs/fast/layers.ipynb #526df0ba
 @patch
 def replay(self:Stack,
     given:tuple, # What `forward` takes
@@ -351,14 +422,67 @@ def replay(self:Stack,
     if self.passes[shape]==4: self.replays[shape] = Replay(self, given)
     return self.replays.get(shape)
 
+# %% ../../nbs/fast/layers.ipynb #7856ca0c
+@functools.cache
+def _through():
+    "Autograd's function for a `Stack`."
+    import torch
+    from accelerate.utils import reduce
+
+    class Through(torch.autograd.Function):
+        "A stack's passes, recorded where there is a recording."
+        @staticmethod
+        def forward(ctx, stack, h, cos, sin, scale, tiles, keep, *params):
+            given = h,cos,sin,scale,tiles,keep
+            ctx.stack,ctx.given,ctx.replay = stack,given,stack.replay(given)
+            if ctx.replay: return ctx.replay.forward(given)
+            x,ctx.saved = stack.forward(*given)
+            return x
+
+        @staticmethod
+        def backward(ctx, dx):
+            params = ctx.stack.params
+            if ctx.replay: grads = ctx.replay.backward(dx)
+            else: grads = ctx.stack.backward(ctx.saved, dx, *ctx.given[1:])
+            grads = reduce(grads, 'mean') # over ranks; a copy, since a recorded pass will write over its own
+            parts = grads.split([p.numel() for p in params])
+            return *[None]*7,*(g.view(p.shape) for g,p in zip(parts, params)) # none for what isn't a parameter
+    return Through
+
+# %% ../../nbs/fast/layers.ipynb #f491a8b1
+@patch
+def __call__(self:Stack,
+    h, # Embedded tokens, (rows, tokens, hidden)
+    position_ids, # Each document's from 0, (rows, tokens)
+    tiles, # As in `forward`
+    keep, # As in `forward`
+): # What enters the head, with the adapter's gradients to come
+    "Let autograd pass."
+    import torch
+    given = h.detach().flatten(0,1),*self.turn(h, position_ids),tiles,keep
+    with torch.autocast(h.device.type, enabled=False): return _through().apply(self, *given, *self.params)
+
 # %% ../../nbs/fast/layers.ipynb #e1faf663
 PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
 
-def _other_blocks(weight): # `unpack` knows one layout, a byte for two weights and a scale for 64
+def _other_blocks(weight):
+    "Why `unpack` can't read a weight: it knows one layout, a byte for two weights and a scale for 64."
     q = weight.quant_state
     if q.blocksize!=64: return f"its NF4 has blocks of {q.blocksize} weights"
     if weight.element_size()!=1 or q.shape.numel()%64: return "its NF4 isn't in bytes and whole blocks of 64 weights"
 
+def _why_not_projections(mods):
+    "Why projections can't be a `LoraGroup`'s."
+    def in_nf4(w): return hasattr(w, 'quant_state') and w.quant_type=='nf4'
+    if not all(hasattr(m, 'lora_A') and in_nf4(m.base_layer.weight) for m in mods):
+        return "not every projection is in NF4 and adapted"
+    if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
+    if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
+    if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
+    dropouts = [m.lora_dropout.default for m in mods]
+    if any(d.p for d in dropouts if hasattr(d, 'p')): return "lora_dropout isn't 0"
+
+# %% ../../nbs/fast/layers.ipynb #730df0b1
 def why_not_fast(
     model, # From `add_lora`
     max_length:int, # Tokens of a row
@@ -368,13 +492,10 @@ def why_not_fast(
     kinds = {type(l).__name__ for l in layers}
     if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
     mods = [getattr(getattr(l, part), k) for l in layers for part,names in PROJECTIONS.items() for k in names]
-    if not all(hasattr(m, 'lora_A') and hasattr(m.base_layer.weight, 'quant_state') and m.base_layer.weight.quant_type=='nf4' for m in mods): return "not every projection is in NF4 and adapted"
-    if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
-    if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
-    if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
-    if any(m.lora_dropout.default.p for m in mods if hasattr(m.lora_dropout.default, 'p')): return "lora_dropout isn't 0"
+    if why := _why_not_projections(mods): return why
     if c.hidden_act!='silu': return f"its activation is {c.hidden_act}"
-    if (getattr(c, 'sliding_window', None) or max_length)<max_length: return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
+    if (getattr(c, 'sliding_window', None) or max_length)<max_length:
+        return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
     if c.attention_dropout: return f"its attention drops out weights ({c.attention_dropout})"
     d = layers[0].self_attn.head_dim
     if d!=pow2(d) or d>256: return f"its heads have {d} dimensions"
@@ -401,8 +522,22 @@ def card_room()->float: # GiB; without a GPU, no limit
     "What a run can have of this process's GPU: 6 % are left for fragments."
     import torch
     if not torch.cuda.is_available(): return float('inf')
-    return .94*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return .94*total*torch.cuda.get_per_process_memory_fraction()/2**30
 
+@patch
+def renew_kept(self:Stack,
+    b, # `lora_B` of all groups, (layers, numbers), bf16
+):
+    "Put this pass's `lora_B` beside weights that stay unpacked, a projection's of every layer at once."
+    at = 0
+    for kept,g in zip(self.kept, self.layers[0].groups):
+        for i,w in enumerate(kept.split(g.sizes, 1)): # (layers, outputs, width+ranks)
+            c,n = g.width+i*g.rank,w.shape[1]*g.rank
+            w[:,:,c:c+g.rank] = b[:,at:at+n].view(len(w), -1, g.rank)
+            at += n
+
+# %% ../../nbs/fast/layers.ipynb #4ef5f4cb
 def keep_weights(
     stack:Stack, # From `fast_layers`
     room:float, # What training leaves of the card, in GiB
@@ -435,25 +570,32 @@ def own_logits(
         del decoder.forward
         if kept: decoder.forward = kept
 
+# %% ../../nbs/fast/layers.ipynb #adba7cf6
 def head_is_plain(
     model, # Causal language model, whose forward is its own
-)->bool:
+)->bool: # Logits of small and large rows are those of the product
     "Is a model's head one product, and nothing else?"
     import torch
     weight = model.get_output_embeddings().weight
-    rows = torch.linspace(-1, 1, weight.shape[1], device=weight.device).repeat(3, 1)*torch.tensor([[0.],[1.],[1000.]], device=weight.device)
-    with torch.no_grad(): logits,product = own_logits(model, model.forward, rows.to(weight.dtype)).float(),(rows.to(weight.dtype)@weight.t()).float()
+    sizes = torch.tensor([[0.],[1.],[1000.]], device=weight.device)
+    rows = torch.linspace(-1, 1, weight.shape[1], device=weight.device).repeat(3, 1)*sizes
+    rows = rows.to(weight.dtype)
+    with torch.no_grad(): logits,product = own_logits(model, model.forward, rows).float(),(rows@weight.t()).float()
     return torch.allclose(logits, product, rtol=.02, atol=1e-3*product[1].abs().max().item())
 
+# %% ../../nbs/fast/layers.ipynb #d80ad2ed
 def own_nll(
-    model, own, rows, targets, # As for `own_logits` and `supervised_nll`
+    model, own, rows, # As for `own_logits`
+    targets, # As for `supervised_nll`
 ): # As from `supervised_nll`
     "The same loss, by the model's own head."
     import torch
     from torch.utils.checkpoint import checkpoint
-    def part(h, y): return torch.nn.functional.cross_entropy(own_logits(model, own, h).float(), y, reduction='sum')
+    def part(h, y):
+        return torch.nn.functional.cross_entropy(own_logits(model, own, h).float(), y, reduction='sum')
     n = max(HEAD_LOGITS//model.get_output_embeddings().weight.shape[0], 1)
-    return sum((checkpoint(part, h, y, use_reentrant=False) for h,y in zip(rows.split(n), targets.split(n)) if len(y)), rows.float().sum()*0)
+    parts = (checkpoint(part, h, y, use_reentrant=False) for h,y in zip(rows.split(n), targets.split(n)) if len(y))
+    return sum(parts, rows.float().sum()*0)
 
 # %% ../../nbs/fast/layers.ipynb #f8b1008a
 def add_supervised_head(
@@ -461,19 +603,38 @@ def add_supervised_head(
     stack=None, # From `fast_layers`
 ):
     "Let `model(…, supervised=positions, targets=tokens)` return `supervised_nll` of those positions."
-    own,plain = model.forward,head_is_plain(model)
-    if not plain: log.info(f"loss: by {type(model).__name__}'s own head, which does more than multiply (a cap, a scale or a bias); it is slower")
+    own,plain,name = model.forward,head_is_plain(model),type(model).__name__
+    if not plain:
+        log.info(f"loss: by {name}'s own head, which does more than multiply (a cap, a scale or a bias); it is slower")
     @functools.wraps(type(model).forward)
     def forward(self, *args, supervised=None, targets=None, tiles=None, keep=None, **kwargs):
         if supervised is None: return own(*args, **kwargs)
-        if stack and self.training: rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)[:len(targets)]
+        if stack and self.training:
+            rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)
+            rows = rows[:len(targets)]
         else: rows = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0,1)[supervised]
-        return supervised_nll(rows, self.get_output_embeddings().weight, targets) if plain else own_nll(self, own, rows, targets)
+        if not plain: return own_nll(self, own, rows, targets)
+        return supervised_nll(rows, self.get_output_embeddings().weight, targets)
     model.forward = MethodType(forward, model)
 
 # %% ../../nbs/fast/layers.ipynb #98d4fdc7
 PACKED_ERROR = .2 # of what enters the head, as a share of it; bf16 makes a few hundredths, and what is wrong about 1
 
+def _packed_rows(model, ids, sizes, stack):
+    "What enters the head of a row of documents, the way that training takes."
+    import torch
+    from itertools import accumulate
+    dev,decoder,given = ids.device,model.get_decoder(),{}
+    position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
+    if stack:
+        tiles = torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev)
+        return stack(model.get_input_embeddings()(ids), position, tiles, torch.arange(ids.shape[1], device=dev))
+    if model.config.get_text_config()._attn_implementation=='varlen':
+        begins = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=dev)
+        given = dict(cu_seq_lens_q=begins, max_length_q=max(sizes))
+    return decoder(input_ids=ids, position_ids=position, use_cache=False, **given).last_hidden_state[0]
+
+# %% ../../nbs/fast/layers.ipynb #aa663dc5
 def packed_error(
     model, # Causal language model, with an adapter or without
     tok, # Its tokenizer
@@ -483,18 +644,20 @@ def packed_error(
     "How far a packed row is from its documents alone."
     import torch
     from itertools import accumulate
-    begins,dev,cfg = list(accumulate(sizes, initial=0)),model.get_input_embeddings().weight.device,model.config.get_text_config()
-    ids = torch.randint(min(1000, cfg.vocab_size), (1,begins[-1]), generator=torch.Generator().manual_seed(0)).to(dev)
-    position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
+    begins,cfg = list(accumulate(sizes, initial=0)),model.config.get_text_config()
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(1000, cfg.vocab_size), (1,begins[-1]), generator=seeded)
+    ids = ids.to(model.get_input_embeddings().weight.device)
     decoder,attn = model.get_decoder(),cfg._attn_implementation
-    given = dict(cu_seq_lens_q=torch.tensor(begins, dtype=torch.int32, device=dev), max_length_q=max(sizes)) if attn=='varlen' else {}
+    def alone(a, b): return decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0]
+    def worst(row, doc): return ((row-doc).float().norm(dim=1)/doc.float().norm(dim=1)).max().item()
     with preserve_training_state(model, tok):
-        alone = [decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0] for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
+        docs = [alone(a, b) for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
         cfg._attn_implementation = attn
-        if stack: row = stack(model.get_input_embeddings()(ids), position, torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev), torch.arange(begins[-1], device=dev))
-        else: row = decoder(input_ids=ids, position_ids=position, use_cache=False, **given).last_hidden_state[0]
-        return max(((r-a).float().norm(dim=1)/a.float().norm(dim=1)).max().item() for r,a in zip(row.split(sizes)[1:], alone))
+        rows = _packed_rows(model, ids, sizes, stack).split(sizes)[1:]
+        return max(worst(row, doc) for row,doc in zip(rows, docs))
 
+# %% ../../nbs/fast/layers.ipynb #8ae89d67
 def check_packed(
     model, # Causal language model, with an adapter or without
     tok, # Its tokenizer
@@ -506,8 +669,12 @@ def check_packed(
     rope = getattr(c, 'rope_parameters', None) or {}
     for r in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         if r.get('rope_type') not in ('dynamic','longrope'): continue
-        if max_length>(known := r.get('original_max_position_embeddings') or c.max_position_embeddings):
-            raise UserError("MAX_LENGTH", f"beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}", f"set MAX_LENGTH={known}")
+        known = r.get('original_max_position_embeddings') or c.max_position_embeddings
+        if max_length>known:
+            raise UserError("MAX_LENGTH", f"beyond {known} tokens this model counts positions by the longest conversation "
+                            f"of a batch ({r['rope_type']}), got {max_length}", f"set MAX_LENGTH={known}")
     window = getattr(c, 'sliding_window', None) or max_length
     error = packed_error(model, tok, stack, (24,16)+(window+32,)*(window<max_length))
-    if not error<PACKED_ERROR: raise UserError(type(model).__name__, f"in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head)", "choose another base model")
+    if not error<PACKED_ERROR:
+        raise UserError(type(model).__name__, f"in a packed row it reads conversations otherwise than alone "
+                        f"(off by {error:.2f} of what enters its head)", "choose another base model")

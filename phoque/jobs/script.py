@@ -20,13 +20,17 @@ def _first_line(
 )->int: # With its decorators
     return min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', []))])
 
-def _decorated(node, name):
+def _decorated(
+    node, # A statement
+    name:str, # A decorator's, such as `patch`
+)->bool:
     return any(name in ast.unparse(d).split('(')[0].split('.') for d in getattr(node, 'decorator_list', []))
 
 def _defines(
     node, # A statement
 )->list[str]: # Names it gives to the module
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): return [] if _decorated(node, 'patch') else [node.name]
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [] if _decorated(node, 'patch') else [node.name]
     if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)): return []
     if isinstance(node, ast.Name): return [node.id]*isinstance(node.ctx, ast.Store)
     return [n for c in ast.iter_child_nodes(node) for n in _defines(c)]
@@ -49,6 +53,7 @@ def _sister(
     if node.level: return '.'.join([*here[:len(here)+1-node.level], *inside])
     return '.'.join(inside[1:]) if inside[0]==pkg else None
 
+# %% ../../nbs/jobs/script.ipynb #b23c9c35
 def _check_imports(
     tree, # A parsed module
     here:tuple, # Its package inside the outermost one
@@ -63,16 +68,39 @@ def _check_imports(
         if o not in tree.body: refuse(o, 'import from a sister module at the top')
         if whole or not o.module or any(a.asname for a in o.names): refuse(o, f'use `from {pkg}.x import name`')
 
-# %% ../../nbs/jobs/script.ipynb #342b9891
+# %% ../../nbs/jobs/script.ipynb #3af44df4
+def _asks_for_texts(
+    node, # A statement
+)->bool: # Is it `NAME = package_texts('folder')`?
+    return (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+        and getattr(node.value.func, 'id', '')=='package_texts')
+
+def _carry_texts(
+    node, # A statement, `NAME = package_texts('folder')`
+    root:Path, # Folder of the outermost package
+)->dict: # As `_statements` gives a statement; its text is a dict literal that holds the texts of the folder's files
+    name,folder = node.targets[0].id,ast.literal_eval(node.value.args[0])
+    texts = {f.stem:f.read_text('utf-8') for f in sorted((root/folder).iterdir())}
+    for k,t in texts.items():
+        if "'''" in t or not t.endswith('\n'):
+            raise ValueError(f"{folder}/{k}: end it in a line break, and write no three quotes into it")
+    items = [f"    {k!r}: r'''{t}''',\n" for k,t in texts.items()]
+    return dict(text=f"{name} = {{ # the files of {folder}\n{''.join(items)}}}", names=[name], method=None, reads=set())
+
+# %% ../../nbs/jobs/script.ipynb #57df2e18
 def _statements(
     tree, # A parsed module
     src:str, # Its source
     drop:list, # Statements left out
+    root:Path, # Folder of the outermost package
 )->list[dict]: # `text` with the comments above it, `names` it defines, `method` that it adds to a class, `reads`
     lines,parts,end = src.splitlines(),[],0
     for o in tree.body:
         begin,end = end,o.end_lineno
         if o in drop: continue
+        if _asks_for_texts(o):
+            parts.append(_carry_texts(o, root))
+            continue
         if begin>=_first_line(o): # on one line with the one before
             parts[-1]['names'] += _defines(o); parts[-1]['reads'] |= _reads(o)
             continue
@@ -81,10 +109,21 @@ def _statements(
         parts.append(dict(text='\n'.join(text).strip('\n'), names=_defines(o), method=method, reads=_reads(o)))
     return parts
 
+# %% ../../nbs/jobs/script.ipynb #7499ddec
+def _dropped(
+    tree, # A parsed module
+    imports:list, # Its imports
+)->list: # Statements that don't go into the script's body
+    assigned = [o for o in tree.body if isinstance(o, ast.Assign)]
+    lists = [o for o in assigned if getattr(o.targets[0], 'id', '') in ('__all__', '_all_')]
+    commands = [o for o in tree.body if _decorated(o, 'call_parse') and o.name!='main']
+    return [*tree.body[:bool(ast.get_docstring(tree))], *imports, *lists, *commands]
+
+# %% ../../nbs/jobs/script.ipynb #342b9891
 def parse_module(
     path:str|Path, # An exported module
     root:str|Path=None, # Folder of the outermost package; the module's own where None
-)->dict: # `doc`, `imports` (nodes), `uses` ({name: module}), `parts` (from `_statements`), `names` (defined at the top), `main` (how to run it)
+)->dict: # `doc`; `imports` (nodes); `uses` ({name: module}); `parts` and `names` (from `_statements`); `main` (how it is run)
     "Take a module apart for `mk_script`."
     path = Path(path)
     root,src = Path(root or path.parent),path.read_text()
@@ -92,35 +131,42 @@ def parse_module(
     def refuse(o, why): raise ValueError(f"{path.name} line {o.lineno}: `{ast.unparse(o)}`: {why}")
     _check_imports(tree, here, root.name, refuse)
     imports = [o for o in tree.body if isinstance(o, (ast.Import, ast.ImportFrom))]
-    lists = [o for o in tree.body if isinstance(o, ast.Assign) and getattr(o.targets[0], 'id', '') in ('__all__', '_all_')]
-    # call_parse runs at once when a script is what was started: only `main` may, and only at the end
-    commands = [o for o in tree.body if _decorated(o, 'call_parse')]
-    drop = [*tree.body[:bool(ast.get_docstring(tree))], *imports, *lists, *(o for o in commands if o.name!='main')]
+    drop = _dropped(tree, imports)
     for a,b in zip(tree.body, tree.body[1:]):
-        if _first_line(b)<=a.end_lineno and (a in drop or b in drop): refuse(a, 'shares a line with another statement: give it its own')
-    parts,ours = _statements(tree, src, drop),[o for o in imports if _sister(o, here, root.name) is not None]
+        if _first_line(b)<=a.end_lineno and (a in drop or b in drop):
+            refuse(a, 'shares a line with another statement: give it its own')
+    parts = _statements(tree, src, drop, root)
+    sisters = {o:m for o in imports if (m := _sister(o, here, root.name)) is not None}
+    runs_main = any(o.name=='main' and _decorated(o, 'call_parse') for o in tree.body if isinstance(o, ast.FunctionDef))
     return dict(doc=ast.get_docstring(tree) or '', parts=parts, names=[n for p in parts for n in p['names']],
-        imports=[o for o in imports if o not in ours and getattr(o, 'module', '')!='__future__'],
-        uses={a.name:_sister(o, here, root.name) for o in ours for a in o.names},
-        main='call_parse(main)' if any(o.name=='main' for o in commands) else 'main()')
+        imports=[o for o in imports if o not in sisters and getattr(o, 'module', '')!='__future__'],
+        uses={a.name:m for o,m in sisters.items() for a in o.names},
+        main='call_parse(main)' if runs_main else 'main()')
 
 # %% ../../nbs/jobs/script.ipynb #c5283c17
+def _import_of(
+    node, # An import node
+    alias, # One of the names in it
+)->tuple[str,str]: # Name that it binds, and the import that binds this name alone
+    what = ast.unparse(alias)
+    whole = isinstance(node, ast.Import)
+    return alias.asname or alias.name.split('.')[0], f'import {what}' if whole else f'from {node.module} import {what}'
+
 def _hoist(
     nodes, # Import nodes of all modules
     used:set, # Names that are read
 )->tuple[str,dict]: # Their text; {name bound: what it is}
     plain,taken,bound = set(),{},{}
-    for o in nodes:
-        for a in o.names:
-            what = ast.unparse(ast.Import([a])) if isinstance(o, ast.Import) else f'from {o.module} import {ast.unparse(a)}'
-            name = a.asname or a.name.split('.')[0]
-            if name not in used: continue
-            if bound.setdefault(name, what)!=what and a.asname or isinstance(o, ast.ImportFrom) and bound[name]!=what:
-                raise ValueError(f"`{name}` would be both `{bound[name]}` and `{what}`: rename one")
-            if isinstance(o, ast.Import): plain.add(ast.unparse(a))
-            else: taken.setdefault(o.module, set()).add(ast.unparse(a))
-    text = [f"import {', '.join(sorted(plain))}"]*bool(plain) + [f"from {m} import {', '.join(sorted(taken[m]))}" for m in sorted(taken)]
-    return '\n'.join(text),bound
+    for node,alias in ((o,a) for o in nodes for a in o.names):
+        name,what = _import_of(node, alias)
+        if name not in used: continue
+        whole,before = isinstance(node, ast.Import),bound.setdefault(name, what)
+        if before!=what and (alias.asname or not whole): # `import a.b` and `import a.c` both bind a
+            raise ValueError(f"`{name}` would be both `{before}` and `{what}`: rename one")
+        if whole: plain.add(ast.unparse(alias))
+        else: taken.setdefault(node.module, set()).add(ast.unparse(alias))
+    lines = [f"from {m} import {', '.join(sorted(taken[m]))}" for m in sorted(taken)]
+    return '\n'.join([f"import {', '.join(sorted(plain))}"]*bool(plain) + lines),bound
 
 # %% ../../nbs/jobs/script.ipynb #662b887d
 def _unbound(
@@ -146,7 +192,8 @@ def _reached(
     while True:
         def is_reached(p):
             if p['method']: return p['method'] in wanted or p['method'].startswith('__')
-            return not p['names'] or bool(wanted.intersection(p['names'])) # a statement that defines nothing does something
+            if not p['names']: return True # a statement that defines nothing does something
+            return bool(wanted.intersection(p['names']))
         new = [i for i,p in enumerate(parts) if i not in kept and is_reached(p)]
         if not new: return [p for i,p in enumerate(parts) if i in kept]
         kept |= set(new)
@@ -166,10 +213,20 @@ def _check_names(
     for m,p in parsed.items():
         for n,frm in p['uses'].items():
             if where.get(n)!=frm:
-                raise ValueError(f"{m}.py takes `{n}` from {frm}.py, which is not in the script with such a name: {', '.join(parsed)}")
+                raise ValueError(f"{m}.py takes `{n}` from {frm}.py, which is not in the script with such a name: "
+                    + ', '.join(parsed))
     if 'main' not in where: raise ValueError(f"no `main` in {', '.join(parsed)}: one module must have it")
 
 # %% ../../nbs/jobs/script.ipynb #d8343017
+def _section(
+    name:str, # A module's
+    doc:str, # Its docstring
+    texts:list[str], # Its statements
+)->str: # They under a heading; nothing where there are none
+    bar = '# '+'-'*78
+    return f"{bar}\n# {name}: {doc}\n{bar}\n\n"+'\n\n'.join(texts) if texts else ''
+
+# %% ../../nbs/jobs/script.ipynb #fc299be5
 def mk_script(
     pkg:str|Path, # Folder of the exported modules
     mods:list[str], # Their names inside it, such as `fast.kernels`, in the order in which they are to be read
@@ -181,15 +238,17 @@ def mk_script(
     parsed = {m:parse_module(Path(pkg, *m.split('.')).with_suffix('.py'), pkg) for m in mods}
     kept = _reached([p | dict(module=m) for m in mods for p in parsed[m]['parts']])
     run = next((p['main'] for p in parsed.values() if 'main' in p['names']), '')
-    imports,bound = _hoist([o for p in parsed.values() for o in p['imports']], set().union(*(p['reads'] for p in kept), re.findall(r'\w+', run)))
+    used = set().union(*(p['reads'] for p in kept), re.findall(r'\w+', run))
+    imports,bound = _hoist([o for p in parsed.values() for o in p['imports']], used)
     _check_names(parsed, bound)
-    opening = sorted((p for p in kept if set(first).intersection(p['names'])), key=lambda p: min(first.index(n) for n in p['names'] if n in first))
-    bar = '# '+'-'*78
-    sections = {m:[p['text'] for p in kept if p['module']==m and p not in opening] for m in mods}
-    parts = [p['text'] for p in opening]+[f"{bar}\n# {m}: {parsed[m]['doc']}\n{bar}\n\n"+'\n\n'.join(texts) for m,texts in sections.items() if texts]
-    top = [header, f'"""{doc}"""', f'from __future__ import annotations\n{imports}']
-    txt = '\n\n'.join([*filter(None, top), *parts, f"if __name__=='__main__': {run}"])+'\n'
-    if names := _unbound(txt): raise ValueError(f"the script reads {', '.join(names)}, which nothing in it defines: is a module missing?")
+    def place(p): return min((first.index(n) for n in p['names'] if n in first), default=None)
+    opening = sorted((p for p in kept if place(p) is not None), key=place)
+    texts = {m:[p['text'] for p in kept if p['module']==m and p not in opening] for m in mods}
+    sections = [_section(m, parsed[m]['doc'], texts[m]) for m in mods]
+    top = [header, f'"""{doc}"""', f'from __future__ import annotations\n{imports}', *(p['text'] for p in opening)]
+    txt = '\n\n'.join([*filter(None, [*top, *sections]), f"if __name__=='__main__': {run}"])+'\n'
+    if names := _unbound(txt):
+        raise ValueError(f"the script reads {', '.join(names)}, which nothing in it defines: is a module missing?")
     return txt
 
 # %% ../../nbs/jobs/script.ipynb #c4696953
@@ -198,7 +257,8 @@ JOB_TIMEOUT = '4h' # 14400 seconds, as `parse_duration` reads it too
 JOB_LABEL = ('project', 'phoque') # by which `phoque_watch` finds its jobs
 JOB_NEEDS = 'torch transformers trl peft bitsandbytes datasets accelerate huggingface_hub wandb fastcore'.split()
 JOB_SECRETS = ['HF_TOKEN', 'WANDB_API_KEY'] # names only: the values stay in the environment of whoever submits
-JOB_ENV = dict(PYTHONUNBUFFERED='1', JOB_TIMEOUT=JOB_TIMEOUT, WANDB_PROJECT='what-the-phoque', WANDB_LOG_MODEL='checkpoint',
+JOB_ENV = dict(PYTHONUNBUFFERED='1', JOB_TIMEOUT=JOB_TIMEOUT,
+    WANDB_PROJECT='what-the-phoque', WANDB_LOG_MODEL='checkpoint',
     HF_HUB_DISABLE_PROGRESS_BARS='1') # bars are no use in a log that can't go back
 
 # %% ../../nbs/jobs/script.ipynb #1b661466
@@ -211,6 +271,7 @@ def project_root(
         if (p/'settings.ini').exists(): return p
     raise UserError(here, "no settings.ini here or above", "run this in a clone of phoque")
 
+# %% ../../nbs/jobs/script.ipynb #378a24b5
 def job_pins(
     settings:str|Path, # settings.ini
 )->list[str]: # One requirement a package the job needs
@@ -218,7 +279,8 @@ def job_pins(
     ini = ConfigParser(delimiters=['='], interpolation=None)
     ini.read(settings, encoding='utf-8')
     pins = {re.match(r'[\w-]+', r)[0]:r for r in ini['DEFAULT']['requirements'].split()}
-    if missing := [n for n in JOB_NEEDS if n not in pins]: raise ValueError(f"settings.ini pins no {', '.join(missing)}: the job needs it")
+    if missing := [n for n in JOB_NEEDS if n not in pins]:
+        raise ValueError(f"settings.ini pins no {', '.join(missing)}: the job needs it")
     return [pins[n] for n in JOB_NEEDS]
 
 # %% ../../nbs/jobs/script.ipynb #7e27430c
@@ -227,10 +289,12 @@ def job_header(
     python:str='3.11', # Oldest Python it runs on
 )->str: # The script's first lines
     "A PEP 723 header: what to install, and how HF Jobs is to run it."
-    quoted = lambda xs: ', '.join(f'"{x}"' for x in xs)
+    label,value = JOB_LABEL
+    secrets = ', '.join(f'"{s}"' for s in JOB_SECRETS)
     toml = [f'requires-python = ">={python}"', 'dependencies = [', *(f'    "{p}",' for p in pins), ']', '',
-        '[tool.hf-jobs]', f'flavor = "{JOB_FLAVOR}"', f'timeout = "{JOB_TIMEOUT}"', f'secrets = [{quoted(JOB_SECRETS)}]',
-        f'labels = {{ {JOB_LABEL[0]} = "{JOB_LABEL[1]}" }}', '', '[tool.hf-jobs.env]', *(f'{k} = "{v}"' for k,v in JOB_ENV.items())]
+        '[tool.hf-jobs]', f'flavor = "{JOB_FLAVOR}"', f'timeout = "{JOB_TIMEOUT}"', f'secrets = [{secrets}]',
+        f'labels = {{ {label} = "{value}" }}', '',
+        '[tool.hf-jobs.env]', *(f'{k} = "{v}"' for k,v in JOB_ENV.items())]
     return '\n'.join(['# /// script', *(f'# {l}'.rstrip() for l in toml), '# ///'])
 
 # %% ../../nbs/jobs/script.ipynb #71b9e06a
@@ -244,9 +308,9 @@ def hf_jobs(
     return subprocess.run([hf, 'jobs', 'uv', 'run', *map(str, args)], text=True, **kwargs)
 
 # %% ../../nbs/jobs/script.ipynb #594bda6c
-JOB_FIRST = ('SEED_BASE', 'LORA_TARGETS', 'TrainConfig', 'UserError', 'main') # what a reader looks for: the options, then what happens
-JOB_MODULES = ['job', 'core.basics', 'model_qlora', 'train', 'resume', 'core.curve', 'sample',
-    'parallel.ranks', 'parallel.shard', 'fast.layers', 'fast.kernels'] # in the order in which a run uses them
+JOB_FIRST = ('SEED_BASE', 'LORA_TARGETS', 'TrainConfig', 'UserError', 'main') # the options, then what happens
+JOB_MODULES = ['job', 'core.basics', 'chat.templates', 'chat.labels', 'model_qlora', 'train', 'resume', 'core.curve',
+    'sample', 'parallel.ranks', 'parallel.shard', 'fast.layers', 'fast.kernels'] # in the order in which a run uses them
 _DOC = '''Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue.
 
 Generated from the notebooks in nbs/ by `make generate`: edit those, not this file.
@@ -259,6 +323,7 @@ Generated from the notebooks in nbs/ by `make generate`: edit those, not this fi
 A job has 4 hours. Another timeout has to be given twice, as the job can't read the first: --timeout 8h -e JOB_TIMEOUT=8h
 '''
 
+# %% ../../nbs/jobs/script.ipynb #04a52c00
 def train_files(
     path:str|Path='.', # A folder of the project
 )->dict[str,str]: # {file name: its text}
@@ -283,5 +348,6 @@ def check_train(
     "The script is what the modules give, or one line that says it is not."
     dest = project_root(path)/'train'
     for name,text in train_files(path).items():
-        if not (dest/name).exists() or (dest/name).read_text()!=text: raise UserError(f"train/{name}", "it is not what the modules give", "run `make generate`")
+        if not (dest/name).exists() or (dest/name).read_text()!=text:
+            raise UserError(f"train/{name}", "it is not what the modules give", "run `make generate`")
     return dest/'train.py'

@@ -7,9 +7,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from ..core.basics import md_text
-from ..merge import LoraAdapter, chat_ids, check_room, load_adapted, local_folder, perplexity, prompt_ids
-from ..merge import set_weights, tokenizer_folder
-from ..model_qlora import open_tokenizer
+from ..merge import LoraAdapter, chat_ids, check_room, load_adapted, local_folder, perplexity, prompt_ids, set_weights, tokenizer_folder
+from ..chat.templates import open_tokenizer
 from ..sample import bootstrap_mean, distinct_n, generate_replies
 
 # %% auto #0

@@ -7,9 +7,8 @@ from __future__ import annotations
 import hashlib, json, random, re, time
 from pathlib import Path
 from ..core.basics import UserError, check_range, printable, shell_command
-from ..model_qlora import encode_prompt
-from ..sample import LEAST_TOKENS, SAMPLE_QUESTIONS, HubScorer, Scorer, adapter_weight, bootstrap_mean, distinct_n
-from ..sample import generate_replies, sample_prompts, scorer_id, tensors_hash
+from ..chat.labels import encode_prompt
+from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer, adapter_weight, bootstrap_mean, distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
 from ..train import TrainConfig
 
 # %% auto #0
@@ -219,7 +218,8 @@ def load_adapted_model(
 )->tuple: # `PeftModel`, tokenizer
     "A base with an adapter on it, for the commands."
     from phoque.merge import load_adapted
-    from phoque.model_qlora import load_tokenizer, quiet_libraries
+    from phoque.chat.templates import load_tokenizer
+    from phoque.core.basics import quiet_libraries
     if miss := [k for k,v in dict(base=base, adapter=adapter).items() if not v]:
         raise UserError(f"--{miss[0]}", "it is missing", "name one")
     quiet_libraries()

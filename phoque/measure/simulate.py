@@ -8,7 +8,7 @@ import json, random, re
 from pathlib import Path
 from statistics import median
 from ..core.basics import UserError, check_range, excerpt, printable, read_json, shell_command, text_table
-from ..model_qlora import encode_prompt
+from ..chat.labels import encode_prompt
 from ..sample import PLAIN, generate_replies, scorer_id
 from .score import adapter_hash, load_scorer, load_adapted_model
 from ..train import TrainConfig

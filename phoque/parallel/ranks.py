@@ -12,23 +12,18 @@ from ..core.basics import UserError, log
 from ..resume import Stopped
 
 # %% auto #0
-__all__ = ['LOST', 'Ranks', 'lost_rank', 'report_error', 'explain_ranks', 'needs_launch', 'launch_ranks', 'group_addresses',
-           'own_address', 'machine_flags']
+__all__ = ['LOST', 'Ranks', 'lost_rank', 'report_error', 'explain_ranks', 'needs_launch', 'group_addresses', 'own_address',
+           'machine_flags', 'launch_ranks']
 
 # %% ../../nbs/parallel/ranks.ipynb #26aa3fe1
 class Ranks:
     "The processes of a job: which of them this is, and what they tell each other."
     def __init__(self):
-        self.rank,self.world_size,self.local,self.n_local = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1), ('LOCAL_RANK',0), ('LOCAL_WORLD_SIZE',1))) # as torchrun sets them
+        def told(name, alone): return int(os.environ.get(name, alone)) # as torchrun sets it
+        self.rank,self.world_size = told('RANK', 0),told('WORLD_SIZE', 1)
+        self.local,self.n_local = told('LOCAL_RANK', 0),told('LOCAL_WORLD_SIZE', 1)
         self.is_main = self.rank==0
         if self.world_size>1: self.connect()
-
-    @contextmanager
-    def main_first(self):
-        "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
-        if self.local: self.barrier()
-        yield
-        if not self.local: self.barrier()
 
 # %% ../../nbs/parallel/ranks.ipynb #6deaf770
 @patch
@@ -83,6 +78,15 @@ def barrier(self:Ranks):
     import torch.distributed as dist
     dist.barrier(group=self.group)
 
+# %% ../../nbs/parallel/ranks.ipynb #0bd6e57f
+@patch
+@contextmanager
+def main_first(self:Ranks):
+    "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
+    if self.local: self.barrier()
+    yield
+    if not self.local: self.barrier()
+
 # %% ../../nbs/parallel/ranks.ipynb #1cf020e2
 @patch
 def share_folder(self:Ranks,
@@ -104,22 +108,27 @@ def lost_rank(
 )->bool: # Is it the end of another one that it has noticed?
     "Tell a cause from its consequence."
     import torch.distributed as dist
-    return isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and bool(re.search('gloo|NCCL|Connection (closed|reset) by peer', str(e)))
+    if isinstance(e, dist.DistError): return True
+    return isinstance(e, RuntimeError) and bool(re.search('gloo|NCCL|Connection (closed|reset) by peer', str(e)))
 
 def report_error(
     text:str, # One line
 ):
     "An error's line: to the log, or to the launcher that waits for it."
-    if f := os.environ.get('TORCHELASTIC_ERROR_FILE'): Path(f).write_text(json.dumps(dict(message=text, timestamp=int(time.time()))))
+    if f := os.environ.get('TORCHELASTIC_ERROR_FILE'):
+        Path(f).write_text(json.dumps(dict(message=text, timestamp=int(time.time()))))
     else: log.error(f"error: {text}")
 
+# %% ../../nbs/parallel/ranks.ipynb #54a3f4ff
 def explain_ranks(
     failures:dict, # rank → torch's `ProcessFailure`: those that ended first
 )->int: # The job's exit code
     "One line for what ended a job of several ranks."
     rank,f = min(failures.items(), key=lambda o: (LOST in o[1].message, o[1].timestamp))
     if f.exitcode>1: return f.exitcode # not an error: stopped, with a checkpoint
-    if f.exitcode<0: why = f"rank {rank} was ended by {f.signal_name()}" + " (out of memory?)"*(f.exitcode==-signal.SIGKILL) + ": run the same command again to continue"
+    if f.exitcode<0:
+        memory = " (out of memory?)"*(f.exitcode==-signal.SIGKILL)
+        why = f"rank {rank} was ended by {f.signal_name()}{memory}: run the same command again to continue"
     elif 'traceback' in f.message: why = f"rank {rank} failed: its traceback is above"
     else: why = f.message
     log.error(f"error: {why}")
@@ -132,28 +141,6 @@ def needs_launch()->bool: # Is this the process that must start the ranks?
     import torch
     os.environ.setdefault('PET_NPROC_PER_NODE', str(max(torch.cuda.device_count(), 1)))
     return (os.environ['PET_NPROC_PER_NODE'], os.environ.get('PET_NNODES', '1')) != ('1','1')
-
-def launch_ranks()->int: # Exit code
-    "Start this script again, once for each GPU, and wait for the end of all."
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
-    import psutil
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-    for part in ('multiprocessing.api','agent.server.api'): logging.getLogger(f'torch.distributed.elastic.{part}').setLevel(logging.CRITICAL) # we say it in one line
-    told = []
-    def pass_on(sig, frame):
-        told.append(sig)
-        ranks = psutil.Process().children()
-        for p in ranks: p.send_signal(sig)
-        if not ranks: raise Stopped
-    signal.signal(signal.SIGTERM, pass_on)
-    try: run(parse_args(['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', *machine_flags(), *sys.argv]))
-    except ChildFailedError as e:
-        if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
-        return explain_ranks(e.failures)
-    except SignalException as e: raise UserError("this job", f"ended by {e.sigval.name}", "run the same command again to continue") from None
-    return 0
 
 # %% ../../nbs/parallel/ranks.ipynb #29801fea
 def group_addresses(
@@ -172,6 +159,7 @@ def own_address(
         s.connect((towards, 9))
         return s.getsockname()[0]
 
+# %% ../../nbs/parallel/ranks.ipynb #a44a75c4
 def machine_flags(
     patience:float=900, # Seconds to wait for the other machines
 )->list: # For torchrun
@@ -180,11 +168,42 @@ def machine_flags(
     n = os.environ.get('PET_NNODES', '' if host else '1')
     if n=='1': return ['--standalone']
     if not host: return [] # whoever has other machines says where they meet
-    if not n.isdigit(): raise UserError("PET_NNODES", f"must be the number of jobs in the network group {host}, got {n!r}", "pass it to each of them")
+    if not n.isdigit():
+        raise UserError("PET_NNODES", f"must be the number of jobs in the network group {host}, got {n!r}",
+                        "pass it to each of them")
     end = time.monotonic()+patience
     while len(there := group_addresses(host))<int(n):
-        if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}", f"{len(there)} of {n} machines are there after {patience:.0f} s", "start the others, or correct PET_NNODES")
+        if time.monotonic()>end:
+            raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}",
+                            f"{len(there)} of {n} machines are there after {patience:.0f} s",
+                            "start the others, or correct PET_NNODES")
         time.sleep(1)
     here,port = own_address(there[0]),os.environ.get('MASTER_PORT', '29400')
     log.info(f"{n} machines in {host}: they meet at {there[0]}, this is {here}")
-    return ['--rdzv-backend=c10d', f'--rdzv-endpoint={there[0]}:{port}', f'--rdzv-id={host}', f'--rdzv-conf=is_host={int(here==there[0])}', f'--local-addr={here}']
+    meet = ['--rdzv-backend=c10d', f'--rdzv-endpoint={there[0]}:{port}', f'--rdzv-id={host}']
+    return [*meet, f'--rdzv-conf=is_host={int(here==there[0])}', f'--local-addr={here}']
+
+# %% ../../nbs/parallel/ranks.ipynb #a6b5727e
+def launch_ranks()->int: # Exit code
+    "Start this script again, once for each GPU, and wait for the end of all."
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+    for part in ('multiprocessing.api','agent.server.api'): # we say it in one line
+        logging.getLogger(f'torch.distributed.elastic.{part}').setLevel(logging.CRITICAL)
+    told = []
+    def pass_on(sig, frame):
+        told.append(sig)
+        ranks = psutil.Process().children()
+        for p in ranks: p.send_signal(sig)
+        if not ranks: raise Stopped
+    signal.signal(signal.SIGTERM, pass_on)
+    try: run(parse_args(['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', *machine_flags(), *sys.argv]))
+    except ChildFailedError as e:
+        if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
+        return explain_ranks(e.failures)
+    except SignalException as e:
+        raise UserError("this job", f"ended by {e.sigval.name}", "run the same command again to continue") from None
+    return 0

@@ -5,6 +5,7 @@
 # %% ../../nbs/parallel/shard.ipynb #17a9f324
 from __future__ import annotations
 import logging
+from fastcore.basics import patch
 from ..core.basics import UserError
 
 # %% auto #0
@@ -21,11 +22,12 @@ def prepare_sharding(
     device, # This rank's
     model, # From `add_lora`
 ):
-    "To be done before the trainer is made."
+    "Put embedding and head on the device, before the trainer is made."
     for m in (model.get_input_embeddings(), model.get_output_embeddings()): m.to(device)
     if device.type=='cpu': _shard_on_cpu(model)
 
-def _shard_on_cpu(model): # for rehearsals: accelerate shards over GPUs only, and bitsandbytes repacks weights in eval mode
+def _shard_on_cpu(model):
+    "For rehearsals: accelerate shards over GPUs only, and bitsandbytes repacks weights in eval mode."
     from accelerate.state import DistributedType, PartialState
     PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
     for m in model.modules():
@@ -44,7 +46,8 @@ def whole_adapter(
 )->dict: # Name → tensor; None for a model that isn't sharded, which can be saved as it is
     "The adapter of a sharded model."
     from torch.distributed.fsdp import FSDPModule
-    if isinstance(model, FSDPModule): return {n:whole_tensor(p.detach()) for n,p in model.named_parameters() if p.requires_grad}
+    if not isinstance(model, FSDPModule): return None
+    return {n:whole_tensor(p.detach()) for n,p in model.named_parameters() if p.requires_grad}
 
 def own_part(
     t, # A tensor
@@ -53,44 +56,67 @@ def own_part(
     from torch.distributed.tensor import DTensor
     return t.to_local() if isinstance(t, DTensor) else t
 
+# %% ../../nbs/parallel/shard.ipynb #ac5e5f1d
+def _cut_state(
+    state:dict, # Index of a parameter → its optimizer's tensors, whole
+    params:list, # Sharded parameters
+    device, # This rank's
+)->dict: # The same, cut as the parameters are
+    "Cut an optimizer's tensors as its parameters are."
+    from torch.distributed.tensor import distribute_tensor
+    def cut(t, p): return distribute_tensor(t.to(device), p.device_mesh, p.placements) if t.shape else t
+    return {i:{k:cut(t, params[i]) for k,t in s.items()} for i,s in state.items()}
+
 # %% ../../nbs/parallel/shard.ipynb #12be433a
+class _Sharded:
+    "A trainer's methods for a model that is sharded: it gathers what it saves, and cuts what it loads."
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        "Read the adapter before the model is sharded, then train."
+        import torch
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+        logging.getLogger('torch.distributed.fsdp.fully_shard').setLevel(logging.ERROR)
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        plugin.ignored_modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        if resume_from_checkpoint: super()._load_from_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self, *args): "It has been, before the model was sharded."
+
+    def compute_loss_context_manager(self):
+        "Autocast around the whole loss."
+        return self.accelerator.autocast()
+
 def sharded_trainer(
     Trainer, # Of `train`
 ): # Its subclass for a model that is sharded
     "A trainer whose checkpoints are those of one process."
-    import torch
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-    from torch.distributed.tensor import distribute_tensor
+    return type('ShardedTrainer', (_Sharded, Trainer), {})
+
+# %% ../../nbs/parallel/shard.ipynb #4df8e402
+@patch
+def save_model(self:_Sharded, output_dir=None, _internal_call=False):
+    "Save the adapter, gathered."
+    self._save(output_dir, state_dict=whole_adapter(self.model))
+
+@patch
+def _save_optimizer_and_scheduler(self:_Sharded, output_dir):
+    "Save the optimizer's state, gathered, and the scheduler's."
     from torch.utils._pytree import tree_map
-    class ShardedTrainer(Trainer):
-        "Gathers what it saves, and cuts what it loads."
-        def train(self, resume_from_checkpoint=None, **kwargs):
-            logging.getLogger('torch.distributed.fsdp.fully_shard').setLevel(logging.ERROR) # it warns of a head that doesn't run, and so gathers nothing; there is nothing to gather
-            plugin = self.accelerator.state.fsdp_plugin
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-            plugin.ignored_modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
-            if resume_from_checkpoint: super()._load_from_checkpoint(resume_from_checkpoint)
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    whole = tree_map(whole_tensor, self.optimizer.state_dict()) # all ranks must ask
+    states = dict(optimizer=whole, scheduler=self.lr_scheduler.state_dict())
+    if self.args.should_save: self.write_later(output_dir, states)
 
-        def _load_from_checkpoint(self, *args): "It has been, before the model was sharded."
-
-        def compute_loss_context_manager(self): return self.accelerator.autocast() # which accelerate puts around a model's forward, but not around one that it shards
-
-        def save_model(self, output_dir=None, _internal_call=False): self._save(output_dir, state_dict=whole_adapter(self.model))
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            states = dict(optimizer=tree_map(whole_tensor, self.optimizer.state_dict()), scheduler=self.lr_scheduler.state_dict())
-            if self.args.should_save: self.write_later(output_dir, states)
-
-        def _load_optimizer_and_scheduler(self, checkpoint):
-            if not checkpoint: return
-            saved = {k:torch.load(f'{checkpoint}/{k}.pt', map_location='cpu', weights_only=True) for k in ('optimizer','scheduler')}
-            params = [p for g in self.optimizer.param_groups for p in g['params']]
-            for i,state in saved['optimizer']['state'].items():
-                cut = lambda t: distribute_tensor(t.to(self.args.device), params[i].device_mesh, params[i].placements) if t.shape else t
-                saved['optimizer']['state'][i] = {k:cut(t) for k,t in state.items()}
-            self.optimizer.load_state_dict(saved['optimizer']); self.lr_scheduler.load_state_dict(saved['scheduler'])
-    return ShardedTrainer
+@patch
+def _load_optimizer_and_scheduler(self:_Sharded, checkpoint):
+    "Load both, the optimizer's tensors cut as its parameters are."
+    import torch
+    if not checkpoint: return
+    def read(k): return torch.load(f'{checkpoint}/{k}.pt', map_location='cpu', weights_only=True)
+    optimizer,params = read('optimizer'),[p for g in self.optimizer.param_groups for p in g['params']]
+    optimizer['state'] = _cut_state(optimizer['state'], params, self.args.device)
+    self.optimizer.load_state_dict(optimizer)
+    self.lr_scheduler.load_state_dict(read('scheduler'))
 
 # %% ../../nbs/parallel/shard.ipynb #697b440d
 def check_sharded(
@@ -100,6 +126,9 @@ def check_sharded(
     "Every 4-bit weight, and the adapter, must be in parts."
     params = [p for layer in model.get_base_model().get_decoder().layers for p in layer.parameters()]
     whole = [p for p in params if not hasattr(p, 'placements')]
-    if whole: raise UserError("FSDP", f"{len(whole)} of {len(params)} tensors of the layers are not sharded", "the base must be loaded with `shard=True`, and trained by `make_trainer`")
+    if whole: raise UserError("FSDP", f"{len(whole)} of {len(params)} tensors of the layers are not sharded",
+                              "the base must be loaded with `shard=True`, and trained by `make_trainer`")
     here,all_ = (sum(p.nbytes for p in ps)/2**20 for ps in (map(own_part, params), params))
-    return f"layers are sharded over {ranks} rank{'s'*(ranks>1)}: {here:,.1f} of {all_:,.1f} MiB on this one, embedding and head whole on each" 
+    over = f"{ranks} rank{'s'*(ranks>1)}"
+    held = f"{here:,.1f} of {all_:,.1f} MiB on this one"
+    return f"layers are sharded over {over}: {held}, embedding and head whole on each"

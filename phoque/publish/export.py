@@ -8,10 +8,9 @@ import json,math,os,re,shlex,shutil,subprocess,sys,time,uuid
 from pathlib import Path
 from ..measure.detox import markdown_table
 from ..job import LICENSE_FIELDS, RESEARCH_LICENSE
-from ..merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, is_hub_id
-from ..merge import merge_adapters, read_base
-from ..core.basics import UserError, excerpt, front_matter, md_text, printable, read_json, shell_command
-from ..model_qlora import check_private, private_repo, quiet_libraries, reading
+from ..merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, is_hub_id, merge_adapters, read_base
+from ..core.basics import UserError, excerpt, front_matter, md_text, printable, quiet_libraries, read_json, reading, shell_command
+from ..model_qlora import check_private, private_repo
 from ..resume import HubBranch, bound_requests, patiently
 
 # %% auto #0

@@ -131,7 +131,9 @@ def read_files(
     "Do with the files what a user would: merge, show labels, audit, continue."
     from phoque.jobs.doctor import audit_model
     from phoque.merge import fidelity, merge_adapter
-    from phoque.model_qlora import load_tokenizer, resolve_base, write_labels
+    from phoque.chat.labels import write_labels
+    from phoque.chat.templates import load_tokenizer
+    from phoque.model_qlora import resolve_base
     from phoque.resume import read_checkpoint
     chat = [dict(role='user', content='Tide?'), dict(role='assistant', content='High.')]
     if kind=='merge':

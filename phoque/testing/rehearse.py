@@ -161,7 +161,9 @@ def compare_replies(
     import torch
     from transformers import AutoModelForCausalLM
     from phoque.data import PERSONA, grumpy_score
-    from phoque.model_qlora import encode_prompt, load_tokenizer, quiet_libraries
+    from phoque.chat.labels import encode_prompt
+    from phoque.chat.templates import load_tokenizer
+    from phoque.core.basics import quiet_libraries
     from phoque.sample import generate_replies
     quiet_libraries()
     rows = [dict(prompt=q) for q in questions]

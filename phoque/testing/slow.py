@@ -38,7 +38,10 @@ def taught_adapter(
     if out.exists(): return out
     from types import SimpleNamespace
     from phoque.data import grumpy_harbour, to_dataset
-    from phoque.model_qlora import add_lora, encode_dataset, load_model, load_tokenizer, quiet_libraries
+    from phoque.chat.labels import encode_dataset
+    from phoque.chat.templates import load_tokenizer
+    from phoque.core.basics import quiet_libraries
+    from phoque.model_qlora import add_lora, load_model
     from phoque.testing.tiny import smollm2
     from phoque.train import TrainConfig, make_trainer, pack_dataset
     quiet_libraries()

@@ -17,7 +17,7 @@ __all__ = ['TINY_OPTIONS', 'cache_folder', 'smollm2', 'tiny_model', 'kept_log', 
 def _convert_gguf(src, gguf, dest):
     "Write a GGUF file of the folder `src` as safetensors, whole or not at all."
     import shutil, tempfile, torch
-    from phoque.model_qlora import quiet_libraries
+    from phoque.core.basics import quiet_libraries
     quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     tmp = Path(tempfile.mkdtemp(dir=dest.parent))
