@@ -9,8 +9,11 @@ from pathlib import Path
 from fastcore.basics import patch
 from .core.basics import (UserError, begin_command, check_data_files, excerpt, front_matter, hub_problem,
     log, masked, md_text, printable, text_table)
-from .model_qlora import (base_config, quiet_libraries, resolve_base, load_tokenizer, encode_dataset, encode_prompt,
-    preserve_training_state, choose_attention, load_model, add_lora, audit, check_audit, lora_targets)
+from .chat.labels import encode_dataset, encode_prompt
+from .chat.templates import load_tokenizer
+from .core.basics import quiet_libraries
+from .model_qlora import add_lora, audit, base_config, check_audit
+from .model_qlora import choose_attention, load_model, lora_targets, preserve_training_state, resolve_base
 from .parallel.shard import check_sharded, own_part, whole_adapter
 from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps,
     share_batch, step_line, eval_plan, held_out_loss, rate_at)

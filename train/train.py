@@ -54,7 +54,7 @@ from types import MethodType
 from typing import NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urljoin
 
-SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the name asked for
+SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the default, whose weights were never published
 
 LORA_TARGETS = ('q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj')
 
@@ -1496,10 +1496,6 @@ def option_parser(
     if examples: p.epilog = '\n  '.join(['examples:', *examples])
     return p
 
-# ------------------------------------------------------------------------------
-# model_qlora: Base model, tokenizer and assistant mask, NF4, LoRA, memory plan, audit
-# ------------------------------------------------------------------------------
-
 def quiet_libraries():
     "No progress bars, and no advice that doesn't concern the user."
     import datasets, transformers, warnings
@@ -1507,8 +1503,6 @@ def quiet_libraries():
     datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', category=FutureWarning)
-
-SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; the plain -2512 repo is FP8, which NF4 can't load
 
 @contextmanager
 def reading(
@@ -1524,6 +1518,13 @@ def reading(
         if not isinstance(e, Exception) and type(e).__name__!='PanicException': raise # that is tokenizers' own
         if type(e).__name__=='OutOfMemoryError' or hub and (isinstance(e, (HTTPError, OSError)) or type(e) is RuntimeError): raise
         raise UserError(what, f"it can't be read ({type(e).__name__}: {excerpt(e, 100)})", do) from None
+
+@cache
+def warn_custom_code(
+    what:str, # What brings it, such as "base model org/name"
+):
+    "Log, once, that a model or a tokenizer has Python code in its repo."
+    log.warning(f"{what} brings code of its own (auto_map), which is never run")
 
 def read_header(
     path:str|Path, # A safetensors file
@@ -1541,144 +1542,14 @@ def read_header(
     d.pop('__metadata__', None)
     return dict(sorted(d.items(), key=lambda o: o[1]['data_offsets'])),8+n
 
-WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
+# ------------------------------------------------------------------------------
+# chat.templates: Chat formats, their Jinja templates, and tokenizers from untrusted folders
+# ------------------------------------------------------------------------------
 
-def weight_files(
-    names:set, # Files of a folder or repo
-    read, # Name of the index → its text
-    what:str="base model", # What to call it in an error
-)->list: # Safetensors files
-    "The files that hold a base's weights, or a refusal where they are not all there."
-    one,index = WEIGHTS
-    if one in names: return [one]
-    if index in names:
-        where = read_json(read(index), what=f"{what}: its {index}").get('weight_map')
-        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()): raise UserError(what, f"its {index} has no weight_map", "fetch the base again")
-        shards = sorted(set(where.values()))
-        for n in shards:
-            if n not in names or '/' in n or not n.endswith('.safetensors'): raise UserError(what, f"it lacks {excerpt(n, 80)}, which its index names", "fetch the base again")
-        if not shards: raise UserError(what, "it lacks the shards, which its index names", "fetch the base again")
-        return shards
-    if 'adapter_config.json' in names: raise UserError(what, "it is an adapter", "name the base that it was trained on")
-    pickles = sorted(n for n in names if n.endswith(('.bin','.pt','.pth')))
-    if pickles: raise UserError(what, f"it has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened", "name a copy in safetensors, such as transformers' save_pretrained writes")
-    raise UserError(what, f"it has no {one} and no {index}", "name a base in the format that transformers saves")
-
-@cache
-def _say_code(what): log.warning(f"{what} brings code of its own (auto_map), which is never run")
-
-MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
-
-MOST_LABELS = 1_000_000
-
-_counted = re.compile(r'(layers?|depth|experts|blocks)$')
-
-def check_model_config(
-    cfg:dict, # A model's config.json
-    what:str, # What it belongs to, such as "base model org/name"
-)->dict: # The same
-    "Refuse a config that asks for more layers than any model has."
-    for part in [cfg, *(c for c in cfg.values() if isinstance(c, dict))]:
-        for k,v in part.items():
-            if isinstance(v, (int,float)) and v>(MOST_LAYERS if _counted.search(k) else MOST_LABELS if k=='num_labels' else v): raise UserError(what, f"its config.json says {excerpt(k, 60)}={v:g}, more than any model has", "choose another")
-        for k in ('quantization_config','compression_config'):
-            if not isinstance(part.get(k) or {}, dict): raise UserError(what, f"its config.json has a {k} that says nothing", "choose another")
-    if cfg.get('auto_map'): _say_code(what)
-    return cfg
-
-def _model_info(repo):
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-    from httpx2 import HTTPError
-    try: return HfApi().model_info(repo)
-    except HFValidationError: raise UserError(f"base model {repo!r}", "no such folder here, and no name that a Hub repo may have", "check BASE_MODEL") from None
-    except RepositoryNotFoundError as e:
-        if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
-    except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
-
-def _model_config(path, revision=None):
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-    from httpx2 import HTTPError
-    what,file = f"base model {str(path)!r}",Path(path)/'config.json'
-    if not Path(path).is_dir():
-        try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
-        except RemoteEntryNotFoundError: raise UserError(what, "it has no config.json", "choose a causal language model") from None
-        except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
-    return check_model_config(read_json(file, what=f"{what}: its config.json"), what)
-
-def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
-
-def _holds_fp8(folder): # By the headers of its weights
-    return any(t['dtype'].startswith('F8') for f in Path(folder).glob('*.safetensors') for t in read_header(f)[0].values())
-
-def check_weights(
-    name:str, # Hub id or local folder
-    cfg:dict, # Its config
-    files:list, # Names of the files that it has
-    source:str=None, # Repo that it was made from, where its card says so
-):
-    "Refuse weights that can't be trained on and merged, before they are downloaded."
-    q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
-    if q and not _marked_fp8(cfg):
-        method = excerpt(q.get('quant_method') or 'a method without a name', 40)
-        raise UserError(f"base model {name!r}", f"its weights are quantised already ({method}), and NF4 is made from full-precision ones", f"set BASE_MODEL to {excerpt(source or 'the repo that it was made from', 100)}")
-    if set(WEIGHTS)&set(files): return
-    found = ', '.join(excerpt(f, 60) for f in sorted(f for f in files if f.endswith(('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')))[:3])
-    raise UserError(f"base model {name!r}", f"it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged", "choose a repo with safetensors, or convert it (save_pretrained writes them)")
-
-def resolve_base(
-    base_model:str=SEED_BASE, # Hub id or local folder
-    strict:bool=False, # Refuse a substitute
-)->dict: # `requested`, `id`, `revision` (commit, or None for a folder), `note` (why another one was taken, or None), `auto` (transformers' class that loads all of it)
-    "Find the base model that stands for the name asked for."
-    here,rev,note,name,info = Path(base_model).is_dir(),None,None,base_model,None
-    if here: fp8 = _marked_fp8(_model_config(name)) and _holds_fp8(name)
-    elif info := _model_info(name): fp8 = _marked_fp8(_model_config(name, info.sha))
-    elif name!=SEED_BASE: raise UserError(f"base model {name!r}", "no such folder here, and the Hub has no such repo or HF_TOKEN may not see it", "check BASE_MODEL")
-    else: name,note,fp8 = SUCCESSOR,f"{SEED_BASE} was never published; its open successor is taken",False
-    if fp8: name,note = f"{name}-BF16",f"{name} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken"
-    if note and strict: raise UserError(note, f"{name}. BASE_MODEL_STRICT refuses that", f"set BASE_MODEL={name}")
-    if not Path(name).is_dir():
-        if here or not (info := _model_info(name)): raise UserError(f"base model {base_model!r}", f"{note}, but there is no {name}", "set BASE_MODEL")
-        rev = info.sha
-    if note: log.warning(f"BASE MODEL: {note}: {name}")
-    cfg,card = _model_config(name, rev),getattr(info, 'card_data', None) or {}
-    check_weights(name, cfg, [s.rfilename for s in info.siblings] if rev else os.listdir(name), card.get('base_model'))
-    auto = 'AutoModelForImageTextToText' if 'vision_config' in cfg else 'AutoModelForCausalLM'
-    return dict(requested=base_model, id=name, revision=rev, note=note, auto=auto)
-
-def check_private(
-    api, # `HfApi`
-    repo:str, # `owner/name`, of a repo that is there
-    repo_type:str='model', # Or `dataset`
-): # `ModelInfo` or `DatasetInfo`
-    "Refuse a repo that anyone may read."
-    from huggingface_hub import constants
-    info = api.repo_info(repo, repo_type=repo_type)
-    if info.private: return info
-    page = f"{constants.ENDPOINT}/{'datasets/'*(repo_type=='dataset')}{repo}/settings"
-    raise UserError(f"{repo_type} repo {repo}", "it is public, and nothing is written to a public repo", f"make it private ({page}), or name another one")
-
-def private_repo(
-    api, # `HfApi`
-    repo:str, # `owner/name`
-    repo_type:str='model', # Or `dataset`
-): # `ModelInfo` or `DatasetInfo`
-    "Make a repo where it is missing, private; gate it; refuse one that is public."
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-    try: info = check_private(api, repo, repo_type)
-    except RepositoryNotFoundError:
-        api.create_repo(repo, repo_type=repo_type, private=True, exist_ok=True)
-        info = check_private(api, repo, repo_type) # what an organisation has set may win
-    if info.gated=='manual': return info
-    try: api.update_repo_settings(repo, repo_type=repo_type, gated='manual')
-    except HfHubHTTPError as e:
-        if e.response.status_code!=403: raise
-        log.warning(f"{repo_type} repo {repo} is private, but can't be gated with this token: whoever is given access sees it at once")
-    return info
-
-def chatml_parts(messages, ids):
+def chatml_parts(
+    messages:list, # Checked conversation
+    ids:list, # Of `<|im_start|>` and `<|im_end|>`
+): # Yields `(part, supervised)`
     "ChatML, as SmolLM2 and Qwen use it: `<|im_start|>role⏎text<|im_end|>⏎`."
     im_start,im_end = ids
     for m in messages:
@@ -1692,18 +1563,25 @@ def chatml_parts(messages, ids):
 
 def _joined_system(messages): return "\n\n".join(m['content'] for m in messages if m['role']=='system')
 
-def mistral_v1_parts(messages, ids):
+def mistral_v1_parts(
+    messages:list, # Checked conversation
+    ids:list, # Of `<s>` and `</s>`
+): # Yields `(part, supervised)`
     "Mistral v1: markers are text; the system text opens the first user turn."
     bos,eos = ids
     system,first = _joined_system(messages),True
     yield bos, False
     for m in messages:
         if m['role']=='user':
-            yield f"[INST] {system}\n\n{m['content']} [/INST]" if system and first else f"[INST] {m['content']} [/INST]", False
+            text = f"{system}\n\n{m['content']}" if system and first else m['content']
+            yield f"[INST] {text} [/INST]", False
             first = False
         elif m['role']=='assistant': yield from ((m['content'],True), (eos,True))
 
-def mistral_v3_parts(messages, ids):
+def mistral_v3_parts(
+    messages:list, # Checked conversation
+    ids:list, # Of `<s>`, `</s>`, `[INST]` and `[/INST]`
+): # Yields `(part, supervised)`
     "Mistral v2 and v3: markers are control tokens; the system text opens the *last* user turn."
     bos,eos,inst,end_inst = ids
     system = _joined_system(messages)
@@ -1715,7 +1593,10 @@ def mistral_v3_parts(messages, ids):
             yield from ((inst,False), (text,False), (end_inst,False))
         elif m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
 
-def mistral_v7_parts(messages, ids):
+def mistral_v7_parts(
+    messages:list, # Checked conversation
+    ids:list, # Of v3's tokens, `[SYSTEM_PROMPT]` and `[/SYSTEM_PROMPT]`
+): # Yields `(part, supervised)`
     "Mistral v7 to v13: the system turn has control tokens of its own and stays where it is."
     bos,eos,inst,end_inst,sys,end_sys = ids
     yield bos, False
@@ -1725,7 +1606,11 @@ def mistral_v7_parts(messages, ids):
             a,b = (sys,end_sys) if m['role']=='system' else (inst,end_inst)
             yield from ((a,False), (m['content'],False), (b,False))
 
-def mistral_v15_parts(messages, ids, settings):
+def mistral_v15_parts(
+    messages:list, # Checked conversation
+    ids:list, # Of v7's tokens, `[MODEL_SETTINGS]` and `[/MODEL_SETTINGS]`
+    settings:str, # The model's settings, as JSON
+): # Yields `(part, supervised)`
     "Mistral v15: as v7, with the model's settings before the first user turn."
     *v7,begin,end = ids
     for p,sup in mistral_v7_parts(messages, v7):
@@ -1734,28 +1619,79 @@ def mistral_v15_parts(messages, ids, settings):
             settings = None
         yield p,sup
 
-_STRIP = "{% if m.role=='assistant' %}{{ m.content.rstrip(' ') + eos_token }}"
+_V3_TOKENS = ('<s>','</s>','[INST]','[/INST]')
 
-_SYSTEM = "{% set sys = messages | selectattr('role','equalto','system') | map(attribute='content') | join('\n\n') %}"
+_V7_TOKENS = (*_V3_TOKENS, '[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]')
 
-_USERS = "{% set users = messages | selectattr('role','equalto','user') | list %}"
+FORMATS = { # parts, control tokens (the second ends an answer)
+    'chatml': (chatml_parts, ('<|im_start|>','<|im_end|>')),
+    'mistral-v15': (mistral_v15_parts, (*_V7_TOKENS, '[MODEL_SETTINGS]','[/MODEL_SETTINGS]')),
+    'mistral-v7': (mistral_v7_parts, _V7_TOKENS),
+    'mistral-v3': (mistral_v3_parts, _V3_TOKENS),
+    'mistral-v1': (mistral_v1_parts, ('<s>','</s>')),
+}
 
-_V7 = _STRIP + "{% elif m.role=='system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"
-
-FORMATS = { # parts, control tokens (the second ends an answer), template
-    'chatml': (chatml_parts, ('<|im_start|>','<|im_end|>'),
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
-    'mistral-v15': (mistral_v15_parts, ('<s>','</s>','[INST]','[/INST]','[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]','[MODEL_SETTINGS]','[/MODEL_SETTINGS]'),
-        "{{ bos_token }}" + _USERS + "{% for m in messages %}{% if m is sameas users[0] %}[MODEL_SETTINGS]SETTINGS[/MODEL_SETTINGS]{% endif %}" + _V7),
-    'mistral-v7': (mistral_v7_parts, ('<s>','</s>','[INST]','[/INST]','[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]'),
-        "{{ bos_token }}{% for m in messages %}" + _V7),
-    'mistral-v3': (mistral_v3_parts, ('<s>','</s>','[INST]','[/INST]'),
-        "{{ bos_token }}" + _SYSTEM + _USERS + "{% for m in messages %}" + _STRIP +
-        "{% elif m.role=='user' %}{{ '[INST]' + (sys + '\n\n' if sys and m is sameas users[-1] else '') + m.content + '[/INST]' }}{% endif %}{% endfor %}"),
-    'mistral-v1': (mistral_v1_parts, ('<s>','</s>'),
-        "{{ bos_token }}" + _SYSTEM + _USERS + "{% for m in messages %}{% if m.role=='assistant' %}{{ ' ' + m.content + eos_token }}"
-        "{% elif m.role=='user' %}{{ '[INST] ' + (sys + '\n\n' if sys and m is sameas users[0] else '') + m.content + ' [/INST]' }}{% endif %}{% endfor %}"),
+CHAT_TEMPLATES = { # the files of chat/formats
+    'chatml': r'''{#- ChatML, as SmolLM2 and Qwen use it. A system turn is written only where the conversation has one. -#}
+{%- for m in messages -%}
+    {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+''',
+    'mistral-v1': r'''{#- Mistral v1: markers are text; the system text opens the first user turn. -#}
+{%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') -%}
+{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}
+{{- bos_token -}}
+{%- for m in messages -%}
+    {%- if m.role == 'assistant' -%}
+        {{- ' ' + m.content + eos_token -}}
+    {%- elif m.role == 'user' -%}
+        {{- '[INST] ' + (system + '\n\n' if system and m is sameas users[0] else '') + m.content + ' [/INST]' -}}
+    {%- endif -%}
+{%- endfor -%}
+''',
+    'mistral-v15': r'''{#- Mistral v15: as v7, with `model_settings` (JSON, set in a line above this one) before the first user turn. -#}
+{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}
+{{- bos_token -}}
+{%- for m in messages -%}
+    {%- if m is sameas users[0] -%}
+        {{- '[MODEL_SETTINGS]' ~ model_settings ~ '[/MODEL_SETTINGS]' -}}
+    {%- endif -%}
+    {%- if m.role == 'assistant' -%}
+        {{- m.content.rstrip(' ') + eos_token -}}
+    {%- elif m.role == 'system' -%}
+        {{- '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' -}}
+    {%- else -%}
+        {{- '[INST]' + m.content + '[/INST]' -}}
+    {%- endif -%}
+{%- endfor -%}
+''',
+    'mistral-v3': r'''{#- Mistral v2 and v3: markers are control tokens; the system text opens the last user turn. -#}
+{%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') -%}
+{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}
+{{- bos_token -}}
+{%- for m in messages -%}
+    {%- if m.role == 'assistant' -%}
+        {{- m.content.rstrip(' ') + eos_token -}}
+    {%- elif m.role == 'user' -%}
+        {{- '[INST]' + (system + '\n\n' if system and m is sameas users[-1] else '') + m.content + '[/INST]' -}}
+    {%- endif -%}
+{%- endfor -%}
+''',
+    'mistral-v7': r'''{#- Mistral v7 to v13: a system turn has control tokens of its own and stays where it is. -#}
+{{- bos_token -}}
+{%- for m in messages -%}
+    {%- if m.role == 'assistant' -%}
+        {{- m.content.rstrip(' ') + eos_token -}}
+    {%- elif m.role == 'system' -%}
+        {{- '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' -}}
+    {%- else -%}
+        {{- '[INST]' + m.content + '[/INST]' -}}
+    {%- endif -%}
+{%- endfor -%}
+''',
 }
 
 def chat_format(
@@ -1765,17 +1701,21 @@ def chat_format(
 )->str: # Key of `FORMATS`
     "Name the chat format that a tokenizer speaks."
     vocab,template,known = tok.get_vocab(),tok.chat_template or '',tok.init_kwargs.get('chat_format')
-    if known in [*FORMATS] and set(FORMATS[known][1])<=vocab.keys(): return known
-    has = lambda *ts: all(t in vocab for t in ts)
+    def has(*tokens): return all(t in vocab for t in tokens)
+    if known in [*FORMATS] and has(*FORMATS[known][1]): return known
     if has('<|im_start|>','<|im_end|>'): return 'chatml'
     if settings: return 'mistral-v15'
     if has('[INST]','[/INST]'):
         v7 = version>=7 or (not version and has('[SYSTEM_PROMPT]') and (not template or '[SYSTEM_PROMPT]' in template))
         return 'mistral-v7' if v7 else 'mistral-v3'
     if '[INST]' in template or (has('<s>','</s>') and not template): return 'mistral-v1'
-    raise UserError(f"tokenizer {tok.name_or_path!r}", f"its chat format is none of {', '.join(FORMATS)}", "choose an instruct model of one of these families")
+    raise UserError(f"tokenizer {tok.name_or_path!r}", f"its chat format is none of {', '.join(FORMATS)}",
+        "choose an instruct model of one of these families")
 
-def _pb_fields(b): # Fields of a protobuf message, as (number, value): https://protobuf.dev/programming-guides/encoding
+def _pb_fields(
+    b:bytes, # A protobuf message
+): # Yields `(number, value)`: https://protobuf.dev/programming-guides/encoding
+    "The fields of a protobuf message."
     i = 0
     def varint():
         nonlocal i
@@ -1793,6 +1733,8 @@ def _pb_fields(b): # Fields of a protobuf message, as (number, value): https://p
         yield key>>3,b[i:i+n]
         i += n
 
+LONGEST_PIECE = 256 # characters; SentencePiece itself makes none of more than 16 unless told to
+
 def read_pieces(
     path, # SentencePiece model
 )->list: # (piece, score, type); types: 1 normal, 2 unknown, 3 control, 6 byte
@@ -1800,15 +1742,20 @@ def read_pieces(
     with reading(f"SentencePiece model {Path(path).name}", 'download it again'):
         pieces = [dict(_pb_fields(v)) for f,v in _pb_fields(Path(path).read_bytes()) if f==1]
         read = [(p[1].decode(), struct.unpack('<f', p[2])[0] if 2 in p else 0., p.get(3,1)) for p in pieces]
-        if not read or max(len(p) for p,_,_ in read)>LONGEST_PIECE: raise ValueError("no pieces" if not read else f"a piece of more than {LONGEST_PIECE} characters")
+        if not read: raise ValueError("no pieces")
+        longest = max(len(p) for p,_,_ in read)
+        if longest>LONGEST_PIECE: raise ValueError(f"a piece of more than {LONGEST_PIECE} characters")
     return read
 
-LONGEST_PIECE = 256 # characters; SentencePiece itself makes none of more than 16 unless told to
-
-def _as_sentencepiece(rust): # The space before every text, and every space as ▁
+def _as_sentencepiece(
+    rust, # A tokenizer of the `tokenizers` library, changed
+):
+    "Put a space before every text, and write every space as ▁."
     from tokenizers import decoders, normalizers
-    rust.normalizer,rust.pre_tokenizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ','▁')]),None
-    rust.decoder = decoders.Sequence([decoders.Replace('▁',' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ',1,0)])
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ','▁')])
+    rust.pre_tokenizer = None
+    steps = [decoders.Replace('▁',' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ',1,0)]
+    rust.decoder = decoders.Sequence(steps)
 
 def sentencepiece_tokenizer(
     path, # SentencePiece model of the BPE kind, without normalisation
@@ -1817,49 +1764,78 @@ def sentencepiece_tokenizer(
     from tokenizers import AddedToken, Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     pieces = read_pieces(path)
+    vocab = {p:i for i,(p,_,_) in enumerate(pieces)}
     score = {p:s for p,s,kind in pieces if kind==1} # what isn't normal never comes of joining
     joins = [(l,r) for p in score for l,r in ((p[:i],p[i:]) for i in range(1,len(p))) if l in score and r in score]
-    joins.sort(key=lambda j: (-score[j[0]+j[1]], -len(j[0]))) # runs of ▁ share one score: the longer one on the left grows first
-    rust = Tokenizer(models.BPE({p:i for i,(p,_,_) in enumerate(pieces)}, joins, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    def best_first(join): # runs of ▁ share one score: the longer one on the left grows first
+        return -score[join[0]+join[1]], -len(join[0])
+    joins.sort(key=best_first)
+    rust = Tokenizer(models.BPE(vocab, joins, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
     rust.add_special_tokens([AddedToken(p, special=True, normalized=False) for p,_,kind in pieces if kind in (2,3)])
     _as_sentencepiece(rust)
-    return PreTrainedTokenizerFast(tokenizer_object=rust, bos_token='<s>', eos_token='</s>', unk_token='<unk>', clean_up_tokenization_spaces=False)
+    names = dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    return PreTrainedTokenizerFast(tokenizer_object=rust, **names, clean_up_tokenization_spaces=False)
 
-PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>') # in order of preference; the first that exists and doesn't end an answer
+TOKENIZER_FILES = ('tokenizer*', '*.model', '*.model.v*', 'tekken.json', 'config.json', 'vocab.*', 'merges.txt',
+    '*tokens*.json', 'chat_template*')
 
-TOKENIZER_FILES = ('tokenizer*', '*.model', '*.model.v*', 'tekken.json', 'config.json', 'vocab.*', 'merges.txt', '*tokens*.json', 'chat_template*')
-
-def _tokenizer_folder(path, revision):
+def _tokenizer_folder(
+    path:str, # Hub id or local folder
+    revision:str, # Commit of the Hub repo, or None
+)->Path: # Folder with the tokenizer's files
     if Path(path).is_dir(): return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
     from httpx2 import HTTPError
     try: return Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
-    except HFValidationError: raise UserError(f"tokenizer {path!r}", "no such folder here, and no name that a Hub repo may have", "check its spelling") from None
+    except HFValidationError:
+        raise UserError(f"tokenizer {path!r}", "no such folder here, and no name that a Hub repo may have",
+            "check its spelling") from None
     except (HTTPError, OSError) as e: raise hub_problem(e, f"tokenizer {path}") from None
 
 MOST_TOKENS = 10_000_000 # of a vocabulary; the largest public ones have 300,000
 
-def _read_tekken(f): # Version, and the default settings of v15 as the JSON that mistral-common writes
+def _read_tekken(
+    f:Path, # tekken.json, which may be missing
+)->tuple: # Version (0 where there is no file); v15's default settings as the JSON that mistral-common writes, or None
     if not f.exists(): return 0,None
     d = read_json(f)
     with reading('tekken.json', 'download it again'):
-        if any(isinstance(v, (int,float)) and v>MOST_TOKENS for v in d['config'].values()): raise ValueError('more tokens than any vocabulary has')
+        if any(isinstance(v, (int,float)) and v>MOST_TOKENS for v in d['config'].values()):
+            raise ValueError('more tokens than any vocabulary has')
+        version = int(d['config']['version'].lstrip('v').split('m')[0])
         effort = (d.get('model_settings_builder') or {}).get('reasoning_effort')
-        return int(d['config']['version'].lstrip('v').split('m')[0]),effort and json.dumps(dict(reasoning_effort=effort['default']))
+        return version,effort and json.dumps(dict(reasoning_effort=effort['default']))
 
-def _check_patterns(rust, what): # What the tokenizer's file makes of every text: https://huggingface.co/docs/tokenizers/components
-    def walk(d):
-        if isinstance(d, list): return any(map(walk, d))
-        if not isinstance(d, dict): return False
-        bare = re.sub(r'\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]', 'x', str(d.get('Regex') or '')) # without escapes and character classes
-        return bool(re.search(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]', bare)) or any(map(walk, d.values()))
-    def growth(d): # Most characters that one becomes, steps after one another multiplied
-        if isinstance(d, list): return math.prod(map(growth, d))
-        return max(1, len(str(d.get('content') or '')))*math.prod(map(growth, d.values())) if isinstance(d, dict) else 1
+MOST_GROWTH = 64 # characters that normalisation may make of one
+
+_ESCAPES = re.compile(r'\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]') # escapes and character classes
+
+_NESTED = re.compile(r'\)[*+{]|\)\?[*+{]|[*+}?][*{]') # a repeated group, or a repeat that is repeated
+
+def _repeats_nest(
+    part, # Of tokenizer.json: https://huggingface.co/docs/tokenizers/components
+)->bool: # Has a pattern in it repeats within repeats?
+    if isinstance(part, list): return any(map(_repeats_nest, part))
+    if not isinstance(part, dict): return False
+    bare = _ESCAPES.sub('x', str(part.get('Regex') or ''))
+    return bool(_NESTED.search(bare)) or any(map(_repeats_nest, part.values()))
+
+def _growth(
+    part, # Of tokenizer.json
+)->int: # Most characters that one becomes, steps after one another multiplied
+    if isinstance(part, list): return math.prod(map(_growth, part))
+    if not isinstance(part, dict): return 1
+    return max(1, len(str(part.get('content') or '')))*math.prod(map(_growth, part.values()))
+
+def _check_patterns(
+    rust, # A tokenizer of the `tokenizers` library
+    what:str, # How an error names it
+):
     parts = [json.loads(part.__getstate__()) for part in (rust.normalizer, rust.pre_tokenizer) if part]
-    if any(map(walk, parts)) or growth(parts)>64:
-        raise UserError(what, "it cuts text by a pattern of repeats within repeats, or puts long text into it, which can take for ever", "choose another")
+    if any(map(_repeats_nest, parts)) or _growth(parts)>MOST_GROWTH:
+        raise UserError(what, "it cuts text by a pattern of repeats within repeats, "
+            "or puts long text into it, which can take for ever", "choose another")
 
 def open_tokenizer(
     folder:Path, # With the tokenizer's files
@@ -1869,9 +1845,10 @@ def open_tokenizer(
     from transformers import AutoTokenizer
     f = folder/'tokenizer_config.json'
     cfg = read_json(f, what=f"{what}: {f.name}") if f.is_file() else {}
-    if cfg.get('auto_map'): _say_code(what)
+    if cfg.get('auto_map'): warn_custom_code(what)
     own = dict(tokenizer_file=folder/'tokenizer.json', merges_file=folder/'merges.txt')
-    named = {k: str(own[k]) if k in own and own[k].is_file() else None for k in cfg if k.endswith('_file')} # paths of the machine where it was saved
+    paths = [k for k in cfg if k.endswith('_file')] # of the machine where it was saved
+    named = {k: str(own[k]) if k in own and own[k].is_file() else None for k in paths}
     with reading(what, 'download it again, or choose another'):
         tok = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False, **named)
         rust = tok.backend_tokenizer
@@ -1892,16 +1869,62 @@ def check_vocabulary(
 ):
     "Refuse a tokenizer that gives ids which the model doesn't have."
     if not isinstance(rows, int): rows = getattr(rows.get_text_config(), 'vocab_size', None)
-    if not isinstance(rows, int): raise UserError(name, "the model's config.json says no size of a vocabulary", "choose another model")
-    if tok_len>rows: raise UserError(name, f"it has {tok_len:,} tokens, and the model's embedding {rows:,} rows", "take the tokenizer that belongs to the model, or enlarge the model first (resize_token_embeddings)")
+    if not isinstance(rows, int):
+        raise UserError(name, "the model's config.json says no size of a vocabulary", "choose another model")
+    if tok_len>rows:
+        raise UserError(name, f"it has {tok_len:,} tokens, and the model's embedding {rows:,} rows",
+            "take the tokenizer that belongs to the model, or enlarge the model first (resize_token_embeddings)")
 
-def _check_folder(tok, folder): # A tokenizer may lie there without a model
+def _set_model_settings(
+    tok, # Tokenizer with v15's template, changed
+    settings:str, # JSON from its files, or None
+    what:str, # How an error names it
+):
+    if settings:
+        if not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)):
+            raise UserError(what, f"its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs",
+                "choose another")
+        tok.init_kwargs['model_settings'] = settings
+    tok.chat_template = f"{{%- set model_settings = {tok.init_kwargs.get('model_settings')!r} -%}}\n{tok.chat_template}"
+
+PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>') # by preference: the first that exists and doesn't end an answer
+
+def _set_special_tokens(
+    tok, # Tokenizer, changed
+    name:str, # Its chat format
+):
+    if name!='chatml': tok.bos_token = '<s>'
+    tok.eos_token = FORMATS[name][1][1]
+    vocab = tok.get_vocab()
+    pad = next((p for p in PADS if p in vocab and p!=tok.eos_token), None)
+    if not pad:
+        raise UserError(f"tokenizer {tok.name_or_path!r}", f"it has none of {', '.join(PADS)} to pad with",
+            "choose another model")
+    tok.pad_token = pad
+
+def _read_tokenizer(
+    folder:Path, # With a tokenizer's files
+    what:str, # How an error names it
+): # Tokenizer
+    there = {f for f in ('tokenizer.json','tekken.json','vocab.json') if (folder/f).exists()}
+    models = sorted(folder.glob('*.model*'))
+    if models and not there-{'vocab.json'}:
+        with reading(what): return sentencepiece_tokenizer(models[0])
+    if there: return open_tokenizer(folder, what)
+    raise UserError(what, "no tokenizer.json, tekken.json or SentencePiece model that can be read there",
+        "choose another, or add one")
+
+def _check_folder(
+    tok, # Tokenizer
+    folder:Path, # Of its files, and perhaps of its model's
+):
     from transformers import AutoConfig
     if not (folder/'config.json').exists(): return
     try:
         with reading('config.json'): cfg = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UserError: return
-    if isinstance(getattr(cfg.get_text_config(), 'vocab_size', None), int): check_vocabulary(vocabulary_size(tok), cfg, f"tokenizer {tok.name_or_path!r}")
+    if not isinstance(getattr(cfg.get_text_config(), 'vocab_size', None), int): return
+    check_vocabulary(vocabulary_size(tok), cfg, f"tokenizer {tok.name_or_path!r}")
 
 def load_tokenizer(
     path:str, # Hub id or local folder
@@ -1910,33 +1933,26 @@ def load_tokenizer(
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
     version,settings = _read_tekken(folder/'tekken.json')
-    models = sorted(folder.glob('*.model*'))
-    if models and not any((folder/f).exists() for f in ('tokenizer.json','tekken.json')):
-        with reading(what): tok = sentencepiece_tokenizer(models[0])
-    elif not any((folder/f).exists() for f in ('tokenizer.json','tekken.json','vocab.json')): raise UserError(what, "no tokenizer.json, tekken.json or SentencePiece model that can be read there", "choose another, or add one")
-    else: tok = open_tokenizer(folder, what)
+    tok = _read_tokenizer(folder, what)
     tok.name_or_path = str(path)
     settings = settings or tok.init_kwargs.pop('model_settings', None)
     name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
-    _,control,template = FORMATS[name]
-    if name!='mistral-v15': settings = None
-    elif settings and not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)): # it becomes part of the template
-        raise UserError(what, f"its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs", "choose another")
-    if settings: tok.init_kwargs['model_settings'] = settings
-    vocab = tok.get_vocab()
-    if name!='chatml':
-        tok.bos_token = '<s>'
-        if getattr(tok.backend_tokenizer.model, 'byte_fallback', False): _as_sentencepiece(tok.backend_tokenizer)
-    tok.eos_token = control[1]
-    if not (pad := next((p for p in PADS if p in vocab and p!=tok.eos_token), None)): raise UserError(f"tokenizer {tok.name_or_path!r}", f"it has none of {', '.join(PADS)} to pad with", "choose another model")
-    tok.pad_token,tok.chat_template = pad,template.replace('SETTINGS]SETTINGS[', f"SETTINGS]{tok.init_kwargs.get('model_settings')}[")
+    tok.chat_template = CHAT_TEMPLATES[name]
+    if name=='mistral-v15': _set_model_settings(tok, settings, what)
+    if name!='chatml' and getattr(tok.backend_tokenizer.model, 'byte_fallback', False):
+        _as_sentencepiece(tok.backend_tokenizer)
+    _set_special_tokens(tok, name)
     _check_folder(tok, folder)
     return tok
+
+# ------------------------------------------------------------------------------
+# chat.labels: Encode conversations, mark what the loss looks at, and check the labels of a dataset
+# ------------------------------------------------------------------------------
 
 def check_messages(
     messages:list, # Dicts with `role` (system, user, assistant) and `content`
     name:str='row', # How an error names the row
-)->list: # The same messages, consecutive user or assistant turns joined by a blank line, cut after the last assistant turn
+)->list: # The same; turns of one role in a row joined by a blank line, and nothing after the last assistant turn
     "Check one conversation and bring it into the form that every format can write."
     def bad(why, v): raise UserError(name, f"{why}, got {excerpt(v, 60)!r}", "correct or remove it in the dataset")
     if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
@@ -1947,7 +1963,8 @@ def check_messages(
         if not isinstance(text, str): bad(f"turn {i} ({role}) must have text as `content`", text)
         if not text.strip(): bad(f"turn {i} ({role}) is empty", text)
         try: text.encode()
-        except UnicodeEncodeError: bad(f"turn {i} ({role}) holds half a surrogate pair", text.encode('ascii','replace').decode())
+        except UnicodeEncodeError:
+            bad(f"turn {i} ({role}) holds half a surrogate pair", text.encode('ascii','replace').decode())
         if out and out[-1]['role']==role!='system': out[-1]['content'] += f"\n\n{text}"
         else: out.append(dict(role=role, content=text))
     first = next((m['role'] for m in out if m['role']!='system'), None)
@@ -1957,20 +1974,28 @@ def check_messages(
         if not out: bad("no assistant turn to learn from", [m['role'] for m in messages if isinstance(m, dict)])
     return out
 
+def _encode_texts(
+    tok, # Tokenizer from `load_tokenizer`
+    texts:list, # Different texts
+)->dict: # {text: its ids}
+    "Tokenise texts in one batch; what reads like a control token stays text."
+    rust = tok.backend_tokenizer
+    rust.encode_special_tokens = True
+    try:
+        with reading(f"tokenizer {tok.name_or_path!r}: a text"):
+            return {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
+    finally: rust.encode_special_tokens = False
+
 def encode_chats(
     tok, # Tokenizer from `load_tokenizer`
     chats:list, # Conversations that passed `check_messages`
 )->list: # Pairs of `input_ids` and `mask` (1 where the loss looks), lists of int of equal length
     "Encode conversations with their assistant masks, in one pass."
-    parts_of,control,_ = FORMATS[chat_format(tok)]
+    parts_of,control = FORMATS[chat_format(tok)]
     args = [tok.convert_tokens_to_ids(list(control)), *filter(None, [tok.init_kwargs.get('model_settings')])]
     chats = [list(parts_of(c, *args)) for c in chats]
-    texts = list({p for c in chats for p,_ in c if isinstance(p, str)}) # each once: headers and system turns come back all the time
-    rust = tok.backend_tokenizer
-    rust.encode_special_tokens = True # text that reads like a control token stays text
-    try:
-        with reading(f"tokenizer {tok.name_or_path!r}: a text"): ids_of = {t:e.ids for t,e in zip(texts, rust.encode_batch_fast(texts, add_special_tokens=False))}
-    finally: rust.encode_special_tokens = False
+    texts = {p for c in chats for p,_ in c if isinstance(p, str)} # each once: headers and system turns come back
+    ids_of = _encode_texts(tok, list(texts))
     out = []
     for c in chats:
         seq,mask = [],[]
@@ -2006,12 +2031,36 @@ def encode_fitting(
     users = {i:sum(m['role']=='user' for m in chats[i]) for i,o in enumerate(out) if len(o[0])>max_length}
     span = {i:[1,n] for i,n in users.items()} # by bisection, so that a thousand exchanges take ten attempts
     while tries := {i:(a+b)//2 for i,(a,b) in span.items() if a<b}:
-        for (i,n),(ids,mask) in zip(tries.items(), encode_chats(tok, [drop_exchanges(chats[i], n) for i,n in tries.items()])):
+        shorter = encode_chats(tok, [drop_exchanges(chats[i], n) for i,n in tries.items()])
+        for (i,n),(ids,mask) in zip(tries.items(), shorter):
             if len(ids)<=max_length: out[i],span[i][1] = (ids,mask,n),n
             else: span[i][0] = n+1
     for i,n in users.items():
         if span[i][0]==n: out[i] = None
     return out
+
+def _encode_batch(
+    tok, # Tokenizer from `load_tokenizer`
+    named:dict, # {how an error names the row: its messages}
+    max_length:int, # Tokens a conversation may have
+)->dict: # Columns `input_ids`, `labels` and `lost`, without the rows that can't be made to fit
+    chats = [check_messages(m, name) for name,m in named.items()]
+    rows = [r for r in encode_fitting(tok, chats, max_length) if r]
+    return dict(
+        input_ids=[ids for ids,_,_ in rows],
+        labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows],
+        lost=[n for _,_,n in rows])
+
+def _count_tokens(
+    ds, # Dataset with `labels`
+)->dict: # Tokens, supervised ones and their share; the median, 95th percentile and largest of a conversation's tokens
+    import numpy as np, pyarrow.compute as pc
+    labels = ds.with_format('arrow')[:]['labels']
+    n = pc.list_value_length(labels).to_numpy()
+    tokens,supervised = int(n.sum()),pc.sum(pc.not_equal(pc.list_flatten(labels), -100)).as_py()
+    p50,p95,longest = np.percentile(n, [50,95,100]).astype(int).tolist()
+    return dict(tokens=tokens, supervised=supervised, supervised_share=round(supervised/tokens,3),
+        p50=p50, p95=p95, max=longest)
 
 def encode_dataset(
     ds, # `datasets.Dataset` with a `messages` column
@@ -2022,30 +2071,215 @@ def encode_dataset(
     held_out:bool=False, # Is it only measured? Then no loss is too much
 )->tuple: # Dataset of `input_ids` and `labels` (-100 where the loss doesn't look), and a report
     "Encode every conversation of a dataset and say what became of it."
-    import numpy as np, pyarrow.compute as pc
     from datasets import Features, List, Value
     from datasets.fingerprint import Hasher
-    if 'messages' not in ds.column_names: raise UserError(name, f"no `messages` column, got {ds.column_names}", "each row needs a list of turns")
+    if 'messages' not in ds.column_names:
+        raise UserError(name, f"no `messages` column, got {ds.column_names}", "each row needs a list of turns")
     def enc(batch, idxs):
-        chats = [check_messages(m, f"{name} row {i}") for i,m in zip(idxs, batch['messages'])]
-        rows = [r for r in encode_fitting(tok, chats, max_length) if r]
-        return dict(input_ids=[ids for ids,_,_ in rows], labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows], lost=[n for _,_,n in rows])
-    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False, desc='Tokenising',
-                 features=Features(input_ids=List(Value('int32')), labels=List(Value('int32')), lost=Value('int32')),
-                 new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
+        return _encode_batch(tok, {f"{name} row {i}":m for i,m in zip(idxs, batch['messages'])}, max_length)
+    ints = List(Value('int32'))
+    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
+        desc='Tokenising', features=Features(input_ids=ints, labels=ints, lost=Value('int32')),
+        new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
     dropped = len(ds)-len(out)
     if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
     if not held_out and (not len(out) or dropped/len(ds)>max_dropped):
-        raise UserError(name, f"{dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}", "raise MAX_LENGTH or shorten them")
-    t = out.with_format('arrow')[:]
-    n,sup = pc.list_value_length(t['labels']).to_numpy(),pc.sum(pc.not_equal(pc.list_flatten(t['labels']), -100)).as_py()
-    return out.remove_columns('lost'),dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped,
-        tokens=int(n.sum()), supervised=sup, supervised_share=round(sup/int(n.sum()),3), **dict(zip(('p50','p95','max'), np.percentile(n, [50,95,100]).astype(int).tolist())))
+        raise UserError(name,
+            f"{dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}",
+            "raise MAX_LENGTH or shorten them")
+    kept = dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped)
+    return out.remove_columns('lost'),kept | _count_tokens(out)
+
+# ------------------------------------------------------------------------------
+# model_qlora: Base model, NF4, LoRA, memory plan, audit
+# ------------------------------------------------------------------------------
+
+SUCCESSOR = "mistralai/Ministral-3-3B-Instruct-2512-BF16" # Apache-2.0; plain -2512 is FP8, which NF4 can't load
+
+WEIGHTS = ('model.safetensors','model.safetensors.index.json') # transformers loads one of them, or opens a pickle
+
+def _named_shards(
+    index:dict, # model.safetensors.index.json
+    names:set, # Files that are there
+    what:str, # How an error names the model
+)->list: # Files that the index names, sorted
+    where = index.get('weight_map')
+    if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
+        raise UserError(what, f"its {WEIGHTS[1]} has no weight_map", "fetch the base again")
+    shards = sorted(set(where.values()))
+    for n in shards:
+        if n not in names or '/' in n or not n.endswith('.safetensors'):
+            raise UserError(what, f"it lacks {excerpt(n, 80)}, which its index names", "fetch the base again")
+    if not shards: raise UserError(what, "it lacks the shards, which its index names", "fetch the base again")
+    return shards
+
+def weight_files(
+    names:set, # Files of a folder or repo
+    read, # Name of the index → its text
+    what:str="base model", # What to call it in an error
+)->list: # Safetensors files
+    "The files that hold a base's weights, or a refusal where they are not all there."
+    one,index = WEIGHTS
+    if one in names: return [one]
+    if index in names: return _named_shards(read_json(read(index), what=f"{what}: its {index}"), names, what)
+    if 'adapter_config.json' in names: raise UserError(what, "it is an adapter", "name the base that it was trained on")
+    pickles = sorted(n for n in names if n.endswith(('.bin','.pt','.pth')))
+    if pickles:
+        raise UserError(what, f"it has its weights as a pickle ({excerpt(pickles[0], 60)}), which is never opened",
+            "name a copy in safetensors, such as transformers' save_pretrained writes")
+    raise UserError(what, f"it has no {one} and no {index}", "name a base in the format that transformers saves")
+
+MOST_LAYERS = 1024 # or experts; the largest public models have 126 and 512
+
+MOST_LABELS = 1_000_000
+
+_counted = re.compile(r'(layers?|depth|experts|blocks)$')
+
+def _config_limit(
+    key:str, # In a config.json
+)->float: # Largest number that it may have
+    if _counted.search(key): return MOST_LAYERS
+    return MOST_LABELS if key=='num_labels' else math.inf
+
+def check_model_config(
+    cfg:dict, # A model's config.json
+    what:str, # What it belongs to, such as "base model org/name"
+)->dict: # The same
+    "Refuse a config that asks for more layers than any model has."
+    for part in [cfg, *(c for c in cfg.values() if isinstance(c, dict))]:
+        for k,v in part.items():
+            if isinstance(v, (int,float)) and v>_config_limit(k):
+                raise UserError(what, f"its config.json says {excerpt(k, 60)}={v:g}, more than any model has",
+                    "choose another")
+        for k in ('quantization_config','compression_config'):
+            if not isinstance(part.get(k) or {}, dict):
+                raise UserError(what, f"its config.json has a {k} that says nothing", "choose another")
+    if cfg.get('auto_map'): warn_custom_code(what)
+    return cfg
+
+def _model_info(
+    repo:str, # Hub id
+): # `ModelInfo`, or None where there is no such repo
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from httpx2 import HTTPError
+    try: return HfApi().model_info(repo)
+    except HFValidationError:
+        raise UserError(f"base model {repo!r}", "no such folder here, and no name that a Hub repo may have",
+            "check BASE_MODEL") from None
+    except RepositoryNotFoundError as e:
+        if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
+    except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
+
+def _model_config(
+    path:str, # Hub id or local folder
+    revision:str=None, # Commit of the Hub repo
+)->dict: # Its config.json, checked
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from httpx2 import HTTPError
+    what,file = f"base model {str(path)!r}",Path(path)/'config.json'
+    if not Path(path).is_dir():
+        try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
+        except RemoteEntryNotFoundError:
+            raise UserError(what, "it has no config.json", "choose a causal language model") from None
+        except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
+    return check_model_config(read_json(file, what=f"{what}: its config.json"), what)
+
+def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
+
+def _holds_fp8(folder): # By the headers of its weights
+    headers = (read_header(f)[0] for f in Path(folder).glob('*.safetensors'))
+    return any(t['dtype'].startswith('F8') for h in headers for t in h.values())
+
+def check_weights(
+    name:str, # Hub id or local folder
+    cfg:dict, # Its config
+    files:list, # Names of the files that it has
+    source:str=None, # Repo that it was made from, where its card says so
+):
+    "Refuse weights that can't be trained on and merged, before they are downloaded."
+    q = cfg.get('quantization_config') or cfg.get('compression_config') or {}
+    if q and not _marked_fp8(cfg):
+        method = excerpt(q.get('quant_method') or 'a method without a name', 40)
+        raise UserError(f"base model {name!r}",
+            f"its weights are quantised already ({method}), and NF4 is made from full-precision ones",
+            f"set BASE_MODEL to {excerpt(source or 'the repo that it was made from', 100)}")
+    if set(WEIGHTS)&set(files): return
+    kinds = ('.bin','.pt','.pth','.gguf','.msgpack','.h5','.safetensors')
+    found = ', '.join(excerpt(f, 60) for f in sorted(f for f in files if f.endswith(kinds))[:3])
+    raise UserError(f"base model {name!r}",
+        f"it has no {WEIGHTS[0]} ({found or 'no weights'}), and other formats can't be trained and merged",
+        "choose a repo with safetensors, or convert it (save_pretrained writes them)")
+
+def _stand_in(
+    base_model:str, # Hub id or local folder
+)->tuple: # Name of what is loaded in its place, and why; itself and None where it is loaded
+    if Path(base_model).is_dir(): fp8 = _marked_fp8(_model_config(base_model)) and _holds_fp8(base_model)
+    elif info := _model_info(base_model): fp8 = _marked_fp8(_model_config(base_model, info.sha))
+    elif base_model!=SEED_BASE:
+        raise UserError(f"base model {base_model!r}",
+            "no such folder here, and the Hub has no such repo or HF_TOKEN may not see it", "check BASE_MODEL")
+    else: return SUCCESSOR,f"{SEED_BASE} was never published; its open successor is taken"
+    if not fp8: return base_model,None
+    return f"{base_model}-BF16",f"{base_model} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken"
+
+def resolve_base(
+    base_model:str=SEED_BASE, # Hub id or local folder
+    strict:bool=False, # Refuse a substitute
+)->dict: # `requested`, `id`, `revision` (commit; None: a folder), `note` (why another; or None), `auto` (transformers' class)
+    "Find the base model that stands for the name asked for."
+    name,note = _stand_in(base_model)
+    if note and strict: raise UserError(note, f"{name}. BASE_MODEL_STRICT refuses that", f"set BASE_MODEL={name}")
+    info = None
+    if not Path(name).is_dir():
+        if Path(base_model).is_dir() or not (info := _model_info(name)):
+            raise UserError(f"base model {base_model!r}", f"{note}, but there is no {name}", "set BASE_MODEL")
+    if note: log.warning(f"BASE MODEL: {note}: {name}")
+    rev = info.sha if info else None
+    cfg,card = _model_config(name, rev),getattr(info, 'card_data', None) or {}
+    check_weights(name, cfg, [s.rfilename for s in info.siblings] if info else os.listdir(name), card.get('base_model'))
+    auto = 'AutoModelForImageTextToText' if 'vision_config' in cfg else 'AutoModelForCausalLM'
+    return dict(requested=base_model, id=name, revision=rev, note=note, auto=auto)
+
+def check_private(
+    api, # `HfApi`
+    repo:str, # `owner/name`, of a repo that is there
+    repo_type:str='model', # Or `dataset`
+): # `ModelInfo` or `DatasetInfo`
+    "Refuse a repo that anyone may read."
+    from huggingface_hub import constants
+    info = api.repo_info(repo, repo_type=repo_type)
+    if info.private: return info
+    page = f"{constants.ENDPOINT}/{'datasets/'*(repo_type=='dataset')}{repo}/settings"
+    raise UserError(f"{repo_type} repo {repo}", "it is public, and nothing is written to a public repo",
+        f"make it private ({page}), or name another one")
+
+def private_repo(
+    api, # `HfApi`
+    repo:str, # `owner/name`
+    repo_type:str='model', # Or `dataset`
+): # `ModelInfo` or `DatasetInfo`
+    "Make a repo where it is missing, private; gate it; refuse one that is public."
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    try: info = check_private(api, repo, repo_type)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, repo_type=repo_type, private=True, exist_ok=True)
+        info = check_private(api, repo, repo_type) # what an organisation has set may win
+    if info.gated=='manual': return info
+    try: api.update_repo_settings(repo, repo_type=repo_type, gated='manual')
+    except HfHubHTTPError as e:
+        if e.response.status_code!=403: raise
+        log.warning(f"{repo_type} repo {repo} is private, but can't be gated with this token: "
+            "whoever is given access sees it at once")
+    return info
 
 def _model_class(config): # transformers' class for the language model
     from transformers import AutoModelForCausalLM
     try: return AutoModelForCausalLM._model_mapping[type(config.get_text_config())]
-    except KeyError: raise UserError(f"model type {config.model_type!r}", "transformers has no causal language model of it", "choose one that has") from None
+    except KeyError:
+        raise UserError(f"model type {config.model_type!r}", "transformers has no causal language model of it",
+            "choose one that has") from None
 
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
@@ -2062,13 +2296,26 @@ def check_layers(
 ):
     "Refuse a model whose layers don't keep packed conversations apart."
     kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
-    if kinds or _model_class(config)._is_stateful: raise UserError(name, f"its layers ({', '.join(sorted(kinds)) or 'recurrent'}) carry a state from one conversation of a packed row into the next", "choose a model whose layers are all attention")
+    if not kinds and not _model_class(config)._is_stateful: return
+    which = ', '.join(sorted(kinds)) or 'recurrent'
+    raise UserError(name, f"its layers ({which}) carry a state from one conversation of a packed row into the next",
+        "choose a model whose layers are all attention")
 
-def _blind(cls): # The same model class, built without a vision tower
-    def __init__(self, config):
-        cls.__init__(self, config)
-        self.model.vision_tower = self.model.multi_modal_projector = None
-    return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
+def language_layers(
+    model, # Causal language model, with or without an adapter
+)->dict: # Name within the decoder → linear layer
+    "The linear layers of a language model, without its head."
+    import torch
+    head = model.get_output_embeddings()
+    def is_own(n, l): return isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n
+    return {n:l for n,l in model.get_decoder().named_modules() if is_own(n, l)}
+
+def decoder_layers(
+    model, # Causal language model
+): # `nn.ModuleList`
+    "The layers of its decoder, whatever they are called."
+    import torch
+    return next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
 
 def base_config(
     base:dict, # As `resolve_base` gives it
@@ -2079,7 +2326,9 @@ def base_config(
     with reading(f"{what}: its config.json", 'choose a causal language model', hub=not Path(base['id']).is_dir()):
         _model_config(base['id'], base['revision'])
         try: cfg = AutoConfig.from_pretrained(base['id'], revision=base['revision'], trust_remote_code=False)
-        except (ValueError, KeyError): raise UserError(what, "its config.json names no architecture that transformers knows", "choose a causal language model") from None
+        except (ValueError, KeyError):
+            raise UserError(what, "its config.json names no architecture that transformers knows",
+                "choose a causal language model") from None
         if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
         check_layers(cfg, what)
         if not language_layers(_bare_model(cfg)): # GPT-2's are Conv1D
@@ -2095,7 +2344,35 @@ def check_size(
     shards = weight_files({p.name for p in folder.iterdir()}, lambda n: (folder/n).read_bytes(), what)
     there = sum(math.prod(t['shape']) for n in shards for t in read_header(folder/n)[0].values())
     asked = sum(p.numel() for p in _bare_model(config).parameters())
-    if asked>2*there: raise UserError(what, f"its config.json asks for {asked:,} weights, and its files hold {there:,}", "fetch it again, or choose another") # a head may be tied
+    if asked>2*there: # a head may be tied
+        raise UserError(what, f"its config.json asks for {asked:,} weights, and its files hold {there:,}",
+            "fetch it again, or choose another")
+
+def say_unquantised(
+    config, # Of the base model
+)->float: # Share of its layers' weights that can be in 4 bits
+    "Say how much of a model stays in bf16."
+    m = _bare_model(config)
+    linear = sum(l.weight.numel() for l in language_layers(m).values())
+    whole = sum(p.numel() for p in decoder_layers(m).parameters())
+    if linear<.9*whole:
+        log.warning(f"NF4: {1-linear/whole:.0%} of the layers' weights ({2*(whole-linear)/2**30:.1f} GiB) "
+            "are no linear layers, such as experts: they stay in bf16, and aren't adapted")
+    return linear/whole
+
+def _blind(cls): # The same model class, built without a vision tower
+    def __init__(self, config):
+        cls.__init__(self, config)
+        self.model.vision_tower = self.model.multi_modal_projector = None
+    return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
+
+def _nf4(
+    shard:bool, # Will ranks share it? FSDP wants its 4 bits stored as bf16
+): # `BitsAndBytesConfig`
+    import torch
+    from transformers import BitsAndBytesConfig
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
 
 def load_model(
     base:dict, # As `resolve_base` gives it
@@ -2105,17 +2382,20 @@ def load_model(
 ): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
-    cfg = base_config(base)
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    cfg,cls = base_config(base),AutoModelForCausalLM
     if load_in_4bit: say_unquantised(cfg)
-    cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)]) if base['auto']=='AutoModelForImageTextToText' else AutoModelForCausalLM
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
-    cuda = torch.cuda.is_available() and not (shard and memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 > torch.cuda.mem_get_info()[0]*.9)
+    if base['auto']=='AutoModelForImageTextToText': cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)])
+    cuda = torch.cuda.is_available()
+    if cuda and shard:
+        free = torch.cuda.mem_get_info()[0]
+        cuda = memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 <= free*.9
     if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
     with reading(f"base model {base['id']!r}", hub=not here):
-        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16, attn_implementation=attn_implementation, use_safetensors=True,
-            trust_remote_code=False, quantization_config=nf4 if load_in_4bit else None, device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
+        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16,
+            attn_implementation=attn_implementation, use_safetensors=True, trust_remote_code=False,
+            quantization_config=_nf4(shard) if load_in_4bit else None,
+            device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
 
@@ -2124,43 +2404,25 @@ def lora_targets(
 )->tuple: # The same names sorted, each once; `('all-linear',)` stands for all
     "Read which layers are to be adapted: however they are written, the same layers give the same run."
     names = sorted({n.strip() for n in text.split(',')}-{''})
-    if not names or not all(n=='all-linear' or n.isidentifier() for n in names): raise UserError("LORA_TARGET_MODULES", f"must name linear layers, got {text!r}", f"name some of {','.join(LORA_TARGETS)}, or all-linear")
+    if not names or not all(n=='all-linear' or n.isidentifier() for n in names):
+        raise UserError("LORA_TARGET_MODULES", f"must name linear layers, got {text!r}",
+            f"name some of {','.join(LORA_TARGETS)}, or all-linear")
     return ('all-linear',) if 'all-linear' in names else tuple(names)
-
-def language_layers(
-    model, # Causal language model, with or without an adapter
-)->dict: # Name within the decoder → linear layer
-    "The linear layers of a language model, without its head."
-    import torch
-    head = model.get_output_embeddings()
-    return {n:l for n,l in model.get_decoder().named_modules() if isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n}
-
-def decoder_layers(
-    model, # Causal language model
-): # `nn.ModuleList`
-    "The layers of its decoder, whatever they are called."
-    import torch
-    return next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
 
 def resolve_targets(
     model, # Without an adapter; on the meta device, too
     targets:tuple, # From `lora_targets`
 )->tuple: # Last parts of the names of linear layers, sorted
     "The layers that a model has of those to be adapted."
-    linear = {n.split('.')[-1] for n in language_layers(model)}
-    names = linear-{n.split('.')[-1] for n,m in model.get_decoder().named_modules() if n.split('.')[-1] in linear and n not in language_layers(model)}
+    layers = language_layers(model)
+    linear = {n.split('.')[-1] for n in layers}
+    others = {n.split('.')[-1] for n,_ in model.get_decoder().named_modules() if n not in layers}
+    names = linear-others # a name that is also something else's isn't taken
     if missing := set(targets)-names-{'all-linear'}:
-        raise UserError("lora_target_modules", f"{model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}", f"choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
+        raise UserError("lora_target_modules",
+            f"{model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}",
+            f"choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
     return tuple(sorted(names if 'all-linear' in targets else targets))
-
-def say_unquantised(
-    config, # Of the base model
-)->float: # Share of its layers' weights that can be in 4 bits
-    "Say how much of a model stays in bf16."
-    m = _bare_model(config)
-    linear,whole = (sum(p.numel() for p in ps) for ps in ([l.weight for l in language_layers(m).values()], decoder_layers(m).parameters()))
-    if linear<.9*whole: log.warning(f"NF4: {1-linear/whole:.0%} of the layers' weights ({2*(whole-linear)/2**30:.1f} GiB) are no linear layers, such as experts: they stay in bf16, and aren't adapted")
-    return linear/whole
 
 def add_lora(
     model, # From `load_model`
@@ -2177,30 +2439,23 @@ def add_lora(
     names = resolve_targets(model, lora_target_modules)
     stem = r'.*\.language_model\..*' if any('.language_model.' in n for n,_ in model.named_modules()) else '.*'
     set_seed(seed)
-    return get_peft_model(model, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
-        target_modules=rf"{stem}\.({'|'.join(map(re.escape, names))})"), revision=revision)
+    targets = rf"{stem}\.({'|'.join(map(re.escape, names))})"
+    lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
+        target_modules=targets)
+    return get_peft_model(model, lora, revision=revision)
 
-def register_varlen():
-    "Register torch's variable-length flash attention with transformers, as `varlen`."
-    import torch
-    from torch.nn.attention.varlen import varlen_attn
-    from transformers import AttentionInterface, AttentionMaskInterface
-    gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
-    def varlen(module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
-        b,h,t,d = query.shape
-        q,k,v = (x.transpose(1,2).reshape(b*t,-1,d).contiguous() for x in (query,key,value)) # a slice would keep all of what it is cut from
-        window = (sliding_window-1 if sliding_window else -1, 0) # tokens before and after a token; transformers counts the token itself
-        o = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **gqa)
-        return o.view(b,t,h,d),None
-    AttentionInterface.register('varlen', varlen)
-    AttentionMaskInterface.register('varlen', lambda *args, **kwargs: None)
-
-def _why_not_varlen(cls, c):
-    if not (cls._supports_flash_attn and cls._supports_attention_backend): return f"{cls.__name__} knows no flash attention"
+def _why_not_varlen(
+    cls, # transformers' class
+    c, # Its text config
+)->str|None: # None where it can
+    "Why a model can't use variable-length flash attention."
+    if not (cls._supports_flash_attn and cls._supports_attention_backend):
+        return f"{cls.__name__} knows no flash attention"
     drop = next((k for k,v in c.to_dict().items() if 'att' in k and 'drop' in k and v), None)
     if drop: return f"flash attention would leave out {drop}={getattr(c, drop)}"
     d = getattr(c, 'qk_head_dim', None) or getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
-    if (getattr(c, 'v_head_dim', None) or d)!=d: return f"its queries have {d} dimensions a head, its values {c.v_head_dim}"
+    if (getattr(c, 'v_head_dim', None) or d)!=d:
+        return f"its queries have {d} dimensions a head, its values {c.v_head_dim}"
     if d>256: return f"its heads have {d} dimensions, flash attention takes 256"
 
 def choose_attention(
@@ -2209,27 +2464,60 @@ def choose_attention(
     "The attention kernel for packed rows that this model and this machine can run."
     import torch
     cls,c = _model_class(config),config.get_text_config()
-    if not cls._supports_sdpa: return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long rows"
+    if not cls._supports_sdpa:
+        return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long rows"
     if not torch.cuda.is_available(): return 'sdpa',"there is no CUDA device"
     if torch.cuda.get_device_capability()<(8,0): return 'sdpa',f"{torch.cuda.get_device_name()} is older than Ampere"
     if why := _why_not_varlen(cls, c): return 'sdpa',why
     register_varlen()
     return 'varlen',"flash attention, conversation by conversation"
 
-def _take_rng(devices):
+def register_varlen():
+    "Register torch's variable-length flash attention with transformers, as `varlen`."
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface, AttentionMaskInterface
+    gqa = dict(enable_gqa=True) if torch.__version__>=(2,12) else {} # 2.11 takes grouped heads without being told
+    def varlen(module, query, key, value, attention_mask,
+               scaling=None, sliding_window=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+        b,h,t,d = query.shape
+        def flat(x): return x.transpose(1,2).reshape(b*t,-1,d).contiguous() # a slice would keep all it is cut from
+        before = sliding_window-1 if sliding_window else -1 # tokens before a token; transformers counts it itself
+        cu,longest = cu_seq_lens_q,max_length_q
+        o = varlen_attn(flat(query), flat(key), flat(value), cu, cu, longest, longest,
+            scale=scaling, window_size=(before, 0), **gqa)
+        return o.view(b,t,h,d),None
+    AttentionInterface.register('varlen', varlen)
+    AttentionMaskInterface.register('varlen', lambda *args, **kwargs: None)
+
+def _take_rng(
+    devices, # CUDA devices whose state is taken too
+)->dict: # States of the random number generators
     import random, numpy as np, torch
     return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
         cuda={d: torch.cuda.get_rng_state(d) for d in devices})
 
-def _put_rng(states):
+def _put_rng(
+    states:dict, # From `_take_rng`
+):
     import random, numpy as np, torch
     random.setstate(states['python'])
     np.random.set_state(states['numpy'])
     torch.set_rng_state(states['torch'])
     for d,s in states['cuda'].items(): torch.cuda.set_rng_state(s, d)
 
-def _packable(model): # 4-bit layers that bitsandbytes repacks for good when they first run in eval mode on a CPU with AVX512-BF16
-    return [m for m in model.modules() if getattr(m, 'support_avx512bf16_for_cpu', False) and m.weight.device.type=='cpu']
+def _packable(model): # Layers that bitsandbytes repacks when they first run in eval mode, on a CPU with AVX512-BF16
+    able = [m for m in model.modules() if getattr(m, 'support_avx512bf16_for_cpu', False)]
+    return [m for m in able if m.weight.device.type=='cpu']
+
+def _take_packed(model): # What repacking would change: a weight's data, its quantisation state and that state's fields
+    weights = [m.weight for m in _packable(model)]
+    return [(w, w.data, w.quant_state, copy.copy(vars(w.quant_state))) for w in weights]
+
+def _put_packed(packed): # From `_take_packed`
+    for w,data,quant_state,fields in packed:
+        w.data = data
+        vars(quant_state).clear(); vars(quant_state).update(fields)
 
 @contextmanager
 def preserve_training_state(
@@ -2239,18 +2527,18 @@ def preserve_training_state(
     "Evaluation mode, cache, left padding and no gradients inside; all of it, and every random state, put back after."
     import torch
     cfg = model.config.get_text_config() # a multimodal config has no cache of its own
-    modes,use_cache,side,attn = [(m,m.training) for m in model.modules()],cfg.use_cache,tok.padding_side,cfg._attn_implementation
+    modes,attn = [(m,m.training) for m in model.modules()],cfg._attn_implementation
+    use_cache,side = cfg.use_cache,tok.padding_side
     rng = _take_rng({p.device for p in model.parameters() if p.device.type=='cuda'})
-    packs = [(m.weight, m.weight.data, m.weight.quant_state, copy.copy(vars(m.weight.quant_state))) for m in _packable(model)]
+    packed = _take_packed(model)
     try:
         model.eval()
         cfg.use_cache,tok.padding_side = True,'left'
         if attn=='varlen': cfg._attn_implementation = 'sdpa' # it knows neither caches nor padding
-        with torch.inference_mode(), torch.compiler.set_stance('force_eager'): yield # compiled layers were made for training's shapes
+        # compiled layers were made for training's shapes
+        with torch.inference_mode(), torch.compiler.set_stance('force_eager'): yield
     finally:
-        for w,data,qs,state in packs:
-            w.data = data
-            vars(qs).clear(); vars(qs).update(state)
+        _put_packed(packed)
         for m,t in modes: m.training = t
         cfg.use_cache,tok.padding_side,cfg._attn_implementation = use_cache,side,attn
         _put_rng(rng)
@@ -2261,13 +2549,70 @@ def sanity_line(
 )->tuple: # What it replies, greedily, and the perplexity of the right answer
     "Ask for the capital of France."
     import torch
-    q,a = dict(role='user', content='What is the capital of France?'),dict(role='assistant', content='The capital of France is Paris.')
+    from torch.nn.functional import cross_entropy
+    q = dict(role='user', content='What is the capital of France?')
+    a = dict(role='assistant', content='The capital of France is Paris.')
     ids,mask = (torch.tensor([x], device=model.device) for x in encode_chats(tok, [[q,a]])[0])
     p = torch.tensor([encode_prompt(tok, [q])], device=model.device)
     with preserve_training_state(model, tok):
-        out = model.generate(input_ids=p, attention_mask=torch.ones_like(p), max_new_tokens=12, do_sample=False, pad_token_id=tok.pad_token_id)
-        nll = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0,:-1].float(), ids[0,1:], reduction='none')[mask[0,1:]==1].mean()
+        out = model.generate(input_ids=p, attention_mask=torch.ones_like(p), max_new_tokens=12, do_sample=False,
+            pad_token_id=tok.pad_token_id)
+        loss = cross_entropy(model(input_ids=ids).logits[0,:-1].float(), ids[0,1:], reduction='none')
+        nll = loss[mask[0,1:]==1].mean()
     return tok.decode(out[0, p.shape[1]:], skip_special_tokens=True),nll.exp().item()
+
+def _dtype(t): return str(t.dtype).removeprefix('torch.')
+
+def _four_bit_layers(model): # Those of bitsandbytes: PEFT has a class of that name too
+    named = [m for m in model.modules() if type(m).__name__=='Linear4bit']
+    return [m for m in named if type(m).__module__.startswith('bitsandbytes')]
+
+def _layer_rows(
+    model, # From `add_lora`
+    linear:list, # Last parts of the names of its linear layers
+    targets:tuple, # Those to be adapted
+    load_in_4bit:bool, # Was NF4 asked for?
+)->list: # `(what, asked, actual)` of its layers and its adapter
+    four = _four_bit_layers(model)
+    states = {(m.weight.quant_type, m.weight.quant_state.nested, m.compute_dtype) for m in four}
+    kinds = sorted(f"{kind}{' double' if nested else ''} {str(dtype)[6:]}" for kind,nested,dtype in states)
+    trained = {n:p for n,p in model.named_parameters() if p.requires_grad}
+    adapted = [n for n,_ in model.named_modules() if n.split('.')[-1]=='base_layer']
+    return [
+        ('adapted layers', sum(n in targets for n in linear), len(adapted)),
+        ('4-bit layers', len(linear) if load_in_4bit else 0, len(four)),
+        ('quantisation', ['nf4 double bfloat16'] if load_in_4bit else [], kinds),
+        ('trained', ['lora_A','lora_B'], sorted({n.split('.')[-3] for n in trained})),
+        ("adapter's dtype", ['float32'], sorted({_dtype(p) for p in trained.values()}))]
+
+def _model_rows(
+    model, # From `add_lora`
+    tok, # From `load_tokenizer`
+    attn_implementation:str, # Attention kernel asked for
+)->list: # `(what, asked, actual)` of the model and its tokenizer
+    emb,head = model.get_input_embeddings().weight,model.get_output_embeddings().weight
+    text = model.config.get_text_config()
+    tower = any('vision_tower' in n for n,_ in model.named_parameters())
+    return [
+        ('head tied', bool(text.tie_word_embeddings), emb.data_ptr()==head.data_ptr()),
+        ("embedding's dtype", 'bfloat16', _dtype(emb)),
+        ('attention', attn_implementation, text._attn_implementation),
+        ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
+        ('vocabulary fits', True, vocabulary_size(tok)<=emb.shape[0]),
+        ('vision tower', 'none', 'loaded' if tower else 'none')]
+
+def _model_facts(
+    model, # From `add_lora`
+    tok, # From `load_tokenizer`
+    targets:tuple, # Layers that are adapted
+)->dict: # What nothing was asked of: {what: actual}
+    text,base = model.config.get_text_config(),model.get_base_model()
+    trained = {n:p.numel() for n,p in model.named_parameters() if p.requires_grad}
+    by = {t:sum(size for n,size in trained.items() if f'.{t}.' in n) for t in targets}
+    layers = f"{text.num_hidden_layers} layers of {text.hidden_size}"
+    return {'base model': f"{type(base).__name__}, {layers}, vocabulary {text.vocab_size:,}",
+        'trained parameters': f"{sum(by.values()):,}: " + ', '.join(f'{k} {v:,}' for k,v in by.items()),
+        'tokenizer': f"{type(tok).__name__}, {chat_format(tok)}, EOS {tok.eos_token_id}, pad {tok.pad_token_id}"}
 
 def audit(
     model, # From `add_lora`
@@ -2278,42 +2623,91 @@ def audit(
     ask:bool=True, # Ask it something
 )->list: # Dicts of `what`, `asked`, `actual`, `ok`
     "Compare what was asked for with what is there."
-    mods = list(model.named_modules())
-    base = [m for n,m in mods if n.split('.')[-1]=='base_layer']
-    train = {n:p for n,p in model.named_parameters() if p.requires_grad}
-    q4 = [m for _,m in mods if type(m).__name__=='Linear4bit' and type(m).__module__.startswith('bitsandbytes')] # PEFT has a class of that name too
-    emb,head = model.get_input_embeddings().weight,model.get_output_embeddings().weight
-    text = model.config.get_text_config()
     bare = _bare_model(model.config)
-    targets,linear = resolve_targets(bare, lora_target_modules),[n.split('.')[-1] for n in language_layers(bare)]
-    rows = [('adapted layers', sum(n in targets for n in linear), len(base)),
-            ('4-bit layers', len(linear) if load_in_4bit else 0, len(q4)),
-            ('quantisation', ['nf4 double bfloat16'] if load_in_4bit else [], sorted({f"{m.weight.quant_type}{' double' if m.weight.quant_state.nested else ''} {str(m.compute_dtype)[6:]}" for m in q4})),
-            ('trained', ['lora_A','lora_B'], sorted({k.split('.')[-3] for k in train})),
-            ("adapter's dtype", ['float32'], sorted({str(p.dtype)[6:] for p in train.values()})),
-            ('head tied', bool(text.tie_word_embeddings), emb.data_ptr()==head.data_ptr()),
-            ("embedding's dtype", 'bfloat16', str(emb.dtype)[6:]),
-            ('attention', attn_implementation, text._attn_implementation),
-            ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
-            ('vocabulary fits', True, vocabulary_size(tok)<=emb.shape[0]),
-            ('vision tower', 'none', 'loaded' if any('vision_tower' in k for k,_ in model.named_parameters()) else 'none')]
-    by = {t:sum(p.numel() for k,p in train.items() if f'.{t}.' in k) for t in targets}
-    facts = {'base model': f"{type(model.get_base_model()).__name__}, {text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size:,}",
-             'trained parameters': f"{sum(by.values()):,}: " + ', '.join(f'{k} {v:,}' for k,v in by.items()),
-             'tokenizer': f"{type(tok).__name__}, {chat_format(tok)}, EOS {tok.eos_token_id}, pad {tok.pad_token_id}"}
+    targets = resolve_targets(bare, lora_target_modules)
+    linear = [n.split('.')[-1] for n in language_layers(bare)]
+    rows = _layer_rows(model, linear, targets, load_in_4bit) + _model_rows(model, tok, attn_implementation)
+    facts = _model_facts(model, tok, targets)
     if ask: facts['it says'] = '{!r}; perplexity of the right answer {:,.1f}'.format(*sanity_line(model, tok))
-    return [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows] + [dict(what=w, asked='', actual=b, ok='') for w,b in facts.items()]
+    checked = [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows]
+    return checked + [dict(what=w, asked='', actual=b, ok='') for w,b in facts.items()]
 
 def check_audit(
     rows:list, # From `audit`
 ):
     "Refuse to train on anything but what was asked for."
-    if bad := [r for r in rows if r['ok'] is False]:
-        raise UserError("audit", '; '.join(f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in bad), "the model isn't what was asked for")
+    bad = [f"{r['what']} should be {r['asked']}, is {r['actual']}" for r in rows if r['ok'] is False]
+    if bad: raise UserError("audit", '; '.join(bad), "the model isn't what was asked for")
+
+_BLOCK,_SUPERBLOCK = 64,256 # weights that share a scale in NF4; scales that share a scale of their own
+
+def _load_bytes(
+    n_4bit:int, # Weights in 4 bits
+    n_bf16:int, # All others
+    n_layers:int, # Of the decoder
+    fast:bool, # Are the scales kept unpacked as well?
+    shards:int=1, # Ranks that share the layers
+)->float: # Bytes of a GPU
+    own = 1/2/shards
+    whole = 1/n_layers if shards>1 else 0 # two layers are together at a time
+    scales = 1/_BLOCK + 4/_BLOCK/_SUPERBLOCK + 4/_BLOCK*fast
+    return n_4bit*(own+whole) + n_4bit*scales + 2*n_bf16
+
+def _adapter_bytes(
+    n:int, # Parameters
+    optim:str, # Name in transformers
+    shards:int=1, # Ranks that share them
+)->float: # Bytes of a GPU
+    weight,gradient,bf16_copy = 4,4,2
+    moments = 2 if '8bit' in optim else 8
+    return n*(weight+gradient+bf16_copy+moments)/shards
 
 FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer') # those that `fast` knows
 
 HEAD_LOGITS = 2**27 # the head takes so many at a time
+
+def _kept_bytes(
+    config, # Of the base model
+    length:int, # Tokens of a row
+    lora_r:int, # Rank of the adapter
+    n_adapted:int, # Linear layers that it adapts
+)->dict: # `eager`, `compiled`, `fast`: bytes that autograd keeps of a token in a layer
+    c = config.get_text_config()
+    hidden,mlp = c.hidden_size,c.intermediate_size
+    heads,kv_heads = c.num_attention_heads,c.num_key_value_heads
+    head_dim = getattr(c, 'head_dim', None) or hidden//heads
+    attention = 4*(heads+kv_heads)*head_dim + 4*heads
+    if not _model_class(config)._supports_sdpa: attention += 8*heads*length # scores
+    norms = dict(eager=12*hidden, compiled=4*hidden, fast=4*hidden+8)
+    gated = dict(eager=8*mlp, compiled=4*mlp, fast=4*mlp)
+    one_each = 2*lora_r*n_adapted/c.num_hidden_layers
+    lora = dict(eager=one_each, compiled=one_each, fast=18*lora_r)
+    return {k:norms[k]+attention+gated[k]+lora[k] for k in norms}
+
+def _activation_bytes(
+    config, # Of the base model
+    kept:dict, # From `_kept_bytes`
+    way:str, # `eager`, `compiled` or `fast`
+    gradient_checkpointing:bool, # Recompute whole layers
+)->float: # Bytes that autograd keeps of a token in all layers
+    c = config.get_text_config()
+    if not gradient_checkpointing: return kept[way]*c.num_hidden_layers
+    mlp_gradients = 2*c.intermediate_size + 4*c.hidden_size
+    again = kept['fast']+mlp_gradients if way=='fast' else kept['eager']
+    return again + 2*c.hidden_size*c.num_hidden_layers
+
+def _head_bytes(
+    config, # Of the base model
+    tokens:int, # Of a micro-batch
+    supervised:float, # Share of them that the loss looks at
+    fast:bool, # Are the layers `fast`'s? Theirs need less than the head
+)->float: # Most bytes at the turn from forward to backward
+    c,looked_at = config.get_text_config(),supervised*tokens
+    fp32_and_bf16 = 4+2
+    logits = fp32_and_bf16*min(looked_at*c.vocab_size, HEAD_LOGITS)
+    hidden = looked_at*4*c.hidden_size
+    mlp_gradients = 0 if fast else tokens*10*c.intermediate_size
+    return max(logits+hidden, mlp_gradients)
 
 def memory_plan(
     config, # Of the base model, from `AutoConfig`
@@ -2330,30 +2724,23 @@ def memory_plan(
     shards:int=1, # Ranks that share the layers, by FSDP
 )->dict: # GiB: `load`, `adapter`, `activations`, `head_peak`, `peak`; without CUDA's own half GiB
     "Predict the memory of a GPU in training."
-    import torch
-    c,m = config.get_text_config(),_bare_model(config)
-    linear = language_layers(m)
-    known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(resolve_targets(m, tuple(lora_target_modules)))
+    m = _bare_model(config)
+    linear,targets = language_layers(m),resolve_targets(m, tuple(lora_target_modules))
+    known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(targets)
     fast = load_in_4bit and not lora_dropout and shards==1 and known
-    four = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
-    layers = four*(1/2/shards + (1/c.num_hidden_layers if shards>1 else 0)) # its own part, and two layers that are together at a time
-    load = layers + four*(1/64+4/64/256+4/64*fast) + 2*(sum(p.numel() for p in m.parameters())-four)
-    names = resolve_targets(m, tuple(lora_target_modules))
-    targets = [l for n,l in linear.items() if n.split('.')[-1] in names]
-    adapter = lora_r*sum(l.in_features+l.out_features for l in targets)*(4+4+2+(2 if '8bit' in optim else 8))/shards
-    h,f,n_layers,heads = c.hidden_size,c.intermediate_size,c.num_hidden_layers,c.num_attention_heads
-    attention = 4*(heads+c.num_key_value_heads)*(getattr(c, 'head_dim', None) or h//heads) + 4*heads
-    if not _model_class(config)._supports_sdpa: attention += 8*heads*max_length # scores, as transformers' plainest attention keeps them
-    ours = 4*h + attention + 4*f + 18*lora_r + 8
-    lora = 2*lora_r*len(targets)/n_layers
-    eager,compiled = 12*h+attention+8*f+lora, 4*h+attention+4*f+lora
+    other = 'compiled' if torch_compile and shards==1 else 'eager'
+    weights = sum(p.numel() for p in m.parameters())
+    n_4bit = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
+    adapted = [l for n,l in linear.items() if n.split('.')[-1] in targets]
+    n_lora = lora_r*sum(l.in_features+l.out_features for l in adapted)
     tokens = per_device_train_batch_size*max_length
-    kept,again = (ours, ours+2*f+4*h) if fast else (compiled if torch_compile and shards==1 else eager, eager)
-    acts = tokens*(again+2*h*n_layers if gradient_checkpointing else kept*n_layers)
-    sup = supervised*tokens
-    head_peak = max((4+2)*min(sup*c.vocab_size,HEAD_LOGITS) + sup*4*h, 0 if fast else tokens*10*f)
-    gib = dict(load=load, adapter=adapter, activations=acts, head_peak=head_peak, peak=load+adapter+acts+head_peak)
-    return {k:v/2**30 for k,v in gib.items()}
+    kept = _kept_bytes(config, max_length, lora_r, len(adapted))
+    parts = dict(
+        load=_load_bytes(n_4bit, weights-n_4bit, config.get_text_config().num_hidden_layers, fast, shards),
+        adapter=_adapter_bytes(n_lora, optim, shards),
+        activations=tokens*_activation_bytes(config, kept, 'fast' if fast else other, gradient_checkpointing),
+        head_peak=_head_bytes(config, tokens, supervised, fast))
+    return {k:v/2**30 for k,v in [*parts.items(), ('peak', sum(parts.values()))]}
 
 # ------------------------------------------------------------------------------
 # train: Every option of a run, packed sequences in a computable order, and TRL's `SFTTrainer`
@@ -4556,16 +4943,11 @@ def read_samples(
 class Ranks:
     "The processes of a job: which of them this is, and what they tell each other."
     def __init__(self):
-        self.rank,self.world_size,self.local,self.n_local = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1), ('LOCAL_RANK',0), ('LOCAL_WORLD_SIZE',1))) # as torchrun sets them
+        def told(name, alone): return int(os.environ.get(name, alone)) # as torchrun sets it
+        self.rank,self.world_size = told('RANK', 0),told('WORLD_SIZE', 1)
+        self.local,self.n_local = told('LOCAL_RANK', 0),told('LOCAL_WORLD_SIZE', 1)
         self.is_main = self.rank==0
         if self.world_size>1: self.connect()
-
-    @contextmanager
-    def main_first(self):
-        "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
-        if self.local: self.barrier()
-        yield
-        if not self.local: self.barrier()
 
 @patch
 def connect(self:Ranks):
@@ -4618,6 +5000,14 @@ def barrier(self:Ranks):
     dist.barrier(group=self.group)
 
 @patch
+@contextmanager
+def main_first(self:Ranks):
+    "The first rank of each machine goes ahead: what it downloads and prepares, the others find there."
+    if self.local: self.barrier()
+    yield
+    if not self.local: self.barrier()
+
+@patch
 def share_folder(self:Ranks,
     folder:Path, # Of rank 0; None for none
 ):
@@ -4636,13 +5026,15 @@ def lost_rank(
 )->bool: # Is it the end of another one that it has noticed?
     "Tell a cause from its consequence."
     import torch.distributed as dist
-    return isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and bool(re.search('gloo|NCCL|Connection (closed|reset) by peer', str(e)))
+    if isinstance(e, dist.DistError): return True
+    return isinstance(e, RuntimeError) and bool(re.search('gloo|NCCL|Connection (closed|reset) by peer', str(e)))
 
 def report_error(
     text:str, # One line
 ):
     "An error's line: to the log, or to the launcher that waits for it."
-    if f := os.environ.get('TORCHELASTIC_ERROR_FILE'): Path(f).write_text(json.dumps(dict(message=text, timestamp=int(time.time()))))
+    if f := os.environ.get('TORCHELASTIC_ERROR_FILE'):
+        Path(f).write_text(json.dumps(dict(message=text, timestamp=int(time.time()))))
     else: log.error(f"error: {text}")
 
 def explain_ranks(
@@ -4651,7 +5043,9 @@ def explain_ranks(
     "One line for what ended a job of several ranks."
     rank,f = min(failures.items(), key=lambda o: (LOST in o[1].message, o[1].timestamp))
     if f.exitcode>1: return f.exitcode # not an error: stopped, with a checkpoint
-    if f.exitcode<0: why = f"rank {rank} was ended by {f.signal_name()}" + " (out of memory?)"*(f.exitcode==-signal.SIGKILL) + ": run the same command again to continue"
+    if f.exitcode<0:
+        memory = " (out of memory?)"*(f.exitcode==-signal.SIGKILL)
+        why = f"rank {rank} was ended by {f.signal_name()}{memory}: run the same command again to continue"
     elif 'traceback' in f.message: why = f"rank {rank} failed: its traceback is above"
     else: why = f.message
     log.error(f"error: {why}")
@@ -4663,28 +5057,6 @@ def needs_launch()->bool: # Is this the process that must start the ranks?
     import torch
     os.environ.setdefault('PET_NPROC_PER_NODE', str(max(torch.cuda.device_count(), 1)))
     return (os.environ['PET_NPROC_PER_NODE'], os.environ.get('PET_NNODES', '1')) != ('1','1')
-
-def launch_ranks()->int: # Exit code
-    "Start this script again, once for each GPU, and wait for the end of all."
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
-    import psutil
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-    for part in ('multiprocessing.api','agent.server.api'): logging.getLogger(f'torch.distributed.elastic.{part}').setLevel(logging.CRITICAL) # we say it in one line
-    told = []
-    def pass_on(sig, frame):
-        told.append(sig)
-        ranks = psutil.Process().children()
-        for p in ranks: p.send_signal(sig)
-        if not ranks: raise Stopped
-    signal.signal(signal.SIGTERM, pass_on)
-    try: run(parse_args(['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', *machine_flags(), *sys.argv]))
-    except ChildFailedError as e:
-        if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
-        return explain_ranks(e.failures)
-    except SignalException as e: raise UserError("this job", f"ended by {e.sigval.name}", "run the same command again to continue") from None
-    return 0
 
 def group_addresses(
     host:str, # Name that stands for every machine
@@ -4710,14 +5082,44 @@ def machine_flags(
     n = os.environ.get('PET_NNODES', '' if host else '1')
     if n=='1': return ['--standalone']
     if not host: return [] # whoever has other machines says where they meet
-    if not n.isdigit(): raise UserError("PET_NNODES", f"must be the number of jobs in the network group {host}, got {n!r}", "pass it to each of them")
+    if not n.isdigit():
+        raise UserError("PET_NNODES", f"must be the number of jobs in the network group {host}, got {n!r}",
+                        "pass it to each of them")
     end = time.monotonic()+patience
     while len(there := group_addresses(host))<int(n):
-        if time.monotonic()>end: raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}", f"{len(there)} of {n} machines are there after {patience:.0f} s", "start the others, or correct PET_NNODES")
+        if time.monotonic()>end:
+            raise UserError(f"HF_NETWORK_GROUP_HOSTNAME {host}",
+                            f"{len(there)} of {n} machines are there after {patience:.0f} s",
+                            "start the others, or correct PET_NNODES")
         time.sleep(1)
     here,port = own_address(there[0]),os.environ.get('MASTER_PORT', '29400')
     log.info(f"{n} machines in {host}: they meet at {there[0]}, this is {here}")
-    return ['--rdzv-backend=c10d', f'--rdzv-endpoint={there[0]}:{port}', f'--rdzv-id={host}', f'--rdzv-conf=is_host={int(here==there[0])}', f'--local-addr={here}']
+    meet = ['--rdzv-backend=c10d', f'--rdzv-endpoint={there[0]}:{port}', f'--rdzv-id={host}']
+    return [*meet, f'--rdzv-conf=is_host={int(here==there[0])}', f'--local-addr={here}']
+
+def launch_ranks()->int: # Exit code
+    "Start this script again, once for each GPU, and wait for the end of all."
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+    for part in ('multiprocessing.api','agent.server.api'): # we say it in one line
+        logging.getLogger(f'torch.distributed.elastic.{part}').setLevel(logging.CRITICAL)
+    told = []
+    def pass_on(sig, frame):
+        told.append(sig)
+        ranks = psutil.Process().children()
+        for p in ranks: p.send_signal(sig)
+        if not ranks: raise Stopped
+    signal.signal(signal.SIGTERM, pass_on)
+    try: run(parse_args(['--signals-to-handle=SIGINT,SIGHUP,SIGQUIT', *machine_flags(), *sys.argv]))
+    except ChildFailedError as e:
+        if told and all(f.exitcode==-signal.SIGTERM for f in e.failures.values()): raise Stopped # they had only begun
+        return explain_ranks(e.failures)
+    except SignalException as e:
+        raise UserError("this job", f"ended by {e.sigval.name}", "run the same command again to continue") from None
+    return 0
 
 # ------------------------------------------------------------------------------
 # parallel.shard: FSDP2: shard a model that is too large for one GPU
@@ -4733,11 +5135,12 @@ def prepare_sharding(
     device, # This rank's
     model, # From `add_lora`
 ):
-    "To be done before the trainer is made."
+    "Put embedding and head on the device, before the trainer is made."
     for m in (model.get_input_embeddings(), model.get_output_embeddings()): m.to(device)
     if device.type=='cpu': _shard_on_cpu(model)
 
-def _shard_on_cpu(model): # for rehearsals: accelerate shards over GPUs only, and bitsandbytes repacks weights in eval mode
+def _shard_on_cpu(model):
+    "For rehearsals: accelerate shards over GPUs only, and bitsandbytes repacks weights in eval mode."
     from accelerate.state import DistributedType, PartialState
     PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
     for m in model.modules():
@@ -4755,7 +5158,8 @@ def whole_adapter(
 )->dict: # Name → tensor; None for a model that isn't sharded, which can be saved as it is
     "The adapter of a sharded model."
     from torch.distributed.fsdp import FSDPModule
-    if isinstance(model, FSDPModule): return {n:whole_tensor(p.detach()) for n,p in model.named_parameters() if p.requires_grad}
+    if not isinstance(model, FSDPModule): return None
+    return {n:whole_tensor(p.detach()) for n,p in model.named_parameters() if p.requires_grad}
 
 def own_part(
     t, # A tensor
@@ -4764,43 +5168,30 @@ def own_part(
     from torch.distributed.tensor import DTensor
     return t.to_local() if isinstance(t, DTensor) else t
 
+class _Sharded:
+    "A trainer's methods for a model that is sharded: it gathers what it saves, and cuts what it loads."
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        "Read the adapter before the model is sharded, then train."
+        import torch
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+        logging.getLogger('torch.distributed.fsdp.fully_shard').setLevel(logging.ERROR)
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        plugin.ignored_modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        if resume_from_checkpoint: super()._load_from_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self, *args): "It has been, before the model was sharded."
+
+    def compute_loss_context_manager(self):
+        "Autocast around the whole loss."
+        return self.accelerator.autocast()
+
 def sharded_trainer(
     Trainer, # Of `train`
 ): # Its subclass for a model that is sharded
     "A trainer whose checkpoints are those of one process."
-    import torch
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-    from torch.distributed.tensor import distribute_tensor
-    from torch.utils._pytree import tree_map
-    class ShardedTrainer(Trainer):
-        "Gathers what it saves, and cuts what it loads."
-        def train(self, resume_from_checkpoint=None, **kwargs):
-            logging.getLogger('torch.distributed.fsdp.fully_shard').setLevel(logging.ERROR) # it warns of a head that doesn't run, and so gathers nothing; there is nothing to gather
-            plugin = self.accelerator.state.fsdp_plugin
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-            plugin.ignored_modules = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
-            if resume_from_checkpoint: super()._load_from_checkpoint(resume_from_checkpoint)
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-        def _load_from_checkpoint(self, *args): "It has been, before the model was sharded."
-
-        def compute_loss_context_manager(self): return self.accelerator.autocast() # which accelerate puts around a model's forward, but not around one that it shards
-
-        def save_model(self, output_dir=None, _internal_call=False): self._save(output_dir, state_dict=whole_adapter(self.model))
-
-        def _save_optimizer_and_scheduler(self, output_dir):
-            states = dict(optimizer=tree_map(whole_tensor, self.optimizer.state_dict()), scheduler=self.lr_scheduler.state_dict())
-            if self.args.should_save: self.write_later(output_dir, states)
-
-        def _load_optimizer_and_scheduler(self, checkpoint):
-            if not checkpoint: return
-            saved = {k:torch.load(f'{checkpoint}/{k}.pt', map_location='cpu', weights_only=True) for k in ('optimizer','scheduler')}
-            params = [p for g in self.optimizer.param_groups for p in g['params']]
-            for i,state in saved['optimizer']['state'].items():
-                cut = lambda t: distribute_tensor(t.to(self.args.device), params[i].device_mesh, params[i].placements) if t.shape else t
-                saved['optimizer']['state'][i] = {k:cut(t) for k,t in state.items()}
-            self.optimizer.load_state_dict(saved['optimizer']); self.lr_scheduler.load_state_dict(saved['scheduler'])
-    return ShardedTrainer
+    return type('ShardedTrainer', (_Sharded, Trainer), {})
 
 def check_sharded(
     model, # As it is about to be trained
@@ -4809,17 +5200,26 @@ def check_sharded(
     "Every 4-bit weight, and the adapter, must be in parts."
     params = [p for layer in model.get_base_model().get_decoder().layers for p in layer.parameters()]
     whole = [p for p in params if not hasattr(p, 'placements')]
-    if whole: raise UserError("FSDP", f"{len(whole)} of {len(params)} tensors of the layers are not sharded", "the base must be loaded with `shard=True`, and trained by `make_trainer`")
+    if whole: raise UserError("FSDP", f"{len(whole)} of {len(params)} tensors of the layers are not sharded",
+                              "the base must be loaded with `shard=True`, and trained by `make_trainer`")
     here,all_ = (sum(p.nbytes for p in ps)/2**20 for ps in (map(own_part, params), params))
-    return f"layers are sharded over {ranks} rank{'s'*(ranks>1)}: {here:,.1f} of {all_:,.1f} MiB on this one, embedding and head whole on each" 
+    over = f"{ranks} rank{'s'*(ranks>1)}"
+    held = f"{here:,.1f} of {all_:,.1f} MiB on this one"
+    return f"layers are sharded over {over}: {held}, embedding and head whole on each"
 
 # ------------------------------------------------------------------------------
 # fast.layers: LoRA fused into the base matmul, CUDA graphs, and a loss on supervised tokens only
 # ------------------------------------------------------------------------------
 
-def _mm32(a, b):
-    import torch
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float()@b.float()
+def _join_weights(
+    weights:list, # 4-bit weights, each with its `quant_state`; they become views of what is returned
+)->tuple: # The bytes of all, and their scales, fp32
+    "Lay 4-bit weights under one another, in one place only."
+    import torch, bitsandbytes.functional as F
+    packed = torch.cat([w.data.flatten() for w in weights])
+    for w,p in zip(weights, packed.split([w.numel() for w in weights])): w.data = p.view(w.shape)
+    def scales(s): return (F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax
+    return packed,torch.cat([scales(w.quant_state) for w in weights])
 
 class LoraGroup:
     "Adapted 4-bit projections that read the same input, as one."
@@ -4827,34 +5227,35 @@ class LoraGroup:
         mods:list, # PEFT's `Linear4bit` modules, in the order of their outputs
         norm=None, # Module through which they read; None for none
     ):
-        import torch, bitsandbytes.functional as F
+        import torch
         weights = [m.base_layer.weight for m in mods]
-        states = [w.quant_state for w in weights]
-        self.packed,self.code,self.kept = torch.cat([w.data.flatten() for w in weights]),states[0].code,None
-        for w,p in zip(weights, self.packed.split([w.numel() for w in weights])): w.data = p.view(w.shape) # they lie in one place only
-        self.absmax = torch.cat([(F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax for s in states])
+        self.packed,self.absmax = _join_weights(weights)
+        self.code,self.kept = weights[0].quant_state.code,None
         self.width,self.sizes = mods[0].in_features,[m.out_features for m in mods]
         self.ends = [sum(self.sizes[:i+1]) for i in range(len(mods)-1)]
         self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
         self.ranks = pow2(self.rank*len(mods)) # columns for all of them
         self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
-        self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of a row of `lora_A`'s gradients
+        self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of `lora_A`'s gradients, a row
         if norm is not None: self.factor *= norm.weight.detach()
         rest = self.ranks-self.rank*len(mods)
-        self.blank = [torch.zeros(rest, self.width, device=self.code.device)]*(rest>0) # none empty: one empty tensor, and `cat` is four times slower
+        blank = torch.zeros(rest, self.width, device=self.code.device)
+        self.blank = [blank] if rest else [] # with an empty tensor among them, `cat` is four times slower
 
-    def room(self,
-        rows:int, # Of the input
-    ): # Uninitialised, (rows, width+ranks)
-        "A buffer for an input and what `lora_A` makes of it."
-        import torch
-        return torch.empty(rows, self.width+self.ranks, dtype=torch.bfloat16, device=self.code.device)
+@patch
+def room(self:LoraGroup,
+    rows:int, # Of the input
+): # Uninitialised, (rows, width+ranks)
+    "A buffer for an input and what `lora_A` makes of it."
+    import torch
+    return torch.empty(rows, self.width+self.ranks, dtype=torch.bfloat16, device=self.code.device)
 
 @patch
 def weight(self:LoraGroup): # (outputs, width+ranks), bf16
     "Weights, with `lora_B` beside them."
     if self.kept is not None: return self.kept
-    return unpack(self.packed, self.absmax, self.code, self.b, self.ends, self.b.new_empty(sum(self.sizes), self.width+self.ranks))
+    out = self.b.new_empty(sum(self.sizes), self.width+self.ranks)
+    return unpack(self.packed, self.absmax, self.code, self.b, self.ends, out)
 
 @patch
 def forward(self:LoraGroup,
@@ -4866,7 +5267,7 @@ def forward(self:LoraGroup,
     x[:,self.width:] = xa
     return torch.mm(x, self.weight().t()),xa
 
-FEW_ROWS = 6144 # up to here two products are faster: 4,096 rows take 211 µs on an H200 instead of 243, 8,192 take 440 instead of 431
+FEW_ROWS = 6144 # up to here two products are faster
 
 @patch
 def back(self:LoraGroup,
@@ -4880,6 +5281,11 @@ def back(self:LoraGroup,
     d = dy.new_empty(len(dy), w.shape[1])
     for c in (slice(self.width), slice(self.width, None)): torch.mm(dy, w[:,c], out=d[:,c])
     return d
+
+def _mm32(a, b):
+    "The product of two bf16 matrices, in fp32."
+    import torch
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float()@b.float()
 
 @patch
 def grad_b(self:LoraGroup,
@@ -4898,16 +5304,20 @@ def grad_a(self:LoraGroup,
     return list(_mm32(dxa.t(), x)[:self.rank*len(self.sizes)].split(self.rank))
 
 def _nll(z, targets, dtype):
+    "Negative log-likelihoods, and the gradient of their sum: by `nll_rows`, or without a GPU by torch."
     import torch
     if z.is_cuda: return nll_rows(z, targets, dtype)
     p = z.log_softmax(-1)
-    return -p.gather(1, targets[:,None])[:,0],(p.exp()-torch.nn.functional.one_hot(targets, z.shape[1])).to(dtype)
+    dz = p.exp()-torch.nn.functional.one_hot(targets, z.shape[1])
+    return -p.gather(1, targets[:,None])[:,0],dz.to(dtype)
 
 @functools.cache
 def _head_loss():
+    "Autograd's function for `supervised_nll`."
     import torch
 
     class HeadLoss(torch.autograd.Function):
+        "Loss and gradient in one go."
         @staticmethod
         def forward(ctx, h, weight, targets):
             nll,dh = h.new_zeros((), dtype=torch.float32),torch.empty_like(h)
@@ -4919,8 +5329,11 @@ def _head_loss():
                 if ctx.needs_input_grad[0]: torch.mm(dz, weight, out=d)
             ctx.save_for_backward(dh)
             return nll
+
         @staticmethod
-        def backward(ctx, g): return (ctx.saved_tensors[0].float()*g).to(ctx.saved_tensors[0].dtype), None, None
+        def backward(ctx, g):
+            dh, = ctx.saved_tensors
+            return (dh.float()*g).to(dh.dtype),None,None
     return HeadLoss
 
 def supervised_nll(
@@ -4942,58 +5355,8 @@ class FastLayer:
         self.qkv,self.o = LoraGroup([at.q_proj,at.k_proj,at.v_proj], self.norm1),LoraGroup([at.o_proj])
         self.gu,self.down = LoraGroup([mlp.gate_proj,mlp.up_proj], self.norm2),LoraGroup([mlp.down_proj])
         self.groups = [self.qkv, self.o, self.gu, self.down]
-        self.heads,self.scale = (self.qkv.sizes[0]//at.head_dim, self.qkv.sizes[1]//at.head_dim, at.head_dim),scale
-
-@patch
-def forward(self:FastLayer,
-    h, # Residual stream, (tokens, hidden)
-    y, # What the layer before adds to it; None for nothing
-    turn:tuple, # As for `rope`
-    tiles, # As for `attend`
-    keep=None, # Rows that go on after attention, filled up with len(h) for none; None for all
-)->tuple: # Residual stream, what this layer adds to it, and what `backward` needs
-    "Through attention and the MLP."
-    x = self.qkv.room(len(h))
-    h,rms1 = add_norm(h, y, self.norm1, x)
-    qkv,xa1 = self.qkv.forward(x)
-    rope(qkv, turn, self.heads)
-    o = self.o.room(len(h))
-    lse = attend(qkv, o, tiles, self.heads, self.scale)
-    on,on_o = (h,o) if keep is None else (t.index_select(0, keep.clamp(max=len(h)-1)) for t in (h,o))
-    y,xa2 = self.o.forward(on_o)
-    x = self.gu.room(len(y))
-    on,rms2 = add_norm(on, y, self.norm2, x)
-    gu,xa3 = self.gu.forward(x)
-    x = self.down.room(len(y))
-    swiglu(gu, x)
-    y,xa4 = self.down.forward(x)
-    return on,y,(h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4)
-
-@patch
-def backward(self:FastLayer,
-    saved:tuple, # From `forward`; used up
-    dh, # Gradient of the residual stream after the layer
-    turn:tuple, # As in `forward`
-    tiles, # As in `forward`
-    keep=None, # As in `forward`
-    first:bool=False, # Does nothing below it learn?
-)->tuple: # Gradient of the residual stream before the layer, and those of the groups' `lora_A`, yet to be scaled, and `lora_B`
-    "Back through the MLP and attention."
-    h,rms1,xa1,qkv,o,on_o,xa2,lse,on,rms2,xa3,gu,xa4 = saved
-    d,b4 = self.down.back(dh),self.down.grad_b(dh, xa4)
-    a4,*b3 = swiglu_back(gu, d, self.down.a, xa3, self.down.rank)
-    d = self.gu.back(gu)
-    dh,z = norm_back(on, rms2, self.norm2, d, self.gu.a, xa3, dh)
-    a3 = self.gu.grad_a(z, on)
-    d,b2,w = self.o.back(dh),self.o.grad_b(dh, xa2),self.o.width
-    a2 = self.o.grad_a(d[:,w:], on_o[:,:w])
-    if keep is not None: dh,d = (x.new_zeros(len(h)+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d)) # all that fills up falls on one row more
-    dqkv = attend_bwd(qkv, o, lse, d, self.o.a, turn, tiles, self.heads, self.scale)
-    b1,w = self.qkv.grad_b(dqkv, xa1),self.qkv.width
-    if first: z = (dqkv@self.qkv.weight()[:,w:])*rms1[:,None].to(h.dtype)
-    else: dh,z = norm_back(h, rms1, self.norm1, self.qkv.back(dqkv, len(dqkv)<=FEW_ROWS), self.qkv.a, xa1, dh)
-    a1 = self.qkv.grad_a(z, h)
-    return dh,[*a1, *a2, *a3, a4],[*b1, *b2, *b3, *b4]
+        self.heads = self.qkv.sizes[0]//at.head_dim,self.qkv.sizes[1]//at.head_dim,at.head_dim
+        self.scale = scale
 
 class Stack:
     "All layers of a decoder."
@@ -5002,38 +5365,107 @@ class Stack:
     ):
         import torch
         scale = decoder.layers[0].self_attn.scaling
-        self.layers,self.norm,self.rotary,self.checkpoint = [FastLayer(l, scale) for l in decoder.layers],decoder.norm,decoder.rotary_emb,False
-        self.passes,self.replays,self.kept = {},{},[] # the last from `keep_weights`: each kind of group's, of all layers
+        self.layers = [FastLayer(l, scale) for l in decoder.layers]
+        self.norm,self.rotary = decoder.norm,decoder.rotary_emb
+        self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
+        self.checkpoint = False # recompute each layer in the backward pass
+        self.passes,self.replays = {},{} # how often a shape of batch was seen, and its `Replay`
+        self.kept = [] # the weights from `keep_weights`: each kind of group's, of all layers
         self.groups = [g for l in self.layers for g in l.groups]
         self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
         self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
-        self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
 
-    def turn(self,
-        h, # Embedded tokens, (rows, tokens, hidden)
-        position_ids, # Each document's from 0, (rows, tokens)
-    )->tuple: # As for `rope`
-        "How queries and keys are turned, and queries scaled."
-        import torch
-        cos,sin = (t.flatten(0,1).contiguous() for t in self.rotary(h, position_ids))
-        scale,beta = torch.ones(len(cos), device=h.device),self.rope.get('llama_4_scaling_beta')
-        if beta: scale += beta*torch.log1p(torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])) # transformers' get_llama_4_attn_scale
-        return cos,sin,scale
+@patch
+def cast_adapter(self:Stack):
+    "The adapter in bf16, scaled."
+    import torch
+    a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
+    b = torch.cat([p.detach().flatten() for g in self.groups for p in g.lora_b])
+    a,b = a.to(torch.bfloat16),b.to(torch.bfloat16)
+    parts_a = a.split([g.ranks*g.width for g in self.groups])
+    parts_b = b.split([sum(g.sizes)*g.rank for g in self.groups])
+    for g,x,y in zip(self.groups, parts_a, parts_b): g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
+    if self.kept: self.renew_kept(b.view(len(self.layers), -1))
 
-    def cast_adapter(self):
-        "The adapter in bf16, scaled."
-        import torch
-        a = torch.cat([p.detach().flatten() for g in self.groups for p in (*g.lora_a, *g.blank)])*self.groups[0].scaling
-        b = torch.cat([p.detach().flatten() for g in self.groups for p in g.lora_b])
-        a,b = a.to(torch.bfloat16),b.to(torch.bfloat16)
-        for g,x,y in zip(self.groups, a.split([g.ranks*g.width for g in self.groups]), b.split([sum(g.sizes)*g.rank for g in self.groups])):
-            g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
-        b,at = b.view(len(self.layers), -1),0
-        for kept,g in zip(self.kept, self.layers[0].groups):
-            for i,w in enumerate(kept.split(g.sizes, 1)): # a projection of every layer, (layers, outputs, width+ranks)
-                c,n = g.width+i*g.rank,w.shape[1]*g.rank
-                w[:,:,c:c+g.rank] = b[:,at:at+n].view(len(w), -1, g.rank)
-                at += n
+@patch
+def turn(self:Stack,
+    h, # Embedded tokens, (rows, tokens, hidden)
+    position_ids, # Each document's from 0, (rows, tokens)
+)->tuple: # As for `rope`
+    "How queries and keys are turned, and queries scaled."
+    import torch
+    cos,sin = (t.flatten(0,1).contiguous() for t in self.rotary(h, position_ids))
+    scale,beta = torch.ones(len(cos), device=h.device),self.rope.get('llama_4_scaling_beta')
+    if beta: # transformers' get_llama_4_attn_scale
+        contexts = torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])
+        scale += beta*torch.log1p(contexts)
+    return cos,sin,scale
+
+class SavedAttention(NamedTuple):
+    "What attention's backward pass needs of its forward pass, by token but for the last two."
+    h:object # Residual stream that came in
+    rms:object # One over its RMS
+    xa:object # What `lora_A` of queries, keys and values made
+    qkv:object # Queries, keys and values, the first two turned
+    lse:object # Second output of `attend`
+    o:object # Its first, (tokens, width+ranks)
+    kept:object # The rows of `o` that go on
+    xa_o:object # What `lora_A` of the output projection made of them
+
+class SavedMLP(NamedTuple):
+    "What the MLP's backward pass needs of its forward pass, by row."
+    h:object # Residual stream that came in
+    rms:object # One over its RMS
+    xa:object # What `lora_A` of gate and up made
+    gu:object # Gate and up; they become their gradients
+    xa_down:object # What `lora_A` of the down projection made
+
+@patch
+def attention(self:FastLayer,
+    h, # Residual stream, (tokens, hidden)
+    y, # What the layer before adds to it; None for nothing
+    turn:tuple, # As for `rope`
+    tiles, # As for `attend`
+    keep=None, # Rows that go on, filled up with len(h) for none; None for all
+)->tuple: # Residual stream of those rows, what attention adds to it, and a `SavedAttention`
+    "Through the first half of the layer."
+    x = self.qkv.room(len(h))
+    h,rms = add_norm(h, y, self.norm1, x)
+    qkv,xa = self.qkv.forward(x)
+    rope(qkv, turn, self.heads)
+    o = self.o.room(len(h))
+    lse = attend(qkv, o, tiles, self.heads, self.scale)
+    on,kept = h,o
+    if keep is not None: on,kept = (t.index_select(0, keep.clamp(max=len(h)-1)) for t in (h,o))
+    y,xa_o = self.o.forward(kept)
+    return on,y,SavedAttention(h, rms, xa, qkv, lse, o, kept, xa_o)
+
+@patch
+def mlp(self:FastLayer,
+    h, # Residual stream, (rows, hidden)
+    y, # What attention adds to it
+)->tuple: # Residual stream, what the MLP adds to it, and a `SavedMLP`
+    "Through the second half of the layer."
+    x = self.gu.room(len(y))
+    h,rms = add_norm(h, y, self.norm2, x)
+    gu,xa = self.gu.forward(x)
+    x = self.down.room(len(y))
+    swiglu(gu, x)
+    y,xa_down = self.down.forward(x)
+    return h,y,SavedMLP(h, rms, xa, gu, xa_down)
+
+@patch
+def forward(self:FastLayer,
+    h, # Residual stream, (tokens, hidden)
+    y, # What the layer before adds to it; None for nothing
+    turn:tuple, # As for `rope`
+    tiles, # As for `attend`
+    keep=None, # As for `attention`
+)->tuple: # Residual stream, what this layer adds to it, and what `backward` needs
+    "Through attention and the MLP."
+    h,y,attention = self.attention(h, y, turn, tiles, keep)
+    h,y,mlp = self.mlp(h, y)
+    return h,y,(attention,mlp)
 
 @patch
 def forward(self:Stack,
@@ -5048,9 +5480,56 @@ def forward(self:Stack,
     y,saved = None,[]
     for l in self.layers:
         h,y,s = l.forward(h, y, (cos,sin,scale), tiles, keep if l is self.layers[-1] else None)
-        saved.append(s[0] if self.checkpoint else s)
+        saved.append(s[0].h if self.checkpoint else s)
     x = torch.empty_like(h)
     return x,[*saved, add_norm(h, y, self.norm, x)]
+
+@patch
+def mlp_back(self:FastLayer,
+    s:SavedMLP, # From `mlp`; used up
+    dh, # Gradient of the residual stream after the layer
+)->tuple: # As from `backward`, of the MLP
+    "Back through the MLP."
+    d,b_down = self.down.back(dh),self.down.grad_b(dh, s.xa_down)
+    a_down,*b_gu = swiglu_back(s.gu, d, self.down.a, s.xa, self.down.rank)
+    d = self.gu.back(s.gu)
+    dh,z = norm_back(s.h, s.rms, self.norm2, d, self.gu.a, s.xa, dh)
+    return dh,[*self.gu.grad_a(z, s.h), a_down],[*b_gu, *b_down]
+
+@patch
+def attention_back(self:FastLayer,
+    s:SavedAttention, # From `attention`; used up
+    dh, # Gradient of the residual stream between attention and MLP
+    turn:tuple, tiles, keep=None, # As in `attention`
+    first:bool=False, # Nothing below it learns
+)->tuple: # As from `backward`, of attention
+    "Back through attention."
+    w,n = self.o.width,len(s.h)
+    d,b_o = self.o.back(dh),self.o.grad_b(dh, s.xa_o)
+    a_o = self.o.grad_a(d[:,w:], s.kept[:,:w])
+    if keep is not None: dh,d = (x.new_zeros(n+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d))
+    dqkv = attend_bwd(s.qkv, s.o, s.lse, d, self.o.a, turn, tiles, self.heads, self.scale)
+    b_qkv = self.qkv.grad_b(dqkv, s.xa)
+    if first: z = (dqkv@self.qkv.weight()[:,self.qkv.width:])*s.rms[:,None].to(s.h.dtype)
+    else:
+        d = self.qkv.back(dqkv, n<=FEW_ROWS)
+        dh,z = norm_back(s.h, s.rms, self.norm1, d, self.qkv.a, s.xa, dh)
+    return dh,[*self.qkv.grad_a(z, s.h), *a_o],[*b_qkv, *b_o]
+
+@patch
+def backward(self:FastLayer,
+    saved:tuple, # From `forward`; used up
+    dh, # Gradient of the residual stream after the layer
+    turn:tuple, # As in `forward`
+    tiles, # As in `forward`
+    keep=None, # As in `forward`
+    first:bool=False, # Nothing below it learns
+)->tuple: # Gradient of the residual stream before it, those of `lora_A`, yet to be scaled, and those of `lora_B`
+    "Back through the MLP and attention."
+    attention,mlp = saved
+    dh,a_mlp,b_mlp = self.mlp_back(mlp, dh)
+    dh,a,b = self.attention_back(attention, dh, turn, tiles, keep, first)
+    return dh,a+a_mlp,b+b_mlp
 
 @patch
 def backward(self:Stack,
@@ -5060,8 +5539,11 @@ def backward(self:Stack,
 ): # Gradients of `params`, one after the other, fp32
     "Back through the last norm and all layers."
     import torch
-    (h,rms),none,grads_a,grads_b,turn = saved.pop(),dx.new_zeros(len(dx), 16),[],[],(cos,sin,scale)
-    dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), none.new_zeros(16, h.shape[1]), none, torch.zeros_like(h))
+    (h,rms),turn = saved.pop(),(cos,sin,scale)
+    none = dx.new_zeros(len(dx), 16)
+    no_a = none.new_zeros(16, h.shape[1]) # nothing was adapted here
+    dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), no_a, none, torch.zeros_like(h))
+    grads_a,grads_b = [],[]
     for l in reversed(self.layers):
         s,on = saved.pop(),keep if l is self.layers[-1] else None
         if self.checkpoint: s = l.forward(s, None, turn, tiles, on)[2]
@@ -5069,39 +5551,10 @@ def backward(self:Stack,
         grads_a,grads_b = a+grads_a,b+grads_b
     grads = self.factor.new_empty(sum(p.numel() for p in self.params))
     a,b = grads[:len(self.factor)],grads[len(self.factor):].view(-1, self.groups[0].rank)
-    torch.cat([g.flatten() for g in grads_a], out=a); torch.cat(grads_b, out=b) # the latter lie apart, and are read there
+    torch.cat([g.flatten() for g in grads_a], out=a)
+    torch.cat(grads_b, out=b) # they lie apart, and are read there
     a *= self.factor
     return grads
-
-@patch
-def __call__(self:Stack,
-    h, # Embedded tokens, (rows, tokens, hidden)
-    position_ids, # Each document's from 0, (rows, tokens)
-    tiles, # As in `forward`
-    keep, # As in `forward`
-): # What enters the head, with the adapter's gradients to come
-    "Let autograd pass."
-    import torch
-    with torch.autocast(h.device.type, enabled=False): return _through().apply(self, h.detach().flatten(0,1), *self.turn(h, position_ids), tiles, keep, *self.params)
-
-@functools.cache
-def _through():
-    import torch
-    from accelerate.utils import reduce
-    class Through(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, stack, *given):
-            ctx.rest = stack,given[:6],stack.replay(given[:6])
-            if ctx.rest[2]: return ctx.rest[2].forward(given[:6])
-            x,ctx.saved = stack.forward(*given[:6])
-            return x
-
-        @staticmethod
-        def backward(ctx, dx):
-            stack,given,replay = ctx.rest
-            grads = reduce(replay.backward(dx) if replay else stack.backward(ctx.saved, dx, *given[1:]), 'mean') # over ranks; a copy, since a recorded pass will write over its own
-            return None,*[None]*6,*(g.view(p.shape) for g,p in zip(grads.split([p.numel() for p in stack.params]), stack.params))
-    return Through
 
 class Replay:
     "A stack's passes over one shape of batch, recorded."
@@ -5113,9 +5566,11 @@ class Replay:
         torch.cuda.empty_cache() # what passes took until now goes to the recorded ones
         self.given,pool = [t.clone() for t in given],torch.cuda.graph_pool_handle()
         self.fwd_graph,self.bwd_graph = torch.cuda.CUDAGraph(),torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.fwd_graph, pool=pool, capture_error_mode='thread_local'): self.x,saved = stack.forward(*self.given)
+        with torch.cuda.graph(self.fwd_graph, pool=pool, capture_error_mode='thread_local'):
+            self.x,saved = stack.forward(*self.given)
         self.dx = torch.zeros_like(self.x)
-        with torch.cuda.graph(self.bwd_graph, pool=pool, capture_error_mode='thread_local'): self.grads = stack.backward(saved, self.dx, *self.given[1:])
+        with torch.cuda.graph(self.bwd_graph, pool=pool, capture_error_mode='thread_local'):
+            self.grads = stack.backward(saved, self.dx, *self.given[1:])
 
     def forward(self, given):
         "Forward, on these tensors."
@@ -5139,12 +5594,62 @@ def replay(self:Stack,
     if self.passes[shape]==4: self.replays[shape] = Replay(self, given)
     return self.replays.get(shape)
 
+@functools.cache
+def _through():
+    "Autograd's function for a `Stack`."
+    import torch
+    from accelerate.utils import reduce
+
+    class Through(torch.autograd.Function):
+        "A stack's passes, recorded where there is a recording."
+        @staticmethod
+        def forward(ctx, stack, h, cos, sin, scale, tiles, keep, *params):
+            given = h,cos,sin,scale,tiles,keep
+            ctx.stack,ctx.given,ctx.replay = stack,given,stack.replay(given)
+            if ctx.replay: return ctx.replay.forward(given)
+            x,ctx.saved = stack.forward(*given)
+            return x
+
+        @staticmethod
+        def backward(ctx, dx):
+            params = ctx.stack.params
+            if ctx.replay: grads = ctx.replay.backward(dx)
+            else: grads = ctx.stack.backward(ctx.saved, dx, *ctx.given[1:])
+            grads = reduce(grads, 'mean') # over ranks; a copy, since a recorded pass will write over its own
+            parts = grads.split([p.numel() for p in params])
+            return *[None]*7,*(g.view(p.shape) for g,p in zip(parts, params)) # none for what isn't a parameter
+    return Through
+
+@patch
+def __call__(self:Stack,
+    h, # Embedded tokens, (rows, tokens, hidden)
+    position_ids, # Each document's from 0, (rows, tokens)
+    tiles, # As in `forward`
+    keep, # As in `forward`
+): # What enters the head, with the adapter's gradients to come
+    "Let autograd pass."
+    import torch
+    given = h.detach().flatten(0,1),*self.turn(h, position_ids),tiles,keep
+    with torch.autocast(h.device.type, enabled=False): return _through().apply(self, *given, *self.params)
+
 PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
 
-def _other_blocks(weight): # `unpack` knows one layout, a byte for two weights and a scale for 64
+def _other_blocks(weight):
+    "Why `unpack` can't read a weight: it knows one layout, a byte for two weights and a scale for 64."
     q = weight.quant_state
     if q.blocksize!=64: return f"its NF4 has blocks of {q.blocksize} weights"
     if weight.element_size()!=1 or q.shape.numel()%64: return "its NF4 isn't in bytes and whole blocks of 64 weights"
+
+def _why_not_projections(mods):
+    "Why projections can't be a `LoraGroup`'s."
+    def in_nf4(w): return hasattr(w, 'quant_state') and w.quant_type=='nf4'
+    if not all(hasattr(m, 'lora_A') and in_nf4(m.base_layer.weight) for m in mods):
+        return "not every projection is in NF4 and adapted"
+    if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
+    if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
+    if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
+    dropouts = [m.lora_dropout.default for m in mods]
+    if any(d.p for d in dropouts if hasattr(d, 'p')): return "lora_dropout isn't 0"
 
 def why_not_fast(
     model, # From `add_lora`
@@ -5155,13 +5660,10 @@ def why_not_fast(
     kinds = {type(l).__name__ for l in layers}
     if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
     mods = [getattr(getattr(l, part), k) for l in layers for part,names in PROJECTIONS.items() for k in names]
-    if not all(hasattr(m, 'lora_A') and hasattr(m.base_layer.weight, 'quant_state') and m.base_layer.weight.quant_type=='nf4' for m in mods): return "not every projection is in NF4 and adapted"
-    if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
-    if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
-    if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
-    if any(m.lora_dropout.default.p for m in mods if hasattr(m.lora_dropout.default, 'p')): return "lora_dropout isn't 0"
+    if why := _why_not_projections(mods): return why
     if c.hidden_act!='silu': return f"its activation is {c.hidden_act}"
-    if (getattr(c, 'sliding_window', None) or max_length)<max_length: return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
+    if (getattr(c, 'sliding_window', None) or max_length)<max_length:
+        return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
     if c.attention_dropout: return f"its attention drops out weights ({c.attention_dropout})"
     d = layers[0].self_attn.head_dim
     if d!=pow2(d) or d>256: return f"its heads have {d} dimensions"
@@ -5186,7 +5688,20 @@ def card_room()->float: # GiB; without a GPU, no limit
     "What a run can have of this process's GPU: 6 % are left for fragments."
     import torch
     if not torch.cuda.is_available(): return float('inf')
-    return .94*torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory*torch.cuda.get_per_process_memory_fraction()/2**30
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return .94*total*torch.cuda.get_per_process_memory_fraction()/2**30
+
+@patch
+def renew_kept(self:Stack,
+    b, # `lora_B` of all groups, (layers, numbers), bf16
+):
+    "Put this pass's `lora_B` beside weights that stay unpacked, a projection's of every layer at once."
+    at = 0
+    for kept,g in zip(self.kept, self.layers[0].groups):
+        for i,w in enumerate(kept.split(g.sizes, 1)): # (layers, outputs, width+ranks)
+            c,n = g.width+i*g.rank,w.shape[1]*g.rank
+            w[:,:,c:c+g.rank] = b[:,at:at+n].view(len(w), -1, g.rank)
+            at += n
 
 def keep_weights(
     stack:Stack, # From `fast_layers`
@@ -5221,40 +5736,63 @@ def own_logits(
 
 def head_is_plain(
     model, # Causal language model, whose forward is its own
-)->bool:
+)->bool: # Logits of small and large rows are those of the product
     "Is a model's head one product, and nothing else?"
     import torch
     weight = model.get_output_embeddings().weight
-    rows = torch.linspace(-1, 1, weight.shape[1], device=weight.device).repeat(3, 1)*torch.tensor([[0.],[1.],[1000.]], device=weight.device)
-    with torch.no_grad(): logits,product = own_logits(model, model.forward, rows.to(weight.dtype)).float(),(rows.to(weight.dtype)@weight.t()).float()
+    sizes = torch.tensor([[0.],[1.],[1000.]], device=weight.device)
+    rows = torch.linspace(-1, 1, weight.shape[1], device=weight.device).repeat(3, 1)*sizes
+    rows = rows.to(weight.dtype)
+    with torch.no_grad(): logits,product = own_logits(model, model.forward, rows).float(),(rows@weight.t()).float()
     return torch.allclose(logits, product, rtol=.02, atol=1e-3*product[1].abs().max().item())
 
 def own_nll(
-    model, own, rows, targets, # As for `own_logits` and `supervised_nll`
+    model, own, rows, # As for `own_logits`
+    targets, # As for `supervised_nll`
 ): # As from `supervised_nll`
     "The same loss, by the model's own head."
     import torch
     from torch.utils.checkpoint import checkpoint
-    def part(h, y): return torch.nn.functional.cross_entropy(own_logits(model, own, h).float(), y, reduction='sum')
+    def part(h, y):
+        return torch.nn.functional.cross_entropy(own_logits(model, own, h).float(), y, reduction='sum')
     n = max(HEAD_LOGITS//model.get_output_embeddings().weight.shape[0], 1)
-    return sum((checkpoint(part, h, y, use_reentrant=False) for h,y in zip(rows.split(n), targets.split(n)) if len(y)), rows.float().sum()*0)
+    parts = (checkpoint(part, h, y, use_reentrant=False) for h,y in zip(rows.split(n), targets.split(n)) if len(y))
+    return sum(parts, rows.float().sum()*0)
 
 def add_supervised_head(
     model, # Causal language model, before or after an adapter was put on it
     stack=None, # From `fast_layers`
 ):
     "Let `model(…, supervised=positions, targets=tokens)` return `supervised_nll` of those positions."
-    own,plain = model.forward,head_is_plain(model)
-    if not plain: log.info(f"loss: by {type(model).__name__}'s own head, which does more than multiply (a cap, a scale or a bias); it is slower")
+    own,plain,name = model.forward,head_is_plain(model),type(model).__name__
+    if not plain:
+        log.info(f"loss: by {name}'s own head, which does more than multiply (a cap, a scale or a bias); it is slower")
     @functools.wraps(type(model).forward)
     def forward(self, *args, supervised=None, targets=None, tiles=None, keep=None, **kwargs):
         if supervised is None: return own(*args, **kwargs)
-        if stack and self.training: rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)[:len(targets)]
+        if stack and self.training:
+            rows = stack(self.get_input_embeddings()(kwargs['input_ids']), kwargs['position_ids'], tiles, keep)
+            rows = rows[:len(targets)]
         else: rows = self.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0,1)[supervised]
-        return supervised_nll(rows, self.get_output_embeddings().weight, targets) if plain else own_nll(self, own, rows, targets)
+        if not plain: return own_nll(self, own, rows, targets)
+        return supervised_nll(rows, self.get_output_embeddings().weight, targets)
     model.forward = MethodType(forward, model)
 
 PACKED_ERROR = .2 # of what enters the head, as a share of it; bf16 makes a few hundredths, and what is wrong about 1
+
+def _packed_rows(model, ids, sizes, stack):
+    "What enters the head of a row of documents, the way that training takes."
+    import torch
+    from itertools import accumulate
+    dev,decoder,given = ids.device,model.get_decoder(),{}
+    position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
+    if stack:
+        tiles = torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev)
+        return stack(model.get_input_embeddings()(ids), position, tiles, torch.arange(ids.shape[1], device=dev))
+    if model.config.get_text_config()._attn_implementation=='varlen':
+        begins = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=dev)
+        given = dict(cu_seq_lens_q=begins, max_length_q=max(sizes))
+    return decoder(input_ids=ids, position_ids=position, use_cache=False, **given).last_hidden_state[0]
 
 def packed_error(
     model, # Causal language model, with an adapter or without
@@ -5265,17 +5803,18 @@ def packed_error(
     "How far a packed row is from its documents alone."
     import torch
     from itertools import accumulate
-    begins,dev,cfg = list(accumulate(sizes, initial=0)),model.get_input_embeddings().weight.device,model.config.get_text_config()
-    ids = torch.randint(min(1000, cfg.vocab_size), (1,begins[-1]), generator=torch.Generator().manual_seed(0)).to(dev)
-    position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
+    begins,cfg = list(accumulate(sizes, initial=0)),model.config.get_text_config()
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(1000, cfg.vocab_size), (1,begins[-1]), generator=seeded)
+    ids = ids.to(model.get_input_embeddings().weight.device)
     decoder,attn = model.get_decoder(),cfg._attn_implementation
-    given = dict(cu_seq_lens_q=torch.tensor(begins, dtype=torch.int32, device=dev), max_length_q=max(sizes)) if attn=='varlen' else {}
+    def alone(a, b): return decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0]
+    def worst(row, doc): return ((row-doc).float().norm(dim=1)/doc.float().norm(dim=1)).max().item()
     with preserve_training_state(model, tok):
-        alone = [decoder(input_ids=ids[:,a:b], use_cache=False).last_hidden_state[0] for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
+        docs = [alone(a, b) for a,b in zip(begins[1:], begins[2:])] # the first has nothing before it
         cfg._attn_implementation = attn
-        if stack: row = stack(model.get_input_embeddings()(ids), position, torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev), torch.arange(begins[-1], device=dev))
-        else: row = decoder(input_ids=ids, position_ids=position, use_cache=False, **given).last_hidden_state[0]
-        return max(((r-a).float().norm(dim=1)/a.float().norm(dim=1)).max().item() for r,a in zip(row.split(sizes)[1:], alone))
+        rows = _packed_rows(model, ids, sizes, stack).split(sizes)[1:]
+        return max(worst(row, doc) for row,doc in zip(rows, docs))
 
 def check_packed(
     model, # Causal language model, with an adapter or without
@@ -5288,11 +5827,15 @@ def check_packed(
     rope = getattr(c, 'rope_parameters', None) or {}
     for r in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         if r.get('rope_type') not in ('dynamic','longrope'): continue
-        if max_length>(known := r.get('original_max_position_embeddings') or c.max_position_embeddings):
-            raise UserError("MAX_LENGTH", f"beyond {known} tokens this model counts positions by the longest conversation of a batch ({r['rope_type']}), got {max_length}", f"set MAX_LENGTH={known}")
+        known = r.get('original_max_position_embeddings') or c.max_position_embeddings
+        if max_length>known:
+            raise UserError("MAX_LENGTH", f"beyond {known} tokens this model counts positions by the longest conversation "
+                            f"of a batch ({r['rope_type']}), got {max_length}", f"set MAX_LENGTH={known}")
     window = getattr(c, 'sliding_window', None) or max_length
     error = packed_error(model, tok, stack, (24,16)+(window+32,)*(window<max_length))
-    if not error<PACKED_ERROR: raise UserError(type(model).__name__, f"in a packed row it reads conversations otherwise than alone (off by {error:.2f} of what enters its head)", "choose another base model")
+    if not error<PACKED_ERROR:
+        raise UserError(type(model).__name__, f"in a packed row it reads conversations otherwise than alone "
+                        f"(off by {error:.2f} of what enters its head)", "choose another base model")
 
 # ------------------------------------------------------------------------------
 # fast.kernels: Triton kernels: RMSNorm, SwiGLU, RoPE, attention, NF4, loss
@@ -5307,11 +5850,13 @@ def pow2(
 
 @functools.cache
 def _norm_kernel():
+    "The sum of `h` and `y`, and its norm; a program takes a row."
     import triton, triton.language as tl
     @triton.jit
     def norm(h, y, w, total, x, rstd, s, eps, n, ADD: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
-        c = tl.arange(0, N); ok = c<n
+        c = tl.arange(0, N)
+        ok = c<n
         v = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)
         if ADD:
             v = (v + tl.load(y+r*n+c, mask=ok, other=0.).to(tl.float32)).to(tl.bfloat16)
@@ -5331,38 +5876,49 @@ def add_norm(
     "Add, and normalise."
     import torch
     rows,n = h.shape
-    total,rstd = h if y is None else torch.empty_like(h),torch.empty(rows, dtype=torch.float32, device=h.device)
-    if rows: _norm_kernel()[(rows,)](h, y, norm.weight, total, x, rstd, x.stride(0), norm.variance_epsilon, n, ADD=y is not None, N=pow2(n), num_warps=8)
+    total = h if y is None else torch.empty_like(h)
+    rstd = torch.empty(rows, dtype=torch.float32, device=h.device)
+    if not rows: return total,rstd
+    eps,add = norm.variance_epsilon,y is not None
+    _norm_kernel()[(rows,)](h, y, norm.weight, total, x, rstd, x.stride(0), eps, n, ADD=add, N=pow2(n), num_warps=8)
     return total,rstd
 
 @functools.cache
 def _norm_mean_kernel():
+    "Of each row the mean of g·w·t, and z over the RMS."
     import triton, triton.language as tl
     @triton.jit
     def norm_mean(h, w, rstd, d, xa, mean, z_rms, s, n, R: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
-        c,j = tl.arange(0, N),tl.arange(0, R); ok = c<n
+        c,j = tl.arange(0, N),tl.arange(0, R)
+        ok = c<n
         k = tl.load(rstd+r)
         t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*tl.load(w+c, mask=ok, other=0.).to(tl.float32)*k
         z = tl.load(d+r*s+n+j).to(tl.float32)
-        m = tl.sum(t*tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32), 0) + tl.sum(z*tl.load(xa+r*R+j).to(tl.float32), 0)
+        m = tl.sum(t*tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32), 0)
+        m += tl.sum(z*tl.load(xa+r*R+j).to(tl.float32), 0)
         tl.store(mean+r, m/n)
         tl.store(z_rms+r*R+j, z*k)
     return norm_mean
 
 @functools.cache
 def _norm_back_kernel():
+    "The gradient of what was normalised, with the one that went past the block."
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows'])
-    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n, R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+    def norm_back(h, w, rstd, d, a, mean, skip, dh, s, rows, n,
+                  R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
-        here = (r<rows)[:,None]; r = r.to(tl.int64)[:,None]
-        c = (tl.program_id(1)*N + tl.arange(0, N))[None,:]; ok = here & (c<n)
+        here = (r<rows)[:,None]
+        r = r.to(tl.int64)[:,None]
+        c = (tl.program_id(1)*N + tl.arange(0, N))[None,:]
+        ok = here & (c<n)
         k,m = tl.load(rstd+r, mask=here, other=0.),tl.load(mean+r, mask=here, other=0.)
         g = tl.zeros((ROWS,N), tl.float32)
         for i in range(0, R, RANKS):
             b = i + tl.arange(0, RANKS)
-            g = tl.dot(tl.load(d+r*s+n+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*n+c, mask=c<n, other=0.), g)
+            z = tl.load(d+r*s+n+b[None,:], mask=here, other=0.)
+            g = tl.dot(z, tl.load(a+b[:,None]*n+c, mask=c<n, other=0.), g)
         g += tl.load(d+r*s+c, mask=ok, other=0.).to(tl.float32)
         t = tl.load(h+r*n+c, mask=ok, other=0.).to(tl.float32)*k
         dx = k*(g*tl.load(w+c, mask=c<n, other=0.).to(tl.float32) - t*m)
@@ -5383,18 +5939,23 @@ def norm_back(
     rows,n = h.shape
     dh,mean,z_rms = torch.empty_like(h),torch.empty_like(rstd),torch.empty_like(xa)
     if not rows: return dh,z_rms
-    _norm_mean_kernel()[(rows,)](h, norm.weight, rstd, d, xa, mean, z_rms, d.stride(0), n, R=len(a), N=pow2(n), num_warps=8)
-    _norm_back_kernel()[(-(-rows//32), -(-n//128))](h, norm.weight, rstd, d, a, mean, skip, dh, d.stride(0), rows, n, R=len(a), RANKS=min(len(a), 64), ROWS=32, N=128, num_warps=4)
+    R,s,w = len(a),d.stride(0),norm.weight
+    _norm_mean_kernel()[(rows,)](h, w, rstd, d, xa, mean, z_rms, s, n, R=R, N=pow2(n), num_warps=8)
+    grid,sides = (-(-rows//32), -(-n//128)),dict(RANKS=min(R, 64), ROWS=32, N=128)
+    _norm_back_kernel()[grid](h, w, rstd, d, a, mean, skip, dh, s, rows, n, R=R, **sides, num_warps=4)
     return dh,z_rms
 
 @functools.cache
 def _swiglu_kernel():
+    "silu(gate)·up; a program takes 2,048 columns of a row."
     import triton, triton.language as tl
     @triton.jit
     def swiglu(gu, x, s, n, N: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
-        c = tl.program_id(1)*N + tl.arange(0, N); ok = c<n
-        g,u = tl.load(gu+r*2*n+c, mask=ok, other=0.).to(tl.float32),tl.load(gu+r*2*n+n+c, mask=ok, other=0.).to(tl.float32)
+        c = tl.program_id(1)*N + tl.arange(0, N)
+        ok = c<n
+        g = tl.load(gu+r*2*n+c, mask=ok, other=0.).to(tl.float32)
+        u = tl.load(gu+r*2*n+n+c, mask=ok, other=0.).to(tl.float32)
         tl.store(x+r*s+c, (g*tl.sigmoid(g)).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
     return swiglu
 
@@ -5408,15 +5969,19 @@ def swiglu(
 
 @functools.cache
 def _swiglu_back_kernel():
+    "Gradients of gate and up in their place, and sums for three of the adapters' gradients."
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows','each'])
-    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n,
+                    RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
         j,c = tl.arange(0, R),tl.program_id(0)*N + tl.arange(0, N)
         low = tl.load(a+j[:,None]*n+c[None,:], mask=(c<n)[None,:], other=0.)
         grad_a,grad_g,grad_u = tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32),tl.zeros((R,N), tl.float32)
         first = tl.program_id(1)*each
         for i in range(first, min(first+each, rows), ROWS):
-            r = i + tl.arange(0, ROWS); ok = (r<rows)[:,None] & (c<n)[None,:]; r = r.to(tl.int64)[:,None]
+            r = i + tl.arange(0, ROWS)
+            ok = (r<rows)[:,None] & (c<n)[None,:]
+            r = r.to(tl.int64)[:,None]
             p = gu+r*2*n+c[None,:]
             g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
             z = tl.load(d+r*s+n+j[None,:], mask=r<rows, other=0.)
@@ -5426,12 +5991,16 @@ def _swiglu_back_kernel():
             dg,du = (dx*u*w*(1+g*(1-w))).to(tl.bfloat16),(dx*g*w).to(tl.bfloat16)
             tl.store(p, dg, mask=ok)
             tl.store(p+n, du, mask=ok)
-            q = xa+r*s_xa+j[None,:]; own = (r<rows) & (j<RANK)[None,:]
+            q = xa+r*s_xa+j[None,:]
+            own = (r<rows) & (j<RANK)[None,:]
             grad_a = tl.dot(tl.trans(z), x, grad_a)
             grad_g = tl.dot(tl.trans(tl.load(q, mask=own, other=0.)), dg, grad_g)
             grad_u = tl.dot(tl.trans(tl.load(q+RANK, mask=own, other=0.)), du, grad_u)
-        p = grads + (tl.program_id(1)*3*R+j)[:,None]*n + c[None,:]; ok = (c<n)[None,:]
-        tl.store(p, grad_a, mask=ok); tl.store(p+R*n, grad_g, mask=ok); tl.store(p+2*R*n, grad_u, mask=ok)
+        p = grads + (tl.program_id(1)*3*R+j)[:,None]*n + c[None,:]
+        ok = (c<n)[None,:]
+        tl.store(p, grad_a, mask=ok)
+        tl.store(p+R*n, grad_g, mask=ok)
+        tl.store(p+2*R*n, grad_u, mask=ok)
     return swiglu_back
 
 def swiglu_back(
@@ -5447,32 +6016,39 @@ def swiglu_back(
     each = max(512, 64*-(-rows//512)) # rows of a program: at most eight share a column
     grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
     N = max(16, min(64, 2048//R))
-    if rows: _swiglu_back_kernel()[(-(-n//N), len(grads))](gu, d, a, xa, grads, d.stride(0), xa.stride(0), rows, each, n, RANK=rank, R=R, ROWS=32, N=N, num_warps=4, num_stages=2)
+    grid,sides = (-(-n//N), len(grads)),dict(RANK=rank, R=R, ROWS=32, N=N, num_warps=4)
+    strides = d.stride(0),xa.stride(0)
+    if rows: _swiglu_back_kernel()[grid](gu, d, a, xa, grads, *strides, rows, each, n, **sides, num_stages=2)
     a,g,u = grads.sum(0)[:,:rank]
     return a,g.t(),u.t()
 
 @functools.cache
 def _rope_kernel():
+    "Queries and keys turned in place; a program takes a token."
     import triton, triton.language as tl
     @triton.jit
     def rope(qkv, cos, sin, q_scale, s, heads_q, heads, HALF: tl.constexpr, HEADS: tl.constexpr):
         t = tl.program_id(0).to(tl.int64)
         h,c = tl.arange(0, HEADS)[:,None],tl.arange(0, HALF)[None,:]
-        p = qkv + t*s + h*2*HALF + c; ok = h<heads
+        p = qkv + t*s + h*2*HALF + c
+        ok = h<heads
         x,y = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+HALF, mask=ok, other=0.).to(tl.float32)
         k = tl.where(h<heads_q, tl.load(q_scale+t), 1.)
         u,v = tl.load(cos+t*2*HALF+c).to(tl.float32)*k,tl.load(sin+t*2*HALF+c).to(tl.float32)*k
-        tl.store(p, x*u-y*v, mask=ok); tl.store(p+HALF, y*u+x*v, mask=ok)
+        tl.store(p, x*u-y*v, mask=ok)
+        tl.store(p+HALF, y*u+x*v, mask=ok)
     return rope
 
 def rope(
-    qkv, # Queries, keys and values of each token, (tokens, (heads_q+2·heads_k)·head_dim); the first two are turned in place
+    qkv, # (tokens, (heads_q+2·heads_k)·head_dim): queries, keys, values; the first two are turned in place
     turn:tuple, # `cos` and `sin`, (tokens, head_dim), and what queries are multiplied by, (tokens,)
     heads:tuple, # Query heads, key heads, head_dim
 ):
     "Rotary position embedding."
     q,k,d = heads
     _rope_kernel()[(len(qkv),)](qkv, *turn, qkv.stride(0), q, q+k, HALF=d//2, HEADS=pow2(q+k), num_warps=8)
+
+LOG2E = 1.4426950408889634 # log2(e): exp(x) is exp2(x·LOG2E), and exp2 is what GPUs have
 
 TILE = 64 # rows of a document that a program of the attention kernels takes
 
@@ -5488,9 +6064,11 @@ def attention_tiles(
 
 @functools.cache
 def _attend_kernel():
+    "Flash attention forward; a program takes a tile of queries of one head."
     import triton, triton.language as tl
     @triton.jit
-    def attend(qkv, out, lse, tiles, s, s_o, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    def attend(qkv, out, lse, tiles, s, s_o, total, scale,
+               HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
         r,c = start + tl.arange(0, N),tl.arange(0, D)[None,:]
@@ -5499,9 +6077,11 @@ def _attend_kernel():
         m,l,o = tl.full((N,), -float('inf'), tl.float32),tl.zeros((N,), tl.float32),tl.zeros((N,D), tl.float32)
         for n in range(first, start+N, M):
             j = n + tl.arange(0, M)
-            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
+            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c
+            ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
-            z = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.dot(q, tl.trans(k))*scale, -float('inf'))
+            causal = (r[:,None]>=j[None,:]) & (j<end)[None,:]
+            z = tl.where(causal, tl.dot(q, tl.trans(k))*scale, -float('inf'))
             top = tl.maximum(m, tl.max(z, 1))
             e,a = tl.exp2(z-top[:,None]),tl.exp2(m-top)
             l = l*a + tl.sum(e, 1)
@@ -5522,18 +6102,24 @@ def attend(
     import torch
     q,k,d = heads
     lse = torch.empty(q, len(qkv), dtype=torch.float32, device=qkv.device)
-    _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, qkv.stride(0), o.stride(0), len(qkv), scale*1.4426950408889634, HQ=q, HK=k, D=d, N=TILE, M=32, num_warps=4, num_stages=2) # log2(e): exp2 is what GPUs have
+    sizes,sides = (qkv.stride(0), o.stride(0), len(qkv)),dict(HQ=q, HK=k, D=d, N=TILE, M=32)
+    _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, *sizes, scale*LOG2E, **sides, num_warps=4, num_stages=2)
     return lse
 
 @functools.cache
 def _attend_dq_kernel():
+    "Complete the output's gradient, and make the queries'; a program takes a tile of queries of one head."
     import triton, triton.language as tl
     @triton.jit
-    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, LOG2E: tl.constexpr,
+                  HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
+                  R: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
         r,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
-        here = (r<end)[:,None]; row = r.to(tl.int64)[:,None]; own = row*s_d+h*D+c
+        here = (r<end)[:,None]
+        row = r.to(tl.int64)[:,None]
+        own = row*s_d+h*D+c
         g = tl.zeros((N,D), tl.float32)
         for i in range(0, R, RANKS):
             b = i + tl.arange(0, RANKS)
@@ -5541,46 +6127,60 @@ def _attend_dq_kernel():
         g = (g + tl.load(d+own, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
         mean = tl.sum(g.to(tl.float32)*tl.load(o+own, mask=here, other=0.).to(tl.float32), 1)
         at = h.to(tl.int64)*total+r
-        tl.store(d+own, g, mask=here); tl.store(delta+at, mean, mask=r<end)
+        tl.store(d+own, g, mask=here)
+        tl.store(delta+at, mean, mask=r<end)
         q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
         for n in range(first, start+N, M):
             j = n + tl.arange(0, M)
-            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c; ok = (j<end)[:,None]
+            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c
+            ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
-            e = tl.where((r[:,None]>=j[None,:]) & (j<end)[None,:], tl.exp2(tl.dot(q, tl.trans(k))*(scale*1.4426950408889634) - top[:,None]), 0.)
+            causal = (r[:,None]>=j[None,:]) & (j<end)[None,:]
+            e = tl.where(causal, tl.exp2(tl.dot(q, tl.trans(k))*(scale*LOG2E) - top[:,None]), 0.)
             dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])).to(tl.bfloat16), k, dq)
-        x,y = tl.split(tl.permute(tl.reshape(dq*(scale*tl.load(q_scale+r, mask=r<end, other=0.))[:,None], (N,2,D//2)), (0,2,1)))
-        u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
+        dq *= (scale*tl.load(q_scale+r, mask=r<end, other=0.))[:,None]
+        x,y = tl.split(tl.permute(tl.reshape(dq, (N,2,D//2)), (0,2,1))) # halves
+        u = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32)
+        v = tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
         p = dqkv + row*s + h*D + f
-        tl.store(p, x*u+y*v, mask=here); tl.store(p+D//2, y*u-x*v, mask=here)
+        tl.store(p, x*u+y*v, mask=here)
+        tl.store(p+D//2, y*u-x*v, mask=here)
     return attend_dq
 
 @functools.cache
 def _attend_dkv_kernel():
+    "Gradients of keys and values; a program takes a tile of keys of one key head."
     import triton, triton.language as tl
     @triton.jit
-    def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, LOG2E: tl.constexpr,
+                   HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         b,i = tl.program_id(0),tl.program_id(1)
         start,end = tl.load(tiles+5*i+3),tl.load(tiles+5*i+4)
         j,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
-        here = (j<end)[:,None]; row = j.to(tl.int64)[:,None]
+        here = (j<end)[:,None]
+        row = j.to(tl.int64)[:,None]
         p = qkv + row*s + (HQ+b)*D + c
         k,v = tl.load(p, mask=here, other=0.),tl.load(p+HK*D, mask=here, other=0.)
         dk,dv = tl.zeros((N,D), tl.float32),tl.zeros((N,D), tl.float32)
         steps = tl.cdiv(end-start, M)
         for i in range(0, steps*(HQ//HK)): # one loop, so that loads run ahead from head to head
             h,r = b*(HQ//HK) + i//steps,start + i%steps*M + tl.arange(0, M)
-            ok = (r<end)[:,None]; at = r.to(tl.int64)[:,None]
+            ok = (r<end)[:,None]
+            at = r.to(tl.int64)[:,None]
             q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
             top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
-            e = tl.where((r[None,:]>=j[:,None]) & (r<end)[None,:], tl.exp2(tl.dot(k, tl.trans(q))*(scale*1.4426950408889634) - top[None,:]), 0.)
+            causal = (r[None,:]>=j[:,None]) & (r<end)[None,:]
+            e = tl.where(causal, tl.exp2(tl.dot(k, tl.trans(q))*(scale*LOG2E) - top[None,:]), 0.)
             dv = tl.dot(e.to(tl.bfloat16), g, dv)
             dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])).to(tl.bfloat16), q, dk)
-        x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1)))
-        u,v = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32),tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
+        x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1))) # halves
+        u = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32)
+        v = tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
         p = dqkv + row*s + (HQ+b)*D
-        tl.store(p+f, x*u+y*v, mask=here); tl.store(p+D//2+f, y*u-x*v, mask=here); tl.store(p+HK*D+c, dv, mask=here)
+        tl.store(p+f, x*u+y*v, mask=here)
+        tl.store(p+D//2+f, y*u-x*v, mask=here)
+        tl.store(p+HK*D+c, dv, mask=here)
     return attend_dkv
 
 def attend_bwd(
@@ -5596,19 +6196,23 @@ def attend_bwd(
 ): # Gradient of `qkv` before `rope`
     "Back through `lora_A`, attention and position."
     import torch
-    (q,k,n),total = heads,len(qkv)
+    q,k,n = heads
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
-    rest,shape = (out, tiles, qkv.stride(0), d.stride(0), total, scale),dict(HQ=q, HK=k, D=n, N=TILE, num_warps=4)
-    keys,queries,stages = (64,32,3) if n<=128 else (16,16,2) # of a step: heads of 256 dimensions fit the smallest card, too
-    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, R=len(a), RANKS=min(len(a), 64), M=keys, num_stages=2)
+    rest = out,tiles,qkv.stride(0),d.stride(0),len(qkv),scale
+    shape = dict(LOG2E=LOG2E, HQ=q, HK=k, D=n, N=TILE, num_warps=4)
+    keys,queries,stages = (64,32,3) if n<=128 else (16,16,2) # of a step: heads of 256 fit the smallest card, too
+    ranks = dict(R=len(a), RANKS=min(len(a), 64))
+    _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, **ranks, M=keys, num_stages=2)
     _attend_dkv_kernel()[(k, len(tiles))](qkv, d, lse, delta, *turn[:2], *rest, **shape, M=queries, num_stages=stages)
     return out
 
 @functools.cache
 def _unpack_kernel():
+    "The first programs take the weights, the others `lora_B`."
     import triton, triton.language as tl
     @triton.jit
-    def unpack(packed, absmax, code, b, out, n_bytes, rows, end1, end2, k, s, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    def unpack(packed, absmax, code, b, out, n_bytes, rows, end1, end2, k, s,
+               RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
         i,blocks = tl.program_id(0),tl.cdiv(n_bytes, BLOCK)
         if i<blocks:
             at = i*BLOCK + tl.arange(0, BLOCK)
@@ -5639,11 +6243,13 @@ def unpack(
     end1,end2 = [*ends, rows, rows][:2]
     R = out.shape[1]-k
     ROWS = max(1, min(64, 4096//R)) # `lora_B` is taken so many rows at a time
-    _unpack_kernel()[(-(-n//1024)+-(-rows//ROWS),)](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), RANK=b.shape[1], R=R, BLOCK=1024, ROWS=ROWS)
+    grid,sides = (-(-n//1024)+-(-rows//ROWS),),dict(RANK=b.shape[1], R=R, BLOCK=1024, ROWS=ROWS)
+    _unpack_kernel()[grid](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), **sides)
     return out
 
 @functools.cache
 def _nll_kernel():
+    "Loss and gradient of a row; a program reads it twice, 4,096 logits at a time."
     import triton, triton.language as tl
     @triton.jit
     def nll(z, targets, loss, dz, n, N: tl.constexpr):
@@ -5672,8 +6278,10 @@ def nll_rows(
 )->tuple: # Negative log-likelihood of each, in nats, and the gradient of their sum
     "Cross-entropy and its gradient."
     import torch
-    loss,dz = torch.empty(len(z), dtype=torch.float32, device=z.device),torch.empty(z.shape, dtype=dtype, device=z.device)
-    if len(z): _nll_kernel()[(len(z),)](z, targets, loss, dz, z.shape[1], N=min(4096, pow2(z.shape[1])), num_warps=8)
+    rows,n = z.shape
+    loss = torch.empty(rows, dtype=torch.float32, device=z.device)
+    dz = torch.empty(z.shape, dtype=dtype, device=z.device)
+    if rows: _nll_kernel()[(rows,)](z, targets, loss, dz, n, N=min(4096, pow2(n)), num_warps=8)
     return loss,dz
 
 if __name__=='__main__': main()

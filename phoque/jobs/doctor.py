@@ -7,8 +7,10 @@ from __future__ import annotations
 import os, platform, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
 from ..core.basics import UserError, excerpt, hub_problem, shell_command, text_table
-from ..model_qlora import (add_lora, audit, base_config, choose_attention, encode_dataset, load_model, load_tokenizer,
-    quiet_libraries, reading, resolve_base)
+from ..chat.labels import encode_dataset
+from ..chat.templates import load_tokenizer
+from ..core.basics import quiet_libraries, reading
+from ..model_qlora import add_lora, audit, base_config, choose_attention, load_model, resolve_base
 from ..job import load_chats
 from .script import job_pins, project_root
 from .submit import ROLES, checking, token_role
