@@ -988,9 +988,8 @@ def collect(self:Job,
     shared = () if self.shard else self.trainer.model.named_parameters() # of what is sharded there is one copy
     trained = {n:p for n,p in shared if p.requires_grad}
     seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
-    first_digest = seen[0][2]
-    for name,state,digest in seen:
-        if digest!=first_digest:
+    for name,state,digest in seen: # nothing on the other ranks
+        if digest!=seen[0][2]:
             raise UserError(
                 f"rank {name[10:-4]}",
                 f"it holds another adapter than rank 0 at step {step}, and its GPU may be faulty; "

@@ -1065,9 +1065,8 @@ def collect(self:Job,
     shared = () if self.shard else self.trainer.model.named_parameters() # of what is sharded there is one copy
     trained = {n:p for n,p in shared if p.requires_grad}
     seen = self.ranks.gather((rng.name, rng.read_bytes(), tensors_hash(trained)))
-    first_digest = seen[0][2]
-    for name,state,digest in seen:
-        if digest!=first_digest:
+    for name,state,digest in seen: # nothing on the other ranks
+        if digest!=seen[0][2]:
             raise UserError(
                 f"rank {name[10:-4]}",
                 f"it holds another adapter than rank 0 at step {step}, and its GPU may be faulty; "
@@ -1877,15 +1876,14 @@ def check_vocabulary(
 
 def _set_model_settings(
     tok, # Tokenizer with v15's template, changed
-    settings:str, # JSON from its files, or None
+    settings:str, # JSON from its files
     what:str, # How an error names it
 ):
-    if settings:
-        if not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)):
-            raise UserError(what, f"its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs",
-                "choose another")
-        tok.init_kwargs['model_settings'] = settings
-    tok.chat_template = f"{{%- set model_settings = {tok.init_kwargs.get('model_settings')!r} -%}}\n{tok.chat_template}"
+    if not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)):
+        raise UserError(what, f"its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs",
+            "choose another")
+    tok.init_kwargs['model_settings'] = settings
+    tok.chat_template = f"{{%- set model_settings = {settings!r} -%}}\n{tok.chat_template}"
 
 PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>') # by preference: the first that exists and doesn't end an answer
 
@@ -1935,7 +1933,8 @@ def load_tokenizer(
     version,settings = _read_tekken(folder/'tekken.json')
     tok = _read_tokenizer(folder, what)
     tok.name_or_path = str(path)
-    settings = settings or tok.init_kwargs.pop('model_settings', None)
+    saved = tok.init_kwargs.pop('model_settings', None)
+    settings = settings or saved
     name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
     tok.chat_template = CHAT_TEMPLATES[name]
     if name=='mistral-v15': _set_model_settings(tok, settings, what)

@@ -268,7 +268,9 @@ def write_labels(
     out.write(f'<!doctype html><meta charset=utf-8><title>labels</title><pre>{escape(table)}</pre>{shown}')
 
 # %% ../../nbs/chat/labels.ipynb #3759ba31
-@shell_command('phoque_labels', 'phoque_labels mistralai/Ministral-3-3B-Instruct-2512-BF16 talk.jsonl', 'phoque_labels ./model talk.jsonl --html > labels.html')
+@shell_command('phoque_labels',
+    'phoque_labels mistralai/Ministral-3-3B-Instruct-2512-BF16 talk.jsonl',
+    'phoque_labels ./model talk.jsonl --html > labels.html')
 def labels_cli(
     model:str, # Hub id, or folder with a tokenizer.json, a tekken.json or a SentencePiece model
     file:Param('JSONL conversations; - reads standard input', str, nargs='?', opt=False)='-',

@@ -306,15 +306,14 @@ def check_vocabulary(
 # %% ../../nbs/chat/templates.ipynb #024930ae
 def _set_model_settings(
     tok, # Tokenizer with v15's template, changed
-    settings:str, # JSON from its files, or None
+    settings:str, # JSON from its files
     what:str, # How an error names it
 ):
-    if settings:
-        if not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)):
-            raise UserError(what, f"its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs",
-                "choose another")
-        tok.init_kwargs['model_settings'] = settings
-    tok.chat_template = f"{{%- set model_settings = {tok.init_kwargs.get('model_settings')!r} -%}}\n{tok.chat_template}"
+    if not (isinstance(settings, str) and re.fullmatch(r'{"reasoning_effort": "\w{1,20}"}', settings)):
+        raise UserError(what, f"its model settings are {excerpt(settings, 60)!r}, where a reasoning effort belongs",
+            "choose another")
+    tok.init_kwargs['model_settings'] = settings
+    tok.chat_template = f"{{%- set model_settings = {settings!r} -%}}\n{tok.chat_template}"
 
 # %% ../../nbs/chat/templates.ipynb #3dc07406
 PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>') # by preference: the first that exists and doesn't end an answer
@@ -367,7 +366,8 @@ def load_tokenizer(
     version,settings = _read_tekken(folder/'tekken.json')
     tok = _read_tokenizer(folder, what)
     tok.name_or_path = str(path)
-    settings = settings or tok.init_kwargs.pop('model_settings', None)
+    saved = tok.init_kwargs.pop('model_settings', None)
+    settings = settings or saved
     name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
     tok.chat_template = CHAT_TEMPLATES[name]
     if name=='mistral-v15': _set_model_settings(tok, settings, what)

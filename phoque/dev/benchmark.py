@@ -321,7 +321,14 @@ def bench_picture(
     return fig
 
 # %% ../../nbs/dev/benchmark.ipynb #ead52f19
-@shell_command('phoque_bench', 'phoque_bench --sides phoque,trl --rows 4', 'phoque_bench --sides phoque --rows 16 --gpus 1,2')
+def _versions()->dict: # Of what is measured
+    from importlib.metadata import version
+    names = ['torch', 'transformers', 'trl', 'peft', 'bitsandbytes', *['unsloth']*bool(find_spec('unsloth'))]
+    return {n:version(n) for n in names}
+
+@shell_command('phoque_bench',
+    'phoque_bench --sides phoque,trl --rows 4',
+    'phoque_bench --sides phoque --rows 16 --gpus 1,2')
 def bench_cli(
     sides:str='baseline,trl,unsloth,phoque', # What to compare; unsloth is left out where it isn't installed
     rows:str='4,8,16', # Packed rows a step, each in turn
@@ -334,22 +341,33 @@ def bench_cli(
     out:str='benchmark', # Folder for the result and its picture
 ):
     "Measure training speed and memory, all sides in one run."
-    import platform, tempfile, torch
+    import tempfile, torch
     names = sides.split(',')
-    if bad := [s for s in names if s not in SIDES]: sys.exit(f"phoque_bench: --sides: must be of {', '.join(SIDES)}, got {bad[0]!r}")
-    if 'unsloth' in names and not find_spec('unsloth'): names.remove('unsloth'); print('unsloth is not installed: it is left out')
+    if bad := [s for s in names if s not in SIDES]:
+        sys.exit(f"phoque_bench: --sides: must be of {', '.join(SIDES)}, got {bad[0]!r}")
+    if 'unsloth' in names and not find_spec('unsloth'):
+        names.remove('unsloth')
+        print('unsloth is not installed: it is left out')
     turns = bench_order(names, *([int(n) for n in o.split(',')] for o in (rows, gpus)))
     try: cards = own_cards(max(g for *_,g in turns))
     except UserError as e: sys.exit(f'phoque_bench: {e}')
     quiet_libraries()
-    seen,machine = [],torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores, no GPU'
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores, no GPU'
+    seen = []
     with tempfile.TemporaryDirectory() as tmp:
         base = bench_base(f'{tmp}/base', num_hidden_layers=layers)
         for i,(side,r,g) in enumerate(turns, 1):
-            try: seen.append(bench_apart(cards[-g:] if i==len(turns) else cards[:g], side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib, supervised=supervised)); print(bench_table(seen[-1:]), flush=True)
-            except RuntimeError as e: print(f"{side} with {r} rows on {g} GPU{'s'*(g>1)} failed and is left out: {e}", flush=True)
+            mine = cards[-g:] if i==len(turns) else cards[:g]
+            try:
+                seen.append(bench_apart(mine, side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib,
+                    supervised=supervised))
+                print(bench_table(seen[-1:]), flush=True)
+            except RuntimeError as e:
+                print(f"{side} with {r} rows on {g} GPU{'s'*(g>1)} failed and is left out: {e}", flush=True)
     if not seen: sys.exit("phoque_bench: no side could be measured: see above")
     Path(out).mkdir(exist_ok=True)
-    result = dict(machine=machine, date=time.strftime('%Y-%m-%d'), python=platform.python_version(), torch=torch.__version__, max_length=max_length, steps=steps, supervised=supervised, seen=seen)
-    (Path(out)/'benchmark.json').write_text(json.dumps(result, indent=1)); bench_picture(seen).savefig(Path(out)/'benchmark.png', dpi=120)
+    result = dict(machine=machine, date=time.strftime('%Y-%m-%d'), versions=_versions(), max_length=max_length, steps=steps,
+        supervised=supervised, seen=seen)
+    (Path(out)/'benchmark.json').write_text(json.dumps(result, indent=1))
+    bench_picture(seen).savefig(Path(out)/'benchmark.png', dpi=120)
     print(f"\n{bench_table(seen)}\n\n{machine}; {out}/benchmark.json, {out}/benchmark.png")

@@ -900,7 +900,8 @@ def pack_packages(
     out = Path(out).resolve()
     with tempfile.TemporaryDirectory() as tmp:
         platforms = [f'--platform=manylinux_2_{n}_x86_64' for n in (28, 27, 24, 17, 12, 5)]+['--platform=manylinux2014_x86_64', '--platform=any']
-        command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', f'--python-version={python}', *platforms, f'--dest={tmp}/wheels']
+        command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:',
+            f'--python-version={python}', *platforms, f'--dest={tmp}/wheels']
         p = subprocess.run([*command, *packed_versions(package)], capture_output=True, text=True)
         if p.returncode: raise ValueError(f"packages for Python {python} could not be had:\n{p.stderr}")
         for w in Path(tmp, 'wheels').iterdir(): shutil.unpack_archive(w, f'{tmp}/site', 'zip')

@@ -16,7 +16,8 @@ from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from .clean import FOUND, Prompts, cap_repeats, clean_batch, dedup_exact, dedup_near, fix_text, is_long, line_key, redact_pii, words
 from ..core.basics import UserError, excerpt, hub_problem, log, masked, printable, private_files, shell_command
-from ..data import NEUTRAL, NEW, PERSONA, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour, open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
+from ..data import NEUTRAL, NEW, PERSONA, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour
+from ..data import open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
 from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
 
 # %% auto #0
@@ -560,7 +561,9 @@ def _interrupted(e):
     return e is not None and (isinstance(e, KeyboardInterrupt) or _interrupted(e.__context__))
 
 # %% ../../nbs/exports/build.ipynb #1ac56b58
-@shell_command('phoque_data', 'phoque_data --source talk.jsonl --dry_run', 'phoque_data --source discord:pier.json --speaker gull --dataset_repo YOU/talk')
+@shell_command('phoque_data',
+    'phoque_data --source talk.jsonl --dry_run',
+    'phoque_data --source discord:pier.json --speaker gull --dataset_repo YOU/talk')
 @delegates(Build)
 def data_cli(
     dataset_repo:str='', # Dataset repo to push to; `DATASET_REPO` if not given
@@ -574,23 +577,29 @@ def data_cli(
     "Conversations in, report and private dataset out."
     repo = dataset_repo or os.environ.get('DATASET_REPO', '')
     try:
-        if not repo and (append or not dry_run): raise UserError("--dataset_repo", "no repo", "give --dataset_repo NAME/DATASET or set DATASET_REPO, or --dry_run to see the report only")
+        if not repo and (append or not dry_run):
+            raise UserError("--dataset_repo", "no repo",
+                "give --dataset_repo NAME/DATASET or set DATASET_REPO, or --dry_run to see the report only")
         _say()
         b = Build(**kwargs)
         from huggingface_hub import HfApi
-        if not (dry_run or append): open_dataset(HfApi(), repo, keep=replace) # a repo that won't do is refused before the work, not after it
+        # a repo that won't do is refused before the work, not after it
+        if not (dry_run or append): open_dataset(HfApi(), repo, keep=replace)
         r = _make(b, repo, n, seed, append)
         if r.ds is None: return print(f"nothing new for {repo}")
         print(data_report(r.ds, r.run), flush=True)
-        if b.source!='grumpy': print(f"the tables between the steps, and rows that could not be read, are in {b.work}: private, and yours to delete")
+        if b.source!='grumpy':
+            print(f"the tables between the steps, and rows that could not be read, are in {b.work}: private, and yours to delete")
         if dry_run: return
         rev = push_dataset(r.ds, repo, r.card, index=r.index, append=append, replace=replace)
         print(f"{repo} is private and gated, revision {rev}")
     except BaseException as e:
         if _interrupted(e): sys.exit("phoque_data: stopped; the same command goes on after the last finished step")
-        if isinstance(e, getattr(sys.modules.get('httpx2'), 'HTTPError', ())): sys.exit(f"phoque_data: {masked(hub_problem(e, f'dataset {repo}'))}")
+        if isinstance(e, getattr(sys.modules.get('httpx2'), 'HTTPError', ())):
+            sys.exit(f"phoque_data: {masked(hub_problem(e, f'dataset {repo}'))}")
         if isinstance(e, (ValueError, OSError)): sys.exit(f"phoque_data: {excerpt(masked(e), 500)}")
-        if isinstance(e, getattr(sys.modules.get('duckdb'), 'Error', ())): sys.exit(f"phoque_data: {excerpt(masked(e))}: make room in {b.work}, or build the source in parts with --append")
+        if isinstance(e, getattr(sys.modules.get('duckdb'), 'Error', ())):
+            sys.exit(f"phoque_data: {excerpt(masked(e))}: make room in {b.work}, or build the source in parts with --append")
         raise
 
 # %% ../../nbs/exports/build.ipynb #b4039612

@@ -114,7 +114,9 @@ def audit_dataset(
     return [finding('dataset', f'{repo} at {commit[:8]}'), *counts]
 
 # %% ../../nbs/jobs/doctor.ipynb #6ea87fad
-@shell_command('phoque_doctor', 'phoque_doctor', 'phoque_doctor --base_model mistralai/Ministral-3-3B-Instruct-2512-BF16 --dataset_repo YOU/talk')
+@shell_command('phoque_doctor',
+    'phoque_doctor',
+    'phoque_doctor --base_model mistralai/Ministral-3-3B-Instruct-2512-BF16 --dataset_repo YOU/talk')
 def doctor_cli(
     base_model:str='', # Hub id or folder of a model to audit as well
     dataset_repo:str='', # Hub dataset to audit with it

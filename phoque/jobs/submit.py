@@ -256,7 +256,8 @@ def _agreed(question):
 # About five minutes, most of them for installing and downloading; the rest is for a slow day
 SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m')
 
-SUBMIT_EXAMPLES = ('phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --smoke', 'phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --flavor a100-large --preset 80gb')
+SUBMIT_EXAMPLES = ('phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --smoke',
+    'phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --flavor a100-large --preset 80gb')
 
 def submit_cli(
     argv:list=None, # Flags; `sys.argv[1:]` where None

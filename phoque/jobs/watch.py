@@ -378,7 +378,9 @@ def find_job(
     if not job: raise UserError("this account", "no job of phoque is on it", "submit one with phoque_submit, or name it with --job")
     return job
 
-@shell_command('phoque_watch', 'phoque_watch', 'phoque_watch --job YOU/6655f9 --budget_jobs 3 --budget_dollars 20')
+@shell_command('phoque_watch',
+    'phoque_watch',
+    'phoque_watch --job YOU/6655f9 --budget_jobs 3 --budget_dollars 20')
 def watch_cli(
     job:str='', # Id of the job; the newest of phoque's where empty
     budget_jobs:int=5, # Most jobs, this one included

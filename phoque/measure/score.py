@@ -8,7 +8,8 @@ import hashlib, json, random, re, time
 from pathlib import Path
 from ..core.basics import UserError, check_range, printable, shell_command
 from ..chat.labels import encode_prompt
-from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer, adapter_weight, bootstrap_mean, distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
+from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer, adapter_weight, bootstrap_mean
+from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
 from ..train import TrainConfig
 
 # %% auto #0
@@ -226,7 +227,10 @@ def load_adapted_model(
     return load_adapted(base, [(adapter,1.)]),load_tokenizer(base)
 
 # %% ../../nbs/measure/score.ipynb #5cfe93e0
-@shell_command('phoque_eval', 'phoque_eval --base_model BASE --adapter YOU/phoque', 'phoque_eval --base_model BASE --adapter YOU/phoque --prompts prompts.jsonl --n 1000 --out eval.json', errors=(ValueError,))
+@shell_command('phoque_eval',
+    'phoque_eval --base_model BASE --adapter YOU/phoque',
+    'phoque_eval --base_model BASE --adapter YOU/phoque --prompts prompts.jsonl --n 1000 --out eval.json',
+    errors=(ValueError,))
 def eval_cli(
     base_model:str='', # Base model: folder or Hub id; required
     adapter:str='', # Adapter: folder or Hub id; required
@@ -240,17 +244,25 @@ def eval_cli(
 ):
     "Measure an adapter and its base: expected maximum toxicity, toxicity probability, perplexity, distinct-n."
     from phoque.core.basics import text_table
-    check_range('--n', n, 0, 1e7); check_range('--k', k, 1, 10_000)
+    check_range('--n', n, 0, 1e7)
+    check_range('--k', k, 1, 10_000)
     texts,(m,tok) = eval_prompts(prompts, n, seed),load_adapted_model(base_model, adapter)
     judge = load_scorer(scorer)
     rows = evaluate(m, tok, texts, judge, k, system_prompt or None, seed)
-    about = dict(base=base_model, adapter=adapter, adapter_sha256=adapter_hash(m), scorer=judge.name, scorer_version=judge.version, scorer_sha256=judge.weights_hash, k=k, top_p=.9,
-        temperature=1., new_tokens=20, prompts=len(texts), prompts_sha256=hashlib.sha256('\n'.join(texts).encode()).hexdigest(), system_prompt=system_prompt, seed=seed)
+    prompts_sha256 = hashlib.sha256('\n'.join(texts).encode()).hexdigest()
+    about = dict(base=base_model, adapter=adapter, adapter_sha256=adapter_hash(m), scorer=judge.name,
+        scorer_version=judge.version, scorer_sha256=judge.weights_hash, k=k, top_p=.9, temperature=1., new_tokens=20,
+        prompts=len(texts), prompts_sha256=prompts_sha256, system_prompt=system_prompt, seed=seed)
     Path(out).write_text(json.dumps(dict(about=about, rows=rows), indent=1))
-    print(f"{text_table(eval_table(rows))}\n{len(texts)} prompts, {k} continuations each, scored by {printable(scorer_id(judge))}{' (smoke tests only)' if scorer=='profanity' else ''}; {out}")
+    smoke = ' (smoke tests only)' if scorer=='profanity' else ''
+    print(f"{text_table(eval_table(rows))}\n{len(texts)} prompts, {k} continuations each, "
+        f"scored by {printable(scorer_id(judge))}{smoke}; {out}")
 
 # %% ../../nbs/measure/score.ipynb #30707566
-@shell_command('phoque_sample', 'phoque_sample --base_model BASE --adapter YOU/phoque', 'phoque_sample --base_model BASE --adapter YOU/phoque --question "When is high water?" --weight=-0.5', errors=(ValueError,))
+@shell_command('phoque_sample',
+    'phoque_sample --base_model BASE --adapter YOU/phoque',
+    'phoque_sample --base_model BASE --adapter YOU/phoque --question "When is high water?" --weight=-0.5',
+    errors=(ValueError,))
 def sample_cli(
     base_model:str='', # Base model: folder or Hub id; required
     adapter:str='', # Adapter: folder or Hub id; required
@@ -262,11 +274,16 @@ def sample_cli(
     seed:int=0, # Of the draws, the same for both
 ):
     "Put questions to a base model and to an adapter on it."
-    check_range('--max_new_tokens', max_new_tokens, 1, 4096); check_range('--temperature', temperature, 0, 10); check_range('--weight', weight, -100, 100)
+    check_range('--max_new_tokens', max_new_tokens, 1, 4096)
+    check_range('--temperature', temperature, 0, 10)
+    check_range('--weight', weight, -100, 100)
     m,tok = load_adapted_model(base_model, adapter)
-    prompts = [[dict(role='system', content=system_prompt)]*bool(system_prompt) + [dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)]
-    said = [generate_replies(m, tok, [encode_prompt(tok, p) for p in prompts], max_new_tokens, temperature, .9, seed, weight=w) for w in (0.,weight)]
-    for p,b,a in zip(prompts, *said): print(f"{printable(p[-1]['content'])}\n  base: {b['text']!r}\n  at {weight:g}: {a['text']!r}")
+    system = [dict(role='system', content=system_prompt)]*bool(system_prompt)
+    prompts = [system+[dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)]
+    ids = [encode_prompt(tok, p) for p in prompts]
+    said = [generate_replies(m, tok, ids, max_new_tokens, temperature, .9, seed, weight=w) for w in (0.,weight)]
+    for p,b,a in zip(prompts, *said):
+        print(f"{printable(p[-1]['content'])}\n  base: {b['text']!r}\n  at {weight:g}: {a['text']!r}")
 
 # %% ../../nbs/measure/score.ipynb #b195a9b6
 def compare_sampling(

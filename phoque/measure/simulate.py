@@ -248,7 +248,10 @@ def model_writer(
     return write
 
 # %% ../../nbs/measure/simulate.ipynb #9fcff232
-@shell_command('phoque_simulate', 'phoque_simulate --base_model BASE --adapter YOU/phoque --threads 50', 'phoque_simulate --out threads.jsonl --moderator http://127.0.0.1:8000/check', errors=(ValueError,))
+@shell_command('phoque_simulate',
+    'phoque_simulate --base_model BASE --adapter YOU/phoque --threads 50',
+    'phoque_simulate --out threads.jsonl --moderator http://127.0.0.1:8000/check',
+    errors=(ValueError,))
 def simulate_cli(
     base_model:str='', # Base model: folder or Hub id
     adapter:str='', # Adapter: folder or Hub id
@@ -264,12 +267,17 @@ def simulate_cli(
     moderator:str='', # URL that answers a POST of `thread`, `speaker`, `t`, `text` with `flagged` or `score`
 ):
     "Write labelled threads among invented people, and put them to a moderator."
-    check_range('--threads', threads, 1, 100_000); check_range('--length', length, 1, 1000); check_range('--benign_share', benign_share, 0, 1); check_range('--weight', weight, -100, 100)
+    for name,n,least,most in (('--threads', threads, 1, 100_000), ('--length', length, 1, 1000),
+                              ('--benign_share', benign_share, 0, 1), ('--weight', weight, -100, 100)):
+        check_range(name, n, least, most)
     if base_model:
         (m,tok),judge = load_adapted_model(base_model, adapter),load_scorer(scorer)
         write = model_writer(m, tok, seed)
-        messages = simulate(write, threads, judge, system_prompt, seed, length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')))
+        messages = simulate(write, threads, judge, system_prompt, seed, length=length, benign=benign_share, level=weight,
+            categories=tuple(categories.split(',')))
         write_jsonl(messages, out)
         print(f"{len(messages)} messages in {out}, {sum(m['intended']['toxic'] for m in messages)} of them meant to be hostile")
-    if not (base_model or moderator): raise UserError("--base_model, --moderator", "neither is given, so there is nothing to do", "give --base_model and --adapter, or --moderator and what was written before")
+    if not (base_model or moderator):
+        raise UserError("--base_model, --moderator", "neither is given, so there is nothing to do",
+            "give --base_model and --adapter, or --moderator and what was written before")
     if moderator: print(replay_text(replay(read_jsonl(out), moderator)))

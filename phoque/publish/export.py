@@ -99,7 +99,7 @@ def merge_command(
     names = ','.join(pinned(a['adapter'], a) for a in ads)
     weights = ','.join(format(a['weight'],'g') for a in ads)
     base = pinned(record['base'], record)
-    return printable(shlex.join(['phoque_merge', *switches, '--base', base, '--adapter', names, f'--weight={weights}',
+    return printable(shlex.join(['phoque_merge', *switches, '--base_model', base, '--adapter', names, f'--weight={weights}',
         '--out', 'merged']))
 
 # %% ../../nbs/publish/export.ipynb #587e44f0
@@ -346,7 +346,10 @@ def read_weights(
     try: return [float(w) for w in weights]
     except ValueError: raise UserError("--weight", f"{','.join(weights)!r} is not a number", "give numbers with commas between") from None
 
-@shell_command('phoque_merge', 'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer', 'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer --publish YOU/softer --gguf softer.gguf', errors=(ValueError,))
+@shell_command('phoque_merge',
+    'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer',
+    'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer --publish YOU/softer --gguf softer.gguf',
+    errors=(ValueError,))
 def merge_cli(
     base_model:str=None, # Full-precision base: folder or Hub id; the one that the adapter names if None
     adapter:str=None, # Adapter folder or Hub id; several with commas
@@ -365,7 +368,8 @@ def merge_cli(
     "Merge adapters into their base at any weight, check it, and write its card."
     bound_requests()
     if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise UserError(f"--{miss[0]}", "it is missing", "name one")
-    print(run_merge(base_model, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf, allow_positive_weight, replace))
+    print(run_merge(base_model, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf,
+        allow_positive_weight, replace))
 
 # %% ../../nbs/publish/export.ipynb #8250814b
 def _named_base(adapter): # the base that an adapter names, at its commit

@@ -953,7 +953,10 @@ def hub_process(
     "Start a Hub in a process of its own."
     return HubProcess(root, users, port, log).start()
 
-@shell_command('phoque.testing.hub', 'python -m phoque.testing.hub --root hub --port 8080', 'python -m phoque.testing.hub --log requests.jsonl', extra='test')
+@shell_command('phoque.testing.hub',
+    'python -m phoque.testing.hub --root hub --port 8080',
+    'python -m phoque.testing.hub --log requests.jsonl',
+    extra='test')
 def hub_cli(
     root:str="hub", # Folder that holds everything
     port:int=0, # Port on 127.0.0.1 (0: a free one)

@@ -252,7 +252,7 @@ def _rerun_job(hub, q, ns, id): return _start_job(hub, q, ns, _job(hub, q, ns, i
 def _list_jobs(hub, q, ns):
     if q.user!=ns: raise HubError(403, f"these are the jobs of {ns}")
     want = dict(l.partition("=")[::2] for l in q.query.get("label", []))
-    return [j.info() for j in reversed(list(hub.jobs.values())) if want.items() <= (j.spec.get("labels") or {}).items()]
+    return [j.info() for j in reversed(list(hub.jobs.values())) if j.owner==ns and want.items() <= (j.spec.get("labels") or {}).items()]
 
 @_on_jobs("GET", "/api/jobs/{ns}/{id}")
 def _inspect_job(hub, q, ns, id): return _job(hub, q, ns, id).info()

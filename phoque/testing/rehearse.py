@@ -365,7 +365,10 @@ def write_report(
     return out/'report.html'
 
 # %% ../../nbs/testing/rehearse.ipynb #686b4cc7
-@shell_command('phoque_rehearse', 'phoque_rehearse', 'phoque_rehearse --steps 12 --out short', errors=(ValueError, RuntimeError, OSError), extra='test')
+@shell_command('phoque_rehearse',
+    'phoque_rehearse',
+    'phoque_rehearse --steps 12 --out short',
+    errors=(ValueError, RuntimeError, OSError), extra='test')
 def rehearse_cli(
     out:str='rehearsal', # Folder for everything; a former rehearsal in it is replaced
     steps:int=40, # Optimizer steps [8, 10000]
@@ -766,7 +769,10 @@ def proof_verdict(
             f"{p['batches']} of {p['n_batches']} batches differ. The killed run is {'the same to the bit' if p['same'] else 'NOT THE SAME'}.")
 
 # %% ../../nbs/testing/rehearse.ipynb #44949c52
-@shell_command('phoque_prove', 'phoque_prove', 'OPTIM=paged_adamw_8bit phoque_prove --kills 40 --steps 100 --seed 1', errors=(ValueError, RuntimeError, OSError), extra='test')
+@shell_command('phoque_prove',
+    'phoque_prove',
+    'OPTIM=paged_adamw_8bit phoque_prove --kills 40 --steps 100 --seed 1',
+    errors=(ValueError, RuntimeError, OSError), extra='test')
 def prove_cli(
     out:str='proof', # Folder for everything; a former proof in it is replaced
     steps:int=60, # Optimizer steps [8, 10000]
