@@ -19,11 +19,12 @@ from fastcore.xtras import modified_env
 # %% auto #0
 __all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL', 'UNFETCHED',
            'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text', 'same_text',
-           'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'write_readme', 'export_project',
-           'write_generated', 'check_generated', 'api_entry', 'close_chapters', 'rank_search', 'check_site',
-           'build_site', 'find_chromium', 'serve_site', 'in_browser', 'page_sizes', 'search_site', 'screenshots',
-           'page_texts', 'command_help', 'shown_commands', 'check_commands', 'module_names', 'check_light',
-           'check_words', 'error_messages', 'check_job', 'run_tests', 'packed_versions', 'pack_packages', 'docs_cli']
+           'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'write_readme',
+           'export_project', 'write_generated', 'check_generated', 'api_entry', 'close_chapters', 'rank_search',
+           'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser', 'page_sizes', 'search_site',
+           'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands', 'module_names',
+           'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'packed_versions', 'pack_packages',
+           'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -99,6 +100,12 @@ def _stamp()->str: # Where and with what a flagged cell was run, in Markdown
     used = ', '.join(f'{p} {version(p)}' for p in ('torch', 'transformers', 'trl', 'peft', 'bitsandbytes'))
     return f"{RUN_ON}{time.strftime('%d %B %Y')}: {machine}, Python {platform.python_version()}, {used}*"
 
+def machine_kind()->str: # Such as `x86_64 AVX2, Python 3.11`
+    "What decides how sums round, and so what a model says."
+    import platform, torch
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {cpu}, Python {'.'.join(platform.python_version_tuple()[:2])}"
+
 def run_notebook(
     fn:str|Path, # The notebook, changed in place
     run:tuple=(), # Flags of `tst_flags` whose cells are run as well; each then names its machine and versions
@@ -114,7 +121,8 @@ def run_notebook(
         elif set(run) & _directives(cell).keys() and cell.outputs:
             cell.outputs = [o for o in cell.outputs if o.get('name')!='stderr'] # libraries' warnings
             cell.outputs.append(dict(output_type='display_data', metadata={}, data={'text/markdown': [_stamp()]}))
-    clean_nb(nb, clean_ids=False)
+    nb.metadata['made_on'] = machine_kind()
+    clean_nb(nb, clean_ids=False, allowed_metadata_keys=['made_on'])
     write_nb(nb, fn)
 
 # %% ../../nbs/dev/site.ipynb #c98de7f1
@@ -172,10 +180,11 @@ def run_notebooks(
 
 # %% ../../nbs/dev/site.ipynb #1381e372
 _TEST = '''import json, sys
-from phoque.dev.site import _execute, shown_text
+from phoque.dev.site import _execute, machine_kind, shown_text
 try: _,nb = _execute(sys.argv[1])
 except ValueError as e: sys.exit(str(e))
-with open(sys.argv[2], 'w') as f: json.dump({c.id:shown_text(c) for c in nb.cells if c.cell_type=='code'}, f)'''
+shown = {c.id:shown_text(c) for c in nb.cells if c.cell_type=='code'}
+with open(sys.argv[2], 'w') as f: json.dump([machine_kind(), shown], f)'''
 
 def _changed(
     fn:Path, # A notebook
@@ -185,6 +194,10 @@ def _changed(
     with project(fn.parent) as cfg: passed = {*cfg.tst_flags.split(), 'varies', 'hide'}
     cells = [c for c in read_nb(fn).cells if c.id in shown and not passed & _directives(c).keys()]
     return [(c.id, shown_text(c), shown[c.id]) for c in cells if not same_text(shown_text(c), shown[c.id])]
+
+def _made_on(fn): # The machine of its saved outputs
+    from execnb.nbio import read_nb
+    return read_nb(fn).metadata.get('made_on')
 
 def test_notebook(
     fn:str|Path, # The notebook
@@ -196,7 +209,9 @@ def test_notebook(
         for i in range(2):
             ok,out = _in_process(_TEST, fn, Path(tmp)/'shown', cwd=fn.parent, timeout=timeout)
             if not ok: return False,out
-            runs.append(json.loads((Path(tmp)/'shown').read_text()))
+            kind,shown = json.loads((Path(tmp)/'shown').read_text())
+            if kind!=_made_on(fn): return True,''
+            runs.append(shown)
             changed = [c for c in _changed(fn, runs[-1]) if all(same_text(r[c[0]], c[2]) for r in runs)]
             if not changed: return True,''
     lines = [f'cell {id} is saved with {was[:300]!r} and shows {now[:300]!r}' for id,was,now in changed]
