@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install rehearse test docs outputs slow gpu gpu-pack generate lab hooks clean
+.PHONY: help install rehearse test compare docs outputs slow gpu gpu-pack generate lab hooks clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ rehearse: install ## Everything a run does, on this machine, with nothing sent a
 
 test: install ## What CI runs: generated files, every notebook, the site, the job's dry run
 	@$(BIN)/phoque_docs --test
+
+compare: install ## Every notebook shows what is saved in it (NAMES="02_train", default all)
+	@$(BIN)/phoque_docs --test --compare --names "$(NAMES)"
 
 docs: install ## Build the site into _docs
 	@$(BIN)/phoque_docs --site
