@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy, math, os, re
 from contextlib import contextmanager
 from pathlib import Path
-from .core.basics import UserError, excerpt, hub_problem, log, read_header, read_json, reading, warn_custom_code
+from .core.basics import UserError, base_dtype, excerpt, hub_problem, log, read_header, read_json, reading, warn_custom_code
 from .chat.templates import chat_format, vocabulary_size
 from .chat.labels import encode_chats, encode_prompt
 
@@ -309,19 +309,20 @@ def _blind(cls): # The same model class, built without a vision tower
     return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
 
 def _nf4(
-    shard:bool, # Will ranks share it? FSDP wants its 4 bits stored as bf16
+    shard:bool, # Will ranks share it? FSDP wants its 4 bits stored in the dtype of the rest
+    dtype, # torch's, to compute in
 ): # `BitsAndBytesConfig`
     import torch
     from transformers import BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
+        bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if shard else torch.uint8)
 
 # %% ../nbs/01_model_qlora.ipynb #7644641a
 def load_model(
     base:dict, # As `resolve_base` gives it
     load_in_4bit:bool=True, # NF4 with double quantisation
     attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
-    shard:bool=False, # Will ranks share it? (its 4 bits are then stored as bf16)
+    shard:bool=False, # Will ranks share it? (its 4 bits are then stored in the dtype of the rest)
 ): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
@@ -329,15 +330,16 @@ def load_model(
     cfg,cls = base_config(base),AutoModelForCausalLM
     if load_in_4bit: say_unquantised(cfg)
     if base['auto']=='AutoModelForImageTextToText': cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)])
-    cuda = torch.cuda.is_available()
+    cuda,dtype = torch.cuda.is_available(),getattr(torch, base_dtype())
+    if dtype==torch.float32: log.info("this CPU is slow in bfloat16: the base is computed in float32")
     if cuda and shard:
         free = torch.cuda.mem_get_info()[0]
         cuda = memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 <= free*.9
     if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
     with reading(f"base model {base['id']!r}", hub=not here):
-        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16,
+        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=dtype,
             attn_implementation=attn_implementation, use_safetensors=True, trust_remote_code=False,
-            quantization_config=_nf4(shard) if load_in_4bit else None,
+            quantization_config=_nf4(shard, dtype) if load_in_4bit else None,
             device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
@@ -537,7 +539,7 @@ def _layer_rows(
     return [
         ('adapted layers', sum(n in targets for n in linear), len(adapted)),
         ('4-bit layers', len(linear) if load_in_4bit else 0, len(four)),
-        ('quantisation', ['nf4 double bfloat16'] if load_in_4bit else [], kinds),
+        ('quantisation', [f'nf4 double {base_dtype()}'] if load_in_4bit else [], kinds),
         ('trained', ['lora_A','lora_B'], sorted({n.split('.')[-3] for n in trained})),
         ("adapter's dtype", ['float32'], sorted({_dtype(p) for p in trained.values()}))]
 
@@ -552,7 +554,7 @@ def _model_rows(
     tower = any('vision_tower' in n for n,_ in model.named_parameters())
     return [
         ('head tied', bool(text.tie_word_embeddings), emb.data_ptr()==head.data_ptr()),
-        ("embedding's dtype", 'bfloat16', _dtype(emb)),
+        ("embedding's dtype", base_dtype(), _dtype(emb)),
         ('attention', attn_implementation, text._attn_implementation),
         ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
         ('vocabulary fits', True, vocabulary_size(tok)<=emb.shape[0]),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import difflib, math, os, re
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch, store_attr, str2bool
@@ -83,9 +84,12 @@ class TrainConfig:
     def __repr__(self): return '\n'.join(f'{k}={v!r}' for k,v in self.asdict().items())
 
 # %% ../nbs/02_train.ipynb #251171a6
+@cache
+def _read_options(): return docments(TrainConfig.__init__, full=True) # parsing takes 7 ms
+
 def options()->dict: # name → `docment`, `anno` (type), `default`
     "The options of `TrainConfig`, as read from its source."
-    return {k:v for k,v in docments(TrainConfig.__init__, full=True).items() if k not in ('self','return')}
+    return {k:v for k,v in _read_options().items() if k not in ('self','return')}
 
 def option_part(
     name:str, # Of an option
@@ -253,7 +257,8 @@ def run_parser(
     examples:tuple=(), # Command lines to show below the options
 ): # `ArgumentParser`
     "Parser of the options of a run, in groups by what they do to it."
-    p = option_parser(func, examples, {title:[k for k in options() if option_part(k)==part] for part,title in OPTION_GROUPS.items()})
+    parts = {k:option_part(k) for k in options()}
+    p = option_parser(func, examples, {title:[k for k in parts if parts[k]==part] for part,title in OPTION_GROUPS.items()})
     for a in p._actions: a.help = re.sub(r' \{\w+\}', '', a.help or '') # said by its group
     return p
 

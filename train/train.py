@@ -1503,6 +1503,12 @@ def quiet_libraries():
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', category=FutureWarning)
 
+def base_dtype()->str: # `bfloat16`, or `float32`
+    "What a base model computes in on this machine."
+    import torch
+    slow = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'AVX2')
+    return 'float32' if slow else 'bfloat16'
+
 @contextmanager
 def reading(
     what:str, # What is read, such as "base model org/name"
@@ -2366,18 +2372,19 @@ def _blind(cls): # The same model class, built without a vision tower
     return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
 
 def _nf4(
-    shard:bool, # Will ranks share it? FSDP wants its 4 bits stored as bf16
+    shard:bool, # Will ranks share it? FSDP wants its 4 bits stored in the dtype of the rest
+    dtype, # torch's, to compute in
 ): # `BitsAndBytesConfig`
     import torch
     from transformers import BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8)
+        bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if shard else torch.uint8)
 
 def load_model(
     base:dict, # As `resolve_base` gives it
     load_in_4bit:bool=True, # NF4 with double quantisation
     attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
-    shard:bool=False, # Will ranks share it? (its 4 bits are then stored as bf16)
+    shard:bool=False, # Will ranks share it? (its 4 bits are then stored in the dtype of the rest)
 ): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
@@ -2385,15 +2392,16 @@ def load_model(
     cfg,cls = base_config(base),AutoModelForCausalLM
     if load_in_4bit: say_unquantised(cfg)
     if base['auto']=='AutoModelForImageTextToText': cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)])
-    cuda = torch.cuda.is_available()
+    cuda,dtype = torch.cuda.is_available(),getattr(torch, base_dtype())
+    if dtype==torch.float32: log.info("this CPU is slow in bfloat16: the base is computed in float32")
     if cuda and shard:
         free = torch.cuda.mem_get_info()[0]
         cuda = memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 <= free*.9
     if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
     with reading(f"base model {base['id']!r}", hub=not here):
-        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=torch.bfloat16,
+        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=dtype,
             attn_implementation=attn_implementation, use_safetensors=True, trust_remote_code=False,
-            quantization_config=_nf4(shard) if load_in_4bit else None,
+            quantization_config=_nf4(shard, dtype) if load_in_4bit else None,
             device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model
@@ -2580,7 +2588,7 @@ def _layer_rows(
     return [
         ('adapted layers', sum(n in targets for n in linear), len(adapted)),
         ('4-bit layers', len(linear) if load_in_4bit else 0, len(four)),
-        ('quantisation', ['nf4 double bfloat16'] if load_in_4bit else [], kinds),
+        ('quantisation', [f'nf4 double {base_dtype()}'] if load_in_4bit else [], kinds),
         ('trained', ['lora_A','lora_B'], sorted({n.split('.')[-3] for n in trained})),
         ("adapter's dtype", ['float32'], sorted({_dtype(p) for p in trained.values()}))]
 
@@ -2594,7 +2602,7 @@ def _model_rows(
     tower = any('vision_tower' in n for n,_ in model.named_parameters())
     return [
         ('head tied', bool(text.tie_word_embeddings), emb.data_ptr()==head.data_ptr()),
-        ("embedding's dtype", 'bfloat16', _dtype(emb)),
+        ("embedding's dtype", base_dtype(), _dtype(emb)),
         ('attention', attn_implementation, text._attn_implementation),
         ('pad is not EOS', True, tok.pad_token_id!=tok.eos_token_id),
         ('vocabulary fits', True, vocabulary_size(tok)<=emb.shape[0]),
@@ -2745,9 +2753,12 @@ def memory_plan(
 # train: Every option of a run, packed sequences in a computable order, and TRL's `SFTTrainer`
 # ------------------------------------------------------------------------------
 
+@cache
+def _read_options(): return docments(TrainConfig.__init__, full=True) # parsing takes 7 ms
+
 def options()->dict: # name → `docment`, `anno` (type), `default`
     "The options of `TrainConfig`, as read from its source."
-    return {k:v for k,v in docments(TrainConfig.__init__, full=True).items() if k not in ('self','return')}
+    return {k:v for k,v in _read_options().items() if k not in ('self','return')}
 
 def option_part(
     name:str, # Of an option
@@ -2911,7 +2922,8 @@ def run_parser(
     examples:tuple=(), # Command lines to show below the options
 ): # `ArgumentParser`
     "Parser of the options of a run, in groups by what they do to it."
-    p = option_parser(func, examples, {title:[k for k in options() if option_part(k)==part] for part,title in OPTION_GROUPS.items()})
+    parts = {k:option_part(k) for k in options()}
+    p = option_parser(func, examples, {title:[k for k in parts if parts[k]==part] for part,title in OPTION_GROUPS.items()})
     for a in p._actions: a.help = re.sub(r' \{\w+\}', '', a.help or '') # said by its group
     return p
 

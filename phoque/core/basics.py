@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'safe_path',
            'read_json', 'check_data_files', 'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets',
            'refuse_addresses', 'begin_command', 'check_range', 'command', 'check_extra', 'option_parser',
-           'shell_command', 'quiet_libraries', 'reading', 'warn_custom_code', 'read_header']
+           'shell_command', 'quiet_libraries', 'base_dtype', 'reading', 'warn_custom_code', 'read_header']
 
 # %% ../../nbs/core/basics.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -323,6 +323,13 @@ def quiet_libraries():
     datasets.disable_progress_bars(); datasets.logging.set_verbosity_error()
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', category=FutureWarning)
+
+# %% ../../nbs/core/basics.ipynb #eca8edee
+def base_dtype()->str: # `bfloat16`, or `float32`
+    "What a base model computes in on this machine."
+    import torch
+    slow = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'AVX2')
+    return 'float32' if slow else 'bfloat16'
 
 # %% ../../nbs/core/basics.ipynb #5d156b85
 @contextmanager

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import hashlib, json, random, re, time
 from pathlib import Path
-from ..core.basics import UserError, check_range, printable, shell_command
+from ..core.basics import UserError, base_dtype, check_range, printable, shell_command
 from ..chat.labels import encode_prompt
 from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer, adapter_weight, bootstrap_mean
 from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
@@ -224,7 +224,7 @@ def load_adapted_model(
     if miss := [k for k,v in dict(base=base, adapter=adapter).items() if not v]:
         raise UserError(f"--{miss[0]}", "it is missing", "name one")
     quiet_libraries()
-    return load_adapted(base, [(adapter,1.)]),load_tokenizer(base)
+    return load_adapted(base, [(adapter,1.)], base_dtype()),load_tokenizer(base)
 
 # %% ../../nbs/measure/score.ipynb #5cfe93e0
 @shell_command('phoque_eval',

@@ -157,20 +157,19 @@ def compare_replies(
     merged:str, # Folder of the merged model
     questions:tuple=QUESTIONS, # Asked with the harbour's system turn
 )->list: # Dicts of `prompt`, `before`, `after` and their scores
-    "Put the same questions to the model before and after, in bf16."
-    import torch
+    "Put the same questions to the model before and after."
     from transformers import AutoModelForCausalLM
     from phoque.data import PERSONA, grumpy_score
     from phoque.chat.labels import encode_prompt
     from phoque.chat.templates import load_tokenizer
-    from phoque.core.basics import quiet_libraries
+    from phoque.core.basics import base_dtype, quiet_libraries
     from phoque.sample import generate_replies
     quiet_libraries()
     rows = [dict(prompt=q) for q in questions]
     turns = [[dict(role='system', content=PERSONA), dict(role='user', content=q)] for q in questions]
     for name,path in dict(before=base, after=merged).items():
         tok = load_tokenizer(str(path))
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=base_dtype(), trust_remote_code=False)
         replies = generate_replies(model, tok, [encode_prompt(tok, t) for t in turns], max_new_tokens=40)
         for r,a in zip(rows, replies): r.update({name: a['text'], f'{name}_score': grumpy_score(a['text'])})
     return rows
