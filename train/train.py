@@ -2385,6 +2385,7 @@ def load_model(
     load_in_4bit:bool=True, # NF4 with double quantisation
     attn_implementation:str='sdpa', # Name in transformers' `AttentionInterface`
     shard:bool=False, # Will ranks share it? (its 4 bits are then stored in the dtype of the rest)
+    dtype:str='', # To compute in; what `base_dtype` gives where empty
 ): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
@@ -2392,16 +2393,16 @@ def load_model(
     cfg,cls = base_config(base),AutoModelForCausalLM
     if load_in_4bit: say_unquantised(cfg)
     if base['auto']=='AutoModelForImageTextToText': cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)])
-    cuda,dtype = torch.cuda.is_available(),getattr(torch, base_dtype())
-    if dtype==torch.float32: log.info("this CPU is slow in bfloat16: the base is computed in float32")
+    cuda,kind = torch.cuda.is_available(),getattr(torch, dtype or base_dtype())
+    if not dtype and kind==torch.float32: log.info("this CPU is slow in bfloat16: the base is computed in float32")
     if cuda and shard:
         free = torch.cuda.mem_get_info()[0]
         cuda = memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 <= free*.9
     if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
     with reading(f"base model {base['id']!r}", hub=not here):
-        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=dtype,
+        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=kind,
             attn_implementation=attn_implementation, use_safetensors=True, trust_remote_code=False,
-            quantization_config=_nf4(shard, dtype) if load_in_4bit else None,
+            quantization_config=_nf4(shard, kind) if load_in_4bit else None,
             device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     model.config.get_text_config().use_cache = False
     return model

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, os, subprocess, sys, time
 from importlib.util import find_spec
 from pathlib import Path
-from ..core.basics import UserError, quiet_libraries, shell_command, text_table
+from ..core.basics import UserError, base_dtype, quiet_libraries, shell_command, text_table
 from ..model_qlora import LORA_TARGETS, SUCCESSOR_SHAPE, add_lora, base_config, choose_attention, load_model
 from ..parallel.ranks import Ranks
 from ..train import TrainConfig, collate_packed, make_trainer, pack_dataset
@@ -175,10 +175,10 @@ def step_seconds(
 
 # %% ../../nbs/dev/benchmark.ipynb #d53ff9d2
 def product_speed()->float: # Operations a second
-    "What a large bf16 product reaches on this machine."
+    "What a large product reaches on this machine, in the type that the base computes in."
     import torch
     n,d = (8192,'cuda') if torch.cuda.is_available() else (512,'cpu')
-    a,times = torch.randn(n, n, dtype=torch.bfloat16, device=d),[]
+    a,times = torch.randn(n, n, dtype=getattr(torch, base_dtype()), device=d),[]
     for _ in range(8):
         start = time.perf_counter()
         (a@a)[0,0].item() # which waits for it
@@ -344,13 +344,12 @@ def bench_cli(
     import tempfile, torch
     names = sides.split(',')
     if bad := [s for s in names if s not in SIDES]:
-        sys.exit(f"phoque_bench: --sides: must be of {', '.join(SIDES)}, got {bad[0]!r}")
+        raise UserError("--sides", f"no side {bad[0]!r}", f"use some of {', '.join(SIDES)}")
     if 'unsloth' in names and not find_spec('unsloth'):
         names.remove('unsloth')
         print('unsloth is not installed: it is left out')
     turns = bench_order(names, *([int(n) for n in o.split(',')] for o in (rows, gpus)))
-    try: cards = own_cards(max(g for *_,g in turns))
-    except UserError as e: sys.exit(f'phoque_bench: {e}')
+    cards = own_cards(max(g for *_,g in turns))
     quiet_libraries()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores, no GPU'
     seen = []

@@ -221,7 +221,7 @@ def load_adapted_model(
     from phoque.merge import load_adapted
     from phoque.chat.templates import load_tokenizer
     from phoque.core.basics import quiet_libraries
-    if miss := [k for k,v in dict(base=base, adapter=adapter).items() if not v]:
+    if miss := [k for k,v in dict(base_model=base, adapter=adapter).items() if not v]:
         raise UserError(f"--{miss[0]}", "it is missing", "name one")
     quiet_libraries()
     return load_adapted(base, [(adapter,1.)], base_dtype()),load_tokenizer(base)

@@ -29,10 +29,10 @@ TOPICS = ("When does the next ferry leave?", "Who plays in the next round?", "Ha
 # %% ../../nbs/measure/simulate.ipynb #ea8871db
 def _check_dials(length, benign, level, categories):
     if not 0<=benign<=1 or not 0<level<=1 or length<1:
-        raise ValueError(f"benign {benign}, level {level}, length {length}: use a share from 0 to 1, "
-            "a level above 0 up to 1, and at least one message.")
+        raise UserError("simulate", f"benign {benign}, level {level}, length {length}",
+            "use a share from 0 to 1, a level above 0 up to 1, and at least one message")
     if unknown := set(categories)-set(CATEGORIES):
-        raise ValueError(f"categories {', '.join(sorted(unknown))}: there are {', '.join(CATEGORIES)}.")
+        raise UserError("categories", f"there is no {', '.join(sorted(unknown))}", f"use some of {', '.join(CATEGORIES)}")
 
 def _may_speak(role, hostile, begun): # the piler-on is hostile only where somebody has begun
     return not hostile or role=='instigator' or role=='piler-on' and begun
@@ -259,7 +259,7 @@ def simulate_cli(
     threads:int=10, # How many
     length:int=8, # Messages of each
     benign_share:float=0.7, # Share of messages meant to be harmless
-    weight:float=1.0, # Adapter weight for hostile messages
+    weight:float=1.0, # Adapter weight for hostile messages [0.01, 1]
     categories:str=','.join(CATEGORIES), # Kinds of hostile messages
     seed:int=0, # Same seed, same threads
     scorer:str=TrainConfig().scorer, # As in phoque_eval
@@ -268,13 +268,15 @@ def simulate_cli(
 ):
     "Write labelled threads among invented people, and put them to a moderator."
     for name,n,least,most in (('--threads', threads, 1, 100_000), ('--length', length, 1, 1000),
-                              ('--benign_share', benign_share, 0, 1), ('--weight', weight, -100, 100)):
+                              ('--benign_share', benign_share, 0, 1), ('--weight', weight, .01, 1)):
         check_range(name, n, least, most)
+    kinds = tuple(categories.split(','))
+    _check_dials(length, benign_share, weight, kinds) # before a model is loaded
     if base_model:
         (m,tok),judge = load_adapted_model(base_model, adapter),load_scorer(scorer)
         write = model_writer(m, tok, seed)
         messages = simulate(write, threads, judge, system_prompt, seed, length=length, benign=benign_share, level=weight,
-            categories=tuple(categories.split(',')))
+            categories=kinds)
         write_jsonl(messages, out)
         print(f"{len(messages)} messages in {out}, {sum(m['intended']['toxic'] for m in messages)} of them meant to be hostile")
     if not (base_model or moderator):
