@@ -34,7 +34,7 @@ test: install ## What CI runs: generated files, every notebook, the site, the jo
 	@$(BIN)/phoque_docs --test
 
 compare: install ## Every notebook shows what is saved in it (NAMES="02_train", default all)
-	@$(BIN)/phoque_docs --test --compare --names "$(NAMES)"
+	@$(BIN)/phoque_docs --compare --names "$(NAMES)"
 
 docs: install ## Build the site into _docs
 	@$(BIN)/phoque_docs --site

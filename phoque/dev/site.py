@@ -19,12 +19,12 @@ from fastcore.xtras import modified_env
 # %% auto #0
 __all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL', 'UNFETCHED',
            'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text', 'same_text',
-           'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'write_readme',
-           'export_project', 'write_generated', 'check_generated', 'api_entry', 'close_chapters', 'rank_search',
-           'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser', 'page_sizes', 'search_site',
-           'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands', 'module_names',
-           'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'packed_versions', 'pack_packages',
-           'docs_cli']
+           'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'compare_notebook',
+           'write_readme', 'export_project', 'write_generated', 'check_generated', 'api_entry', 'close_chapters',
+           'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser', 'page_sizes',
+           'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
+           'module_names', 'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'run_compare',
+           'packed_versions', 'pack_packages', 'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -89,7 +89,7 @@ def same_text(
     "Do both have the same words, and numbers that agree to two hundredths?"
     words = [re.sub(r'[\s|=─-]+', ' ', _NUMBER.sub('0', t)) for t in (a, b)] # a column is as wide as its longest number
     numbers = [[float(n.replace(',', '')) for n in _NUMBER.findall(t)] for t in (a, b)]
-    return words[0]==words[1] and all(math.isclose(*p, rel_tol=.02, abs_tol=.01) for p in zip(*numbers))
+    return words[0]==words[1] and all(math.isclose(*p, rel_tol=.02, abs_tol=1e-12) for p in zip(*numbers))
 
 # %% ../../nbs/dev/site.ipynb #470843be
 def _stamp()->str: # Where and with what a flagged cell was run, in Markdown
@@ -116,12 +116,14 @@ def run_notebook(
     old,nb = _execute(fn, run)
     for was,cell in zip(old.cells, nb.cells):
         if cell.cell_type!='code': continue
+        flagged = set(run) & _directives(cell).keys()
         pictures = any(k.startswith('image/') for o in cell.outputs for k in o.get('data', {}))
-        if was.outputs and not pictures and same_text(shown_text(was), shown_text(cell)): cell.outputs = was.outputs
-        elif set(run) & _directives(cell).keys() and cell.outputs:
+        same = was.outputs and not pictures and same_text(shown_text(was), shown_text(cell))
+        if run and not flagged or same and not flagged: cell.outputs = was.outputs
+        elif flagged and cell.outputs:
             cell.outputs = [o for o in cell.outputs if o.get('name')!='stderr'] # libraries' warnings
             cell.outputs.append(dict(output_type='display_data', metadata={}, data={'text/markdown': [_stamp()]}))
-    nb.metadata['made_on'] = machine_kind()
+    if not run: nb.metadata['made_on'] = machine_kind()
     clean_nb(nb, clean_ids=False, allowed_metadata_keys=['made_on'])
     write_nb(nb, fn)
 
@@ -180,40 +182,47 @@ def run_notebooks(
 
 # %% ../../nbs/dev/site.ipynb #1381e372
 _TEST = '''import json, sys
-from phoque.dev.site import _execute, machine_kind, shown_text
+from phoque.dev.site import _execute, shown_text
 try: _,nb = _execute(sys.argv[1])
 except ValueError as e: sys.exit(str(e))
 shown = {c.id:shown_text(c) for c in nb.cells if c.cell_type=='code'}
-with open(sys.argv[2], 'w') as f: json.dump([machine_kind(), shown], f)'''
-
-def _changed(
-    fn:Path, # A notebook
-    shown:dict, # {cell id: what a run showed}
-)->list: # [(id, what is saved, what was shown)] where they differ
-    from execnb.nbio import read_nb
-    with project(fn.parent) as cfg: passed = {*cfg.tst_flags.split(), 'varies', 'hide'}
-    cells = [c for c in read_nb(fn).cells if c.id in shown and not passed & _directives(c).keys()]
-    return [(c.id, shown_text(c), shown[c.id]) for c in cells if not same_text(shown_text(c), shown[c.id])]
-
-def _made_on(fn): # The machine of its saved outputs
-    from execnb.nbio import read_nb
-    return read_nb(fn).metadata.get('made_on')
+with open(sys.argv[2], 'w') as f: json.dump(shown, f)'''
 
 def test_notebook(
     fn:str|Path, # The notebook
-    timeout:float=900, # Seconds that a run may take
-    compare:bool=False, # Compare what it shows with what is saved, too
-)->tuple[bool,str]: # Did it pass? The traceback, or what differs, when it did not
+    timeout:float=900, # Seconds that it may take
+    shown:str|Path=os.devnull, # File for what its cells showed, as {id: text}
+)->tuple[bool,str]: # Did it pass? The traceback when it did not
     "Test one notebook in a process of its own."
+    fn = Path(fn).resolve()
+    return _in_process(_TEST, fn, shown, cwd=fn.parent, timeout=timeout)
+
+# %% ../../nbs/dev/site.ipynb #64e8c9cc
+def _changed(
+    fn:Path, # A notebook
+    runs:list, # What each run showed, as {cell id: text}
+)->list: # [(id, what is saved, what was shown)] where they differ and all runs agree
+    from execnb.nbio import read_nb
+    with project(fn.parent) as cfg: passed = {*cfg.tst_flags.split(), 'varies', 'hide'}
+    cells = [c for c in read_nb(fn).cells if c.id in runs[0] and not passed & _directives(c).keys()]
+    found = [(c.id, shown_text(c), [r[c.id] for r in runs]) for c in cells]
+    return [(i, was, now[0]) for i,was,now in found if not same_text(was, now[0]) and all(same_text(now[0], n) for n in now)]
+
+def compare_notebook(
+    fn:str|Path, # The notebook
+    timeout:float=900, # Seconds that a run may take
+)->tuple[bool,str]: # Does it show what is saved? What differs, or why it wasn't compared
+    "Run a notebook and hold what it shows against what is saved in it."
+    from execnb.nbio import read_nb
     fn,runs = Path(fn).resolve(),[]
+    made = read_nb(fn).metadata.get('made_on')
+    if made!=machine_kind(): return True,f'not compared: made on {made}, this is {machine_kind()}'
     with tempfile.TemporaryDirectory() as tmp:
         for i in range(2):
-            ok,out = _in_process(_TEST, fn, Path(tmp)/'shown', cwd=fn.parent, timeout=timeout)
-            if not (ok and compare): return ok,out
-            kind,shown = json.loads((Path(tmp)/'shown').read_text())
-            if kind!=_made_on(fn): return True,''
-            runs.append(shown)
-            changed = [c for c in _changed(fn, runs[-1]) if all(same_text(r[c[0]], c[2]) for r in runs)]
+            ok,out = test_notebook(fn, timeout, Path(tmp)/'shown')
+            if not ok: return False,out
+            runs.append(json.loads((Path(tmp)/'shown').read_text()))
+            changed = _changed(fn, runs)
             if not changed: return True,''
     lines = [f'cell {id} is saved with {was[:300]!r} and shows {now[:300]!r}' for id,was,now in changed]
     return False,'\n'.join([f'{fn.name} shows something else than what is saved: run `make outputs NAMES={fn.stem}` and look', *lines])
@@ -764,19 +773,25 @@ def shown_commands(
     code = re.findall(r'^```sh\n(.*?)^```', text, flags=re.M|re.S)
     code += re.findall(r'`([^`\n]+)`', text) + re.findall(r'(?<=\n)    (.*)', text)
     joined = '\n'.join(code).replace('\\\n', ' ')
-    return re.findall(r'(?:^|[ /])(phoque_\w+)((?: [^\n#|&;]*)?)', joined, flags=re.M)
+    return re.findall(r'(?:^|[ /])(phoque_\w+|hf(?: [a-z][a-z-]+\b(?![/.=]))+)((?: [^\n#|&;]*)?)', joined, flags=re.M)
+
+def _hf_help(command)->str: # Of the Hub's client; '' where it knows no such command
+    words = [Path(sys.executable).with_name('hf'), *command.split()[1:], '--help']
+    p = subprocess.run(words, capture_output=True, text=True, env=os.environ|dict(COLUMNS='200', HF_HUB_OFFLINE='1'))
+    return p.stdout if not p.returncode else ''
 
 def check_commands(
     path:str|Path='.', # A folder of the project
 ):
-    "Every command that a page shows exists, and has the flags it is shown with."
+    "Every command that a page shows, ours or the Hub client's, exists and has the flags it is shown with."
     helps,bad = command_help(path),[]
+    def flags(text): return [f.replace('-', '_') for f in re.findall(r'--[\w-]+', text)]
     for page,text in page_texts(path).items():
         for command,args in shown_commands(text):
-            if command not in helps: bad.append(f'{page}: no command {command}'); continue
-            said = helps[command].replace('-', '_')
-            flags = [f for f in re.findall(r'--[\w-]+', args) if f.replace('-', '_') not in said]
-            bad += [f'{page}: {command} has no {f}' for f in flags]
+            if command.startswith('hf ') and command not in helps: helps[command] = _hf_help(command)
+            if not helps.get(command): bad.append(f'{page}: no command {command}'); continue
+            known = flags(helps[command])
+            bad += [f"{page}: {command} has no {f.replace('__', '--', 1)}" for f in flags(args) if f not in known]
     if bad: raise ValueError('\n'.join(bad))
 
 # %% ../../nbs/dev/site.ipynb #db7ceb2b
@@ -862,27 +877,42 @@ def check_job(
 PROJECT_CHECKS = { # What is said of the whole project, after its notebooks
     'imports': check_light, 'commands on the pages': check_commands, 'spelling': check_words, 'site': build_site}
 
+def _say_result(name, ok, said, secs):
+    tail = f'\n{said}' if not ok else f': {said}' if said.startswith('not compared') else ''
+    print(f"{'ok    ' if ok else 'FAILED'} {name} ({secs:.0f} s){tail}", flush=True)
+    return ok
+
+def _each_notebook(check, fns, n_workers):
+    with ThreadPoolExecutor(n_workers) as pool:
+        return [_say_result(fn.name, *res) for fn,res in zip(fns, pool.map(lambda fn: _try(check, fn), fns))]
+
+def _say_sum(results):
+    failed = results.count(False)
+    print(f'{len(results)-failed} passed, {failed} failed')
+    return failed
+
 def run_tests(
     names:str='', # Notebooks such as "00_data 02_train"; '' for all of them and the checks of the whole project
     n_workers:int=2, # Notebooks tested at a time
     path:str|Path='.', # A folder of the project
-    compare:bool=False, # Compare what notebooks show with what is saved in them
 )->int: # How many failed
     "Test notebooks and, when none is named, that everything generated from them is right."
     with project(path) as cfg: root = cfg.config_path
-    fns,results = notebooks(names, root),[]
-    def report(name, ok, said, secs):
-        results.append(ok)
-        print(f"{'ok    ' if ok else 'FAILED'} {name} ({secs:.0f} s)" + ('' if ok else f'\n{said}'), flush=True)
-    if not names: report('generated files', *_try(check_generated, root))
-    with ThreadPoolExecutor(n_workers) as pool:
-        for fn,res in zip(fns, pool.map(lambda fn: _try(test_notebook, fn, 900, compare), fns)): report(fn.name, *res)
-    if not names:
-        for name,check in PROJECT_CHECKS.items(): report(name, *_try(check, root))
-        if (root/'train/train.py').exists(): report('dry run of train/train.py', *_try(check_job, root))
-    failed = results.count(False)
-    print(f'{len(results)-failed} passed, {failed} failed')
-    return failed
+    first = {} if names else {'generated files':check_generated}
+    last = {} if names else dict(PROJECT_CHECKS)
+    if last and (root/'train/train.py').exists(): last['dry run of train/train.py'] = check_job
+    results = [_say_result(name, *_try(check, root)) for name,check in first.items()]
+    results += _each_notebook(test_notebook, notebooks(names, root), n_workers)
+    results += [_say_result(name, *_try(check, root)) for name,check in last.items()]
+    return _say_sum(results)
+
+def run_compare(
+    names:str='', # Notebooks; '' for all
+    n_workers:int=2, # Notebooks at a time
+    path:str|Path='.', # A folder of the project
+)->int: # How many show something else than what is saved
+    "Hold what notebooks show against what is saved in them."
+    return _say_sum(_each_notebook(compare_notebook, notebooks(names, path), n_workers))
 
 # %% ../../nbs/dev/site.ipynb #70295a65
 def _requires(name, seen): # `name` and what it requires, by name, as installed here
@@ -917,11 +947,10 @@ def pack_packages(
     out = Path(out).resolve()
     with tempfile.TemporaryDirectory() as tmp:
         platforms = [f'--platform=manylinux_2_{n}_x86_64' for n in (28, 27, 24, 17, 12, 5)]+['--platform=manylinux2014_x86_64', '--platform=any']
-        command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:',
-            f'--python-version={python}', *platforms, f'--dest={tmp}/wheels']
+        command = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-compile', '--only-binary=:all:',
+            f'--python-version={python}', *platforms, f'--target={tmp}/site']
         p = subprocess.run([*command, *packed_versions(package)], capture_output=True, text=True)
         if p.returncode: raise ValueError(f"packages for Python {python} could not be had:\n{p.stderr}")
-        for w in Path(tmp, 'wheels').iterdir(): shutil.unpack_archive(w, f'{tmp}/site', 'zip')
         out.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(out, 'w:gz') as f: f.add(f'{tmp}/site', '.')
     print(f'{out}: {out.stat().st_size/2**20:.0f} MiB; on the other machine: mkdir site; tar -C site -xzf {out.name}; export PYTHONPATH=$PWD/site:$PWD')
@@ -947,13 +976,13 @@ def docs_cli(
     site:bool=False, # Build the site
     shots:bool=False, # Add pictures of five pages to the built site, and name tall pages; needs Chromium
     test:bool=False, # Do what CI does: everything generated, every notebook, the site, the job's dry run
-    compare:bool=False, # With --test: notebooks must show what is saved in them
+    compare:bool=False, # Fail where a notebook shows something else than what is saved in it
     names:str='', # Notebooks to run or test, such as "00_data 02_train"; all when empty
     n_workers:int=2, # Notebooks tested at a time
 ):
     "Keep modules, README, job script and site in step with the notebooks."
-    if not (outputs or slow or gpu or pack or generate or check or site or shots or test):
-        sys.exit("phoque_docs: say what to do: --outputs --slow --gpu --pack --generate --check --site --shots --test")
+    if not (outputs or slow or gpu or pack or generate or check or site or shots or test or compare):
+        sys.exit("phoque_docs: say what to do: --outputs --slow --gpu --pack --generate --check --site --shots --test --compare")
     try:
         if outputs: run_notebooks(names)
         if slow: run_notebooks(names, flag='slow')
@@ -963,6 +992,7 @@ def docs_cli(
         if check: check_generated()
         if site: print(f"open {shlex.quote(f'{build_site()}/index.html')}")
         if shots: _show_pages()
-        if test and run_tests(names, n_workers, compare=compare): sys.exit(1)
+        if test and run_tests(names, n_workers): sys.exit(1)
+        if compare and run_compare(names, n_workers): sys.exit(1)
     except ModuleNotFoundError as e: sys.exit(f"phoque_docs: {e.name} is not installed: pip install 'phoque[docs]'")
     except ValueError as e: sys.exit(f'phoque_docs: {e}')
