@@ -4,19 +4,20 @@
 
 # %% ../nbs/04_sample.ipynb #11611cb3
 from __future__ import annotations
-import hashlib, html, json, logging, math, random, re, time
+import hashlib, html, json, math, random, re, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 from fastcore.basics import patch
-from .core.basics import UserError, excerpt, read_json
-from .model_qlora import WEIGHTS, preserve_training_state
+from .chat.templates import _tokenizer_folder, open_tokenizer
+from .core.basics import UserError, excerpt, log, read_json, reading
+from .model_qlora import WEIGHTS, check_model_config, preserve_training_state
 
 # %% auto #0
-__all__ = ['PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'generate_replies', 'distinct_n',
-           'repetition_share', 'Scorer', 'scorer_id', 'LexiconScorer', 'tensors_hash', 'scorer_labels', 'HubScorer',
-           'check_scorer', 'bootstrap_mean', 'sample_prompts', 'common_persona', 'sample_lines', 'sample_metrics',
-           'sample_head', 'Sampler', 'write_samples', 'read_samples', 'samples_table']
+__all__ = ['MOST_ADDED', 'PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'generate_replies',
+           'distinct_n', 'repetition_share', 'Scorer', 'scorer_id', 'LexiconScorer', 'tensors_hash', 'scorer_labels',
+           'HubScorer', 'check_scorer', 'bootstrap_mean', 'sample_prompts', 'common_persona', 'sample_lines',
+           'sample_metrics', 'sample_head', 'Sampler', 'write_samples', 'read_samples', 'samples_table']
 
 # %% ../nbs/04_sample.ipynb #37846803
 class SeededDraws:
@@ -176,12 +177,6 @@ def tensors_hash(
         h.update(tensors[n].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
-def _load_scorer(f, repo, **kwargs):
-    try: return f(repo, **kwargs)
-    except Exception as e: # of a stranger's files, anything
-        raise UserError(f"scorer {repo}", f"it can't be loaded ({excerpt(e) or type(e).__name__})",
-            "name another text classifier of the Hub, the folder of one, or none") from e
-
 # %% ../nbs/04_sample.ipynb #597fcf07
 def scorer_labels(
     cfg:dict, # A classifier's config.json
@@ -193,9 +188,7 @@ def scorer_labels(
     kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else '?'
     if 'SequenceClassification' not in kind:
         raise UserError(f"scorer {repo}", f"no text classifier but {excerpt(kind, 60)}", "name one that is, or none")
-    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)):
-        raise UserError(f"scorer {repo}", "its config.json asks for a thousand layers or more",
-            "name another text classifier, or none")
+    check_model_config(cfg, f"scorer {repo}")
     names = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else []
     if not names or not all(isinstance(n, str) for n in names):
         raise UserError(f"scorer {repo}", "its id2label gives no name to each of its outputs",
@@ -203,6 +196,27 @@ def scorer_labels(
     if label in names and names.count(label)==1 or not label and len(names)<=2: return names
     raise UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}",
         "name one of them")
+
+# %% ../nbs/04_sample.ipynb #438c767a
+MOST_ADDED = 16 # special tokens around a text; the known families have two
+
+def _repeats_text(
+    part, # Of a tokenizer.json's post_processor
+)->bool: # Has a template in it the text more than once?
+    if isinstance(part, list): return any(map(_repeats_text, part))
+    if not isinstance(part, dict): return False
+    times = sum('Sequence' in p for p in part.get('single', ()))
+    return times>1 or any(map(_repeats_text, part.values()))
+
+def _check_added(
+    tok, # A scorer's tokenizer
+    what:str, # How an error names it
+):
+    "Refuse a tokenizer that puts many tokens around a text, or repeats the text."
+    n,around = tok.num_special_tokens_to_add(),tok.backend_tokenizer.post_processor
+    if n<=MOST_ADDED and not (around and _repeats_text(json.loads(around.__getstate__()))): return
+    raise UserError(what, f"its tokenizer puts {n:,} tokens around each text, or repeats the text",
+        "name another text classifier, or none")
 
 # %% ../nbs/04_sample.ipynb #9011c47b
 class HubScorer:
@@ -212,19 +226,23 @@ class HubScorer:
         label:str=None, # The label whose probability is the score; the last of two if None
         revision:str=None, # Commit; the newest if None
     ):
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
         from transformers.utils import cached_file
-        def load(f, **kwargs): return _load_scorer(f, repo, revision=revision, **kwargs)
-        file = Path(load(cached_file, filename='config.json'))
-        names = scorer_labels(read_json(file, what=f'scorer {repo}, config.json'), repo, label)
-        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS):
-            raise UserError(f"scorer {repo}", f"it has no {WEIGHTS[0]}, and a pickle is not opened",
-                "name another text classifier, or none")
-        own = dict(trust_remote_code=False)
-        cfg,self.tok = load(AutoConfig.from_pretrained, **own),load(AutoTokenizer.from_pretrained, **own)
-        self.model = load(AutoModelForSequenceClassification.from_pretrained, use_safetensors=True, **own).eval()
+        what,own = f"scorer {repo}",dict(revision=revision)
+        def has(f): return cached_file(repo, f, _raise_exceptions_for_missing_entries=False, **own)
+        with reading(what, "name another text classifier of the Hub, the folder of one, or none"):
+            file = Path(cached_file(repo, 'config.json', **own))
+            names = scorer_labels(read_json(file, what=f"{what}, config.json"), repo, label)
+            if not any(map(has, WEIGHTS)):
+                raise UserError(what, f"it has no {WEIGHTS[0]}, and a pickle is not opened",
+                    "name another text classifier, or none")
+            self.tok = open_tokenizer(_tokenizer_folder(repo, revision), what)
+            _check_added(self.tok, what)
+            own |= dict(use_safetensors=True, trust_remote_code=False)
+            self.model = AutoModelForSequenceClassification.from_pretrained(repo, **own).eval()
+        kind = self.model.config.problem_type
+        self.each = len(names)==1 or kind=='multi_label_classification' # labels don't exclude each other
         self.at = names.index(label) if label else -1
-        self.each = len(names)==1 or cfg.problem_type=='multi_label_classification' # labels don't exclude each other
         self.name = repo + f'/{label}'*bool(label)
         self.version = file.parent.name if file.parent.parent.name=='snapshots' else 'folder'
         self.weights_hash = tensors_hash(self.model.state_dict())
@@ -244,10 +262,8 @@ def score(self:HubScorer,
     "Score texts, 64 at once."
     import numpy as np, torch
     batches = [texts[i:i+64] for i in range(0, len(texts), 64)]
-    try:
-        with torch.inference_mode(): scores = np.concatenate([self._score_batch(b) for b in batches] or [np.zeros(0)])
-    except Exception as e:
-        raise UserError(f"scorer {self.name}", f"it can't score ({excerpt(e)})", "name another, or none") from e
+    with reading(f"scorer {self.name}", "name another, or none"), torch.inference_mode():
+        scores = np.concatenate([self._score_batch(b) for b in batches] or [np.zeros(0)])
     if np.isfinite(scores).all(): return scores
     odd = (~np.isfinite(scores)).sum()
     raise UserError(f"scorer {self.name}", f"{odd} of {len(scores)} scores are no numbers", "name another, or none")
@@ -350,6 +366,8 @@ def _prompt_line(messages):
     systems = [f"[{m['content']}]" for m in messages if m['role']=='system']
     return ' '.join([*systems, messages[-1]['content']])
 
+LEAST_TOKENS = 16 # a shorter reply says too little
+
 class Sampler:
     "Ask the same questions at any step, within a share of the run's time."
     def __init__(self,
@@ -365,6 +383,7 @@ class Sampler:
     ):
         self.encode,self.prompts,self.scorer = encode,prompts,scorer
         self.max_new_tokens,self.share = max_new_tokens,share
+        self.least = min(LEAST_TOKENS, max_new_tokens)
         self.settings = dict(temperature=temperature, top_p=top_p, seed=seed, eos_ids=eos_ids)
         self.base = {} # prompt → the base's reply
         self.pace,self.speed = 0.,0. # seconds a step of generation; tokens a second
@@ -415,15 +434,13 @@ def _score(self:Sampler, rows):
     texts = [r[k] for k in ('response','base_response') for r in rows]
     try: scores = self.scorer.score(texts).tolist()
     except UserError as e:
-        logging.getLogger("phoque").warning(f"samples are written without scores from here on: {e}")
+        log.warning(f"samples are written without scores from here on: {e}")
         self.scorer = None
         return rows
     own,base = scores[:len(rows)],scores[len(rows):]
     return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, own, base)]
 
 # %% ../nbs/04_sample.ipynb #78141a98
-LEAST_TOKENS = 16 # a shorter reply says too little
-
 @patch
 def room(self:Sampler,
     seconds:float, # That the run has taken so far
@@ -437,13 +454,12 @@ def room(self:Sampler,
 @patch
 def _length(self:Sampler, seconds, last):
     "Tokens of the replies that there is time for; it is said once where they are shortened."
-    n = max(self.room(seconds), min(LEAST_TOKENS, self.max_new_tokens) if last else 0)
+    n = max(self.room(seconds), self.least if last else 0)
     if n<self.max_new_tokens and not self.told:
         self.told = True
-        least = min(LEAST_TOKENS, self.max_new_tokens)
-        logging.getLogger("phoque").info(
+        log.info(
             f"samples of {self.max_new_tokens} tokens would take more than {self.share:.0%} of the time: "
-            f"they are shortened to fit, and left out below {least} tokens")
+            f"they are shortened to fit, and left out below {self.least} tokens")
     return n
 
 @patch
@@ -452,7 +468,7 @@ def log(self:Sampler,
 ):
     "Write rows to the log."
     head = sample_head(rows[0]['step'], sample_metrics(rows), self.speed, self.scorer.name if self.scorer else '')
-    for l in [head, *sample_lines(rows, self.prompts)]: logging.getLogger("phoque").info(l)
+    for l in [head, *sample_lines(rows, self.prompts)]: log.info(l)
 
 # %% ../nbs/04_sample.ipynb #33fe6b9c
 @patch
@@ -470,7 +486,7 @@ def __call__(self:Sampler,
         self.base = {_prompt_line(p): r['text'] for p,r in zip(self.prompts, asked)}
         if step==0: replies = asked
     n = self.max_new_tokens if replies else self._length(seconds, last)
-    if n<min(LEAST_TOKENS, self.max_new_tokens): return []
+    if n<self.least: return []
     start = time.monotonic()
     rows = self.rows(tok, step, replies or self.ask(model, tok, n), n)
     if step: self.spent += time.monotonic()-start
