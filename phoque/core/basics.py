@@ -38,11 +38,17 @@ class UserError(ValueError):
 # ECMA-48 control sequences, and the strings that end in BEL or ESC \; a lone ESC goes with the other control characters
 _STEERS = re.compile(r'(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]')
 
+def _visible(
+    c:str, # One character
+)->str: # Itself, a blank where it is white space, nothing where it can't be seen
+    if c.isprintable(): return c
+    return ' ' if c.isspace() else ''
+
 def printable(
     text, # Somebody else's text
 )->str: # One line of what can be seen
     "Text without what steers a terminal or hides in a line: escape sequences, control characters, line breaks."
-    return ' '.join(''.join(c if c.isprintable() else ' ' if c.isspace() else '' for c in _STEERS.sub('', str(text))).split())
+    return ' '.join(''.join(map(_visible, _STEERS.sub('', str(text)))).split())
 
 def excerpt(
     text, # Somebody else's message, or a reply
@@ -148,7 +154,8 @@ def check_data_files(
     "Refuse a card that leads to files outside its repo: they have no commit, and asking for them tells somebody."
     def texts(x):
         if isinstance(x, str): yield x
-        for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else (): yield from texts(y)
+        if isinstance(x, dict): x = list(x.values())
+        for y in x if isinstance(x, list) else (): yield from texts(y)
     configs = (info.card_data or {}).get('configs') or []
     for t in texts(configs):
         if '://' in t or t.startswith(('/','~')) or '..' in t.split('/'):
@@ -212,14 +219,15 @@ def refuse_addresses():
 
 def begin_command(
     argv:list=(), # Its arguments
-    private:bool=True, # Files that it writes are for their owner only
 ):
     "What a command does first: its files are private, and no secret is in an argument or an address."
-    if private: private_files()
+    private_files()
     if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1') # bars are no use where nothing can go back
     refuse_addresses()
     for before,a in zip(['', *argv], argv):
-        flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
+        flag,value = 'arguments',a
+        if a.startswith('-'): flag,_,value = a.partition('=')
+        elif before.startswith('-'): flag = before
         refuse_secrets(**{flag:value})
 
 def check_range(
@@ -237,11 +245,10 @@ def command(
     name:str, # As it is typed, such as `phoque_merge`
     argv:list=(), # Its arguments
     errors:tuple=(UserError,), # Exceptions that are said in one line
-    private:bool=True, # Files that it writes are for their owner only
 ):
     "Run a command's body: a mistake of the user's is one line and exit code 1, without a traceback or a secret."
     try:
-        begin_command(argv, private)
+        begin_command(argv)
         yield
     except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
 
@@ -295,7 +302,6 @@ def shell_command(
     name:str, # As it is typed, such as `phoque_merge`
     *examples, # Two command lines for its help
     errors:tuple=(UserError,), # Exceptions that are said in one line
-    private:bool=True, # Files that it writes are for their owner only
     extra:str='', # Extra of phoque that it needs
 ):
     "Make a function with docments a command; called with arguments, it stays a function."
@@ -308,7 +314,7 @@ def shell_command(
         def run(*args, **kwargs):
             shell = inspect.currentframe().f_back.f_globals
             typed = not (args or kwargs) and shell.get('__name__')=='__main__' and '__file__' in shell
-            with command(name, sys.argv[1:] if typed else (), errors, private):
+            with command(name, sys.argv[1:] if typed else (), errors):
                 if typed: kwargs = parsed(func)
                 if extra: check_extra(extra)
                 return func(*args, **kwargs)

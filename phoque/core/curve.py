@@ -8,7 +8,7 @@ import os, re, json, time, shutil, tempfile, threading
 from pathlib import Path
 from fastcore.basics import patch
 from urllib.parse import urljoin
-from .basics import UserError, log, read_json, refuse_addresses
+from .basics import UserError, excerpt, log, read_json, refuse_addresses
 
 # %% auto #0
 __all__ = ['METRICS', 'REPLIES', 'AXIS', 'UPLOAD', 'Curve', 'wandb_url', 'ask_wandb', 'find_entity', 'check_not_public',
@@ -119,7 +119,7 @@ def check_not_public(
                     "make the project private, or set REPORT_TO=none")
 
 # %% ../../nbs/core/curve.ipynb #3d327e9d
-def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
+def _cause(e): return excerpt(e, 100) or type(e).__name__
 
 @patch
 def _drop(self:Curve):
@@ -132,7 +132,7 @@ def _drop(self:Curve):
 @patch
 def _lose(self:Curve, e):
     if self.closing: return # `close` says so
-    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, "
+    if not self.told: log.warning(f"W&B can't be reached ({_cause(e)}): training goes on, "
         "every checkpoint has the curve and the replies, and W&B gets what it lacks when it is back")
     self.told = True
     self._drop()
@@ -179,11 +179,11 @@ def _connect(self:Curve):
         x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
     try: run = wandb.init(**self.opening, settings=settings)
     except wandb.errors.AuthenticationError as e:
-        raise UserError("WANDB_API_KEY", f"refused ({_first_line(e)})", "correct it, or set WANDB_MODE=offline") from None
+        raise UserError("WANDB_API_KEY", f"refused ({_cause(e)})", "correct it, or set WANDB_MODE=offline") from None
     except (wandb.errors.CommError, wandb.errors.UsageError) as e:
         passing = re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I) # the rest was refused
         if passing: raise
-        raise UserError("WANDB_PROJECT", f"W&B refuses {project} ({_first_line(e)})",
+        raise UserError("WANDB_PROJECT", f"W&B refuses {project} ({_cause(e)})",
             "correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
     if self.online: check_not_public(run.entity, project) # it may have been made just now
     run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
@@ -281,7 +281,7 @@ def _send_table(self:Curve, rows, at):
     table.bind_to_run(self.run, REPLIES, at)
     try: self.online and self._await_table(a, table.to_json(self.run)['path'])
     except (ValueError, WaitTimeoutError, HTTPError) as e:
-        log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
+        log.warning(f"W&B has not taken the replies of step {at//2} ({_cause(e)}): they are in samples.parquet")
     return table
 
 # %% ../../nbs/core/curve.ipynb #3e1ab6ea
@@ -359,7 +359,7 @@ def send_adapter(self:Curve,
     try:
         to.mkdir()
         for f in ('adapter_model.safetensors','adapter_config.json'): link_or_copy(Path(folder)/f, to/f)
-    except OSError as e: return log.warning(f"W&B gets no adapter of step {step} ({_first_line(e)})")
+    except OSError as e: return log.warning(f"W&B gets no adapter of step {step} ({_cause(e)})")
     with self.changed:
         old,self.adapter = self.adapter,(to,step)
         self.changed.notify()
@@ -384,7 +384,7 @@ def _send_adapter(self:Curve, folder, step):
 def _await(self:Curve, artifact, upload):
     why = None
     try: artifact.wait()
-    except Exception as e: why = _first_line(e)
+    except Exception as e: why = _cause(e)
     with self.changed:
         if self.upload is not upload: return # connected anew since then: it is sent again
         self.upload,self.adapter = None,None if self.adapter==upload else self.adapter
