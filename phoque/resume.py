@@ -593,7 +593,7 @@ class Publisher:
         self.publish,self.seal,self.pace = publish,seal,pace
         self.times,self.done,self.error = list(seconds),[],None
         self.pending,self.last = set(),None # folders that are still needed here; the newest
-        self.waiting = None # the newest that is sealed, and when it came
+        self.waiting = None # the newest that is sealed
         self.earliest,self.until = 0.,float('inf') # nothing is sent before, and nothing after; as `time.monotonic()`
         self.closing,self.changed = False,threading.Condition()
         self.sealer = ThreadPoolExecutor(1, 'sealer')
@@ -617,8 +617,7 @@ def _take(self:Publisher):
 
 @patch
 def _send(self:Publisher):
-    while taken := self._take():
-        folder,start = taken
+    while folder := self._take():
         begun = time.monotonic()
         self.earliest = begun+self.pace(folder)
         try: self.publish(folder, self)
@@ -637,16 +636,16 @@ def submit(self:Publisher,
     "Hand over a checkpoint; returns at once."
     self.last = Path(folder)
     self.pending.add(self.last)
-    self.sealer.submit(self._seal, self.last, time.monotonic())
+    self.sealer.submit(self._seal, self.last)
 
 @patch
-def _seal(self:Publisher, folder, start):
+def _seal(self:Publisher, folder):
     if folder!=self.last: return self.pending.discard(folder)
     try: self.seal(folder)
     except Exception as e: self.error = e; return
     with self.changed:
-        if self.waiting: self.pending.discard(self.waiting[0])
-        self.waiting = folder,start
+        self.pending.discard(self.waiting)
+        self.waiting = folder
         self.changed.notify_all()
 
 # %% ../nbs/03_resume.ipynb #3c74b99f

@@ -169,7 +169,7 @@ def env_options(
     return res
 
 # %% ../nbs/02_train.ipynb #8596a9d0
-PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
+PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # packed sequences a step, and tokens of one
 BASELINE_TOKENS,BASELINE_RATE = 2944,2e-4 # of a step of the baseline recipe
 
 def preset_options(
@@ -275,7 +275,7 @@ def read_config(
 # %% ../nbs/02_train.ipynb #3f8b8b19
 def pack_lengths(
     lengths, # Tokens of each document
-    max_length:int, # Tokens a row holds
+    max_length:int, # Tokens a packed sequence holds
 )->list: # Rows, each a list of indices into `lengths`
     "Best-fit-decreasing bin packing."
     import numpy as np
@@ -299,10 +299,10 @@ def pack_lengths(
 # %% ../nbs/02_train.ipynb #9ba9789e
 def pack_dataset(
     ds, # Dataset of `input_ids` and `labels`, from `encode_dataset`
-    max_length:int=2048, # Tokens a row holds
-    seed:int=0, # Of the order of the rows
-): # Dataset of `input_ids`, `labels` and `seq_lengths`, one packed row each
-    "Pack documents into rows: a pure function of the data and the seed."
+    max_length:int=2048, # Tokens a packed sequence holds
+    seed:int=0, # Of their order
+): # Dataset of `input_ids`, `labels` and `seq_lengths`, one packed sequence a row
+    "Pack documents into sequences: a pure function of the data and the seed."
     import numpy as np, pyarrow as pa, pyarrow.compute as pc
     from datasets import Dataset
     cols = {k: ds.with_format('arrow')[:][k].combine_chunks() for k in ('input_ids','labels')}
@@ -321,10 +321,10 @@ def pack_dataset(
 # %% ../nbs/02_train.ipynb #610ac73d
 def draw_order(
     n_rows:int, # Rows of the packed dataset
-    n_draws:int, # How many rows the run draws, over all epochs
+    n_draws:int, # How many packed sequences the run draws, over all epochs
     seed:int=0, # Of the run
 ): # Array of `n_draws` row numbers
-    "Which rows a run draws, in order: each epoch a permutation of its own."
+    "Which packed sequences a run draws, in order: each epoch a permutation of its own."
     import numpy as np
     epochs = -(-n_draws//n_rows)
     return np.concatenate([np.random.default_rng([seed,e]).permutation(n_rows) for e in range(epochs)])[:n_draws]
@@ -332,17 +332,17 @@ def draw_order(
 # %% ../nbs/02_train.ipynb #bf577faa
 def doc_lengths(
     rows:list, # Rows of `pack_dataset`
-    max_length:int, # Tokens of a row
-)->list: # Of all rows, one after the other
-    "Tokens of each document; what fills a row up is one more, perhaps an empty one."
+    max_length:int, # Tokens of a packed sequence
+)->list: # Of all packed sequences, one after the other
+    "Tokens of each document; what fills a sequence up is one more, perhaps an empty one."
     return [n for r in rows for n in (*r['seq_lengths'], max_length-len(r['input_ids']))]
 
 def collate_rows(
     rows:list, # Rows of `pack_dataset`
     max_length:int, # Every batch has this width, so that compiled code sees one shape
-    pad_id:int, # Token that fills up a row
+    pad_id:int, # Token that fills up a sequence
 )->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); flat `supervised` positions and their `targets`
-    "Stack packed rows; what fills a row up has no labels."
+    "Stack packed sequences; what fills one up has no labels."
     import numpy as np, torch
     ids,labels = np.full((len(rows), max_length), pad_id),np.full((len(rows), max_length), -100)
     for i,r in enumerate(rows):
@@ -384,12 +384,12 @@ def stack_inputs(
 # %% ../nbs/02_train.ipynb #19f08f96
 def collate_packed(
     rows:list, # Rows of `pack_dataset`
-    max_length:int, # Tokens of a row
-    pad_id:int, # Token that fills up a row
-    max_docs:int=0, # Most documents in a row, for `doc_starts`; 0 for another kernel
+    max_length:int, # Tokens of a packed sequence
+    pad_id:int, # Token that fills up a sequence
+    max_docs:int=0, # Most documents in a sequence, for `doc_starts`; 0 for another kernel
     fill:tuple=None, # Most tiles and supervised positions of a batch, for `stack_inputs`; None without a `Stack`
 )->dict: # From `collate_rows`, `stack_inputs` and `doc_starts`
-    "Make a batch of packed rows."
+    "Make a batch of packed sequences."
     batch,lengths = collate_rows(rows, max_length, pad_id),doc_lengths(rows, max_length)
     if fill: batch |= stack_inputs(lengths, batch['supervised'], fill)
     if max_docs: batch |= doc_starts(lengths, len(rows)*(max_docs+1), max_length)
@@ -408,7 +408,7 @@ def share_batch(
     cfg:TrainConfig, # Of the run
     ranks:int, # Processes, one a GPU
 )->tuple: # Rows of a micro-batch, and micro-batches of a step, on each GPU
-    "Share a step's rows out: their number is the run's, however many GPUs there are."
+    "Share a step's packed sequences out: their number is the run's, however many GPUs there are."
     micro_batch,grad_accum = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
     each,rest = divmod(micro_batch*grad_accum, ranks)
     if rest: raise UserError(
@@ -434,8 +434,8 @@ def run_memory(
 
 # %% ../nbs/02_train.ipynb #297b4d6b
 class BatchFit(NamedTuple):
-    "How a step's rows are taken."
-    micro_batch:int # Rows that a GPU takes at once
+    "How a step's packed sequences are taken."
+    micro_batch:int # Packed sequences that a GPU takes at once
     grad_accum:int # Times that it does so in a step
     checkpointing:bool # Recompute whole layers
     need:float # GiB at the peak
@@ -446,7 +446,7 @@ def fit_batch(
     ranks:int=1, # Processes, one a GPU
     room:float=float('inf'), # GiB of each GPU that a run can have
 )->BatchFit: # It needs more than `room` where nothing fits
-    "The fastest way to take a step's rows that fits: as set, in smaller batches, or with layers recomputed."
+    "The fastest way to take a step's packed sequences that fits: as set, in smaller batches, or with layers recomputed."
     most,grad_accum = share_batch(cfg, ranks)
     for checkpointing in sorted({cfg.gradient_checkpointing, True}):
         for b in range(most, 0, -1):
@@ -457,24 +457,24 @@ def fit_batch(
 
 # %% ../nbs/02_train.ipynb #7b81e6be
 class RowWork(NamedTuple):
-    "Of each row, what it asks of a GPU, as arrays."
+    "Of each packed sequence, what it asks of a GPU, as arrays."
     tiles:'np.ndarray' # `TILE`s of attention
     supervised:'np.ndarray' # Tokens that the loss looks at
     pairs:'np.ndarray' # Pairs of tokens that attention looks at
 
 def row_work(
     packed, # From `pack_dataset`
-    max_length:int, # Tokens of a row
+    max_length:int, # Tokens of a packed sequence
 )->RowWork:
-    "What a row asks of a GPU, beside its tokens."
+    "What a packed sequence asks of a GPU, beside its tokens."
     import numpy as np
     cols = {k: packed.with_format('arrow')[:][k].combine_chunks() for k in ('labels','seq_lengths')}
     (labels,first),(sizes,doc) = ((v.flatten().to_numpy(), v.offsets.to_numpy()[:-1]) for v in cols.values())
     def per_row(v, starts): return np.add.reduceat(v, starts, dtype=np.int64)
     def tiles_of(n): return -(-n//TILE)
-    rest = max_length-per_row(sizes, doc) # what fills a row up is a document, too
+    rest = max_length-per_row(sizes, doc) # what fills a sequence up is a document, too
     tiles = per_row(tiles_of(sizes), doc)+tiles_of(rest)
-    supervised = per_row(labels!=-100, first)-(labels[first]!=-100) # a row's first token follows nothing
+    supervised = per_row(labels!=-100, first)-(labels[first]!=-100) # a sequence's first token follows nothing
     return RowWork(tiles, supervised, per_row(sizes.astype(np.int64)**2, doc)+rest**2)
 
 # %% ../nbs/02_train.ipynb #d7e9f1a5
@@ -482,7 +482,7 @@ HEAD_PAIRS = 400 # Pairs that attention looks at while the head works for one su
 
 def deal_rows(
     order, # From `draw_order`
-    work, # Of each row
+    work, # Of each packed sequence
     micro_batch:int, # Rows of a batch
     batches:int, # Of a step, on all GPUs
 ): # The same, in another order within each step
@@ -496,7 +496,7 @@ def deal_rows(
 
 # %% ../nbs/02_train.ipynb #d7e9f1a8
 def fill_sizes(
-    counts:tuple, # Of each row, from `row_work`: tiles and supervised tokens
+    counts:tuple, # Of each packed sequence, from `row_work`: tiles and supervised tokens
     order, # Rows in the order in which they are taken
     micro_batch:int, # Rows of a batch
 )->tuple: # The same of the batches that have most
@@ -641,9 +641,7 @@ def _trainer_class(shard):
 def trainer_args(
     cfg:TrainConfig, # Of the run
     steps:int, # Of the whole run
-    micro_batch:int, # Rows that a GPU takes at once
-    grad_accum:int, # Times that it does so in a step
-    checkpointing:bool, # Recompute whole layers?
+    fit:BatchFit, # How a step is taken
     shard:bool, # Do ranks share the layers?
 ): # `trl.SFTConfig`
     "A run's options in TRL's words."
@@ -652,8 +650,9 @@ def trainer_args(
     cuda = torch.cuda.is_available()
     names = 'output_dir learning_rate weight_decay max_grad_norm optim logging_steps save_steps seed'.split()
     args = SFTConfig(**{k:getattr(cfg, k) for k in names}, **shard_options(shard), max_steps=steps, save_strategy='steps',
-        gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False) if checkpointing else None,
-        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=grad_accum,
+        gradient_checkpointing=fit.checkpointing,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if fit.checkpointing else None,
+        per_device_train_batch_size=fit.micro_batch, gradient_accumulation_steps=fit.grad_accum,
         bf16=cuda, use_cpu=not cuda, dataloader_pin_memory=cuda, accelerator_config=dict(non_blocking=cuda),
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
         max_length=None, remove_unused_columns=False,
@@ -681,7 +680,7 @@ def fit_card(
     config, # Of its base model
     ranks:int, # Processes, one a GPU
 )->tuple: # `BatchFit`, and GiB that this card leaves
-    "Fit a step's rows to this process's GPU, and say in the log where that isn't as set."
+    "Fit a step's packed sequences to this process's GPU, and say in the log where that isn't as set."
     room = card_room()
     fit = fit_batch(cfg, config, ranks, room)
     as_set = (*share_batch(cfg, ranks), cfg.gradient_checkpointing)
@@ -692,11 +691,11 @@ def fit_card(
 
 def run_order(
     cfg:TrainConfig, # Of the run
-    work:RowWork, # Of its rows
+    work:RowWork, # Of its packed sequences
     fit:BatchFit, # How a step takes them
     ranks:int, # Processes, one a GPU
 ): # Array of row numbers
-    "All rows that a run takes, in order."
+    "All packed sequences that a run takes, in order."
     n_rows,batches = len(work.pairs),fit.grad_accum*ranks
     drawn = draw_order(n_rows, run_steps(cfg, n_rows)*fit.micro_batch*batches, cfg.seed)
     return deal_rows(drawn, work.pairs+HEAD_PAIRS*work.supervised, fit.micro_batch, batches)
@@ -732,7 +731,7 @@ def make_trainer(
     packed, # From `pack_dataset`
     events=None, # Functions to call at the trainer's events; None for none
 ): # `trl.SFTTrainer`, ready for `.train(resume_from_checkpoint=…)`
-    "TRL's trainer over the whole run's rows in their computed order."
+    "TRL's trainer over the whole run's packed sequences in their computed order."
     from transformers import PrinterCallback, ProgressCallback, set_seed
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     shard = cfg.fsdp and ranks>1
@@ -741,7 +740,7 @@ def make_trainer(
     work = row_work(packed, cfg.max_length)
     order = run_order(cfg, work, fit, ranks)
     fill = fill_sizes((work.tiles,work.supervised), order, fit.micro_batch) if stack else None
-    args = trainer_args(cfg, run_steps(cfg, len(packed)), *fit[:3], shard)
+    args = trainer_args(cfg, run_steps(cfg, len(packed)), fit, shard)
     if shard: prepare_sharding(args.device, model)
     trainer = _trainer_class(shard)(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=_collator(cfg, model, tok, packed, fill), callbacks=[events_callback(events)])
@@ -783,7 +782,7 @@ def parse_step(
 # %% ../nbs/02_train.ipynb #dccf15fa
 def held_out_loss(
     trainer, # From `make_trainer`
-    packed, # Packed held-out rows
+    packed, # Held-out rows, packed
     stop=lambda: False, # Asked before each batch, on every rank: true gives up
 )->float: # Mean negative log-likelihood of a supervised token, in nats; None where it was given up
     "Loss on conversations that training never sees."
@@ -810,18 +809,18 @@ def held_out_loss(
     return nll/max(n,1)
 
 # %% ../nbs/02_train.ipynb #4881bfbe
-# what a measurement and each of its rows cost, in rows trained: 0.11 s for one row, 0.24 for four, 0.40 for eight,
+# what a measurement and each of its sequences cost, in sequences trained: 0.11 s for one, 0.24 for four, 0.40 for eight,
 # where 0.05 s train one
 EVAL_START,EVAL_ROW = 1.,1.25
 
 def eval_plan(
     cfg:TrainConfig, # Of the run
-    n_held:int, # Packed held-out rows that there are
-)->tuple: # Steps between two measurements, and rows of each; (0, 0) where nothing is measured
-    "When the held-out loss is measured, and on how many rows."
+    n_held:int, # Packed held-out sequences that there are
+)->tuple: # Steps between two measurements, and packed sequences of each; (0, 0) where nothing is measured
+    "When the held-out loss is measured, and on how many packed sequences."
     if not cfg.eval_steps or not n_held: return 0,0
     rows = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
-    fewest = math.ceil((EVAL_START+EVAL_ROW)/(cfg.eval_share*rows)-1e-9) # steps in whose share one row fits
+    fewest = math.ceil((EVAL_START+EVAL_ROW)/(cfg.eval_share*rows)-1e-9) # steps in whose share one sequence fits
     every = cfg.eval_steps*math.ceil(fewest/cfg.eval_steps)
     fit = int((cfg.eval_share*every*rows-EVAL_START)/EVAL_ROW)
     return every,max(1, min(n_held, fit))
