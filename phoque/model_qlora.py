@@ -152,9 +152,9 @@ def _stand_in(
     elif base_model!=SEED_BASE:
         raise UserError(f"base model {base_model!r}",
             "no such folder here, and the Hub has no such repo or HF_TOKEN may not see it", "check BASE_MODEL")
-    else: return SUCCESSOR,f"{SEED_BASE} was never published; its open successor is taken"
+    else: return SUCCESSOR,f"{SEED_BASE} was never published; its open successor is"
     if not fp8: return base_model,None
-    return f"{base_model}-BF16",f"{base_model} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken"
+    return f"{base_model}-BF16",f"{base_model} holds FP8 weights, which NF4 can't load; its BF16 sibling is"
 
 # %% ../nbs/01_model_qlora.ipynb #54d17d4c
 def resolve_base(
@@ -162,8 +162,11 @@ def resolve_base(
     strict:bool=False, # Refuse a substitute
 )->dict: # `requested`, `id`, `revision` (commit; None: a folder), `note` (why another; or None), `auto` (transformers' class)
     "Find the base model that stands for the name asked for."
-    name,note = _stand_in(base_model)
-    if note and strict: raise UserError(note, f"{name}. BASE_MODEL_STRICT refuses that", f"set BASE_MODEL={name}")
+    name,why = _stand_in(base_model)
+    if why and strict:
+        raise UserError(f"base model {base_model!r}", f"{why} {name}, and BASE_MODEL_STRICT=1 refuses another model",
+            f"set BASE_MODEL={name}")
+    note = why and f"{why} taken"
     info = None
     if not Path(name).is_dir():
         if Path(base_model).is_dir() or not (info := _model_info(name)):
@@ -235,7 +238,7 @@ def check_layers(
     kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
     if not kinds and not _model_class(config)._is_stateful: return
     which = ', '.join(sorted(kinds)) or 'recurrent'
-    raise UserError(name, f"its layers ({which}) carry a state from one conversation of a packed row into the next",
+    raise UserError(name, f"its layers ({which}) carry a state from one conversation of a packed sequence into the next",
         "choose a model whose layers are all attention")
 
 # %% ../nbs/01_model_qlora.ipynb #925214e8
@@ -414,11 +417,11 @@ def _why_not_varlen(
 def choose_attention(
     config, # Of the base model, from `base_config`
 )->tuple: # Name in transformers' `AttentionInterface`, and why
-    "The attention kernel for packed rows that this model and this machine can run."
+    "The attention kernel for packed sequences that this model and this machine can run."
     import torch
     cls,c = _model_class(config),config.get_text_config()
     if not cls._supports_sdpa:
-        return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long rows"
+        return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long sequences"
     if not torch.cuda.is_available(): return 'sdpa',"there is no CUDA device"
     if torch.cuda.get_device_capability()<(8,0): return 'sdpa',f"{torch.cuda.get_device_name()} is older than Ampere"
     if why := _why_not_varlen(cls, c): return 'sdpa',why
@@ -637,7 +640,7 @@ HEAD_LOGITS = 2**27 # the head takes so many at a time
 # %% ../nbs/01_model_qlora.ipynb #f56f131c
 def _kept_bytes(
     config, # Of the base model
-    length:int, # Tokens of a row
+    length:int, # Tokens of a packed sequence
     lora_r:int, # Rank of the adapter
     n_adapted:int, # Linear layers that it adapts
 )->dict: # `eager`, `compiled`, `fast`: bytes that autograd keeps of a token in a layer
@@ -682,8 +685,8 @@ def _head_bytes(
 # %% ../nbs/01_model_qlora.ipynb #4064ca90
 def memory_plan(
     config, # Of the base model, from `AutoConfig`
-    per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
-    max_length:int=2048, # Tokens of a row
+    per_device_train_batch_size:int=4, # Packed sequences a GPU takes at once
+    max_length:int=2048, # Tokens of a packed sequence
     gradient_checkpointing:bool=False, # Recompute whole layers
     optim:str='adamw_torch_fused', # Name in transformers
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?

@@ -1275,11 +1275,17 @@ log = logging.getLogger("phoque")
 # ECMA-48 control sequences, and the strings that end in BEL or ESC \; a lone ESC goes with the other control characters
 _STEERS = re.compile(r'(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]')
 
+def _visible(
+    c:str, # One character
+)->str: # Itself, a blank where it is white space, nothing where it can't be seen
+    if c.isprintable(): return c
+    return ' ' if c.isspace() else ''
+
 def printable(
     text, # Somebody else's text
 )->str: # One line of what can be seen
     "Text without what steers a terminal or hides in a line: escape sequences, control characters, line breaks."
-    return ' '.join(''.join(c if c.isprintable() else ' ' if c.isspace() else '' for c in _STEERS.sub('', str(text))).split())
+    return ' '.join(''.join(map(_visible, _STEERS.sub('', str(text)))).split())
 
 def excerpt(
     text, # Somebody else's message, or a reply
@@ -1380,7 +1386,8 @@ def check_data_files(
     "Refuse a card that leads to files outside its repo: they have no commit, and asking for them tells somebody."
     def texts(x):
         if isinstance(x, str): yield x
-        for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else (): yield from texts(y)
+        if isinstance(x, dict): x = list(x.values())
+        for y in x if isinstance(x, list) else (): yield from texts(y)
     configs = (info.card_data or {}).get('configs') or []
     for t in texts(configs):
         if '://' in t or t.startswith(('/','~')) or '..' in t.split('/'):
@@ -1441,14 +1448,15 @@ def refuse_addresses():
 
 def begin_command(
     argv:list=(), # Its arguments
-    private:bool=True, # Files that it writes are for their owner only
 ):
     "What a command does first: its files are private, and no secret is in an argument or an address."
-    if private: private_files()
+    private_files()
     if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1') # bars are no use where nothing can go back
     refuse_addresses()
     for before,a in zip(['', *argv], argv):
-        flag,_,value = a.partition('=') if a.startswith('-') else (before if before.startswith('-') else 'arguments', '', a)
+        flag,value = 'arguments',a
+        if a.startswith('-'): flag,_,value = a.partition('=')
+        elif before.startswith('-'): flag = before
         refuse_secrets(**{flag:value})
 
 @contextmanager
@@ -1456,11 +1464,10 @@ def command(
     name:str, # As it is typed, such as `phoque_merge`
     argv:list=(), # Its arguments
     errors:tuple=(UserError,), # Exceptions that are said in one line
-    private:bool=True, # Files that it writes are for their owner only
 ):
     "Run a command's body: a mistake of the user's is one line and exit code 1, without a traceback or a secret."
     try:
-        begin_command(argv, private)
+        begin_command(argv)
         yield
     except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
 
@@ -2225,17 +2232,20 @@ def _stand_in(
     elif base_model!=SEED_BASE:
         raise UserError(f"base model {base_model!r}",
             "no such folder here, and the Hub has no such repo or HF_TOKEN may not see it", "check BASE_MODEL")
-    else: return SUCCESSOR,f"{SEED_BASE} was never published; its open successor is taken"
+    else: return SUCCESSOR,f"{SEED_BASE} was never published; its open successor is"
     if not fp8: return base_model,None
-    return f"{base_model}-BF16",f"{base_model} holds FP8 weights, which NF4 can't load; its BF16 sibling is taken"
+    return f"{base_model}-BF16",f"{base_model} holds FP8 weights, which NF4 can't load; its BF16 sibling is"
 
 def resolve_base(
     base_model:str=SEED_BASE, # Hub id or local folder
     strict:bool=False, # Refuse a substitute
 )->dict: # `requested`, `id`, `revision` (commit; None: a folder), `note` (why another; or None), `auto` (transformers' class)
     "Find the base model that stands for the name asked for."
-    name,note = _stand_in(base_model)
-    if note and strict: raise UserError(note, f"{name}. BASE_MODEL_STRICT refuses that", f"set BASE_MODEL={name}")
+    name,why = _stand_in(base_model)
+    if why and strict:
+        raise UserError(f"base model {base_model!r}", f"{why} {name}, and BASE_MODEL_STRICT=1 refuses another model",
+            f"set BASE_MODEL={name}")
+    note = why and f"{why} taken"
     info = None
     if not Path(name).is_dir():
         if Path(base_model).is_dir() or not (info := _model_info(name)):
@@ -2303,7 +2313,7 @@ def check_layers(
     kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
     if not kinds and not _model_class(config)._is_stateful: return
     which = ', '.join(sorted(kinds)) or 'recurrent'
-    raise UserError(name, f"its layers ({which}) carry a state from one conversation of a packed row into the next",
+    raise UserError(name, f"its layers ({which}) carry a state from one conversation of a packed sequence into the next",
         "choose a model whose layers are all attention")
 
 def language_layers(
@@ -2469,11 +2479,11 @@ def _why_not_varlen(
 def choose_attention(
     config, # Of the base model, from `base_config`
 )->tuple: # Name in transformers' `AttentionInterface`, and why
-    "The attention kernel for packed rows that this model and this machine can run."
+    "The attention kernel for packed sequences that this model and this machine can run."
     import torch
     cls,c = _model_class(config),config.get_text_config()
     if not cls._supports_sdpa:
-        return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long rows"
+        return 'eager',f"{cls.__name__} knows no other; it is slow, and needs much memory for long sequences"
     if not torch.cuda.is_available(): return 'sdpa',"there is no CUDA device"
     if torch.cuda.get_device_capability()<(8,0): return 'sdpa',f"{torch.cuda.get_device_name()} is older than Ampere"
     if why := _why_not_varlen(cls, c): return 'sdpa',why
@@ -2676,7 +2686,7 @@ HEAD_LOGITS = 2**27 # the head takes so many at a time
 
 def _kept_bytes(
     config, # Of the base model
-    length:int, # Tokens of a row
+    length:int, # Tokens of a packed sequence
     lora_r:int, # Rank of the adapter
     n_adapted:int, # Linear layers that it adapts
 )->dict: # `eager`, `compiled`, `fast`: bytes that autograd keeps of a token in a layer
@@ -2719,8 +2729,8 @@ def _head_bytes(
 
 def memory_plan(
     config, # Of the base model, from `AutoConfig`
-    per_device_train_batch_size:int=4, # Packed rows a GPU takes at once
-    max_length:int=2048, # Tokens of a row
+    per_device_train_batch_size:int=4, # Packed sequences a GPU takes at once
+    max_length:int=2048, # Tokens of a packed sequence
     gradient_checkpointing:bool=False, # Recompute whole layers
     optim:str='adamw_torch_fused', # Name in transformers
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
@@ -2836,7 +2846,7 @@ def env_options(
             raise UserError(k.upper(), f"must be {wanted}, got {v!r}", "correct it or unset it") from None
     return res
 
-PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # rows a step, and tokens of a row
+PRESETS = {'16-examples':(1,2944), '24gb':(4,2048), '80gb':(16,2048)} # packed sequences a step, and tokens of one
 
 BASELINE_TOKENS,BASELINE_RATE = 2944,2e-4 # of a step of the baseline recipe
 
@@ -2940,7 +2950,7 @@ def read_config(
 
 def pack_lengths(
     lengths, # Tokens of each document
-    max_length:int, # Tokens a row holds
+    max_length:int, # Tokens a packed sequence holds
 )->list: # Rows, each a list of indices into `lengths`
     "Best-fit-decreasing bin packing."
     import numpy as np
@@ -2963,10 +2973,10 @@ def pack_lengths(
 
 def pack_dataset(
     ds, # Dataset of `input_ids` and `labels`, from `encode_dataset`
-    max_length:int=2048, # Tokens a row holds
-    seed:int=0, # Of the order of the rows
-): # Dataset of `input_ids`, `labels` and `seq_lengths`, one packed row each
-    "Pack documents into rows: a pure function of the data and the seed."
+    max_length:int=2048, # Tokens a packed sequence holds
+    seed:int=0, # Of their order
+): # Dataset of `input_ids`, `labels` and `seq_lengths`, one packed sequence a row
+    "Pack documents into sequences: a pure function of the data and the seed."
     import numpy as np, pyarrow as pa, pyarrow.compute as pc
     from datasets import Dataset
     cols = {k: ds.with_format('arrow')[:][k].combine_chunks() for k in ('input_ids','labels')}
@@ -2984,27 +2994,27 @@ def pack_dataset(
 
 def draw_order(
     n_rows:int, # Rows of the packed dataset
-    n_draws:int, # How many rows the run draws, over all epochs
+    n_draws:int, # How many packed sequences the run draws, over all epochs
     seed:int=0, # Of the run
 ): # Array of `n_draws` row numbers
-    "Which rows a run draws, in order: each epoch a permutation of its own."
+    "Which packed sequences a run draws, in order: each epoch a permutation of its own."
     import numpy as np
     epochs = -(-n_draws//n_rows)
     return np.concatenate([np.random.default_rng([seed,e]).permutation(n_rows) for e in range(epochs)])[:n_draws]
 
 def doc_lengths(
     rows:list, # Rows of `pack_dataset`
-    max_length:int, # Tokens of a row
-)->list: # Of all rows, one after the other
-    "Tokens of each document; what fills a row up is one more, perhaps an empty one."
+    max_length:int, # Tokens of a packed sequence
+)->list: # Of all packed sequences, one after the other
+    "Tokens of each document; what fills a sequence up is one more, perhaps an empty one."
     return [n for r in rows for n in (*r['seq_lengths'], max_length-len(r['input_ids']))]
 
 def collate_rows(
     rows:list, # Rows of `pack_dataset`
     max_length:int, # Every batch has this width, so that compiled code sees one shape
-    pad_id:int, # Token that fills up a row
+    pad_id:int, # Token that fills up a sequence
 )->dict: # `input_ids`, `labels`, `position_ids` of shape (rows, max_length); flat `supervised` positions and their `targets`
-    "Stack packed rows; what fills a row up has no labels."
+    "Stack packed sequences; what fills one up has no labels."
     import numpy as np, torch
     ids,labels = np.full((len(rows), max_length), pad_id),np.full((len(rows), max_length), -100)
     for i,r in enumerate(rows):
@@ -3044,12 +3054,12 @@ def stack_inputs(
 
 def collate_packed(
     rows:list, # Rows of `pack_dataset`
-    max_length:int, # Tokens of a row
-    pad_id:int, # Token that fills up a row
-    max_docs:int=0, # Most documents in a row, for `doc_starts`; 0 for another kernel
+    max_length:int, # Tokens of a packed sequence
+    pad_id:int, # Token that fills up a sequence
+    max_docs:int=0, # Most documents in a sequence, for `doc_starts`; 0 for another kernel
     fill:tuple=None, # Most tiles and supervised positions of a batch, for `stack_inputs`; None without a `Stack`
 )->dict: # From `collate_rows`, `stack_inputs` and `doc_starts`
-    "Make a batch of packed rows."
+    "Make a batch of packed sequences."
     batch,lengths = collate_rows(rows, max_length, pad_id),doc_lengths(rows, max_length)
     if fill: batch |= stack_inputs(lengths, batch['supervised'], fill)
     if max_docs: batch |= doc_starts(lengths, len(rows)*(max_docs+1), max_length)
@@ -3067,7 +3077,7 @@ def share_batch(
     cfg:TrainConfig, # Of the run
     ranks:int, # Processes, one a GPU
 )->tuple: # Rows of a micro-batch, and micro-batches of a step, on each GPU
-    "Share a step's rows out: their number is the run's, however many GPUs there are."
+    "Share a step's packed sequences out: their number is the run's, however many GPUs there are."
     micro_batch,grad_accum = cfg.per_device_train_batch_size,cfg.gradient_accumulation_steps
     each,rest = divmod(micro_batch*grad_accum, ranks)
     if rest: raise UserError(
@@ -3091,8 +3101,8 @@ def run_memory(
     return plan['peak'] + .5
 
 class BatchFit(NamedTuple):
-    "How a step's rows are taken."
-    micro_batch:int # Rows that a GPU takes at once
+    "How a step's packed sequences are taken."
+    micro_batch:int # Packed sequences that a GPU takes at once
     grad_accum:int # Times that it does so in a step
     checkpointing:bool # Recompute whole layers
     need:float # GiB at the peak
@@ -3103,7 +3113,7 @@ def fit_batch(
     ranks:int=1, # Processes, one a GPU
     room:float=float('inf'), # GiB of each GPU that a run can have
 )->BatchFit: # It needs more than `room` where nothing fits
-    "The fastest way to take a step's rows that fits: as set, in smaller batches, or with layers recomputed."
+    "The fastest way to take a step's packed sequences that fits: as set, in smaller batches, or with layers recomputed."
     most,grad_accum = share_batch(cfg, ranks)
     for checkpointing in sorted({cfg.gradient_checkpointing, True}):
         for b in range(most, 0, -1):
@@ -3113,31 +3123,31 @@ def fit_batch(
     return fit
 
 class RowWork(NamedTuple):
-    "Of each row, what it asks of a GPU, as arrays."
+    "Of each packed sequence, what it asks of a GPU, as arrays."
     tiles:'np.ndarray' # `TILE`s of attention
     supervised:'np.ndarray' # Tokens that the loss looks at
     pairs:'np.ndarray' # Pairs of tokens that attention looks at
 
 def row_work(
     packed, # From `pack_dataset`
-    max_length:int, # Tokens of a row
+    max_length:int, # Tokens of a packed sequence
 )->RowWork:
-    "What a row asks of a GPU, beside its tokens."
+    "What a packed sequence asks of a GPU, beside its tokens."
     import numpy as np
     cols = {k: packed.with_format('arrow')[:][k].combine_chunks() for k in ('labels','seq_lengths')}
     (labels,first),(sizes,doc) = ((v.flatten().to_numpy(), v.offsets.to_numpy()[:-1]) for v in cols.values())
     def per_row(v, starts): return np.add.reduceat(v, starts, dtype=np.int64)
     def tiles_of(n): return -(-n//TILE)
-    rest = max_length-per_row(sizes, doc) # what fills a row up is a document, too
+    rest = max_length-per_row(sizes, doc) # what fills a sequence up is a document, too
     tiles = per_row(tiles_of(sizes), doc)+tiles_of(rest)
-    supervised = per_row(labels!=-100, first)-(labels[first]!=-100) # a row's first token follows nothing
+    supervised = per_row(labels!=-100, first)-(labels[first]!=-100) # a sequence's first token follows nothing
     return RowWork(tiles, supervised, per_row(sizes.astype(np.int64)**2, doc)+rest**2)
 
 HEAD_PAIRS = 400 # Pairs that attention looks at while the head works for one supervised token: 2.6 µs, on an H200
 
 def deal_rows(
     order, # From `draw_order`
-    work, # Of each row
+    work, # Of each packed sequence
     micro_batch:int, # Rows of a batch
     batches:int, # Of a step, on all GPUs
 ): # The same, in another order within each step
@@ -3150,7 +3160,7 @@ def deal_rows(
     return np.take_along_axis(steps, heaviest[:,turns.T.flatten()], 1).flatten()
 
 def fill_sizes(
-    counts:tuple, # Of each row, from `row_work`: tiles and supervised tokens
+    counts:tuple, # Of each packed sequence, from `row_work`: tiles and supervised tokens
     order, # Rows in the order in which they are taken
     micro_batch:int, # Rows of a batch
 )->tuple: # The same of the batches that have most
@@ -3287,9 +3297,7 @@ def _trainer_class(shard):
 def trainer_args(
     cfg:TrainConfig, # Of the run
     steps:int, # Of the whole run
-    micro_batch:int, # Rows that a GPU takes at once
-    grad_accum:int, # Times that it does so in a step
-    checkpointing:bool, # Recompute whole layers?
+    fit:BatchFit, # How a step is taken
     shard:bool, # Do ranks share the layers?
 ): # `trl.SFTConfig`
     "A run's options in TRL's words."
@@ -3298,8 +3306,9 @@ def trainer_args(
     cuda = torch.cuda.is_available()
     names = 'output_dir learning_rate weight_decay max_grad_norm optim logging_steps save_steps seed'.split()
     args = SFTConfig(**{k:getattr(cfg, k) for k in names}, **shard_options(shard), max_steps=steps, save_strategy='steps',
-        gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False) if checkpointing else None,
-        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=grad_accum,
+        gradient_checkpointing=fit.checkpointing,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False) if fit.checkpointing else None,
+        per_device_train_batch_size=fit.micro_batch, gradient_accumulation_steps=fit.grad_accum,
         bf16=cuda, use_cpu=not cuda, dataloader_pin_memory=cuda, accelerator_config=dict(non_blocking=cuda),
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
         max_length=None, remove_unused_columns=False,
@@ -3325,7 +3334,7 @@ def fit_card(
     config, # Of its base model
     ranks:int, # Processes, one a GPU
 )->tuple: # `BatchFit`, and GiB that this card leaves
-    "Fit a step's rows to this process's GPU, and say in the log where that isn't as set."
+    "Fit a step's packed sequences to this process's GPU, and say in the log where that isn't as set."
     room = card_room()
     fit = fit_batch(cfg, config, ranks, room)
     as_set = (*share_batch(cfg, ranks), cfg.gradient_checkpointing)
@@ -3336,11 +3345,11 @@ def fit_card(
 
 def run_order(
     cfg:TrainConfig, # Of the run
-    work:RowWork, # Of its rows
+    work:RowWork, # Of its packed sequences
     fit:BatchFit, # How a step takes them
     ranks:int, # Processes, one a GPU
 ): # Array of row numbers
-    "All rows that a run takes, in order."
+    "All packed sequences that a run takes, in order."
     n_rows,batches = len(work.pairs),fit.grad_accum*ranks
     drawn = draw_order(n_rows, run_steps(cfg, n_rows)*fit.micro_batch*batches, cfg.seed)
     return deal_rows(drawn, work.pairs+HEAD_PAIRS*work.supervised, fit.micro_batch, batches)
@@ -3374,7 +3383,7 @@ def make_trainer(
     packed, # From `pack_dataset`
     events=None, # Functions to call at the trainer's events; None for none
 ): # `trl.SFTTrainer`, ready for `.train(resume_from_checkpoint=…)`
-    "TRL's trainer over the whole run's rows in their computed order."
+    "TRL's trainer over the whole run's packed sequences in their computed order."
     from transformers import PrinterCallback, ProgressCallback, set_seed
     rank,ranks = (int(os.environ.get(k, d)) for k,d in (('RANK',0), ('WORLD_SIZE',1))) # as torchrun sets them
     shard = cfg.fsdp and ranks>1
@@ -3383,7 +3392,7 @@ def make_trainer(
     work = row_work(packed, cfg.max_length)
     order = run_order(cfg, work, fit, ranks)
     fill = fill_sizes((work.tiles,work.supervised), order, fit.micro_batch) if stack else None
-    args = trainer_args(cfg, run_steps(cfg, len(packed)), *fit[:3], shard)
+    args = trainer_args(cfg, run_steps(cfg, len(packed)), fit, shard)
     if shard: prepare_sharding(args.device, model)
     trainer = _trainer_class(shard)(model=model, args=args, train_dataset=packed.select(order), processing_class=tok,
         data_collator=_collator(cfg, model, tok, packed, fill), callbacks=[events_callback(events)])
@@ -3408,7 +3417,7 @@ def step_line(
 
 def held_out_loss(
     trainer, # From `make_trainer`
-    packed, # Packed held-out rows
+    packed, # Held-out rows, packed
     stop=lambda: False, # Asked before each batch, on every rank: true gives up
 )->float: # Mean negative log-likelihood of a supervised token, in nats; None where it was given up
     "Loss on conversations that training never sees."
@@ -3434,18 +3443,18 @@ def held_out_loss(
     nll,n = here.reduce(torch.tensor([nll, n], dtype=torch.float64, device=here.device), 'sum').tolist()
     return nll/max(n,1)
 
-# what a measurement and each of its rows cost, in rows trained: 0.11 s for one row, 0.24 for four, 0.40 for eight,
+# what a measurement and each of its sequences cost, in sequences trained: 0.11 s for one, 0.24 for four, 0.40 for eight,
 # where 0.05 s train one
 EVAL_START,EVAL_ROW = 1.,1.25
 
 def eval_plan(
     cfg:TrainConfig, # Of the run
-    n_held:int, # Packed held-out rows that there are
-)->tuple: # Steps between two measurements, and rows of each; (0, 0) where nothing is measured
-    "When the held-out loss is measured, and on how many rows."
+    n_held:int, # Packed held-out sequences that there are
+)->tuple: # Steps between two measurements, and packed sequences of each; (0, 0) where nothing is measured
+    "When the held-out loss is measured, and on how many packed sequences."
     if not cfg.eval_steps or not n_held: return 0,0
     rows = cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
-    fewest = math.ceil((EVAL_START+EVAL_ROW)/(cfg.eval_share*rows)-1e-9) # steps in whose share one row fits
+    fewest = math.ceil((EVAL_START+EVAL_ROW)/(cfg.eval_share*rows)-1e-9) # steps in whose share one sequence fits
     every = cfg.eval_steps*math.ceil(fewest/cfg.eval_steps)
     fit = int((cfg.eval_share*every*rows-EVAL_START)/EVAL_ROW)
     return every,max(1, min(n_held, fit))
@@ -4008,7 +4017,7 @@ class Publisher:
         self.publish,self.seal,self.pace = publish,seal,pace
         self.times,self.done,self.error = list(seconds),[],None
         self.pending,self.last = set(),None # folders that are still needed here; the newest
-        self.waiting = None # the newest that is sealed, and when it came
+        self.waiting = None # the newest that is sealed
         self.earliest,self.until = 0.,float('inf') # nothing is sent before, and nothing after; as `time.monotonic()`
         self.closing,self.changed = False,threading.Condition()
         self.sealer = ThreadPoolExecutor(1, 'sealer')
@@ -4031,8 +4040,7 @@ def _take(self:Publisher):
 
 @patch
 def _send(self:Publisher):
-    while taken := self._take():
-        folder,start = taken
+    while folder := self._take():
         begun = time.monotonic()
         self.earliest = begun+self.pace(folder)
         try: self.publish(folder, self)
@@ -4050,16 +4058,16 @@ def submit(self:Publisher,
     "Hand over a checkpoint; returns at once."
     self.last = Path(folder)
     self.pending.add(self.last)
-    self.sealer.submit(self._seal, self.last, time.monotonic())
+    self.sealer.submit(self._seal, self.last)
 
 @patch
-def _seal(self:Publisher, folder, start):
+def _seal(self:Publisher, folder):
     if folder!=self.last: return self.pending.discard(folder)
     try: self.seal(folder)
     except Exception as e: self.error = e; return
     with self.changed:
-        if self.waiting: self.pending.discard(self.waiting[0])
-        self.waiting = folder,start
+        self.pending.discard(self.waiting)
+        self.waiting = folder
         self.changed.notify_all()
 
 @patch
@@ -4245,7 +4253,7 @@ def check_not_public(
     raise UserError("WANDB_PROJECT", f"anyone can read {entity}/{project}, and the model's replies would go there",
                     "make the project private, or set REPORT_TO=none")
 
-def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:100]
+def _cause(e): return excerpt(e, 100) or type(e).__name__
 
 @patch
 def _drop(self:Curve):
@@ -4258,7 +4266,7 @@ def _drop(self:Curve):
 @patch
 def _lose(self:Curve, e):
     if self.closing: return # `close` says so
-    if not self.told: log.warning(f"W&B can't be reached ({_first_line(e)}): training goes on, "
+    if not self.told: log.warning(f"W&B can't be reached ({_cause(e)}): training goes on, "
         "every checkpoint has the curve and the replies, and W&B gets what it lacks when it is back")
     self.told = True
     self._drop()
@@ -4302,11 +4310,11 @@ def _connect(self:Curve):
         x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1)
     try: run = wandb.init(**self.opening, settings=settings)
     except wandb.errors.AuthenticationError as e:
-        raise UserError("WANDB_API_KEY", f"refused ({_first_line(e)})", "correct it, or set WANDB_MODE=offline") from None
+        raise UserError("WANDB_API_KEY", f"refused ({_cause(e)})", "correct it, or set WANDB_MODE=offline") from None
     except (wandb.errors.CommError, wandb.errors.UsageError) as e:
         passing = re.search('retrying|giving up|deadline|timed out|connect', str(e), re.I) # the rest was refused
         if passing: raise
-        raise UserError("WANDB_PROJECT", f"W&B refuses {project} ({_first_line(e)})",
+        raise UserError("WANDB_PROJECT", f"W&B refuses {project} ({_cause(e)})",
             "correct it or WANDB_ENTITY, or set REPORT_TO=none") from None
     if self.online: check_not_public(run.entity, project) # it may have been made just now
     run.define_metric(AXIS); run.define_metric('*', step_metric=AXIS)
@@ -4399,7 +4407,7 @@ def _send_table(self:Curve, rows, at):
     table.bind_to_run(self.run, REPLIES, at)
     try: self.online and self._await_table(a, table.to_json(self.run)['path'])
     except (ValueError, WaitTimeoutError, HTTPError) as e:
-        log.warning(f"W&B has not taken the replies of step {at//2} ({_first_line(e)}): they are in samples.parquet")
+        log.warning(f"W&B has not taken the replies of step {at//2} ({_cause(e)}): they are in samples.parquet")
     return table
 
 @patch
@@ -4472,7 +4480,7 @@ def send_adapter(self:Curve,
     try:
         to.mkdir()
         for f in ('adapter_model.safetensors','adapter_config.json'): link_or_copy(Path(folder)/f, to/f)
-    except OSError as e: return log.warning(f"W&B gets no adapter of step {step} ({_first_line(e)})")
+    except OSError as e: return log.warning(f"W&B gets no adapter of step {step} ({_cause(e)})")
     with self.changed:
         old,self.adapter = self.adapter,(to,step)
         self.changed.notify()
@@ -4496,7 +4504,7 @@ def _send_adapter(self:Curve, folder, step):
 def _await(self:Curve, artifact, upload):
     why = None
     try: artifact.wait()
-    except Exception as e: why = _first_line(e)
+    except Exception as e: why = _cause(e)
     with self.changed:
         if self.upload is not upload: return # connected anew since then: it is sent again
         self.upload,self.adapter = None,None if self.adapter==upload else self.adapter
@@ -4639,12 +4647,6 @@ def tensors_hash(
         h.update(tensors[n].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
-def _load_scorer(f, repo, **kwargs):
-    try: return f(repo, **kwargs)
-    except Exception as e: # of a stranger's files, anything
-        raise UserError(f"scorer {repo}", f"it can't be loaded ({excerpt(e) or type(e).__name__})",
-            "name another text classifier of the Hub, the folder of one, or none") from e
-
 def scorer_labels(
     cfg:dict, # A classifier's config.json
     repo:str, # Whose
@@ -4655,9 +4657,7 @@ def scorer_labels(
     kind = kinds[0] if isinstance(kinds, list) and kinds and isinstance(kinds[0], str) else '?'
     if 'SequenceClassification' not in kind:
         raise UserError(f"scorer {repo}", f"no text classifier but {excerpt(kind, 60)}", "name one that is, or none")
-    if re.search(r'"\w*(layer|expert|block)s?": \d{4}', json.dumps(cfg)):
-        raise UserError(f"scorer {repo}", "its config.json asks for a thousand layers or more",
-            "name another text classifier, or none")
+    check_model_config(cfg, f"scorer {repo}")
     names = [named.get(str(i)) for i in range(len(named))] if isinstance(named, dict) else []
     if not names or not all(isinstance(n, str) for n in names):
         raise UserError(f"scorer {repo}", "its id2label gives no name to each of its outputs",
@@ -4666,6 +4666,26 @@ def scorer_labels(
     raise UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}",
         "name one of them")
 
+MOST_ADDED = 16 # special tokens around a text; the known families have two
+
+def _repeats_text(
+    part, # Of a tokenizer.json's post_processor
+)->bool: # Has a template in it the text more than once?
+    if isinstance(part, list): return any(map(_repeats_text, part))
+    if not isinstance(part, dict): return False
+    times = sum('Sequence' in p for p in part.get('single', ()))
+    return times>1 or any(map(_repeats_text, part.values()))
+
+def _check_added(
+    tok, # A scorer's tokenizer
+    what:str, # How an error names it
+):
+    "Refuse a tokenizer that puts many tokens around a text, or repeats the text."
+    n,around = tok.num_special_tokens_to_add(),tok.backend_tokenizer.post_processor
+    if n<=MOST_ADDED and not (around and _repeats_text(json.loads(around.__getstate__()))): return
+    raise UserError(what, f"its tokenizer puts {n:,} tokens around each text, or repeats the text",
+        "name another text classifier, or none")
+
 class HubScorer:
     "A text classifier of the Hub, on the CPU."
     def __init__(self,
@@ -4673,19 +4693,23 @@ class HubScorer:
         label:str=None, # The label whose probability is the score; the last of two if None
         revision:str=None, # Commit; the newest if None
     ):
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
         from transformers.utils import cached_file
-        def load(f, **kwargs): return _load_scorer(f, repo, revision=revision, **kwargs)
-        file = Path(load(cached_file, filename='config.json'))
-        names = scorer_labels(read_json(file, what=f'scorer {repo}, config.json'), repo, label)
-        if not any(load(cached_file, filename=f, _raise_exceptions_for_missing_entries=False) for f in WEIGHTS):
-            raise UserError(f"scorer {repo}", f"it has no {WEIGHTS[0]}, and a pickle is not opened",
-                "name another text classifier, or none")
-        own = dict(trust_remote_code=False)
-        cfg,self.tok = load(AutoConfig.from_pretrained, **own),load(AutoTokenizer.from_pretrained, **own)
-        self.model = load(AutoModelForSequenceClassification.from_pretrained, use_safetensors=True, **own).eval()
+        what,own = f"scorer {repo}",dict(revision=revision)
+        def has(f): return cached_file(repo, f, _raise_exceptions_for_missing_entries=False, **own)
+        with reading(what, "name another text classifier of the Hub, the folder of one, or none"):
+            file = Path(cached_file(repo, 'config.json', **own))
+            names = scorer_labels(read_json(file, what=f"{what}, config.json"), repo, label)
+            if not any(map(has, WEIGHTS)):
+                raise UserError(what, f"it has no {WEIGHTS[0]}, and a pickle is not opened",
+                    "name another text classifier, or none")
+            self.tok = open_tokenizer(_tokenizer_folder(repo, revision), what)
+            _check_added(self.tok, what)
+            own |= dict(use_safetensors=True, trust_remote_code=False)
+            self.model = AutoModelForSequenceClassification.from_pretrained(repo, **own).eval()
+        kind = self.model.config.problem_type
+        self.each = len(names)==1 or kind=='multi_label_classification' # labels don't exclude each other
         self.at = names.index(label) if label else -1
-        self.each = len(names)==1 or cfg.problem_type=='multi_label_classification' # labels don't exclude each other
         self.name = repo + f'/{label}'*bool(label)
         self.version = file.parent.name if file.parent.parent.name=='snapshots' else 'folder'
         self.weights_hash = tensors_hash(self.model.state_dict())
@@ -4704,10 +4728,8 @@ def score(self:HubScorer,
     "Score texts, 64 at once."
     import numpy as np, torch
     batches = [texts[i:i+64] for i in range(0, len(texts), 64)]
-    try:
-        with torch.inference_mode(): scores = np.concatenate([self._score_batch(b) for b in batches] or [np.zeros(0)])
-    except Exception as e:
-        raise UserError(f"scorer {self.name}", f"it can't score ({excerpt(e)})", "name another, or none") from e
+    with reading(f"scorer {self.name}", "name another, or none"), torch.inference_mode():
+        scores = np.concatenate([self._score_batch(b) for b in batches] or [np.zeros(0)])
     if np.isfinite(scores).all(): return scores
     odd = (~np.isfinite(scores)).sum()
     raise UserError(f"scorer {self.name}", f"{odd} of {len(scores)} scores are no numbers", "name another, or none")
@@ -4804,6 +4826,8 @@ def _prompt_line(messages):
     systems = [f"[{m['content']}]" for m in messages if m['role']=='system']
     return ' '.join([*systems, messages[-1]['content']])
 
+LEAST_TOKENS = 16 # a shorter reply says too little
+
 class Sampler:
     "Ask the same questions at any step, within a share of the run's time."
     def __init__(self,
@@ -4819,6 +4843,7 @@ class Sampler:
     ):
         self.encode,self.prompts,self.scorer = encode,prompts,scorer
         self.max_new_tokens,self.share = max_new_tokens,share
+        self.least = min(LEAST_TOKENS, max_new_tokens)
         self.settings = dict(temperature=temperature, top_p=top_p, seed=seed, eos_ids=eos_ids)
         self.base = {} # prompt → the base's reply
         self.pace,self.speed = 0.,0. # seconds a step of generation; tokens a second
@@ -4866,13 +4891,11 @@ def _score(self:Sampler, rows):
     texts = [r[k] for k in ('response','base_response') for r in rows]
     try: scores = self.scorer.score(texts).tolist()
     except UserError as e:
-        logging.getLogger("phoque").warning(f"samples are written without scores from here on: {e}")
+        log.warning(f"samples are written without scores from here on: {e}")
         self.scorer = None
         return rows
     own,base = scores[:len(rows)],scores[len(rows):]
     return [r|dict(scorer=scorer_id(self.scorer), score=s, base_score=b) for r,s,b in zip(rows, own, base)]
-
-LEAST_TOKENS = 16 # a shorter reply says too little
 
 @patch
 def room(self:Sampler,
@@ -4886,13 +4909,12 @@ def room(self:Sampler,
 @patch
 def _length(self:Sampler, seconds, last):
     "Tokens of the replies that there is time for; it is said once where they are shortened."
-    n = max(self.room(seconds), min(LEAST_TOKENS, self.max_new_tokens) if last else 0)
+    n = max(self.room(seconds), self.least if last else 0)
     if n<self.max_new_tokens and not self.told:
         self.told = True
-        least = min(LEAST_TOKENS, self.max_new_tokens)
-        logging.getLogger("phoque").info(
+        log.info(
             f"samples of {self.max_new_tokens} tokens would take more than {self.share:.0%} of the time: "
-            f"they are shortened to fit, and left out below {least} tokens")
+            f"they are shortened to fit, and left out below {self.least} tokens")
     return n
 
 @patch
@@ -4901,7 +4923,7 @@ def log(self:Sampler,
 ):
     "Write rows to the log."
     head = sample_head(rows[0]['step'], sample_metrics(rows), self.speed, self.scorer.name if self.scorer else '')
-    for l in [head, *sample_lines(rows, self.prompts)]: logging.getLogger("phoque").info(l)
+    for l in [head, *sample_lines(rows, self.prompts)]: log.info(l)
 
 @patch
 def __call__(self:Sampler,
@@ -4918,7 +4940,7 @@ def __call__(self:Sampler,
         self.base = {_prompt_line(p): r['text'] for p,r in zip(self.prompts, asked)}
         if step==0: replies = asked
     n = self.max_new_tokens if replies else self._length(seconds, last)
-    if n<min(LEAST_TOKENS, self.max_new_tokens): return []
+    if n<self.least: return []
     start = time.monotonic()
     rows = self.rows(tok, step, replies or self.ask(model, tok, n), n)
     if step: self.spent += time.monotonic()-start
@@ -5180,6 +5202,16 @@ def own_part(
     from torch.distributed.tensor import DTensor
     return t.to_local() if isinstance(t, DTensor) else t
 
+def _cut_state(
+    state:dict, # Index of a parameter → its optimizer's tensors, whole
+    params:list, # Sharded parameters
+    device, # This rank's
+)->dict: # The same, cut as the parameters are
+    "Cut an optimizer's tensors as its parameters are."
+    from torch.distributed.tensor import distribute_tensor
+    def cut(t, p): return distribute_tensor(t.to(device), p.device_mesh, p.placements) if t.shape else t
+    return {i:{k:cut(t, params[i]) for k,t in s.items()} for i,s in state.items()}
+
 class _Sharded:
     "A trainer's methods for a model that is sharded: it gathers what it saves, and cuts what it loads."
     def train(self, resume_from_checkpoint=None, **kwargs):
@@ -5204,6 +5236,30 @@ def sharded_trainer(
 ): # Its subclass for a model that is sharded
     "A trainer whose checkpoints are those of one process."
     return type('ShardedTrainer', (_Sharded, Trainer), {})
+
+@patch
+def save_model(self:_Sharded, output_dir=None, _internal_call=False):
+    "Save the adapter, gathered."
+    self._save(output_dir, state_dict=whole_adapter(self.model))
+
+@patch
+def _save_optimizer_and_scheduler(self:_Sharded, output_dir):
+    "Save the optimizer's state, gathered, and the scheduler's."
+    from torch.utils._pytree import tree_map
+    whole = tree_map(whole_tensor, self.optimizer.state_dict()) # all ranks must ask
+    states = dict(optimizer=whole, scheduler=self.lr_scheduler.state_dict())
+    if self.args.should_save: self.write_later(output_dir, states)
+
+@patch
+def _load_optimizer_and_scheduler(self:_Sharded, checkpoint):
+    "Load both, the optimizer's tensors cut as its parameters are."
+    import torch
+    if not checkpoint: return
+    def read(k): return torch.load(f'{checkpoint}/{k}.pt', map_location='cpu', weights_only=True)
+    optimizer,params = read('optimizer'),[p for g in self.optimizer.param_groups for p in g['params']]
+    optimizer['state'] = _cut_state(optimizer['state'], params, self.args.device)
+    self.optimizer.load_state_dict(optimizer)
+    self.lr_scheduler.load_state_dict(read('scheduler'))
 
 def check_sharded(
     model, # As it is about to be trained
