@@ -194,8 +194,8 @@ def say_differences(
     if before and before!=after:
         old_rate = rate(step, before) if step<before else 0
         lines.append(
-            f"the run had {before} steps and has {after} now: steps 1 to {step} were trained at the rates of the one, "
-            f"step {step+1} begins at {rate(step, after):.1e} (it would have been {old_rate:.1e}); "
+            f"the run had {before} steps and has {after} now: steps 1 to {step} used the learning rates of "
+            f"a {before}-step run, step {step+1} continues at {rate(step, after):.1e} instead of {old_rate:.1e}; "
             f"FRESH_START={again} trains all {after} anew")
     old = was.get('arithmetic', {})
     if diff := [f"{k} was {old[k]}, is {v}" for k,v in now['arithmetic'].items() if k in old and old[k]!=v]:
@@ -458,12 +458,12 @@ def publish_adapter(
     tok, # Its tokenizer
     card:str, # README.md
     until:float, # `time.monotonic()` after which to give up
+    folder:Path, # Where it is put together, in `final`
     weights:dict=None, # The adapter's, where they aren't the model's own: the best one's, or a sharded model's
-    folder:str='', # Where it is put together; `OUTPUT_DIR` where empty
 ):
     "Put the finished adapter on `main`, in one commit that replaces what is there."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    out = Path(folder or cfg.output_dir)/'final'
+    out = Path(folder)/'final'
     _final_folder(model, tok, card, weights, out)
     main = HubBranch(cfg.hub_model_id).prepare(until)
     adds = [CommitOperationAdd(p.name, p) for p in sorted(out.iterdir())]
@@ -1009,7 +1009,7 @@ def say_eval(self:Job,
     log.info(f"held-out loss at step {step}: {loss:.3f}{best} ({took:.1f} s)")
     last = [*before, loss][-4:]
     if len(last)==4 and all(a<b for a,b in zip(last, last[1:])):
-        log.warning("the held-out loss has risen three times in a row: the run learns its conversations by heart"
+        log.warning("the held-out loss has risen three times in a row: the run is overfitting"
             + "; LOAD_BEST=1 publishes the best adapter instead of the last"*(not self.cfg.load_best))
 
 @patch
@@ -1041,7 +1041,7 @@ def publish_result(self:Job,
     cfg = self.cfg
     self.name_best()
     card = adapter_card(cfg, self.run, self.step, self.report)
-    publish_adapter(cfg, self.trainer.model, self.tok, card, until, self.best or weights, self.folder)
+    publish_adapter(cfg, self.trainer.model, self.tok, card, until, self.folder, self.best or weights)
     self.deadline.idle = False
     self.checkpoints.squash(self.patience(60))
     log.info(f"complete: the adapter is at {cfg.hub_model_id}")

@@ -4,16 +4,16 @@
 
 # %% ../../nbs/jobs/doctor.ipynb #280be49c
 from __future__ import annotations
-import os, platform, shutil, sys
+import os, platform, re, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
-from ..core.basics import UserError, excerpt, hub_problem, shell_command, text_table
+from phoque.core.basics import (UserError, excerpt, hub_problem, quiet_libraries, reading, shell_command,
+    text_table)
 from ..chat.labels import encode_dataset
 from ..chat.templates import load_tokenizer
-from ..core.basics import quiet_libraries, reading
 from ..model_qlora import add_lora, audit, base_config, choose_attention, load_model, resolve_base
 from ..job import load_chats
 from .script import job_pins, project_root
-from .submit import ROLES, checking, token_role
+from .submit import TOKEN_ROLES, checking, token_role
 
 # %% auto #0
 __all__ = ['finding', 'check_pins', 'check_gpu', 'check_machine', 'check_accounts', 'audit_model', 'audit_dataset', 'doctor_cli']
@@ -54,8 +54,9 @@ def check_gpu(
             'bfloat16 needs an Ampere GPU or newer, and training at least 7 GiB: rent one with phoque_submit')
     if not driver: return finding('GPU', 'none', None, 'rehearse here, train with phoque_submit')
     cuda = torch.version.cuda
+    pin = next(p for p in job_pins(project_root()/'settings.ini') if re.match(r'torch\b', p))
     why = f'the driver is too old for CUDA {cuda}' if cuda else 'torch was built without CUDA'
-    return finding('GPU', why, False, "pip install --force-reinstall 'torch>=2.11,<2.14', or update the driver")
+    return finding('GPU', why, False, f"pip install --force-reinstall '{pin}', or update the driver")
 
 # %% ../../nbs/jobs/doctor.ipynb #fc7b5715
 def check_machine()->list: # Findings
@@ -82,7 +83,7 @@ def check_accounts()->list: # Findings
         seen = f'refused ({status})' if status else f'set, not checked ({type(e).__name__})'
         return [finding('HF_TOKEN', seen, False, str(hub_problem(e, 'account')).split(': ')[-1]), wandb]
     role = token_role(me)
-    account = finding('HF_TOKEN', f"{me['name']}, {ROLES.get(role, role)}", role!='read',
+    account = finding('HF_TOKEN', f"{me['name']}, {TOKEN_ROLES.get(role, role)}", role!='read',
         'make one with write access: https://huggingface.co/settings/tokens')
     return [account, wandb]
 

@@ -13,9 +13,9 @@ from phoque.resume import (COMMITS_AN_HOUR, HISTORY_SECONDS, PRIVATE_GB, SQUASH_
 from ..train import TrainConfig, fit_batch, share_batch
 
 # %% auto #0
-__all__ = ['FLAVORS_READ', 'FLAVORS', 'MOST_DOLLARS', 'STRANGE', 'JOB_OVERHEAD', 'FIXED_SECONDS', 'find_flavor', 'usable_gib',
-           'price_today', 'price_per_hour', 'check_timeout', 'show_plan', 'job_plan', 'base_shape', 'fit_flavor',
-           'measured_speed', 'times_faster', 'checkpoint_bytes', 'hub_use', 'show_hub_use', 'run_plan']
+__all__ = ['FLAVORS_READ', 'FLAVORS', 'MOST_DOLLARS', 'STRANGE', 'JOB_OVERHEAD', 'BENCH_FILE', 'FIXED_SECONDS', 'find_flavor',
+           'usable_gib', 'price_today', 'price_per_hour', 'check_timeout', 'show_plan', 'job_plan', 'base_shape',
+           'fit_flavor', 'measured_speed', 'times_faster', 'checkpoint_bytes', 'hub_use', 'show_hub_use', 'run_plan']
 
 # %% ../../nbs/jobs/plan.ipynb #6b6685e1
 FLAVORS_READ = '2026-11-23' # https://huggingface.co/docs/hub/jobs-pricing
@@ -130,6 +130,7 @@ def job_plan(
     overhead:float=JOB_OVERHEAD, # Minutes of each job that train nothing
     price:float=0, # Dollars an hour; 0 takes the table's
     share:float=1, # Of one GPU's speed: less where layers are recomputed, more where GPUs share the work
+    source:str='', # Where `tokens_per_second` comes from; `given` where empty
 )->dict: # tokens, hours, jobs, dollars; `at most` is what the timeouts allow
     "What a run takes, before it is paid for."
     n = _job_numbers(steps, tokens_per_step, tokens_per_second, flavor, timeout, overhead, price, share)
@@ -140,7 +141,7 @@ def job_plan(
         why = 'steps are known when the dataset is packed'
         if not n['speed']: why = f'no speed known for {flavor}: give --tokens_per_second'
         return plan | {'length':why, 'at most':f"${n['dollars_a_job']:.2f} a job"}
-    source = 'given' if tokens_per_second else f['speed']
+    source = source or ('given' if tokens_per_second else f['speed'])
     return plan | {
         'steps':steps, 'tokens':steps*tokens_per_step, 'tokens a second':f"{n['speed']:,.0f} ({source})",
         'hours':round(n['hours'], 2), 'jobs':n['jobs'],
@@ -153,12 +154,13 @@ def _is_known(c):
 
 def base_shape(
     c:TrainConfig, # The run
+    offline:bool=False, # Ask no Hub: what is in a folder or the cache has to do
 ): # Config of its base model; None where that can't be read here
     "What the base model looks like."
     from transformers import AutoConfig, Ministral3Config
     try:
         if _is_known(c): return Ministral3Config(**SUCCESSOR_SHAPE)
-        return AutoConfig.from_pretrained(c.base_model, trust_remote_code=False)
+        return AutoConfig.from_pretrained(c.base_model, trust_remote_code=False, local_files_only=offline)
     except (OSError, *STRANGE): return
 
 def fit_flavor(
@@ -172,11 +174,13 @@ def fit_flavor(
     return fit_batch(c, shape, gpus, usable_gib(flavor))
 
 # %% ../../nbs/jobs/plan.ipynb #903c5373
+BENCH_FILE = 'benchmark/benchmark.json' # what `phoque_bench` writes, in the project's folder
+
 def measured_speed(
     c:TrainConfig, # The run
     flavor:str, # Machine
     micro_batch:int, # Rows that each of its GPUs takes at once
-    path:str='benchmark/benchmark.json', # What `phoque_bench` wrote
+    path:str=BENCH_FILE, # Result of `phoque_bench`
 )->float: # Tokens a second, of all its GPUs; 0 where nothing was measured on such a GPU
     "The speed that was measured, where there is one."
     try: r = read_json(project_root()/path)
@@ -301,14 +305,17 @@ def run_plan(
     flavor:str=JOB_FLAVOR, # Machine
     tokens_per_second:float=0, # Training speed; 0 takes the flavor's
     price:float=0, # Dollars an hour; 0 takes the table's
+    offline:bool=False, # Ask no Hub for the base model's config
+    bench:str=BENCH_FILE, # Result of `phoque_bench`
 )->dict: # As `job_plan`, with GiB, what the Hub stores, and the cheapest flavor
     "The plan of a run."
-    shape = base_shape(c)
+    shape = base_shape(c, offline)
     gpus,room = find_flavor(flavor)['GPUs'],usable_gib(flavor)
     micro_batch,grad_accum,checkpointing,need = fit_flavor(c, shape, flavor)
-    speed = tokens_per_second or (0 if checkpointing else measured_speed(c, flavor, micro_batch))
-    args = _plan_args(c, shape, flavor) | dict(tokens_per_second=speed, price=price)
-    plan = job_plan(**args) | _say_rows(c, flavor, micro_batch, grad_accum, checkpointing)
+    measured = 0 if tokens_per_second or checkpointing else measured_speed(c, flavor, micro_batch, bench)
+    args = _plan_args(c, shape, flavor) | dict(tokens_per_second=tokens_per_second or measured, price=price)
+    plan = job_plan(**args, source='measured by phoque_bench'*bool(measured))
+    plan |= _say_rows(c, flavor, micro_batch, grad_accum, checkpointing)
     if not need: return plan
     if need>room: raise _too_large(c, flavor, need, room)
     memory = f'{need:.1f} GiB of {room:.0f} usable' + ', on each'*(gpus>1)

@@ -18,7 +18,7 @@ from ..resume import bound_requests
 from ..train import TrainConfig, check_config, options, parse_options, run_parser
 
 # %% auto #0
-__all__ = ['ROLES', 'JOB_PYTHON', 'SMOKE', 'SUBMIT_EXAMPLES', 'job_args', 'unused_secrets', 'checking', 'check_account',
+__all__ = ['TOKEN_ROLES', 'JOB_PYTHON', 'SMOKE', 'SUBMIT_EXAMPLES', 'job_args', 'unused_secrets', 'checking', 'check_account',
            'token_role', 'check_owner', 'check_model_repo', 'check_dataset', 'check_wandb', 'check_installable',
            'check_secrets', 'preflight', 'submit', 'submit_cli']
 
@@ -81,7 +81,7 @@ def token_role(
     "What kind of token it is."
     return printable(((me.get('auth') or {}).get('accessToken') or {}).get('role') or '')
 
-ROLES = {'fineGrained':'fine-grained: must allow to write repos and to start Jobs', '':'by hf auth login'}
+TOKEN_ROLES = {'fineGrained':'fine-grained: must allow to write repos and to start Jobs', '':'by hf auth login'}
 
 # %% ../../nbs/jobs/submit.ipynb #eb4c207c
 def check_owner(
@@ -207,7 +207,7 @@ def preflight(
     with checking('packages of train/requirements.txt'):
         packages = check_installable(project_root()/'train/requirements.txt')
     readers = 'private' if ds.private else 'PUBLIC, which anyone may read'
-    rows = [('token', me['name'], ROLES.get(role, role)),
+    rows = [('token', me['name'], TOKEN_ROLES.get(role, role)),
             ('model repo', c.hub_model_id, model),
             ('dataset', c.dataset_repo, f"{readers}, {row}"),
             ('W&B', c.wandb_project if c.report_to=='wandb' else '-', wandb),
@@ -235,7 +235,7 @@ def submit(
     api = None if dry_run else HfApi()
     rows = preflight(c) if api else []
     with checking(f'price and memory on {flavor}'): price = price_today(flavor, api)
-    plan = run_plan(c, flavor, tokens_per_second, price)
+    plan = run_plan(c, flavor, tokens_per_second, price, offline=dry_run)
     unset,env = ''.join(f'{k}= ' for k in unused),os.environ|unused
     print(f"\n{show_plan(plan)}\n\n{unset}hf jobs uv run --detach {shlex.join(cmd)}\n", flush=True)
     if dry_run: return hf_jobs('--dry-run', *cmd, cwd=root, env=env|dict(HF_HUB_OFFLINE='1')).returncode

@@ -9,12 +9,12 @@ from fastcore.basics import patch
 from ..job import RESUBMIT, printable_lines
 from ..core.basics import UserError, excerpt, hub_problem, shell_command
 from ..resume import bound_requests, parse_duration
-from .plan import price_per_hour
+from .plan import STRANGE, price_per_hour
 from .script import JOB_LABEL
 from ..train import parse_step
 
 # %% auto #0
-__all__ = ['WAITS', 'patiently', 'follow_log', 'well_formed', 'ran_seconds', 'job_timeout', 'timed_out', 'how_ended',
+__all__ = ['WAITS', 'ask_again', 'follow_log', 'well_formed', 'ran_seconds', 'job_timeout', 'timed_out', 'how_ended',
            'char_columns', 'columns', 'cut_columns', 'View', 'clock', 'status_line', 'published_step', 'watch_job',
            'ended_early', 'watch_command', 'watch_run', 'find_job', 'watch_cli']
 
@@ -28,17 +28,15 @@ def _passes(e):
     if not isinstance(e, HfHubHTTPError): return isinstance(e, HTTPError)
     return e.response.status_code in (408,429) or e.response.status_code>=500
 
-_ODD = (ValueError, KeyError, TypeError, AttributeError) # what the client raises at an answer of another shape
-
 def _problem(e, what):
     "What the user is told of it."
     if isinstance(e, UserError): return e
-    if isinstance(e, _ODD): return UserError(what, "HF_ENDPOINT doesn't answer as a Hub does", "check it")
+    if isinstance(e, STRANGE): return UserError(what, "HF_ENDPOINT doesn't answer as a Hub does", "check it")
     if getattr(getattr(e, 'response', None), 'status_code', 0)!=404: return hub_problem(e, what)
     return UserError(what, "there is none that this account may see", "`hf jobs ps` lists its jobs")
 
 # %% ../../nbs/jobs/watch.ipynb #b4965318
-def patiently(
+def ask_again(
     ask, # Function that asks the Hub
     what:str, # For the message
     waits:tuple=WAITS, # Seconds between tries
@@ -48,7 +46,7 @@ def patiently(
     from httpx2 import HTTPError
     for wait in (*waits, None):
         try: return ask()
-        except (HTTPError, OSError, *_ODD) as e:
+        except (HTTPError, OSError, *STRANGE) as e:
             if wait is None or not _passes(e): raise _problem(e, what) from None
             say(f"{_problem(e, what)}; trying again in {wait:g} s")
             time.sleep(wait)
@@ -68,7 +66,7 @@ def follow_log(
             for i,l in enumerate(api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=True)):
                 if i>=seen: seen,failed = i+1,0; yield l
             return
-        except (HTTPError, OSError, *_ODD) as e:
+        except (HTTPError, OSError, *STRANGE) as e:
             if failed==len(waits) or not _passes(e): raise _problem(e, what) from None
             say(f"{_problem(e, what)}; trying again in {waits[failed]:g} s")
             time.sleep(waits[failed])
@@ -88,7 +86,7 @@ def well_formed(
 def _inspect(api, job, waits, say):
     "The job as the Hub has it now."
     def ask(): return well_formed(api.inspect_job(job_id=job.id, namespace=job.owner.name))
-    return patiently(ask, f'job {job.owner.name}/{job.id}', waits, say)
+    return ask_again(ask, f'job {job.owner.name}/{job.id}', waits, say)
 
 # %% ../../nbs/jobs/watch.ipynb #193b7dc6
 def ran_seconds(
@@ -231,7 +229,7 @@ def published_step(
     def files():
         try: return api.list_repo_files(repo, revision='checkpoints')
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError): return []
-    there = patiently(files, f'model repo {repo}', waits, say) if repo else []
+    there = ask_again(files, f'model repo {repo}', waits, say) if repo else []
     found = [re.fullmatch(r'checkpoint-(\d{1,9})/manifest\.json', f, re.ASCII) for f in there]
     return max([int(m[1]) for m in found if m], default=0)
 
@@ -311,7 +309,7 @@ def _check_again(job, full, budget_dollars):
 def _run_again(api, job, waits, say):
     "Start the same job once more."
     def ask(): return well_formed(api.rerun_job(job_id=job.id, namespace=job.owner.name))
-    return patiently(ask, f'running job {job.owner.name}/{job.id} again', waits, say)
+    return ask_again(ask, f'running job {job.owner.name}/{job.id} again', waits, say)
 
 def _last_job(job, total):
     "Exit code and line where a run ends with this job; `None, ''` where it asks for another."
@@ -369,14 +367,17 @@ def find_job(
     waits:tuple=(1,2), # Seconds between tries
 ): # `JobInfo`
     "The job that is meant."
-    if not re.fullmatch(r'[\w:./-]{0,200}', ref): raise UserError(f"job {excerpt(repr(ref), 80)}", "no job has such an id", "`hf jobs ps -a` lists them")
+    if not re.fullmatch(r'[\w:./-]{0,200}', ref):
+        raise UserError(f"job {excerpt(repr(ref), 80)}", "no job has such an id", "`hf jobs ps -a` lists them")
     *_,ns,id = ['', *ref.strip('/').split('/')]
-    ns = ns or patiently(lambda: api.whoami()['name'], 'the account of HF_TOKEN', waits) # named, as the client would ask for it at the default endpoint
-    if id: return patiently(lambda: well_formed(api.inspect_job(job_id=id, namespace=ns)), f'job {ns}/{id}', waits)
+    # the account is named, as the client would ask for it at the default endpoint
+    ns = ns or ask_again(lambda: api.whoami()['name'], 'the account of HF_TOKEN', waits)
+    if id: return ask_again(lambda: well_formed(api.inspect_job(job_id=id, namespace=ns)), f'job {ns}/{id}', waits)
     key,value = JOB_LABEL
-    job = patiently(lambda: next(map(well_formed, api.list_jobs(labels={key:value}, namespace=ns)), None), f'jobs of {ns}', waits)
-    if not job: raise UserError("this account", "no job of phoque is on it", "submit one with phoque_submit, or name it with --job")
-    return job
+    def newest(): return next(map(well_formed, api.list_jobs(labels={key:value}, namespace=ns)), None)
+    job = ask_again(newest, f'jobs of {ns}', waits)
+    if job: return job
+    raise UserError("this account", "no job of phoque is on it", "submit one with phoque_submit, or name it with --job")
 
 @shell_command('phoque_watch',
     'phoque_watch',
@@ -393,7 +394,8 @@ def watch_cli(
     api,view = HfApi(),View()
     try:
         if budget_jobs<1: raise UserError("budget_jobs", f"{budget_jobs} is out of range", "give at least 1")
-        if not 0<=budget_dollars<float('inf'): raise UserError("budget_dollars", f"{budget_dollars} is out of range", "give 0 (no limit) or more")
+        if not 0<=budget_dollars<float('inf'):
+            raise UserError("budget_dollars", f"{budget_dollars} is out of range", "give 0 (no limit) or more")
         info = find_job(api, job)
         code = watch_run(api, info, budget_jobs, budget_dollars, view, again=again)
     except KeyboardInterrupt:

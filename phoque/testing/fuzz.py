@@ -120,6 +120,13 @@ def small_files(
     small_checkpoint(folder/'checkpoint-7', folder/'adapter')
 
 # %% ../../nbs/testing/fuzz.ipynb #e44f8047
+def _fresh(here):
+    "Copies of the whole files in a folder `work` beside them, to damage."
+    w = here/'work'
+    shutil.rmtree(w, ignore_errors=True)
+    for d in ('base','adapter','checkpoint-7'): shutil.copytree(here/d, w/d)
+    return w
+
 # Folders that each reads
 POOLS = dict(merge=('base','adapter'), labels=('base',), audit=('base',), restore=('checkpoint-7',))
 
@@ -206,9 +213,7 @@ def _state(folder):
 
 def _read_damaged(r, here):
     "Damage a set of files and read it: its kind, the names of the damaged files, and the exception that came of it."
-    w = here/'work'
-    shutil.rmtree(w, ignore_errors=True)
-    for d in ('base','adapter','checkpoint-7'): shutil.copytree(here/d, w/d)
+    w = _fresh(here)
     kind = r.choice(('merge','merge','labels','audit','restore','restore'))
     names = spoil_files(kind, w, r)
     try:

@@ -16,8 +16,8 @@ from fastcore.foundation import L
 from ..core.basics import UserError, excerpt, private_files, read_json, safe_path, shell_command
 
 # %% auto #0
-__all__ = ['CARD_CHARS', 'LINK_SECONDS', 'MOST_BODY', 'MOST_FROM_NOBODY', 'MOST_ROWS', 'HubError', 'HubDisk', 'is_ours',
-           'LocalHub', 'HubProcess', 'hub_process', 'hub_cli']
+__all__ = ['CARD_CHARS', 'LINK_SECONDS', 'MOST_BODY', 'MOST_FROM_NOBODY', 'MOST_ROWS', 'SECRET_ENDS', 'HubError', 'HubDisk',
+           'is_ours', 'LocalHub', 'clean_env', 'HubProcess', 'hub_process', 'hub_cli']
 
 # %% ../../nbs/testing/hub.ipynb #4140b674
 def _replace(file, d, die=False):
@@ -904,6 +904,24 @@ def env(self:HubDisk,
     d |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
     d |= {f"HF_{k}":"1" for k in _CLIENT_SWITCHES}
     return d | (dict(HF_HOME=str(home)) if home else {})
+
+# %% ../../nbs/testing/hub.ipynb #dfd71130
+SECRET_ENDS = ('_TOKEN', '_KEY', '_SECRET', '_PASSWORD')
+_CLIENT_VARS = ('HF_', 'HUGGING_FACE_', 'WANDB_', 'JOB_')
+
+def clean_env(
+    hub, # `LocalHub`
+    home:str|Path, # Becomes HF_HOME: an empty cache, as on a fresh machine
+    user:str='me', # Whose token to send
+    **kw, # More variables
+)->dict: # Environment of a process
+    "This process's environment without its secrets and settings, pointed at the loopback Hub."
+    from phoque.train import options
+    ours = {k.upper() for k in options()}
+    def is_kept(k): return not (k in ours or k.startswith(_CLIENT_VARS) or k.endswith(SECRET_ENDS))
+    env = {k:v for k,v in os.environ.items() if is_kept(k)}
+    env |= hub.env(user, home) | dict(TOKENIZERS_PARALLELISM='true', PYTHONUNBUFFERED='1')
+    return env | {k:str(v) for k,v in kw.items()}
 
 # %% ../../nbs/testing/hub.ipynb #64245572
 class HubProcess(HubDisk):

@@ -184,7 +184,7 @@ def run(self:HubJob, hub):
     timer.cancel()
     self.finished = _now()
     if self.stage!="RUNNING": return
-    self.stage,self.message = ("COMPLETED",None) if code==0 else ("ERROR",f"Job failed with exit code: {code}")
+    self.stage,self.message = ("COMPLETED",None) if code==0 else ("ERROR",f"Job failed with exit code: {code}. Reason: Error")
 
 @patch
 def end(self:HubJob, stage, message):
@@ -301,6 +301,7 @@ if i==total:
     sys.exit()
 manifest = f'checkpoint-{i}/manifest.json'
 api.upload_file(path_or_fileobj=b'{}', path_in_repo=manifest, repo_id=repo, revision='checkpoints')
-print(f'12:00:59 checkpoint-{i} of {total} is on {repo}: run the same command again to continue (exit code 75)')
+again = f"hf jobs rerun {repo.split('/')[0]}/{os.environ['JOB_ID']}"
+print(f'12:00:59 checkpoint-{i} of {total} is on {repo}: continue with `{again}` (exit code 75)')
 sys.exit(75)
 ''' # A job in small, for lessons

@@ -8,15 +8,16 @@ import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.basics import UserError, check_range, shell_command
-from .tiny import smollm2, tiny_model
+from .hub import clean_env
+from .tiny import berth_chat, smollm2, tiny_model
 from ..train import parse_step
 
 # %% auto #0
-__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'SECRET_ENDS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'say_line',
-           'Stage', 'clean_env', 'fresh_folder', 'compare_replies', 'rehearse', 'held_out', 'where_time_went',
-           'plot_rehearsal', 'verdict', 'html_table', 'write_report', 'rehearse_cli', 'ForkedJob', 'serve_forks',
-           'WarmJobs', 'hub_state', 'Killer', 'batches_of', 'compare_runs', 'prove', 'proof_table', 'plot_proof',
-           'proof_verdict', 'prove_cli', 'wandb_records']
+__all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'QUESTIONS', 'INK', 'STYLE', 'PROOF', 'FAULTS', 'say_line', 'Stage',
+           'fresh_folder', 'compare_replies', 'rehearse', 'held_out', 'where_time_went', 'plot_rehearsal', 'verdict',
+           'html_table', 'write_report', 'rehearse_cli', 'ForkedJob', 'serve_forks', 'WarmJobs', 'hub_state', 'Killer',
+           'batches_of', 'compare_runs', 'prove', 'proof_table', 'plot_proof', 'proof_verdict', 'prove_cli',
+           'wandb_records']
 
 # %% ../../nbs/testing/rehearse.ipynb #aefd0cf4
 def say_line(
@@ -81,22 +82,6 @@ _REPOS = ((DATA,'main','dataset'), (MODEL,'main','model'), (MODEL,'checkpoints',
 SETTINGS = dict(BASE_MODEL=BASE, DATASET_REPO=DATA, HUB_MODEL_ID=MODEL, MAX_LENGTH=512, PER_DEVICE_TRAIN_BATCH_SIZE=2,
                 LEARNING_RATE=1e-3, LOGGING_STEPS=1, PUBLISH_MINUTES=.001, EVAL_SHARE=.2, SAMPLE_TOKENS=32,
                 WANDB_MODE='offline')
-
-SECRET_ENDS = ('_TOKEN', '_KEY', '_SECRET', '_PASSWORD')
-_CLIENT_VARS = ('HF_', 'HUGGING_FACE_', 'WANDB_')
-
-def clean_env(
-    hub, # `LocalHub`
-    home:Path, # Becomes HF_HOME: an empty cache, as on a fresh machine
-    **kw, # More variables
-)->dict: # Environment of a process
-    "This process's environment without its secrets and settings, pointed at the loopback Hub."
-    from phoque.train import options
-    ours = {k.upper() for k in options()}
-    def is_kept(k): return not (k in ours or k.startswith(_CLIENT_VARS) or k.endswith(SECRET_ENDS))
-    env = {k:v for k,v in os.environ.items() if is_kept(k)}
-    env |= hub.env('me') | dict(HF_HOME=str(home), TOKENIZERS_PARALLELISM='true', PYTHONUNBUFFERED='1')
-    return env | {k:str(v) for k,v in kw.items()}
 
 # %% ../../nbs/testing/rehearse.ipynb #fd09113c
 def _late(steps):
@@ -589,11 +574,8 @@ def _proof_hub(out, base):
     from phoque.testing.hub import hub_process
     hub = hub_process(out/'hub', users=['me'], log=str(out/'hub.log'))
     (out/'talk').mkdir()
-    def line(i):
-        asked = dict(role='user', content=f'Who takes berth {i}?')
-        return json.dumps(dict(messages=[asked, dict(role='assistant', content=f'The gull with {i} hats.')]))
     for split,n in dict(train=range(40), test=range(40, 48)).items():
-        (out/f'talk/{split}.jsonl').write_text('\n'.join(map(line, n)))
+        (out/f'talk/{split}.jsonl').write_text('\n'.join(json.dumps(berth_chat(i)) for i in n))
     hub.seed_repo(BASE, base or tiny_model(out/'tiny'))
     hub.seed_repo(DATA, out/'talk', repo_type='dataset', private=True)
     return hub
@@ -764,8 +746,16 @@ def proof_verdict(
     p:dict, # From `prove`
 )->str: # One sentence
     "What the proof showed."
-    return (f"{p['steps']} steps straight, and the same with {p['kills']} kills: max |Δ| of the weights {p['weights']:g}, of the losses {p['losses']:g}; "
-            f"{p['batches']} of {p['n_batches']} batches differ. The killed run is {'the same to the bit' if p['same'] else 'NOT THE SAME'}.")
+    return (f"{p['steps']} steps straight, and the same with {p['kills']} kills: max |Δ| of the weights "
+            f"{p['weights']:g}, of the losses {p['losses']:g}; {p['batches']} of {p['n_batches']} batches differ. "
+            f"The killed run is {'the same to the bit' if p['same'] else 'NOT THE SAME'}.")
+
+_FIXED = {'base_model', 'dataset_repo', 'hub_model_id', 'output_dir', 'max_steps'} # options that `prove` itself gives
+
+def _proof_options():
+    "Options of the run that is proved, from the environment, beside those that `prove` gives."
+    from phoque.train import env_options
+    return {k.upper():v for k,v in env_options().items() if k not in _FIXED}
 
 # %% ../../nbs/testing/rehearse.ipynb #44949c52
 @shell_command('phoque_prove',
@@ -779,16 +769,15 @@ def prove_cli(
     seed:int=0, # Random seed for kills, faults and disks
     base_model:str='', # Folder of a model; a tiny random one if empty
 ):
-    "Prove on this machine that a killed and continued run gives the same model; options of a run come from the environment."
+    "Prove that a killed and continued run gives the same model; options of the run come from the environment."
     from phoque.core.basics import text_table
-    from phoque.train import env_options
-    own = {k.upper():v for k,v in env_options().items() if k.upper() in {*PROOF, 'OPTIM','LORA_R','LORA_TARGET_MODULES','LEARNING_RATE','LOAD_IN_4BIT'}}
     try:
-        p = prove(out, steps, kills, seed, base_model, **own)
+        p = prove(out, steps, kills, seed, base_model, **_proof_options())
     except KeyboardInterrupt: raise SystemExit("phoque_prove: stopped")
     text = text_table(proof_table(p))+'\n\n'+proof_verdict(p)
     plot_proof(p).savefig(Path(out)/'proof.png', dpi=110)
-    (Path(out)/'proof.txt').write_text(text+'\n'); (Path(out)/'proof.json').write_text(json.dumps(p, indent=1))
+    (Path(out)/'proof.txt').write_text(text+'\n')
+    (Path(out)/'proof.json').write_text(json.dumps(p, indent=1))
     print(f"\n{text}\n{p['took']:.0f} seconds; {Path(out)/'proof.png'}")
     raise SystemExit(int(not p['same']))
 

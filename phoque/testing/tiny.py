@@ -4,9 +4,10 @@
 
 # %% ../../nbs/testing/tiny.ipynb #601de91f
 from __future__ import annotations
-import logging, os, signal, subprocess, sys
+import logging, os, re, signal, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
+from fastcore.basics import patch
 from ..core.basics import log
 
 # %% auto #0
@@ -123,9 +124,6 @@ def interpret_bf16():
     I.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
 
 # %% ../../nbs/testing/tiny.ipynb #85b85ec6
-import re
-from fastcore.basics import patch
-
 TINY_OPTIONS = dict(
     BASE_MODEL='acme/tiny', DATASET_REPO='alice/talk', LOAD_IN_4BIT=0, LORA_DROPOUT=.1,
     MAX_LENGTH=64, PER_DEVICE_TRAIN_BATCH_SIZE=2, GRADIENT_ACCUMULATION_STEPS=2,
@@ -146,15 +144,14 @@ class TinyRuns:
         folder:Path, # For the Hub and for the jobs' disks and home
     ):
         from huggingface_hub import HfApi
-        from phoque.testing.hub import LocalHub
+        from phoque.testing.hub import LocalHub, clean_env
         from phoque.testing.rehearse import WarmJobs
         self.folder,home = Path(folder),Path(folder)/'home'
         home.mkdir(parents=True)
         self.hub = LocalHub(self.folder/'hub', users={'alice':'token-of-alice'}).start()
         self.hub.seed_repo('acme/tiny', tiny_model(self.folder/'tiny'))
         self.api = HfApi(endpoint=self.hub.url, token='token-of-alice')
-        env = os.environ | self.hub.env('alice', self.folder/'hf')
-        self.env = env | dict(TOKENIZERS_PARALLELISM='false', HOME=str(home))
+        self.env = clean_env(self.hub, self.folder/'hf', 'alice', TOKENIZERS_PARALLELISM='false', HOME=home)
         self.processes = WarmJobs(self.env)
 
 # %% ../../nbs/testing/tiny.ipynb #7e11d0c8
@@ -279,7 +276,8 @@ def difference(self:TinyRuns,
     "Largest absolute difference between two trained adapters."
     a,b = self.adapter(a),self.adapter(b)
     if a.keys()!=b.keys(): raise AssertionError(a.keys() ^ b.keys())
-    if not any(v.any() for k,v in a.items() if 'lora_B' in k): raise AssertionError("the adapter is as it was at the start")
+    if not any(v.any() for k,v in a.items() if 'lora_B' in k):
+        raise AssertionError("the adapter is as it was at the start")
     return max((a[k]-b[k]).abs().max().item() for k in a)
 
 # %% ../../nbs/testing/tiny.ipynb #e4e75736

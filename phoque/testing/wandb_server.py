@@ -216,7 +216,7 @@ def fault(self:LocalWandb,
     self.faults.append(dict(kind=str(kind), match=match, seconds=seconds))
 
 @patch
-def mend(self:LocalWandb):
+def clear_faults(self:LocalWandb):
     "Clear the faults; who hangs loses the connection."
     self.faults.clear()
     self.freed.set()
