@@ -40,15 +40,15 @@ A job has 4 hours. Another timeout has to be given twice, as the job can't read 
 """
 
 from __future__ import annotations
-import argparse, copy, difflib, fcntl, functools, hashlib, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
+import argparse, copy, difflib, fcntl, functools, hashlib, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
-from functools import cache, wraps
+from functools import cache, lru_cache, wraps
 from html import escape
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -1555,23 +1555,272 @@ def read_header(
     return dict(sorted(d.items(), key=lambda o: o[1]['data_offsets'])),8+n
 
 # ------------------------------------------------------------------------------
-# chat.templates: Chat formats, their Jinja templates, and tokenizers from untrusted folders
+# chat.rendering: Labels that follow from a model's own chat template
 # ------------------------------------------------------------------------------
 
-def chatml_parts(
+RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # processor and memory for a call's templates; characters
+
+_render = """import json, math, resource, sys
+from transformers.utils.chat_template_utils import render_jinja_template
+seconds,mib,most,template,names,chats = json.load(sys.stdin)
+used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize() if sys.platform=='linux' else 0
+spent = resource.getrusage(resource.RUSAGE_SELF)
+resource.setrlimit(resource.RLIMIT_AS, (used+(mib<<20),)*2)
+resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(spent.ru_utime+spent.ru_stime)+seconds,)*2)
+def render(c):
+    asked = c[-1]['role']!='assistant'
+    return render_jinja_template([c], chat_template=template, add_generation_prompt=asked, **names)[0][0]
+texts = [render(c) for c in chats]
+if sum(map(len, texts))>most: raise MemoryError
+json.dump(texts, sys.stdout)"""
+
+def render_limited(
+    template:str, # Somebody's chat template
+    names:dict, # Special tokens that it may write: {'bos_token': …}
+    chats:list, # Conversations; one that ends with a user's turn is put to the assistant
+    what:str, # How an error names the template
+)->list: # Texts
+    "Render conversations in a process with limits, which a hostile template can't leave."
+    sent = json.dumps([RENDER_SECONDS, RENDER_MIB, LONGEST_PROMPT, template, names, chats])
+    try: r = subprocess.run([sys.executable,'-I','-c',_render], input=sent, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired: r = None
+    said = (r.stderr.strip().splitlines() or ['it stopped'])[-1] if r else ''
+    if r is None or r.returncode<0 or said.startswith('MemoryError'):
+        raise UserError(what, f"it takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB", "use another tokenizer")
+    if not r.returncode: return json.loads(r.stdout)
+    raise UserError(what, f"it can't write this conversation ({excerpt(said, 100)})", "use another tokenizer")
+
+_PRIVATE = re.compile('[\U000F0000-\U0010FFFF]') # planes 15 and 16
+
+_MARKS = re.compile('([\U00100000-\U0010FFFF])')
+
+def mark_contents(
     messages:list, # Checked conversation
-    ids:list, # Of `<|im_start|>` and `<|im_end|>`
-): # Yields `(part, supervised)`
-    "ChatML, as SmolLM2 and Qwen use it: `<|im_start|>role⏎text<|im_end|>⏎`."
-    im_start,im_end = ids
-    for m in messages:
-        yield im_start, False
-        if m['role']!='assistant': yield f"{m['role']}\n{m['content']}", False
-        else:
-            yield "assistant\n", False
-            yield m['content'], True
-        yield im_end, m['role']=='assistant'
-        yield "\n", False
+)->list: # The same conversation, marked
+    "Put a private character before and after what each turn says."
+    marked = []
+    for i,m in enumerate(messages):
+        text = m['content']
+        core = text.strip() or text
+        before,_,after = text.partition(core)
+        marked.append(m | dict(content=f"{before}{chr(0x100000+2*i)}{core}{chr(0x100001+2*i)}{after}"))
+    return marked
+
+def _write(
+    tok, # Tokenizer
+    messages:list, # Conversation
+    ask:bool=False, # Ask for an answer at the end
+)->str:
+    try: return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except Exception as e: raise ValueError(f"the chat template refuses it ({excerpt(e, 100)})") from None
+
+def split_rendered(
+    tok, # Tokenizer with a chat template
+    messages:list, # Checked conversation
+)->tuple: # What the template writes before, between and after the turns; what the turns hold; which turn each is
+    "Cut a rendered conversation into what the template wrote and what people wrote."
+    if any(_PRIVATE.search(m['content']) for m in messages):
+        raise ValueError("it holds characters of Unicode's planes 15 and 16, which mark places here")
+    parts = _MARKS.split(_write(tok, mark_contents(messages)))
+    codes = [ord(c)-0x100000 for c in parts[1::2]]
+    found = sorted(codes)
+    for i,m in enumerate(messages):
+        if found[2*i:2*i+2]!=[2*i, 2*i+1]:
+            raise ValueError(f"the chat template leaves out, repeats or rewrites turn {i} ({m['role']})")
+    if any(a%2 or b!=a+1 for a,b in zip(codes[::2], codes[1::2])):
+        raise ValueError("the chat template writes one turn into another")
+    if ''.join(parts[::2])!=_write(tok, messages): raise ValueError("the chat template changes a text by what it holds")
+    return parts[::4],parts[2::4],[c//2 for c in codes[::2]]
+
+PROBE = [dict(role=role, content=text) for role,text in
+    (('user','Tide?'), ('assistant','High.'), ('user','Ferry?'), ('assistant','Late.'))]
+
+def _any_of(texts): return '|'.join(map(re.escape, sorted(texts, key=len, reverse=True))) or '(?!)'
+
+def answer_end(
+    tok, # Tokenizer with a chat template
+    stops:tuple=(), # Tokens at which its model stops, as texts
+)->str: # A control token
+    "The token with which a chat template ends every answer."
+    texts,_,turns = split_rendered(tok, PROBE)
+    token = _any_of([t.content for t in tok.added_tokens_decoder.values()])
+    after = [re.match(rf'(?:\s|{token})*', texts[turns.index(i)+1])[0] for i in (1,3)]
+    both = [a for a,b in takewhile(lambda ab: ab[0]==ab[1], zip(*(re.findall(token, a) for a in after)))]
+    if both: return next(t for t in [tok.eos_token, *stops, both[-1]] if t in both)
+    raise ValueError(f"the chat template ends answers with {excerpt(after[0], 40)!r} and {excerpt(after[1], 40)!r}: "
+        "no control token is in both")
+
+def control_tokens(
+    tok, # Tokenizer
+)->dict: # {text: id}
+    "The tokens that no text may become: special ones, and the one that ends an answer."
+    return {t.content:i for i,t in tok.added_tokens_decoder.items() if t.special or t.content==tok.eos_token}
+
+class OwnFormat:
+    "How a tokenizer's own chat template writes conversations."
+    def __init__(self,
+        tok, # Tokenizer whose `eos_token` ends an answer
+    ):
+        self.tok,self.eos,self.control = tok,tok.eos_token,control_tokens(tok)
+        self.names = {t:chr(0xF0000+i) for i,t in enumerate(self.control)} # private ones
+        self.pattern,self.ids = re.compile(_any_of(self.control)),set(self.control.values())
+        self.end = re.compile(rf'(?:\s|{self.pattern.pattern})*?(?P<end>{re.escape(self.eos)})')
+
+def _begins(
+    before:str, # What the template writes before an answer
+    asked:str, # What it asks for an answer with
+    turn:int, # Of the answer
+    last:bool, # Is it the last answer?
+)->int: # Where in `before` the answer begins
+    bare = before.lstrip()
+    if bare.startswith(asked): return len(before)-len(bare)+len(asked)
+    if not last and asked.startswith(bare.rstrip()): return len(before) # an empty thought only before the last answer
+    raise ValueError(f"turn {turn}: the chat template asks for an answer with {asked[-40:]!r}, "
+        f"and writes one after {bare[-40:]!r}")
+
+@patch
+def answers(self:OwnFormat,
+    messages:list, # Checked conversation
+    texts:list, # What the template writes, from `split_rendered`
+    turns:list, # Which turn each content is
+)->list: # `(content's number, begin in the text before it, place of the end token in the text after it)`
+    "Where the answers of a conversation are."
+    at = [j for j,t in enumerate(turns) if messages[t]['role']=='assistant']
+    if at!=sorted(at, key=turns.__getitem__): raise ValueError("the chat template changes the order of the answers")
+    asked = _MARKS.split(_write(self.tok, mark_contents(messages[:turns[at[-1]]]), ask=True))[-1].lstrip()
+    if not asked: raise ValueError("the chat template writes nothing between a question and its answer")
+    found = []
+    for j in at:
+        if not (end := self.end.match(texts[j+1])):
+            raise ValueError(f"turn {turns[j]}: the chat template goes on with {excerpt(texts[j+1], 40)!r}, "
+                f"not with {self.eos!r}")
+        found.append((j, _begins(texts[j], asked, turns[j], j==at[-1]), end.start('end')))
+    return found
+
+@patch
+def private(self:OwnFormat): # Tokenizer of the `tokenizers` library
+    "A copy of the tokenizer whose control tokens have private names; it is made once."
+    from tokenizers import Tokenizer
+    if hasattr(self, 'copy'): return self.copy
+    d = json.loads(self.tok.backend_tokenizer.to_str())
+    model,new = d['model'],self.names
+    for t in d['added_tokens']: t['content'] = new.get(t['content'], t['content'])
+    if isinstance(model['vocab'], dict): model['vocab'] = {new.get(k,k):v for k,v in model['vocab'].items()}
+    else: model['vocab'] = [[new.get(k,k),score] for k,score in model['vocab']]
+    if model.get('unk_token') in new: model['unk_token'] = new[model['unk_token']]
+    self.copy = Tokenizer.from_str(json.dumps(d | dict(post_processor=None, truncation=None, padding=None)))
+    return self.copy
+
+@patch
+def layout(self:OwnFormat,
+    messages:list, # Checked conversation
+)->tuple: # Text; is it for the private tokenizer; number of control tokens; `(begin, end token's place)` of each answer
+    "Write a conversation, and say where in it the answers are."
+    texts,contents,turns = split_rendered(self.tok, messages)
+    answers = self.answers(messages, texts, turns)
+    controls = sum(len(self.pattern.findall(t)) for t in texts)
+    def named(t): return self.pattern.sub(lambda m: self.names[m[0]], t)
+    spoofed = any(map(self.pattern.search, contents))
+    if spoofed:
+        answers = [(j, len(named(texts[j][:begin])), len(named(texts[j+1][:end]))) for j,begin,end in answers]
+        texts = list(map(named, texts))
+    starts,text = [],''
+    for t,c in zip(texts, [*contents, '']):
+        starts.append(len(text))
+        text += t+c
+    return text,spoofed,controls,[(starts[j]+begin, starts[j+1]+end) for j,begin,end in answers]
+
+@patch
+def first_token(self:OwnFormat,
+    e, # Encoding of the `tokenizers` library
+    begin:int, # Where an answer begins in its text
+)->int: # Index of its first token
+    "Find the token that an answer begins with."
+    while (i := e.char_to_token(begin)) is None: begin += 1
+    if e.token_to_chars(i)[0]==begin: return i
+    if e.ids[i] in self.ids: return i+1 # a control token that takes the white space after it
+    raise ValueError("the tokenizer joins the beginning of an answer with what the chat template writes before it: "
+        "remove the white space there")
+
+@patch
+def label(self:OwnFormat,
+    e, # Encoding of a conversation
+    controls:int, # How many control tokens the template wrote
+    spans:list, # `(begin, place of the end token)` of each answer
+)->tuple: # `input_ids` and mask
+    "Mark the answers among the tokens, and check that all control tokens are the template's."
+    ids,mask = e.ids,[0]*len(e.ids)
+    if sum(map(self.ids.__contains__, ids))!=controls: raise ValueError("texts of it join into a control token")
+    for begin,end in spans:
+        last,first = e.char_to_token(end),self.first_token(e, begin)
+        if last is None or ids[last]!=self.control[self.eos]: raise ValueError(f"an answer doesn't end in {self.eos!r}")
+        mask[first:last+1] = [1]*(last+1-first)
+    return ids,mask
+
+@lru_cache(8)
+def _own_format(tok, template, eos): return OwnFormat(tok) # made again where one of them has changed
+
+def encode_own(
+    tok, # Tokenizer from `load_tokenizer`
+    chats:list, # Checked conversations
+    names:list, # How an error names each
+)->list: # Pairs of `input_ids` and mask (1 where the loss looks), lists of int of equal length
+    "Encode conversations as the tokenizer's own chat template writes them."
+    own,out = _own_format(tok, tok.chat_template, tok.eos_token),[None]*len(chats)
+    def of(i, f, *args):
+        try: return f(*args)
+        except ValueError as e: raise UserError(names[i], str(e), "correct the conversation, or choose another model") from None
+    laid = [of(i, own.layout, c) for i,c in enumerate(chats)]
+    for spoofed in (False, True):
+        idx = [i for i,l in enumerate(laid) if l[1]==spoofed]
+        if not idx: continue
+        rust = own.private() if spoofed else tok.backend_tokenizer
+        with reading(f"tokenizer {tok.name_or_path!r}: a text"):
+            encoded = rust.encode_batch([laid[i][0] for i in idx], add_special_tokens=False)
+        for i,e in zip(idx, encoded): out[i] = of(i, own.label, e, *laid[i][2:])
+    return out
+
+_DAY = '2026-01-01' # what templates are told that it is
+
+_NOW = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
+
+def settle_template(
+    template:str, # A model's own
+)->tuple: # The template; what was settled, as sentences
+    "Take the date out of a chat template."
+    from datetime import date
+    new = _NOW.sub(lambda m: json.dumps(date.fromisoformat(_DAY).strftime(m['format'])), template)
+    if re.search(r'strftime_now\s*\(', new): raise ValueError("the chat template asks for the date in a way that can't be pinned")
+    return new,[f"the date in its chat template is {_DAY}"] if new!=template else []
+
+def skip_thoughts(
+    tok, # Tokenizer, changed
+)->list: # What was settled, as sentences
+    "Have a thinking model's template ask for answers without a thought, where that is all it changes."
+    template = tok.chat_template
+    if 'enable_thinking' not in template: return []
+    before = _write(tok, PROBE)
+    tok.chat_template = '{%- set enable_thinking = false -%}'+template
+    if _write(tok, PROBE)==before: return ["answers are asked for without a thought (enable_thinking=false)"]
+    tok.chat_template = template
+    return []
+
+def check_generation_marks(
+    tok, # Tokenizer with a chat template
+):
+    "Refuse a template whose own marks are elsewhere than the answers."
+    if not re.search(r'\{%-?\s*generation\b', tok.chat_template): return
+    from transformers.utils.chat_template_utils import render_jinja_template
+    names = {k:v for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
+    texts,marks = render_jinja_template([PROBE], chat_template=tok.chat_template, return_assistant_tokens_mask=True, **names)
+    marked = ''.join(texts[0][a:b] for a,b in marks[0])
+    said = [m['content'] for m in PROBE]
+    if not all(t+tok.eos_token in re.sub(r'\s', '', marked) for t in said[1::2]) or any(t in marked for t in said[::2]):
+        raise ValueError("the chat template's {% generation %} marks don't cover its answers and what ends them, or cover more")
+
+# ------------------------------------------------------------------------------
+# chat.templates: Chat formats, their Jinja templates, and tokenizers from untrusted folders
+# ------------------------------------------------------------------------------
 
 def _joined_system(messages): return "\n\n".join(m['content'] for m in messages if m['role']=='system')
 
@@ -1636,7 +1885,6 @@ _V3_TOKENS = ('<s>','</s>','[INST]','[/INST]')
 _V7_TOKENS = (*_V3_TOKENS, '[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]')
 
 FORMATS = { # parts, control tokens (the second ends an answer)
-    'chatml': (chatml_parts, ('<|im_start|>','<|im_end|>')),
     'mistral-v15': (mistral_v15_parts, (*_V7_TOKENS, '[MODEL_SETTINGS]','[/MODEL_SETTINGS]')),
     'mistral-v7': (mistral_v7_parts, _V7_TOKENS),
     'mistral-v3': (mistral_v3_parts, _V3_TOKENS),
@@ -1644,14 +1892,6 @@ FORMATS = { # parts, control tokens (the second ends an answer)
 }
 
 CHAT_TEMPLATES = { # the files of chat/formats
-    'chatml': r'''{#- ChatML, as SmolLM2 and Qwen use it. A system turn is written only where the conversation has one. -#}
-{%- for m in messages -%}
-    {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\n' -}}
-{%- endif -%}
-''',
     'mistral-v1': r'''{#- Mistral v1: markers are text; the system text opens the first user turn. -#}
 {%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') -%}
 {%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}
@@ -1706,23 +1946,45 @@ CHAT_TEMPLATES = { # the files of chat/formats
 ''',
 }
 
+OWN = 'own template' # the format of a model that isn't Mistral's
+
+def _mistral_format(
+    tok, # Tokenizer
+    version:int, # Of its tekken.json or SentencePiece model; 0 where none is known
+    settings:str, # Model settings of its tekken.json, as JSON
+)->str: # Key of `FORMATS`; '' where it can be none
+    vocab,template = tok.get_vocab(),tok.chat_template or ''
+    def has(*tokens): return all(t in vocab for t in tokens)
+    if settings and has(*FORMATS['mistral-v15'][1]): return 'mistral-v15'
+    if has(*_V3_TOKENS):
+        v7 = version>=7 or (not version and has('[SYSTEM_PROMPT]') and (not template or '[SYSTEM_PROMPT]' in template))
+        return 'mistral-v7' if v7 and has(*_V7_TOKENS) else 'mistral-v3'
+    return 'mistral-v1' if has('<s>','</s>') and (version or '[INST]' in template) else ''
+
+def _writes_alike(
+    tok, # Tokenizer with a template of somebody's
+    template:str, # That of one of Mistral's formats
+)->bool: # Do both write the same, but for white space?
+    def written(t, chat): return re.sub(r'\s', '', tok.apply_chat_template(chat, chat_template=t, tokenize=False))
+    for chat in ([dict(role='system', content='Be brief.'), *PROBE[:3]], PROBE[:3]):
+        try: theirs = written(tok.chat_template, chat)
+        except Exception: continue # some take no system turn
+        return theirs==written(template, chat)
+    return False
+
 def chat_format(
     tok, # Tokenizer
-    version:int=0, # Of its tekken.json; 0 where there is none
+    version:int=0, # Of its tekken.json or SentencePiece model; 0 where none is known
     settings:str=None, # Model settings of its tekken.json, as JSON
-)->str: # Key of `FORMATS`
+)->str: # Key of `FORMATS`, or `OWN`
     "Name the chat format that a tokenizer speaks."
-    vocab,template,known = tok.get_vocab(),tok.chat_template or '',tok.init_kwargs.get('chat_format')
-    def has(*tokens): return all(t in vocab for t in tokens)
-    if known in [*FORMATS] and has(*FORMATS[known][1]): return known
-    if has('<|im_start|>','<|im_end|>'): return 'chatml'
-    if settings: return 'mistral-v15'
-    if has('[INST]','[/INST]'):
-        v7 = version>=7 or (not version and has('[SYSTEM_PROMPT]') and (not template or '[SYSTEM_PROMPT]' in template))
-        return 'mistral-v7' if v7 else 'mistral-v3'
-    if '[INST]' in template or (has('<s>','</s>') and not template): return 'mistral-v1'
-    raise UserError(f"tokenizer {tok.name_or_path!r}", f"its chat format is none of {', '.join(FORMATS)}",
-        "choose an instruct model of one of these families")
+    known = tok.init_kwargs.get('chat_format')
+    if known==OWN and tok.chat_template: return OWN
+    if known in [*FORMATS] and set(FORMATS[known][1])<=tok.get_vocab().keys(): return known
+    name = _mistral_format(tok, version, settings)
+    if name and (not tok.chat_template or _writes_alike(tok, CHAT_TEMPLATES[name])): return name
+    if tok.chat_template: return OWN
+    raise UserError(f"tokenizer {tok.name_or_path!r}", "it has no chat template", "choose an instruct model")
 
 def _pb_fields(
     b:bytes, # A protobuf message
@@ -1789,7 +2051,7 @@ def sentencepiece_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=rust, **names, clean_up_tokenization_spaces=False)
 
 TOKENIZER_FILES = ('tokenizer*', '*.model', '*.model.v*', 'tekken.json', 'config.json', 'vocab.*', 'merges.txt',
-    '*tokens*.json', 'chat_template*')
+    '*tokens*.json', 'chat_template*', 'generation_config.json')
 
 def _tokenizer_folder(
     path:str, # Hub id or local folder
@@ -1898,30 +2160,48 @@ def _set_model_settings(
     tok.init_kwargs['model_settings'] = settings
     tok.chat_template = f"{{%- set model_settings = {settings!r} -%}}\n{tok.chat_template}"
 
-PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>') # by preference: the first that exists and doesn't end an answer
+PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>', '<|end_of_text|>') # by preference
 
-def _set_special_tokens(
+def _set_pad(
     tok, # Tokenizer, changed
-    name:str, # Its chat format
+    used:tuple=(), # Tokens that a conversation holds
 ):
-    if name!='chatml': tok.bos_token = '<s>'
-    tok.eos_token = FORMATS[name][1][1]
-    vocab = tok.get_vocab()
-    pad = next((p for p in PADS if p in vocab and p!=tok.eos_token), None)
-    if not pad:
-        raise UserError(f"tokenizer {tok.name_or_path!r}", f"it has none of {', '.join(PADS)} to pad with",
+    vocab,special = tok.get_vocab(),[t.content for t in tok.added_tokens_decoder.values() if t.special]
+    free = [p for p in (tok.pad_token, *PADS, *special) if p in vocab and p!=tok.eos_token and p not in used]
+    if not free:
+        raise UserError(f"tokenizer {tok.name_or_path!r}", "it has no control token to pad with that ends no answer",
             "choose another model")
-    tok.pad_token = pad
+    tok.pad_token = free[0]
+
+def _folder_template(
+    folder:Path, # With a tokenizer's files
+): # Chat template: text, a list of named ones, or None
+    if (f := folder/'chat_template.jinja').is_file(): return f.read_text('utf-8', errors='replace')
+    f = folder/'tokenizer_config.json'
+    return read_json(f).get('chat_template') if f.is_file() else None
+
+def _read_sentencepiece(
+    folder:Path, # Without a tokenizer.json
+    model:Path, # Its SentencePiece model
+    what:str, # How an error names it
+)->tuple: # Tokenizer, and the version of Mistral's format that the model's name says, or 0
+    with reading(what): tok = sentencepiece_tokenizer(model)
+    version = re.search(r'\.model\.v(\d+)', model.name)
+    version = int(version[1]) if version else 0
+    template = _folder_template(folder)
+    if not template: return tok,version
+    tok.chat_template = template if isinstance(template, str) else None
+    mistral = isinstance(template, str) and chat_format(tok, version)!=OWN
+    return (tok if mistral else open_tokenizer(folder, what)),version
 
 def _read_tokenizer(
     folder:Path, # With a tokenizer's files
     what:str, # How an error names it
-): # Tokenizer
+)->tuple: # Tokenizer, and the version of Mistral's format that a file's name says, or 0
     there = {f for f in ('tokenizer.json','tekken.json','vocab.json') if (folder/f).exists()}
     models = sorted(folder.glob('*.model*'))
-    if models and not there-{'vocab.json'}:
-        with reading(what): return sentencepiece_tokenizer(models[0])
-    if there: return open_tokenizer(folder, what)
+    if models and not there-{'vocab.json'}: return _read_sentencepiece(folder, models[0], what)
+    if there: return open_tokenizer(folder, what),0
     raise UserError(what, "no tokenizer.json, tekken.json or SentencePiece model that can be read there",
         "choose another, or add one")
 
@@ -1937,6 +2217,72 @@ def _check_folder(
     if not isinstance(getattr(cfg.get_text_config(), 'vocab_size', None), int): return
     check_vocabulary(vocabulary_size(tok), cfg, f"tokenizer {tok.name_or_path!r}")
 
+def _one_template(
+    tok, # Tokenizer
+    what:str, # How an error names it
+)->str: # Its chat template; '' where it has none
+    t = tok.chat_template
+    if not isinstance(t, dict): return t or ''
+    if len(t)==1 or 'default' in t: return t.get('default', next(iter(t.values())))
+    raise UserError(what, f"it has several chat templates: {', '.join(map(printable, t))}", "name one of them `default`")
+
+def _declared_stops(
+    tok, # Tokenizer
+    folder:Path, # With the generation_config.json of its model, or without
+)->list: # Tokens at which the model stops, as texts
+    f = folder/'generation_config.json'
+    ids = read_json(f).get('eos_token_id') if f.is_file() else None
+    ids = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+    return [t.content for i,t in tok.added_tokens_decoder.items() if i in ids]
+
+def _end_answers(
+    tok, # Tokenizer with a chat template of its own, changed
+    end:str, # The token that ends an answer
+):
+    old = tok.eos_token
+    if end==old: return
+    if old and 'eos_token' in tok.chat_template:
+        tok.chat_template = f"{{%- set eos_token = {json.dumps(old, ensure_ascii=False)} -%}}{tok.chat_template}"
+    tok.eos_token = end
+
+def _say_opening(
+    tok, # Tokenizer with a chat template of its own
+): # Say what its template writes that nobody wrote
+    text = tok.apply_chat_template(PROBE, tokenize=False).partition(PROBE[0]['content'])[0]
+    for t in tok.added_tokens_decoder.values(): text = text.replace(t.content, ' ')
+    if len(text.split())>2: log.info(f"its chat template opens conversations without a system turn with {excerpt(' '.join(text.split()), 80)!r}")
+
+def _set_own_format(
+    tok, # Tokenizer with a chat template of its own, changed
+    folder:Path, # Of its files
+    what:str, # How an error names it
+):
+    names = {k:v for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
+    render_limited(tok.chat_template, names, [PROBE], f"{what}: its chat template")
+    try:
+        tok.chat_template,settled = settle_template(tok.chat_template)
+        settled += skip_thoughts(tok)
+        _end_answers(tok, answer_end(tok, _declared_stops(tok, folder)))
+        check_generation_marks(tok)
+        ids,_ = encode_own(tok, [PROBE], [what])[0]
+    except UserError as e: raise UserError(what, e.value, "choose another model") from None
+    except ValueError as e: raise UserError(what, str(e), "choose another model") from None
+    _set_pad(tok, tok.convert_ids_to_tokens(ids))
+    for s in settled: log.info(s)
+    _say_opening(tok)
+
+def _set_mistral_format(
+    tok, # Tokenizer, changed
+    name:str, # Key of `FORMATS`
+    settings:str, # v15's model settings, as JSON
+    what:str, # How an error names it
+):
+    tok.chat_template = CHAT_TEMPLATES[name]
+    if name=='mistral-v15': _set_model_settings(tok, settings, what)
+    if getattr(tok.backend_tokenizer.model, 'byte_fallback', False): _as_sentencepiece(tok.backend_tokenizer)
+    tok.bos_token,tok.eos_token = FORMATS[name][1][:2]
+    _set_pad(tok, FORMATS[name][1])
+
 def load_tokenizer(
     path:str, # Hub id or local folder
     revision:str=None, # Commit of the Hub repo
@@ -1944,16 +2290,12 @@ def load_tokenizer(
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
     version,settings = _read_tekken(folder/'tekken.json')
-    tok = _read_tokenizer(folder, what)
-    tok.name_or_path = str(path)
-    saved = tok.init_kwargs.pop('model_settings', None)
-    settings = settings or saved
-    name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
-    tok.chat_template = CHAT_TEMPLATES[name]
-    if name=='mistral-v15': _set_model_settings(tok, settings, what)
-    if name!='chatml' and getattr(tok.backend_tokenizer.model, 'byte_fallback', False):
-        _as_sentencepiece(tok.backend_tokenizer)
-    _set_special_tokens(tok, name)
+    tok,named = _read_tokenizer(folder, what)
+    tok.name_or_path,tok.chat_template = str(path),_one_template(tok, what)
+    settings = settings or tok.init_kwargs.pop('model_settings', None)
+    name = tok.init_kwargs['chat_format'] = chat_format(tok, version or named, settings) # saved with the tokenizer
+    if name==OWN: _set_own_format(tok, folder, what)
+    else: _set_mistral_format(tok, name, settings, what)
     _check_folder(tok, folder)
     return tok
 
@@ -2001,9 +2343,12 @@ def _encode_texts(
 def encode_chats(
     tok, # Tokenizer from `load_tokenizer`
     chats:list, # Conversations that passed `check_messages`
+    names:list=None, # How an error names each; by their numbers where None
 )->list: # Pairs of `input_ids` and `mask` (1 where the loss looks), lists of int of equal length
     "Encode conversations with their assistant masks, in one pass."
-    parts_of,control = FORMATS[chat_format(tok)]
+    name = chat_format(tok)
+    if name==OWN: return encode_own(tok, chats, names or [f'conversation {i}' for i in range(len(chats))])
+    parts_of,control = FORMATS[name]
     args = [tok.convert_tokens_to_ids(list(control)), *filter(None, [tok.init_kwargs.get('model_settings')])]
     chats = [list(parts_of(c, *args)) for c in chats]
     texts = {p for c in chats for p,_ in c if isinstance(p, str)} # each once: headers and system turns come back
@@ -2037,9 +2382,10 @@ def encode_fitting(
     tok, # Tokenizer from `load_tokenizer`
     chats:list, # Checked conversations
     max_length:int=2048, # Tokens a conversation may have
+    names:list=None, # How an error names each
 )->list: # `(input_ids, mask, exchanges lost)`, or None for a conversation that can't be made to fit
     "Encode conversations; those that are too long lose no more exchanges than they must."
-    out = [(ids,mask,0) for ids,mask in encode_chats(tok, chats)]
+    out = [(ids,mask,0) for ids,mask in encode_chats(tok, chats, names)]
     users = {i:sum(m['role']=='user' for m in chats[i]) for i,o in enumerate(out) if len(o[0])>max_length}
     span = {i:[1,n] for i,n in users.items()} # by bisection, so that a thousand exchanges take ten attempts
     while tries := {i:(a+b)//2 for i,(a,b) in span.items() if a<b}:
@@ -2057,7 +2403,7 @@ def _encode_batch(
     max_length:int, # Tokens a conversation may have
 )->dict: # Columns `input_ids`, `labels` and `lost`, without the rows that can't be made to fit
     chats = [check_messages(m, name) for name,m in named.items()]
-    rows = [r for r in encode_fitting(tok, chats, max_length) if r]
+    rows = [r for r in encode_fitting(tok, chats, max_length, list(named)) if r]
     return dict(
         input_ids=[ids for ids,_,_ in rows],
         labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows],

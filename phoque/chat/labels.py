@@ -10,7 +10,8 @@ from html import escape
 from fastcore.basics import chunked
 from fastcore.script import Param
 from ..core.basics import UserError, excerpt, printable, reading, shell_command, text_table
-from .templates import FORMATS, chat_format, load_tokenizer
+from .rendering import PROBE, encode_own
+from .templates import FORMATS, OWN, chat_format, load_tokenizer
 
 # %% auto #0
 __all__ = ['check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset', 'control_ids',
@@ -59,9 +60,12 @@ def _encode_texts(
 def encode_chats(
     tok, # Tokenizer from `load_tokenizer`
     chats:list, # Conversations that passed `check_messages`
+    names:list=None, # How an error names each; by their numbers where None
 )->list: # Pairs of `input_ids` and `mask` (1 where the loss looks), lists of int of equal length
     "Encode conversations with their assistant masks, in one pass."
-    parts_of,control = FORMATS[chat_format(tok)]
+    name = chat_format(tok)
+    if name==OWN: return encode_own(tok, chats, names or [f'conversation {i}' for i in range(len(chats))])
+    parts_of,control = FORMATS[name]
     args = [tok.convert_tokens_to_ids(list(control)), *filter(None, [tok.init_kwargs.get('model_settings')])]
     chats = [list(parts_of(c, *args)) for c in chats]
     texts = {p for c in chats for p,_ in c if isinstance(p, str)} # each once: headers and system turns come back
@@ -98,9 +102,10 @@ def encode_fitting(
     tok, # Tokenizer from `load_tokenizer`
     chats:list, # Checked conversations
     max_length:int=2048, # Tokens a conversation may have
+    names:list=None, # How an error names each
 )->list: # `(input_ids, mask, exchanges lost)`, or None for a conversation that can't be made to fit
     "Encode conversations; those that are too long lose no more exchanges than they must."
-    out = [(ids,mask,0) for ids,mask in encode_chats(tok, chats)]
+    out = [(ids,mask,0) for ids,mask in encode_chats(tok, chats, names)]
     users = {i:sum(m['role']=='user' for m in chats[i]) for i,o in enumerate(out) if len(o[0])>max_length}
     span = {i:[1,n] for i,n in users.items()} # by bisection, so that a thousand exchanges take ten attempts
     while tries := {i:(a+b)//2 for i,(a,b) in span.items() if a<b}:
@@ -119,7 +124,7 @@ def _encode_batch(
     max_length:int, # Tokens a conversation may have
 )->dict: # Columns `input_ids`, `labels` and `lost`, without the rows that can't be made to fit
     chats = [check_messages(m, name) for name,m in named.items()]
-    rows = [r for r in encode_fitting(tok, chats, max_length) if r]
+    rows = [r for r in encode_fitting(tok, chats, max_length, list(named)) if r]
     return dict(
         input_ids=[ids for ids,_,_ in rows],
         labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows],
@@ -220,14 +225,15 @@ def label_invariants(
     import numpy as np
     ids,mask = (np.concatenate([np.asarray(r[i], dtype=np.int64) for r in rows]) for i in (0,1))
     first = np.zeros(len(ids), bool); first[np.cumsum([0]+[len(r[0]) for r in rows[:-1]])] = True
-    sup,eos,control = mask==1,ids==tok.eos_token_id,np.isin(ids, list(control_ids(tok)))
+    own = {i for i,m in zip(*encode_chats(tok, [PROBE])[0]) if m} # with the control tokens that belong to any answer
+    sup,eos,control = mask==1,ids==tok.eos_token_id,np.isin(ids, list(control_ids(tok)-own))
     begins,ends = _answer_edges(sup, first)
     n = int(begins.sum())
     checks = [('conversations', len(rows), len(rows)),
         ('answers', n if answers is None else answers, n),
         ('answers that end in EOS', n, (ends & eos).sum()),
         ('supervised EOS tokens', n, (sup & eos).sum()),
-        ('other control tokens supervised', 0, (sup & ~eos & control).sum()),
+        ('control tokens supervised that end no answer', 0, (sup & control).sum()),
         ('pad tokens', 0, (ids==tok.pad_token_id).sum()),
         ('first tokens supervised', 0, (sup & first).sum()),
         ('conversations without an answer', 0, (np.add.reduceat(sup, np.flatnonzero(first))==0).sum())]

@@ -7,29 +7,15 @@ from __future__ import annotations
 import json, math, re, struct
 from importlib import resources
 from pathlib import Path
-from ..core.basics import UserError, excerpt, hub_problem, read_json, reading, warn_custom_code
+from ..core.basics import UserError, excerpt, hub_problem, log, printable, read_json, reading, warn_custom_code
+from .rendering import PROBE, answer_end, check_generation_marks, encode_own, render_limited
+from .rendering import settle_template, skip_thoughts
 
 # %% auto #0
-__all__ = ['FORMATS', 'CHAT_TEMPLATES', 'LONGEST_PIECE', 'TOKENIZER_FILES', 'MOST_TOKENS', 'MOST_GROWTH', 'PADS', 'chatml_parts',
+__all__ = ['FORMATS', 'CHAT_TEMPLATES', 'OWN', 'LONGEST_PIECE', 'TOKENIZER_FILES', 'MOST_TOKENS', 'MOST_GROWTH', 'PADS',
            'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts', 'package_texts',
            'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'open_tokenizer', 'vocabulary_size',
            'check_vocabulary', 'load_tokenizer']
-
-# %% ../../nbs/chat/templates.ipynb #27f360e8
-def chatml_parts(
-    messages:list, # Checked conversation
-    ids:list, # Of `<|im_start|>` and `<|im_end|>`
-): # Yields `(part, supervised)`
-    "ChatML, as SmolLM2 and Qwen use it: `<|im_start|>role⏎text<|im_end|>⏎`."
-    im_start,im_end = ids
-    for m in messages:
-        yield im_start, False
-        if m['role']!='assistant': yield f"{m['role']}\n{m['content']}", False
-        else:
-            yield "assistant\n", False
-            yield m['content'], True
-        yield im_end, m['role']=='assistant'
-        yield "\n", False
 
 # %% ../../nbs/chat/templates.ipynb #27f360e9
 def _joined_system(messages): return "\n\n".join(m['content'] for m in messages if m['role']=='system')
@@ -97,7 +83,6 @@ def mistral_v15_parts(
 _V3_TOKENS = ('<s>','</s>','[INST]','[/INST]')
 _V7_TOKENS = (*_V3_TOKENS, '[SYSTEM_PROMPT]','[/SYSTEM_PROMPT]')
 FORMATS = { # parts, control tokens (the second ends an answer)
-    'chatml': (chatml_parts, ('<|im_start|>','<|im_end|>')),
     'mistral-v15': (mistral_v15_parts, (*_V7_TOKENS, '[MODEL_SETTINGS]','[/MODEL_SETTINGS]')),
     'mistral-v7': (mistral_v7_parts, _V7_TOKENS),
     'mistral-v3': (mistral_v3_parts, _V3_TOKENS),
@@ -115,23 +100,45 @@ def package_texts(
 CHAT_TEMPLATES = package_texts('chat/formats')
 
 # %% ../../nbs/chat/templates.ipynb #28d75854
+OWN = 'own template' # the format of a model that isn't Mistral's
+
+def _mistral_format(
+    tok, # Tokenizer
+    version:int, # Of its tekken.json or SentencePiece model; 0 where none is known
+    settings:str, # Model settings of its tekken.json, as JSON
+)->str: # Key of `FORMATS`; '' where it can be none
+    vocab,template = tok.get_vocab(),tok.chat_template or ''
+    def has(*tokens): return all(t in vocab for t in tokens)
+    if settings and has(*FORMATS['mistral-v15'][1]): return 'mistral-v15'
+    if has(*_V3_TOKENS):
+        v7 = version>=7 or (not version and has('[SYSTEM_PROMPT]') and (not template or '[SYSTEM_PROMPT]' in template))
+        return 'mistral-v7' if v7 and has(*_V7_TOKENS) else 'mistral-v3'
+    return 'mistral-v1' if has('<s>','</s>') and (version or '[INST]' in template) else ''
+
+def _writes_alike(
+    tok, # Tokenizer with a template of somebody's
+    template:str, # That of one of Mistral's formats
+)->bool: # Do both write the same, but for white space?
+    def written(t, chat): return re.sub(r'\s', '', tok.apply_chat_template(chat, chat_template=t, tokenize=False))
+    for chat in ([dict(role='system', content='Be brief.'), *PROBE[:3]], PROBE[:3]):
+        try: theirs = written(tok.chat_template, chat)
+        except Exception: continue # some take no system turn
+        return theirs==written(template, chat)
+    return False
+
 def chat_format(
     tok, # Tokenizer
-    version:int=0, # Of its tekken.json; 0 where there is none
+    version:int=0, # Of its tekken.json or SentencePiece model; 0 where none is known
     settings:str=None, # Model settings of its tekken.json, as JSON
-)->str: # Key of `FORMATS`
+)->str: # Key of `FORMATS`, or `OWN`
     "Name the chat format that a tokenizer speaks."
-    vocab,template,known = tok.get_vocab(),tok.chat_template or '',tok.init_kwargs.get('chat_format')
-    def has(*tokens): return all(t in vocab for t in tokens)
-    if known in [*FORMATS] and has(*FORMATS[known][1]): return known
-    if has('<|im_start|>','<|im_end|>'): return 'chatml'
-    if settings: return 'mistral-v15'
-    if has('[INST]','[/INST]'):
-        v7 = version>=7 or (not version and has('[SYSTEM_PROMPT]') and (not template or '[SYSTEM_PROMPT]' in template))
-        return 'mistral-v7' if v7 else 'mistral-v3'
-    if '[INST]' in template or (has('<s>','</s>') and not template): return 'mistral-v1'
-    raise UserError(f"tokenizer {tok.name_or_path!r}", f"its chat format is none of {', '.join(FORMATS)}",
-        "choose an instruct model of one of these families")
+    known = tok.init_kwargs.get('chat_format')
+    if known==OWN and tok.chat_template: return OWN
+    if known in [*FORMATS] and set(FORMATS[known][1])<=tok.get_vocab().keys(): return known
+    name = _mistral_format(tok, version, settings)
+    if name and (not tok.chat_template or _writes_alike(tok, CHAT_TEMPLATES[name])): return name
+    if tok.chat_template: return OWN
+    raise UserError(f"tokenizer {tok.name_or_path!r}", "it has no chat template", "choose an instruct model")
 
 # %% ../../nbs/chat/templates.ipynb #020cdd22
 def _pb_fields(
@@ -203,7 +210,7 @@ def sentencepiece_tokenizer(
 
 # %% ../../nbs/chat/templates.ipynb #4962f6fb
 TOKENIZER_FILES = ('tokenizer*', '*.model', '*.model.v*', 'tekken.json', 'config.json', 'vocab.*', 'merges.txt',
-    '*tokens*.json', 'chat_template*')
+    '*tokens*.json', 'chat_template*', 'generation_config.json')
 
 def _tokenizer_folder(
     path:str, # Hub id or local folder
@@ -316,31 +323,49 @@ def _set_model_settings(
     tok.chat_template = f"{{%- set model_settings = {settings!r} -%}}\n{tok.chat_template}"
 
 # %% ../../nbs/chat/templates.ipynb #3dc07406
-PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>') # by preference: the first that exists and doesn't end an answer
+PADS = ('<pad>', '[PAD]', '<|pad|>', '<|endoftext|>', '<unk>', '<|end_of_text|>') # by preference
 
-def _set_special_tokens(
+def _set_pad(
     tok, # Tokenizer, changed
-    name:str, # Its chat format
+    used:tuple=(), # Tokens that a conversation holds
 ):
-    if name!='chatml': tok.bos_token = '<s>'
-    tok.eos_token = FORMATS[name][1][1]
-    vocab = tok.get_vocab()
-    pad = next((p for p in PADS if p in vocab and p!=tok.eos_token), None)
-    if not pad:
-        raise UserError(f"tokenizer {tok.name_or_path!r}", f"it has none of {', '.join(PADS)} to pad with",
+    vocab,special = tok.get_vocab(),[t.content for t in tok.added_tokens_decoder.values() if t.special]
+    free = [p for p in (tok.pad_token, *PADS, *special) if p in vocab and p!=tok.eos_token and p not in used]
+    if not free:
+        raise UserError(f"tokenizer {tok.name_or_path!r}", "it has no control token to pad with that ends no answer",
             "choose another model")
-    tok.pad_token = pad
+    tok.pad_token = free[0]
 
 # %% ../../nbs/chat/templates.ipynb #85b213ca
+def _folder_template(
+    folder:Path, # With a tokenizer's files
+): # Chat template: text, a list of named ones, or None
+    if (f := folder/'chat_template.jinja').is_file(): return f.read_text('utf-8', errors='replace')
+    f = folder/'tokenizer_config.json'
+    return read_json(f).get('chat_template') if f.is_file() else None
+
+def _read_sentencepiece(
+    folder:Path, # Without a tokenizer.json
+    model:Path, # Its SentencePiece model
+    what:str, # How an error names it
+)->tuple: # Tokenizer, and the version of Mistral's format that the model's name says, or 0
+    with reading(what): tok = sentencepiece_tokenizer(model)
+    version = re.search(r'\.model\.v(\d+)', model.name)
+    version = int(version[1]) if version else 0
+    template = _folder_template(folder)
+    if not template: return tok,version
+    tok.chat_template = template if isinstance(template, str) else None
+    mistral = isinstance(template, str) and chat_format(tok, version)!=OWN
+    return (tok if mistral else open_tokenizer(folder, what)),version
+
 def _read_tokenizer(
     folder:Path, # With a tokenizer's files
     what:str, # How an error names it
-): # Tokenizer
+)->tuple: # Tokenizer, and the version of Mistral's format that a file's name says, or 0
     there = {f for f in ('tokenizer.json','tekken.json','vocab.json') if (folder/f).exists()}
     models = sorted(folder.glob('*.model*'))
-    if models and not there-{'vocab.json'}:
-        with reading(what): return sentencepiece_tokenizer(models[0])
-    if there: return open_tokenizer(folder, what)
+    if models and not there-{'vocab.json'}: return _read_sentencepiece(folder, models[0], what)
+    if there: return open_tokenizer(folder, what),0
     raise UserError(what, "no tokenizer.json, tekken.json or SentencePiece model that can be read there",
         "choose another, or add one")
 
@@ -356,7 +381,75 @@ def _check_folder(
     if not isinstance(getattr(cfg.get_text_config(), 'vocab_size', None), int): return
     check_vocabulary(vocabulary_size(tok), cfg, f"tokenizer {tok.name_or_path!r}")
 
+# %% ../../nbs/chat/templates.ipynb #77b66868
+def _one_template(
+    tok, # Tokenizer
+    what:str, # How an error names it
+)->str: # Its chat template; '' where it has none
+    t = tok.chat_template
+    if not isinstance(t, dict): return t or ''
+    if len(t)==1 or 'default' in t: return t.get('default', next(iter(t.values())))
+    raise UserError(what, f"it has several chat templates: {', '.join(map(printable, t))}", "name one of them `default`")
+
+def _declared_stops(
+    tok, # Tokenizer
+    folder:Path, # With the generation_config.json of its model, or without
+)->list: # Tokens at which the model stops, as texts
+    f = folder/'generation_config.json'
+    ids = read_json(f).get('eos_token_id') if f.is_file() else None
+    ids = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+    return [t.content for i,t in tok.added_tokens_decoder.items() if i in ids]
+
+def _end_answers(
+    tok, # Tokenizer with a chat template of its own, changed
+    end:str, # The token that ends an answer
+):
+    old = tok.eos_token
+    if end==old: return
+    if old and 'eos_token' in tok.chat_template:
+        tok.chat_template = f"{{%- set eos_token = {json.dumps(old, ensure_ascii=False)} -%}}{tok.chat_template}"
+    tok.eos_token = end
+
+def _say_opening(
+    tok, # Tokenizer with a chat template of its own
+): # Say what its template writes that nobody wrote
+    text = tok.apply_chat_template(PROBE, tokenize=False).partition(PROBE[0]['content'])[0]
+    for t in tok.added_tokens_decoder.values(): text = text.replace(t.content, ' ')
+    if len(text.split())>2: log.info(f"its chat template opens conversations without a system turn with {excerpt(' '.join(text.split()), 80)!r}")
+
+# %% ../../nbs/chat/templates.ipynb #c8095b74
+def _set_own_format(
+    tok, # Tokenizer with a chat template of its own, changed
+    folder:Path, # Of its files
+    what:str, # How an error names it
+):
+    names = {k:v for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
+    render_limited(tok.chat_template, names, [PROBE], f"{what}: its chat template")
+    try:
+        tok.chat_template,settled = settle_template(tok.chat_template)
+        settled += skip_thoughts(tok)
+        _end_answers(tok, answer_end(tok, _declared_stops(tok, folder)))
+        check_generation_marks(tok)
+        ids,_ = encode_own(tok, [PROBE], [what])[0]
+    except UserError as e: raise UserError(what, e.value, "choose another model") from None
+    except ValueError as e: raise UserError(what, str(e), "choose another model") from None
+    _set_pad(tok, tok.convert_ids_to_tokens(ids))
+    for s in settled: log.info(s)
+    _say_opening(tok)
+
 # %% ../../nbs/chat/templates.ipynb #7e2132af
+def _set_mistral_format(
+    tok, # Tokenizer, changed
+    name:str, # Key of `FORMATS`
+    settings:str, # v15's model settings, as JSON
+    what:str, # How an error names it
+):
+    tok.chat_template = CHAT_TEMPLATES[name]
+    if name=='mistral-v15': _set_model_settings(tok, settings, what)
+    if getattr(tok.backend_tokenizer.model, 'byte_fallback', False): _as_sentencepiece(tok.backend_tokenizer)
+    tok.bos_token,tok.eos_token = FORMATS[name][1][:2]
+    _set_pad(tok, FORMATS[name][1])
+
 def load_tokenizer(
     path:str, # Hub id or local folder
     revision:str=None, # Commit of the Hub repo
@@ -364,15 +457,11 @@ def load_tokenizer(
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
     version,settings = _read_tekken(folder/'tekken.json')
-    tok = _read_tokenizer(folder, what)
-    tok.name_or_path = str(path)
-    saved = tok.init_kwargs.pop('model_settings', None)
-    settings = settings or saved
-    name = tok.init_kwargs['chat_format'] = chat_format(tok, version, settings) # saved with the tokenizer
-    tok.chat_template = CHAT_TEMPLATES[name]
-    if name=='mistral-v15': _set_model_settings(tok, settings, what)
-    if name!='chatml' and getattr(tok.backend_tokenizer.model, 'byte_fallback', False):
-        _as_sentencepiece(tok.backend_tokenizer)
-    _set_special_tokens(tok, name)
+    tok,named = _read_tokenizer(folder, what)
+    tok.name_or_path,tok.chat_template = str(path),_one_template(tok, what)
+    settings = settings or tok.init_kwargs.pop('model_settings', None)
+    name = tok.init_kwargs['chat_format'] = chat_format(tok, version or named, settings) # saved with the tokenizer
+    if name==OWN: _set_own_format(tok, folder, what)
+    else: _set_mistral_format(tok, name, settings, what)
     _check_folder(tok, folder)
     return tok

@@ -55,14 +55,18 @@ def smollm2(
     return str(dest)
 
 # %% ../../nbs/testing/tiny.ipynb #d3319193
+_CHATML = '''{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}'''
+
 def tiny_model(
     folder:Path, # Made
     seed:int=0, # Of its weights
-)->str: # The folder: two layers of random weights, with SmolLM2's tokenizer
+)->str: # The folder: two layers of random weights, SmolLM2's tokenizer, plain ChatML
     "A model small enough for a hundred starts."
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     tok = AutoTokenizer.from_pretrained(smollm2())
+    tok.chat_template = _CHATML
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
