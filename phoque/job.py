@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy, logging, math, os, re, shlex, shutil, sys, textwrap, threading, time, traceback, uuid, warnings
 from pathlib import Path
 from fastcore.basics import patch
-from .core.basics import (UserError, begin_command, check_data_files, excerpt, front_matter, hub_problem,
+from .core.basics import (UserError, begin_command, bound_requests, check_data_files, excerpt, front_matter, hub_problem,
     log, masked, md_text, printable, quiet_libraries, text_table)
 from .chat.labels import encode_dataset, encode_prompt
 from .chat.templates import load_tokenizer
@@ -16,7 +16,7 @@ from .model_qlora import choose_attention, load_model, lora_targets, preserve_tr
 from .parallel.shard import check_sharded, own_part, whole_adapter
 from .train import (TrainConfig, options, option_part, read_config, pack_dataset, make_trainer, run_steps,
     share_batch, step_line, eval_plan, held_out_loss, rate_at)
-from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, bound_requests, patiently, hub_answer,
+from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, patiently, hub_answer,
     container_age, parse_duration, write_manifest, check_same_run, local_steps, lock_folder, folder_bytes,
     publish_pace, MANIFEST)
 from .core.curve import Curve

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy, math, os, re
 from contextlib import contextmanager
 from pathlib import Path
-from .core.basics import UserError, base_dtype, excerpt, hub_problem, log, read_header, read_json, reading, warn_custom_code
+from .core.basics import UserError, asking_hub, base_dtype, excerpt, log, read_header, read_json, reading, warn_custom_code
 from .chat.templates import chat_format, vocabulary_size
 from .chat.labels import encode_chats, encode_prompt
 
@@ -91,14 +91,13 @@ def _model_info(
 ): # `ModelInfo`, or None where there is no such repo
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-    from httpx2 import HTTPError
-    try: return HfApi().model_info(repo)
-    except HFValidationError:
-        raise UserError(f"base model {repo!r}", "no such folder here, and no name that a Hub repo may have",
-            "check BASE_MODEL") from None
-    except RepositoryNotFoundError as e:
-        if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
-    except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
+    with asking_hub(f"base model {repo}"):
+        try: return HfApi().model_info(repo)
+        except HFValidationError:
+            raise UserError(f"base model {repo!r}", "no such folder here, and no name that a Hub repo may have",
+                "check BASE_MODEL") from None
+        except RepositoryNotFoundError as e:
+            if isinstance(e, GatedRepoError): raise
 
 # %% ../nbs/01_model_qlora.ipynb #816e95ff
 def _model_config(
@@ -107,13 +106,12 @@ def _model_config(
 )->dict: # Its config.json, checked
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
-    from httpx2 import HTTPError
     what,file = f"base model {str(path)!r}",Path(path)/'config.json'
     if not Path(path).is_dir():
-        try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
-        except RemoteEntryNotFoundError:
-            raise UserError(what, "it has no config.json", "choose a causal language model") from None
-        except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
+        with asking_hub(what):
+            try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
+            except RemoteEntryNotFoundError:
+                raise UserError(what, "it has no config.json", "choose a causal language model") from None
     return check_model_config(read_json(file, what=f"{what}: its config.json"), what)
 
 # %% ../nbs/01_model_qlora.ipynb #33d140c1

@@ -14,10 +14,9 @@ from .model_qlora import check_private, private_repo
 # %% auto #0
 __all__ = ['MANIFEST', 'STATE_FILES', 'NEEDED', 'AUTOS', 'MOST_MANIFEST', 'RUN_FILE', 'SQUASH_BYTES', 'COMMITS_AN_HOUR',
            'PRIVATE_GB', 'HISTORY_BYTES', 'HISTORY_SECONDS', 'file_sha256', 'write_manifest', 'is_run', 'read_manifest',
-           'check_plain', 'check_state', 'read_checkpoint', 'hub_answer', 'bound_requests', 'NotNow', 'spell_seconds',
-           'retry_after', 'patiently', 'HubBranch', 'Checkpoints', 'Superseded', 'folder_bytes', 'local_steps',
-           'check_same_run', 'lock_folder', 'publish_pace', 'Publisher', 'parse_duration', 'container_age', 'Deadline',
-           'Stopped']
+           'check_plain', 'check_state', 'read_checkpoint', 'hub_answer', 'NotNow', 'spell_seconds', 'retry_after',
+           'patiently', 'HubBranch', 'Checkpoints', 'Superseded', 'folder_bytes', 'local_steps', 'check_same_run',
+           'lock_folder', 'publish_pace', 'Publisher', 'parse_duration', 'container_age', 'Deadline', 'Stopped']
 
 # %% ../nbs/03_resume.ipynb #5a626d29
 MANIFEST = 'manifest.json'
@@ -179,20 +178,6 @@ def _passing(e):
     if isinstance(e, (HTTPError, ConnectionError, TimeoutError)): return True
     if _inner(e): return _passing(_inner(e)) # an upload's RuntimeError, transformers' OSError, one of our own lines
     return type(e) is RuntimeError or str(e).startswith('Consistency check failed') # hf_xet's; a short download
-
-# %% ../nbs/03_resume.ipynb #ecda0bb1
-def bound_requests(
-    seconds:float=120.0, # Of silence
-):
-    "End requests to the Hub that have gone silent; its client would wait for ever."
-    import httpx2
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-    def client():
-        c = default_client_factory()
-        c.timeout = httpx2.Timeout(seconds)
-        return c
-    set_client_factory(client)
 
 # %% ../nbs/03_resume.ipynb #a088a7d0
 class NotNow(UserError):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
-from .core.basics import UserError, log, option_parser
+from .core.basics import UserError, log, option_parser, refuse_secrets
 from .model_qlora import LORA_TARGETS, SEED_BASE, decoder_layers, lora_targets, memory_plan, preserve_training_state
 from .fast.kernels import TILE, attention_tiles
 from .fast.layers import card_room, check_packed, fast_layers, keep_weights, add_supervised_head
@@ -163,6 +163,7 @@ def env_options(
         if (v := env.get(k.upper(), '').strip()) == '': continue
         kind = type(o['default'])
         wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
+        if kind is str: refuse_secrets(**{k.upper():v})
         try: res[k] = str2bool(v) if kind is bool else kind(v)
         except (TypeError, ValueError):
             raise UserError(k.upper(), f"must be {wanted}, got {v!r}", "correct it or unset it") from None

@@ -40,7 +40,7 @@ A job has 4 hours. Another timeout has to be given twice, as the job can't read 
 """
 
 from __future__ import annotations
-import argparse, copy, difflib, fcntl, functools, hashlib, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
+import argparse, copy, difflib, errno, fcntl, functools, hashlib, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import patch, store_attr, str2bool
@@ -1323,8 +1323,9 @@ def hub_problem(
     "Turn a Hub client's exception into one clear line."
     from huggingface_hub import errors as er
     from huggingface_hub import constants
-    status = getattr(getattr(e, 'response', None), 'status_code', None)
-    hub = constants.ENDPOINT
+    hub,cause = constants.ENDPOINT,e
+    while cause and getattr(cause, 'response', None) is None: cause = cause.__cause__ or cause.__context__
+    status = cause.response.status_code if cause else None
     if isinstance(e, er.LocalTokenNotFoundError):
         s = "there is no token",f"export HF_TOKEN, from {hub}/settings/tokens, or run `hf auth login`"
     elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set","unset it to ask the Hub"
@@ -1340,6 +1341,19 @@ def hub_problem(
     elif status: s = f"{hub} answered {status}","try again later"
     else: s = f"{hub} cannot be reached ({type(e).__name__})","check the network and HF_ENDPOINT"
     return UserError(printable(what), *s)
+
+@contextmanager
+def asking_hub(
+    what:str, # What is asked for, such as "base model org/name"
+):
+    "Turn whatever a Hub client raises into one line."
+    from httpx2 import HTTPError
+    from huggingface_hub.constants import ENDPOINT
+    try: yield
+    except UserError: raise
+    except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
+    except (ValueError, KeyError, TypeError, AttributeError): # of an answer that is none of a Hub's
+        raise UserError(printable(what), f"{ENDPOINT} doesn't answer as a Hub does", "check HF_ENDPOINT") from None
 
 _NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')
 
@@ -1440,17 +1454,26 @@ def refuse_secrets(
             "export it as HF_TOKEN or WANDB_API_KEY, and make a new one if it is real")
 
 def refuse_addresses():
-    "Refuse a password in the address of the Hub or of W&B, which is printed and sent along, and what is no address."
+    "Refuse a password in the address of the Hub or of W&B, which is printed and sent along, and what is no address or token."
     given = {k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if os.environ.get(k)}
     refuse_secrets(**given)
+    if not os.environ.get('HF_TOKEN', '').strip().isascii():
+        raise UserError("HF_TOKEN", "it holds characters that no token has", "copy it again")
     for k,v in given.items():
         if not re.match(r'https?://[^/\s]', v): raise UserError(k, f"it is no address: {excerpt(repr(v), 80)}", "begin it with http:// or https://")
+
+def _mend_streams(): # a terminal may be closed, or know only ASCII
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None: setattr(sys, name, open(os.devnull, 'w'))
+        elif hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    logging.raiseExceptions = False # a log line that nobody can read any more is no error
 
 def begin_command(
     argv:list=(), # Its arguments
 ):
     "What a command does first: its files are private, and no secret is in an argument or an address."
-    private_files()
+    private_files(); _mend_streams()
     if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1') # bars are no use where nothing can go back
     refuse_addresses()
     for before,a in zip(['', *argv], argv):
@@ -1458,6 +1481,9 @@ def begin_command(
         if a.startswith('-'): flag,_,value = a.partition('=')
         elif before.startswith('-'): flag = before
         refuse_secrets(**{flag:value})
+
+_OF_A_FILE = {getattr(errno, e) for e in
+    'EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENAMETOOLONG EISDIR ENOTDIR ENOENT EEXIST ELOOP'.split()}
 
 @contextmanager
 def command(
@@ -1467,9 +1493,18 @@ def command(
 ):
     "Run a command's body: a mistake of the user's is one line and exit code 1, without a traceback or a secret."
     try:
-        begin_command(argv)
-        yield
+        try:
+            begin_command(argv)
+            yield
+        finally: sys.stdout.flush()
     except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
+    except BrokenPipeError: # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        if e.errno not in _OF_A_FILE: raise
+        file = printable(masked(e.filename or 'its output'))
+        sys.exit(f'{name}: {file}: {e.strerror}: check the path, who may use it, and the space there')
 
 def _plain_help(
     action, # Option of an `ArgumentParser` made by fastcore
@@ -1501,6 +1536,19 @@ def option_parser(
     p.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
     if examples: p.epilog = '\n  '.join(['examples:', *examples])
     return p
+
+def bound_requests(
+    seconds:float=120.0, # Of silence
+):
+    "End requests to the Hub that have gone silent; its client would wait for ever."
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+    def client():
+        c = default_client_factory()
+        c.timeout = httpx2.Timeout(seconds)
+        return c
+    set_client_factory(client)
 
 def quiet_libraries():
     "No progress bars, and no advice that doesn't concern the user."
@@ -2060,12 +2108,11 @@ def _tokenizer_folder(
     if Path(path).is_dir(): return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
-    from httpx2 import HTTPError
-    try: return Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
-    except HFValidationError:
-        raise UserError(f"tokenizer {path!r}", "no such folder here, and no name that a Hub repo may have",
-            "check its spelling") from None
-    except (HTTPError, OSError) as e: raise hub_problem(e, f"tokenizer {path}") from None
+    with asking_hub(f"tokenizer {path}"):
+        try: return Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
+        except HFValidationError:
+            raise UserError(f"tokenizer {path!r}", "no such folder here, and no name that a Hub repo may have",
+                "check its spelling") from None
 
 MOST_TOKENS = 10_000_000 # of a vocabulary; the largest public ones have 300,000
 
@@ -2520,14 +2567,13 @@ def _model_info(
 ): # `ModelInfo`, or None where there is no such repo
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-    from httpx2 import HTTPError
-    try: return HfApi().model_info(repo)
-    except HFValidationError:
-        raise UserError(f"base model {repo!r}", "no such folder here, and no name that a Hub repo may have",
-            "check BASE_MODEL") from None
-    except RepositoryNotFoundError as e:
-        if isinstance(e, GatedRepoError): raise hub_problem(e, f"base model {repo}") from None
-    except (HTTPError, OSError) as e: raise hub_problem(e, f"base model {repo}") from None
+    with asking_hub(f"base model {repo}"):
+        try: return HfApi().model_info(repo)
+        except HFValidationError:
+            raise UserError(f"base model {repo!r}", "no such folder here, and no name that a Hub repo may have",
+                "check BASE_MODEL") from None
+        except RepositoryNotFoundError as e:
+            if isinstance(e, GatedRepoError): raise
 
 def _model_config(
     path:str, # Hub id or local folder
@@ -2535,13 +2581,12 @@ def _model_config(
 )->dict: # Its config.json, checked
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
-    from httpx2 import HTTPError
     what,file = f"base model {str(path)!r}",Path(path)/'config.json'
     if not Path(path).is_dir():
-        try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
-        except RemoteEntryNotFoundError:
-            raise UserError(what, "it has no config.json", "choose a causal language model") from None
-        except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
+        with asking_hub(what):
+            try: file = Path(hf_hub_download(path, 'config.json', revision=revision))
+            except RemoteEntryNotFoundError:
+                raise UserError(what, "it has no config.json", "choose a causal language model") from None
     return check_model_config(read_json(file, what=f"{what}: its config.json"), what)
 
 def _marked_fp8(cfg): return (cfg.get('quantization_config') or {}).get('quant_method')=='fp8'
@@ -3187,6 +3232,7 @@ def env_options(
         if (v := env.get(k.upper(), '').strip()) == '': continue
         kind = type(o['default'])
         wanted = {bool:'0 or 1', int:'a whole number', float:'a number'}.get(kind)
+        if kind is str: refuse_secrets(**{k.upper():v})
         try: res[k] = str2bool(v) if kind is bool else kind(v)
         except (TypeError, ValueError):
             raise UserError(k.upper(), f"must be {wanted}, got {v!r}", "correct it or unset it") from None
@@ -3973,19 +4019,6 @@ def _passing(e):
     if isinstance(e, (HTTPError, ConnectionError, TimeoutError)): return True
     if _inner(e): return _passing(_inner(e)) # an upload's RuntimeError, transformers' OSError, one of our own lines
     return type(e) is RuntimeError or str(e).startswith('Consistency check failed') # hf_xet's; a short download
-
-def bound_requests(
-    seconds:float=120.0, # Of silence
-):
-    "End requests to the Hub that have gone silent; its client would wait for ever."
-    import httpx2
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-    def client():
-        c = default_client_factory()
-        c.timeout = httpx2.Timeout(seconds)
-        return c
-    set_client_factory(client)
 
 class NotNow(UserError):
     "What stops a publication and may pass while training goes on."

@@ -15,7 +15,7 @@ from .templates import FORMATS, OWN, chat_format, load_tokenizer
 
 # %% auto #0
 __all__ = ['check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset', 'control_ids',
-           'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'labels_cli']
+           'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'check_labels', 'labels_cli']
 
 # %% ../../nbs/chat/labels.ipynb #d3730bd4
 def check_messages(
@@ -241,19 +241,17 @@ def label_invariants(
     return table + [dict(what='share of tokens supervised', asked='', actual=f'{sup.mean():.1%}', ok='')]
 
 # %% ../../nbs/chat/labels.ipynb #33201942
+def _read_chat(line, name):
+    try: row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(name, f"this is no JSON ({excerpt(e, 80)})", "write one conversation a line") from None
+    return check_messages(row.get('messages') if isinstance(row, dict) else row, name)
+
 def read_chats(
     lines, # Lines of JSONL, as bytes or text
 )->list: # Checked conversations
     "Read conversations; a bad line is an error that names it."
-    chats = []
-    for n,line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"line {n}", f"this is no JSON ({excerpt(e, 80)})",
-                "write one conversation a line") from None
-        chats.append(check_messages(row.get('messages') if isinstance(row, dict) else row, f'line {n}'))
-    return chats
+    return [_read_chat(line, f'line {n}') for n,line in enumerate(lines, 1) if line.strip()]
 
 # %% ../../nbs/chat/labels.ipynb #1175c842
 def write_labels(
@@ -273,17 +271,40 @@ def write_labels(
     shown = '<hr>'.join(show_labels(tok, *r) for r in rows)
     out.write(f'<!doctype html><meta charset=utf-8><title>labels</title><pre>{escape(table)}</pre>{shown}')
 
+# %% ../../nbs/chat/labels.ipynb #d433369e
+def check_labels(
+    tok, # Tokenizer from `load_tokenizer`
+    lines, # Lines of JSONL
+)->tuple: # Table of `label_invariants`; table of what would be refused: `why`, `conversations`, `first`
+    "Count what must hold for a file of conversations, and what would be refused."
+    rows,why = [],{}
+    for n,line in enumerate(lines, 1):
+        name = f'line {n}'
+        try:
+            if line.strip(): rows += encode_chats(tok, [_read_chat(line, name)], [name])
+        except UserError as e: why.setdefault(printable(e.value), []).append(name)
+    refused = [dict(conversations=len(at), first=at[0], why=w) for w,at in why.items()]
+    return label_invariants(tok, rows) if rows else [],refused
+
 # %% ../../nbs/chat/labels.ipynb #3759ba31
 @shell_command('phoque_labels',
     'phoque_labels mistralai/Ministral-3-3B-Instruct-2512-BF16 talk.jsonl',
-    'phoque_labels ./model talk.jsonl --html > labels.html')
+    'phoque_labels ./model talk.jsonl --html > labels.html',
+    'phoque_labels Qwen/Qwen2.5-0.5B-Instruct talk.jsonl --check')
 def labels_cli(
     model:str, # Hub id, or folder with a tokenizer.json, a tekken.json or a SentencePiece model
     file:Param('JSONL conversations; - reads standard input', str, nargs='?', opt=False)='-',
     html:bool=False, # A page of coloured tokens instead of JSONL
+    check:bool=False, # Only count: what must hold for labels, and what would be refused and why
     revision:str=None, # Commit of the Hub repo
 ):
     "Show what a model would read, and which of it the loss looks at."
+    if file=='-' and not sys.stdin: raise UserError("standard input", "it is closed", "name a file")
     try: lines = open(file, 'rb') if file!='-' else nullcontext(sys.stdin.buffer)
     except OSError as e: raise UserError(printable(file), e.strerror, "check the path") from None
-    with lines as f: write_labels(load_tokenizer(model, revision), f, sys.stdout, html)
+    tok = load_tokenizer(model, revision)
+    with lines as f:
+        if not check: return write_labels(tok, f, sys.stdout, html)
+        table,refused = check_labels(tok, f)
+    print(text_table(table))
+    if refused: sys.exit(f'\n{text_table(refused)}')

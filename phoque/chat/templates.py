@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, math, re, struct
 from importlib import resources
 from pathlib import Path
-from ..core.basics import UserError, excerpt, hub_problem, log, printable, read_json, reading, warn_custom_code
+from ..core.basics import UserError, asking_hub, excerpt, log, printable, read_json, reading, warn_custom_code
 from .rendering import PROBE, answer_end, check_generation_marks, encode_own, render_limited
 from .rendering import settle_template, skip_thoughts
 
@@ -219,12 +219,11 @@ def _tokenizer_folder(
     if Path(path).is_dir(): return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
-    from httpx2 import HTTPError
-    try: return Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
-    except HFValidationError:
-        raise UserError(f"tokenizer {path!r}", "no such folder here, and no name that a Hub repo may have",
-            "check its spelling") from None
-    except (HTTPError, OSError) as e: raise hub_problem(e, f"tokenizer {path}") from None
+    with asking_hub(f"tokenizer {path}"):
+        try: return Path(snapshot_download(path, revision=revision, allow_patterns=TOKENIZER_FILES))
+        except HFValidationError:
+            raise UserError(f"tokenizer {path!r}", "no such folder here, and no name that a Hub repo may have",
+                "check its spelling") from None
 
 # %% ../../nbs/chat/templates.ipynb #23104705
 MOST_TOKENS = 10_000_000 # of a vocabulary; the largest public ones have 300,000

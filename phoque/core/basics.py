@@ -4,17 +4,18 @@
 
 # %% ../../nbs/core/basics.ipynb #35f419e6
 from __future__ import annotations
-import argparse, inspect, json, logging, os, re, shutil, sys, textwrap
+import argparse, errno, inspect, json, logging, os, re, shutil, sys, textwrap
 from contextlib import contextmanager
 from functools import wraps
 from itertools import zip_longest
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'safe_path',
-           'read_json', 'check_data_files', 'front_matter', 'md_text', 'private_files', 'masked', 'refuse_secrets',
-           'refuse_addresses', 'begin_command', 'check_range', 'command', 'check_extra', 'option_parser',
-           'shell_command', 'quiet_libraries', 'base_dtype', 'reading', 'warn_custom_code', 'read_header']
+__all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'asking_hub',
+           'safe_path', 'read_json', 'check_data_files', 'front_matter', 'md_text', 'private_files', 'masked',
+           'refuse_secrets', 'refuse_addresses', 'begin_command', 'check_range', 'check_output', 'command',
+           'check_extra', 'option_parser', 'bound_requests', 'shell_command', 'quiet_libraries', 'base_dtype',
+           'reading', 'warn_custom_code', 'read_header']
 
 # %% ../../nbs/core/basics.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -88,8 +89,9 @@ def hub_problem(
     "Turn a Hub client's exception into one clear line."
     from huggingface_hub import errors as er
     from huggingface_hub import constants
-    status = getattr(getattr(e, 'response', None), 'status_code', None)
-    hub = constants.ENDPOINT
+    hub,cause = constants.ENDPOINT,e
+    while cause and getattr(cause, 'response', None) is None: cause = cause.__cause__ or cause.__context__
+    status = cause.response.status_code if cause else None
     if isinstance(e, er.LocalTokenNotFoundError):
         s = "there is no token",f"export HF_TOKEN, from {hub}/settings/tokens, or run `hf auth login`"
     elif isinstance(e, er.OfflineModeIsEnabled): s = "HF_HUB_OFFLINE is set","unset it to ask the Hub"
@@ -105,6 +107,19 @@ def hub_problem(
     elif status: s = f"{hub} answered {status}","try again later"
     else: s = f"{hub} cannot be reached ({type(e).__name__})","check the network and HF_ENDPOINT"
     return UserError(printable(what), *s)
+
+@contextmanager
+def asking_hub(
+    what:str, # What is asked for, such as "base model org/name"
+):
+    "Turn whatever a Hub client raises into one line."
+    from httpx2 import HTTPError
+    from huggingface_hub.constants import ENDPOINT
+    try: yield
+    except UserError: raise
+    except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
+    except (ValueError, KeyError, TypeError, AttributeError): # of an answer that is none of a Hub's
+        raise UserError(printable(what), f"{ENDPOINT} doesn't answer as a Hub does", "check HF_ENDPOINT") from None
 
 # %% ../../nbs/core/basics.ipynb #415aa7f6
 _NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')
@@ -211,17 +226,26 @@ def refuse_secrets(
 
 # %% ../../nbs/core/basics.ipynb #4b4b8ace
 def refuse_addresses():
-    "Refuse a password in the address of the Hub or of W&B, which is printed and sent along, and what is no address."
+    "Refuse a password in the address of the Hub or of W&B, which is printed and sent along, and what is no address or token."
     given = {k:os.environ[k] for k in ('HF_ENDPOINT','WANDB_BASE_URL') if os.environ.get(k)}
     refuse_secrets(**given)
+    if not os.environ.get('HF_TOKEN', '').strip().isascii():
+        raise UserError("HF_TOKEN", "it holds characters that no token has", "copy it again")
     for k,v in given.items():
         if not re.match(r'https?://[^/\s]', v): raise UserError(k, f"it is no address: {excerpt(repr(v), 80)}", "begin it with http:// or https://")
+
+def _mend_streams(): # a terminal may be closed, or know only ASCII
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None: setattr(sys, name, open(os.devnull, 'w'))
+        elif hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    logging.raiseExceptions = False # a log line that nobody can read any more is no error
 
 def begin_command(
     argv:list=(), # Its arguments
 ):
     "What a command does first: its files are private, and no secret is in an argument or an address."
-    private_files()
+    private_files(); _mend_streams()
     if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1') # bars are no use where nothing can go back
     refuse_addresses()
     for before,a in zip(['', *argv], argv):
@@ -239,7 +263,23 @@ def check_range(
     "Refuse a number that nothing can be done with; not a number is none."
     if not least<=n<=most: raise UserError(name, f"{n:,} is out of range", f"give {least:,} to {most:,}")
 
+def check_output(
+    name:str, # Flag or option
+    path:str, # File that it names
+):
+    "Refuse a file that can't be written, before the work and not after it."
+    file = Path(path)
+    try:
+        fresh = not file.exists()
+        with open(file, 'a'): pass
+        if fresh: file.unlink()
+    except OSError as e:
+        raise UserError(name, f"{str(path)!r} can't be written ({e.strerror})", "name a file in a folder of yours") from None
+
 # %% ../../nbs/core/basics.ipynb #cf73ce34
+_OF_A_FILE = {getattr(errno, e) for e in
+    'EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENAMETOOLONG EISDIR ENOTDIR ENOENT EEXIST ELOOP'.split()}
+
 @contextmanager
 def command(
     name:str, # As it is typed, such as `phoque_merge`
@@ -248,9 +288,18 @@ def command(
 ):
     "Run a command's body: a mistake of the user's is one line and exit code 1, without a traceback or a secret."
     try:
-        begin_command(argv)
-        yield
+        try:
+            begin_command(argv)
+            yield
+        finally: sys.stdout.flush()
     except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
+    except BrokenPipeError: # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        if e.errno not in _OF_A_FILE: raise
+        file = printable(masked(e.filename or 'its output'))
+        sys.exit(f'{name}: {file}: {e.strerror}: check the path, who may use it, and the space there')
 
 # %% ../../nbs/core/basics.ipynb #09b6b0b9
 def _plain_help(
@@ -297,6 +346,20 @@ def option_parser(
     if examples: p.epilog = '\n  '.join(['examples:', *examples])
     return p
 
+# %% ../../nbs/core/basics.ipynb #ecda0bb1
+def bound_requests(
+    seconds:float=120.0, # Of silence
+):
+    "End requests to the Hub that have gone silent; its client would wait for ever."
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+    def client():
+        c = default_client_factory()
+        c.timeout = httpx2.Timeout(seconds)
+        return c
+    set_client_factory(client)
+
 # %% ../../nbs/core/basics.ipynb #21809257
 def shell_command(
     name:str, # As it is typed, such as `phoque_merge`
@@ -308,7 +371,7 @@ def shell_command(
     def parsed(func):
         p = option_parser(func, examples)
         p.prog = name
-        return {k:v for k,v in vars(p.parse_args()).items() if k not in ('pdb','xtra')} # fastcore's own
+        return {k:v for k,v in vars(p.parse_intermixed_args()).items() if k not in ('pdb','xtra')} # fastcore's own
     def decorate(func):
         @wraps(func)
         def run(*args, **kwargs):
@@ -317,6 +380,7 @@ def shell_command(
             with command(name, sys.argv[1:] if typed else (), errors):
                 if typed: kwargs = parsed(func)
                 if extra: check_extra(extra)
+                bound_requests(60)
                 return func(*args, **kwargs)
         return run
     return decorate

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from .clean import FOUND, Prompts, cap_repeats, clean_batch, dedup_exact, dedup_near, fix_text, is_long, line_key, redact_pii, words
-from ..core.basics import UserError, excerpt, hub_problem, log, masked, printable, private_files, shell_command
+from ..core.basics import (UserError, check_range, excerpt, hub_problem, log, masked, printable, private_files,
+    refuse_secrets, shell_command)
 from ..data import NEUTRAL, NEW, PERSONA, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour
 from ..data import open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
 from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
@@ -78,6 +79,9 @@ class Build:
         for k in ('min_score','max_benign_share','near','max_bad'):
             v = getattr(self, k)
             if not 0<=v<=1: raise UserError(f"--{k}", f"{v} is out of range", "give a number from 0 to 1")
+        for k,least,most in (('gap',1,10**9), ('line_cap',1,10**9), ('test_share',0,.9), ('workers',1,1024)):
+            check_range(f'--{k}', getattr(self, k), least, most)
+        if not work.strip(): raise UserError("--work", "no folder is named", "name one, or leave the option out")
         self.steps,self.began,self.t = [],time.time(),time.perf_counter()
 
 # %% ../../nbs/exports/build.ipynb #9f48c16a
@@ -577,6 +581,7 @@ def data_cli(
     "Conversations in, report and private dataset out."
     repo = dataset_repo or os.environ.get('DATASET_REPO', '')
     try:
+        refuse_secrets(DATASET_REPO=repo)
         if not repo and (append or not dry_run):
             raise UserError("--dataset_repo", "no repo",
                 "give --dataset_repo NAME/DATASET or set DATASET_REPO, or --dry_run to see the report only")
@@ -597,6 +602,7 @@ def data_cli(
         if _interrupted(e): sys.exit("phoque_data: stopped; the same command goes on after the last finished step")
         if isinstance(e, getattr(sys.modules.get('httpx2'), 'HTTPError', ())):
             sys.exit(f"phoque_data: {masked(hub_problem(e, f'dataset {repo}'))}")
+        if isinstance(e, BrokenPipeError): raise
         if isinstance(e, (ValueError, OSError)): sys.exit(f"phoque_data: {excerpt(masked(e), 500)}")
         if isinstance(e, getattr(sys.modules.get('duckdb'), 'Error', ())):
             sys.exit(f"phoque_data: {excerpt(masked(e))}: make room in {b.work}, or build the source in parts with --append")

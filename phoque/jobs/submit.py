@@ -8,13 +8,12 @@ import os, shlex, shutil, subprocess, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
-from ..core.basics import (UserError, command, check_data_files, excerpt, hub_problem, printable, read_json,
+from ..core.basics import (UserError, bound_requests, command, check_data_files, excerpt, hub_problem, printable, read_json,
     refuse_addresses, refuse_secrets, text_table)
 from ..core.curve import wandb_url
 from .plan import STRANGE, check_timeout, find_flavor, price_today, run_plan, show_plan
 from .script import JOB_FLAVOR, JOB_SECRETS, JOB_TIMEOUT, check_train, hf_jobs, project_root
 from ..model_qlora import check_private, private_repo, resolve_base
-from ..resume import bound_requests
 from ..train import TrainConfig, check_config, options, parse_options, run_parser
 
 # %% auto #0

@@ -7,8 +7,8 @@ from __future__ import annotations
 import re, shlex, sys, time, unicodedata
 from fastcore.basics import patch
 from ..job import RESUBMIT, printable_lines
-from ..core.basics import UserError, excerpt, hub_problem, shell_command
-from ..resume import bound_requests, parse_duration
+from ..core.basics import UserError, bound_requests, excerpt, hub_problem, shell_command
+from ..resume import parse_duration
 from .plan import STRANGE, price_per_hour
 from .script import JOB_LABEL
 from ..train import parse_step

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import hashlib, json, random, re, time
 from pathlib import Path
-from ..core.basics import UserError, base_dtype, check_range, printable, shell_command
+from ..core.basics import UserError, base_dtype, check_output, check_range, printable, shell_command
 from ..chat.labels import encode_prompt
 from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer, adapter_weight, bootstrap_mean
 from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
@@ -246,6 +246,7 @@ def eval_cli(
     from phoque.core.basics import text_table
     check_range('--n', n, 0, 1e7)
     check_range('--k', k, 1, 10_000)
+    check_output('--out', out)
     texts,(m,tok) = eval_prompts(prompts, n, seed),load_adapted_model(base_model, adapter)
     judge = load_scorer(scorer)
     rows = evaluate(m, tok, texts, judge, k, system_prompt or None, seed)

@@ -7,7 +7,8 @@ from __future__ import annotations
 import json, random, re
 from pathlib import Path
 from statistics import median
-from ..core.basics import UserError, check_range, excerpt, printable, read_json, shell_command, text_table
+from phoque.core.basics import (UserError, check_output, check_range, excerpt, printable, read_json, shell_command,
+    text_table)
 from ..chat.labels import encode_prompt
 from ..sample import PLAIN, generate_replies, scorer_id
 from .score import adapter_hash, load_scorer, load_adapted_model
@@ -273,6 +274,7 @@ def simulate_cli(
     kinds = tuple(categories.split(','))
     _check_dials(length, benign_share, weight, kinds) # before a model is loaded
     if base_model:
+        check_output('--out', out)
         (m,tok),judge = load_adapted_model(base_model, adapter),load_scorer(scorer)
         write = model_writer(m, tok, seed)
         messages = simulate(write, threads, judge, system_prompt, seed, length=length, benign=benign_share, level=weight,
@@ -282,4 +284,7 @@ def simulate_cli(
     if not (base_model or moderator):
         raise UserError("--base_model, --moderator", "neither is given, so there is nothing to do",
             "give --base_model and --adapter, or --moderator and what was written before")
-    if moderator: print(replay_text(replay(read_jsonl(out), moderator)))
+    if not moderator: return
+    messages = read_jsonl(out)
+    if not messages: raise UserError("--out", f"{out!r} holds no messages", "write some first, with --base_model and --adapter")
+    print(replay_text(replay(messages, moderator)))

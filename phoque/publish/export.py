@@ -9,9 +9,9 @@ from pathlib import Path
 from ..measure.detox import markdown_table
 from ..job import LICENSE_FIELDS, RESEARCH_LICENSE
 from ..merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, is_hub_id, merge_adapters, read_base
-from ..core.basics import UserError, excerpt, front_matter, md_text, printable, quiet_libraries, read_json, reading, shell_command
+from ..core.basics import UserError, check_range, excerpt, front_matter, md_text, printable, quiet_libraries, read_json, reading, shell_command
 from ..model_qlora import check_private, private_repo
-from ..resume import HubBranch, bound_requests, patiently
+from ..resume import HubBranch, patiently
 
 # %% auto #0
 __all__ = ['check_texts', 'auto_class', 'other_bases', 'merge_command', 'code_version', 'merge_card', 'read_record',
@@ -366,7 +366,9 @@ def merge_cli(
     replace:bool=False, # Publish it in the place of another model that the repo holds (its history keeps that)
 ):
     "Merge adapters into their base at any weight, check it, and write its card."
-    bound_requests()
+    check_range('--kl', kl, 1e-9, 100)
+    if dtype not in ('float32','float64','bfloat16'):
+        raise UserError("--dtype", f"it is {dtype!r}", "take float32, float64 or bfloat16")
     if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise UserError(f"--{miss[0]}", "it is missing", "name one")
     print(run_merge(base_model, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf,
         allow_positive_weight, replace))
