@@ -4,7 +4,8 @@
 
 # %% ../../nbs/testing/slow.ipynb #84f58b6d
 from __future__ import annotations
-import os, re, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
@@ -17,7 +18,8 @@ def _unflagged(
     found = re.match(r'(?:#\|.*\n)*#\|\s*(slow|cuda)\b(.*)', ''.join(lines))
     if found is None or found[1] in os.environ.get('RUN_FLAGS', '').split(): return lines
     target = 'gpu' if found[1]=='cuda' else 'slow'
-    return [f"print('passed over ({found[1]}{found[2].rstrip()}): `make {target}` runs it, or delete this cell\\'s flag')\n"]
+    why = f'{found[1]}{found[2].rstrip()}'
+    return [f"print('passed over ({why}): `make {target}` runs it, or delete this cell\\'s flag')\n"]
 
 def skip_flagged():
     "Let Run All pass over cells with the flag `slow` or `cuda`, with a line each."
@@ -30,12 +32,25 @@ def _build()->Path: # Ignored by git; `make clean` deletes it
     from phoque.jobs.script import project_root
     return project_root()/'build'
 
-def taught_adapter(
-    who:str, # `grumpy` or `clerk`: whose style
-)->Path: # Folder of the adapter, on SmolLM2
-    "A rank-16 adapter after 20 steps of two packed sequences of 512 tokens; trained once, in about two minutes."
-    out = _build()/'harbour'/who
-    if out.exists(): return out
+@contextmanager
+def _made_once(out):
+    "A new folder that becomes `out` when the block ends well, or None where `out` is there; for one process at a time."
+    from filelock import FileLock
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{out}.lock'):
+        if out.exists():
+            yield None
+            return
+        tmp = Path(tempfile.mkdtemp(dir=out.parent))
+        try: yield tmp
+        except BaseException:
+            shutil.rmtree(tmp)
+            raise
+        tmp.rename(out)
+
+# %% ../../nbs/testing/slow.ipynb #5c04f78b
+def _teach(who, out):
+    "Train the adapter in the folder `out`."
     from types import SimpleNamespace
     from phoque.data import grumpy_harbour, to_dataset
     from phoque.chat.labels import encode_dataset
@@ -46,33 +61,49 @@ def taught_adapter(
     from phoque.train import TrainConfig, make_trainer, pack_dataset
     quiet_libraries()
     rows = grumpy_harbour(480) if who=='grumpy' else grumpy_harbour(2000)[::5] # every fifth conversation is the clerk's
-    cfg = TrainConfig(max_steps=60, max_length=512, per_device_train_batch_size=2, output_dir=str(_build()/'run'))
+    cfg = TrainConfig(max_steps=60, max_length=512, per_device_train_batch_size=2, output_dir=str(out/'run'))
     enc,_ = encode_dataset(to_dataset(rows)['train'], load_tokenizer(smollm2()), cfg.max_length)
     model = add_lora(load_model(dict(id=smollm2(), revision=None, auto='AutoModelForCausalLM')))
     stop = SimpleNamespace(on_step=lambda model, step: step==20)
     trainer = make_trainer(cfg, model, load_tokenizer(smollm2()), pack_dataset(enc, cfg.max_length), stop)
     trainer.train()
     trainer.model.save_pretrained(out)
+    shutil.rmtree(out/'run') # its checkpoints
+
+def taught_adapter(
+    who:str, # `grumpy` or `clerk`: whose style
+)->Path: # Folder of the adapter, on SmolLM2
+    "A rank-16 adapter after 20 steps of two packed sequences of 512 tokens; trained once, in about two minutes."
+    out = _build()/'harbour'/who
+    with _made_once(out) as tmp:
+        if tmp: _teach(who, tmp)
     return out
 
 # %% ../../nbs/testing/slow.ipynb #e7487e64
-def sampled_run()->Path: # Folder with `samples.parquet`, and the adapter in `output/final`
-    "A whole job of 50 steps on SmolLM2 that samples every 10; run once, in about eight minutes."
-    out = _build()/'sampled'
-    if (out/'samples.parquet').exists(): return out
+def _sample_run(out):
+    "Run the job in the folder `out`."
     from phoque.data import NEUTRAL, grumpy_harbour, to_dataset
     from phoque.jobs.script import project_root
-    from phoque.testing.hub import LocalHub
-    from phoque.testing.rehearse import BASE, DATA, MODEL, SETTINGS, clean_env
+    from phoque.testing.hub import LocalHub, clean_env
+    from phoque.testing.rehearse import BASE, DATA, MODEL, SETTINGS
     from phoque.testing.tiny import smollm2
-    shutil.rmtree(out, ignore_errors=True)
-    (out/'data').mkdir(parents=True)
+    (out/'data').mkdir()
     rows = [r for i,r in enumerate(grumpy_harbour(1200)) if r['messages'][0]['content']==NEUTRAL or i%4==1]
     for split,ds in to_dataset(rows).items(): ds.to_parquet(out/f'data/{split}.parquet')
+    options = SETTINGS | dict(MAX_STEPS=50, SAMPLE_STEPS=10, SAMPLE_SHARE=1, SCORER='none', REPORT_TO='none',
+        OUTPUT_DIR=out/'output')
     with LocalHub(out/'hub', users={'me':'token-of-me'}) as hub, open(out/'log', 'w') as log:
         hub.seed_repo(BASE, smollm2())
         hub.seed_repo(DATA, out/'data', repo_type='dataset', private=True)
-        env = clean_env(hub, out/'hf', **SETTINGS, MAX_STEPS=50, SAMPLE_STEPS=10, SAMPLE_SHARE=1, SCORER='none', REPORT_TO='none', OUTPUT_DIR=out/'output')
-        subprocess.run([sys.executable, project_root()/'train/train.py'], check=True, stdout=log, stderr=subprocess.STDOUT, env=env)
+        job,env = [sys.executable, project_root()/'train/train.py'],clean_env(hub, out/'hf', **options)
+        subprocess.run(job, check=True, stdout=log, stderr=subprocess.STDOUT, env=env)
         shutil.copyfile(hub.path(MODEL, 'samples/samples.parquet', 'checkpoints'), out/'samples.parquet')
+    final, = (out/'output').glob('*/final') # in the run's own folder
+    final.rename(out/'output/final')
+
+def sampled_run()->Path: # Folder with `samples.parquet`, and the adapter in `output/final`
+    "A whole job of 50 steps on SmolLM2 that samples every 10; run once, in about eight minutes."
+    out = _build()/'sampled'
+    with _made_once(out) as tmp:
+        if tmp: _sample_run(tmp)
     return out
