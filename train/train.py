@@ -1482,6 +1482,19 @@ def begin_command(
         elif before.startswith('-'): flag = before
         refuse_secrets(**{flag:value})
 
+def bound_requests(
+    seconds:float=120.0, # Of silence
+):
+    "End requests to the Hub that have gone silent; its client would wait for ever."
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+    def client():
+        c = default_client_factory()
+        c.timeout = httpx2.Timeout(seconds)
+        return c
+    set_client_factory(client)
+
 _OF_A_FILE = {getattr(errno, e) for e in
     'EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENAMETOOLONG EISDIR ENOTDIR ENOENT EEXIST ELOOP'.split()}
 
@@ -1495,6 +1508,7 @@ def command(
     try:
         try:
             begin_command(argv)
+            bound_requests(60)
             yield
         finally: sys.stdout.flush()
     except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
@@ -1536,19 +1550,6 @@ def option_parser(
     p.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
     if examples: p.epilog = '\n  '.join(['examples:', *examples])
     return p
-
-def bound_requests(
-    seconds:float=120.0, # Of silence
-):
-    "End requests to the Hub that have gone silent; its client would wait for ever."
-    import httpx2
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-    def client():
-        c = default_client_factory()
-        c.timeout = httpx2.Timeout(seconds)
-        return c
-    set_client_factory(client)
 
 def quiet_libraries():
     "No progress bars, and no advice that doesn't concern the user."

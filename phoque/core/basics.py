@@ -13,9 +13,9 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'asking_hub',
            'safe_path', 'read_json', 'check_data_files', 'front_matter', 'md_text', 'private_files', 'masked',
-           'refuse_secrets', 'refuse_addresses', 'begin_command', 'check_range', 'check_output', 'command',
-           'check_extra', 'option_parser', 'bound_requests', 'shell_command', 'quiet_libraries', 'base_dtype',
-           'reading', 'warn_custom_code', 'read_header']
+           'refuse_secrets', 'refuse_addresses', 'begin_command', 'check_range', 'check_output', 'bound_requests',
+           'command', 'check_extra', 'option_parser', 'shell_command', 'quiet_libraries', 'base_dtype', 'reading',
+           'warn_custom_code', 'read_header']
 
 # %% ../../nbs/core/basics.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -276,6 +276,20 @@ def check_output(
     except OSError as e:
         raise UserError(name, f"{str(path)!r} can't be written ({e.strerror})", "name a file in a folder of yours") from None
 
+# %% ../../nbs/core/basics.ipynb #ecda0bb1
+def bound_requests(
+    seconds:float=120.0, # Of silence
+):
+    "End requests to the Hub that have gone silent; its client would wait for ever."
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+    def client():
+        c = default_client_factory()
+        c.timeout = httpx2.Timeout(seconds)
+        return c
+    set_client_factory(client)
+
 # %% ../../nbs/core/basics.ipynb #cf73ce34
 _OF_A_FILE = {getattr(errno, e) for e in
     'EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENAMETOOLONG EISDIR ENOTDIR ENOENT EEXIST ELOOP'.split()}
@@ -290,6 +304,7 @@ def command(
     try:
         try:
             begin_command(argv)
+            bound_requests(60)
             yield
         finally: sys.stdout.flush()
     except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
@@ -346,20 +361,6 @@ def option_parser(
     if examples: p.epilog = '\n  '.join(['examples:', *examples])
     return p
 
-# %% ../../nbs/core/basics.ipynb #ecda0bb1
-def bound_requests(
-    seconds:float=120.0, # Of silence
-):
-    "End requests to the Hub that have gone silent; its client would wait for ever."
-    import httpx2
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-    def client():
-        c = default_client_factory()
-        c.timeout = httpx2.Timeout(seconds)
-        return c
-    set_client_factory(client)
-
 # %% ../../nbs/core/basics.ipynb #21809257
 def shell_command(
     name:str, # As it is typed, such as `phoque_merge`
@@ -380,7 +381,6 @@ def shell_command(
             with command(name, sys.argv[1:] if typed else (), errors):
                 if typed: kwargs = parsed(func)
                 if extra: check_extra(extra)
-                bound_requests(60)
                 return func(*args, **kwargs)
         return run
     return decorate

@@ -100,7 +100,8 @@ def audit_model(
     def one(r):
         actual = excerpt(r['actual']) if isinstance(r['actual'], str) else r['actual']
         return finding(r['what'], actual, r['ok']!=False, f"should be {r['asked']}: no run trains this model as asked")
-    return [finding('model', f"{base['id']} at {(base['revision'] or 'no commit')[:8]}"), *map(one, rows)]
+    at = f" at {base['revision'][:8]}" if base['revision'] else ', a folder here'
+    return [finding('model', f"{base['id']}{at}"), *map(one, rows)]
 
 # %% ../../nbs/jobs/doctor.ipynb #2138564a
 def audit_dataset(

@@ -8,7 +8,7 @@ import os, shlex, shutil, subprocess, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
-from ..core.basics import (UserError, bound_requests, command, check_data_files, excerpt, hub_problem, printable, read_json,
+from ..core.basics import (UserError, command, check_data_files, excerpt, hub_problem, printable, read_json,
     refuse_addresses, refuse_secrets, text_table)
 from ..core.curve import wandb_url
 from .plan import STRANGE, check_timeout, find_flavor, price_today, run_plan, show_plan
@@ -190,7 +190,6 @@ def preflight(
     "Ask the Hub what the job will ask it; the first thing that is wrong is an error."
     from huggingface_hub import HfApi
     check_secrets(c)
-    bound_requests(60)
     api = HfApi()
     with checking('the account of HF_TOKEN'): me = check_account(api.whoami())
     role = token_role(me)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re, shlex, sys, time, unicodedata
 from fastcore.basics import patch
 from ..job import RESUBMIT, printable_lines
-from ..core.basics import UserError, bound_requests, excerpt, hub_problem, shell_command
+from ..core.basics import UserError, excerpt, hub_problem, shell_command
 from ..resume import parse_duration
 from .plan import STRANGE, price_per_hour
 from .script import JOB_LABEL
@@ -390,7 +390,6 @@ def watch_cli(
 ):
     "Follow a job, and run it again until the run is complete or a budget is reached. Ctrl-C leaves the job running."
     from huggingface_hub import HfApi
-    bound_requests(60)
     api,view = HfApi(),View()
     try:
         if budget_jobs<1: raise UserError("budget_jobs", f"{budget_jobs} is out of range", "give at least 1")
