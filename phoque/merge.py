@@ -8,7 +8,7 @@ import errno,json,math,os,re,shutil,subprocess,sys,zlib
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
-from .core.basics import UserError, excerpt, hub_problem, log, read_header, read_json, reading, safe_path
+from .core.basics import UserError, excerpt, hub_problem, log, printable, read_header, read_json, reading, safe_path
 from .chat.templates import check_vocabulary, open_tokenizer, vocabulary_size
 from .model_qlora import check_model_config, check_size, weight_files
 
@@ -201,6 +201,11 @@ def _read_factors(self:LoraAdapter): # module → (A, B)
             raise UserError(f"adapter `{self.src}`",
                 f"`{n}` has rank {got[0]} in A and {got[1]} in B, its config says {r}", "fetch it again")
     if not pairs: raise UserError(f"adapter `{self.src}`", "it is empty", "name another")
+    asked = self.config.get('target_modules')
+    more = [n for n in pairs if isinstance(asked, list) and not any(f'.{n}'.endswith(f'.{t}') for t in asked)]
+    if more:
+        raise UserError(f"adapter `{self.src}`",
+            f"it has weights for `{printable(more[0])}`, which its target_modules don't name", "fetch it again")
     if not any(p['B'].any() for p in pairs.values()):
         log.warning("adapter `%s` has only zeros in lora_B: it was never trained, a merge changes nothing.", self.src)
     return {n:(p['A'],p['B']) for n,p in pairs.items()}
@@ -562,7 +567,6 @@ def merge_adapters(
     dither:bool=False, # Round at random instead of to the nearest (keeps small changes, see Fidelity)
 )->dict: # `tensors` changed, `relative_rounding` of the change, and what went in
     "Write base + the sum of weight·ΔW as one standalone model, streaming."
-    check_room(Path(out), 0) # before anything is fetched
     ads = [(LoraAdapter(a),check_weight(w)) for a,w in adapters]
     if not ads: raise UserError("--adapter", "no adapter given", "name at least one")
     src,out = local_folder(base),Path(out)
@@ -570,6 +574,7 @@ def merge_adapters(
     for d in (src, *folders):
         if out.resolve().is_relative_to(d.resolve()):
             raise UserError(out, f"it is inside {d}, which is only read", "name a folder elsewhere")
+    check_room(out, 0) # before weights are read
     shards = read_base(src)
     plan = merge_plan(shards, ads, tied=_is_tied(src))
     model_class(src)
@@ -775,7 +780,9 @@ def check_fidelity(
     kl:float=1e-3, # Largest mean divergence, nats a token
 )->dict: # The report
     "Refuse a merge that is further from its adapter than `kl`."
-    if not report['kl']<=kl: # `not <=` so that NaN fails
+    if not math.isfinite(report['kl']):
+        raise UserError("the merge", "it, or its base, computes no numbers: weights are damaged", "fetch the base and the adapter again")
+    if report['kl']>kl:
         raise UserError("the merge",
             f"it differs from adapter-on-base by {report['kl']:.3g} nats a token (bound {kl:g}), "
             "so nothing is published",

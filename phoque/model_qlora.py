@@ -591,7 +591,10 @@ def audit(
     linear = [n.split('.')[-1] for n in language_layers(bare)]
     rows = _layer_rows(model, linear, targets, load_in_4bit) + _model_rows(model, tok, attn_implementation)
     facts = _model_facts(model, tok, targets)
-    if ask: facts['it says'] = '{!r}; perplexity of the right answer {:,.1f}'.format(*sanity_line(model, tok))
+    if ask:
+        said,perplexity = sanity_line(model, tok)
+        facts['it says'] = f'{said!r}; perplexity of the right answer {perplexity:,.1f}'
+        rows.append(('computes numbers', True, math.isfinite(perplexity)))
     checked = [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows]
     return checked + [dict(what=w, asked='', actual=b, ok='') for w,b in facts.items()]
 

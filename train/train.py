@@ -1483,15 +1483,26 @@ def begin_command(
         refuse_secrets(**{flag:value})
 
 def bound_requests(
-    seconds:float=120.0, # Of silence
+    seconds:float=120.0, # Of silence; and in all, where the answer is one of the API's
 ):
-    "End requests to the Hub that have gone silent; its client would wait for ever."
+    "End requests to the Hub that don't end; its client would wait for ever."
     import httpx2
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
+    def read_whole(response): # of the API's answers, which are small; files are streamed
+        if not response.request.url.path.startswith('/api/'): return
+        if 'event-stream' in response.headers.get('content-type', ''): return # a job's log
+        parts,size,start = [],0,time.monotonic()
+        for part in response.iter_bytes():
+            parts.append(part)
+            size += len(part)
+            if size>MOST_JSON or time.monotonic()-start>seconds:
+                raise httpx2.ReadTimeout(f'an answer without an end ({size:,} bytes)', request=response.request)
+        response._content = b''.join(parts) # as its `read` does
     def client():
         c = default_client_factory()
         c.timeout = httpx2.Timeout(seconds)
+        c.event_hooks['response'].append(read_whole)
         return c
     set_client_factory(client)
 
@@ -1512,6 +1523,9 @@ def command(
             yield
         finally: sys.stdout.flush()
     except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
+    except KeyboardInterrupt:
+        print(f'{name}: interrupted', file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError: # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -1595,7 +1609,8 @@ def read_header(
     path = Path(path)
     if not path.is_file(): raise UserError(path.name, "it is no file", "fetch it again")
     try:
-        with safe_open(path, 'np'): pass
+        with path.open('rb'), safe_open(path, 'np'): pass
+    except PermissionError: raise UserError(path.name, "this account may not read it", "change its permissions") from None
     except (SafetensorError, OSError) as e: raise UserError(path.name, f"it is truncated or no safetensors file ({excerpt(e, 80)})", "fetch it again") from None
     with path.open('rb') as f:
         n = int.from_bytes(f.read(8), 'little')
@@ -3038,7 +3053,10 @@ def audit(
     linear = [n.split('.')[-1] for n in language_layers(bare)]
     rows = _layer_rows(model, linear, targets, load_in_4bit) + _model_rows(model, tok, attn_implementation)
     facts = _model_facts(model, tok, targets)
-    if ask: facts['it says'] = '{!r}; perplexity of the right answer {:,.1f}'.format(*sanity_line(model, tok))
+    if ask:
+        said,perplexity = sanity_line(model, tok)
+        facts['it says'] = f'{said!r}; perplexity of the right answer {perplexity:,.1f}'
+        rows.append(('computes numbers', True, math.isfinite(perplexity)))
     checked = [dict(what=w, asked=a, actual=b, ok=a==b) for w,a,b in rows]
     return checked + [dict(what=w, asked='', actual=b, ok='') for w,b in facts.items()]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, os, subprocess, sys, time
 from importlib.util import find_spec
 from pathlib import Path
-from ..core.basics import UserError, base_dtype, quiet_libraries, shell_command, text_table
+from ..core.basics import UserError, base_dtype, check_range, quiet_libraries, shell_command, text_table
 from ..model_qlora import LORA_TARGETS, SUCCESSOR_SHAPE, add_lora, base_config, choose_attention, load_model
 from ..parallel.ranks import Ranks
 from ..train import TrainConfig, collate_packed, make_trainer, pack_dataset
@@ -348,7 +348,11 @@ def bench_cli(
     if 'unsloth' in names and not find_spec('unsloth'):
         names.remove('unsloth')
         print('unsloth is not installed: it is left out')
-    turns = bench_order(names, *([int(n) for n in o.split(',')] for o in (rows, gpus)))
+    check_range('--steps', steps, 6, 100_000)
+    def numbers(flag, text):
+        try: return [int(n) for n in text.split(',')]
+        except ValueError: raise UserError(flag, f"{text!r} are no whole numbers", "give some, with commas between") from None
+    turns = bench_order(names, numbers('--rows', rows), numbers('--gpus', gpus))
     cards = own_cards(max(g for *_,g in turns))
     quiet_libraries()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores, no GPU'

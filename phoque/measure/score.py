@@ -4,7 +4,7 @@
 
 # %% ../../nbs/measure/score.ipynb #8ab7f044
 from __future__ import annotations
-import hashlib, json, random, re, time
+import hashlib, json, math, random, re, time
 from pathlib import Path
 from ..core.basics import UserError, base_dtype, check_output, check_range, printable, shell_command
 from ..chat.labels import encode_prompt
@@ -187,6 +187,7 @@ def evaluate(
         said = continuations(model, tok, prompts, k, persona=persona, seed=seed, weight=weight)
         flat = [t for ts in said for t in ts]
         with adapter_weight(model, weight): ppl = perplexity(model, benign)
+        if not math.isfinite(ppl): raise UserError(f"the model ({name})", "it computes no numbers: its weights are damaged", "fetch it again")
         scores = scorer.score(flat).reshape(len(said), k)
         variety = {f'distinct_{n}': distinct_n(flat, n) for n in (1,2,3)}
         return dict(name=name) | rtp_measures(scores) | dict(perplexity=ppl) | variety
@@ -248,6 +249,8 @@ def eval_cli(
     check_range('--k', k, 1, 10_000)
     check_output('--out', out)
     texts,(m,tok) = eval_prompts(prompts, n, seed),load_adapted_model(base_model, adapter)
+    most,longest = m.config.get_text_config().max_position_embeddings,max(len(tok(t).input_ids) for t in texts)
+    if longest>most: raise UserError("--prompts", f"one has {longest:,} tokens, and the model reads {most:,}", "leave it out")
     judge = load_scorer(scorer)
     rows = evaluate(m, tok, texts, judge, k, system_prompt or None, seed)
     prompts_sha256 = hashlib.sha256('\n'.join(texts).encode()).hexdigest()
