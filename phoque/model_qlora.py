@@ -12,7 +12,7 @@ from .chat.templates import chat_format, vocabulary_size
 from .chat.labels import encode_chats, encode_prompt
 
 # %% auto #0
-__all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'MOST_LABELS', 'STATEFUL', 'LORA_TARGETS', 'FAST_LAYERS',
+__all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'MOST_LABELS', 'STATEFUL', 'LORA_TARGETS', 'JOINED', 'FAST_LAYERS',
            'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'weight_files', 'check_model_config', 'check_weights', 'resolve_base',
            'check_private', 'private_repo', 'check_layers', 'language_layers', 'decoder_layers', 'base_config',
            'check_size', 'say_unquantised', 'load_model', 'lora_targets', 'resolve_targets', 'add_lora',
@@ -360,6 +360,9 @@ def lora_targets(
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
 # %% ../nbs/01_model_qlora.ipynb #dd6476c6
+JOINED = {t:('qkv_proj','query_key_value') for t in ('q_proj','k_proj','v_proj')} # some families have one for all
+JOINED |= {t:('gate_up_proj',) for t in ('gate_proj','up_proj')}
+
 def resolve_targets(
     model, # Without an adapter; on the meta device, too
     targets:tuple, # From `lora_targets`
@@ -369,6 +372,7 @@ def resolve_targets(
     linear = {n.split('.')[-1] for n in layers}
     others = {n.split('.')[-1] for n,_ in model.get_decoder().named_modules() if n not in layers}
     names = linear-others # a name that is also something else's isn't taken
+    targets = {next((j for j in JOINED.get(t, ()) if t not in names and j in names), t) for t in targets}
     if missing := set(targets)-names-{'all-linear'}:
         raise UserError("lora_target_modules",
             f"{model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}",

@@ -2834,6 +2834,10 @@ def lora_targets(
             f"name some of {','.join(LORA_TARGETS)}, or all-linear")
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
+JOINED = {t:('qkv_proj','query_key_value') for t in ('q_proj','k_proj','v_proj')} # some families have one for all
+
+JOINED |= {t:('gate_up_proj',) for t in ('gate_proj','up_proj')}
+
 def resolve_targets(
     model, # Without an adapter; on the meta device, too
     targets:tuple, # From `lora_targets`
@@ -2843,6 +2847,7 @@ def resolve_targets(
     linear = {n.split('.')[-1] for n in layers}
     others = {n.split('.')[-1] for n,_ in model.get_decoder().named_modules() if n not in layers}
     names = linear-others # a name that is also something else's isn't taken
+    targets = {next((j for j in JOINED.get(t, ()) if t not in names and j in names), t) for t in targets}
     if missing := set(targets)-names-{'all-linear'}:
         raise UserError("lora_target_modules",
             f"{model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}",

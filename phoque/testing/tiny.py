@@ -11,8 +11,8 @@ from fastcore.basics import patch
 from ..core.basics import log
 
 # %% auto #0
-__all__ = ['TINY_OPTIONS', 'cache_folder', 'smollm2', 'tiny_model', 'kept_log', 'run_command', 'interpret_bf16', 'berth_chat',
-           'TinyRuns']
+__all__ = ['TINY_OPTIONS', 'cache_folder', 'smollm2', 'tiny_model', 'family_tokenizer', 'kept_log', 'run_command',
+           'interpret_bf16', 'berth_chat', 'TinyRuns']
 
 # %% ../../nbs/testing/tiny.ipynb #9464d110
 def _convert_gguf(src, gguf, dest):
@@ -73,6 +73,23 @@ def tiny_model(
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tok.save_pretrained(folder)
     return str(folder)
+
+# %% ../../nbs/testing/tiny.ipynb #1141f593
+def family_tokenizer(
+    template:str, # Chat template
+    eos:str='</s>', # What the tokenizer calls its end-of-sequence token
+): # `PreTrainedTokenizerFast`
+    "SmolLM2's tokenizer with another family's chat template and control tokens."
+    import re
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    control = r'<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|<(?:start|end)_of_turn>|<\|?turn\|?>|\[/?[A-Z_]{3,20}\]'
+    names = dict.fromkeys(['<s>', '</s>', eos, *re.findall(control, template)])
+    rust = Tokenizer.from_str(AutoTokenizer.from_pretrained(smollm2()).backend_tokenizer.to_str())
+    rust.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in names])
+    tok = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token='<s>', eos_token=eos, unk_token='<|endoftext|>')
+    tok.chat_template = template
+    return tok
 
 # %% ../../nbs/testing/tiny.ipynb #54e40f12
 @contextmanager
