@@ -2315,13 +2315,17 @@ def _say_opening(
     for t in tok.added_tokens_decoder.values(): text = text.replace(t.content, ' ')
     if len(text.split())>2: log.info(f"its chat template opens conversations without a system turn with {excerpt(' '.join(text.split()), 80)!r}")
 
+@lru_cache(32)
+def _try_template(template, names, what): # once in a process, which takes a second
+    render_limited(template, dict(names), [PROBE], what)
+
 def _set_own_format(
     tok, # Tokenizer with a chat template of its own, changed
     folder:Path, # Of its files
     what:str, # How an error names it
 ):
-    names = {k:v for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
-    render_limited(tok.chat_template, names, [PROBE], f"{what}: its chat template")
+    names = tuple((k,v) for k,v in tok.special_tokens_map.items() if isinstance(v, str))
+    _try_template(tok.chat_template, names, f"{what}: its chat template")
     try:
         tok.chat_template,settled = settle_template(tok.chat_template)
         settled += skip_thoughts(tok)

@@ -5,6 +5,7 @@
 # %% ../../nbs/chat/templates.ipynb #77b5997f
 from __future__ import annotations
 import json, math, re, struct
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from ..core.basics import UserError, asking_hub, excerpt, log, printable, read_json, reading, warn_custom_code
@@ -417,13 +418,17 @@ def _say_opening(
     if len(text.split())>2: log.info(f"its chat template opens conversations without a system turn with {excerpt(' '.join(text.split()), 80)!r}")
 
 # %% ../../nbs/chat/templates.ipynb #c8095b74
+@lru_cache(32)
+def _try_template(template, names, what): # once in a process, which takes a second
+    render_limited(template, dict(names), [PROBE], what)
+
 def _set_own_format(
     tok, # Tokenizer with a chat template of its own, changed
     folder:Path, # Of its files
     what:str, # How an error names it
 ):
-    names = {k:v for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
-    render_limited(tok.chat_template, names, [PROBE], f"{what}: its chat template")
+    names = tuple((k,v) for k,v in tok.special_tokens_map.items() if isinstance(v, str))
+    _try_template(tok.chat_template, names, f"{what}: its chat template")
     try:
         tok.chat_template,settled = settle_template(tok.chat_template)
         settled += skip_thoughts(tok)

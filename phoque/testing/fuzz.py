@@ -79,7 +79,8 @@ def _small_tokenizer(folder):
     letters = Tokenizer(models.BPE(vocab, [], unk_token='<unk>'))
     letters.pre_tokenizer = pre_tokenizers.Split(Regex(r'\p{L}+|\s+'), 'isolated')
     letters.add_special_tokens([m for m in markers if m!='<unk>'])
-    template = '{{ messages[0].content }}'
+    template = "{% for m in messages %}<|im_start|>{{ m.role + ' ' + m.content }}<|im_end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
     tok = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token='<|im_end|>', chat_template=template)
     tok.save_pretrained(folder)
 
