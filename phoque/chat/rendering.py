@@ -140,6 +140,7 @@ def _begins(
     raise ValueError(f"turn {turn}: the chat template asks for an answer with {asked[-40:]!r}, "
         f"and writes one after {bare[-40:]!r}")
 
+# %% ../../nbs/chat/rendering.ipynb #9beab431
 @patch
 def answers(self:OwnFormat,
     messages:list, # Checked conversation
@@ -207,6 +208,7 @@ def first_token(self:OwnFormat,
     raise ValueError("the tokenizer joins the beginning of an answer with what the chat template writes before it: "
         "remove the white space there")
 
+# %% ../../nbs/chat/rendering.ipynb #f2b70a2e
 @patch
 def label(self:OwnFormat,
     e, # Encoding of a conversation

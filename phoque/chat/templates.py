@@ -127,6 +127,7 @@ def _writes_alike(
         return theirs==written(template, chat)
     return False
 
+# %% ../../nbs/chat/templates.ipynb #5cfaa046
 def chat_format(
     tok, # Tokenizer
     version:int=0, # Of its tekken.json or SentencePiece model; 0 where none is known
@@ -358,6 +359,7 @@ def _read_sentencepiece(
     mistral = isinstance(template, str) and chat_format(tok, version)!=OWN
     return (tok if mistral else open_tokenizer(folder, what)),version
 
+# %% ../../nbs/chat/templates.ipynb #cea6690a
 def _read_tokenizer(
     folder:Path, # With a tokenizer's files
     what:str, # How an error names it
@@ -400,6 +402,7 @@ def _declared_stops(
     ids = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
     return [t.content for i,t in tok.added_tokens_decoder.items() if i in ids]
 
+# %% ../../nbs/chat/templates.ipynb #b3e4e6eb
 def _end_answers(
     tok, # Tokenizer with a chat template of its own, changed
     end:str, # The token that ends an answer
@@ -454,6 +457,7 @@ def _set_mistral_format(
     tok.bos_token,tok.eos_token = FORMATS[name][1][:2]
     _set_pad(tok, FORMATS[name][1])
 
+# %% ../../nbs/chat/templates.ipynb #2b93dd33
 def load_tokenizer(
     path:str, # Hub id or local folder
     revision:str=None, # Commit of the Hub repo

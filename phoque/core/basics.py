@@ -108,6 +108,7 @@ def hub_problem(
     else: s = f"{hub} cannot be reached ({type(e).__name__})","check the network and HF_ENDPOINT"
     return UserError(printable(what), *s)
 
+# %% ../../nbs/core/basics.ipynb #b8c51da2
 @contextmanager
 def asking_hub(
     what:str, # What is asked for, such as "base model org/name"
