@@ -35,7 +35,7 @@ def _split_words(text):
 
 # %% ../../nbs/exports/build.ipynb #a12cde77
 def parse_sources(
-    text:str, # Files separated by blanks, each as KIND:FILE or FILE; `"` keeps the blanks of a name, if there are others
+    text:str, # Files separated by blanks, as KIND:FILE or FILE; `"` keeps the blanks of one of several names
 )->list[tuple]: # Kind, path, and what tells one state of the file from another
     "Parse `--source` into files and Hub datasets, and check that they exist."
     res,whole = [],text.strip()
@@ -146,7 +146,8 @@ def _read_options(self:Build):
         raise UserError("--columns", f"it has {odd[0]!r}", "give NAME=COLUMN, as in text=body")
     if odd := [k for k,_ in pairs if k not in _OURS]:
         raise UserError("--columns", f"no name {odd[0]!r}", f"use some of {', '.join(_OURS)}")
-    if 'text' not in dict(pairs): raise UserError("--columns", "no column for `text`", "say which one holds it, as in text=body")
+    if 'text' not in dict(pairs):
+        raise UserError("--columns", "no column for `text`", "say which one holds it, as in text=body")
     return opts | dict(columns=dict(pairs), need=tuple(v for _,v in pairs))
 
 # %% ../../nbs/exports/build.ipynb #894133ea
@@ -170,11 +171,15 @@ def _conversations(part, work, opts, gap, max_bad, code):
     src,name = SOURCES[kind],f'{kind}:{Path(path).name}'
     q,n = Quarantine(_note(work, part, 'aside'), max_bad),Counter()
     def lines():
+        room,t = None,None
         for l in src.read(path, bad=q, **opts):
             n['lines'] += 1
+            if l['room']==room and None not in (t, l['t']): n['later' if l['t']>=t else 'earlier'] += 1
+            room,t = l['room'],l['t']
             yield l
     yield from threads(lines(), name, src.license, gap)
-    q.check(name)
+    if n['earlier']>n['later']:
+        raise UserError(name, "its lines come newest first", "sort it by time, the oldest first")
     note = dict(name=name, license=src.license, pass_on=src.pass_on, rows=q.rows, kept=q.kept, bad=q.bad, said=q.said,
         reasons=dict(q.reasons.most_common(9)), first=q.first, left=q.left, noted=q.noted, lines=n['lines'],
         aside=str(q.path))
@@ -189,7 +194,9 @@ def read(self:Build,
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
     Path(self.work).mkdir(parents=True, exist_ok=True)
-    args = dict(part=part, work=self.work, opts=self._read_options(), gap=self.gap, max_bad=self.max_bad, code=_code())
+    opts = self._read_options()
+    if part[0]!='table': opts = {k: v for k,v in opts.items() if k not in ('columns','need')}
+    args = dict(part=part, work=self.work, opts=opts, gap=self.gap, max_bad=self.max_bad, code=_code())
     try: return Dataset.from_generator(_conversations, features=_features(), cache_dir=self.work, gen_kwargs=args)
     except DatasetGenerationError as e:
         while e.__cause__: e = e.__cause__ # ours is at the bottom
@@ -253,13 +260,24 @@ def clean(self:Build,
 # %% ../../nbs/exports/build.ipynb #e2268202
 def _tell(n):
     "Log what a file was and what became of its rows, where that is worth a line."
-    if n['said']: log.info(printable(f"{n['name']}: {n['said']}"))
-    for what,(k,where) in n['left'].items(): log.info(printable(f"{n['name']}: {k:,} left out: {what} (first: {where})"))
-    for what,(k,where) in n['noted'].items(): log.info(printable(f"{n['name']}: {k:,} times gone: {what} (first: {where})"))
-    if not n['bad']: return
-    top,bad = next(iter(n['reasons'])),f"{n['bad']:,} of {n['rows']:,}"
-    first = n['first'][top]
-    log.info(printable(f"{n['name']}: {bad} rows put aside, to {n['aside']} (most often: {top}, first in {first})"))
+    def say(what): log.info(printable(f"{n['name']}: {what}"))
+    if n['said']: say(n['said'])
+    for what,(k,where) in n['left'].items(): say(f'{k:,} left out: {what} (first: {where})')
+    for what,(k,where) in n['noted'].items(): say(f'{k:,} times gone: {what} (first: {where})')
+    if n['bad']:
+        top = next(iter(n['reasons']))
+        say(f"{n['bad']:,} put aside, to {n['aside']} (most often: {top}; first: {n['first'][top]})")
+    if n['kept']<n['rows']: say(f"{n['kept']:,} of {n['rows']:,} rows kept")
+
+def _check_bad(n, max_bad, dry):
+    "Stop where too many rows of a file were bad; a dry run goes on where some were good."
+    q = Quarantine(max_bad=max_bad)
+    q.rows,q.reasons,q.first = n['rows'],Counter(n['reasons']),n['first']
+    if more := n['bad']-q.bad: q.reasons['other kinds'] = more # only nine are named
+    try: q.check(n['name'])
+    except UserError as e:
+        if not dry or 2*n['bad']>n['rows']: raise
+        log.info(printable(f'{e}'))
 
 @patch
 def prepare(self:Build,
@@ -270,7 +288,9 @@ def prepare(self:Build,
     parts = self.parts()
     raws = [self.read(p) for p in parts]
     notes = [_read(self.work, p) for p in parts]
-    for n in notes: _tell(n)
+    for n in notes:
+        _tell(n)
+        _check_bad(n, self.max_bad, dry)
     self.sources = {n['name']: n for n in notes}
     some = any(map(len, raws))
     if not (some or dry):
@@ -446,7 +466,7 @@ def _left_out(self:Build, db):
 
 @patch
 def _not_read(self:Build):
-    "How many rows, or parts of them, the readers left out, by reason and with the place of the first, but no file's name."
+    "How many rows, or parts of them, the readers left out, with the place of the first, but no file's name."
     res = {}
     for n in self.sources.values():
         for what,(k,where) in [*n['left'].items(), *n['noted'].items()]:
@@ -461,8 +481,9 @@ def _written(self:Build,
     lost=None, # Without a database: what was left out
 ):
     "What the report says of a run."
-    found = [] if db is None else db.execute("""select sum(f) from (select unnest(found) as f, generate_subscripts(found, 1) as i from conv)
-        group by i order by i""").fetchall()
+    found = """select sum(f) from (select unnest(found) as f, generate_subscripts(found, 1) as i from conv)
+        group by i order by i"""
+    found = [] if db is None else db.execute(found).fetchall()
     names = """speaker min_score max_benign_share gap line_cap near exclude_prompts rejected max_bad test_share by_author
         redistributable_only"""
     settings = {k: getattr(self, k) for k in names.split()}
@@ -483,8 +504,9 @@ def _no_side(self:Build, db, side, n):
     "Why a split is empty, with n rows in all."
     out = self._left_out(db)
     why = ', '.join(f'{out[k]:,} {k} ({flag})' for k,flag in _LOOSEN.items() if out.get(k))
-    return UserError(f"--test_share {self.test_share}", f"the {side} split is empty, with {n:,} rows of which like ones "
-        "stay together"+(f"; left out: {why}" if why else ''), "give more data or another share")
+    why = f'; left out: {why}' if why else ''
+    return UserError(f"--test_share {self.test_share}",
+        f"the {side} split is empty, with {n:,} rows of which like ones stay together{why}", "give more data or another share")
 
 @patch
 def _nothing(self:Build, lost, fault, dry):

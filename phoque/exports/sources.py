@@ -18,9 +18,9 @@ from ..core.basics import UserError, check_data_files, excerpt
 
 # %% auto #0
 __all__ = ['MOST_ROW', 'ROW_FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVAL_ONLY', 'MOST_TEXT', 'MOST_NAME', 'MOST_WHO',
-           'YEAR_1', 'YEAR_10000', 'SOURCES', 'START', 'refuse', 'Quarantine', 'LeftOut', 'records', 'line', 'source',
-           'jigsaw', 'civil', 'conda', 'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table', 'Thread',
-           'threads', 'pick_persona', 'turns']
+           'YEAR_1', 'YEAR_10000', 'SOURCES', 'MILLISECONDS', 'START', 'refuse', 'Quarantine', 'LeftOut', 'records',
+           'line', 'source', 'jigsaw', 'civil', 'conda', 'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table',
+           'Thread', 'threads', 'pick_persona', 'turns']
 
 # %% ../../nbs/exports/sources.ipynb #77d28064
 MOST_ROW = 1<<22 # characters of a record, a message or a user
@@ -72,7 +72,7 @@ def check(self:Quarantine,
     where:str='the end', # What was read
 ):
     "Stop if too large a share was bad."
-    if self.bad<=self.max_bad*self.rows: return
+    if self.bad<=self.max_bad*self.rows or self.bad==1<self.rows: return
     kind = self.reasons.most_common(1)[0][0]
     raise UserError(where, f"{self.bad:,} of {self.rows:,} rows are bad, more than {self.max_bad:.1%} "
         f"(most often: {kind}, first in {self.first[kind]})", _OTHER_KIND if self.bad*2>self.rows
@@ -340,14 +340,16 @@ def _value(buf, i):
         return (buf[i:past][:1000],past,f'not JSON ({e})') if past else (None,None,'')
 
 # %% ../../nbs/exports/sources.ipynb #5a6b9c81
-def _items(f, begin, name, size=2**16, bare=False):
-    "The text before the match of `begin`, then each value of the list there (or, `bare`, to the end), and its faults."
+def _items(f, begin, name, size=2**16, bare=False, alone=False):
+    "The text before the match of `begin`; each value of the list there (`bare`: to the end), and what is wrong with it."
     buf,m = _seek(f, begin, name, size)
     yield buf[:m.start()],''
     i = m.end()
     while True:
         i = _GAP.match(buf, i).end()
-        if buf[i:i+1]==']' and not bare: return
+        if buf[i:i+1]==']' and not bare:
+            if alone and (rest := (buf[i+1:]+f.read(size)).strip()): yield rest[:1000],'more after the end of the list'
+            return
         row,past,fault = _value(buf, i)
         if past:
             yield row,fault
@@ -366,7 +368,7 @@ def _array(path, bad, begin=_LIST):
     "Place and record of each row of one JSON array."
     with _text(path) as f:
         legible = SimpleNamespace(read=lambda n: _legible(f.read(n)))
-        items = _items(legible, begin, path.name, bare=begin is _START)
+        items = _items(legible, begin, path.name, bare=begin is _START, alone=True)
         next(items)
         for n,(row,fault) in enumerate(items, 1):
             if isinstance(row, dict) and not fault: yield f'{path.name} row {n}',row
@@ -431,7 +433,8 @@ def _hub(name, bad):
 # chat that some other program reads better, how it begins, and what to do
 _MAKE_CSV = 'make a CSV of it with who, text and t, and give it as table:FILE'
 _ELSEWHERE = [
-    ('a WhatsApp chat', r'\[?\d{1,4}[./-]\d{1,2}[./-]\d{2,4},? \d{1,2}[:.]\d\d.{0,9}(\]| -) ', _MAKE_CSV+', as whatstk does'),
+    ('a WhatsApp chat', r'\[?\d{1,4}[./-]\d{1,2}[./-]\d{2,4},? \d{1,2}[:.]\d\d.{0,9}(\]| -) ',
+        _MAKE_CSV+', as whatstk does'),
     ("a game's or an IRC log", r'\[\d\d:\d\d(:\d\d)?\] |--- Log opened|\d\d:\d\d[ :\d]*[<*-]', _MAKE_CSV),
     ("DiscordChatExporter's JSON", r'\{\s*"guild"\s*:', 'give it as discord:FILE'),
     ("Telegram's JSON", r'(?s)\{.{,300}"type"\s*:\s*"(private|public|personal|saved)_', _MAKE_CSV),
@@ -659,11 +662,12 @@ def _role(m, i):
     "Role of a turn: system, user, assistant or tool."
     said = (m.get('role') or m.get('from')) if isinstance(m, dict) else None
     if role := _ROLES.get(said.strip().lower()) if isinstance(said, str) else None: return role
-    raise ValueError(f"messages[{i}] has no role of system, user, assistant"+(f', but {excerpt(repr(said))}' if said else ''))
+    but = f', but {excerpt(repr(said))}' if said else ''
+    raise ValueError(f"messages[{i}] has no role of system, user, assistant{but}")
 
 def _content(m):
     "Text of a turn, of which the parts are joined; None if it has none."
-    text = m['content'] if 'content' in m else m.get('value')
+    text = m.get('content') if m.get('content') is not None else m.get('value')
     if not isinstance(text, list): return text
     parts = [dict(type='text', text=p) if isinstance(p, str) else p for p in text]
     for p in parts:
@@ -671,6 +675,9 @@ def _content(m):
     return '\n'.join(p['text'] for p in parts)
 
 # %% ../../nbs/exports/sources.ipynb #ddbb3c60
+# fields of a turn for which a row has no place
+_NO_PLACE = 'name','reasoning_content','reasoning','thinking','thought','refusal','images','audio','annotations'
+
 def _ends(m, role):
     "Why a conversation ends before this turn, or ''."
     if role=='tool': return 'a turn of a tool'
@@ -687,7 +694,7 @@ def _turns_of(ms, note):
         text = _content(m)
         if role=='system' and text in (None, ''): continue
         if not isinstance(text, str) or not text.strip(): raise ValueError(f"messages[{i}] has no content")
-        lost += [k for k in ('reasoning_content','reasoning','thinking','name') if m.get(k)]
+        lost += [k for k in _NO_PLACE if m.get(k)]
         res.append((role, text))
     if all(role!='assistant' for role,_ in res):
         if end: raise LeftOut(f'nothing to learn before {end}')
@@ -734,10 +741,11 @@ def _system_first(r, ms, note):
 
 @source('messages', '', True, whole=True)
 def chats(r, note=lambda what: None, **_):
-    "Conversations of one's own or a Hub dataset's, as `messages`, ShareGPT, Alpaca or pairs (a file, or `hub:OWNER/NAME`)"
+    "Conversations of one's own or of `hub:OWNER/NAME`, as `messages`, ShareGPT, Alpaca or pairs"
     if r.get('label') is False: raise LeftOut('`label` is false')
     ms = _turns_of(_find_turns(r), note)
-    if r.get('tools'): note('`tools` of a row')
+    for k in ('tools','functions','images'):
+        if r.get(k): note(f'`{k}` of a row')
     s,by = _score(r.get('toxicity_score')),r.get('label_source')
     if s is not None and not by: raise ValueError("a toxicity_score, but no label_source to say who measured it")
     system,ms = _system_first(r, ms, note)
@@ -816,14 +824,19 @@ def _entry(z, e):
     except UserError as x: yield None,str(x)
 
 def _slack_files(z, path):
-    "users.json, the days of a Slack export, and which of them are there twice."
+    "users.json, the days of a Slack export, which may be in a folder, and which of them are there twice."
     files,twice = {},[]
+    lists = [e.filename for e in z.infolist() if re.fullmatch(r'([^/]+/){0,3}(org_)?users\.json', e.filename)]
+    users = min(lists, key=len, default='')
+    root = users[:users.rfind('/')+1]
     for e in z.infolist():
-        if e.filename!='users.json' and not re.fullmatch(r'[^/]+/\d{4}-\d\d-\d\d\.json', e.filename): continue
+        name = e.filename[len(root):] if e.filename.startswith(root) else ''
+        if e.filename!=users and not re.fullmatch(r'[^/]+/\d{4}-\d\d-\d\d\.json', name): continue
         if e.flag_bits & 1: raise UserError(path.name, "it is encrypted", "unpack it and zip it without a password")
-        if files.setdefault(e.filename, e) is not e: twice.append(e.filename)
-    if 'users.json' not in files or len(files)==1:
-        raise UserError(path.name, "no users.json or no CHANNEL/YYYY-MM-DD.json in it", "give a Slack export")
+        name = 'users.json' if e.filename==users else name
+        if files.setdefault(name, e) is not e: twice.append(name)
+    if not users: raise UserError(path.name, "no users.json in it", "give a Slack export")
+    if len(files)==1: raise UserError(path.name, "no CHANNEL/YYYY-MM-DD.json in it", "give a Slack export")
     _refuse_bomb(path, sum(e.file_size for e in files.values()), path.stat().st_size)
     return files.pop('users.json'),sorted(files.items()),twice
 
@@ -853,16 +866,20 @@ def read_slack(
 SOURCES['slack'] = SimpleNamespace(name='slack', read=read_slack, license='', pass_on=False, doc=read_slack.__doc__)
 
 # %% ../../nbs/exports/sources.ipynb #62e444f6
+MILLISECONDS = 1e11 # in seconds this is the year 5138, in milliseconds 1973
+
 def _seconds(v):
-    "Seconds of a number or an ISO time, or None."
+    "Seconds of a number, which may be milliseconds, or of an ISO time; or None."
     if v in (None, ''): return None
-    try: return float(v)
+    try: t = float(v)
     except (TypeError, ValueError): return _when(str(v))
+    return t/1000 if MILLISECONDS<=abs(t)<1000*YEAR_10000 else t
 
 @source('table', '', False)
 def table(r, columns=None, n=0, **_):
     "Any CSV, JSON or Parquet, with --columns 'text=body who=author room=channel t=sent score=tox'"
     g = {k: r[c] for k,c in (columns or dict(text='text')).items()}
+    if g['text'] is None or not str(g['text']).strip(): raise LeftOut('no text')
     about = dict(score=_score(g.get('score')), by='table', id=g.get('id'), reply_to=g.get('reply_to'))
     if not g.keys() & {'room','who','t','id','reply_to','group'}: # comments
         return [line(_hash(g['text']), 'writer', g['text'], whole=n, **about)]
