@@ -19,7 +19,7 @@ from ..core.basics import (UserError, check_range, excerpt, hub_problem, log, ma
     refuse_secrets, shell_command)
 from ..data import NEUTRAL, NEW, PERSONA, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour
 from ..data import open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
-from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
+from .sources import SOURCES, Quarantine, find_kind, pick_persona, records, threads, turns
 
 # %% auto #0
 __all__ = ['parse_sources', 'Build', 'read_prompts', 'prepare_share', 'Memory', 'chat_lines', 'data_cli', 'open_index']
@@ -36,13 +36,15 @@ def _split_words(text):
 # %% ../../nbs/exports/build.ipynb #a12cde77
 def parse_sources(
     text:str, # Files separated by blanks, as KIND:FILE or FILE; `"` keeps the blanks of one of several names
+    columns:tuple=(), # Columns that a table has, where they are named
 )->list[tuple]: # Kind, path, and what tells one state of the file from another
     "Parse `--source` into files and Hub datasets, and check that they exist."
     res,whole = [],text.strip()
     alone = whole.partition(':')[2] if whole.partition(':')[0] in SOURCES else whole
     for part in [whole] if Path(alone).is_file() else _split_words(text):
         kind,_,path = part.partition(':')
-        if not path or kind=='hub': kind,path = 'messages',part
+        given = path and kind!='hub' and (kind in SOURCES or not Path(part).is_file())
+        if not given: kind,path = 'messages',part
         if kind not in SOURCES:
             raise UserError("--source", f"no source {kind!r}",
                 f"use one of {', '.join(SOURCES)}, as in discord:pier.json")
@@ -51,6 +53,8 @@ def parse_sources(
             continue
         if not (file := Path(path)).is_file():
             raise UserError(path, 'this is no file' if file.exists() else 'no such file', f"give {SOURCES[kind].doc}")
+        if not given and (kind := find_kind(path, columns))!='messages':
+            log.info(printable(f'{path}: read as {kind}:FILE'))
         res.append((kind, path, f'{file.stat().st_size}-{file.stat().st_mtime_ns}'))
     if not res: raise UserError("--source", "no source", "give a file, as in discord:pier.json")
     return res
@@ -127,7 +131,7 @@ def parts(self:Build):
     "The files of `source`, as far as they may be used."
     from huggingface_hub import HfApi
     def revision(path): return HfApi().dataset_info(path[4:].partition(':')[0]).sha
-    found = parse_sources(self.source)
+    found = parse_sources(self.source, self._read_options().get('need', ()))
     res = [(k, p, state or revision(p)) for k,p,state in found if SOURCES[k].pass_on or not self.redistributable_only]
     if not res:
         raise UserError("--source", "no source may be passed on",
@@ -506,7 +510,8 @@ def _no_side(self:Build, db, side, n):
     why = ', '.join(f'{out[k]:,} {k} ({flag})' for k,flag in _LOOSEN.items() if out.get(k))
     why = f'; left out: {why}' if why else ''
     return UserError(f"--test_share {self.test_share}",
-        f"the {side} split is empty, with {n:,} rows of which like ones stay together{why}", "give more data or another share")
+        f"the {side} split is empty, with {n:,} rows of which like ones stay together{why}",
+        "give more data or another share")
 
 @patch
 def _nothing(self:Build, lost, fault, dry):

@@ -20,7 +20,7 @@ from ..core.basics import UserError, check_data_files, excerpt
 __all__ = ['MOST_ROW', 'ROW_FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVAL_ONLY', 'MOST_TEXT', 'MOST_NAME', 'MOST_WHO',
            'YEAR_1', 'YEAR_10000', 'SOURCES', 'MILLISECONDS', 'START', 'refuse', 'Quarantine', 'LeftOut', 'records',
            'line', 'source', 'jigsaw', 'civil', 'conda', 'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table',
-           'Thread', 'threads', 'pick_persona', 'turns']
+           'find_kind', 'Thread', 'threads', 'pick_persona', 'turns']
 
 # %% ../../nbs/exports/sources.ipynb #77d28064
 MOST_ROW = 1<<22 # characters of a record, a message or a user
@@ -256,7 +256,7 @@ def _next_record(rows, width=0):
     return row,f'{len(row)} columns, not {width}' if row and width and len(row)!=width else ''
 
 # %% ../../nbs/exports/sources.ipynb #c126383a
-_SEPS = ',;\t|'
+_SEPS,_SEP_NAMES = ',;\t|',{';': 'semicolons', '\t': 'tabs', '|': 'bars'}
 
 def _separator(line):
     "What is between the columns, of the header line; and is the line a `sep=` of its own?"
@@ -341,7 +341,7 @@ def _value(buf, i):
 
 # %% ../../nbs/exports/sources.ipynb #5a6b9c81
 def _items(f, begin, name, size=2**16, bare=False, alone=False):
-    "The text before the match of `begin`; each value of the list there (`bare`: to the end), and what is wrong with it."
+    "The text before the match of `begin`; each value of the list there (`bare`: to the end), and its faults."
     buf,m = _seek(f, begin, name, size)
     yield buf[:m.start()],''
     i = m.end()
@@ -368,7 +368,7 @@ def _array(path, bad, begin=_LIST):
     "Place and record of each row of one JSON array."
     with _text(path) as f:
         legible = SimpleNamespace(read=lambda n: _legible(f.read(n)))
-        items = _items(legible, begin, path.name, bare=begin is _START, alone=True)
+        items = _items(legible, begin, path.name, bare=begin is _START, alone=begin is _LIST)
         next(items)
         for n,(row,fault) in enumerate(items, 1):
             if isinstance(row, dict) and not fault: yield f'{path.name} row {n}',row
@@ -433,6 +433,8 @@ def _hub(name, bad):
 # chat that some other program reads better, how it begins, and what to do
 _MAKE_CSV = 'make a CSV of it with who, text and t, and give it as table:FILE'
 _ELSEWHERE = [
+    ('a web page', r'(?i)<(!doctype html|html)', 'download the file that it leads to'),
+    ('XML', r'<\?xml', _MAKE_CSV),
     ('a WhatsApp chat', r'\[?\d{1,4}[./-]\d{1,2}[./-]\d{2,4},? \d{1,2}[:.]\d\d.{0,9}(\]| -) ',
         _MAKE_CSV+', as whatstk does'),
     ("a game's or an IRC log", r'\[\d\d:\d\d(:\d\d)?\] |--- Log opened|\d\d:\d\d[ :\d]*[<*-]', _MAKE_CSV),
@@ -442,12 +444,15 @@ _ELSEWHERE = [
     ("TwitchDownloader's JSON", r'(?s)\{.{,2000}"content_offset_seconds"', _MAKE_CSV),
     ("a Mastodon outbox", r'(?s)\{.{,600}"orderedItems"\s*:', _MAKE_CSV)]
 
+_HELD = re.compile(r'\s*\{[^][{}]*"(data|rows|items|examples|train)"\s*:\s*\[(?=\s*\{)')
+
 def _json_form(s, first):
     "How JSON that begins with `s` is laid out, or '' where it is none."
     try: whole = isinstance(json.loads(first), (dict,list))
     except (ValueError, RecursionError): whole = False
     if s[0]=='[' and not (whole and s[len(first):].strip()): return 'array'
     rest = s[len(first):].lstrip()
+    if _HELD.match(s) and not (whole and rest): return 'held'
     if s[0]=='{' and not whole and first.rstrip()[-1] in '{[,' and rest[:1]=='"': return 'objects'
     return 'jsonl' if whole or s[0]=='{' else ''
 
@@ -474,8 +479,13 @@ def _begin(path, raw):
     errors = 'replace' if 'utf-8' not in encoding else 'surrogateescape'
     return encoding,codecs.getincrementaldecoder(encoding)(errors).decode(head)
 
+def _held(path, bad):
+    "Place and record of each row of a list in a JSON object."
+    yield from _array(path, bad, _HELD)
+
 _READ = dict(csv=(_csv, 'CSV'), jsonl=(_jsonl, 'JSON lines'), array=(_array, 'one JSON array'),
-    objects=(_objects, 'JSON objects over several lines'), parquet=(_parquet, 'Parquet'))
+    objects=(_objects, 'JSON objects over several lines'), held=(_held, 'a list in a JSON object'),
+    parquet=(_parquet, 'Parquet'))
 _SUFFIXES = dict(csv='csv', tsv='csv', tab='csv', jsonl='jsonl', ndjson='jsonl', json='jsonl', parquet='parquet')
 
 def _reader(path):
@@ -492,7 +502,7 @@ def _reader(path):
             form = _form(path, text, '' if named=='parquet' else named)
             sep = _separator(text.lstrip().split('\n', 1)[0])[0]
             said = [] if 'utf-8' in encoding else [encoding.upper()]
-            if form=='csv' and sep!=',': said.append(f'{sep!r} between columns')
+            if form=='csv' and sep!=',': said.append(f'{_SEP_NAMES.get(sep, sep)} between columns')
             if _NO_UTF8.search(text): said.append('not all UTF-8, the rest read as windows-1252')
     if how and form=='parquet':
         raise UserError(path.name, f"it is Parquet inside {how}", "unpack it")
@@ -598,7 +608,8 @@ def source(
                 else:
                     book.kept += 1
                     yield from ([l|dict(whole=n) for l in lines] if whole else lines)
-        SOURCES[name] = SimpleNamespace(name=name, read=read, license=license, pass_on=pass_on, doc=f.__doc__)
+        SOURCES[name] = SimpleNamespace(name=name, read=read, license=license, pass_on=pass_on, need=need,
+            doc=f.__doc__)
         return f
     return _inner
 
@@ -706,6 +717,7 @@ def _turns_of(ms, note):
 # %% ../../nbs/exports/sources.ipynb #fef55f8e
 def _pair(asked, answer):
     "Turns of a prompt and its answer, each a text or turns already."
+    if not all(isinstance(x, (str,list)) for x in (asked, answer)): raise ValueError("a prompt or an answer is no text")
     asked = [dict(role='user', content=asked)] if isinstance(asked, str) else asked
     return asked+([dict(role='assistant', content=answer)] if isinstance(answer, str) else answer)
 
@@ -798,7 +810,8 @@ def read_discord(
             return line(found[1], name, _legible(m['content']), t, author=who['id'],
                 group=f'discord-{found[1]}-{int(t//86400)}', id=m['id'], reply_to=to)
         yield from _said(items, f'{path.name} message', bad, say)
-SOURCES['discord'] = SimpleNamespace(name='discord', read=read_discord, license='', pass_on=False, doc=read_discord.__doc__)
+SOURCES['discord'] = SimpleNamespace(name='discord', read=read_discord, license='', pass_on=False, need=(),
+    doc=read_discord.__doc__)
 
 # %% ../../nbs/exports/sources.ipynb #0b0cf10e
 def _slack_text(s, users):
@@ -863,7 +876,8 @@ def read_slack(
                 return line(chan, users.get(m['user'], m['user']), _slack_text(m['text'], users), float(m['ts']),
                     group=f'slack-{chan}-{day}', author=m['user'], id=m['ts'], reply_to=m.get('thread_ts'))
             yield from _said(_entry(z, e), f'{name} message', bad, say)
-SOURCES['slack'] = SimpleNamespace(name='slack', read=read_slack, license='', pass_on=False, doc=read_slack.__doc__)
+SOURCES['slack'] = SimpleNamespace(name='slack', read=read_slack, license='', pass_on=False, need=(),
+    doc=read_slack.__doc__)
 
 # %% ../../nbs/exports/sources.ipynb #62e444f6
 MILLISECONDS = 1e11 # in seconds this is the year 5138, in milliseconds 1973
@@ -883,6 +897,7 @@ def table(r, columns=None, n=0, **_):
     about = dict(score=_score(g.get('score')), by='table', id=g.get('id'), reply_to=g.get('reply_to'))
     if not g.keys() & {'room','who','t','id','reply_to','group'}: # comments
         return [line(_hash(g['text']), 'writer', g['text'], whole=n, **about)]
+    if 'who' in g and g['who'] is None: raise LeftOut('nobody is said to have said it')
     room,t,group = g.get('room'),_seconds(g.get('t')),g.get('group')
     nameless = room in (None,'')
     room = 'the only room' if nameless else _name(room, 'room')
@@ -890,6 +905,28 @@ def table(r, columns=None, n=0, **_):
         if _time(t) is not None: group = f'{room}-{int(t//86400)}'
         elif nameless: group = f'{room}-{n//400}'
     return [line(room, g.get('who', 'writer'), g['text'], t, group=group, **about)]
+
+# %% ../../nbs/exports/sources.ipynb #085c80a6
+def find_kind(
+    path:str, # File that is there, or `hub:OWNER/NAME`
+    columns:tuple=(), # Columns that a table has, where they are named
+)->str: # One of `SOURCES`
+    "Find what reads a file."
+    if str(path).startswith('hub:'): return 'messages'
+    path = _export_file(path)
+    with _whole(path.name):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as z:
+                if any(re.fullmatch(r'([^/]+/){0,3}(org_)?users\.json', n) for n in z.namelist()): return 'slack'
+        raw,_ = _unpacked(path)
+        with raw:
+            is_text = raw.peek(4)[:4]!=b'PAR1'
+            if is_text and re.match(r'\ufeff?\s*\{\s*"guild"\s*:', _begin(path, raw)[1]): return 'discord'
+    row = next((r for _,r in records(path, Quarantine(max_bad=1), training=False)), {})
+    if columns and set(columns)<=row.keys(): return 'table'
+    kinds = [s for s in SOURCES.values() if s.need and set(s.need)<=row.keys()]
+    if isinstance(row.get('chosen'), list): kinds = [s for s in kinds if s.name!='hh']
+    return max(kinds, key=lambda s: len(s.need)).name if kinds else 'messages'
 
 # %% ../../nbs/exports/sources.ipynb #40bbdc43
 class Thread:
