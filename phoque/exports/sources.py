@@ -4,11 +4,13 @@
 
 # %% ../../nbs/exports/sources.ipynb #0730e96b
 from __future__ import annotations
-import csv, gzip, io, json, lzma, re, zipfile, zlib
+import bz2, codecs, csv, gzip, io, json, lzma, re, zipfile, zlib
 from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from fastcore.basics import patch
@@ -16,9 +18,9 @@ from ..core.basics import UserError, check_data_files, excerpt
 
 # %% auto #0
 __all__ = ['MOST_ROW', 'ROW_FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'TOO_LONG', 'EVAL_ONLY', 'MOST_TEXT', 'MOST_NAME', 'MOST_WHO',
-           'YEAR_1', 'YEAR_10000', 'SOURCES', 'START', 'refuse', 'Quarantine', 'records', 'line', 'source', 'jigsaw',
-           'civil', 'conda', 'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table', 'Thread', 'threads',
-           'pick_persona', 'turns']
+           'YEAR_1', 'YEAR_10000', 'SOURCES', 'MILLISECONDS', 'START', 'refuse', 'Quarantine', 'LeftOut', 'records',
+           'line', 'source', 'jigsaw', 'civil', 'conda', 'gosuai', 'hh', 'chats', 'read_discord', 'read_slack', 'table',
+           'find_kind', 'Thread', 'threads', 'pick_persona', 'turns']
 
 # %% ../../nbs/exports/sources.ipynb #77d28064
 MOST_ROW = 1<<22 # characters of a record, a message or a user
@@ -41,11 +43,14 @@ class Quarantine:
         max_bad:float=0.01, # Share of bad rows above which to stop, 0 to 1
     ):
         self.path,self.max_bad = path and Path(path),max_bad
-        self.rows,self.reasons = 0,Counter()
+        self.rows,self.kept,self.reasons = 0,0,Counter()
+        self.first,self.left,self.noted,self.said = {},{},{},''
         if self.path: self.path.unlink(missing_ok=True)
 
     def __call__(self, where, reason, row):
-        self.reasons[re.sub(r"[\d.]+|'[^']*'", '…', excerpt(reason))] += 1
+        kind = re.sub(r"[\d.]+|'[^']*'", '…', excerpt(reason))
+        self.reasons[kind] += 1
+        self.first.setdefault(kind, f'{where}')
         if self.path:
             said = dict(where=where, reason=excerpt(reason), row=row)
             try: text = json.dumps(said, default=str)
@@ -55,6 +60,8 @@ class Quarantine:
         if self.bad>=100: self.check(where)
 
 # %% ../../nbs/exports/sources.ipynb #5769b2ef
+_OTHER_KIND = "give a file of this kind, or name its kind and columns, as in table:FILE with --columns text=body"
+
 @patch(as_prop=True)
 def bad(self:Quarantine):
     "Bad rows so far."
@@ -65,9 +72,37 @@ def check(self:Quarantine,
     where:str='the end', # What was read
 ):
     "Stop if too large a share was bad."
-    if self.bad<=self.max_bad*self.rows: return
+    if self.bad<=self.max_bad*self.rows or self.bad==1<self.rows: return
+    kind = self.reasons.most_common(1)[0][0]
     raise UserError(where, f"{self.bad:,} of {self.rows:,} rows are bad, more than {self.max_bad:.1%} "
-        f"(most often: {self.reasons.most_common(1)[0][0]})", "correct the file or raise --max_bad")
+        f"(most often: {kind}, first in {self.first[kind]})", _OTHER_KIND if self.bad*2>self.rows
+        else "correct the file or raise --max_bad")
+
+# %% ../../nbs/exports/sources.ipynb #d671dbda
+class LeftOut(Exception):
+    "A row that is sound, and not to be learnt."
+
+@patch
+def leave_out(self:Quarantine,
+    where:str, # File and line
+    reason:str, # Why it isn't to be learnt
+):
+    "Count a row that is left out."
+    n,first = self.left.get(reason, (0, where))
+    self.left[reason] = n+1,first
+
+@patch
+def note(self:Quarantine,
+    where:str, # File and line
+    what:str, # What goes of a row that stays
+):
+    "Count what a row loses."
+    n,first = self.noted.get(what, (0, where))
+    self.noted[what] = n+1,first
+
+def _book(bad):
+    "The `Quarantine` that counts, or one that nobody looks at."
+    return bad if isinstance(bad, Quarantine) else Quarantine()
 
 # %% ../../nbs/exports/sources.ipynb #8585dc06
 MOST_UNPACKED,MOST_TIMES = 8<<20,100 # what a packed file may hold: bytes in any case, and times its size
@@ -83,11 +118,22 @@ def _refuse_bomb(path, size, packed):
         raise UserError(path.name, f"it unpacks to more than {MOST_TIMES} times its size, as no export does",
             "leave it out")
 
-class _Unpacked(gzip.GzipFile):
-    "A gzip file that is refused when it unpacks to too much."
-    def read1(self, size=-1):
-        _refuse_bomb(Path(self.name), self.tell(), self.myfileobj.tell()) # of what was read so far
-        return super().read1(size)
+class _Unpacked(io.RawIOBase):
+    "The bytes of a packed file, which is refused when it unpacks to too much."
+    def __init__(self, path, raw, unpacked):
+        self.name,self.raw,self.unpacked,self.n = str(path),raw,unpacked,0
+
+    def readable(self): return True
+    def readinto(self, b):
+        _refuse_bomb(Path(self.name), self.n, self.raw.tell()) # of what was read so far
+        data = self.unpacked.read(len(b))
+        b[:len(data)] = data
+        self.n += len(data)
+        return len(data)
+
+    def close(self):
+        if not self.closed: self.raw.close()
+        super().close()
 
 @contextmanager
 def _whole(name):
@@ -97,19 +143,58 @@ def _whole(name):
     except (*ROW_FAULTS, OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as e:
         raise UserError(name, f"it can't be read ({excerpt(e)})", "export or download it again") from None
 
+# %% ../../nbs/exports/sources.ipynb #a6f2346a
+_PACKED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ\0': 'xz', b'\x28\xb5\x2f\xfd': 'zstd', b'PK\3\4': 'zip'}
+
+def _signed(head, signs):
+    "What the first bytes stand for, or ''."
+    return next((what for sign,what in signs.items() if head.startswith(sign)), '')
+
+def _only_file(path, raw):
+    "The only file in a zip."
+    z = zipfile.ZipFile(raw)
+    files = [e for e in z.infolist() if not e.is_dir() and not e.filename.startswith('__MACOSX/')]
+    names = {e.filename for e in files}
+    if 'xl/workbook.xml' in names: raise UserError(path.name, "it is an Excel workbook", "save its sheet as CSV")
+    if 'users.json' in {n.split('/')[-1] for n in names}:
+        raise UserError(path.name, "it looks like a Slack export", f"give it as slack:{path.name}")
+    if len(files)!=1:
+        raise UserError(path.name, f"it is a zip of {len(files):,} files ({excerpt(', '.join(sorted(names)[:5]))})",
+            "unpack it and give the files")
+    if files[0].flag_bits & 1: raise UserError(path.name, "it is encrypted", "unpack it")
+    _refuse_bomb(path, files[0].file_size, path.stat().st_size)
+    return z.open(files[0])
+
+def _unpacked(path):
+    "The bytes of a file, and what they were packed with."
+    raw = open(path, 'rb', buffering=1<<16)
+    how = _signed(raw.peek(8), _PACKED)
+    if not how: return raw,how
+    if how=='zip': f = _only_file(path, raw)
+    elif how=='zstd':
+        import pyarrow as pa
+        f = pa.CompressedInputStream(pa.PythonFile(raw, 'r'), 'zstd')
+    else: f = dict(gzip=gzip, bzip2=bz2, xz=lzma)[how].open(raw)
+    return io.BufferedReader(_Unpacked(path, raw, f), 1<<16),how
+
 # %% ../../nbs/exports/sources.ipynb #0716446b
 TOO_LONG = f'longer than {MOST_ROW:,} characters'
 
+_NO_UTF8 = re.compile('[\udc80-\udcff]+')
+
 def _legible(s):
     "Text of bytes that weren't UTF-8."
-    if s.isascii() or not re.search('[\udc80-\udcff]', s): return s
-    return s.encode('utf-8', 'surrogateescape').decode('cp1252', 'replace')
+    if s.isascii(): return s
+    return _NO_UTF8.sub(lambda m: m[0].encode('utf-8', 'surrogateescape').decode('cp1252', 'replace'), s)
 
 @contextmanager
 def _text(path):
-    "A file, or a gzip of one, as text; bytes that aren't UTF-8 as surrogates."
-    raw = _Unpacked(path) if path.suffix=='.gz' else open(path, 'rb')
-    with raw, io.TextIOWrapper(raw, encoding='utf-8-sig', errors='surrogateescape', newline='') as f: yield f
+    "A file as text, whatever it is packed with; bytes that aren't UTF-8 as surrogates."
+    raw,_ = _unpacked(path)
+    with raw:
+        encoding = _encoding(path, raw.peek(_HEAD)[:_HEAD])
+        errors = 'replace' if 'utf-8' not in encoding else 'surrogateescape'
+        with io.TextIOWrapper(raw, encoding, errors, newline='') as f: yield f
 
 def _text_lines(f):
     "Lines of a file; one with more than `MOST_ROW` characters ends there."
@@ -121,11 +206,34 @@ def _text_lines(f):
             raise UserError(Path(f.name).name, f"no end of a line in {n*MOST_ROW:,} characters", "give a file of rows")
         yield line
 
+# %% ../../nbs/exports/sources.ipynb #f20ae9f2
+_HEAD = 1<<16 # bytes that are looked at
+_BOMS = {b'\xef\xbb\xbf': 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16',
+    b'\xfe\xff': 'utf-16'}
+_BINARY = {b'%PDF': 'a PDF', b'SQLite format 3': 'an SQLite database', b'\xd0\xcf\x11\xe0': 'an old Excel or Word file',
+    b'7z\xbc\xaf': 'a 7-Zip archive', b'Rar!': 'a RAR archive', b'ARROW1': 'an Arrow file', b'\x89PNG': 'a picture',
+    b'\xff\xd8\xff': 'a picture', b'GIF8': 'a picture'}
+
+def _encoding(path, head):
+    "The encoding of a file that begins so."
+    if bom := _signed(head, _BOMS): return bom
+    if what := _signed(head, _BINARY):
+        raise UserError(path.name, f"it is {what}", "export it as CSV, JSON lines or Parquet")
+    n,even,odd = len(head)//2,head[::2].count(0),head[1::2].count(0)
+    if n>4 and odd>n/3 and not even: return 'utf-16-le'
+    if n>4 and even>n/3 and not odd: return 'utf-16-be'
+    if even+odd>n: raise UserError(path.name, "it is binary data, no text", "give a text file or Parquet")
+    text = head.decode('utf-8', 'surrogateescape')
+    odd = sum(map(len, _NO_UTF8.findall(text)))
+    if odd<9 or odd<.3*(odd+sum(map(str.isalpha, text))): return 'utf-8'
+    raise UserError(path.name, "its bytes aren't UTF-8, and too many for windows-1252",
+        f"name its encoding to iconv, as in iconv -f cp1251 -t UTF-8 {excerpt(path.name)}")
+
 # %% ../../nbs/exports/sources.ipynb #89cc41a8
 class _Feed:
     "Lines for `csv.reader`, which remembers those of the record that is being read and can give one back."
-    def __init__(self, f):
-        self.lines,self.again = _text_lines(f),[]
+    def __init__(self, lines):
+        self.lines,self.again = lines,[]
         self.taken,self.size = [],0
 
     def __iter__(self):
@@ -148,11 +256,23 @@ def _next_record(rows, width=0):
     return row,f'{len(row)} columns, not {width}' if row and width and len(row)!=width else ''
 
 # %% ../../nbs/exports/sources.ipynb #c126383a
+_SEPS,_SEP_NAMES = ',;\t|',{';': 'semicolons', '\t': 'tabs', '|': 'bars'}
+
+def _separator(line):
+    "What is between the columns, of the header line; and is the line a `sep=` of its own?"
+    if m := re.fullmatch('(?i)"?sep=(.)"?', line.strip('\r\n')): return m[1],True
+    line = re.sub('"[^"]*"', '', line)
+    return max(_SEPS, key=line.count),False
+
 def _csv(path, bad):
     "Place and record of each row of a CSV file."
     with _text(path) as f:
-        feed,n = _Feed(f),0
-        rows = csv.reader(feed, strict=True)
+        lines = _text_lines(f)
+        first = next(lines, '')
+        sep,alone = _separator(first)
+        feed,n = _Feed(lines if alone else chain([first], lines)),int(alone)
+        read = partial(csv.reader, strict=True, delimiter=sep)
+        rows = read(feed)
         head,fault = _next_record(rows)
         if head is None: return
         if fault or not head:
@@ -165,11 +285,11 @@ def _csv(path, bad):
             if not fault:
                 if row: yield f'{path.name} line {n+1}',named(row)
                 continue
-            rows,taken = csv.reader(feed, strict=True),feed.taken
+            rows,taken = read(feed),feed.taken
             if len(taken)>1: feed.again.append(taken.pop())
             bad(f'{path.name} line {n+1}', fault, taken[0])
             for k,line in enumerate(taken[1:], n+2):
-                row,fault = _next_record(csv.reader([line], strict=True), len(head))
+                row,fault = _next_record(read([line]), len(head))
                 if fault: bad(f'{path.name} line {k}', fault, line)
                 elif row: yield f'{path.name} line {k}',named(row)
 
@@ -184,6 +304,79 @@ def _jsonl(path, bad):
             except (ValueError, RecursionError) as e: row,fault = None,f'not JSON ({e})'
             if isinstance(row, dict): yield where,row
             else: bad(where, fault if len(line)<=MOST_ROW else TOO_LONG, line[:1000])
+
+# %% ../../nbs/exports/sources.ipynb #cefc0718
+_GAP = re.compile(r'[\s,]*')
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.S) # a string, or what opens, closes and divides
+
+def _past(s, i):
+    "Where the value that begins at `i` ends, however broken or deep it is; None if `s` ends before."
+    depth = 0
+    for m in _TOKEN.finditer(s, i):
+        if m[0] in '[{': depth += 1
+        elif m[0] in ']}':
+            depth -= 1
+            if depth<=0: return m.end() if depth==0 or m.start()==i else m.start()
+        elif m[0]==',' and not depth: return m.start()
+
+# %% ../../nbs/exports/sources.ipynb #6db2a1f6
+def _seek(f, begin, name, size):
+    "Read up to a match of `begin`; gives what was read, and the match."
+    buf = ''
+    while not (m := begin.search(buf)):
+        if len(buf)>16*size or not (more := f.read(size)):
+            raise UserError(name, "no list of messages or users in it", "export it again")
+        buf += more
+    return buf,m
+
+_DECODER = json.JSONDecoder()
+
+def _value(buf, i):
+    "The value at `i`, where it ends (None if not in `buf`), and what is wrong with it."
+    if i>=len(buf): return None,None,''
+    try: return *_DECODER.raw_decode(buf, i),''
+    except (ValueError, RecursionError) as e:
+        past = _past(buf, i)
+        return (buf[i:past][:1000],past,f'not JSON ({e})') if past else (None,None,'')
+
+# %% ../../nbs/exports/sources.ipynb #5a6b9c81
+def _items(f, begin, name, size=2**16, bare=False, alone=False):
+    "The text before the match of `begin`; each value of the list there (`bare`: to the end), and its faults."
+    buf,m = _seek(f, begin, name, size)
+    yield buf[:m.start()],''
+    i = m.end()
+    while True:
+        i = _GAP.match(buf, i).end()
+        if buf[i:i+1]==']' and not bare:
+            if alone and (rest := (buf[i+1:]+f.read(size)).strip()): yield rest[:1000],'more after the end of the list'
+            return
+        row,past,fault = _value(buf, i)
+        if past:
+            yield row,fault
+            i = past
+            continue
+        if len(buf)-i>MOST_ROW: raise UserError(name, f"an entry of its list is {TOO_LONG}", "export it again")
+        if not (more := f.read(max(size, len(buf)-i))):
+            if bare and i>=len(buf): return
+            raise UserError(name, "it ends in the middle of its list", "export it again")
+        buf,i = buf[i:]+more,0
+
+# %% ../../nbs/exports/sources.ipynb #b7959196
+_LIST,_START = re.compile(r'\A\s*\['),re.compile(r'\A\s*')
+
+def _array(path, bad, begin=_LIST):
+    "Place and record of each row of one JSON array."
+    with _text(path) as f:
+        legible = SimpleNamespace(read=lambda n: _legible(f.read(n)))
+        items = _items(legible, begin, path.name, bare=begin is _START, alone=begin is _LIST)
+        next(items)
+        for n,(row,fault) in enumerate(items, 1):
+            if isinstance(row, dict) and not fault: yield f'{path.name} row {n}',row
+            else: bad(f'{path.name} row {n}', fault or 'not a JSON object', row)
+
+def _objects(path, bad):
+    "Place and record of each row of JSON objects that go over several lines."
+    yield from _array(path, bad, _START)
 
 # %% ../../nbs/exports/sources.ipynb #0353259f
 def _parquet(path, bad):
@@ -237,39 +430,110 @@ def _hub(name, bad):
             "give a dataset of data files") from None
 
 # %% ../../nbs/exports/sources.ipynb #b6975238
+# chat that some other program reads better, how it begins, and what to do
+_MAKE_CSV = 'make a CSV of it with who, text and t, and give it as table:FILE'
+_ELSEWHERE = [
+    ('a web page', r'(?i)<(!doctype html|html)', 'download the file that it leads to'),
+    ('XML', r'<\?xml', _MAKE_CSV),
+    ('a WhatsApp chat', r'\[?\d{1,4}[./-]\d{1,2}[./-]\d{2,4},? \d{1,2}[:.]\d\d.{0,9}(\]| -) ',
+        _MAKE_CSV+', as whatstk does'),
+    ("a game's or an IRC log", r'\[\d\d:\d\d(:\d\d)?\] |--- Log opened|\d\d:\d\d[ :\d]*[<*-]', _MAKE_CSV),
+    ("DiscordChatExporter's JSON", r'\{\s*"guild"\s*:', 'give it as discord:FILE'),
+    ("Telegram's JSON", r'(?s)\{.{,300}"type"\s*:\s*"(private|public|personal|saved)_', _MAKE_CSV),
+    ("Messenger's or Instagram's JSON", r'(?s)\{\s*"participants"\s*:', _MAKE_CSV),
+    ("TwitchDownloader's JSON", r'(?s)\{.{,2000}"content_offset_seconds"', _MAKE_CSV),
+    ("a Mastodon outbox", r'(?s)\{.{,600}"orderedItems"\s*:', _MAKE_CSV)]
+
+_HELD = re.compile(r'\s*\{[^][{}]*"(data|rows|items|examples|train)"\s*:\s*\[(?=\s*\{)')
+
+def _json_form(s, first):
+    "How JSON that begins with `s` is laid out, or '' where it is none."
+    try: whole = isinstance(json.loads(first), (dict,list))
+    except (ValueError, RecursionError): whole = False
+    if s[0]=='[' and not (whole and s[len(first):].strip()): return 'array'
+    rest = s[len(first):].lstrip()
+    if _HELD.match(s) and not (whole and rest): return 'held'
+    if s[0]=='{' and not whole and first.rstrip()[-1] in '{[,' and rest[:1]=='"': return 'objects'
+    return 'jsonl' if whole or s[0]=='{' else ''
+
+def _form(path, s, named):
+    "What a file that begins with the text `s` holds; `named` is what its suffix says."
+    s = s.lstrip('\ufeff \r\n\t')
+    if not s: return named or 'jsonl'
+    for what,begin,remedy in _ELSEWHERE:
+        if re.match(begin, s): raise UserError(path.name, f"it looks like {what}", remedy)
+    first,*more = s.split('\n', 2)
+    form = _json_form(s, first) if s[0] in '{[' else ''
+    if form and (named!='csv' or re.match(r'[\[\s]*\{\s*"', s)): return form
+    sep = _separator(first)[0]
+    table = more and first.count(sep)==more[0].count(sep)>0 and more[0][0]!='{' or _separator(first)[1]
+    if named and not (named=='jsonl' and table): return named
+    if table: return 'csv'
+    raise UserError(path.name, "it is neither a table nor JSON", "give CSV, JSON lines, a JSON array or Parquet")
+
+# %% ../../nbs/exports/sources.ipynb #501433ae
+def _begin(path, raw):
+    "Encoding and text of the beginning of a file."
+    head = raw.peek(_HEAD)[:_HEAD]
+    encoding = _encoding(path, head)
+    errors = 'replace' if 'utf-8' not in encoding else 'surrogateescape'
+    return encoding,codecs.getincrementaldecoder(encoding)(errors).decode(head)
+
+def _held(path, bad):
+    "Place and record of each row of a list in a JSON object."
+    yield from _array(path, bad, _HELD)
+
+_READ = dict(csv=(_csv, 'CSV'), jsonl=(_jsonl, 'JSON lines'), array=(_array, 'one JSON array'),
+    objects=(_objects, 'JSON objects over several lines'), held=(_held, 'a list in a JSON object'),
+    parquet=(_parquet, 'Parquet'))
+_SUFFIXES = dict(csv='csv', tsv='csv', tab='csv', jsonl='jsonl', ndjson='jsonl', json='jsonl', parquet='parquet')
+
 def _reader(path):
-    "What reads a file or a Hub dataset, what it reads, and its name in messages."
-    if str(path).startswith('hub:'): return _hub,path[4:],path
+    "What reads a file or a Hub dataset, what it reads, and what is to be said of it."
+    if str(path).startswith('hub:'): return _hub,path[4:],''
     path = _export_file(path)
-    kind = next((s for s in reversed(path.suffixes) if s!='.gz'), '')
-    read = {'.csv':_csv, '.jsonl':_jsonl, '.json':_jsonl, '.parquet':_parquet}.get(kind)
-    if read: return read,path,path.name
-    raise UserError(path.name, f"{kind or 'no'} suffix", "give a .csv, .jsonl or .parquet file, or a .gz of the first two")
+    suffixes = [s[1:].lower() for s in reversed(path.suffixes)]
+    named = next((_SUFFIXES[s] for s in suffixes if s in _SUFFIXES), '')
+    raw,how = _unpacked(path)
+    with raw:
+        if raw.peek(4)[:4]==b'PAR1': form,said = 'parquet',[]
+        else:
+            encoding,text = _begin(path, raw)
+            form = _form(path, text, '' if named=='parquet' else named)
+            sep = _separator(text.lstrip().split('\n', 1)[0])[0]
+            said = [] if 'utf-8' in encoding else [encoding.upper()]
+            if form=='csv' and sep!=',': said.append(f'{_SEP_NAMES.get(sep, sep)} between columns')
+            if _NO_UTF8.search(text): said.append('not all UTF-8, the rest read as windows-1252')
+    if how and form=='parquet':
+        raise UserError(path.name, f"it is Parquet inside {how}", "unpack it")
+    if form!=named: said = [_READ[form][1],*said]
+    if how and dict(gzip='gz', bzip2='bz2', zstd='zst').get(how, how) not in suffixes: said.append(f'packed with {how}')
+    return _READ[form][0],path,', '.join(said)
 
 # %% ../../nbs/exports/sources.ipynb #31528150
 def records(
-    path:str, # CSV, JSONL, their .gz, Parquet, or `hub:OWNER/NAME` (`:CONFIG`)
+    path:str, # CSV, JSON (lines, an array, objects), packed or not, Parquet, or `hub:OWNER/NAME` (`:CONFIG`)
     bad=refuse, # Called with place, reason and row
     need:tuple=(), # Columns there must be
     training:bool=True, # Refuse sets that are for evaluation only
 ): # Yields place and record
     "The records of a file, one at a time."
-    read,path,name = _reader(path)
-    def count():
-        if isinstance(bad, Quarantine): bad.rows += 1
+    book,hub = _book(bad),str(path).startswith('hub:')
     def put_aside(*a):
-        count()
+        book.rows += 1
         bad(*a)
-    with _whole(name):
-        for i,(where,row) in enumerate(read(path, put_aside)):
-            if not i or read is _jsonl: # elsewhere all rows have the same columns
+    with _whole(path if hub else Path(path).name):
+        read,source,book.said = _reader(path)
+        free = read not in (_csv,_parquet,_hub) # its rows needn't have the same columns
+        for i,(where,row) in enumerate(read(source, put_aside)):
+            if not i or free:
                 if training: _keep_out(row, where)
                 if gone := [c for c in need if c not in row]:
                     fault = f"no column `{gone[0]}`; it has {excerpt(', '.join(map(str, row)))}"
-                    if read is not _jsonl: raise UserError(where, fault, "give a file that has it")
+                    if not free: raise UserError(where, fault, "give a file that has it")
                     put_aside(where, fault, row)
                     continue
-            count()
+            book.rows += 1
             yield where,row
 
 # %% ../../nbs/exports/sources.ipynb #21a24a92
@@ -309,7 +573,7 @@ def line(
     t=None, # When, s
     group=None, # What must stay together in a split; the room where None
     score=None, # Measured toxicity, 0 to 1
-    **kw, # `cats`, `by` (who measured), `id`, `reply_to`, `author`, `system`, `persona`
+    **kw, # `cats`, `by` (who measured), `id`, `reply_to`, `author`, `system`, `persona`, `turn`, `whole`
 )->dict:
     "One line of talk."
     room = _name(room, 'room')
@@ -331,15 +595,21 @@ def source(
     license, # Of the text, as its publisher states it; '' for one's own
     pass_on, # Does the licence let the rows be passed on?
     need=(), # Columns its file has
+    whole=False, # Is each record a conversation of its own?
 ):
     "Register the decorated function, which makes a list of lines of a record, as a reader."
     def _inner(f):
         def read(path, bad=refuse, **opts):
-            for where,rec in records(path, bad, opts.get('need', need)):
-                try: lines = f(rec, **opts)
+            book = _book(bad)
+            for n,(where,rec) in enumerate(records(path, bad, opts.get('need', need))):
+                try: lines = f(rec, n=n, note=partial(book.note, where), **opts)
+                except LeftOut as e: book.leave_out(where, str(e))
                 except ROW_FAULTS as e: bad(where, _reason(e), rec)
-                else: yield from lines
-        SOURCES[name] = SimpleNamespace(name=name, read=read, license=license, pass_on=pass_on, doc=f.__doc__)
+                else:
+                    book.kept += 1
+                    yield from ([l|dict(whole=n) for l in lines] if whole else lines)
+        SOURCES[name] = SimpleNamespace(name=name, read=read, license=license, pass_on=pass_on, need=need,
+            doc=f.__doc__)
         return f
     return _inner
 
@@ -347,14 +617,14 @@ def source(
 _jigsaw = 'toxic','severe_toxic','obscene','threat','insult','identity_hate'
 _civil = 'toxicity','severe_toxicity','obscene','threat','insult','identity_attack','sexual_explicit'
 
-@source('jigsaw', 'cc-by-sa-3.0', True, need=('id','comment_text',*_jigsaw))
+@source('jigsaw', 'cc-by-sa-3.0', True, need=('id','comment_text',*_jigsaw), whole=True)
 def jigsaw(r, **_):
     "Jigsaw Toxic Comment `train.csv`, from Kaggle"
     s = [_score(r[c]) for c in _jigsaw]
     cats = [c for c,x in zip(_jigsaw, s) if x]
     return [line(r['id'], 'writer', r['comment_text'], score=s[0], by='jigsaw', cats=cats)]
 
-@source('civil', 'cc0-1.0', True, need=('text',*_civil))
+@source('civil', 'cc0-1.0', True, need=('text',*_civil), whole=True)
 def civil(r, **_):
     "Civil Comments, `hub:google/civil_comments`; has no ids, so the text is one"
     s = [_score(r[c]) for c in _civil]
@@ -371,6 +641,7 @@ def conda(r, **_):
     if c not in (None,*_INTENTS): raise ValueError(f"intentClass {c!r} is none of E, I, A, O")
     s = None if c is None else float(c in 'EI')
     about = dict(group=f"conda-{r['matchId']}", score=s, by='conda', author=r['playerId'], cats=_INTENTS.get(c, []))
+    if not r['utterance'].strip(): raise LeftOut('no words in it')
     texts = map(str.strip, r['utterance'].split('[SEPA]'))
     return [line(r['conversationId'], r['playerId'], t, float(r['chatTime']), **about) for t in texts if t]
 
@@ -384,7 +655,7 @@ def gosuai(r, **_):
     return [line(r['match'], int(float(slot)), text, float(r['time']), group=f"dota-{r['match']}")]
 
 # %% ../../nbs/exports/sources.ipynb #5694a1f6
-@source('hh', 'mit', True, need=('chosen','rejected'))
+@source('hh', 'mit', True, need=('chosen','rejected'), whole=True)
 def hh(r, rejected='', **_):
     "hh-rlhf: `chosen` as polite examples; `rejected` only with a reason"
     text = r['rejected' if rejected else 'chosen']
@@ -393,82 +664,109 @@ def hh(r, rejected='', **_):
     room,who = _hash(parts[2]),dict(Human='user', Assistant='assistant')
     return [line(room, who[w], t.strip(), persona='assistant', benign=not rejected) for w,t in zip(parts[1::2], parts[2::2])]
 
-# %% ../../nbs/exports/sources.ipynb #166c027c
-def _check_turns(ms):
-    "Raise for `messages` that teach nothing or aren't turns."
-    if not (isinstance(ms, list) and ms): raise ValueError("`messages` is no list of turns")
-    for i,m in enumerate(ms):
-        if not isinstance(m, dict) or m.get('role') not in ('system','user','assistant'):
-            raise ValueError(f"messages[{i}] has no role of system, user, assistant")
-        if not isinstance(m.get('content'), str) or not m['content'].strip():
-            raise ValueError(f"messages[{i}] has no content")
-    if all(m['role']!='assistant' for m in ms): raise ValueError("no assistant turn, there is nothing to learn")
+# %% ../../nbs/exports/sources.ipynb #3d8dde6d
+_ROLES = dict(user='user', human='user', prompter='user', assistant='assistant', gpt='assistant', chatgpt='assistant',
+    bot='assistant', model='assistant', system='system', developer='system', tool='tool', function='tool',
+    function_call='tool', observation='tool', ipython='tool')
 
-@source('messages', '', True, need=('messages',))
-def chats(r, **_):
-    "Conversations of one's own or a Hub dataset's, as `messages` (a JSONL or Parquet file, or `hub:OWNER/NAME`)"
-    ms = r['messages']
-    _check_turns(ms)
+def _role(m, i):
+    "Role of a turn: system, user, assistant or tool."
+    said = (m.get('role') or m.get('from')) if isinstance(m, dict) else None
+    if role := _ROLES.get(said.strip().lower()) if isinstance(said, str) else None: return role
+    but = f', but {excerpt(repr(said))}' if said else ''
+    raise ValueError(f"messages[{i}] has no role of system, user, assistant{but}")
+
+def _content(m):
+    "Text of a turn, of which the parts are joined; None if it has none."
+    text = m.get('content') if m.get('content') is not None else m.get('value')
+    if not isinstance(text, list): return text
+    parts = [dict(type='text', text=p) if isinstance(p, str) else p for p in text]
+    for p in parts:
+        if p.get('type') not in ('text','input_text','output_text'): raise LeftOut('a part that is no text')
+    return '\n'.join(p['text'] for p in parts)
+
+# %% ../../nbs/exports/sources.ipynb #ddbb3c60
+# fields of a turn for which a row has no place
+_NO_PLACE = 'name','reasoning_content','reasoning','thinking','thought','refusal','images','audio','annotations'
+
+def _ends(m, role):
+    "Why a conversation ends before this turn, or ''."
+    if role=='tool': return 'a turn of a tool'
+    if m.get('tool_calls') or m.get('function_call'): return 'an answer with `tool_calls`'
+    return 'an answer of `weight` 0' if role=='assistant' and m.get('weight') in (0, '0') else ''
+
+def _turns_of(ms, note):
+    "Role and text of each turn that may be learnt or answered."
+    if not (isinstance(ms, list) and ms): raise ValueError("`messages` is no list of turns")
+    res,lost,end = [],[],''
+    for i,m in enumerate(ms):
+        role = _role(m, i)
+        if end := _ends(m, role): break
+        text = _content(m)
+        if role=='system' and text in (None, ''): continue
+        if not isinstance(text, str) or not text.strip(): raise ValueError(f"messages[{i}] has no content")
+        lost += [k for k in _NO_PLACE if m.get(k)]
+        res.append((role, text))
+    if all(role!='assistant' for role,_ in res):
+        if end: raise LeftOut(f'nothing to learn before {end}')
+        raise ValueError("no assistant turn, there is nothing to learn")
+    for k in lost: note(f'`{k}` of a turn')
+    if end: note(f'all from {end} on')
+    return res
+
+# %% ../../nbs/exports/sources.ipynb #fef55f8e
+def _pair(asked, answer):
+    "Turns of a prompt and its answer, each a text or turns already."
+    if not all(isinstance(x, (str,list)) for x in (asked, answer)): raise ValueError("a prompt or an answer is no text")
+    asked = [dict(role='user', content=asked)] if isinstance(asked, str) else asked
+    return asked+([dict(role='assistant', content=answer)] if isinstance(answer, str) else answer)
+
+def _chosen(r):
+    "Turns of the chosen side of a preference pair."
+    said,asked = r['chosen'],r.get('prompt')
+    if isinstance(said, str) and not asked:
+        raise ValueError("`chosen` is a text without `prompt`; hh-rlhf is given as hh:FILE")
+    return _pair(asked, said) if asked and (isinstance(said, str) or _role(said[0], 0)=='assistant') else said
+
+def _find_turns(r):
+    "The turns of a row, in whichever shape they are."
+    for k in ('messages','conversations','conversation'):
+        if k in r: return r[k]
+    if 'chosen' in r: return _chosen(r)
+    if 'instruction' in r and 'output' in r:
+        asked = '\n\n'.join(s for s in (r['instruction'], r.get('input')) if s)
+        return [x for a,b in r.get('history') or () for x in _pair(a, b)]+_pair(asked, r['output'])
+    for a,b in (('prompt','completion'), ('prompt','response'), ('question','answer')):
+        if a in r and b in r: return _pair(r[a], r[b])
+    if isinstance(data := r.get('data'), list) and all(isinstance(s, str) for s in data):
+        return [dict(role=('user','assistant')[i%2], content=s) for i,s in enumerate(data)]
+    raise ValueError(f"no turns in it, but {excerpt(', '.join(map(str, r)))}")
+
+# %% ../../nbs/exports/sources.ipynb #83b2f01d
+def _system_first(r, ms, note):
+    "System turn of a row, and its other turns."
+    own = r.get('system') or r.get('system_prompt')
+    first,rest = ('',ms) if ms[0][0]!='system' else (ms[0][1],ms[1:])
+    if not isinstance(own, str) or not own.strip(): return first,rest
+    if first and first!=own: note('`system` beside a system turn')
+    return first or own,rest
+
+@source('messages', '', True, whole=True)
+def chats(r, note=lambda what: None, **_):
+    "Conversations of one's own or of `hub:OWNER/NAME`, as `messages`, ShareGPT, Alpaca or pairs"
+    if r.get('label') is False: raise LeftOut('`label` is false')
+    ms = _turns_of(_find_turns(r), note)
+    for k in ('tools','functions','images'):
+        if r.get(k): note(f'`{k}` of a row')
     s,by = _score(r.get('toxicity_score')),r.get('label_source')
     if s is not None and not by: raise ValueError("a toxicity_score, but no label_source to say who measured it")
-    room = r.get('id') or _hash(*(m['content'] for m in ms))
-    system = next((m['content'] for m in ms if m['role']=='system'), '')
-    about = dict(group=r.get('group'), by=by, system=system, persona='assistant')
+    system,ms = _system_first(r, ms, note)
+    name = next((r[k] for k in ('id','conversation_id') if r.get(k) not in (None,'')), None)
+    room,asked = _hash(*(text for _,text in ms)) if name is None else name,ms[0][1]
+    group = r.get('group') or (_hash(asked) if name is None and len(asked.split())>3 else None)
+    about = dict(group=group, by=by, system=system, persona='assistant')
     scores = dict(assistant=s)
-    return [line(room, m['role'], m['content'], score=scores.get(m['role']), **about) for m in ms if m['role']!='system']
-
-# %% ../../nbs/exports/sources.ipynb #cefc0718
-_GAP = re.compile(r'[\s,]*')
-_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.S) # a string, or what opens, closes and divides
-
-def _past(s, i):
-    "Where the value that begins at `i` ends, however broken or deep it is; None if `s` ends before."
-    depth = 0
-    for m in _TOKEN.finditer(s, i):
-        if m[0] in '[{': depth += 1
-        elif m[0] in ']}':
-            depth -= 1
-            if depth<=0: return m.end() if depth==0 or m.start()==i else m.start()
-        elif m[0]==',' and not depth: return m.start()
-
-# %% ../../nbs/exports/sources.ipynb #6db2a1f6
-def _seek(f, begin, name, size):
-    "Read up to a match of `begin`; gives what was read, and the match."
-    buf = ''
-    while not (m := begin.search(buf)):
-        if len(buf)>16*size or not (more := f.read(size)):
-            raise UserError(name, "no list of messages or users in it", "export it again")
-        buf += more
-    return buf,m
-
-_DECODER = json.JSONDecoder()
-
-def _value(buf, i):
-    "The value at `i`, where it ends (None if not in `buf`), and what is wrong with it."
-    if i>=len(buf): return None,None,''
-    try: return *_DECODER.raw_decode(buf, i),''
-    except (ValueError, RecursionError) as e:
-        past = _past(buf, i)
-        return (buf[i:past][:1000],past,f'not JSON ({e})') if past else (None,None,'')
-
-# %% ../../nbs/exports/sources.ipynb #5a6b9c81
-def _items(f, begin, name, size=2**16):
-    "The text before the match of `begin`, then each value of the list that begins there, with what is wrong with it."
-    buf,m = _seek(f, begin, name, size)
-    yield buf[:m.start()],''
-    i = m.end()
-    while True:
-        i = _GAP.match(buf, i).end()
-        if buf[i:i+1]==']': return
-        row,past,fault = _value(buf, i)
-        if past:
-            yield row,fault
-            i = past
-            continue
-        if len(buf)-i>MOST_ROW: raise UserError(name, f"an entry of its list is {TOO_LONG}", "export it again")
-        if not (more := f.read(max(size, len(buf)-i))):
-            raise UserError(name, "it ends in the middle of its list", "export it again")
-        buf,i = buf[i:]+more,0
+    return [line(room, role, text, score=scores.get(role), turn=role, **about) for role,text in ms]
 
 # %% ../../nbs/exports/sources.ipynb #f0c5412e
 def _when(s):
@@ -476,15 +774,18 @@ def _when(s):
     return datetime.fromisoformat(s).timestamp()
 
 def _said(items, name, bad, say):
-    "What `say` makes of each entry of a list, where it makes something of it."
+    "What `say` makes of each entry of a list, and the count of what it leaves out."
+    book = _book(bad)
     for n,(m,fault) in enumerate(items, 1):
-        if isinstance(bad, Quarantine): bad.rows += 1
+        book.rows += 1
         try:
             if fault: raise ValueError(fault)
             l = say(m)
+        except LeftOut as e: book.leave_out(f'{name} {n}', str(e))
         except ROW_FAULTS as e: bad(f'{name} {n}', _reason(e), m)
         else:
-            if l: yield l
+            book.kept += 1
+            yield l
 
 # %% ../../nbs/exports/sources.ipynb #4bc7fa14
 _MESSAGES = re.compile(r'"messages"\s*:\s*\[')
@@ -502,13 +803,15 @@ def read_discord(
         found = _CHANNEL.search(next(items)[0])
         if not found: raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
         def say(m):
-            if m['type'] not in ('Default','Reply') or m['author']['isBot']: return
+            if m['author']['isBot']: raise LeftOut('a bot')
+            if m['type'] not in ('Default','Reply'): raise LeftOut('a notice')
             who,t = m['author'],_when(m['timestamp'])
             name,to = who.get('nickname') or who['name'],(m.get('reference') or {}).get('messageId')
             return line(found[1], name, _legible(m['content']), t, author=who['id'],
                 group=f'discord-{found[1]}-{int(t//86400)}', id=m['id'], reply_to=to)
         yield from _said(items, f'{path.name} message', bad, say)
-SOURCES['discord'] = SimpleNamespace(name='discord', read=read_discord, license='', pass_on=False, doc=read_discord.__doc__)
+SOURCES['discord'] = SimpleNamespace(name='discord', read=read_discord, license='', pass_on=False, need=(),
+    doc=read_discord.__doc__)
 
 # %% ../../nbs/exports/sources.ipynb #0b0cf10e
 def _slack_text(s, users):
@@ -519,8 +822,6 @@ def _slack_text(s, users):
     return s.replace('&lt;','<').replace('&gt;','>').replace('&amp;','&')
 
 # %% ../../nbs/exports/sources.ipynb #ea011e66
-_LIST = re.compile(r'\A\s*\[')
-
 def _slack_user(u):
     "Id and name of a user."
     name = (u.get('profile') or {}).get('display_name') or u.get('name') or u['id']
@@ -536,14 +837,19 @@ def _entry(z, e):
     except UserError as x: yield None,str(x)
 
 def _slack_files(z, path):
-    "users.json, the days of a Slack export, and which of them are there twice."
+    "users.json, the days of a Slack export, which may be in a folder, and which of them are there twice."
     files,twice = {},[]
+    lists = [e.filename for e in z.infolist() if re.fullmatch(r'([^/]+/){0,3}(org_)?users\.json', e.filename)]
+    users = min(lists, key=len, default='')
+    root = users[:users.rfind('/')+1]
     for e in z.infolist():
-        if e.filename!='users.json' and not re.fullmatch(r'[^/]+/\d{4}-\d\d-\d\d\.json', e.filename): continue
+        name = e.filename[len(root):] if e.filename.startswith(root) else ''
+        if e.filename!=users and not re.fullmatch(r'[^/]+/\d{4}-\d\d-\d\d\.json', name): continue
         if e.flag_bits & 1: raise UserError(path.name, "it is encrypted", "unpack it and zip it without a password")
-        if files.setdefault(e.filename, e) is not e: twice.append(e.filename)
-    if 'users.json' not in files or len(files)==1:
-        raise UserError(path.name, "no users.json or no CHANNEL/YYYY-MM-DD.json in it", "give a Slack export")
+        name = 'users.json' if e.filename==users else name
+        if files.setdefault(name, e) is not e: twice.append(name)
+    if not users: raise UserError(path.name, "no users.json in it", "give a Slack export")
+    if len(files)==1: raise UserError(path.name, "no CHANNEL/YYYY-MM-DD.json in it", "give a Slack export")
     _refuse_bomb(path, sum(e.file_size for e in files.values()), path.stat().st_size)
     return files.pop('users.json'),sorted(files.items()),twice
 
@@ -560,36 +866,71 @@ def read_slack(
     with _whole(path.name), zipfile.ZipFile(path) as z:
         first,days,twice = _slack_files(z, path)
         for name in twice:
-            if isinstance(bad, Quarantine): bad.rows += 1
+            _book(bad).rows += 1
             bad(name, 'there is another entry of this name', None)
         users = dict(_said(_entry(z, first), 'users.json user', bad, _slack_user))
         for name,e in days:
             chan,day = name[:-5].split('/')
             def say(m):
-                if m['type']!='message' or m.get('subtype'): return # a `subtype` is a notice
+                if m['type']!='message' or m.get('subtype'): raise LeftOut('a notice') # it has a `subtype`
                 return line(chan, users.get(m['user'], m['user']), _slack_text(m['text'], users), float(m['ts']),
                     group=f'slack-{chan}-{day}', author=m['user'], id=m['ts'], reply_to=m.get('thread_ts'))
             yield from _said(_entry(z, e), f'{name} message', bad, say)
-SOURCES['slack'] = SimpleNamespace(name='slack', read=read_slack, license='', pass_on=False, doc=read_slack.__doc__)
+SOURCES['slack'] = SimpleNamespace(name='slack', read=read_slack, license='', pass_on=False, need=(),
+    doc=read_slack.__doc__)
 
 # %% ../../nbs/exports/sources.ipynb #62e444f6
+MILLISECONDS = 1e11 # in seconds this is the year 5138, in milliseconds 1973
+
 def _seconds(v):
-    "Seconds of a number or an ISO time, or None."
+    "Seconds of a number, which may be milliseconds, or of an ISO time; or None."
     if v in (None, ''): return None
-    try: return float(v)
+    try: t = float(v)
     except (TypeError, ValueError): return _when(str(v))
+    return t/1000 if MILLISECONDS<=abs(t)<1000*YEAR_10000 else t
 
 @source('table', '', False)
-def table(r, columns=None, **_):
-    "Any CSV, JSONL or Parquet, with --columns 'text=body who=author room=channel t=sent score=tox'"
+def table(r, columns=None, n=0, **_):
+    "Any CSV, JSON or Parquet, with --columns 'text=body who=author room=channel t=sent score=tox'"
     g = {k: r[c] for k,c in (columns or dict(text='text')).items()}
-    room = _hash(g['text']) if g.get('room') in (None,'') else g['room']
-    return [line(room, g.get('who', 'writer'), g['text'], _seconds(g.get('t')), group=g.get('group'),
-        score=_score(g.get('score')), by='table', id=g.get('id'), reply_to=g.get('reply_to'))]
+    if g['text'] is None or not str(g['text']).strip(): raise LeftOut('no text')
+    about = dict(score=_score(g.get('score')), by='table', id=g.get('id'), reply_to=g.get('reply_to'))
+    if not g.keys() & {'room','who','t','id','reply_to','group'}: # comments
+        return [line(_hash(g['text']), 'writer', g['text'], whole=n, **about)]
+    if 'who' in g and g['who'] is None: raise LeftOut('nobody is said to have said it')
+    room,t,group = g.get('room'),_seconds(g.get('t')),g.get('group')
+    nameless = room in (None,'')
+    room = 'the only room' if nameless else _name(room, 'room')
+    if group in (None,''):
+        if _time(t) is not None: group = f'{room}-{int(t//86400)}'
+        elif nameless: group = f'{room}-{n//400}'
+    return [line(room, g.get('who', 'writer'), g['text'], t, group=group, **about)]
+
+# %% ../../nbs/exports/sources.ipynb #085c80a6
+def find_kind(
+    path:str, # File that is there, or `hub:OWNER/NAME`
+    columns:tuple=(), # Columns that a table has, where they are named
+)->str: # One of `SOURCES`
+    "Find what reads a file."
+    if str(path).startswith('hub:'): return 'messages'
+    path = _export_file(path)
+    with _whole(path.name):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as z:
+                if any(re.fullmatch(r'([^/]+/){0,3}(org_)?users\.json', n) for n in z.namelist()): return 'slack'
+        raw,_ = _unpacked(path)
+        with raw:
+            is_text = raw.peek(4)[:4]!=b'PAR1'
+            if is_text and re.match(r'\ufeff?\s*\{\s*"guild"\s*:', _begin(path, raw)[1]): return 'discord'
+    row = next((r for _,r in records(path, Quarantine(max_bad=1), training=False)), {})
+    if columns and set(columns)<=row.keys(): return 'table'
+    kinds = [s for s in SOURCES.values() if s.need and set(s.need)<=row.keys()]
+    if isinstance(row.get('chosen'), list): kinds = [s for s in kinds if s.name!='hh']
+    return max(kinds, key=lambda s: len(s.need)).name if kinds else 'messages'
 
 # %% ../../nbs/exports/sources.ipynb #40bbdc43
 class Thread:
-    "One conversation as columns, while it is open."
+    "One conversation as columns, while it is open; -1 says a system turn."
     __slots__ = 'first','names','authors','who','texts','t','scores','cats','ids','last','by','size'
     def __init__(self,
         l:dict, # Its first `line`
@@ -603,8 +944,10 @@ class Thread:
         l:dict, # A `line`
     ):
         "Append a line."
-        if l['who'] not in self.names: self.authors.append(_hash(a) if (a := l.get('author')) else '')
-        self.who.append(self.names.setdefault(l['who'], len(self.names)))
+        if l.get('turn')=='system': self.who.append(-1) # said by nobody
+        else:
+            if l['who'] not in self.names: self.authors.append(_hash(a) if (a := l.get('author')) else '')
+            self.who.append(self.names.setdefault(l['who'], len(self.names)))
         self.texts.append(l['text'])
         self.scores.append(l['score'])
         self.t.append(l['t'])
@@ -622,7 +965,8 @@ def done(self:Thread,
 )->dict: # Columns of a conversation
     "The whole conversation."
     f = self.first
-    return dict(id=_hash(source, f['room'], f['t'], f.get('id') or f['text']), source=source, license=license,
+    own = f.get('id') or f['text'] if f.get('whole') is None else [f['whole'], *self.texts]
+    return dict(id=_hash(source, f['room'], f['t'], own), source=source, license=license,
         group=_hash(f['group']), names=list(self.names), authors=self.authors, who=self.who, texts=self.texts, t=self.t,
         scores=self.scores, cats=sorted(self.cats), label_source=self.by, persona=self.names.get(f.get('persona'), -1),
         benign=bool(f.get('benign')), system=f.get('system') or '')
@@ -638,6 +982,20 @@ def _home(l, live, gap):
     return next((c for c in reversed(near) if l['who'] in c.names), near[-1] if near else None)
 
 # %% ../../nbs/exports/sources.ipynb #af6b1eb3
+def _single(lines):
+    "Lines, and conversations where a record is a whole one."
+    c = None
+    for l in lines:
+        n = l.get('whole')
+        if c and c.first['whole']!=n:
+            yield c
+            c = None
+        if n is None: yield l
+        else:
+            c = c or Thread(l)
+            c.add(l)
+    if c: yield c
+
 def threads(
     lines, # Lines, in the order they were said within a room
     source:str, # Name of their source
@@ -653,7 +1011,10 @@ def threads(
         nonlocal held
         held -= c.size
         return c.done(source, license)
-    for l in lines:
+    for l in _single(lines):
+        if isinstance(l, Thread):
+            yield l.done(source, license)
+            continue
         live = rooms.setdefault(l['room'], [])
         rooms.move_to_end(l['room'])
         c = _home(l, live, gap)
@@ -693,12 +1054,12 @@ def turns(
     system:str='', # System turn
 )->list[dict]: # `messages`, from user to assistant
     "A conversation as messages: lines of one turn joined, other speakers named where there are several."
-    others = {w for w in c['who'] if w!=k}
+    others = {w for w in c['who'] if w not in (k, -1)}
     res = [dict(role='system', content=system)] if system else []
-    if c['who'][0]==k: res.append(dict(role='user', content=START))
+    if next(w for w in c['who'] if w>=0)==k: res.append(dict(role='user', content=START))
     for w,t,before in zip(c['who'], c['texts'], [None,*c['who']]):
-        role = 'assistant' if w==k else 'user'
-        if w not in (k,before) and len(others)>1: t = f'USER_{w+1}: {t}'
+        role = {k: 'assistant', -1: 'system'}.get(w, 'user')
+        if w not in (k,before,-1) and len(others)>1: t = f'USER_{w+1}: {t}'
         if res and res[-1]['role']==role: res[-1]['content'] += '\n'+t
         else: res.append(dict(role=role, content=t))
     while res[-1]['role']!='assistant': res.pop()
