@@ -142,8 +142,17 @@ def _before(m, n=60):
     "What stands before a match."
     return m.string[max(0, m.start()-n):m.start()]
 
-def _is_card(m): return not re.fullmatch(r'\d+[.,]\d{7,}', m[0]) and _luhn(m[0]) and not _LABELLED.search(_before(m))
-def _is_ip4(m): return _ip4(m[0]) and m[0][0]!='0' and not _VERSION.search(_before(m))
+def _is_card(m):
+    "Is it a card's number, and not a decimal, a list or an article's number?"
+    listed = re.fullmatch(r'\d+[.,]\d{7,}|\d\d?(?:, \d\d?)+', m[0])
+    return not listed and _luhn(m[0]) and not _LABELLED.search(_before(m))
+
+
+def _is_ip4(m):
+    "Is it an IPv4 address, and not a version or a chapter?"
+    after = m.string[m.end():m.end()+12].lstrip()
+    return _ip4(m[0]) and m[0][0]!='0' and not _VERSION.search(_before(m)) and not after.startswith('version')
+
 def _is_ip6(m): return _ip6(m[0])
 def _is_mail(m): return not re.search(r'@(?:\d+\.){1,2}\d+$', m[0]) # a package and its version
 def _is_platform(m): return m[0][0]=='<' or not _LABELLED.search(_before(m))
@@ -285,7 +294,7 @@ def _is_token(m):
     named = _KEY_WORD.search(_before(m))
     if not named or not small+big: return False
     told = named[0].rstrip('"\' `')[-1] in ':='
-    return whole if digits>1 or len(s)>=20 and (told or small>2 and big>2) else False
+    return whole if digits>1 or told and len(s)>=20 else False
 
 # %% ../../nbs/exports/clean.ipynb #13b9f4eb
 _NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada broken case changed changing
@@ -304,8 +313,8 @@ _PASSWORD = re.compile(rf"""
         (?=\s{{0,3}}(?::|=|->|→)|\s(?:is|ist|est|es)\s))?
     (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|→)\s{{0,3}}
         |,?\s(?:use|try|type|enter)\s{{1,3}}
-        |\s{{1,3}}(?:(?:has\s|was\s|got\s)?(?:been\s)?(?:changed|set|reset)\sto|is(?:\snow)?|was|ist|lautet|est
-            |c'est|es|er|är|jest|to)\s{{1,3}}
+        |\s{{1,3}}(?:(?:has\s|was\s|is\s|got\s)?(?:been\s)?(?:changed|set|reset)\sto|is(?:\snow)?|was|ist|lautet
+            |est|c'est|es|er|är|jest|to)\s{{1,3}}
         |(?:は|是)\s?|\s{{1,3}})
     (?:(?:just|simply|now|einfach)\s)?
     (?P<v>\d{{3,4}}[ -]\d{{3,4}}(?![\w-])|"[^"\n]{{3,80}}"|'[^'\n]{{3,80}}'|`[^`\n]{{3,80}}`
@@ -328,6 +337,7 @@ def _is_password(m):
     "Where is the password, if what follows the word is one?"
     word,how,v = m['word'].lower(),m['how'].strip(),m['v']
     a,b = m.span('v')
+    if not how and word=='pass' and re.search('[`=.(]|^-', v): return False # of a program's options
     if v[0] in '"\'`': return a+1,b-1
     v = v.rstrip('.,;:!?)*')
     if v.lower() in _NO_PASS or len(v)<3 or '://' in v: return False
@@ -521,10 +531,12 @@ KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), KEY=(_KEY,None), PASS_S
 _SHOWN_AS = dict(IP4='IP', LINK='URL', CARD_THEN='CARD', PASS_SHELL='PASSWORD', LOGIN='PASSWORD', PHRASE='PASSWORD',
     BASE58='WALLET', TOKEN='KEY',
     ID_NAMED='NATIONAL_ID', STREET_ROM='ADDRESS', STREET_GER='ADDRESS', STREET_IN='ADDRESS', STREET_LOW='ADDRESS')
-_DIGIT,_ANY = re.compile(r'\d'),re.compile('')
-_NEEDS = dict.fromkeys(('LINK','MENTION','KEY','PASSWORD','PASS_SHELL','PHRASE','LOGIN','WALLET','TOKEN','URL',
-    'HANDLE'), _ANY) | dict(
-    EMAIL=re.compile(r'@|(?<![^\W_])at?(?![^\W_])', re.I)) # what must be in a text for a kind; the others need a digit
+_ANY,_DIGIT,_DASH,_LONG = map(re.compile, ('', r'\d', '-', r'\S{16}|\.(?:eth|sol)\b'))
+_NEEDS = dict.fromkeys(('LINK','MENTION','PASSWORD','PHRASE','LOGIN','HANDLE'), _ANY) | dict.fromkeys(('KEY',
+    'WALLET','BASE58','TOKEN'), _LONG)
+_NEEDS |= dict(PASS_SHELL=_DASH, URL=re.compile(r'\S\.\S|\s\.\s|dot|www', re.I),
+    # what must be in a text for a kind; others need a digit
+    EMAIL=re.compile(r'@|(?<![^\W_])at(?![^\W_])|[\[({<]\s?a\s?[\])}>]', re.I))
 
 def _shape(s): return re.sub(r'[^\W\d_]', 'x', re.sub(r'\d', '9', s))[:40]
 
@@ -537,8 +549,11 @@ def redact_pii(
     "Replace what points at a person by typed placeholders."
     s = Seen(text)
     if not _HINT.search(s.seen): return text
+    met = {}
     for kind,(pat,ok) in KINDS.items():
-        if not _NEEDS.get(kind, _DIGIT).search(s.seen): continue
+        need = _NEEDS.get(kind, _DIGIT)
+        if need not in met: met[need] = bool(need.search(s.seen))
+        if not met[need]: continue
         name = _SHOWN_AS.get(kind, kind)
         def put(m):
             where = m.span()
