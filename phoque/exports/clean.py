@@ -172,6 +172,7 @@ _CALL = re.compile(r"""
 _THOUSANDS = re.compile(r"\d{1,3}([ .\u00a0])\d{3}(?:\1\d{3})*")
 _DATE = re.compile(r"\d{4}([-./])\d\d?\1\d\d?(?!\1?\d)|\d\d?([-./])\d\d?\2(?:\d\d|\d{4})(?!\2?\d)")
 
+# %% ../../nbs/exports/clean.ipynb #21c678b9
 def _parsed(s, region):
     "The number, or None."
     import phonenumbers as pn
@@ -282,6 +283,7 @@ _KEY_WORD = re.compile(r"""
         |jeton|licen[cs]e)["']?
     (?:\s{1,3}(?:is|ist|lautet|est|es|for\s\w{1,15}))?\s{0,3}(?:[:=]|->|=>)?\s{0,3}["'`]?$""", re.I|re.X)
 
+# %% ../../nbs/exports/clean.ipynb #eb00c47c
 def _is_token(m):
     "Does a long word look drawn at random, or is it said to be a key?"
     s = m[0].rstrip('.')
@@ -330,6 +332,7 @@ _PHRASE = re.compile(r"""
     (?:seed|recovery|mnemonic|secret)\sphrase\W{1,4}(?:is\W{1,4})?
     (?P<v>(?:[a-z]{3,8}[ ,]{1,2}){11,23}[a-z]{3,8})""", re.I|re.X)
 
+# %% ../../nbs/exports/clean.ipynb #06fb9fa7
 _LOWER = re.compile(r"\W{1,3}(?:all|in)\s(?:lower|upper|caps)", re.I)
 _NO_MORE = re.compile(r"[^\w\n]*(?:$|\n|\d)|\W{1,3}(?:all|in|no|without|lower|upper|caps|don't)\b", re.I)
 
@@ -375,6 +378,7 @@ _BASE58 = re.compile(r"(?<![\w.])[1-9A-HJ-NP-Za-km-z]{25,106}(?!\w)")
 _ALPHABET = '123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz'
 _RIPPLE = str.maketrans('rpshnaf39wBUDNEGHJKLM4PQRST7VWXYZ2bcdeCg65jkm8oFqi1tuvAxyz', _ALPHABET)
 
+# %% ../../nbs/exports/clean.ipynb #31e9f150
 def _checked58(s):
     "Is the check sum of a Base58Check text right?"
     n = 0
@@ -439,6 +443,7 @@ _ID_NAMED = re.compile(r"""
     (?P<v>(?:[a-z]{1,3}[ .-]?)?\d[a-z\d]*(?:[ ./-](?:[a-z]{0,2}\d[a-z\d]*|[a-z](?![^\W_]))){0,6}
         |[a-z]{1,6}\d[a-z\d]{3,16})(?![^\W_])""", re.I|re.X)
 
+# %% ../../nbs/exports/clean.ipynb #a6d6b616
 def _is_id(m):
     "Is the check digit right, where the form has one?"
     from importlib import import_module
@@ -538,6 +543,7 @@ _NEEDS |= dict(PASS_SHELL=_DASH, URL=re.compile(r'\S\.\S|\s\.\s|dot|www', re.I),
     # what must be in a text for a kind; others need a digit
     EMAIL=re.compile(r'@|(?<![^\W_])at(?![^\W_])|[\[({<]\s?a\s?[\])}>]', re.I))
 
+# %% ../../nbs/exports/clean.ipynb #8e513d26
 def _shape(s): return re.sub(r'[^\W\d_]', 'x', re.sub(r'\d', '9', s))[:40]
 
 def redact_pii(
