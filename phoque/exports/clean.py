@@ -6,6 +6,7 @@
 from __future__ import annotations
 import ipaddress, re, unicodedata
 from collections import Counter
+from hashlib import sha256
 from functools import lru_cache
 from fastcore.basics import patch
 
@@ -38,6 +39,7 @@ _NAME = r"[\w.+%'!/-]{1,100}+"
 _LABEL = r"(?:[^\W_]|-|_(?!dot_)){1,63}+" # of a domain; `_dot_` has one reading only
 _LINK = re.compile(r"""
     \b(?:h(?:tt|xx|\*\*)ps?|ftp|steam|wss?|irc) \s?(?::|\[:\])\s?/\s?/\s? [^\s<>]+
+    |(?<![\w+.-])[a-z][a-z0-9+.-]{1,20}://[^\s<>]+ # any other scheme, as a data base's
     |\bmagnet:\?\S+
     |\blocalhost:\d+\S*""", re.I|re.X)
 _EMAIL = re.compile(rf"""
@@ -50,7 +52,8 @@ _EMAIL = re.compile(rf"""
 # %% ../../nbs/exports/clean.ipynb #6500a79d
 _URL = re.compile(rf"""
     \bwww{_DOT}[^\s<>]+
-    |(?<![\w@.-])[a-z0-9][\w-]*+ (?:(?:\.|{_WDOT})[\w-]++){{0,30}} (?:\.|{_WDOT}){_TLD}\b (?::\d+)? (?:[/?\#][^\s<>]*)?
+    |(?<![\w@.-])(?!(?:the|an?|that|this|no|every)\s)[a-z0-9][\w-]*+ (?:(?:\.|{_WDOT})[\w-]++){{0,30}} (?:\.
+        |{_WDOT}){_TLD}\b (?::\d+)? (?:[/?\#][^\s<>]*)?
     |(?<![\w@.-])[a-z0-9][\w-]*+ (?:\.[\w-]++)*\.[a-z]{{2,24}} /[^\s<>]+ # any domain before a path
     |\b[\w-]{{1,63}}\s\.\s(?:com|net|org|gg)\b""", re.I|re.X)
 _MENTION = re.compile(r"""
@@ -64,7 +67,9 @@ _MENTION = re.compile(r"""
     |(?<!\w)@[\w.-]+[@:][\w-]+(?:\.[\w-]+)+ # Mastodon, Matrix""", re.X)
 _WHERE = r"(?:ig|insta(?:gram)?|snap(?:chat)?|discord|telegram|tg|psn|xbox|steam|twitter|tiktok|twitch)"
 _HANDLE = re.compile(rf"""
-    (?<![\w@/])@(?!everyone\b|here\b)[^\W\d][\w.-]{{1,31}}
+    (?<![\w@/])@(?!(?:everyone|here|override|dataclass|property|(?:static|class)method|deprecated|param|returns?
+        |nullable|autowired|media|import|keyframes|font-face)\b|[a-z0-9-]{{1,40}}/[\w.-]{{1,60}}@\d) # not in code
+        [^\W\d][\w.-]{{1,31}} (?:\#\d{{4}}\b)?
     |\b[\w.]{{2,32}}\#\d{{4,6}}\b # heron#1234
     |(?<![\w/])/?u/[\w-]{{3,20}}\b # u/heron
     |\b{_WHERE}\s{{0,5}}[:=]\s{{0,5}}@?[\w.]{{3,32}} # insta: heron
@@ -72,6 +77,10 @@ _HANDLE = re.compile(rf"""
         (?=[\w.]{{0,32}}[\d_.]\w)[\w.]{{3,32}}""", re.I|re.X)
 
 # %% ../../nbs/exports/clean.ipynb #0e57f772
+_PASS_WORD = r"""(?:pass(?:\s?(?:word|wort|phrase|code|wd))?|pwd?|kennwort|zugangswort|mot\sde\spasse|mdp
+    |contraseña|contrasena
+    |clave|wachtwoord|hasło|haslo|lösenord|passord|adgangskode|salasana|senha|parola|пароль|パスワード|密码|密碼
+    |(?:seed|recovery|mnemonic|secret)\sphrase)"""
 _IP4 = re.compile(r"""
     (?<![\d.]) \d{1,3}
     (?: (?:\s?\.\s? | \s?[\[({]\s?(?:dot|\.)\s?[\])}]\s? | \s{1,5}dot\s{1,5}) \d{1,3} ){3}
@@ -91,10 +100,13 @@ _PLATFORM = re.compile(r"""
     |\b(?i: [0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12} | (?=[a-f\d]*\d)[0-9a-f]{32} )\b # UUID
     |\b[UCTWG](?=[A-Z]*\d)[A-Z0-9]{8,10}\b # Slack
     |<a?:\w+:\d+> # an emoji of a Discord server""", re.X)
-_PHONE = re.compile(r"(?<![\w.:/])(?:\+|\()?\d(?:[\s().\-/\u00a0\u2010-\u2015]{0,3}\d){6,14}(?!\w)")
+_EAST = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af" # scripts that put no blank between words
+_PHONE = re.compile(r"(?<![^\W%s])(?<![.:/-])(?:\+|\()?\d(?:[\s().\-/\u00a0\u2010-\u2015]{0,3}\d){6,14}(?![^\W%s]|-\d)"
+    % (_EAST, _EAST))
 _HINT = re.compile(rf"""
     [@\#\d] | :// | \w\.\w | <[@!\#a:/i] | :: | \bwww\b | (?:\b|_)dot(?:\b|_)
-    | [\[({{<]\s?(?:dot|\.|at|:)\s?[\])}}>] | \bu/ | :\s?/ | [\w:][\s.]{{2}} | \b{_WHERE}\b
+    | [\[({{<]\s?(?:dot|\.|at|:)\s?[\])}}>] | \bu/ | :\s?/ | [\w:][\s.]{{2}} | \b{_WHERE}\b | {_PASS_WORD}
+        | [_=:][^\W_]{{20}}
     """, re.I|re.X) # one of these is in whatever is found
 
 # %% ../../nbs/exports/clean.ipynb #6ebc4c82
@@ -115,24 +127,88 @@ def _ip6(s):
     try: return bool(ipaddress.IPv6Address(s))
     except ValueError: return False
 
+# %% ../../nbs/exports/clean.ipynb #d5cc07ba
+_LABELLED = re.compile(r"""
+    \b(?:ean|gtin|upc|isbn|issn|barcode|imo|mmsi|seeds?|cve|order|ticket|issue|item|workshop|app\s?id|epoch
+    |timestamp|serial|sku|lot|part|model|ref|invoice|chassis|build|commit|md5|sha-?\d{0,3}|crc\d{0,2}|etag|hash
+        |checksum|rev(?:ision)?|crash|[gu]uid)\b
+    (?:\W{1,3}[^\W\d]{1,12}){0,4} \W{0,4}$""", re.I|re.X)
+_VERSION = re.compile(r"""
+    (?:\bv|\b(?:ver(?:sions?)?|sect?(?:ions?)?|chapters?|rules?|para(?:graph)?|art|firmware|drivers?|build|patch|release
+        |update|kernel|bios|abschnitt|kapitel)\b|§)
+    [\s.:]{0,3}(?:\d[\d.]{2,20}\s{0,2}(?:to|and|or|und|bis|->?)?\s{0,2})?$""", re.I|re.X)
+
+def _before(m, n=60):
+    "What stands before a match."
+    return m.string[max(0, m.start()-n):m.start()]
+
+def _is_card(m):
+    "Is it a card's number, and not a decimal, a list or an article's number?"
+    listed = re.fullmatch(r'\d+[.,]\d{7,}|\d\d?(?:, \d\d?)+', m[0])
+    return not listed and _luhn(m[0]) and not _LABELLED.search(_before(m))
+
+
+def _is_ip4(m):
+    "Is it an IPv4 address, and not a version or a chapter?"
+    after = m.string[m.end():m.end()+12].lstrip()
+    return _ip4(m[0]) and m[0][0]!='0' and not _VERSION.search(_before(m)) and not after.startswith('version')
+
+def _is_ip6(m): return _ip6(m[0])
+def _is_mail(m): return not re.search(r'@(?:\d+\.){1,2}\d+$', m[0]) # a package and its version
+def _is_platform(m): return m[0][0]=='<' or not _LABELLED.search(_before(m))
+
 # %% ../../nbs/exports/clean.ipynb #c4118922
-REGIONS = 'US','GB','DE','FR','ES'
+REGIONS = ('US','GB','DE','FR','ES','IT','NL','BE','AT','CH','PL','CZ','PT','SE','NO','DK','FI','IE','AU','NZ','BR',
+    'MX','IN','JP',
+    'RU','UA','TR') # countries in which a number without its country's code is looked for
+_CALL = re.compile(r"""
+    \b(?:call|ring|rang|phone|tel(?:[eé][fp]h?on\w{0,3})?|text|txt|sms|dial|mob(?:ile)?|cell|fax|handy\w{0,8}
+        |whats\s?app|signal
+    |pager|hotline|nummer|number|n[uú]mero|numer\w{0,2}|numéro|nr|ruf|anruf\w{0,3}|erreichbar|reach|appelle\w{0,2}
+        |joindre
+    |portable|fijo|llama\w{0,3}|m[oó]vil|chiama\w{0,3}|cellulare|bel|zadzwoń|soita|liga|ligue|natel|звони\w{0,3}
+        |телефон\w{0,2}
+    |номер\w{0,2})\b|電話|携帯|电话|手机|전화""", re.I|re.X)
+_THOUSANDS = re.compile(r"\d{1,3}([ .\u00a0])\d{3}(?:\1\d{3})*")
+_DATE = re.compile(r"\d{4}([-./])\d\d?\1\d\d?(?!\1?\d)|\d\d?([-./])\d\d?\2(?:\d\d|\d{4})(?!\2?\d)")
+
+# %% ../../nbs/exports/clean.ipynb #21c678b9
+def _parsed(s, region):
+    "The number, or None."
+    import phonenumbers as pn
+    try: return pn.parse(s, region)
+    except pn.NumberParseException: return None
 
 @lru_cache(2**14)
-def _phone(s):
-    "Is it a valid phone number?"
+def _phone(s, called=False, regions=REGIONS):
+    "Is it a phone number?"
     import phonenumbers as pn
     first,*rest = re.findall(r'\d+', s)
-    if s[0]!='+':
-        if len(first)==1 and first!='1': return False # a score, a decimal
-        if any(len(g)==1 for g in rest): return False
-    if re.fullmatch(r'\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4}', s): return False # a date
-    s = '+'+s[2:] if s.startswith('00') else s
-    for r in (None,) if s[0]=='+' else REGIONS:
-        try:
-            if pn.is_valid_number(pn.parse(s, r)): return True
-        except pn.NumberParseException: pass
+    if re.fullmatch(r'\d\d?([./])\d\d?\1\d{4}|\d{4}-\d\d-\d\d', s): return False
+    abroad = s[0]=='+' or s.startswith('00')
+    if abroad:
+        n = _parsed('+'+s[2:] if s[0]=='0' else s, None)
+        if not n: return False
+        maybe = (s[0]=='+' or called) and pn.is_possible_number_with_reason(n)==pn.ValidationResult.IS_POSSIBLE
+        return pn.is_valid_number(n) or maybe and not re.fullmatch(r'\+?\d{1,3}([ .,]000)+', s)
+    if len(first)==1 and first not in '18' or any(len(g)==1 for g in rest) or _DATE.match(s): return False
+    if not called:
+        if '/' in s and s[0] not in '0(': return False # a part of a whole
+        if '.' in s and (len(rest)==1 or ' ' in s): return False # decimals
+        if first[0]!='0' and (not rest or _THOUSANDS.fullmatch(s)): return False
+    for r in regions:
+        n = _parsed(s, r)
+        if not n: continue
+        if called and first[0]=='0' and pn.is_possible_number(n): return True
+        if not pn.is_valid_number(n): continue
+        if called or first[0]=='0' and len(''.join([first,*rest]))>8: return True
+        if pn.PhoneNumberMatcher(s, r, pn.Leniency.EXACT_GROUPING).has_next(): return True
     return False
+
+def _is_phone(m, regions=REGIONS):
+    "Is it a phone number, and not said to be something else?"
+    before = _before(m)
+    return not _LABELLED.search(before) and _phone(m[0], bool(_CALL.search(before[-40:])), regions)
 
 # %% ../../nbs/exports/clean.ipynb #ca7925ef
 _UNSEEN_TOO = '\u115f\u1160\u2800\u3164\uffa0' # letters and a symbol without ink
@@ -168,42 +244,333 @@ class Seen:
 @patch
 def sub(self:Seen,
     pat, # Pattern, matched against what is seen
-    put, # Called with a match; says what replaces it, or None for nothing
+    put, # Called with a match; says what replaces it, or its start, end and replacement, or None for nothing
 ):
     "Replace what a pattern finds, with all that isn't seen in it."
-    def kept(m): return m[0] if (p := put(m)) is None else p
-    if self.parts is None:
-        self.seen = pat.sub(kept, self.seen)
-        return
     seen,parts,end = [],[],0
     for m in pat.finditer(self.seen):
         if (p := put(m)) is None: continue
-        i = m.start()
+        i,stop,p = (*m.span(), p) if isinstance(p, str) else p
+        if self.parts is None:
+            seen += [self.seen[end:i],p]
+            end = stop
+            continue
         while i>end and not self.parts[i]: i -= 1 # a character that is seen as several goes whole
         seen += [self.seen[end:i],p]
         parts += [*self.parts[end:i],*p]
-        end = m.end()
-    self.seen,self.parts = ''.join(seen)+self.seen[end:],parts+self.parts[end:]
+        end = stop
+    if not end: return
+    self.seen = ''.join(seen)+self.seen[end:]
+    if self.parts is not None: self.parts = parts+self.parts[end:]
+
+# %% ../../nbs/exports/clean.ipynb #3f39ad9b
+_KEY = re.compile(r"""
+    (?<![\w-])(?:
+        gh[pousr]_\w{20,}|github_pat_\w{20,}|gl[a-z]{2,5}-[\w-]{20,} # GitHub, GitLab
+        |A(?:KIA|SIA|BIA|CCA)[A-Z2-7]{16}|AIza[\w-]{30,} # Amazon, Google
+        |sk-[\w-]{20,}|[a-z]{2,6}_(?:live|test|prod|v1|pat|api)_[\w-]{16,} # OpenAI, Anthropic; Stripe, DigitalOcean
+        |xox[a-z][.-][\w.-]{10,}|xapp-[\w-]{10,}|SG\.[\w-]{16,}\.[\w-]{16,} # Slack, SendGrid
+        |(?:AC|SK)[0-9a-f]{32}|dapi[0-9a-f]{32}|key-[0-9a-z]{32} # Twilio, Databricks, Mailgun
+        |hf_\w{20,}|npm_\w{30,}|pypi-[\w-]{16,}|oauth:[a-z0-9]{30}|ya29\.[\w-]{20,}
+        |eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)? # JSON web token
+        |[MNO][\w-]{22,28}\.[\w-]{6}\.[\w-]{25,}|mfa\.[\w-]{20,} # Discord
+        |\d{8,11}:[\w-]{34,36} # Telegram
+    )(?![\w-])
+    |-----BEGIN[ A-Z]{0,30}PRIVATE\ KEY-----(?:[^-]|-(?!----END))*+(?:-----END[ A-Z]{0,40}-----)?""", re.X)
+_TOKEN = re.compile(r"(?<![\w+/.-])[\w+/.-]{16,}+={0,2}")
+_KEY_WORD = re.compile(r"""
+    (?:key|token|secret|credentials?|cookie|session\w{0,6}|bearer|basic|login|auth\w{0,15}|schlüssel|clé|clave
+        |jeton|licen[cs]e)["']?
+    (?:\s{1,3}(?:is|ist|lautet|est|es|for\s\w{1,15}))?\s{0,3}(?:[:=]|->|=>)?\s{0,3}["'`]?$""", re.I|re.X)
+
+# %% ../../nbs/exports/clean.ipynb #eb00c47c
+def _is_token(m):
+    "Does a long word look drawn at random, or is it said to be a key?"
+    s = m[0].rstrip('.')
+    whole = m.start(),m.start()+len(s)
+    digits,small,big = (sum(map(f, s)) for f in (str.isdigit, str.islower, str.isupper))
+    if len(s)>=28 and digits>2 and small>2:
+        if big>2 and small<2.6*len(re.findall('[a-z]+', s)): return whole # words have longer runs of small letters
+        changes = len(re.findall(r'[a-z]\d', s))
+        if digits>4 and changes>=len(s)/6 and re.search('[g-z]', s): return whole # not a hash
+    named = _KEY_WORD.search(_before(m))
+    if not named or not small+big: return False
+    told = named[0].rstrip('"\' `')[-1] in ':='
+    return whole if digits>1 or told and len(s)>=20 else False
+
+# %% ../../nbs/exports/clean.ipynb #13b9f4eb
+_NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada broken case changed changing
+    closed correct cool dead
+    different done down due easy empty enough expired falsch fine for forgot forgotten free from gone good great
+    here hidden how
+    important in incorrect incorrecta is it its kurz later leaked long lost me missing my needed new no none not
+    now off ok okay old
+    oublié on open optional our out over paciencia please private public required reset right same saved secret secure
+    see sent set short simple so solved still strong stupid temporary the there this to too unchanged unknown useless
+    vergessen wait weak weg weird what when where who why working wrong yes you your zu""".split())
+_PASSWORD = re.compile(rf"""
+    (?<![^\W_])(?P<word>{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin
+        |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby)[\s-]code)(?![^\W_])
+    ["'`*?]{{0,2}} (?:(?:\s(?:for|to|of|on|für|fürs|zum|pour|para|del?|i)\s[^\n:=>]{{1,30}}?|\s\w{{2,12}})
+        (?=\s{{0,3}}(?::|=|->|→)|\s(?:is|ist|est|es)\s))?
+    (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|→)\s{{0,3}}
+        |,?\s(?:use|try|type|enter)\s{{1,3}}
+        |\s{{1,3}}(?:(?:has\s|was\s|is\s|got\s)?(?:been\s)?(?:changed|set|reset)\sto|is(?:\snow)?|was|ist|lautet
+            |est|c'est|es|er|är|jest|to)\s{{1,3}}
+        |(?:は|是)\s?|\s{{1,3}})
+    (?:(?:just|simply|now|einfach)\s)?
+    (?P<v>\d{{3,4}}[ -]\d{{3,4}}(?![\w-])|"[^"\n]{{3,80}}"|'[^'\n]{{3,80}}'|`[^`\n]{{3,80}}`
+        |[^\s"'`<>]{{3,80}})""", re.I|re.X)
+_PASS_SHELL = re.compile(r"""
+    (?:\bsshpass\s+-p\s{0,3}|\bmysql(?:dump)?\b[^\n]{0,60}?\s-p|--pass(?:word|wd)?[=\s]
+        |\bcurl\b[^\n]{0,60}?\s-u\s{0,3}[^\s:]{1,40}:)
+    (?P<v>[^\s"'<>]{3,80})""", re.I|re.X)
+_LOGIN = re.compile(r"""
+    \b(?:log-?in|user(?:name)?|creds?|credentials?|acc(?:ount)?)[\s:=]{1,3}[\w.@-]{2,30}\s{0,2}[:/|]\s{0,2}
+    (?P<v>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})""", re.I|re.X)
+_PHRASE = re.compile(r"""
+    (?:seed|recovery|mnemonic|secret)\sphrase\W{1,4}(?:is\W{1,4})?
+    (?P<v>(?:[a-z]{3,8}[ ,]{1,2}){11,23}[a-z]{3,8})""", re.I|re.X)
+
+# %% ../../nbs/exports/clean.ipynb #06fb9fa7
+_LOWER = re.compile(r"\W{1,3}(?:all|in)\s(?:lower|upper|caps)", re.I)
+_NO_MORE = re.compile(r"[^\w\n]*(?:$|\n|\d)|\W{1,3}(?:all|in|no|without|lower|upper|caps|don't)\b", re.I)
+
+def _is_password(m):
+    "Where is the password, if what follows the word is one?"
+    word,how,v = m['word'].lower(),m['how'].strip(),m['v']
+    a,b = m.span('v')
+    if not how and word=='pass' and re.search('[`=.(]|^-', v): return False # of a program's options
+    if v[0] in '"\'`': return a+1,b-1
+    v = v.rstrip('.,;:!?)*')
+    if v.lower() in _NO_PASS or len(v)<3 or '://' in v: return False
+    whole,after = (a, a+len(v)),m.string[a+len(v):b+24]
+    digit,letter = any(map(str.isdigit, v)),any(map(str.isalpha, v))
+    sign = re.search(r'[^\W_][!$%&*+=@#^~_|-][^\W_]', v) and (digit or not v.islower())
+    if word in ('pin','passcode') and v.isdigit() and 4<=len(v)<=8: return whole
+    if word=='pin' or word.endswith('code') and word!='passcode': return whole if how and digit and len(v)>3 else False
+    if len(v)>=5 and (digit and letter or sign): return whole
+    if digit: return whole if how and len(v)>3 and word!='pass' else False
+    told = how and not how[-1].isalpha() # by a sign
+    if word in ('pass','clave','parola') and not told and not _LOWER.match(after): return False
+    return whole if how and len(v)>=5 and _NO_MORE.match(after) else False
+
+# %% ../../nbs/exports/clean.ipynb #846c04bb
+_IBAN = re.compile(r"""
+    (?<![^\W_])[a-z]{2}\d\d(?:[ .\-\u00a0]?[a-z\d]{4}){2,7}(?:[ .\-\u00a0]?[a-z\d]{1,3})?(?![^\W_])""", re.I|re.X)
+_MAC = re.compile(r"""
+    (?<![\w:.-])(?:
+        [\da-f]{2}(?P<by>[:-])(?:[\da-f]{2}(?P=by)){4}(?:[\da-f]{2}(?P=by)[\da-f]{2}(?P=by))?[\da-f]{2}
+        |[\da-f]{4}\.[\da-f]{4}\.[\da-f]{4}
+        |[\da-f]{2}(?:\ [\da-f]{2}){5}
+        |[\da-f]{12}
+    )(?![\w:-]|\.\w)""", re.I|re.X)
+_MAC_WORD = re.compile(r"\b(?:mac|bssid|hw(?:addr)?|ether|nic|wi-?fi|wlan|adapter|lan)\b", re.I)
+_WALLET = re.compile(r"""
+    (?<![\w.])(?:
+        0x(?:[\da-f]{64}|[\da-f]{40}) # Ethereum and its kin
+        |[a-z_]{2,12}1[ac-hj-np-z02-9]{38,110} # Bech32: Bitcoin, Litecoin, Cardano, Cosmos
+        |(?:bitcoincash:)?[qp][ac-hj-np-z02-9]{41}
+        |(?:nano|xrb)_[13][13-9a-km-uw-z]{59}
+        |[a-z\d-]{3,30}\.(?:eth|sol)(?![\w/-]|\.\w)
+    )(?!\w)""", re.I|re.X)
+_BASE58 = re.compile(r"(?<![\w.])[1-9A-HJ-NP-Za-km-z]{25,106}(?!\w)")
+_ALPHABET = '123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz'
+_RIPPLE = str.maketrans('rpshnaf39wBUDNEGHJKLM4PQRST7VWXYZ2bcdeCg65jkm8oFqi1tuvAxyz', _ALPHABET)
+
+# %% ../../nbs/exports/clean.ipynb #31e9f150
+def _checked58(s):
+    "Is the check sum of a Base58Check text right?"
+    n = 0
+    for c in s: n = n*58+_ALPHABET.index(c)
+    b = bytes(len(s)-len(s.lstrip('1')))+n.to_bytes((n.bit_length()+7)//8)
+    return sha256(sha256(b[:-4]).digest()).digest()[:4]==b[-4:]
+
+def _is_wallet(m):
+    "Is it an address or a key of a wallet?"
+    s = m[0]
+    if s.isdigit() or s.islower() or s.isupper(): return False
+    if len(s)<53 and (_checked58(s) or s[0]=='r' and _checked58(s.translate(_RIPPLE))): return True
+    return len(s) in (43,44,47,48,87,88,95,106) and any(map(str.isdigit, s)) # Solana, Polkadot, Solana's keys, Monero
+
+def _is_iban(m):
+    "Where is the IBAN, if there is one? A word after it may have been taken for its end."
+    from stdnum import iban
+    s = m[0]
+    for end in range(len(s), 14, -1):
+        if iban.is_valid(s[:end], check_country=False): return m.start(),m.start()+len(s[:end].rstrip(' .-\u00a0'))
+    return False
+
+def _is_mac(m):
+    "Is it a MAC address? Digits alone and bare ones need a word that says so."
+    s = m[0]
+    plain = s.isalnum() or not (re.search('[a-f]', s, re.I) and re.search(r'\d', s))
+    return not plain or bool(_MAC_WORD.search(_before(m, 25)+' '+m.string[m.end():m.end()+12]))
+
+# %% ../../nbs/exports/clean.ipynb #2d52d50c
+_ID_FORM = re.compile(r"""
+    (?<![\w.:/-])(?:
+        (?P<us_ssn>\d{3}-\d\d-\d{4})
+        |(?P<nino>(?!BG|GB|KN|NK|NT|TN|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z]\ ?\d\d\ ?\d\d\ ?\d\d\ ?[A-D])
+        |(?P<it_codicefiscale>[A-Z]{6}[\dLMNP-V]{2}[A-EHLMPRST][\dLMNP-V]{2}[A-Z][\dLMNP-V]{3}[A-Z])
+        |(?P<es_dni>\d{2}\.?\d{3}\.?\d{3}[ -]?[A-Z])
+        |(?P<es_nie>[XYZ][ -]?\d{7}[ -]?[A-Z])
+        |(?P<fr_nir>[12]\ ?\d\d\ ?\d\d\ ?(?:\d\d|2[AB])\ ?\d{3}\ ?\d{3}\ ?\d\d)
+        |(?P<br_cpf>\d{3}\.\d{3}\.\d{3}-\d\d)
+        |(?P<fi_hetu>\d{6}[-+A-FU-Y]\d{3}[\dA-FHJ-NPR-Y])
+        |(?P<ch_ssn>756[. ]?\d{4}[. ]?\d{4}[. ]?\d\d)
+        |(?P<be_nn>\d\d\.\d\d\.\d\d-\d{3}\.\d\d)
+        |(?P<mx_curp>[A-Z]{4}\d{6}[HMX][A-Z]{5}[A-Z\d]\d)
+        |(?P<kr_rrn>\d{6}-[1-8]\d{6})
+        |(?P<cn_ric>[1-9]\d{16}[\dX])
+        |(?P<in_pan>[A-Z]{3}P[A-Z]\d{4}[A-Z])
+    )(?![\w/-]|\.\d)""", re.I|re.X)
+_ID_NAMED = re.compile(r"""
+    (?<![^\W_])(?:ssn|social\s(?:security|insurance)|social|nino|ni\s(?:number|no)|national\s(?:insurance|id)
+        |nhs\s(?:number|no)|medicare
+    |steuer-?\s?id\w{0,20}|id-?nr|steuernummer|(?:sozial|renten)versicherungs-?\w{1,8}|sv-?\s?n(?:umme)?r
+        |personalausweis\w{0,8}
+    |ausweis(?:nummer|-?nr)?|reisepass\w{0,8}|passport|pass(?:nummer|-?nr)|sécu(?:rité\ssociale)?|nir|insee
+        |passeport|pasaporte
+    |dni|nie|nif|nuss|codice\sfiscale|bsn|burgerservicenummer|rijksregister\w{0,8}|registre\snational|pesel
+        |dow[oó]d\w{0,3}
+    |person(?:nummer|nr)|samordningsnummer|f[øo]dselsnummer|cpr(?:-?nummer)?|hetu|henkilötunnus|rodn[ée]\sč[íi]slo
+        |cnp|cpf|aadhaa?r|pan(?:\scard)?
+    |sin|ahv(?:-?n(?:umme)?r)?|avs|kimlik(?:\sno)?|pps(?:n)?|tfn|isikukood|curp|rfc|egn|oib|jmbg|rrn
+    |tax\s?id|driver'?s?\slicen[cs]e|führerschein\w{0,8}|id\s?card)(?![^\W_])
+    (?:[\s:=#.-]{1,3}(?:is|ist|es|est|e|är|on|er|numbers?|nummer|numéro|número|no|nr|my|mein|lautet|é
+        |è)){0,3} [\s:=#.-]{1,4}
+    (?P<v>(?:[a-z]{1,3}[ .-]?)?\d[a-z\d]*(?:[ ./-](?:[a-z]{0,2}\d[a-z\d]*|[a-z](?![^\W_]))){0,6}
+        |[a-z]{1,6}\d[a-z\d]{3,16})(?![^\W_])""", re.I|re.X)
+
+# %% ../../nbs/exports/clean.ipynb #a6d6b616
+def _is_id(m):
+    "Is the check digit right, where the form has one?"
+    from importlib import import_module
+    if m.lastgroup in ('us_ssn','nino','in_pan'): return not m[0].startswith(('000','666','9')) and _no_label(m)
+    country,name = m.lastgroup.split('_')
+    module = import_module(f"stdnum.{country}{'_'*(country=='in')}.{name}")
+    return module.is_valid(m[0].replace(' ', '')) and _no_label(m)
+
+def _no_label(m):
+    "Is it not said before a match that the number is of something else?"
+    return not _LABELLED.search(_before(m))
+
+def _is_named_id(m):
+    "Where is it, if what follows the name has digits enough?"
+    s = re.sub(r'\W', '', m['v'])
+    return m.span('v') if 6<=len(s)<=18 and sum(map(str.isdigit, s))>=3 else False
+
+# %% ../../nbs/exports/clean.ipynb #5ebc88a0
+_UP = r"(?-i:[^\W\d_a-zß-öø-ÿ])[\w'’-]{0,24}\.?" # begins with a capital
+_TOWN = rf"""(?:,?\s(?:(?:{_UP}\s?){{1,3}},?\s)?
+    (?:[A-Z]{{2}}\s\d{{5}}(?:-\d{{4}})?|[A-Z]{{1,2}}\d[A-Z\d]?\s?\d[A-Z]{{2}}|\d{{4,5}}(?:\s{_UP})?)(?!\w))?"""
+_EN = r"""(?:Street|St|Str|Road|Rd|Avenue|Ave|Lane|Ln|Drive|Dr|Way|Court|Ct|Close|Crescent|Cres|Terrace|Ter|Square
+    |Sq|Place|Pl
+    |Boulevard|Blvd|Highway|Hwy|Parkway|Pkwy|Circle|Cir|Mews|Gardens|Gdns|Grove|Row|Walk|Wharf|Quay|Trail|Trl|Alley
+        |Esplanade
+    |Parade|Promenade)"""
+_STREET_EN = re.compile(rf"""
+    (?<![\w.:/$#-])(?<!level\s)(?<!lvl\s)(?<!season\s)(?<!chapter\s)(?:(?:Flat|Apt|Unit|Suite)\.?\s\w{{1,4}},?\s)?
+    \d{{1,5}}[A-Za-z]?(?:[-/]\d{{1,4}})?,?\s(?:(?:[NSEW]{{1,2}}\.?|St\.?)\s)?(?:(?:{_UP}|\d{{1,3}}(?:st|nd|rd
+        |th))\s){{1,4}}{_EN}(?!\w|\s(?:Trips?|Edition|Race|Map|Rage|Art))\.?
+    (?:\s(?:[NSEW]{{1,2}}|North|South|East|West)(?!\w))?(?:,?\s(?:(?:Apt|Apartment|Unit|Suite|Ste|Flat)\.?\s
+        |\#\s?)\w{{1,5}})?{_TOWN}
+    |\b(?:P\.?\s?O\.?\s?Box|Postfach|Apartado(?:\sde\sCorreos)?|Bo[iî]te\sPostale)\s\d{{1,6}}{_TOWN}""", re.X)
+_STREET_LOW = re.compile(r"""
+    (?<![\w.:/$#-])\d{1,5}[a-z]?\s(?:[^\W\d_][\w'’-]{0,24}\s){1,3}?(?:street|st|road|rd|avenue|ave|lane|ln|drive
+        |court|close|crescent|terrace
+    |boulevard|blvd|way|square|place)(?!\w)""", re.I|re.X)
+
+# %% ../../nbs/exports/clean.ipynb #9b4b7442
+_OF = r"(?:d(?:e\s(?:la|las|los|l['’])?|el\s|es\s|u\s|e\sl['’]|['’])\s?|l[ae]s?\s|l['’]|aux?\s|à\sla\s)"
+_STREET_GER = re.compile(rf"""
+    (?<![\w.:/-])(?:(?:{_UP}[\s-]){{0,2}}(?!(?:(?:Park|Spiel|Stell|Arbeits|Sitz|Liege|Lager|Sport|Start|Steh|Zelt
+        |Camping|Lande|Bolz|Fußball|Bau
+        |Speicher)platz|(?:Um|Aus|Rad|Heim|Rück|Hin)weg|Sackgasse)\b) # of other things
+        (?:[^\W\d_][\w-]{{1,30}}(?:stra(?:ß|ss)e|str\.|str|gasse)|(?-i:[A-ZÄÖÜ])[\w-]{{2,30}}(?:weg|platz|allee
+            |damm|ufer|chaussee|pfad
+            |graben|twiete|straat|laan|gracht|plein|singel|dijk|gatan|vägen|veien|vej|katu))
+        |(?:{_UP}[\s-]){{1,3}}(?-i:Stra(?:ß|ss)e|Str\.|Weg|Gasse|Platz|Allee|Ring|Damm|Ufer|Chaussee|Steig|Pfad
+            |Deich|Kai)
+        |Stra(?:ß|ss)e\s(?:des|der|am|zum|zur|von)\s{_UP}|(?:ul|al)\.\s{_UP}(?:\s{_UP})?)
+    \s?(?<=[\s.])\d{{1,4}}(?:\s?[a-h](?!\w))?(?:\s?[-–/+]\s?\d{{1,4}}[a-h]?)?(?![\w%€:]|[.,]\d){_TOWN}""", re.X|re.I)
+_STREET_IN = re.compile(rf"""
+    (?<!\w)(?:Am|An\sde[rn]|Auf\sde[mr]|Im|In\sde[rn]|Zum|Zur|Unter\sden|Beim|Bei\sder|Hinter\sde[mr]
+        |Vor\sdem)\s(?:{_UP}\s){{1,3}}
+    \d{{1,4}}(?:\s?[a-h](?!\w))?(?![\w%€:.]){_TOWN}""", re.X)
+_STREET_ROM = re.compile(rf"""
+    (?<![\w.:/-])\d{{1,4}}(?:\s?(?:bis|ter|quater|[a-d]))?,?\s
+        (?:(?:rue|boulevard|bd|impasse|all[ée]e|chemin|ruelle|sentier|avenue
+            |av\.)\s(?:{_OF}){{0,2}}[^\W\d_][\w’'-]{{0,30}}
+        |(?:place|pl\.|quai|route|cours|square|passage|esplanade|faubourg|cit[ée]|r[ée]sidence)\s(?:{_OF})?{_UP})
+        (?:\s(?:{_OF})?{_UP}){{0,4}}{_TOWN}
+    |(?<!\w)(?:calle|c/|avenida|avda\.?|paseo|camino|carretera|ctra\.?|ronda|traves[íi]a|carrer|rambla|callejón
+        |glorieta|urbanizaci[oó]n
+        |(?-i:Plaza|Pza\.|Plaça|Vía|Via|Viale|Piazza|Corso|Vicolo|Largo|Rua|Travessa|Praça|Av\.))
+        \s?(?<=[\s/.])(?:{_OF}){{0,2}}(?!d?el?\s|la\s)[^\W\d_][\w’'-]{{0,30}}(?:\s(?:{_OF}){{0,2}}{_UP}){{0,3}}
+        ,?\s(?:(?:n[ºo°.]|n\.º|num\.?|número)\s?)?(?:\d{{1,4}}(?![\w%€:]|[.,]\d|\s(?:min|metros?|km|horas?|ore)\w*)
+            |s/n\b)(?:,\s\d{{1,2}}\s?[ºª°](?:\s[A-Z](?!\w))?)?{_TOWN}""", re.X|re.I)
+_HOME = re.compile(r"""\b(?:live[sd]?|living|address|adresse|direcci[oó]n|indirizzo|adres|send|sent|ship
+    |deliver\w{0,3}|parcel|post(?:ed)?\sto|house|home
+    |moved?|wohn\w{0,3}|liefer\w{0,4}|paket|schick\w{0,3}|zuhause|daheim|meet|treffen|komm|habite|vivo
+        |casa)\b""", re.I|re.X)
+
+def _is_home(m):
+    "Does something near say that this is where somebody lives, or is there a postcode?"
+    return bool(_HOME.search(_before(m, 40)) or re.search(r'\d{5}|[A-Z]\d[A-Z\d]? ?\d[A-Z]{2}\b', m[0]))
 
 # %% ../../nbs/exports/clean.ipynb #68e45c8c
-KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), EMAIL=(_EMAIL,None), URL=(_URL,None),
-    IP=(_IP6,_ip6), IP4=(_IP4,_ip4), CARD=(_CARD,_luhn), CARD_THEN=(_CARD_THEN,_luhn),
-    HANDLE=(_HANDLE,None), PLATFORM_ID=(_PLATFORM,None), PHONE=(_PHONE,_phone)) # pattern, and check or None
-_SHOWN_AS = dict(IP4='IP', LINK='URL', CARD_THEN='CARD') # placeholders that aren't named after their kind
+KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), KEY=(_KEY,None), PASS_SHELL=(_PASS_SHELL,
+    lambda m: m.span('v')),
+    PHRASE=(_PHRASE,lambda m: m.span('v')), PASSWORD=(_PASSWORD,_is_password), LOGIN=(_LOGIN,lambda m: m.span('v')),
+    WALLET=(_WALLET,None), BASE58=(_BASE58,_is_wallet),
+    TOKEN=(_TOKEN,_is_token), EMAIL=(_EMAIL,_is_mail), URL=(_URL,None), MAC=(_MAC,_is_mac), IP=(_IP6,_is_ip6),
+    IP4=(_IP4,_is_ip4),
+    IBAN=(_IBAN,_is_iban), NATIONAL_ID=(_ID_FORM,_is_id), ID_NAMED=(_ID_NAMED,_is_named_id), CARD=(_CARD,_is_card),
+    CARD_THEN=(_CARD_THEN,_is_card), ADDRESS=(_STREET_EN,None), STREET_ROM=(_STREET_ROM,None),
+    STREET_GER=(_STREET_GER,None),
+    STREET_IN=(_STREET_IN,_is_home), STREET_LOW=(_STREET_LOW,_is_home), HANDLE=(_HANDLE,None),
+    PLATFORM_ID=(_PLATFORM,_is_platform),
+    PHONE=(_PHONE,_is_phone)) # pattern, and None or a check, which says whether it is one, or from where to where
+_SHOWN_AS = dict(IP4='IP', LINK='URL', CARD_THEN='CARD', PASS_SHELL='PASSWORD', LOGIN='PASSWORD', PHRASE='PASSWORD',
+    BASE58='WALLET', TOKEN='KEY',
+    ID_NAMED='NATIONAL_ID', STREET_ROM='ADDRESS', STREET_GER='ADDRESS', STREET_IN='ADDRESS', STREET_LOW='ADDRESS')
+_ANY,_DIGIT,_DASH,_LONG = map(re.compile, ('', r'\d', '-', r'\S{16}|\.(?:eth|sol)\b'))
+_NEEDS = dict.fromkeys(('LINK','MENTION','PASSWORD','PHRASE','LOGIN','HANDLE'), _ANY) | dict.fromkeys(('KEY',
+    'WALLET','BASE58','TOKEN'), _LONG)
+_NEEDS |= dict(PASS_SHELL=_DASH, URL=re.compile(r'\S\.\S|\s\.\s|dot|www', re.I),
+    # what must be in a text for a kind; others need a digit
+    EMAIL=re.compile(r'@|(?<![^\W_])at(?![^\W_])|[\[({<]\s?a\s?[\])}>]', re.I))
+
+# %% ../../nbs/exports/clean.ipynb #8e513d26
+def _shape(s): return re.sub(r'[^\W\d_]', 'x', re.sub(r'\d', '9', s))[:40]
 
 def redact_pii(
     text:str, # Fixed text
     found:Counter=None, # Gets the hits by kind, never the values
+    regions:tuple[str,...]=REGIONS, # Countries in which a phone number without its country's code is looked for
+    examples:dict=None, # Gets up to three values of each kind, each by its shape alone
 )->str: # The text with `<EMAIL>`, `<URL>` and so on
     "Replace what points at a person by typed placeholders."
     s = Seen(text)
     if not _HINT.search(s.seen): return text
+    met = {}
     for kind,(pat,ok) in KINDS.items():
+        need = _NEEDS.get(kind, _DIGIT)
+        if need not in met: met[need] = bool(need.search(s.seen))
+        if not met[need]: continue
         name = _SHOWN_AS.get(kind, kind)
         def put(m):
-            if ok and not ok(m[0]): return
+            where = m.span()
+            if ok:
+                got = _is_phone(m, regions) if kind=='PHONE' else ok(m)
+                if not got: return
+                if got is not True: where = got
             if found is not None: found[name] += 1
-            return f'<{name}>'
+            if examples is not None and len(shapes := examples.setdefault(name, []))<3:
+                shapes.append(_shape(m.string[where[0]:where[1]]))
+            return *where,f'<{name}>'
         s.sub(pat, put)
     return str(s)
 
@@ -250,7 +617,7 @@ def policy(
     text,found = Seen(text).seen,found or {}
     sexual = _SEXUAL.search(text) or 'sexual_explicit' in cats
     if sexual and _MINOR.search(text) or 'sexual/minors' in cats: return 'sexual, minors'
-    where = _STREET.search(text) or found.get('PHONE') or found.get('EMAIL')
+    where = _STREET.search(text) or any(found.get(k) for k in ('ADDRESS','PHONE','EMAIL'))
     return 'doxxing' if _DOX.search(text) and where else ''
 
 # %% ../../nbs/exports/clean.ipynb #3adb8f4d
@@ -294,7 +661,8 @@ def language(
 
 # %% ../../nbs/exports/clean.ipynb #e31ac3de
 FOUND = ('mended','empty','repeated','in_prompts',
-    'EMAIL','IP','URL','MENTION','CARD','HANDLE','PLATFORM_ID','PHONE','USER') # what is counted in each conversation
+    'EMAIL','IP','URL','MENTION','CARD','HANDLE','PLATFORM_ID','PHONE','USER',
+    'KEY','PASSWORD','WALLET','MAC','IBAN','NATIONAL_ID','ADDRESS') # what is counted in each conversation
 
 def text_key(
     s:str, # Normalised text
@@ -317,12 +685,12 @@ def is_long(
     return key&1==1
 
 # %% ../../nbs/exports/clean.ipynb #ab3bf3de
-def _clean_texts(c, n):
+def _clean_texts(c, n, regions=REGIONS):
     "Texts and system turn of a conversation, fixed, pseudonymised and redacted; counts in `n`."
     fixed = [fix_text(t) for t in c['texts']]
     n['mended'] = sum(f!=t for f,t in zip(fixed, c['texts']))
     (*texts,system),n['USER'] = pseudonymize([*fixed, fix_text(c.get('system') or '')], c['names'])
-    *texts,system = [redact_pii(t, n) for t in (*texts, system)]
+    *texts,system = [redact_pii(t, n, regions) for t in (*texts, system)]
     return texts,system
 
 def _kept_lines(c, texts, prompts, n):
@@ -344,10 +712,11 @@ def _kept_lines(c, texts, prompts, n):
 def clean_one(
     c:dict, # Conversation, from `threads`
     prompts:Prompts=None, # What must not be trained on
+    regions:tuple[str,...]=REGIONS, # Countries whose phone numbers are looked for, as `redact_pii` takes them
 )->tuple[dict,list]: # Columns that cleaning makes, and the words of its lines
     "Clean one conversation."
     n = Counter()
-    texts,system = _clean_texts(c, n)
+    texts,system = _clean_texts(c, n, regions)
     keep,keys,said = _kept_lines(c, texts, prompts, n)
     def pick(xs): return [xs[i] for i in keep]
     texts = pick(texts)
@@ -378,9 +747,10 @@ def minhash(
 def clean_batch(
     batch:dict, # Columns of conversations, from `threads`
     prompts:Prompts=None, # What must not be trained on
+    regions:tuple[str,...]=REGIONS, # Countries whose phone numbers are looked for, as `redact_pii` takes them
 )->dict: # The same columns cleaned, and `keys key why lang lang_score found sketch`
     "Clean conversations."
-    rows = [clean_one(dict(zip(batch, xs)), prompts) for xs in zip(*batch.values())]
+    rows = [clean_one(dict(zip(batch, xs)), prompts, regions) for xs in zip(*batch.values())]
     return {k: [r[k] for r,_ in rows] for k in rows[0][0]} | dict(sketch=minhash([ws for _,ws in rows]))
 
 # %% ../../nbs/exports/clean.ipynb #2ae3130f
