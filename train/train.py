@@ -1676,7 +1676,9 @@ def _write(
     ask:bool=False, # Ask for an answer at the end
 )->str:
     try: return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except Exception as e: raise ValueError(f"the chat template refuses it ({excerpt(e, 100)})") from None
+    except Exception as e:
+        raise UserError("a conversation", f"the chat template refuses it ({excerpt(e, 100)})",
+            "correct the conversation, or choose another model") from None
 
 def split_rendered(
     tok, # Tokenizer with a chat template
@@ -1684,16 +1686,19 @@ def split_rendered(
 )->tuple: # What the template writes before, between and after the turns; what the turns hold; which turn each is
     "Cut a rendered conversation into what the template wrote and what people wrote."
     if any(_PRIVATE.search(m['content']) for m in messages):
-        raise ValueError("it holds characters of Unicode's planes 15 and 16, which mark places here")
+        raise UserError("a conversation", "it holds characters of Unicode's planes 15 and 16, which mark places here",
+            "remove them")
     parts = _MARKS.split(_write(tok, mark_contents(messages)))
     codes = [ord(c)-0x100000 for c in parts[1::2]]
     found = sorted(codes)
     for i,m in enumerate(messages):
         if found[2*i:2*i+2]!=[2*i, 2*i+1]:
-            raise ValueError(f"the chat template leaves out, repeats or rewrites turn {i} ({m['role']})")
+            raise UserError("a conversation", f"the chat template leaves out, repeats or rewrites turn {i} ({m['role']})",
+                "leave out that turn, or choose another model")
     if any(a%2 or b!=a+1 for a,b in zip(codes[::2], codes[1::2])):
-        raise ValueError("the chat template writes one turn into another")
-    if ''.join(parts[::2])!=_write(tok, messages): raise ValueError("the chat template changes a text by what it holds")
+        raise UserError("a conversation", "the chat template writes one turn into another", "choose another model")
+    if ''.join(parts[::2])!=_write(tok, messages):
+        raise UserError("a conversation", "the chat template changes a text by what it holds", "choose another model")
     return parts[::4],parts[2::4],[c//2 for c in codes[::2]]
 
 PROBE = [dict(role=role, content=text) for role,text in
@@ -1711,8 +1716,9 @@ def answer_end(
     after = [re.match(rf'(?:\s|{token})*', texts[turns.index(i)+1])[0] for i in (1,3)]
     both = [a for a,b in takewhile(lambda ab: ab[0]==ab[1], zip(*(re.findall(token, a) for a in after)))]
     if both: return next(t for t in [tok.eos_token, *stops, both[-1]] if t in both)
-    raise ValueError(f"the chat template ends answers with {excerpt(after[0], 40)!r} and {excerpt(after[1], 40)!r}: "
-        "no control token is in both")
+    raise UserError("a chat template",
+        f"it ends answers with {excerpt(after[0], 40)!r} and {excerpt(after[1], 40)!r}, and no control token is in both",
+        "choose another model")
 
 def control_tokens(
     tok, # Tokenizer
@@ -1739,8 +1745,9 @@ def _begins(
     bare = before.lstrip()
     if bare.startswith(asked): return len(before)-len(bare)+len(asked)
     if not last and asked.startswith(bare.rstrip()): return len(before) # an empty thought only before the last answer
-    raise ValueError(f"turn {turn}: the chat template asks for an answer with {asked[-40:]!r}, "
-        f"and writes one after {bare[-40:]!r}")
+    raise UserError("a conversation",
+        f"turn {turn}: the chat template asks for an answer with {asked[-40:]!r}, and writes one after {bare[-40:]!r}",
+        "choose another model")
 
 @patch
 def answers(self:OwnFormat,
@@ -1750,14 +1757,18 @@ def answers(self:OwnFormat,
 )->list: # `(content's number, begin in the text before it, place of the end token in the text after it)`
     "Where the answers of a conversation are."
     at = [j for j,t in enumerate(turns) if messages[t]['role']=='assistant']
-    if at!=sorted(at, key=turns.__getitem__): raise ValueError("the chat template changes the order of the answers")
+    if at!=sorted(at, key=turns.__getitem__):
+        raise UserError("a conversation", "the chat template changes the order of the answers", "choose another model")
     asked = _MARKS.split(_write(self.tok, mark_contents(messages[:turns[at[-1]]]), ask=True))[-1].lstrip()
-    if not asked: raise ValueError("the chat template writes nothing between a question and its answer")
+    if not asked:
+        raise UserError("a conversation", "the chat template writes nothing between a question and its answer",
+            "choose another model")
     found = []
     for j in at:
         if not (end := self.end.match(texts[j+1])):
-            raise ValueError(f"turn {turns[j]}: the chat template goes on with {excerpt(texts[j+1], 40)!r}, "
-                f"not with {self.eos!r}")
+            raise UserError("a conversation",
+                f"turn {turns[j]}: the chat template goes on with {excerpt(texts[j+1], 40)!r}, not with {self.eos!r}",
+                "choose another model")
         found.append((j, _begins(texts[j], asked, turns[j], j==at[-1]), end.start('end')))
     return found
 
@@ -1803,8 +1814,9 @@ def first_token(self:OwnFormat,
     while (i := e.char_to_token(begin)) is None: begin += 1
     if e.token_to_chars(i)[0]==begin: return i
     if e.ids[i] in self.ids: return i+1 # a control token that takes the white space after it
-    raise ValueError("the tokenizer joins the beginning of an answer with what the chat template writes before it: "
-        "remove the white space there")
+    raise UserError("a conversation",
+        "the tokenizer joins the beginning of an answer with what the chat template writes before it",
+        "remove the white space at its beginning")
 
 @patch
 def label(self:OwnFormat,
@@ -1814,10 +1826,12 @@ def label(self:OwnFormat,
 )->tuple: # `input_ids` and mask
     "Mark the answers among the tokens, and check that all control tokens are the template's."
     ids,mask = e.ids,[0]*len(e.ids)
-    if sum(map(self.ids.__contains__, ids))!=controls: raise ValueError("texts of it join into a control token")
+    if sum(map(self.ids.__contains__, ids))!=controls:
+        raise UserError("a conversation", "its texts and the chat template join into a control token", "change the texts")
     for begin,end in spans:
         last,first = e.char_to_token(end),self.first_token(e, begin)
-        if last is None or ids[last]!=self.control[self.eos]: raise ValueError(f"an answer doesn't end in {self.eos!r}")
+        if last is None or ids[last]!=self.control[self.eos]:
+            raise UserError("a conversation", f"an answer doesn't end in {self.eos!r}", "choose another model")
         mask[first:last+1] = [1]*(last+1-first)
     return ids,mask
 
@@ -1833,7 +1847,7 @@ def encode_own(
     own,out = _own_format(tok, tok.chat_template, tok.eos_token),[None]*len(chats)
     def of(i, f, *args):
         try: return f(*args)
-        except ValueError as e: raise UserError(names[i], str(e), "correct the conversation, or choose another model") from None
+        except UserError as e: raise UserError(names[i], e.value, e.remedy) from None
     laid = [of(i, own.layout, c) for i,c in enumerate(chats)]
     for spoofed in (False, True):
         idx = [i for i,l in enumerate(laid) if l[1]==spoofed]
@@ -1854,7 +1868,8 @@ def settle_template(
     "Take the date out of a chat template."
     from datetime import date
     new = _NOW.sub(lambda m: json.dumps(date.fromisoformat(_DAY).strftime(m['format'])), template)
-    if re.search(r'strftime_now\s*\(', new): raise ValueError("the chat template asks for the date in a way that can't be pinned")
+    if re.search(r'strftime_now\s*\(', new):
+        raise UserError("a chat template", "it asks for the date in a way that can't be pinned", "choose another model")
     return new,[f"the date in its chat template is {_DAY}"] if new!=template else []
 
 def skip_thoughts(
@@ -1880,7 +1895,8 @@ def check_generation_marks(
     marked = ''.join(texts[0][a:b] for a,b in marks[0])
     said = [m['content'] for m in PROBE]
     if not all(t+tok.eos_token in re.sub(r'\s', '', marked) for t in said[1::2]) or any(t in marked for t in said[::2]):
-        raise ValueError("the chat template's {% generation %} marks don't cover its answers and what ends them, or cover more")
+        raise UserError("a chat template", "its {% generation %} marks don't cover its answers and what ends them, or cover more",
+            "choose another model")
 
 # ------------------------------------------------------------------------------
 # chat.templates: Chat formats, their Jinja templates, and tokenizers from untrusted folders
@@ -2333,7 +2349,6 @@ def _set_own_format(
         check_generation_marks(tok)
         ids,_ = encode_own(tok, [PROBE], [what])[0]
     except UserError as e: raise UserError(what, e.value, "choose another model") from None
-    except ValueError as e: raise UserError(what, str(e), "choose another model") from None
     _set_pad(tok, tok.convert_ids_to_tokens(ids))
     for s in settled: log.info(s)
     _say_opening(tok)

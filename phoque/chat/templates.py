@@ -439,7 +439,6 @@ def _set_own_format(
         check_generation_marks(tok)
         ids,_ = encode_own(tok, [PROBE], [what])[0]
     except UserError as e: raise UserError(what, e.value, "choose another model") from None
-    except ValueError as e: raise UserError(what, str(e), "choose another model") from None
     _set_pad(tok, tok.convert_ids_to_tokens(ids))
     for s in settled: log.info(s)
     _say_opening(tok)
