@@ -4,21 +4,22 @@
 
 # %% ../nbs/05_merge.ipynb #c46c38a4
 from __future__ import annotations
-import errno,json,math,os,re,shutil,subprocess,sys,zlib
+import errno,json,math,os,re,shutil,zlib
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
 from .core.basics import UserError, excerpt, hub_problem, log, printable, read_header, read_json, reading, safe_path
+from .chat.rendering import render_limited
 from .chat.templates import check_vocabulary, open_tokenizer, vocabulary_size
 from .model_qlora import check_model_config, check_size, weight_files
 
 # %% auto #0
-__all__ = ['LONGEST_NAME', 'MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'MOST_WILD', 'RENDER_SECONDS', 'RENDER_MIB',
-           'LONGEST_PROMPT', 'local_folder', 'read_base', 'LoraAdapter', 'is_hub_id', 'base_of', 'bare_name',
-           'merge_plan', 'delta_weight', 'check_weight', 'dithered', 'nf4_round', 'merge_shard', 'tokenizer_folder',
-           'side_files', 'generation_settings', 'stop_ids', 'stop_as_trained', 'read_tokenizer', 'model_class',
-           'check_room', 'merge_adapters', 'merge_adapter', 'load_plain', 'set_weights', 'load_adapted', 'chat_ids',
-           'prompt_ids', 'prompt_logits', 'perplexity', 'compare_logits', 'fidelity', 'check_fidelity']
+__all__ = ['LONGEST_NAME', 'MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'MOST_WILD', 'local_folder', 'read_base', 'LoraAdapter',
+           'is_hub_id', 'base_of', 'bare_name', 'merge_plan', 'delta_weight', 'check_weight', 'dithered', 'nf4_round',
+           'merge_shard', 'tokenizer_folder', 'side_files', 'generation_settings', 'stop_ids', 'stop_as_trained',
+           'read_tokenizer', 'model_class', 'check_room', 'merge_adapters', 'merge_adapter', 'load_plain',
+           'set_weights', 'load_adapted', 'chat_ids', 'prompt_ids', 'prompt_logits', 'perplexity', 'compare_logits',
+           'fidelity', 'check_fidelity']
 
 # %% ../nbs/05_merge.ipynb #9410ae60
 _index = "model.safetensors.index.json"
@@ -657,22 +658,6 @@ def load_adapted(
     set_weights(model, {f'a{i}':w for i,(_,w) in enumerate(adapters)})
     return model.eval()
 
-# %% ../nbs/05_merge.ipynb #40cf1b30
-RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # processor and memory for a call's templates; characters
-_render = """import json, math, resource, sys
-from transformers.utils.chat_template_utils import render_jinja_template
-seconds,mib,most,template,names,chats = json.load(sys.stdin)
-used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize() if sys.platform=='linux' else 0
-spent = resource.getrusage(resource.RUSAGE_SELF)
-resource.setrlimit(resource.RLIMIT_AS, (used+(mib<<20),)*2)
-resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(spent.ru_utime+spent.ru_stime)+seconds,)*2)
-def render(c):
-    asked = c[-1]['role']!='assistant'
-    return render_jinja_template([c], chat_template=template, add_generation_prompt=asked, **names)[0][0]
-texts = [render(c) for c in chats]
-if sum(map(len, texts))>most: raise MemoryError
-json.dump(texts, sys.stdout)"""
-
 # %% ../nbs/05_merge.ipynb #8c1390eb
 def chat_ids(
     tok, # Tokenizer, with a chat template
@@ -684,16 +669,8 @@ def chat_ids(
     template = tok.chat_template.get('default') if isinstance(tok.chat_template, dict) else tok.chat_template
     if not isinstance(template, str): raise UserError(what, "there is none", "put texts to it instead of conversations")
     names = {k:str(v) for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
-    sent = json.dumps([RENDER_SECONDS, RENDER_MIB, LONGEST_PROMPT, template, names, chats])
-    try: r = subprocess.run([sys.executable,'-I','-c',_render], input=sent, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired: r = None
-    said = (r.stderr.strip().splitlines() or ['it stopped'])[-1] if r else ''
-    if r is None or r.returncode<0 or said.startswith('MemoryError'):
-        raise UserError(what, f"it takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB",
-            "use another tokenizer")
-    if r.returncode:
-        raise UserError(what, f"it can't write this conversation ({excerpt(said, 100)})", "use another tokenizer")
-    with reading(what): return [tok(t, add_special_tokens=False).input_ids for t in json.loads(r.stdout)]
+    texts = render_limited(template, names, chats, what)
+    with reading(what): return [tok(t, add_special_tokens=False).input_ids for t in texts]
 
 # %% ../nbs/05_merge.ipynb #aa6b00c7
 def prompt_ids(
