@@ -8,7 +8,7 @@ import errno,json,math,os,re,shutil,zlib
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
-from .core.basics import UserError, excerpt, hub_problem, log, printable, read_header, read_json, reading, safe_path
+from .core.basics import UserError, asking_hub, excerpt, log, printable, read_header, read_json, reading, safe_path
 from .chat.rendering import render_limited
 from .chat.templates import check_vocabulary, open_tokenizer, vocabulary_size
 from .model_qlora import check_model_config, check_size, weight_files
@@ -47,12 +47,7 @@ def local_folder(
     if not _hub_id.fullmatch(str(src)):
         raise UserError(f"{what} `{src}`", "it is neither a folder here nor a Hub id such as `org/name`",
             "check its spelling")
-    from httpx2 import HTTPError
-    try: return _fetch_folder(str(src), what)
-    except UserError: raise
-    except ValueError as e:
-        raise UserError(f"{what} `{src}`", f"its repo can't be read ({excerpt(e, 100)})", "choose another") from None
-    except (HTTPError,OSError) as e: raise hub_problem(e, f"{what} `{src}`") from None
+    with asking_hub(f"{what} `{src}`"): return _fetch_folder(str(src), what)
 
 # %% ../nbs/05_merge.ipynb #03702b19
 def _read_config(folder):
@@ -560,6 +555,14 @@ def _new_folder(out, need):
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/05_merge.ipynb #2f2b2eb3
+def _keep_outside(
+    out:Path, # Folder to write
+    read:list, # Folders that are read
+):
+    for d in read:
+        if out.resolve().is_relative_to(d.resolve()):
+            raise UserError(out, f"it is inside {d}, which is only read", "name a folder elsewhere")
+
 def merge_adapters(
     base:str|Path, # Full-precision base: folder or Hub id
     adapters:list, # (adapter folder or Hub id, weight) pairs; weights in [-2, 2]
@@ -568,14 +571,14 @@ def merge_adapters(
     dither:bool=False, # Round at random instead of to the nearest (keeps small changes, see Fidelity)
 )->dict: # `tensors` changed, `relative_rounding` of the change, and what went in
     "Write base + the sum of weight·ΔW as one standalone model, streaming."
+    out = Path(out)
+    _keep_outside(out, [Path(s) for s in (base, *(a for a,_ in adapters)) if Path(s).is_dir()])
+    check_room(out, 0) # before anything is fetched
     ads = [(LoraAdapter(a),check_weight(w)) for a,w in adapters]
     if not ads: raise UserError("--adapter", "no adapter given", "name at least one")
-    src,out = local_folder(base),Path(out)
+    src = local_folder(base)
     folders = [a.path for a,_ in ads]
-    for d in (src, *folders):
-        if out.resolve().is_relative_to(d.resolve()):
-            raise UserError(out, f"it is inside {d}, which is only read", "name a folder elsewhere")
-    check_room(out, 0) # before weights are read
+    _keep_outside(out, [src, *folders])
     shards = read_base(src)
     plan = merge_plan(shards, ads, tied=_is_tied(src))
     model_class(src)

@@ -360,8 +360,8 @@ def lora_targets(
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
 # %% ../nbs/01_model_qlora.ipynb #dd6476c6
-JOINED = {t:('qkv_proj','query_key_value') for t in ('q_proj','k_proj','v_proj')} # some families have one for all
-JOINED |= {t:('gate_up_proj',) for t in ('gate_proj','up_proj')}
+_QKV = {'q_proj','k_proj','v_proj'}
+JOINED = dict(qkv_proj=_QKV, query_key_value=_QKV, gate_up_proj={'gate_proj','up_proj'}) # one layer that stands for several
 
 def resolve_targets(
     model, # Without an adapter; on the meta device, too
@@ -372,8 +372,10 @@ def resolve_targets(
     linear = {n.split('.')[-1] for n in layers}
     others = {n.split('.')[-1] for n,_ in model.get_decoder().named_modules() if n not in layers}
     names = linear-others # a name that is also something else's isn't taken
-    targets = {next((j for j in JOINED.get(t, ()) if t not in names and j in names), t) for t in targets}
-    if missing := set(targets)-names-{'all-linear'}:
+    targets = set(targets)
+    for joined,parts in JOINED.items():
+        if joined in names and parts<=targets-names: targets = targets-parts | {joined}
+    if missing := targets-names-{'all-linear'}:
         raise UserError("lora_target_modules",
             f"{model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}",
             f"choose from {', '.join(sorted(names)) or 'none'}, or all-linear")

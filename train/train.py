@@ -1352,7 +1352,7 @@ def asking_hub(
     try: yield
     except UserError: raise
     except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
-    except (ValueError, KeyError, TypeError, AttributeError): # of an answer that is none of a Hub's
+    except (ValueError, LookupError, TypeError, AttributeError): # of an answer that is none of a Hub's
         raise UserError(printable(what), f"{ENDPOINT} doesn't answer as a Hub does", "check HF_ENDPOINT") from None
 
 _NO_NAME = re.compile(r'[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]|^[A-Za-z]:')
@@ -1783,7 +1783,8 @@ def private(self:OwnFormat): # Tokenizer of the `tokenizers` library
     if isinstance(model['vocab'], dict): model['vocab'] = {new.get(k,k):v for k,v in model['vocab'].items()}
     else: model['vocab'] = [[new.get(k,k),score] for k,score in model['vocab']]
     if model.get('unk_token') in new: model['unk_token'] = new[model['unk_token']]
-    self.copy = Tokenizer.from_str(json.dumps(d | dict(post_processor=None, truncation=None, padding=None)))
+    with reading(f"tokenizer {self.tok.name_or_path!r}: a text names one of its control tokens, which"):
+        self.copy = Tokenizer.from_str(json.dumps(d | dict(post_processor=None, truncation=None, padding=None)))
     return self.copy
 
 @patch
@@ -2853,9 +2854,9 @@ def lora_targets(
             f"name some of {','.join(LORA_TARGETS)}, or all-linear")
     return ('all-linear',) if 'all-linear' in names else tuple(names)
 
-JOINED = {t:('qkv_proj','query_key_value') for t in ('q_proj','k_proj','v_proj')} # some families have one for all
+_QKV = {'q_proj','k_proj','v_proj'}
 
-JOINED |= {t:('gate_up_proj',) for t in ('gate_proj','up_proj')}
+JOINED = dict(qkv_proj=_QKV, query_key_value=_QKV, gate_up_proj={'gate_proj','up_proj'}) # one layer that stands for several
 
 def resolve_targets(
     model, # Without an adapter; on the meta device, too
@@ -2866,8 +2867,10 @@ def resolve_targets(
     linear = {n.split('.')[-1] for n in layers}
     others = {n.split('.')[-1] for n,_ in model.get_decoder().named_modules() if n not in layers}
     names = linear-others # a name that is also something else's isn't taken
-    targets = {next((j for j in JOINED.get(t, ()) if t not in names and j in names), t) for t in targets}
-    if missing := set(targets)-names-{'all-linear'}:
+    targets = set(targets)
+    for joined,parts in JOINED.items():
+        if joined in names and parts<=targets-names: targets = targets-parts | {joined}
+    if missing := targets-names-{'all-linear'}:
         raise UserError("lora_target_modules",
             f"{model.config._name_or_path or model.config.model_type} has no linear layer {', '.join(sorted(missing))}",
             f"choose from {', '.join(sorted(names)) or 'none'}, or all-linear")

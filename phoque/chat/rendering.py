@@ -4,7 +4,7 @@
 
 # %% ../../nbs/chat/rendering.ipynb #ce14aff9
 from __future__ import annotations
-import json, math, re, subprocess, sys
+import json, re, subprocess, sys
 from functools import lru_cache
 from itertools import takewhile
 from fastcore.basics import patch
@@ -183,7 +183,8 @@ def private(self:OwnFormat): # Tokenizer of the `tokenizers` library
     if isinstance(model['vocab'], dict): model['vocab'] = {new.get(k,k):v for k,v in model['vocab'].items()}
     else: model['vocab'] = [[new.get(k,k),score] for k,score in model['vocab']]
     if model.get('unk_token') in new: model['unk_token'] = new[model['unk_token']]
-    self.copy = Tokenizer.from_str(json.dumps(d | dict(post_processor=None, truncation=None, padding=None)))
+    with reading(f"tokenizer {self.tok.name_or_path!r}: a text names one of its control tokens, which"):
+        self.copy = Tokenizer.from_str(json.dumps(d | dict(post_processor=None, truncation=None, padding=None)))
     return self.copy
 
 # %% ../../nbs/chat/rendering.ipynb #0055cd0d

@@ -119,7 +119,7 @@ def asking_hub(
     try: yield
     except UserError: raise
     except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
-    except (ValueError, KeyError, TypeError, AttributeError): # of an answer that is none of a Hub's
+    except (ValueError, LookupError, TypeError, AttributeError): # of an answer that is none of a Hub's
         raise UserError(printable(what), f"{ENDPOINT} doesn't answer as a Hub does", "check HF_ENDPOINT") from None
 
 # %% ../../nbs/core/basics.ipynb #415aa7f6
@@ -255,6 +255,7 @@ def begin_command(
         elif before.startswith('-'): flag = before
         refuse_secrets(**{flag:value})
 
+# %% ../../nbs/core/basics.ipynb #a4cd4797
 def check_range(
     name:str, # Flag or option
     n:float, # Its value

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from .clean import FOUND, Prompts, cap_repeats, clean_batch, dedup_exact, dedup_near, fix_text, is_long, line_key, redact_pii, words
-from ..core.basics import (UserError, check_range, excerpt, hub_problem, log, masked, printable, private_files,
+from ..core.basics import (UserError, asking_hub, check_range, excerpt, hub_problem, log, masked, printable, private_files,
     refuse_secrets, shell_command)
 from ..data import NEUTRAL, NEW, PERSONA, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour
 from ..data import open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
@@ -130,7 +130,9 @@ def _features(clean=False):
 def parts(self:Build):
     "The files of `source`, as far as they may be used."
     from huggingface_hub import HfApi
-    def revision(path): return HfApi().dataset_info(path[4:].partition(':')[0]).sha
+    def revision(path):
+        repo = path[4:].partition(':')[0]
+        with asking_hub(f'dataset {repo}'): return HfApi().dataset_info(repo).sha
     found = parse_sources(self.source, self._read_options().get('need', ()))
     res = [(k, p, state or revision(p)) for k,p,state in found if SOURCES[k].pass_on or not self.redistributable_only]
     if not res:
@@ -283,6 +285,7 @@ def _check_bad(n, max_bad, dry):
         if not dry or 2*n['bad']>n['rows']: raise
         log.info(printable(f'{e}'))
 
+# %% ../../nbs/exports/build.ipynb #94917092
 @patch
 def prepare(self:Build,
     dry:bool=False, # Give None where there is no conversation
@@ -523,6 +526,7 @@ def _nothing(self:Build, lost, fault, dry):
     ds = DatasetDict({k: Dataset.from_dict({c: [] for c in feats}, features=feats) for k in ('train','test')})
     return SimpleNamespace(ds=ds, index=None, run=self._written(None, ds, lost))
 
+# %% ../../nbs/exports/build.ipynb #cf9368fc
 @patch
 def run(self:Build,
     old=None, # Index of an earlier push, to add to it
@@ -680,7 +684,8 @@ def data_cli(
         b = Build(**kwargs)
         from huggingface_hub import HfApi
         # a repo that won't do is refused before the work, not after it
-        if not (dry_run or append): open_dataset(HfApi(), repo, keep=replace)
+        if not (dry_run or append):
+            with asking_hub(f'dataset {repo}'): open_dataset(HfApi(), repo, keep=replace)
         r = _make(b, repo, n, seed, append, dry_run)
         if r.ds is None: return print(f"nothing new for {repo}")
         print(data_report(r.ds, r.run), flush=True)

@@ -996,6 +996,7 @@ def _single(lines):
             c.add(l)
     if c: yield c
 
+# %% ../../nbs/exports/sources.ipynb #0af411be
 def threads(
     lines, # Lines, in the order they were said within a room
     source:str, # Name of their source

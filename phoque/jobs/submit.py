@@ -8,7 +8,7 @@ import os, shlex, shutil, subprocess, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
-from ..core.basics import (UserError, command, check_data_files, excerpt, hub_problem, printable, read_json,
+from ..core.basics import (UserError, asking_hub, command, check_data_files, excerpt, hub_problem, printable, read_json,
     refuse_addresses, refuse_secrets, text_table)
 from ..core.curve import wandb_url
 from .plan import STRANGE, check_timeout, find_flavor, price_today, run_plan, show_plan
@@ -51,17 +51,13 @@ def checking(
     every:float=3, # Seconds between two lines
 ):
     "Say what is looked at, for as long as it takes; what the Hub's client raises becomes one line."
-    from httpx2 import HTTPError
-    from huggingface_hub.constants import ENDPOINT
     print(f'checking: {what}', flush=True)
     answered = threading.Event()
     def wait():
         while not answered.wait(every): print(f'still checking: {what}', flush=True)
     threading.Thread(target=wait, daemon=True).start()
-    try: yield
-    except UserError: raise
-    except (HTTPError, OSError) as e: raise hub_problem(e, what) from None
-    except STRANGE: raise UserError(what, f"{ENDPOINT} doesn't answer as a Hub does", "check HF_ENDPOINT") from None
+    try:
+        with asking_hub(what): yield
     finally: answered.set()
 
 # %% ../../nbs/jobs/submit.ipynb #53792a06
