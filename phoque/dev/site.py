@@ -20,7 +20,7 @@ from fastcore.xtras import modified_env
 __all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL', 'UNFETCHED',
            'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text', 'same_text',
            'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'compare_notebook',
-           'write_readme', 'export_project', 'write_generated', 'check_generated', 'api_entry', 'close_chapters',
+           'write_readme', 'nbdev_export', 'write_generated', 'check_generated', 'api_entry', 'close_chapters',
            'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser', 'page_sizes',
            'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
            'module_names', 'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'run_compare',
@@ -272,7 +272,7 @@ def write_readme(
     return dest
 
 # %% ../../nbs/dev/site.ipynb #5aae209d
-def export_project(
+def nbdev_export(
     path:str|Path='.', # A folder of the project
 ):
     "nbdev's `nbdev_export`, then the job's script from the modules: in this project's .venv, the command of that name."
@@ -291,7 +291,7 @@ def write_generated(
     from nbdev.clean import nbdev_clean
     with project(path):
         nbdev_clean.__wrapped__()
-        export_project()
+        nbdev_export()
         write_readme()
 
 # %% ../../nbs/dev/site.ipynb #61156217
