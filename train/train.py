@@ -1431,7 +1431,8 @@ def private_files():
 
 _SECRET = r'(?:token|api_?key|secret|passw(?:or)?d)'
 
-_TOKENS = re.compile(r'(?<![A-Za-z0-9])(?:(?:hf|api_org|gh[opusr]|github_pat|sk|wandb_v\d)[_-](?:[A-Za-z0-9]{16,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})|local-[0-9a-f]{40})[\w-]*')
+_TOKENS = re.compile(r'(?<![A-Za-z0-9])(?:(?:hf|api_org|gh[opusr]|github_pat|sk|wandb_v\d)[_-]'
+    r'(?:[A-Za-z0-9]{16,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})|local-[0-9a-f]{40})[\w-]*')
 
 def masked(
     text, # To be shown

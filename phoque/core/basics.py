@@ -203,7 +203,8 @@ def private_files():
 
 # %% ../../nbs/core/basics.ipynb #494caeaa
 _SECRET = r'(?:token|api_?key|secret|passw(?:or)?d)'
-_TOKENS = re.compile(r'(?<![A-Za-z0-9])(?:(?:hf|api_org|gh[opusr]|github_pat|sk|wandb_v\d)[_-](?:[A-Za-z0-9]{16,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})|local-[0-9a-f]{40})[\w-]*')
+_TOKENS = re.compile(r'(?<![A-Za-z0-9])(?:(?:hf|api_org|gh[opusr]|github_pat|sk|wandb_v\d)[_-]'
+    r'(?:[A-Za-z0-9]{16,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})|local-[0-9a-f]{40})[\w-]*')
 
 def masked(
     text, # To be shown
@@ -242,6 +243,7 @@ def _mend_streams(): # a terminal may be closed, or know only ASCII
         elif hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     logging.raiseExceptions = False # a log line that nobody can read any more is no error
 
+# %% ../../nbs/core/basics.ipynb #377a566b
 def begin_command(
     argv:list=(), # Its arguments
 ):
@@ -354,6 +356,7 @@ def check_extra(
     lacks = [r.name for r in wanted if missing(r)]
     if lacks: raise UserError(f"the extra `{extra}`", f"{', '.join(lacks)}: not installed", f"pip install 'phoque[{extra}]'")
 
+# %% ../../nbs/core/basics.ipynb #33945139
 def option_parser(
     func, # Function with docments
     examples:tuple=(), # Command lines to show below the options

@@ -326,6 +326,29 @@ def _versions()->dict: # Of what is measured
     names = ['torch', 'transformers', 'trl', 'peft', 'bitsandbytes', *['unsloth']*bool(find_spec('unsloth'))]
     return {n:version(n) for n in names}
 
+def _sides(text):
+    "The sides named, without what isn't installed here."
+    names = text.split(',')
+    if bad := [s for s in names if s not in SIDES]:
+        raise UserError("--sides", f"no side {bad[0]!r}", f"use some of {', '.join(SIDES)}")
+    if 'unsloth' in names and not find_spec('unsloth'):
+        names.remove('unsloth')
+        print('unsloth is not installed: it is left out')
+    return names
+
+def _numbers(flag, text):
+    try: return [int(n) for n in text.split(',')]
+    except ValueError: raise UserError(flag, f"{text!r} are no whole numbers", "give some, with commas between") from None
+
+def _keep(out, seen, **about):
+    "Write the result and its picture, and say what they show."
+    Path(out).mkdir(exist_ok=True)
+    result = dict(date=time.strftime('%Y-%m-%d'), versions=_versions(), **about, seen=seen)
+    (Path(out)/'benchmark.json').write_text(json.dumps(result, indent=1))
+    bench_picture(seen).savefig(Path(out)/'benchmark.png', dpi=120)
+    print(f"\n{bench_table(seen)}\n\n{about['machine']}; {out}/benchmark.json, {out}/benchmark.png")
+
+# %% ../../nbs/dev/benchmark.ipynb #48fce214
 @shell_command('phoque_bench',
     'phoque_bench --sides phoque,trl --rows 4',
     'phoque_bench --sides phoque --rows 16 --gpus 1,2')
@@ -342,35 +365,20 @@ def bench_cli(
 ):
     "Measure training speed and memory, all sides in one run."
     import tempfile, torch
-    names = sides.split(',')
-    if bad := [s for s in names if s not in SIDES]:
-        raise UserError("--sides", f"no side {bad[0]!r}", f"use some of {', '.join(SIDES)}")
-    if 'unsloth' in names and not find_spec('unsloth'):
-        names.remove('unsloth')
-        print('unsloth is not installed: it is left out')
     check_range('--steps', steps, 6, 100_000)
-    def numbers(flag, text):
-        try: return [int(n) for n in text.split(',')]
-        except ValueError: raise UserError(flag, f"{text!r} are no whole numbers", "give some, with commas between") from None
-    turns = bench_order(names, numbers('--rows', rows), numbers('--gpus', gpus))
+    turns = bench_order(_sides(sides), _numbers('--rows', rows), _numbers('--gpus', gpus))
     cards = own_cards(max(g for *_,g in turns))
     quiet_libraries()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores, no GPU'
-    seen = []
+    seen,same = [],dict(max_length=max_length, steps=steps, supervised=supervised)
     with tempfile.TemporaryDirectory() as tmp:
         base = bench_base(f'{tmp}/base', num_hidden_layers=layers)
         for i,(side,r,g) in enumerate(turns, 1):
             mine = cards[-g:] if i==len(turns) else cards[:g]
             try:
-                seen.append(bench_apart(mine, side=side, base=base, rows=r, max_length=max_length, steps=steps, cap_gib=cap_gib,
-                    supervised=supervised))
+                seen.append(bench_apart(mine, side=side, base=base, rows=r, cap_gib=cap_gib, **same))
                 print(bench_table(seen[-1:]), flush=True)
             except RuntimeError as e:
                 print(f"{side} with {r} rows on {g} GPU{'s'*(g>1)} failed and is left out: {e}", flush=True)
     if not seen: sys.exit("phoque_bench: no side could be measured: see above")
-    Path(out).mkdir(exist_ok=True)
-    result = dict(machine=machine, date=time.strftime('%Y-%m-%d'), versions=_versions(), max_length=max_length, steps=steps,
-        supervised=supervised, seen=seen)
-    (Path(out)/'benchmark.json').write_text(json.dumps(result, indent=1))
-    bench_picture(seen).savefig(Path(out)/'benchmark.png', dpi=120)
-    print(f"\n{bench_table(seen)}\n\n{machine}; {out}/benchmark.json, {out}/benchmark.png")
+    _keep(out, seen, machine=machine, **same)

@@ -106,6 +106,7 @@ def machine_kind()->str: # Such as `x86_64 AVX2, Python 3.11`
     cpu = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} {cpu}, Python {'.'.join(platform.python_version_tuple()[:2])}"
 
+# %% ../../nbs/dev/site.ipynb #d0624321
 def run_notebook(
     fn:str|Path, # The notebook, changed in place
     run:tuple=(), # Flags of `tst_flags` whose cells are run as well; each then names its machine and versions
@@ -208,6 +209,7 @@ def _changed(
     found = [(c.id, shown_text(c), [r[c.id] for r in runs]) for c in cells]
     return [(i, was, now[0]) for i,was,now in found if not same_text(was, now[0]) and all(same_text(now[0], n) for n in now)]
 
+# %% ../../nbs/dev/site.ipynb #7c7cee22
 def compare_notebook(
     fn:str|Path, # The notebook
     timeout:float=900, # Seconds that a run may take
@@ -540,7 +542,8 @@ class _Page(HTMLParser):
     "What a page links to, what can be linked to in it, and what a browser fetches to show it."
     def __init__(self, text):
         super().__init__()
-        self.fetched,self.links,self.ids,self.title,self._in,self.blind = [],[],set(),'','',0
+        self.fetched,self.links,self.ids = [],[],set()
+        self.title,self._in,self.blind = '','',0
         self.feed(text)
     def handle_starttag(self, tag, attrs):
         d = dict(attrs)
@@ -892,6 +895,7 @@ def _say_sum(results):
     print(f'{len(results)-failed} passed, {failed} failed')
     return failed
 
+# %% ../../nbs/dev/site.ipynb #34b677bf
 def run_tests(
     names:str='', # Notebooks such as "00_data 02_train"; '' for all of them and the checks of the whole project
     n_workers:int=2, # Notebooks tested at a time
@@ -939,6 +943,7 @@ def packed_versions(
         if r.marker and r.marker.evaluate({'extra':'docs'}): _requires(r.name, ours)
     return sorted(f'{n}=={version(n)}' for n in ours-_requires('torch', set())-{package})
 
+# %% ../../nbs/dev/site.ipynb #da7f0733
 def pack_packages(
     out:str|Path, # Archive to write, `.tgz`
     python:str='3.12', # Of the machine that it is for

@@ -379,6 +379,7 @@ def find_job(
     if job: return job
     raise UserError("this account", "no job of phoque is on it", "submit one with phoque_submit, or name it with --job")
 
+# %% ../../nbs/jobs/watch.ipynb #bce7d867
 @shell_command('phoque_watch',
     'phoque_watch',
     'phoque_watch --job YOU/6655f9 --budget_jobs 3 --budget_dollars 20')

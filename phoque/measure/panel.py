@@ -210,6 +210,7 @@ def try_panel(
     with ThreadPoolExecutor(1) as one: # Playwright refuses a thread in which a kernel's loop runs
         return one.submit(_try_panel, cells, Path(picture), timeout).result()
 
+# %% ../../nbs/measure/panel.ipynb #300d2d27
 def _try_panel(cells, picture, timeout):
     import secrets, shutil, socket, tempfile
     from playwright.sync_api import sync_playwright

@@ -268,17 +268,16 @@ def simulate_cli(
     moderator:str='', # URL that answers a POST of `thread`, `speaker`, `t`, `text` with `flagged` or `score`
 ):
     "Write labelled threads among invented people, and put them to a moderator."
-    for name,n,least,most in (('--threads', threads, 1, 100_000), ('--length', length, 1, 1000),
-                              ('--benign_share', benign_share, 0, 1), ('--weight', weight, .01, 1)):
-        check_range(name, n, least, most)
-    kinds = tuple(categories.split(','))
-    _check_dials(length, benign_share, weight, kinds) # before a model is loaded
+    check_range('--threads', threads, 1, 100_000)
+    check_range('--length', length, 1, 1000)
+    check_range('--benign_share', benign_share, 0, 1)
+    check_range('--weight', weight, .01, 1)
+    dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')))
+    _check_dials(*dials.values()) # before a model is loaded
     if base_model:
         check_output('--out', out)
         (m,tok),judge = load_adapted_model(base_model, adapter),load_scorer(scorer)
-        write = model_writer(m, tok, seed)
-        messages = simulate(write, threads, judge, system_prompt, seed, length=length, benign=benign_share, level=weight,
-            categories=kinds)
+        messages = simulate(model_writer(m, tok, seed), threads, judge, system_prompt, seed, **dials)
         write_jsonl(messages, out)
         print(f"{len(messages)} messages in {out}, {sum(m['intended']['toxic'] for m in messages)} of them meant to be hostile")
     if not (base_model or moderator):

@@ -131,6 +131,7 @@ def _fresh(here):
 # Folders that each reads
 POOLS = dict(merge=('base','adapter'), labels=('base',), audit=('base',), restore=('checkpoint-7',))
 
+# %% ../../nbs/testing/fuzz.ipynb #2e886697
 def read_files(
     kind:str, # Key of `POOLS`
     w:Path, # With these folders

@@ -971,6 +971,7 @@ def hub_process(
     "Start a Hub in a process of its own."
     return HubProcess(root, users, port, log).start()
 
+# %% ../../nbs/testing/hub.ipynb #1bdbcab3
 @shell_command('phoque.testing.hub',
     'python -m phoque.testing.hub --root hub --port 8080',
     'python -m phoque.testing.hub --log requests.jsonl',

@@ -70,6 +70,7 @@ def _teach(who, out):
     trainer.model.save_pretrained(out)
     shutil.rmtree(out/'run') # its checkpoints
 
+# %% ../../nbs/testing/slow.ipynb #94a0fc4b
 def taught_adapter(
     who:str, # `grumpy` or `clerk`: whose style
 )->Path: # Folder of the adapter, on SmolLM2
@@ -101,6 +102,7 @@ def _sample_run(out):
     final, = (out/'output').glob('*/final') # in the run's own folder
     final.rename(out/'output/final')
 
+# %% ../../nbs/testing/slow.ipynb #7605d51c
 def sampled_run()->Path: # Folder with `samples.parquet`, and the adapter in `output/final`
     "A whole job of 50 steps on SmolLM2 that samples every 10; run once, in about eight minutes."
     out = _build()/'sampled'

@@ -240,6 +240,7 @@ def _reply(h, status, d, close=False):
     h.end_headers()
     if h.command!='HEAD': h.wfile.write(body)
 
+# %% ../../nbs/testing/wandb_server.ipynb #10bc37c2
 @patch
 def choose(self:LocalWandb, h, path, upload, data, known):
     "Status and body of the answer, None where there is none."
