@@ -55,7 +55,7 @@ def _execute(
     fn = Path(fn).resolve()
     with project(fn.parent) as cfg: flags,root = set(cfg.tst_flags.split())-set(run),cfg.config_path
     def skip(cell):
-        if cell.cell_type!='code' or 'nbdev_export'+'(' in cell.source: return True
+        if cell.cell_type!='code': return True
         dirs = _directives(cell)
         if dirs.get('eval:', [''])[0].lower()=='false' or flags & dirs.keys(): return True
         cell.outputs = [] # the shell leaves old outputs where a cell now gives none
