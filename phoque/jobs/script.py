@@ -38,8 +38,9 @@ def _defines(
 def _reads(
     node, # A statement
 )->set[str]: # Names and attributes in it, and texts that could be names of attributes
-    names = {getattr(n, 'id', None) or getattr(n, 'attr', None) for n in ast.walk(node)}
-    texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    nodes = [*ast.walk(node)]
+    names = {getattr(n, 'id', None) or getattr(n, 'attr', None) for n in nodes}
+    texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     return {*names, *filter(str.isidentifier, texts)}-{None}
 
 # %% ../../nbs/jobs/script.ipynb #cc778c14
