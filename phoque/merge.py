@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
 from .core.basics import UserError, asking_hub, excerpt, log, printable, read_header, read_json, reading, safe_path
-from .chat.rendering import render_limited
+from .chat.rendering import render_chats
 from .chat.templates import check_vocabulary, open_tokenizer, vocabulary_size
 from .model_qlora import check_model_config, check_size, weight_files
 
@@ -563,6 +563,7 @@ def _keep_outside(
         if out.resolve().is_relative_to(d.resolve()):
             raise UserError(out, f"it is inside {d}, which is only read", "name a folder elsewhere")
 
+# %% ../nbs/05_merge.ipynb #f1023b31
 def merge_adapters(
     base:str|Path, # Full-precision base: folder or Hub id
     adapters:list, # (adapter folder or Hub id, weight) pairs; weights in [-2, 2]
@@ -671,8 +672,7 @@ def chat_ids(
     what = f"the chat template of {Path(str(tok.name_or_path)).name}"
     template = tok.chat_template.get('default') if isinstance(tok.chat_template, dict) else tok.chat_template
     if not isinstance(template, str): raise UserError(what, "there is none", "put texts to it instead of conversations")
-    names = {k:str(v) for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
-    texts = render_limited(template, names, chats, what)
+    texts = render_chats(tok, [(c, c[-1]['role']!='assistant') for c in chats], [what]*len(chats), template)
     with reading(what): return [tok(t, add_special_tokens=False).input_ids for t in texts]
 
 # %% ../nbs/05_merge.ipynb #aa6b00c7

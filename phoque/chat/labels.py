@@ -9,39 +9,29 @@ from contextlib import nullcontext
 from html import escape
 from fastcore.basics import chunked
 from fastcore.script import Param
-from ..core.basics import UserError, excerpt, printable, reading, shell_command, text_table
-from .rendering import PROBE, encode_own
+from ..core.basics import UserError, excerpt, log, printable, reading, shell_command, text_table
+from .messages import is_learnt, messages_fault
+from .rendering import JOINED_START, PROBE, encode_own
 from .templates import FORMATS, OWN, chat_format, load_tokenizer
 
 # %% auto #0
-__all__ = ['check_messages', 'encode_chats', 'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset', 'control_ids',
-           'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'check_labels', 'labels_cli']
+__all__ = ['check_messages', 'encode_chats', 'trim_joined', 'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset',
+           'control_ids', 'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'check_labels', 'labels_cli']
 
 # %% ../../nbs/chat/labels.ipynb #d3730bd4
 def check_messages(
-    messages:list, # Dicts with `role` (system, user, assistant) and `content`
+    messages:list, # Dicts with `role` (system, user, assistant), `content`, and `weight` 0 where it isn't learnt
     name:str='row', # How an error names the row
-)->list: # The same; turns of one role in a row joined by a blank line, and nothing after the last assistant turn
+)->list: # The same; turns of one role in a row joined by a blank line, and nothing after the last answer that is learnt
     "Check one conversation and bring it into the form that every format can write."
-    def bad(why, v): raise UserError(name, f"{why}, got {excerpt(v, 60)!r}", "correct or remove it in the dataset")
-    if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
+    if fault := messages_fault(messages): raise UserError(name, *fault)
     out = []
-    for i,m in enumerate(messages):
-        role,text = (m.get('role'),m.get('content')) if isinstance(m, dict) else (None,m)
-        if role not in ('system','user','assistant'): bad(f"turn {i} has an unknown role", role)
-        if not isinstance(text, str): bad(f"turn {i} ({role}) must have text as `content`", text)
-        if not text.strip(): bad(f"turn {i} ({role}) is empty", text)
-        try: text.encode()
-        except UnicodeEncodeError:
-            bad(f"turn {i} ({role}) holds half a surrogate pair", text.encode('ascii','replace').decode())
-        if out and out[-1]['role']==role!='system': out[-1]['content'] += f"\n\n{text}"
-        else: out.append(dict(role=role, content=text))
-    first = next((m['role'] for m in out if m['role']!='system'), None)
-    if first!='user': bad("the conversation must open with a user turn", first)
-    while out[-1]['role']!='assistant':
-        out.pop()
-        if not out: bad("no assistant turn to learn from", [m['role'] for m in messages if isinstance(m, dict)])
-    return out
+    for m in messages:
+        if out and out[-1]['role']==m['role']!='system': out[-1]['content'] += f"\n\n{m['content']}"
+        else: out.append({k: m[k] for k in ('role','content')} | (dict(weight=0) if m.get('weight')==0 else {}))
+    def last(wanted): return max((i for i,m in enumerate(out) if wanted(m)), default=-1)
+    end = last(is_learnt)
+    return out[:1+(last(lambda m: m['role']=='assistant') if end<0 else end)]
 
 # %% ../../nbs/chat/labels.ipynb #9b4dff8d
 def _encode_texts(
@@ -78,6 +68,22 @@ def encode_chats(
             seq += new; mask += [int(sup)]*len(new)
         out.append((seq,mask))
     return out
+
+# %% ../../nbs/chat/labels.ipynb #5802e7cf
+def trim_joined(
+    tok, # Tokenizer from `load_tokenizer`
+    chats:list, # Checked conversations
+)->tuple: # The same; answers without white space before them where the tokenizer joins it; which these are (bool)
+    "Remove white space that a model could not write as it was learnt."
+    def joined(c):
+        if not any(m['role']=='assistant' and m['content'][0].isspace() for m in c): return False
+        try: encode_own(tok, [c], ['row'])
+        except UserError as e: return e.value==JOINED_START # what else is wrong is said where all are encoded
+        return False
+    if chat_format(tok)!=OWN: return chats,[False]*len(chats)
+    found = list(map(joined, chats))
+    def bare(m): return m | dict(content=m['content'].lstrip()) if m['role']=='assistant' else m
+    return [[*map(bare, c)] if f else c for c,f in zip(chats, found)],found
 
 # %% ../../nbs/chat/labels.ipynb #1e27bba3
 def encode_prompt(
@@ -120,15 +126,17 @@ def encode_fitting(
 # %% ../../nbs/chat/labels.ipynb #c8fb60e1
 def _encode_batch(
     tok, # Tokenizer from `load_tokenizer`
-    named:dict, # {how an error names the row: its messages}
+    named:dict, # {how an error names the row: its checked conversation}
     max_length:int, # Tokens a conversation may have
-)->dict: # Columns `input_ids`, `labels` and `lost`, without the rows that can't be made to fit
-    chats = [check_messages(m, name) for name,m in named.items()]
-    rows = [r for r in encode_fitting(tok, chats, max_length, list(named)) if r]
+)->dict: # Columns `input_ids`, `labels`, `lost` and `trimmed`, without the rows that can't be made to fit
+    chats,trimmed = trim_joined(tok, list(named.values()))
+    encoded = encode_fitting(tok, chats, max_length, list(named))
+    rows = [r for r in encoded if r]
     return dict(
         input_ids=[ids for ids,_,_ in rows],
         labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows],
-        lost=[n for _,_,n in rows])
+        lost=[n for _,_,n in rows],
+        trimmed=[t for t,r in zip(trimmed, encoded) if r])
 
 # %% ../../nbs/chat/labels.ipynb #5f0dc289
 def _count_tokens(
@@ -142,6 +150,41 @@ def _count_tokens(
     return dict(tokens=tokens, supervised=supervised, supervised_share=round(supervised/tokens,3),
         p50=p50, p95=p95, max=longest)
 
+# %% ../../nbs/chat/labels.ipynb #5bc2eea5
+def _check_kept(
+    n:int, # Conversations of a dataset with something to learn
+    kept:int, # Those that fit
+    max_length:int, # Tokens a conversation may have
+    max_dropped:float, # Share that may be lost
+    name:str, # How an error names the dataset
+):
+    if not n: raise UserError(name, "every answer has weight 0", "give weight 1 to what is to be learnt")
+    if kept and (n-kept)/n<=max_dropped: return
+    raise UserError(name, f"{n-kept} of {n} conversations have no exchange that fits max_length={max_length}",
+        "raise MAX_LENGTH or shorten them")
+
+def _encode_columns(
+    ds, # With `messages`
+    tok, # Tokenizer from `load_tokenizer`
+    max_length:int, # Tokens a conversation may have
+    name:str, # How an error names the dataset
+)->tuple: # Dataset of the columns of `_encode_batch`; how many conversations are only read, as every answer has weight 0
+    from datasets import Features, List, Value
+    from datasets.fingerprint import Hasher
+    only = 0
+    def enc(batch, idxs):
+        nonlocal only
+        chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in zip(idxs, batch['messages'])}
+        taught = {n:c for n,c in chats.items() if any(map(is_learnt, c))}
+        only += len(chats)-len(taught)
+        return _encode_batch(tok, taught, max_length)
+    ints = List(Value('int32'))
+    columns = dict(input_ids=ints, labels=ints, lost=Value('int32'), trimmed=Value('bool'))
+    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
+        desc='Tokenising', features=Features(columns),
+        new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
+    return out,only
+
 # %% ../../nbs/chat/labels.ipynb #45fbf60f
 def encode_dataset(
     ds, # `datasets.Dataset` with a `messages` column
@@ -152,24 +195,20 @@ def encode_dataset(
     held_out:bool=False, # Is it only measured? Then no loss is too much
 )->tuple: # Dataset of `input_ids` and `labels` (-100 where the loss doesn't look), and a report
     "Encode every conversation of a dataset and say what became of it."
-    from datasets import Features, List, Value
-    from datasets.fingerprint import Hasher
     if 'messages' not in ds.column_names:
         raise UserError(name, f"no `messages` column, got {ds.column_names}", "each row needs a list of turns")
-    def enc(batch, idxs):
-        return _encode_batch(tok, {f"{name} row {i}":m for i,m in zip(idxs, batch['messages'])}, max_length)
-    ints = List(Value('int32'))
-    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
-        desc='Tokenising', features=Features(input_ids=ints, labels=ints, lost=Value('int32')),
-        new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
-    dropped = len(ds)-len(out)
+    out,only = _encode_columns(ds, tok, max_length, name)
+    dropped = len(ds)-only-len(out)
     if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
-    if not held_out and (not len(out) or dropped/len(ds)>max_dropped):
-        raise UserError(name,
-            f"{dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}",
-            "raise MAX_LENGTH or shorten them")
+    if not held_out: _check_kept(len(ds)-only, len(out), max_length, max_dropped, name)
     kept = dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped)
-    return out.remove_columns('lost'),kept | _count_tokens(out)
+    if only: kept['weight_0'] = only
+    if trimmed := sum(out['trimmed']):
+        kept['trimmed'] = trimmed
+        log.warning(f"{name}: answers of {trimmed} conversations lost the white space before them, "
+            "which the tokenizer joins with the template's")
+    return out.remove_columns(['lost','trimmed']),kept | _count_tokens(out)
+
 
 # %% ../../nbs/chat/labels.ipynb #7df75e99
 def control_ids(
@@ -263,7 +302,7 @@ def write_labels(
     "Write the labels of conversations."
     rows = []
     for batch in chunked(read_chats(lines), 256):
-        for ids,mask in encode_chats(tok, batch):
+        for ids,mask in encode_chats(tok, trim_joined(tok, batch)[0]):
             if html: rows.append((ids,mask))
             else: out.write(json.dumps(dict(input_ids=ids, assistant_mask=mask))+'\n')
     if not html: return
@@ -281,7 +320,7 @@ def check_labels(
     for n,line in enumerate(lines, 1):
         name = f'line {n}'
         try:
-            if line.strip(): rows += encode_chats(tok, [_read_chat(line, name)], [name])
+            if line.strip(): rows += encode_chats(tok, trim_joined(tok, [_read_chat(line, name)])[0], [name])
         except UserError as e: why.setdefault(printable(e.value), []).append(name)
     refused = [dict(conversations=len(at), first=at[0], why=w) for w,at in why.items()]
     return label_invariants(tok, rows) if rows else [],refused
@@ -297,12 +336,13 @@ def labels_cli(
     html:bool=False, # A page of coloured tokens instead of JSONL
     check:bool=False, # Only count: what must hold for labels, and what would be refused and why
     revision:str=None, # Commit of the Hub repo
+    chat_template:str='', # Name of the model's chat template, where it has several
 ):
     "Show what a model would read, and which of it the loss looks at."
     if file=='-' and not sys.stdin: raise UserError("standard input", "it is closed", "name a file")
     try: lines = open(file, 'rb') if file!='-' else nullcontext(sys.stdin.buffer)
     except OSError as e: raise UserError(printable(file), e.strerror, "check the path") from None
-    tok = load_tokenizer(model, revision)
+    tok = load_tokenizer(model, revision, chat_template)
     with lines as f:
         if not check: return write_labels(tok, f, sys.stdout, html)
         table,refused = check_labels(tok, f)

@@ -4,49 +4,113 @@
 
 # %% ../../nbs/chat/rendering.ipynb #ce14aff9
 from __future__ import annotations
-import json, re, subprocess, sys
+import json, re, subprocess, sys, threading
+from bisect import bisect
+from collections import namedtuple
 from functools import lru_cache
-from itertools import takewhile
+from itertools import accumulate, chain, takewhile
 from fastcore.basics import patch
+from .messages import is_learnt
 from ..core.basics import UserError, excerpt, reading
 
 # %% auto #0
-__all__ = ['RENDER_SECONDS', 'RENDER_MIB', 'LONGEST_PROMPT', 'PROBE', 'render_limited', 'mark_contents', 'split_rendered',
-           'answer_end', 'control_tokens', 'OwnFormat', 'encode_own', 'settle_template', 'skip_thoughts',
-           'check_generation_marks']
+__all__ = ['RENDER_SECONDS', 'RENDER_MIB', 'LONGEST_PROMPT', 'PROBE', 'Piece', 'JOINED_START', 'Renderer', 'render_chats',
+           'mark_contents', 'split_rendered', 'answer_end', 'control_tokens', 'OwnFormat', 'Shape', 'own_format',
+           'encode_own', 'settle_template', 'skip_thoughts']
 
 # %% ../../nbs/chat/rendering.ipynb #aaf5315f
-RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # processor and memory for a call's templates; characters
-_render = """import json, math, resource, sys
-from transformers.utils.chat_template_utils import render_jinja_template
-seconds,mib,most,template,names,chats = json.load(sys.stdin)
+RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # for each conversation: processor, memory, characters
+_render = """import json, resource, signal, sys
+from transformers.utils import chat_template_utils as jinja
+seconds,mib,most = map(int, sys.argv[1:])
 used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize() if sys.platform=='linux' else 0
-spent = resource.getrusage(resource.RUSAGE_SELF)
 resource.setrlimit(resource.RLIMIT_AS, (used+(mib<<20),)*2)
-resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(spent.ru_utime+spent.ru_stime)+seconds,)*2)
-def render(c):
-    asked = c[-1]['role']!='assistant'
-    return render_jinja_template([c], chat_template=template, add_generation_prompt=asked, **names)[0][0]
-texts = [render(c) for c in chats]
-if sum(map(len, texts))>most: raise MemoryError
-json.dump(texts, sys.stdout)"""
+def render(template, names, marks, messages, ask):
+    if ask is None: # the whole, and the prompt before its last answer
+        whole,places = render(template, names, marks, messages, False)
+        return [*whole, *render(template, names, False, messages[:-1], True)[0]],places
+    t = jinja._compile_jinja_template(template) # kept for the next conversation
+    args = dict(messages=messages, tools=None, documents=None, add_generation_prompt=ask) | names
+    text,places = jinja._render_with_assistant_indices(t, **args) if marks else (t.render(args), [])
+    return [text],places
+for line in sys.stdin:
+    *how,chats = json.loads(line)
+    for chat in chats:
+        signal.setitimer(signal.ITIMER_PROF, seconds) # ends this process
+        try:
+            said = render(*how, *chat)
+            if max(map(len, said[0]))>most+len(line): said = None
+        except MemoryError: said = None
+        except Exception as e: said = f'{type(e).__name__}: {e}'.removeprefix('TemplateError: ')
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(said), flush=True)"""
 
 # %% ../../nbs/chat/rendering.ipynb #54951b0c
-def render_limited(
-    template:str, # Somebody's chat template
-    names:dict, # Special tokens that it may write: {'bos_token': …}
-    chats:list, # Conversations; one that ends with a user's turn is put to the assistant
-    what:str, # How an error names the template
-)->list: # Texts
-    "Render conversations in a process with limits, which a hostile template can't leave."
-    sent = json.dumps([RENDER_SECONDS, RENDER_MIB, LONGEST_PROMPT, template, names, chats])
-    try: r = subprocess.run([sys.executable,'-I','-c',_render], input=sent, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired: r = None
-    said = (r.stderr.strip().splitlines() or ['it stopped'])[-1] if r else ''
-    if r is None or r.returncode<0 or said.startswith('MemoryError'):
-        raise UserError(what, f"it takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB", "use another tokenizer")
-    if not r.returncode: return json.loads(r.stdout)
-    raise UserError(what, f"it can't write this conversation ({excerpt(said, 100)})", "use another tokenizer")
+class Renderer:
+    "A process that renders chat templates, each conversation within limits."
+    def __init__(self): self.proc,self.lock = None,threading.Lock()
+    def stop(self):
+        "End the process; the next conversation starts another."
+        if self.proc: self.proc.kill(); self.proc.communicate()
+        self.proc = None
+
+    def start(self):
+        "Start the process, where none runs."
+        if self.proc and self.proc.poll() is None: return
+        limits = map(str, (RENDER_SECONDS, RENDER_MIB, LONGEST_PROMPT))
+        self.proc = subprocess.Popen([sys.executable,'-I','-c',_render,*limits], text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+# %% ../../nbs/chat/rendering.ipynb #10ab2f1f
+@patch
+def render(self:Renderer,
+    how:list, # Template, special tokens that it may write, and whether its `{% generation %}` marks are wanted
+    chats:list, # Pairs of a conversation, and whether an answer is asked for at its end (None: see `render_chats`)
+)->list: # For each its texts and marks, or why it is refused, or None for one that goes over the limits
+    "Put conversations to the process; the first that ends it is the last of the list."
+    with self.lock:
+        self.start()
+        out,p = [],self.proc
+        try:
+            try: print(json.dumps([*how, chats]), file=p.stdin, flush=True)
+            except BrokenPipeError: pass
+            while len(out)<len(chats) and (line := p.stdout.readline()): out.append(json.loads(line))
+        except BaseException: # lines are left that belong to nobody
+            self.stop()
+            raise
+        if len(out)<len(chats):
+            self.stop()
+            out.append(None)
+        return out
+
+# %% ../../nbs/chat/rendering.ipynb #766636f2
+_renderer,_LINE = Renderer(),1_000_000 # characters put to the process in one line, where one conversation has fewer
+_GENERATION = re.compile(r'\{%-?\s*generation\b')
+
+def _in_lines(chats): # lists of pairs
+    size,line = 0,[]
+    for messages,ask in chats:
+        if size>_LINE: yield line; size,line = 0,[]
+        size += sum(len(m['content']) for m in messages)
+        line.append((messages, ask))
+    if line: yield line
+
+def render_chats(
+    tok, # Tokenizer
+    chats:list, # Pairs of a conversation, and whether an answer is asked for at its end; None for both texts
+    names:list, # How an error names each conversation
+    template:str=None, # Chat template; the tokenizer's where None
+)->list: # Texts; for None the whole text, the prompt before the last answer, and `(begin, end)` of `{% generation %}` marks
+    "What a chat template writes of conversations, within limits."
+    template,out = template or tok.chat_template,[]
+    how = [template, tok.special_tokens_map, bool(_GENERATION.search(template))]
+    for line in _in_lines(chats):
+        for said in _renderer.render(how, line):
+            if isinstance(said, list): out.append(said[0][0] if len(said[0])==1 else (*said[0], said[1])); continue
+            why,fix = f"refuses it ({excerpt(said or '', 100)})","correct it, or choose another model"
+            if said is None: why = f"takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB for it"
+            raise UserError(names[len(out)], f"the chat template {why}", fix)
+    return out
 
 # %% ../../nbs/chat/rendering.ipynb #29825054
 _PRIVATE = re.compile('[\U000F0000-\U0010FFFF]') # planes 15 and 16
@@ -64,27 +128,16 @@ def mark_contents(
         marked.append(m | dict(content=f"{before}{chr(0x100000+2*i)}{core}{chr(0x100001+2*i)}{after}"))
     return marked
 
-# %% ../../nbs/chat/rendering.ipynb #4b9756df
-def _write(
-    tok, # Tokenizer
-    messages:list, # Conversation
-    ask:bool=False, # Ask for an answer at the end
-)->str:
-    try: return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except Exception as e:
-        raise UserError("a conversation", f"the chat template refuses it ({excerpt(e, 100)})",
-            "correct the conversation, or choose another model") from None
-
-def split_rendered(
-    tok, # Tokenizer with a chat template
-    messages:list, # Checked conversation
-)->tuple: # What the template writes before, between and after the turns; what the turns hold; which turn each is
-    "Cut a rendered conversation into what the template wrote and what people wrote."
+# %% ../../nbs/chat/rendering.ipynb #c0187755
+def _refuse_private(messages):
     if any(_PRIVATE.search(m['content']) for m in messages):
         raise UserError("a conversation", "it holds characters of Unicode's planes 15 and 16, which mark places here",
             "remove them")
-    parts = _MARKS.split(_write(tok, mark_contents(messages)))
-    codes = [ord(c)-0x100000 for c in parts[1::2]]
+
+def _check_places(
+    messages:list, # Conversation
+    codes:list, # Which marks a template wrote
+):
     found = sorted(codes)
     for i,m in enumerate(messages):
         if found[2*i:2*i+2]!=[2*i, 2*i+1]:
@@ -92,7 +145,22 @@ def split_rendered(
                 "leave out that turn, or choose another model")
     if any(a%2 or b!=a+1 for a,b in zip(codes[::2], codes[1::2])):
         raise UserError("a conversation", "the chat template writes one turn into another", "choose another model")
-    if ''.join(parts[::2])!=_write(tok, messages):
+
+# %% ../../nbs/chat/rendering.ipynb #4b9756df
+def _write(tok, messages, ask=False): return render_chats(tok, [(messages, ask)], ["a conversation"])[0]
+
+def split_rendered(
+    tok, # Tokenizer with a chat template
+    messages:list, # Checked conversation
+)->tuple: # What the template writes before, between and after the turns; what the turns hold; which turn each is
+    "Cut a rendered conversation into what the template wrote and what people wrote."
+    _refuse_private(messages)
+    both = [(mark_contents(messages), False), (messages, False)]
+    marked,bare = render_chats(tok, both, ["a conversation"]*2)
+    parts = _MARKS.split(marked)
+    codes = [ord(c)-0x100000 for c in parts[1::2]]
+    _check_places(messages, codes)
+    if ''.join(parts[::2])!=bare:
         raise UserError("a conversation", "the chat template changes a text by what it holds", "choose another model")
     return parts[::4],parts[2::4],[c//2 for c in codes[::2]]
 
@@ -123,6 +191,12 @@ def control_tokens(
     "The tokens that no text may become: special ones, and the one that ends an answer."
     return {t.content:i for i,t in tok.added_tokens_decoder.items() if t.special or t.content==tok.eos_token}
 
+def _cuts(tok):
+    "A pattern of the control tokens at which a tokenizer cuts a text, and reads the pieces one by one."
+    added = [t for t in tok.added_tokens_decoder.values() if not t.normalized] # others are looked for in the pieces
+    if any(t.single_word or t.lstrip for t in added): added = [] # these look at the text before them
+    return re.compile(_any_of([t.content for t in added]))
+
 class OwnFormat:
     "How a tokenizer's own chat template writes conversations."
     def __init__(self,
@@ -132,6 +206,7 @@ class OwnFormat:
         self.names = {t:chr(0xF0000+i) for i,t in enumerate(self.control)} # private ones
         self.pattern,self.ids = re.compile(_any_of(self.control)),set(self.control.values())
         self.end = re.compile(rf'(?:\s|{self.pattern.pattern})*?(?P<end>{re.escape(self.eos)})')
+        self.cuts,self.shapes = _cuts(tok),{} # how the template writes each sequence of roles
 
 # %% ../../nbs/chat/rendering.ipynb #052dcce8
 def _begins(
@@ -139,10 +214,10 @@ def _begins(
     asked:str, # What it asks for an answer with
     turn:int, # Of the answer
     last:bool, # Is it the last answer?
-)->int: # Where in `before` the answer begins
+)->int: # Where in `before` the answer begins; None where it begins with its text
     bare = before.lstrip()
     if bare.startswith(asked): return len(before)-len(bare)+len(asked)
-    if not last and asked.startswith(bare.rstrip()): return len(before) # an empty thought only before the last answer
+    if not last and asked.startswith(bare.rstrip()): return None # an empty thought only before the last answer
     raise UserError("a conversation",
         f"turn {turn}: the chat template asks for an answer with {asked[-40:]!r}, and writes one after {bare[-40:]!r}",
         "choose another model")
@@ -171,6 +246,46 @@ def answers(self:OwnFormat,
         found.append((j, _begins(texts[j], asked, turns[j], j==at[-1]), end.start('end')))
     return found
 
+# %% ../../nbs/chat/rendering.ipynb #b0cef852
+class Shape(namedtuple('Shape', 'written turns answers')):
+    "What a template writes around the texts of a conversation, which turn each text is, and the places of answers."
+    def fill(self,
+        contents:list, # Texts in the order in which they are written
+    )->tuple: # Whole text, and where each text that somebody wrote begins
+        "Put texts in their places."
+        pieces = [*chain.from_iterable(zip(self.written, contents)), self.written[-1]]
+        return ''.join(pieces),[*accumulate(map(len, pieces))][::2]
+
+    def spans(self,
+        contents:list, # Texts in the order in which they are written
+        begins:list, # Where each begins, from `fill`
+    )->list: # `(begin, place of the end token)` of each answer
+        "Where the answers are."
+        def begin(j, at):
+            if at is None: return begins[j] + len(contents[j])-len(contents[j].lstrip())
+            return begins[j]-len(self.written[j])+at
+        return [(begin(j, at), begins[j]+len(contents[j])+end) for j,at,end in self.answers]
+
+# %% ../../nbs/chat/rendering.ipynb #ff688221
+@patch
+def find_shape(self:OwnFormat,
+    messages:list, # Checked conversation
+)->tuple: # Shape, and the texts to fill it with
+    "Learn from marks how the template writes a conversation."
+    texts,contents,turns = split_rendered(self.tok, messages)
+    return Shape(texts, turns, self.answers(messages, texts, turns)),contents
+
+@patch
+def shape(self:OwnFormat,
+    messages:list, # Checked conversation
+)->Shape: # None where the template refuses such a conversation
+    "How the template writes conversations with these roles; it is learnt once."
+    roles = tuple(m['role'] for m in messages)
+    if roles not in self.shapes:
+        try: self.shapes[roles],_ = self.find_shape([dict(role=r, content='x') for r in roles])
+        except UserError: self.shapes[roles] = None
+    return self.shapes[roles]
+
 # %% ../../nbs/chat/rendering.ipynb #8aeef214
 @patch
 def private(self:OwnFormat): # Tokenizer of the `tokenizers` library
@@ -189,59 +304,131 @@ def private(self:OwnFormat): # Tokenizer of the `tokenizers` library
 
 # %% ../../nbs/chat/rendering.ipynb #0055cd0d
 @patch
+def place(self:OwnFormat,
+    messages:list, # Checked conversation
+    bare:str, # What the template writes of it
+    asked:str, # What it writes to ask for the last answer
+)->tuple: # Shape, the texts that fill it, and where they begin
+    "Find the shape that writes a conversation as its template does."
+    if shape := self.shape(messages):
+        kept = [messages[t]['content'] for t in shape.turns]
+        for contents in (kept, [t.strip() for t in kept]): # many templates trim
+            text,begins = shape.fill(contents)
+            if text==bare and text[:shape.spans(contents, begins)[-1][0]]==asked: return shape,contents,begins
+    shape,contents = self.find_shape(messages)
+    return shape,contents,shape.fill(contents)[1]
+
+
+# %% ../../nbs/chat/rendering.ipynb #3f9596a0
+@patch
+def check_marks(self:OwnFormat,
+    messages:list, # Checked conversation
+    text:str, # What the template writes of it
+    marks:list, # `(begin, end)` of its `{% generation %}` marks
+    shape:Shape, # How it is written
+    contents:list, # The texts in it
+    begins:list, # Where they begin
+):
+    "Refuse a conversation that the template's own marks label in another way."
+    joined = []
+    for x,y in sorted(marks): joined = [*joined[:-1], [joined[-1][0], y]] if joined and joined[-1][1]>=x else [*joined, [x,y]]
+    def inside(a, b): return any(x<=a and b<=y for x,y in joined)
+    spans = [(a, b+len(self.eos)) for a,b in shape.spans(contents, begins)]
+    said = [(a, a+len(c)) for a,c,t in zip(begins, contents, shape.turns) if messages[t]['role']!='assistant']
+    own = [(a+len(t)-len(t.lstrip()), b) for a,b in spans for t in [text[a:b]]] # marks may leave white space out
+    if not all(inside(a, b) for a,b in own) or any(x<b and a<y for a,b in said for x,y in marks):
+        raise UserError("a conversation", "the template's {% generation %} marks don't cover its answers and what ends them, "
+            "or cover more", "choose another model")
+
+# %% ../../nbs/chat/rendering.ipynb #3276d2ef
+@patch
 def layout(self:OwnFormat,
     messages:list, # Checked conversation
-)->tuple: # Text; is it for the private tokenizer; number of control tokens; `(begin, end token's place)` of each answer
-    "Write a conversation, and say where in it the answers are."
-    texts,contents,turns = split_rendered(self.tok, messages)
-    answers = self.answers(messages, texts, turns)
-    controls = sum(len(self.pattern.findall(t)) for t in texts)
+    bare:str, # What the template writes of it
+    asked:str, # What it writes to ask for the last answer
+    marks:list, # `(begin, end)` of its `{% generation %}` marks
+)->tuple: # Text; is it for the private tokenizer; number of control tokens; `(begin, end token's place)` of each answer that is learnt
+    "Say where in a written conversation the answers are."
+    _refuse_private(messages)
+    shape,contents,begins = self.place(messages, bare, asked)
+    if marks or _GENERATION.search(self.tok.chat_template): self.check_marks(messages, bare, marks, shape, contents, begins)
+    shape = shape._replace(answers=[a for a in shape.answers if is_learnt(messages[shape.turns[a[0]]])])
+    controls = sum(len(self.pattern.findall(t)) for t in shape.written)
+    if not any(map(self.pattern.search, contents)): return bare,False,controls,shape.spans(contents, begins)
     def named(t): return self.pattern.sub(lambda m: self.names[m[0]], t)
-    spoofed = any(map(self.pattern.search, contents))
-    if spoofed:
-        answers = [(j, len(named(texts[j][:begin])), len(named(texts[j+1][:end]))) for j,begin,end in answers]
-        texts = list(map(named, texts))
-    starts,text = [],''
-    for t,c in zip(texts, [*contents, '']):
-        starts.append(len(text))
-        text += t+c
-    return text,spoofed,controls,[(starts[j]+begin, starts[j+1]+end) for j,begin,end in answers]
+    def at(text, place): return place and len(named(text[:place])) # None stays None
+    answers = [(j, at(shape.written[j], a), at(shape.written[j+1], b)) for j,a,b in shape.answers]
+    shape = Shape([*map(named, shape.written)], shape.turns, answers)
+    text,begins = shape.fill(contents)
+    return text,True,controls,shape.spans(contents, begins)
 
 # %% ../../nbs/chat/rendering.ipynb #14779e1a
+Piece = namedtuple('Piece', 'encoding ids controls') # a text that was read: also its ids, and how many are control tokens
+
+@patch
+def read(self:OwnFormat,
+    rust, # Tokenizer of the `tokenizers` library
+    texts:list, # Conversations as they are written
+    cut:bool=True, # Read the pieces between control tokens, equal ones once
+)->list: # For each: where its pieces begin, and the pieces
+    "Tokenise texts in one batch."
+    starts = [sorted({0, *(m.start() for m in self.cuts.finditer(t))}) if cut else [0] for t in texts]
+    cuts = [[t[a:b] for a,b in zip(s, [*s[1:], None])] for t,s in zip(texts, starts)]
+    distinct = list(dict.fromkeys(chain.from_iterable(cuts)))
+    with reading(f"tokenizer {self.tok.name_or_path!r}: a text"):
+        encoded = rust.encode_batch(distinct, add_special_tokens=False)
+    known = {t:Piece(e, e.ids, sum(map(self.ids.__contains__, e.ids))) for t,e in zip(distinct, encoded)}
+    return [(s, [known[t] for t in c]) for s,c in zip(starts, cuts)]
+
+# %% ../../nbs/chat/rendering.ipynb #e335dff0
+JOINED_START = "the tokenizer joins the beginning of an answer with what the chat template writes before it"
+
 @patch
 def first_token(self:OwnFormat,
     e, # Encoding of the `tokenizers` library
     begin:int, # Where an answer begins in its text
-)->int: # Index of its first token
+    length:int, # Of the text
+)->int: # Index of its first token; the number of tokens where it has none in this text
     "Find the token that an answer begins with."
-    while (i := e.char_to_token(begin)) is None: begin += 1
+    begin = next((k for k in range(begin, length) if e.char_to_token(k) is not None), None)
+    if begin is None: return len(e.ids)
+    i = e.char_to_token(begin)
     if e.token_to_chars(i)[0]==begin: return i
     if e.ids[i] in self.ids: return i+1 # a control token that takes the white space after it
-    raise UserError("a conversation",
-        "the tokenizer joins the beginning of an answer with what the chat template writes before it",
-        "remove the white space at its beginning")
+    raise UserError("a conversation", JOINED_START, "remove the white space at its beginning")
 
 # %% ../../nbs/chat/rendering.ipynb #f2b70a2e
 @patch
 def label(self:OwnFormat,
-    e, # Encoding of a conversation
+    starts:list, # Where the pieces of a conversation begin
+    pieces:list, # From `read`
     controls:int, # How many control tokens the template wrote
     spans:list, # `(begin, place of the end token)` of each answer
 )->tuple: # `input_ids` and mask
     "Mark the answers among the tokens, and check that all control tokens are the template's."
-    ids,mask = e.ids,[0]*len(e.ids)
-    if sum(map(self.ids.__contains__, ids))!=controls:
+    if sum(p.controls for p in pieces)!=controls:
         raise UserError("a conversation", "its texts and the chat template join into a control token", "change the texts")
+    ids,before = [*chain.from_iterable(p.ids for p in pieces)],[*accumulate((len(p.ids) for p in pieces), initial=0)]
+    mask = [0]*len(ids)
     for begin,end in spans:
-        last,first = e.char_to_token(end),self.first_token(e, begin)
-        if last is None or ids[last]!=self.control[self.eos]:
+        i,k = bisect(starts, begin)-1,bisect(starts, end)-1
+        first = before[i] + self.first_token(pieces[i].encoding, begin-starts[i], (starts[i+1:i+2] or [end])[0]-starts[i])
+        last = pieces[k].encoding.char_to_token(end-starts[k])
+        if last is None or pieces[k].ids[last]!=self.control[self.eos]:
             raise UserError("a conversation", f"an answer doesn't end in {self.eos!r}", "choose another model")
+        last += before[k]
         mask[first:last+1] = [1]*(last+1-first)
     return ids,mask
 
 # %% ../../nbs/chat/rendering.ipynb #47792608
 @lru_cache(8)
-def _own_format(tok, template, eos): return OwnFormat(tok) # made again where one of them has changed
+def _own_format(tok, template, special): return OwnFormat(tok) # made again where one of them has changed
+
+def own_format(
+    tok, # Tokenizer from `load_tokenizer`
+)->OwnFormat:
+    "How a tokenizer's template writes conversations, as far as it is known by now."
+    return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
 
 def encode_own(
     tok, # Tokenizer from `load_tokenizer`
@@ -249,18 +436,17 @@ def encode_own(
     names:list, # How an error names each
 )->list: # Pairs of `input_ids` and mask (1 where the loss looks), lists of int of equal length
     "Encode conversations as the tokenizer's own chat template writes them."
-    own,out = _own_format(tok, tok.chat_template, tok.eos_token),[None]*len(chats)
+    own,out = own_format(tok),[None]*len(chats)
     def of(i, f, *args):
         try: return f(*args)
         except UserError as e: raise UserError(names[i], e.value, e.remedy) from None
-    laid = [of(i, own.layout, c) for i,c in enumerate(chats)]
+    written = render_chats(tok, [(c,None) for c in chats], names)
+    laid = [of(i, own.layout, c, *w) for i,(c,w) in enumerate(zip(chats, written))]
     for spoofed in (False, True):
         idx = [i for i,l in enumerate(laid) if l[1]==spoofed]
         if not idx: continue
-        rust = own.private() if spoofed else tok.backend_tokenizer
-        with reading(f"tokenizer {tok.name_or_path!r}: a text"):
-            encoded = rust.encode_batch([laid[i][0] for i in idx], add_special_tokens=False)
-        for i,e in zip(idx, encoded): out[i] = of(i, own.label, e, *laid[i][2:])
+        read = own.read(own.private() if spoofed else tok.backend_tokenizer, [laid[i][0] for i in idx], not spoofed)
+        for i,r in zip(idx, read): out[i] = of(i, own.label, *r, *laid[i][2:])
     return out
 
 # %% ../../nbs/chat/rendering.ipynb #2dbec0f3
@@ -288,18 +474,3 @@ def skip_thoughts(
     if _write(tok, PROBE)==before: return ["answers are asked for without a thought (enable_thinking=false)"]
     tok.chat_template = template
     return []
-
-# %% ../../nbs/chat/rendering.ipynb #0caa6349
-def check_generation_marks(
-    tok, # Tokenizer with a chat template
-):
-    "Refuse a template whose own marks are elsewhere than the answers."
-    if not re.search(r'\{%-?\s*generation\b', tok.chat_template): return
-    from transformers.utils.chat_template_utils import render_jinja_template
-    names = {k:v for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
-    texts,marks = render_jinja_template([PROBE], chat_template=tok.chat_template, return_assistant_tokens_mask=True, **names)
-    marked = ''.join(texts[0][a:b] for a,b in marks[0])
-    said = [m['content'] for m in PROBE]
-    if not all(t+tok.eos_token in re.sub(r'\s', '', marked) for t in said[1::2]) or any(t in marked for t in said[::2]):
-        raise UserError("a chat template", "its {% generation %} marks don't cover its answers and what ends them, or cover more",
-            "choose another model")

@@ -5,11 +5,11 @@
 # %% ../../nbs/chat/templates.ipynb #77b5997f
 from __future__ import annotations
 import json, math, re, struct
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from ..core.basics import UserError, asking_hub, excerpt, log, printable, read_json, reading, warn_custom_code
-from .rendering import PROBE, answer_end, check_generation_marks, encode_own, render_limited
+from .messages import is_learnt
+from .rendering import PROBE, answer_end, encode_own, render_chats
 from .rendering import settle_template, skip_thoughts
 
 # %% auto #0
@@ -34,7 +34,7 @@ def mistral_v1_parts(
             text = f"{system}\n\n{m['content']}" if system and first else m['content']
             yield f"[INST] {text} [/INST]", False
             first = False
-        elif m['role']=='assistant': yield from ((m['content'],True), (eos,True))
+        elif m['role']=='assistant': yield from ((m['content'],is_learnt(m)), (eos,is_learnt(m)))
 
 # %% ../../nbs/chat/templates.ipynb #27f360ea
 def mistral_v3_parts(
@@ -50,7 +50,7 @@ def mistral_v3_parts(
         if m['role']=='user':
             text = f"{system}\n\n{m['content']}" if system and i==last else m['content']
             yield from ((inst,False), (text,False), (end_inst,False))
-        elif m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
+        elif m['role']=='assistant': yield from ((m['content'].rstrip(' '),is_learnt(m)), (eos,is_learnt(m)))
 
 # %% ../../nbs/chat/templates.ipynb #27f360eb
 def mistral_v7_parts(
@@ -61,7 +61,7 @@ def mistral_v7_parts(
     bos,eos,inst,end_inst,sys,end_sys = ids
     yield bos, False
     for m in messages:
-        if m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
+        if m['role']=='assistant': yield from ((m['content'].rstrip(' '),is_learnt(m)), (eos,is_learnt(m)))
         else:
             a,b = (sys,end_sys) if m['role']=='system' else (inst,end_inst)
             yield from ((a,False), (m['content'],False), (b,False))
@@ -120,10 +120,10 @@ def _writes_alike(
     tok, # Tokenizer with a template of somebody's
     template:str, # That of one of Mistral's formats
 )->bool: # Do both write the same, but for white space?
-    def written(t, chat): return re.sub(r'\s', '', tok.apply_chat_template(chat, chat_template=t, tokenize=False))
+    def written(t, chat): return re.sub(r'\s', '', render_chats(tok, [(chat,False)], [''], t)[0])
     for chat in ([dict(role='system', content='Be brief.'), *PROBE[:3]], PROBE[:3]):
         try: theirs = written(tok.chat_template, chat)
-        except Exception: continue # some take no system turn
+        except UserError: continue # some take no system turn
         return theirs==written(template, chat)
     return False
 
@@ -387,11 +387,16 @@ def _check_folder(
 def _one_template(
     tok, # Tokenizer
     what:str, # How an error names it
+    name:str='', # Of the template to take
 )->str: # Its chat template; '' where it has none
     t = tok.chat_template
-    if not isinstance(t, dict): return t or ''
-    if len(t)==1 or 'default' in t: return t.get('default', next(iter(t.values())))
-    raise UserError(what, f"it has several chat templates: {', '.join(map(printable, t))}", "name one of them `default`")
+    named = t if isinstance(t, dict) else {'default': t or ''}
+    names = ', '.join(map(printable, named))
+    if name and name not in named:
+        raise UserError(what, f"it has no chat template {printable(name)!r}, but {names}", "choose one with --chat_template")
+    if not name and len(named)>1 and 'default' not in named:
+        raise UserError(what, f"it has several chat templates: {names}", "choose one with --chat_template")
+    return named[name or ('default' if 'default' in named else next(iter(named)))]
 
 def _declared_stops(
     tok, # Tokenizer
@@ -421,22 +426,15 @@ def _say_opening(
     if len(text.split())>2: log.info(f"its chat template opens conversations without a system turn with {excerpt(' '.join(text.split()), 80)!r}")
 
 # %% ../../nbs/chat/templates.ipynb #c8095b74
-@lru_cache(32)
-def _try_template(template, names, what): # once in a process, which takes a second
-    render_limited(template, dict(names), [PROBE], what)
-
 def _set_own_format(
     tok, # Tokenizer with a chat template of its own, changed
     folder:Path, # Of its files
     what:str, # How an error names it
 ):
-    names = tuple((k,v) for k,v in tok.special_tokens_map.items() if isinstance(v, str))
-    _try_template(tok.chat_template, names, f"{what}: its chat template")
     try:
         tok.chat_template,settled = settle_template(tok.chat_template)
         settled += skip_thoughts(tok)
         _end_answers(tok, answer_end(tok, _declared_stops(tok, folder)))
-        check_generation_marks(tok)
         ids,_ = encode_own(tok, [PROBE], [what])[0]
     except UserError as e: raise UserError(what, e.value, "choose another model") from None
     _set_pad(tok, tok.convert_ids_to_tokens(ids))
@@ -460,12 +458,13 @@ def _set_mistral_format(
 def load_tokenizer(
     path:str, # Hub id or local folder
     revision:str=None, # Commit of the Hub repo
+    chat_template:str='', # Name of its chat template, where it has several
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
     version,settings = _read_tekken(folder/'tekken.json')
     tok,named = _read_tokenizer(folder, what)
-    tok.name_or_path,tok.chat_template = str(path),_one_template(tok, what)
+    tok.name_or_path,tok.chat_template = str(path),_one_template(tok, what, chat_template)
     settings = settings or tok.init_kwargs.pop('model_settings', None)
     name = tok.init_kwargs['chat_format'] = chat_format(tok, version or named, settings) # saved with the tokenizer
     if name==OWN: _set_own_format(tok, folder, what)

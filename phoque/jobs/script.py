@@ -306,8 +306,8 @@ def hf_jobs(
 
 # %% ../../nbs/jobs/script.ipynb #594bda6c
 JOB_FIRST = ('SEED_BASE', 'LORA_TARGETS', 'TrainConfig', 'UserError', 'main') # the options, then what happens
-JOB_MODULES = ['job', 'core.basics', 'chat.rendering', 'chat.templates', 'chat.labels', 'model_qlora', 'train',
-    'resume', 'core.curve', 'sample', 'parallel.ranks', 'parallel.shard', 'fast.layers', 'fast.kernels'] # in the order in which a run uses them
+JOB_MODULES = ['job', 'core.basics', 'chat.messages', 'chat.rendering', 'chat.templates', 'chat.labels', 'model_qlora',
+    'train', 'resume', 'core.curve', 'sample', 'parallel.ranks', 'parallel.shard', 'fast.layers', 'fast.kernels'] # in the order in which a run uses them
 _DOC = '''Fine-tune a small chat model with NF4 QLoRA; resubmit the same command to continue.
 
 Generated from the notebooks in nbs/ by `make generate`: edit those, not this file.

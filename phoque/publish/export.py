@@ -328,7 +328,7 @@ def export_gguf(
 # %% ../../nbs/publish/export.ipynb #e1e4bd2f
 #: Held-out, harmless texts for the fidelity check of the command
 check_texts = ("The harbour opens at six and the first boats come in with the tide.",
-    "How do I mend a torn net without new rope?",
+    "How do I repair a torn net without new rope?",
     "Good morning. Could you tell me when the next ferry leaves for the island?",
     "Write three short sentences about a lighthouse keeper and her goat.",
     "What is the difference between a seal and a sea lion?",
@@ -346,6 +346,7 @@ def read_weights(
     try: return [float(w) for w in weights]
     except ValueError: raise UserError("--weight", f"{','.join(weights)!r} is not a number", "give numbers with commas between") from None
 
+# %% ../../nbs/publish/export.ipynb #e72f0914
 @shell_command('phoque_merge',
     'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer',
     'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer --publish YOU/softer --gguf softer.gguf',
