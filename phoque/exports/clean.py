@@ -4,15 +4,17 @@
 
 # %% ../../nbs/exports/clean.ipynb #989da740
 from __future__ import annotations
-import ipaddress, re, unicodedata
+import gzip, ipaddress, re, unicodedata
 from collections import Counter
 from hashlib import sha256
 from functools import lru_cache
+from importlib.resources import files
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['REGIONS', 'KINDS', 'FOUND', 'fix_text', 'Seen', 'redact_pii', 'pseudonymize', 'policy', 'words', 'Prompts',
-           'language', 'text_key', 'line_key', 'is_long', 'clean_one', 'minhash', 'clean_batch', 'dedup_exact',
+__all__ = ['REGIONS', 'ID_WORDS', 'KINDS', 'CHECKS', 'NOBODY', 'FOUND', 'fix_text', 'Seen', 'redact_pii', 'is_common',
+           'name_forms', 'Names', 'names_in', 'find_names', 'pseudonymize', 'policy', 'words', 'Prompts', 'language',
+           'text_key', 'line_key', 'is_long', 'clean_one', 'common_pairs', 'minhash', 'clean_batch', 'dedup_exact',
            'cap_repeats', 'dedup_near']
 
 # %% ../../nbs/exports/clean.ipynb #3eb53ff0
@@ -31,11 +33,14 @@ def fix_text(
 # %% ../../nbs/exports/clean.ipynb #9cb6b38e
 _TLD = r"""(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|es|it|uk|ca|au|edu|gov
     |link|site|online|club|shop|example|test|cc|ws|click|party|stream|social|store|space|top|icu|pro
-    |cloud|tech|blog|wiki|chat|zone|media|art|lol|page|museum)"""
-_WDOT = r"(?:\s?[\[({<]\s?(?:dot|\.)\s?[\])}>]\s?|\s{1,5}dot\s{1,5})"
+    |cloud|tech|blog|wiki|chat|zone|media|art|lol|page|museum|onion|i2p|ai|fm|jp|cn|kr|br|mx|ch|cz|gr|ie|nz|za|tr
+        |ua|travel|engineering)"""
+_DOTS,_ATS = "dot|punkt|point|punto|ponto|prick|kropka|точка","at|ät|chez|arroba|snabel-?a|małpa|собака"
+_WDOT = rf"(?:\s?[\[({{<]\s?(?:{_DOTS}|\.)\s?[\])}}>]\s?|\s{{1,5}}(?:{_DOTS})\s{{1,5}})"
 _DOT = rf"(?:\s?\.\s?|{_WDOT}|_dot_)"
-_AT = r"(?:\s?@\s?|\s?[\[({<]\s?(?:at?|@)\s?[\])}>]\s?)"
-_NAME = r"[\w.+%'!/-]{1,100}+"
+_BAT = rf"\s?[\[({{<]\s?(?:a|{_ATS}|@)\s?[\])}}>]\s?"
+_AT = rf"(?:\s?@\s?|{_BAT})"
+_NAME = r"[\w.+%&'!/-]{1,100}+"
 _LABEL = r"(?:[^\W_]|-|_(?!dot_)){1,63}+" # of a domain; `_dot_` has one reading only
 _LINK = re.compile(r"""
     \b(?:h(?:tt|xx|\*\*)ps?|ftp|steam|wss?|irc) \s?(?::|\[:\])\s?/\s?/\s? [^\s<>]+
@@ -43,10 +48,12 @@ _LINK = re.compile(r"""
     |\bmagnet:\?\S+
     |\blocalhost:\d+\S*""", re.I|re.X)
 _EMAIL = re.compile(rf"""
-    (?:{_NAME}|"[^"\s]{{1,100}}") @ \[?[\w-]++(?:\.[\w-]++)++\]? # otter@pier.example, and any domain
+    (?:{_NAME}|"[^"\n]{{1,60}}") @ \[?[\w-]++(?:\.[\w-]++)++\]? # otter@pier.example, and any domain
     |(?:{_NAME}{_AT}|(?<![\w.-])[\w.+%'!/-]{{1,100}}_at_) # otter (at) pier.com, otter_at_pier.com
         [^\W_](?:[^\W_]|-){{0,63}}+ (?:{_DOT}{_LABEL}){{0,8}} {_DOT}{_TLD}\b
-    |{_NAME}\s{{1,5}}at\s{{1,5}} {_LABEL}(?:{_WDOT}{_LABEL}){{0,8}} {_WDOT}{_TLD}\b # otter at pier dot com
+    |{_NAME}{_BAT}{_LABEL}(?:{_DOT}{_LABEL}){{0,8}}(?:\.|{_WDOT})[^\W\d_]{{2,24}}\b # otter (at) pier.any
+    |{_NAME}@[\w-]{{1,63}}+,{_TLD}\b # a comma for the dot
+    |{_NAME}\s{{1,5}}(?:{_ATS})\s{{1,5}} {_LABEL}(?:{_WDOT}{_LABEL}){{0,8}} {_WDOT}{_TLD}\b # otter at pier dot com
     |{_NAME}\s{{1,5}}at\s{{1,5}} (?!www){_LABEL}(?:\.{_LABEL}){{0,8}} \.{_TLD}\b(?!/) # otter at pier.com""", re.I|re.X)
 
 # %% ../../nbs/exports/clean.ipynb #6500a79d
@@ -56,6 +63,8 @@ _URL = re.compile(rf"""
         |{_WDOT}){_TLD}\b (?::\d+)? (?:[/?\#][^\s<>]*)?
     |(?<![\w@.-])[a-z0-9][\w-]*+ (?:\.[\w-]++)*\.[a-z]{{2,24}} /[^\s<>]+ # any domain before a path
     |\b[\w-]{{1,63}}\s\.\s(?:com|net|org|gg)\b""", re.I|re.X)
+
+# %% ../../nbs/exports/clean.ipynb #acbb3cac
 _MENTION = re.compile(r"""
     <(?:@[!&]?|\#)\d+> # Discord: a user, a role, a channel
     |<[@\#][A-Z0-9]{3,32}(?:\|[^<>]{0,200})?> # Slack: a user, a channel
@@ -65,22 +74,40 @@ _MENTION = re.compile(r"""
     |<at\b[^<>]{0,200}>[^<]{0,200}</at> # Teams
     |\[[^\[\]]{0,200}\]\(tg://user\?id=\d+\) # Telegram
     |(?<!\w)@[\w.-]+[@:][\w-]+(?:\.[\w-]+)+ # Mastodon, Matrix""", re.X)
-_WHERE = r"(?:ig|insta(?:gram)?|snap(?:chat)?|discord|telegram|tg|psn|xbox|steam|twitter|tiktok|twitch)"
+
+# %% ../../nbs/exports/clean.ipynb #620a6607
+_WHERE = r"""(?:ig|insta(?:gram)?|snap(?:chat)?|sc|discord|telegram|tg|psn|xbox(?:\slive)?|gamer\s?tag|steam
+    |twitter|tiktok
+    |twitch|kik|we\s?chat|weixin|skype|epic(?:\sgames)?|riot|battle\.?\s?tag|bnet|roblox|minecraft|ign|fb|facebook
+        |threads
+    |bluesky|viber|youtube|yt|reddit|github|nintendo|friend\scode|line\sid|vk|spotify|soundcloud|venmo|cash\s?app|paypal
+    |微信|ライン|카톡)"""
 _HANDLE = re.compile(rf"""
     (?<![\w@/])@(?!(?:everyone|here|override|dataclass|property|(?:static|class)method|deprecated|param|returns?
+    |app|pytest|test|before|after|charset|supports|layer
         |nullable|autowired|media|import|keyframes|font-face)\b|[a-z0-9-]{{1,40}}/[\w.-]{{1,60}}@\d) # not in code
         [^\W\d][\w.-]{{1,31}} (?:\#\d{{4}}\b)?
-    |\b[\w.]{{2,32}}\#\d{{4,6}}\b # heron#1234
+    |\b(?:(?-i:[A-Z][a-z]{{1,20}})\s)?[\w.]{{2,32}}\#\d{{4,6}}\b # heron#1234
     |(?<![\w/])/?u/[\w-]{{3,20}}\b # u/heron
-    |\b{_WHERE}\s{{0,5}}[:=]\s{{0,5}}@?[\w.]{{3,32}} # insta: heron
-    |\b{_WHERE}(?:\s{{1,5}}(?:name|id|tag|user))?(?:\s{{1,5}}is|\s{{1,5}}-)?\s{{1,5}} # steam name is heron_1
-        (?=[\w.]{{0,32}}[\d_.]\w)[\w.]{{3,32}}""", re.I|re.X)
+    """, re.I|re.X)
+_HANDLE_OF = re.compile(rf"""
+    (?<![^\W_]){_WHERE}(?:\s{{1,5}}(?:name|id|tag|user(?:name)?|handle|acc(?:ount)?|ign))?
+    (?:\s{{0,5}}[:=]\s{{0,5}}@?(?P<v>(?:live:)?(?!//)[\w.-]{{2,32}}\w(?:\#\w{{2,6}})?) # insta: heron
+        |(?:\s{{1,5}}is|\s{{1,5}}-|\?)?\s{{1,5}}@?(?=[\w.-]{{0,32}}[\d_.\#]\w)
+            (?P<w>[\w.-]{{2,32}}\w(?:\#\w{{2,6}})?)) # steam name is heron_1
+    """, re.I|re.X)
+
+def _either(m): return m.span('v' if m['v'] else 'w') # where the value is
 
 # %% ../../nbs/exports/clean.ipynb #0e57f772
 _PASS_WORD = r"""(?:pass(?:\s?(?:word|wort|phrase|code|wd))?|pwd?|kennwort|zugangswort|mot\sde\spasse|mdp
-    |contraseña|contrasena
-    |clave|wachtwoord|hasło|haslo|lösenord|passord|adgangskode|salasana|senha|parola|пароль|パスワード|密码|密碼
-    |(?:seed|recovery|mnemonic|secret)\sphrase)"""
+    |contrase[ñn]a|clave
+    |wachtwoord|hasło|haslo|heslo|jelszó|lösenord\w{0,2}|passord\w{0,2}|adgangskode\w{0,2}|salasana\w{0,2}|senha
+        |parola\w{0,2}
+    |şifre\w{0,3}|lozinka|geslo|slaptažodis|κωδικός|парол[ьяю]|סיסמ[הא]|كلمة\s(?:السر|المرور)|パスワード|密码|密碼|비밀번호|비번
+    |รหสผาน|mật\skhẩu|kata\ssandi|(?:seed|recovery|mnemonic|secret)\sphrase)"""
+
+# %% ../../nbs/exports/clean.ipynb #5eaa2d62
 _IP4 = re.compile(r"""
     (?<![\d.]) \d{1,3}
     (?: (?:\s?\.\s? | \s?[\[({]\s?(?:dot|\.)\s?[\])}]\s? | \s{1,5}dot\s{1,5}) \d{1,3} ){3}
@@ -90,9 +117,11 @@ _IP6 = re.compile(r"""
     (?<![\w:]) \[? (?:[0-9a-f]{0,4}:){2,7} (?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4})
     (?:%\w+)? (?:\](?::\d+)?)? (?:/\d{1,3})? # zone, port, network
     (?![\w:])""", re.I|re.X)
-_DIGITS = r"(?<![\d.])[2-6](?:[ .,|\n\-_/\u00a0\u2010-\u2015]{0,3}\d){12,18}"
+_DIGITS = r"(?<![\d.])(?:1[ -]?800|[2-6])(?:[ .,|\n\-_/\u00a0\u2010-\u2015]{0,3}\d){12,18}"
 _CARD = re.compile(_DIGITS+r"(?!\d)")
 _CARD_THEN = re.compile(_DIGITS+r"?(?!\d)") # the shortest: stops before an expiry date
+
+# %% ../../nbs/exports/clean.ipynb #14832080
 _PLATFORM = re.compile(r"""
     \bSTEAM_\d:\d:\d+\b
     |\[?\bU:1:\d+\b\]?
@@ -101,13 +130,14 @@ _PLATFORM = re.compile(r"""
     |\b[UCTWG](?=[A-Z]*\d)[A-Z0-9]{8,10}\b # Slack
     |<a?:\w+:\d+> # an emoji of a Discord server""", re.X)
 _EAST = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af" # scripts that put no blank between words
-_PHONE = re.compile(r"(?<![^\W%s])(?<![.:/-])(?:\+|\()?\d(?:[\s().\-/\u00a0\u2010-\u2015]{0,3}\d){6,14}(?![^\W%s]|-\d)"
+_PHONE = re.compile(r"(?<![^\W%s])(?<![.:/-])((?:\+|\()?\d(?:[\s().\-/\u00a0\u2010-\u2015]{0,3}\d){6,14})(?:\s?(?:x|ext\.?)\s?\d{1,5})?(?![^\W%s]|-\d)"
     % (_EAST, _EAST))
-_HINT = re.compile(rf"""
-    [@\#\d] | :// | \w\.\w | <[@!\#a:/i] | :: | \bwww\b | (?:\b|_)dot(?:\b|_)
-    | [\[({{<]\s?(?:dot|\.|at|:)\s?[\])}}>] | \bu/ | :\s?/ | [\w:][\s.]{{2}} | \b{_WHERE}\b | {_PASS_WORD}
-        | [_=:][^\W_]{{20}}
-    """, re.I|re.X) # one of these is in whatever is found
+_HINT = re.compile(r"""
+    [@\#\d] | :// | \w\.\w | <[@!\#a:/i] | :: | [\[({<]\s?(?:dot|\.|at|:)\s?[\])}>] | :\s?/ | [\w:][\s.]{2} 
+    | [_=:][^\W_]{20}
+    """, re.X) # one of these is in whatever is found, or a word of these, in small letters:
+_HINT_WORD = re.compile(rf"""
+    (?:{_PASS_WORD}|{_WHERE}|{_DOTS}|www|net\suser)(?![^\W_{_EAST}]) | _dot_ | u/""", re.X)
 
 # %% ../../nbs/exports/clean.ipynb #6ebc4c82
 def _luhn(s):
@@ -166,8 +196,10 @@ _CALL = re.compile(r"""
         |whats\s?app|signal
     |pager|hotline|nummer|number|n[uú]mero|numer\w{0,2}|numéro|nr|ruf|anruf\w{0,3}|erreichbar|reach|appelle\w{0,2}
         |joindre
-    |portable|fijo|llama\w{0,3}|m[oó]vil|chiama\w{0,3}|cellulare|bel|zadzwoń|soita|liga|ligue|natel|звони\w{0,3}
-        |телефон\w{0,2}
+    |portable|fijo|ll[aá]ma\w{0,3}|m[oó]vil|chiama\w{0,3}|cellulare|bel|zadzwoń|soita|liga|ligue|natel|звони\w{0,3}
+        |телефон\w{0,2}|дзвони\w{0,3}|πάρε|τηλ\w{0,6}|hívj\w{0,3}|sun[aă]\w{0,3}|nazovi|volej\w{0,2}|beni\sara|gsm
+            |cel(?:ular)?
+        |hubungi|gọi|תתקשר\w?|טלפון|โทร|تلفون|هاتف
     |номер\w{0,2})\b|電話|携帯|电话|手机|전화""", re.I|re.X)
 _THOUSANDS = re.compile(r"\d{1,3}([ .\u00a0])\d{3}(?:\1\d{3})*")
 _DATE = re.compile(r"\d{4}([-./])\d\d?\1\d\d?(?!\1?\d)|\d\d?([-./])\d\d?\2(?:\d\d|\d{4})(?!\2?\d)")
@@ -179,36 +211,59 @@ def _parsed(s, region):
     try: return pn.parse(s, region)
     except pn.NumberParseException: return None
 
+@lru_cache(None)
+def _plan(region):
+    "Pattern of what a country dials before a number, and of its numbers; of some, which it rewrites, any."
+    import phonenumbers as pn
+    md = pn.PhoneMetadata.metadata_for_region(region)
+    number = r'\d+' if md.national_prefix_transform_rule else md.general_desc.national_number_pattern
+    return re.compile(md.national_prefix_for_parsing or '(?!)'),re.compile(number)
+
+def _may_be(digits, region):
+    "May it be a number there? (A fraction of the work of parsing it.)"
+    before,number = _plan(region)
+    m = before.match(digits)
+    return number.fullmatch(digits) or m and number.fullmatch(digits, m.end())
+
+# %% ../../nbs/exports/clean.ipynb #dcee0f4e
+def _abroad(s, called):
+    "Is it a number with its country's code?"
+    import phonenumbers as pn
+    n = _parsed('+'+s[2:] if s[0]=='0' else s, None)
+    if not n: return False
+    maybe = (s[0]=='+' or called) and pn.is_possible_number_with_reason(n)==pn.ValidationResult.IS_POSSIBLE
+    return pn.is_valid_number(n) or maybe and not re.fullmatch(r'\+?\d{1,3}([ .,]000)+', s)
+
+# %% ../../nbs/exports/clean.ipynb #572a2e04
 @lru_cache(2**14)
 def _phone(s, called=False, regions=REGIONS):
     "Is it a phone number?"
     import phonenumbers as pn
     first,*rest = re.findall(r'\d+', s)
     if re.fullmatch(r'\d\d?([./])\d\d?\1\d{4}|\d{4}-\d\d-\d\d', s): return False
-    abroad = s[0]=='+' or s.startswith('00')
-    if abroad:
-        n = _parsed('+'+s[2:] if s[0]=='0' else s, None)
-        if not n: return False
-        maybe = (s[0]=='+' or called) and pn.is_possible_number_with_reason(n)==pn.ValidationResult.IS_POSSIBLE
-        return pn.is_valid_number(n) or maybe and not re.fullmatch(r'\+?\d{1,3}([ .,]000)+', s)
+    if s[0]=='+' or s.startswith('00'): return _abroad(s, called)
     if len(first)==1 and first not in '18' or any(len(g)==1 for g in rest) or _DATE.match(s): return False
     if not called:
         if '/' in s and s[0] not in '0(': return False # a part of a whole
         if '.' in s and (len(rest)==1 or ' ' in s): return False # decimals
         if first[0]!='0' and (not rest or _THOUSANDS.fullmatch(s)): return False
+    digits = ''.join([first,*rest])
     for r in regions:
+        if not (called or _may_be(digits, r)): continue
         n = _parsed(s, r)
         if not n: continue
         if called and first[0]=='0' and pn.is_possible_number(n): return True
         if not pn.is_valid_number(n): continue
-        if called or first[0]=='0' and len(''.join([first,*rest]))>8: return True
-        if pn.PhoneNumberMatcher(s, r, pn.Leniency.EXACT_GROUPING).has_next(): return True
+        if called or first[0]=='0' and len(digits)>8: return True
+        groups = re.findall(r'\d+', pn.format_number(n, pn.PhoneNumberFormat.NATIONAL))
+        if groups in ([first,*rest], rest): return True # blanks where that country puts them
     return False
 
+# %% ../../nbs/exports/clean.ipynb #51b058e7
 def _is_phone(m, regions=REGIONS):
     "Is it a phone number, and not said to be something else?"
     before = _before(m)
-    return not _LABELLED.search(before) and _phone(m[0], bool(_CALL.search(before[-40:])), regions)
+    return not _LABELLED.search(before) and _phone(m[1], bool(_CALL.search(before[-40:])), regions)
 
 # %% ../../nbs/exports/clean.ipynb #ca7925ef
 _UNSEEN_TOO = '\u115f\u1160\u2800\u3164\uffa0' # letters and a symbol without ink
@@ -221,6 +276,7 @@ def _seen(c):
     if len(like)>=5: return c # some are whole sentences
     return ''.join(str(unicodedata.decimal(x, x)) for x in like if not unicodedata.combining(x))
 
+# %% ../../nbs/exports/clean.ipynb #ce4be748
 class Seen:
     "A text beside what is seen of it."
     def __init__(self,
@@ -247,21 +303,29 @@ def sub(self:Seen,
     put, # Called with a match; says what replaces it, or its start, end and replacement, or None for nothing
 ):
     "Replace what a pattern finds, with all that isn't seen in it."
-    seen,parts,end = [],[],0
-    for m in pat.finditer(self.seen):
-        if (p := put(m)) is None: continue
-        i,stop,p = (*m.span(), p) if isinstance(p, str) else p
-        if self.parts is None:
-            seen += [self.seen[end:i],p]
-            end = stop
-            continue
-        while i>end and not self.parts[i]: i -= 1 # a character that is seen as several goes whole
+    def spans():
+        for m in pat.finditer(self.seen):
+            if (p := put(m)) is not None: yield (*m.span(), p) if isinstance(p, str) else p
+    self.replace(spans())
+
+# %% ../../nbs/exports/clean.ipynb #24d69c9f
+@patch
+def replace(self:Seen,
+    spans, # Start, end and replacement of each part, in order; one that begins within another is passed over
+)->int: # How many were replaced
+    "Replace parts of what is seen, with all that isn't seen in them."
+    seen,parts,end,n = [],[],0,0
+    for i,stop,p in spans:
+        if i<end: continue
+        if self.parts is not None:
+            while i>end and not self.parts[i]: i -= 1 # a character that is seen as several goes whole
+            parts += [*self.parts[end:i],*p]
         seen += [self.seen[end:i],p]
-        parts += [*self.parts[end:i],*p]
-        end = stop
-    if not end: return
+        end,n = stop,n+1
+    if not n: return 0
     self.seen = ''.join(seen)+self.seen[end:]
     if self.parts is not None: self.parts = parts+self.parts[end:]
+    return n
 
 # %% ../../nbs/exports/clean.ipynb #3f39ad9b
 _KEY = re.compile(r"""
@@ -271,12 +335,18 @@ _KEY = re.compile(r"""
         |sk-[\w-]{20,}|[a-z]{2,6}_(?:live|test|prod|v1|pat|api)_[\w-]{16,} # OpenAI, Anthropic; Stripe, DigitalOcean
         |xox[a-z][.-][\w.-]{10,}|xapp-[\w-]{10,}|SG\.[\w-]{16,}\.[\w-]{16,} # Slack, SendGrid
         |(?:AC|SK)[0-9a-f]{32}|dapi[0-9a-f]{32}|key-[0-9a-z]{32} # Twilio, Databricks, Mailgun
+        |NRAK-[A-Z\d]{20,}|[A-Z\d]{5}(?:-[A-Z\d]{5}){4} # New Relic; Windows and others' product keys
+        |(?!sha|md5)[a-z]{2,10}_(?:[0-9a-f]{64}|[0-9a-f]{40}|[0-9a-f]{32})|AGE-SECRET-KEY-1[A-Z\d]{40,}|LTAI\w{12,30}
+        |[ps]k\.eyJ[\w-]{20,}\.[\w-]{16,} # Shopify and others, age, Alibaba, Mapbox
         |hf_\w{20,}|npm_\w{30,}|pypi-[\w-]{16,}|oauth:[a-z0-9]{30}|ya29\.[\w-]{20,}
         |eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)? # JSON web token
         |[MNO][\w-]{22,28}\.[\w-]{6}\.[\w-]{25,}|mfa\.[\w-]{20,} # Discord
         |\d{8,11}:[\w-]{34,36} # Telegram
     )(?![\w-])
     |-----BEGIN[ A-Z]{0,30}PRIVATE\ KEY-----(?:[^-]|-(?!----END))*+(?:-----END[ A-Z]{0,40}-----)?""", re.X)
+_KEY_TOLD = re.compile(r"""
+    (?i:key|secret|token)["']?\s{0,3}[:=]\s{0,3}["']?
+    (?P<v>(?=\S{0,99}[A-Z])(?=\S{0,99}[a-z])(?=\S{0,99}\d)(?=\S{0,99}[!$%^&*@#])[^\s"'<>]{16,200})""", re.X)
 _TOKEN = re.compile(r"(?<![\w+/.-])[\w+/.-]{16,}+={0,2}")
 _KEY_WORD = re.compile(r"""
     (?:key|token|secret|credentials?|cookie|session\w{0,6}|bearer|basic|login|auth\w{0,15}|schlüssel|clé|clave
@@ -308,21 +378,28 @@ _NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada
     oublié on open optional our out over paciencia please private public required reset right same saved secret secure
     see sent set short simple so solved still strong stupid temporary the there this to too unchanged unknown useless
     vergessen wait weak weg weird what when where who why working wrong yes you your zu""".split())
+
+# %% ../../nbs/exports/clean.ipynb #efa2f74b
+_IS = "is(?:\\snow)?|was|ist|lautet|est|c'est|es|er|är|jest|to|é|è|je|on|это|bu|adalah|là"
 _PASSWORD = re.compile(rf"""
-    (?<![^\W_])(?P<word>{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin
-        |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby)[\s-]code)(?![^\W_])
-    ["'`*?]{{0,2}} (?:(?:\s(?:for|to|of|on|für|fürs|zum|pour|para|del?|i)\s[^\n:=>]{{1,30}}?|\s\w{{2,12}})
-        (?=\s{{0,3}}(?::|=|->|→)|\s(?:is|ist|est|es)\s))?
+    (?<![^\W_{_EAST}])(?P<word>{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin
+        |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
+            |security|otp)[\s-]code)(?![^\W_{_EAST}])
+    ["'`*?]{{0,2}} (?:(?:\s(?:for|to|of|on|für|fürs|zum|pour|du|para|del?|di|do|od|voor|till?|от|для
+    |i)\s[^\n:=>]{{1,30}}?|\s\w{{2,12}})
+        (?=\s{{0,3}}(?::|=|->|→)|\s(?:{_IS})\s))?
     (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|→)\s{{0,3}}
         |,?\s(?:use|try|type|enter)\s{{1,3}}
-        |\s{{1,3}}(?:(?:has\s|was\s|is\s|got\s)?(?:been\s)?(?:changed|set|reset)\sto|is(?:\snow)?|was|ist|lautet
-            |est|c'est|es|er|är|jest|to)\s{{1,3}}
-        |(?:は|是)\s?|\s{{1,3}})
+        |\s{{1,3}}(?:(?:has\s|was\s|is\s|got\s)?(?:been\s)?(?:changed|set|reset)\sto|{_IS})\s{{1,3}}
+        |(?:は|是|은|는)\s?|\s{{1,3}})
     (?:(?:just|simply|now|einfach)\s)?
     (?P<v>\d{{3,4}}[ -]\d{{3,4}}(?![\w-])|"[^"\n]{{3,80}}"|'[^'\n]{{3,80}}'|`[^`\n]{{3,80}}`
         |[^\s"'`<>]{{3,80}})""", re.I|re.X)
+
+# %% ../../nbs/exports/clean.ipynb #9a721bc7
 _PASS_SHELL = re.compile(r"""
     (?:\bsshpass\s+-p\s{0,3}|\bmysql(?:dump)?\b[^\n]{0,60}?\s-p|--pass(?:word|wd)?[=\s]
+        |\bnet\suser\s\S{1,30}\s
         |\bcurl\b[^\n]{0,60}?\s-u\s{0,3}[^\s:]{1,40}:)
     (?P<v>[^\s"'<>]{3,80})""", re.I|re.X)
 _LOGIN = re.compile(r"""
@@ -330,7 +407,8 @@ _LOGIN = re.compile(r"""
     (?P<v>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})""", re.I|re.X)
 _PHRASE = re.compile(r"""
     (?:seed|recovery|mnemonic|secret)\sphrase\W{1,4}(?:is\W{1,4})?
-    (?P<v>(?:[a-z]{3,8}[ ,]{1,2}){11,23}[a-z]{3,8})""", re.I|re.X)
+    (?P<v>(?:[a-z]{3,8}[ ,]{1,2}){11,23}[a-z]{3,8})
+    |pass\s?phrase\s?[:=]\s?(?P<w>(?:[a-z]{3,10}[ -]){3,11}[a-z]{3,10})""", re.I|re.X)
 
 # %% ../../nbs/exports/clean.ipynb #06fb9fa7
 _LOWER = re.compile(r"\W{1,3}(?:all|in)\s(?:lower|upper|caps)", re.I)
@@ -348,7 +426,8 @@ def _is_password(m):
     digit,letter = any(map(str.isdigit, v)),any(map(str.isalpha, v))
     sign = re.search(r'[^\W_][!$%&*+=@#^~_|-][^\W_]', v) and (digit or not v.islower())
     if word in ('pin','passcode') and v.isdigit() and 4<=len(v)<=8: return whole
-    if word=='pin' or word.endswith('code') and word!='passcode': return whole if how and digit and len(v)>3 else False
+    if word=='pin' or word.endswith('code') and word!='passcode':
+        return whole if (how or word[:6]!='server') and digit and len(v)>3 else False
     if len(v)>=5 and (digit and letter or sign): return whole
     if digit: return whole if how and len(v)>3 and word!='pass' else False
     told = how and not how[-1].isalpha() # by a sign
@@ -361,18 +440,20 @@ _IBAN = re.compile(r"""
 _MAC = re.compile(r"""
     (?<![\w:.-])(?:
         [\da-f]{2}(?P<by>[:-])(?:[\da-f]{2}(?P=by)){4}(?:[\da-f]{2}(?P=by)[\da-f]{2}(?P=by))?[\da-f]{2}
-        |[\da-f]{4}\.[\da-f]{4}\.[\da-f]{4}
+        |[\da-f]{4}(?P<of>[.:-])[\da-f]{4}(?P=of)[\da-f]{4}
+        |[\da-f]{6}-[\da-f]{6}
         |[\da-f]{2}(?:\ [\da-f]{2}){5}
         |[\da-f]{12}
-    )(?![\w:-]|\.\w)""", re.I|re.X)
+    )(?:(?::[\da-f]{2}){8})?(?![\w-]|:\w|\.\w)""", re.I|re.X)
 _MAC_WORD = re.compile(r"\b(?:mac|bssid|hw(?:addr)?|ether|nic|wi-?fi|wlan|adapter|lan)\b", re.I)
 _WALLET = re.compile(r"""
     (?<![\w.])(?:
         0x(?:[\da-f]{64}|[\da-f]{40}) # Ethereum and its kin
         |[a-z_]{2,12}1[ac-hj-np-z02-9]{38,110} # Bech32: Bitcoin, Litecoin, Cardano, Cosmos
-        |(?:bitcoincash:)?[qp][ac-hj-np-z02-9]{41}
+        |(?:bitcoincash:|ecash:)?[qp][ac-hj-np-z02-9]{41}|kaspa:[qp][ac-hj-np-z02-9]{60,63}
+        |(?-i:[A-Z2-7]{58}|G[A-Z2-7]{55}) # Algorand, Stellar
         |(?:nano|xrb)_[13][13-9a-km-uw-z]{59}
-        |[a-z\d-]{3,30}\.(?:eth|sol)(?![\w/-]|\.\w)
+        |[a-z\d-]{3,30}\.(?:eth|sol|near)(?![\w/-]|\.\w)
     )(?!\w)""", re.I|re.X)
 _BASE58 = re.compile(r"(?<![\w.])[1-9A-HJ-NP-Za-km-z]{25,106}(?!\w)")
 _ALPHABET = '123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz'
@@ -381,9 +462,8 @@ _RIPPLE = str.maketrans('rpshnaf39wBUDNEGHJKLM4PQRST7VWXYZ2bcdeCg65jkm8oFqi1tuvA
 # %% ../../nbs/exports/clean.ipynb #31e9f150
 def _checked58(s):
     "Is the check sum of a Base58Check text right?"
-    n = 0
-    for c in s: n = n*58+_ALPHABET.index(c)
-    b = bytes(len(s)-len(s.lstrip('1')))+n.to_bytes((n.bit_length()+7)//8)
+    from stdnum.bitcoin import b58decode
+    b = b58decode(s)
     return sha256(sha256(b[:-4]).digest()).digest()[:4]==b[-4:]
 
 def _is_wallet(m):
@@ -420,28 +500,50 @@ _ID_FORM = re.compile(r"""
         |(?P<fi_hetu>\d{6}[-+A-FU-Y]\d{3}[\dA-FHJ-NPR-Y])
         |(?P<ch_ssn>756[. ]?\d{4}[. ]?\d{4}[. ]?\d\d)
         |(?P<be_nn>\d\d\.\d\d\.\d\d-\d{3}\.\d\d)
+        |(?P<se_personnummer>(?:19|20)?\d\d[01]\d[0-3]\d[-+]\d{4})
+        |(?P<cz_rc>\d\d[0-35-8]\d[0-3]\d/\d{3,4})
+        |(?P<cl_rut>\d{1,2}\.\d{3}\.\d{3}-[\dK])
+        |(?P<ar_cuit>\d\d-\d{8}-\d)
         |(?P<mx_curp>[A-Z]{4}\d{6}[HMX][A-Z]{5}[A-Z\d]\d)
         |(?P<kr_rrn>\d{6}-[1-8]\d{6})
         |(?P<cn_ric>[1-9]\d{16}[\dX])
         |(?P<in_pan>[A-Z]{3}P[A-Z]\d{4}[A-Z])
     )(?![\w/-]|\.\d)""", re.I|re.X)
-_ID_NAMED = re.compile(r"""
-    (?<![^\W_])(?:ssn|social\s(?:security|insurance)|social|nino|ni\s(?:number|no)|national\s(?:insurance|id)
-        |nhs\s(?:number|no)|medicare
-    |steuer-?\s?id\w{0,20}|id-?nr|steuernummer|(?:sozial|renten)versicherungs-?\w{1,8}|sv-?\s?n(?:umme)?r
-        |personalausweis\w{0,8}
-    |ausweis(?:nummer|-?nr)?|reisepass\w{0,8}|passport|pass(?:nummer|-?nr)|sécu(?:rité\ssociale)?|nir|insee
-        |passeport|pasaporte
-    |dni|nie|nif|nuss|codice\sfiscale|bsn|burgerservicenummer|rijksregister\w{0,8}|registre\snational|pesel
-        |dow[oó]d\w{0,3}
-    |person(?:nummer|nr)|samordningsnummer|f[øo]dselsnummer|cpr(?:-?nummer)?|hetu|henkilötunnus|rodn[ée]\sč[íi]slo
-        |cnp|cpf|aadhaa?r|pan(?:\scard)?
-    |sin|ahv(?:-?n(?:umme)?r)?|avs|kimlik(?:\sno)?|pps(?:n)?|tfn|isikukood|curp|rfc|egn|oib|jmbg|rrn
-    |tax\s?id|driver'?s?\slicen[cs]e|führerschein\w{0,8}|id\s?card)(?![^\W_])
-    (?:[\s:=#.-]{1,3}(?:is|ist|es|est|e|är|on|er|numbers?|nummer|numéro|número|no|nr|my|mein|lautet|é
-        |è)){0,3} [\s:=#.-]{1,4}
-    (?P<v>(?:[a-z]{1,3}[ .-]?)?\d[a-z\d]*(?:[ ./-](?:[a-z]{0,2}\d[a-z\d]*|[a-z](?![^\W_]))){0,6}
-        |[a-z]{1,6}\d[a-z\d]{3,16})(?![^\W_])""", re.I|re.X)
+
+# %% ../../nbs/exports/clean.ipynb #92a2441d
+ID_WORDS = dict( # language → what an id is called; \s stands for a blank
+    en=r"""ssn|social(?:\s(?:security|insurance))?|nino|ni|national\s(?:insurance|id)|nhs|medicare(?:\scard)?|sin
+        |tfn|ird|pps|ppsn|passport
+        |tax\s?id|itin|ein|driver'?s?\slicen[cs]e|driving\slicen[cs]e|id\s?card|id\snumber|identity\scard
+            |green\scard|nric|mykad""",
+    de=r"""steuer-?\s?(?:id\w{0,20}|nr|nummer)|idnr|id-nr|steuernummer|(?:sozial|renten)versicherungs-?\w{1,8}
+        |sv-?\s?n(?:umme)?r
+        |(?:personal)?ausweis\w{0,8}|reisepass\w{0,8}|pass(?:nummer|-?nr)|führerschein\w{0,8}|ahv(?:-?n(?:umme)?r)?""",
+    fr=r"""sécu(?:rité\ssociale)?|nir|insee|passeport|carte\sd['’]identité|cni|avs
+        |permis\sde\sconduire|registre\snational|nas""",
+    es=r"""dni|nie|nif|nuss|pasaporte|cédula|cedula|curp|rfc|cuil|cuit|rut|run
+        |carnet\sde\sidentidad|nss|clave\súnica""",
+    pt=r"""cpf|rg|cartão\sde\scidadão|bilhete\sde\sidentidade|passaporte|cnh|pis|niss|contribuinte""",
+    it=r"""codice\sfiscale|cod\.?\sfisc\.?|c\.f\.|carta\sd['’]identità|passaporto|tessera\ssanitaria|patente""",
+    nl=r"""bsn|burgerservicenummer|rijksregister\w{0,8}|paspoort\w{0,6}|rijbewijs\w{0,6}|identiteitskaart""",
+    nordic=r"""person(?:nummer|nr)|samordningsnummer|f[øo]dsels?nummer|cpr(?:-?n(?:umme)?r)?|hetu|henkilötunnus
+        |kennitala|pass""",
+    pl_cz=r"""pesel|dow[oó]d\w{0,3}(?:\sosobist\w{1,3})?|nip|paszport\w{0,3}|rodn[ée]\sč[íi]slo
+        |občansk\w{1,3}\sprůkaz\w{0,2}|szem[ée]lyi""",
+    south=r"""cnp|egn|егн|oib|jmbg|emšo|amka|αμκα|αφμ|ατ|szig|taj|kimlik(?:\sno)?|isikukood
+        |asmens\skodas|personas\skods""",
+    east=r"""инн|снилс|паспорт\w{0,2}|іпн|рнокпп|водительск\w{2,4}|תעודת\sזהות|ת\.ז\.?|הויה|رقم\sالهوية|الهوية""",
+    asia=r"""aadhaa?r|pan(?:\scard)?|epic|rrn|주민(?:등록)?번호|여권번호|身份证号?码?|身份證|护照|護照|マイナンバー|個人番号|パスポート
+        |เลขบตรประชาชน|เลขประจาตวประชาชน|nik|ktp|cccd|cmnd|căn\scước|philsys|cnic|my\s?kad""")
+
+# %% ../../nbs/exports/clean.ipynb #10a416ca
+_ID_NAMED = re.compile(rf"""
+    (?<![^\W_])(?:{'|'.join(ID_WORDS.values())})(?![^\W_])
+    (?:[\s:=\#.-]{{1,3}}(?:is|ist|es|est|e|är|on|er|to|je|jest|numbers?|nummer|numéro|número|numero|numer|номер|番号
+    |no|nr|n[°º]|№|my
+        |mein|lautet|é|è|号码?|번호|は|是|은|는)){{0,3}} [\s:=\#.-]{{1,4}}
+    (?P<v>(?:[a-z]{{1,3}}[ .-]?)?\d[a-z\d]*(?:[ ./-](?:[a-z]{{0,2}}\d[a-z\d]*|[a-z](?![^\W_]))){{0,6}}
+        |[a-z]{{1,6}}\d[a-z\d]{{3,16}})(?![^\W_])""", re.I|re.X)
 
 # %% ../../nbs/exports/clean.ipynb #a6d6b616
 def _is_id(m):
@@ -462,90 +564,165 @@ def _is_named_id(m):
     return m.span('v') if 6<=len(s)<=18 and sum(map(str.isdigit, s))>=3 else False
 
 # %% ../../nbs/exports/clean.ipynb #5ebc88a0
-_UP = r"(?-i:[^\W\d_a-zß-öø-ÿ])[\w'’-]{0,24}\.?" # begins with a capital
-_TOWN = rf"""(?:,?\s(?:(?:{_UP}\s?){{1,3}},?\s)?
-    (?:[A-Z]{{2}}\s\d{{5}}(?:-\d{{4}})?|[A-Z]{{1,2}}\d[A-Z\d]?\s?\d[A-Z]{{2}}|\d{{4,5}}(?:\s{_UP})?)(?!\w))?"""
-_EN = r"""(?:Street|St|Str|Road|Rd|Avenue|Ave|Lane|Ln|Drive|Dr|Way|Court|Ct|Close|Crescent|Cres|Terrace|Ter|Square
-    |Sq|Place|Pl
-    |Boulevard|Blvd|Highway|Hwy|Parkway|Pkwy|Circle|Cir|Mews|Gardens|Gdns|Grove|Row|Walk|Wharf|Quay|Trail|Trl|Alley
-        |Esplanade
-    |Parade|Promenade)"""
+_UP = r"(?-i:[^\W\d_a-zß-öø-ÿ])[\w'’-]{0,24}\.?" # begins with a capital, or is of a script without them
+_TOWN = r"(?-i:[^\W\d_a-zß-öø-ÿ])(?:[^\W\d_]|['’-]){1,24}\.?(?!\w)"
+_POSTCODE = r"""(?-i:[A-Z]{1,2}\d[A-Z\d]?\s?\d[A-Z]{2}|[A-Z]\d\d\s[A-Z\d]{4}|[A-Z]\d[A-Z]\s\d[A-Z]\d # UK, IE, CA
+    |\d{4}\s[A-Z]{2}|(?:[A-Z]{1,3}[ -])?(?:\d{5}-\d{3,4}|\d{2,4}[ -]\d{2,3}|\d{4,6}))(?!\w|[.,:]\d)"""
+_UNIT = r"""(?i:ap(?:to?|artments?)?|unit|suite|ste|flat|floor|room|block|sector|phase|road|piso|pta|bloco|casa|esc
+    |sc|bl|et|izq|dcha?|tv|th|mf|stue|bus|bte
+    |lgh|kat|daire|kv|m|lok|int|dep|depto|dto|edif|oficina|local|top|tür|stiege|no|кв|квартира|корп|д|дом
+        |под[ъ’']?[ії]?зд|col)"""
+_BIT_OF = rf"(?:(?:{_TOWN}-|[A-Z]{{1,3}}-)?[\w/]{{0,4}}\d[\w/ºª°-]{{0,8}}\.?(?![:%€$]|,\d)|{_TOWN}|{_UNIT}(?!\w)\.?|[A-Z](?!\w))"
+_SMALL = "de|la|las|los|da|do|dos|das|del|di|am|an|der|bei|nad|na|pod|pri|sur|les|le|en|of|the|upon|phường|xã"
+_MORE = rf"""(?:\s?,{{1,2}}\s(?!I\s)(?:(?:{_SMALL})\s)?{_BIT_OF}
+        (?:\s(?:(?:{_SMALL}|[-/])\s){{0,2}}{_BIT_OF}|\s?\([A-Z]{{2}}\)){{0,6}}
+    |\s(?:{_POSTCODE}(?:\s(?:(?:{_SMALL})\s)?{_TOWN}){{0,3}}
+        |(?:{_UNIT}(?![^\W\d])\.?\s?|\#\s?)[№\#]?(?:\d{{1,5}}[A-Z]?|(?-i:[A-Z]))(?![\w:])))"""
+_TAIL = _MORE+"{0,6}" # what comes after a street
+_NO = r"(?i:,?\s(?:(?:n[ºo°.]|n\.º|nr|no|n[uú]m(?:ero)?|д|дом|буд|№)[.:]?\s?)?|,\s?)(?<=[\s.:№])" # before a number
+_NR = r"\d{1,4}(?:\s?[a-zA-Z](?![\w’'.]))?(?:\s?[-–/+]\s?\d{1,4}[a-zA-Z]?|/[A-Z](?!\w)){0,2}(?![\w%€]|:\d|[.,]\d|\s?[:h]\d)"
+_BOX = r"""(?:P\.?\s?O\.?\s?Box|Postfach|Apartado(?:\sde\sCorreos)?|Bo[iî]te\sPostale|Postbus|Postboks|Casella\sPostale
+    |Skr\.\spoczt\.|а/я)"""
+
+# %% ../../nbs/exports/clean.ipynb #3b9eaa43
+_EN = r"""(?:Street|St|Str|Road|Rd|Avenue|Ave|Lane|Ln|Drive|Dr|Way|Court|Ct|Close|Crescent|Cres|Terrace|Ter|Square|Sq
+    |Place|Pl|Boulevard|Blvd|Highway|Hwy|Parkway|Pkwy|Circle|Cir|Mews|Gardens|Gdns|Grove|Row|Walk|Wharf|Quay|Trail|Trl
+    |Alley|Esplanade|Parade|Promenade)"""
 _STREET_EN = re.compile(rf"""
     (?<![\w.:/$#-])(?<!level\s)(?<!lvl\s)(?<!season\s)(?<!chapter\s)(?:(?:Flat|Apt|Unit|Suite)\.?\s\w{{1,4}},?\s)?
     \d{{1,5}}[A-Za-z]?(?:[-/]\d{{1,4}})?,?\s(?:(?:[NSEW]{{1,2}}\.?|St\.?)\s)?(?:(?:{_UP}|\d{{1,3}}(?:st|nd|rd
         |th))\s){{1,4}}{_EN}(?!\w|\s(?:Trips?|Edition|Race|Map|Rage|Art))\.?
-    (?:\s(?:[NSEW]{{1,2}}|North|South|East|West)(?!\w))?(?:,?\s(?:(?:Apt|Apartment|Unit|Suite|Ste|Flat)\.?\s
-        |\#\s?)\w{{1,5}})?{_TOWN}
-    |\b(?:P\.?\s?O\.?\s?Box|Postfach|Apartado(?:\sde\sCorreos)?|Bo[iî]te\sPostale)\s\d{{1,6}}{_TOWN}""", re.X)
+    (?:\s(?:[NSEW]{{1,2}}|North|South|East|West)(?!\w))?{_TAIL}
+    |\b{_BOX}\s\d{{1,6}}{_TAIL}
+    |\b(?:House|Plot|Door|Flat|H\.\s?No)(?:\sNo)?\.?:?\s?\d{{1,5}}[A-Z]?(?:/\d+)?(?=,){_TAIL}""", re.X) # the last: India
+_STREET_TOWN = re.compile(rf"""
+    (?<![\w.:/$#-])(?!(?:Level|Lvl|Patch|Build|Version|Room|Floor|Season|Chapter|Page|Round|Day|Week|Year|Rank|Part
+    |In|On)\s)
+    (?:\d{{1,5}}[a-z]?(?:/\d{{1,4}})?,?\s{_TOWN}(?:\s{_TOWN}){{0,3}} # 12 Otter Brook, Seal Town, ME 01234
+        |{_TOWN}(?:\s{_TOWN}){{0,3}}\s(?!(?:19|20)\d\d,){_NR}) # Fischmarkt 22, 20459 Hamburg
+    {_MORE}{{1,6}}""", re.X)
 _STREET_LOW = re.compile(r"""
     (?<![\w.:/$#-])\d{1,5}[a-z]?\s(?:[^\W\d_][\w'’-]{0,24}\s){1,3}?(?:street|st|road|rd|avenue|ave|lane|ln|drive
-        |court|close|crescent|terrace
-    |boulevard|blvd|way|square|place)(?!\w)""", re.I|re.X)
+        |court|close|crescent|terrace|boulevard|blvd|way|square|place)(?!\w)""", re.I|re.X)
 
 # %% ../../nbs/exports/clean.ipynb #9b4b7442
-_OF = r"(?:d(?:e\s(?:la|las|los|l['’])?|el\s|es\s|u\s|e\sl['’]|['’])\s?|l[ae]s?\s|l['’]|aux?\s|à\sla\s)"
 _STREET_GER = re.compile(rf"""
     (?<![\w.:/-])(?:(?:{_UP}[\s-]){{0,2}}(?!(?:(?:Park|Spiel|Stell|Arbeits|Sitz|Liege|Lager|Sport|Start|Steh|Zelt
-        |Camping|Lande|Bolz|Fußball|Bau
-        |Speicher)platz|(?:Um|Aus|Rad|Heim|Rück|Hin)weg|Sackgasse)\b) # of other things
-        (?:[^\W\d_][\w-]{{1,30}}(?:stra(?:ß|ss)e|str\.|str|gasse)|(?-i:[A-ZÄÖÜ])[\w-]{{2,30}}(?:weg|platz|allee
-            |damm|ufer|chaussee|pfad
-            |graben|twiete|straat|laan|gracht|plein|singel|dijk|gatan|vägen|veien|vej|katu))
+        |Camping|Lande|Bolz|Fußball|Bau|Speicher)platz|(?:Um|Aus|Rad|Heim|Rück|Hin)weg|Sackgasse)\b) # of other things
+        (?:[^\W\d_][\w-]{{1,30}}(?:stra(?:ß|ss)e|str\.|str|gasse)|(?-i:[A-ZÄÖÜÅØÆ])[\w-]{{2,30}}(?:weg|platz|allee|damm
+            |ufer|chaussee|pfad|graben|twiete|straat|laan|gracht|plein|singel|dijk|kade|steeg|baan|hof|pad|dreef
+                |gata?n?|väg(?:en)?|stigen
+            |gränd|torget|vei(?:en)?|gate|gade|vej|stræde|katu|tie|kuja|polku|bulevardi))
         |(?:{_UP}[\s-]){{1,3}}(?-i:Stra(?:ß|ss)e|Str\.|Weg|Gasse|Platz|Allee|Ring|Damm|Ufer|Chaussee|Steig|Pfad
             |Deich|Kai)
-        |Stra(?:ß|ss)e\s(?:des|der|am|zum|zur|von)\s{_UP}|(?:ul|al)\.\s{_UP}(?:\s{_UP})?)
-    \s?(?<=[\s.])\d{{1,4}}(?:\s?[a-h](?!\w))?(?:\s?[-–/+]\s?\d{{1,4}}[a-h]?)?(?![\w%€:]|[.,]\d){_TOWN}""", re.X|re.I)
+        |Stra(?:ß|ss)e\s(?:des|der|am|zum|zur|von)\s{_UP})
+    \s?(?<=[\s.])(?<!Route\s)\d{{1,4}}(?:\s[A-Z]\s\d{{1,3}}(?!\w)|\s?[a-h](?!\w))?(?:\s?[-–/+]\s?\d{{1,4}}[a-h]?){{0,2}}
+    (?![\w%€:]|[.,]\d){_TAIL}""", re.X|re.I)
 _STREET_IN = re.compile(rf"""
     (?<!\w)(?:Am|An\sde[rn]|Auf\sde[mr]|Im|In\sde[rn]|Zum|Zur|Unter\sden|Beim|Bei\sder|Hinter\sde[mr]
         |Vor\sdem)\s(?:{_UP}\s){{1,3}}
-    \d{{1,4}}(?:\s?[a-h](?!\w))?(?![\w%€:.]){_TOWN}""", re.X)
-_STREET_ROM = re.compile(rf"""
+    \d{{1,4}}(?:\s?[a-h](?!\w))?(?![\w%€:.]){_TAIL}""", re.X)
+_STREET_NAMED = re.compile(rf"""
+    (?<!\w)(?:{_UP}\s){{1,3}}(?i:utca|út|útja|tér|tere|u\.|körút|krt\.|sétány # Hungarian
+        |g\.|gatvė|pr\.|iela|bulvāris|prospekts|tn|tänav|mnt|pst # Lithuanian, Latvian, Estonian
+        |ulica|cesta|trg|šetalište|put|obala|bulevardi|sok(?:ak|ağı|\.)
+        |cad(?:desi|\.)|bulvarı|mah(?:allesi|\.) # South Slavic, Turkish
+        |улица|ул\.|проспект|пр-т|переулок|пер\.|вулиця|шоссе|набережная|площадь|проезд|провулок
+            |площа){_NO}{_NR}\.?{_TAIL}""", re.X)
+
+# %% ../../nbs/exports/clean.ipynb #a05cb6b1
+_OF = r"(?:d(?:e\s(?:la|las|los|l['’])?|el\s|es\s|[aou]s?\s|e\sl['’]|['’]|e[il]\s|ell[ao]\s)\s?|l[ae]s?\s|l['’]|aux?\s|à\sla\s)"
+_STREET_FR = re.compile(rf"""
     (?<![\w.:/-])\d{{1,4}}(?:\s?(?:bis|ter|quater|[a-d]))?,?\s
-        (?:(?:rue|boulevard|bd|impasse|all[ée]e|chemin|ruelle|sentier|avenue
-            |av\.)\s(?:{_OF}){{0,2}}[^\W\d_][\w’'-]{{0,30}}
+        (?:(?:rue|boulevard|bd|impasse|all[ée]e|chemin|ruelle|sentier|avenue|av\.|đường
+        |phố)\s(?:{_OF}){{0,2}}[^\W\d_][\w’'-]{{0,30}}
         |(?:place|pl\.|quai|route|cours|square|passage|esplanade|faubourg|cit[ée]|r[ée]sidence)\s(?:{_OF})?{_UP})
-        (?:\s(?:{_OF})?{_UP}){{0,4}}{_TOWN}
-    |(?<!\w)(?:calle|c/|avenida|avda\.?|paseo|camino|carretera|ctra\.?|ronda|traves[íi]a|carrer|rambla|callejón
-        |glorieta|urbanizaci[oó]n
-        |(?-i:Plaza|Pza\.|Plaça|Vía|Via|Viale|Piazza|Corso|Vicolo|Largo|Rua|Travessa|Praça|Av\.))
-        \s?(?<=[\s/.])(?:{_OF}){{0,2}}(?!d?el?\s|la\s)[^\W\d_][\w’'-]{{0,30}}(?:\s(?:{_OF}){{0,2}}{_UP}){{0,3}}
-        ,?\s(?:(?:n[ºo°.]|n\.º|num\.?|número)\s?)?(?:\d{{1,4}}(?![\w%€:]|[.,]\d|\s(?:min|metros?|km|horas?|ore)\w*)
-            |s/n\b)(?:,\s\d{{1,2}}\s?[ºª°](?:\s[A-Z](?!\w))?)?{_TOWN}""", re.X|re.I)
+        (?:\s(?:{_OF})?{_UP}){{0,4}}{_TAIL}
+    |(?<![\w.:/-])\d{{1,4}}(?:/\d{{1,4}})?\s(?:ซอย|ถนน)[\w\u0e00-\u0e7f]{{2,40}}(?:\s\d{{1,3}})?(?:\s?ถนน[\w\u0e00-\u0e7f]{{2,40}})?""",
+    re.X|re.I)
+_ROAD = r"""(?:calle|c/|avenida|avda\.?|paseo|camino|carretera|ctra\.?|ronda|traves[íi]a|carrer|rambla|callejón|glorieta
+        |urbanizaci[oó]n|acceso|viaducto|bulevar|diagonal|plaza|pza\.|plaça|vía|via|viale|piazza|corso|vicolo|largo
+            |canale|contrada|borgo|rua
+        |travessa|praça|distrito|av\.?|rue|chaussée|quai
+        |ul\.|al\.|ulica|aleja|pl\.|os\.|osiedle|nám(?:ěstí|\.)|třída|tř\.|strada|str\.|bulevardul|bd\.|aleea|calea
+            |[șşs]os(?:eaua|\.)|drumul|intrarea|splaiul|cesta
+        |ул\.?|улица|пр(?:оспект|осп|-т)\.?|пер(?:еулок)?\.?|вул(?:иця)?\.?|бул(?:ьвар|\.)|наб(?:ережна\w?|\.)
+            |пл(?:оща|\.)|шоссе|ш\.|сквер|майдан|узвіз|οδός|λεωφ(?:όρος|\.)|πλατεία
+        |רחוב|רח['׳]|שדרות|דרך|משעול|סמטת|شارع|خیابان|jl\.?|jalan|gg\.|gang|lorong|số|ngõ|trg|avenue|boulevard|place)"""
+
+# %% ../../nbs/exports/clean.ipynb #55cf05c7
+_STREET_ROM = re.compile(rf"""
+    (?<![\w.:/-])(?:{_ROAD})\s?(?<=[\s/.])(?:{_OF}){{0,2}}(?:{_UP}
+    |\d{{1,2}}(?=\s[^\W\d_]))(?:\s(?:{_OF}){{0,2}}{_UP}){{0,3}}{_NO}
+        (?:{_NR}(?!\s(?:min|metros?|km|horas?|ore|cr[ée]|crabs)\w*)|s/n\b){_TAIL}
+    |(?<!\w)(?:calle|carrera|cra\.?|cll\.?|diagonal|transversal|av(?:enida|\.)?)\s\d{{1,3}}[A-Z]?(?:\s(?:bis|sur
+        |norte))?
+        \s?(?:\#|no\.?|n[°º])\s?\d{{1,3}}[A-Z]?\s?-\s?\d{{1,3}}{_TAIL}""", re.X|re.I)
+_STREET_ROM_LOW = re.compile(rf"""
+    (?<![\w.:/-])(?:{_ROAD})\s?(?<=[\s/.])(?:{_OF}){{0,2}}(?:[^\W\d_][\w’'-]{{1,30}}\s?){{1,3}}{_NO}{_NR}""", re.X|re.I)
+
+# %% ../../nbs/exports/clean.ipynb #3ac8c03a
+_STREET_EAST = re.compile(r"""
+    [\u3400-\u9fff]{1,20}(?:路|街|道|巷|弄|大道)\d{1,5}(?:号|號|弄)(?:之\d{1,3}|\d{1,4}(?:号|號|室|楼|樓|幢|单元|层))* # China
+    |(?:〒?\d{3}-\d{4}\s?)?[\u3040-\u30ff\u3400-\u9fff]{1,12}[都道府県市区町村郡][\u3040-\u30ff\u3400-\u9fff]{1,12}\d{1,4}
+        (?:(?:丁目|番地?|号|[-‐−ー])\d{1,4}){0,3}(?:丁目|番地?|号)? # Japan
+    |〒\d{3}-\d{4}
+    |(?:[가-힣]{1,10}(?:시|도|구|군|동|읍|면)\s){1,4}[가-힣\d]{1,12}(?:로|길)\s?\d{1,4}(?:번길\s\d{1,4})?(?:-\d{1,4})? # Korea
+        (?:,?\s\d{1,4}동)?(?:\s?\d{1,4}호)?""", re.X)
 _HOME = re.compile(r"""\b(?:live[sd]?|living|address|adresse|direcci[oó]n|indirizzo|adres|send|sent|ship
-    |deliver\w{0,3}|parcel|post(?:ed)?\sto|house|home
-    |moved?|wohn\w{0,3}|liefer\w{0,4}|paket|schick\w{0,3}|zuhause|daheim|meet|treffen|komm|habite|vivo
-        |casa)\b""", re.I|re.X)
+    |deliver\w{0,3}|parcel|post(?:ed)?\sto|house|home|moved?|wohn\w{0,3}|liefer\w{0,4}|paket|schick\w{0,3}|zuhause
+        |daheim
+    |meet|treffen|komm|habite|vivo|casa|moro|abito|mieszkam|bydlím|lakom|locuiesc|живу|живе\w?|bor|asun|oturuyorum
+    )\b""", re.I|re.X)
+
+def _has_postcode(m):
+    "Has it a postcode after a comma?"
+    return bool(re.search(r"""
+        ,\ ?(?:.*\ )?(?:[A-Z]{1,2}-)?(?:
+            (?!(?:19|20)\d\d\ )\d{4}\ [A-Z]|[A-Z]{2,3},?\ \d{4}\b|\d{5,7}\b|\d{3}\ \d\d\b|\d\d-\d{3}\b
+            |[A-Z]{1,2}\d[A-Z\d]?\ ?\d[A-Z]{2}\b|[A-Z]\d[A-Z]\ ?\d[A-Z]\d\b)""", m[0], re.X))
 
 def _is_home(m):
     "Does something near say that this is where somebody lives, or is there a postcode?"
     return bool(_HOME.search(_before(m, 40)) or re.search(r'\d{5}|[A-Z]\d[A-Z\d]? ?\d[A-Z]{2}\b', m[0]))
 
 # %% ../../nbs/exports/clean.ipynb #68e45c8c
-KINDS = dict(MENTION=(_MENTION,None), LINK=(_LINK,None), KEY=(_KEY,None), PASS_SHELL=(_PASS_SHELL,
-    lambda m: m.span('v')),
-    PHRASE=(_PHRASE,lambda m: m.span('v')), PASSWORD=(_PASSWORD,_is_password), LOGIN=(_LOGIN,lambda m: m.span('v')),
-    WALLET=(_WALLET,None), BASE58=(_BASE58,_is_wallet),
-    TOKEN=(_TOKEN,_is_token), EMAIL=(_EMAIL,_is_mail), URL=(_URL,None), MAC=(_MAC,_is_mac), IP=(_IP6,_is_ip6),
-    IP4=(_IP4,_is_ip4),
-    IBAN=(_IBAN,_is_iban), NATIONAL_ID=(_ID_FORM,_is_id), ID_NAMED=(_ID_NAMED,_is_named_id), CARD=(_CARD,_is_card),
-    CARD_THEN=(_CARD_THEN,_is_card), ADDRESS=(_STREET_EN,None), STREET_ROM=(_STREET_ROM,None),
-    STREET_GER=(_STREET_GER,None),
-    STREET_IN=(_STREET_IN,_is_home), STREET_LOW=(_STREET_LOW,_is_home), HANDLE=(_HANDLE,None),
-    PLATFORM_ID=(_PLATFORM,_is_platform),
-    PHONE=(_PHONE,_is_phone)) # pattern, and None or a check, which says whether it is one, or from where to where
-_SHOWN_AS = dict(IP4='IP', LINK='URL', CARD_THEN='CARD', PASS_SHELL='PASSWORD', LOGIN='PASSWORD', PHRASE='PASSWORD',
-    BASE58='WALLET', TOKEN='KEY',
-    ID_NAMED='NATIONAL_ID', STREET_ROM='ADDRESS', STREET_GER='ADDRESS', STREET_IN='ADDRESS', STREET_LOW='ADDRESS')
-_ANY,_DIGIT,_DASH,_LONG = map(re.compile, ('', r'\d', '-', r'\S{16}|\.(?:eth|sol)\b'))
-_NEEDS = dict.fromkeys(('LINK','MENTION','PASSWORD','PHRASE','LOGIN','HANDLE'), _ANY) | dict.fromkeys(('KEY',
-    'WALLET','BASE58','TOKEN'), _LONG)
-_NEEDS |= dict(PASS_SHELL=_DASH, URL=re.compile(r'\S\.\S|\s\.\s|dot|www', re.I),
-    # what must be in a text for a kind; others need a digit
-    EMAIL=re.compile(r'@|(?<![^\W_])at(?![^\W_])|[\[({<]\s?a\s?[\])}>]', re.I))
+def _value(m): return m.span('v')
+
+KINDS = dict( # placeholder → patterns in the order in which they are tried within it
+    MENTION=[_MENTION], URL=[_LINK, _URL], KEY=[_KEY, _KEY_TOLD, _TOKEN],
+    PASSWORD=[_PASS_SHELL, _PHRASE, _PASSWORD, _LOGIN], WALLET=[_WALLET, _BASE58], EMAIL=[_EMAIL], MAC=[_MAC],
+    IP=[_IP6, _IP4], IBAN=[_IBAN], NATIONAL_ID=[_ID_FORM, _ID_NAMED], CARD=[_CARD, _CARD_THEN],
+    ADDRESS=[_STREET_EAST, _STREET_EN, _STREET_FR, _STREET_ROM, _STREET_NAMED, _STREET_GER, _STREET_IN, _STREET_LOW,
+        _STREET_ROM_LOW, _STREET_TOWN], HANDLE=[_HANDLE, _HANDLE_OF], PLATFORM_ID=[_PLATFORM], PHONE=[_PHONE])
+CHECKS = { # pattern → its check, which says whether it is one, or from where to where
+    _PASS_SHELL: _value, _PHRASE: _either, _PASSWORD: _is_password, _LOGIN: _value, _BASE58: _is_wallet,
+    _KEY_TOLD: _value, _TOKEN: _is_token, _EMAIL: _is_mail, _MAC: _is_mac, _IP6: _is_ip6, _IP4: _is_ip4, _IBAN: _is_iban, _ID_FORM: _is_id,
+    _ID_NAMED: _is_named_id, _CARD: _is_card, _CARD_THEN: _is_card, _STREET_IN: _is_home, _STREET_LOW: _is_home,
+    _STREET_ROM_LOW: _is_home, _STREET_TOWN: _has_postcode, _HANDLE_OF: _either, _PLATFORM: _is_platform,
+    _PHONE: _is_phone}
+
+# %% ../../nbs/exports/clean.ipynb #4bec564c
+_ORDER = [_MENTION, _LINK, _KEY, _PASS_SHELL, _PHRASE, _PASSWORD, _LOGIN, _WALLET, _BASE58, _KEY_TOLD,
+    _TOKEN, _EMAIL, _URL] # a mention holds what looks like a handle, a link what looks like a domain
+_ORDER += [p for ps in KINDS.values() for p in ps if p not in _ORDER]
+_KIND = {p: k for k,ps in KINDS.items() for p in ps}
+_ANY,_DIGIT,_LONG = map(re.compile, ('', r'\d', r'\S{16}|\.(?:eth|sol|near)\b'))
+_NEEDS = ( # what must be in a text for a pattern; for others a digit
+    dict.fromkeys((_LINK, _MENTION, _PASSWORD, _PHRASE, _LOGIN, _HANDLE, _HANDLE_OF), _ANY)
+    | dict.fromkeys((_KEY, _WALLET, _BASE58, _KEY_TOLD, _TOKEN), _LONG)
+    | {_PASS_SHELL: re.compile('-|net user'), _URL: re.compile(r'\S\.\S|\s\.\s|dot|www', re.I),
+        _EMAIL: re.compile(rf'@|(?<![^\W_])(?:{_ATS})(?![^\W_])|[\[({{<]\s?a\s?[\])}}>]', re.I)})
 
 # %% ../../nbs/exports/clean.ipynb #8e513d26
+def _where(m, ok, regions):
+    "Start and end of what a match holds, or False."
+    got = True if ok is None else ok(m, regions) if ok is _is_phone else ok(m)
+    return m.span() if got is True else got
+
 def _shape(s): return re.sub(r'[^\W\d_]', 'x', re.sub(r'\d', '9', s))[:40]
 
+# %% ../../nbs/exports/clean.ipynb #7c39be2a
 def redact_pii(
     text:str, # Fixed text
     found:Counter=None, # Gets the hits by kind, never the values
@@ -554,19 +731,16 @@ def redact_pii(
 )->str: # The text with `<EMAIL>`, `<URL>` and so on
     "Replace what points at a person by typed placeholders."
     s = Seen(text)
-    if not _HINT.search(s.seen): return text
+    if not _HINT.search(s.seen) and not _HINT_WORD.search(s.seen.lower()): return text
     met = {}
-    for kind,(pat,ok) in KINDS.items():
-        need = _NEEDS.get(kind, _DIGIT)
+    for pat in _ORDER:
+        name,ok = _KIND[pat],CHECKS.get(pat)
+        need = _NEEDS.get(pat, _DIGIT)
         if need not in met: met[need] = bool(need.search(s.seen))
         if not met[need]: continue
-        name = _SHOWN_AS.get(kind, kind)
         def put(m):
-            where = m.span()
-            if ok:
-                got = _is_phone(m, regions) if kind=='PHONE' else ok(m)
-                if not got: return
-                if got is not True: where = got
+            where = _where(m, ok, regions)
+            if not where: return
             if found is not None: found[name] += 1
             if examples is not None and len(shapes := examples.setdefault(name, []))<3:
                 shapes.append(_shape(m.string[where[0]:where[1]]))
@@ -574,29 +748,209 @@ def redact_pii(
         s.sub(pat, put)
     return str(s)
 
-# %% ../../nbs/exports/clean.ipynb #3837735a
-_NO_NAMES = 'user','assistant','writer'
+# %% ../../nbs/exports/clean.ipynb #4b4aa14b
+_BIT = re.compile(r"[^\W_]+")
+_ONLINE = frozenset("""lol lmao rofl omg wtf afk brb ggwp noob nerf buff meta mod mods admin bot dev pro xdd mid adc max
+    june april august everyone here channel user users assistant writer system deleted guest anon anonymous unknown
+    player bro sis dude mate guy guys""".split()) # words that films don't say, and `user` and others of ours
+_OFTEN = dict(en=5, de=4, es=5, fr=5, it=5, nl=5, pt=5, ru=5) # language → digits of the count of a common word
 
+@lru_cache(2**14)
+def _plain(s):
+    "A word in lower case, without accents."
+    s = s.casefold()
+    return s if s.isascii() else ''.join(c for c in unicodedata.normalize('NFKD', s) if not unicodedata.combining(c))
+
+@lru_cache(None)
+def _said_often(lang, digits):
+    "Words of a language that were counted that often in the subtitles of films."
+    counts = gzip.decompress((files('spellchecker')/f'resources/{lang}.json.gz').read_bytes()).decode()
+    return _ONLINE | {_plain(w) for w in re.findall(rf'"([^"]+)": \d{{{digits},}}', counts)}
+
+@lru_cache(2**14)
+def is_common(
+    *ws:str, # Words in lower case
+)->bool: # Is there a language in which each of them is said often, or too short to be a name?
+    "Tell words from names."
+    return any(all(len(w)<3 or w in _said_often(*lang) for w in ws) for lang in _OFTEN.items())
+
+# %% ../../nbs/exports/clean.ipynb #71c927a1
+_BESIDE = frozenset("""xx xxx the its im iam i am my not a real official ttv tv yt gaming mr mrs ms dr prof afk away brb
+    mod bot admin dev jr sr el la le der die das von van de da di""".split())
+_ASIDE = re.compile(r"""
+    (?<=\S)\s*[|•·].* | \[[^\]]*\] | \([^)]*\) | \{[^}]*\} # |away, [afk], (she/her)
+    | (?<=\w)[\#@]\w+$ | ^[xX]{2,}_ | _[xX]{2,}$""", re.X)
+_SEAM = re.compile(r"(?<=[^\W\d_A-Z])(?=[A-Z])|(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])") # NightHeron77
+
+def _bits(name):
+    "Words of a name, without what stands beside it."
+    bits = [_plain(x) for x in _BIT.findall(_SEAM.sub(' ', _ASIDE.sub(' ', name).strip() or name))]
+    def beside(w): return len(bits)>1 and (w.isdigit() or w in _BESIDE)
+    while beside(bits[-1:] and bits[-1]): bits.pop()
+    while beside(bits[:1] and bits[0]): bits.pop(0)
+    return bits
+
+# %% ../../nbs/exports/clean.ipynb #e1621b3c
+_LEET = [str.maketrans('013457', 'o'+one+'east') for one in 'il'] # Vikt0r, L0rcan, 0tt3r
+_UMLAUTS = str.maketrans({'ä': 'ae', 'ö': 'oe', 'ü': 'ue'})
+
+def _sure(name, ws):
+    "How sure do these words of a name mean a person?"
+    s = ''.join(ws)
+    if s.isdigit() or len(s)<3: return 0
+    if not is_common(*(ws if max(map(len, ws))>2 else [s])): return 2
+    return int(len(ws)>1 or name[:1].isupper())
+
+# %% ../../nbs/exports/clean.ipynb #8fc9bf21
+@lru_cache(2**14)
+def name_forms(
+    name:str, # Nickname, user name or full name
+)->tuple[dict,frozenset]: # Form → how sure, and whether for others too; first words of forms of several words
+    "Ways to write a name."
+    s = Seen(fix_text(name)).seen
+    whole,bits = [_plain(x) for x in _BIT.findall(s)],_bits(s)
+    res = {}
+    def put(ws, sure=None, others=True):
+        if ws: res.setdefault(''.join(ws), (_sure(s, ws) if sure is None else sure, others))
+    letters = [_plain(s).translate(t) for t in _LEET]
+    if letters[0]!=_plain(s) and letters[0].isalpha() and s[-1:].isalpha(): bits = letters[:1]
+    if bits==letters[:1]: put(letters[1:])
+    put(bits)
+    put(whole)
+    for w in bits if len(bits)>1 else []: # the first or last name alone
+        if len(w)<3 or w in _BESIDE: continue
+        if not is_common(w): put([w], others=' ' in s.strip() and len(w)>3)
+        elif ' ' in s and s[:1].isupper() and w not in _said_often('en', 6): put([w], 1, False)
+    if (other := s.casefold().translate(_UMLAUTS)).isalpha() and not is_common(other): put([other])
+    return res,frozenset(ws[0] for ws in (whole, bits) if len(ws)>1)
+
+# %% ../../nbs/exports/clean.ipynb #74e1a6d7
+class Names:
+    "Everybody's names in an export, by their forms."
+    def __init__(self,
+        names=(), # Of each person a name, or a list of names
+    ):
+        self.people,self.starts = {},set() # form → number of the person and how sure
+        for i,n in enumerate(names): self.add(i, n)
+
+    def add(self, i, names, own=False):
+        "Add a person; `own`: who takes part in the conversation."
+        for n in [names] if isinstance(names, str) else names:
+            forms,starts = name_forms(n)
+            for f,(sure,others) in forms.items():
+                if own or others: self.people.setdefault(f, (i,sure))
+            self.starts |= starts
+
+    def __contains__(self, raw):
+        "May a word as it is written belong to a name?"
+        return not self.people.keys().isdisjoint(_meant(raw)) or _plain(raw) in self.starts
+
+NOBODY = Names()
+
+def names_in(
+    *tables, # Of threads, as datasets with a column `names`
+    known=(), # Lists of the names of one person, from `Quarantine.people`
+)->Names: # Of everybody who speaks in them
+    "Gather the names of an export; takes memory for each name, not for each line."
+    rows = (row for t in tables for row in t.select_columns(['names']))
+    return Names([*known, *dict.fromkeys(n for row in rows for n in row['names'])])
+
+# %% ../../nbs/exports/clean.ipynb #e1824a18
+_ENDINGS = frozenset("""s n en ns es a e i y u o ą ę e ie in om em ou ow owi ovi lle lta lla sta ssa an aan ille
+    ilta illa
+    ista issa nak nek val vel nal nel hoz hez l le lt st ga t ot et а у ом ем е ы и ои еи ю я""".split())
+
+@lru_cache(2**16)
+def _meant(raw):
+    "Names that a word as it is written may stand for, the likeliest first."
+    w = _plain(raw)
+    short = re.sub(r'(.)\1{2,}', r'\1', w)
+    res = [w, short, re.sub(r'(.)\1$', r'\1', w)]
+    if raw[:1].isupper() or '\u0400'<=raw[0]<'\u0530': most = 4
+    else: most = int(w[-1]=='s')
+    if not raw.isalpha() or len(w)<4 or is_common(w): most = 0
+    for k in range(1, min(most, len(w)-3)+1):
+        if w[-k:] not in _ENDINGS: continue
+        stem = w[:-k]
+        res += [stem, *(stem+v for v in ('aeo' if w.isascii() else 'аяьи'))]
+    return [x for x in dict.fromkeys(res) if len(x)>2 or x==w]
+
+# %% ../../nbs/exports/clean.ipynb #fde5d739
+def _marked(s, i, j, sure):
+    "Is it a name here?"
+    if sure==2 or s[i-1:i]=='@': return True
+    if s[j:j+1]==':' and not s[s.rfind('\n', 0, i)+1:i].strip('<[( '): return True
+    capital = s[i].isupper() and not s[i:j].isupper()
+    return sure==1 and capital and bool(re.search(r'[^\W_],? $', s[max(0, i-3):i]))
+
+def _apart(s, i, j):
+    "Does it stand alone, and not within a longer name, an address, a placeholder or an emoji?"
+    if re.match(r'@\w', s[j:j+2]) or re.search(r'(?:://|www\.)\S*$', s[max(0, i-200):i]): return False
+    before,after = s[max(0, i-2):i],s[j:j+2]
+    glued = before[-1:]=='_' and before[:-1].isalnum() or after[:1]=='_' and after[1:].isalnum()
+    return not glued and before[-1:]!='<' and not before[-1:]==after[:1]==':'
+
+# %% ../../nbs/exports/clean.ipynb #20845fae
+def _hit(s, bits, k, people, starts, most=8):
+    "The name that begins with word k, as its last word and its person, or None."
+    i,joined = bits[k].start(),_plain(bits[k][0])
+    best = None
+    for q in range(k, min(k+most, len(bits)) if joined in starts else k+1):
+        if q>k:
+            gap = s[bits[q-1].end():bits[q].start()]
+            if len(gap)>3 or '\n' in gap: break
+            joined += _plain(bits[q][0])
+        for w in [joined] if q>k else _meant(bits[k][0]):
+            who = people.get(w)
+            if who and (w==joined or who[1]==2) and _marked(s, i, bits[q].end(), who[1]):
+                best = q,who[0]
+                break
+    return best
+
+# %% ../../nbs/exports/clean.ipynb #d631996c
+def find_names(
+    s:str, # What is seen of a text
+    own:Names, # Who takes part in the conversation
+    everyone:Names, # Who is in the export
+): # Yields start, end, `own` or `everyone`, and the person's number
+    "Find names in a text."
+    bits,k = list(_BIT.finditer(s)),0
+    while k<len(bits):
+        hits = [(h[0],-n,h[1]) for n,t in enumerate((own, everyone)) if (h := _hit(s, bits, k, t.people, t.starts))]
+        k,first = k+1,k
+        if not hits: continue
+        q,n,who = max(hits) # the longest, and of two the one who takes part
+        i,j = bits[first].start(),bits[q].end()
+        if not _apart(s, i, j): continue
+        k = q+1
+        at = s[i-1:i]=='@' and not s[i-2:i-1].isalnum()
+        yield i-at,j,everyone if n else own,who
+
+_EASTERN = re.compile(f'[{_EAST}]') # whose names stand between other words without a blank
+
+# %% ../../nbs/exports/clean.ipynb #3837735a
 def pseudonymize(
     texts:list[str], # Texts of one conversation
-    names:list[str], # Its speakers
+    names:list, # Of each speaker a name, or a list of names
+    everyone:Names=NOBODY, # Who else is in the export
 )->tuple[list[str],int]: # Texts with `<USER_1>`…, and how many were put in
-    "Replace the names of a conversation's speakers."
-    texts,looks = [*map(Seen, texts)],[Seen(fix_text(x)).seen for x in names]
-    blob = '\n'.join(t.seen for t in texts).lower()
-    def is_named(x): return len(x)>2 and not x.isdigit() and x not in _NO_NAMES and x.lower() in blob
-    here = [(x,k) for k,x in enumerate(looks, 1) if is_named(x)]
-    if not here: return [*map(str, texts)],0
-    here.sort(key=lambda p: -len(p[0])) # the longest first, as it may hold another
-    any_of = '|'.join(f'({re.escape(x)})' for x,_ in here)
-    pat = re.compile(rf'(?<![^\W_<])(?<!\w_)(?<!<)@?(?:{any_of})(?!_?[^\W_])', re.I)
-    n = 0
-    def put(m):
-        nonlocal n
-        n += 1
-        return f'<USER_{here[m.lastindex-1][1]}>'
-    for t in texts: t.sub(pat, put)
-    return [*map(str, texts)],n
+    "Replace names by pseudonyms, the speakers' first."
+    own,others,count = Names(),{},0
+    for i,n in enumerate(names, 1): own.add(i, n, own=True)
+    east = {unicodedata.normalize('NFC', f): i for f,(i,_) in own.people.items() if len(f)>1}
+    east = {f: i for f,i in east.items() if _EASTERN.search(f)}
+    texts = [*map(Seen, texts)]
+    said = {w for t in texts for w in _BIT.findall(t.seen)}
+    hot = {w for w in said if w in own or w in everyone}
+    for t in texts:
+        if not east and hot.isdisjoint(_BIT.findall(t.seen)): continue
+        spans = []
+        for i,j,of,who in find_names(t.seen, own, everyone):
+            if of is everyone: who = others.setdefault(who, len(names)+len(others)+1)
+            spans.append((i, j, f'<USER_{who}>'))
+        for f,who in east.items(): spans += [(*m.span(), f'<USER_{who}>') for m in re.finditer(re.escape(f), t.seen)]
+        count += t.replace(sorted(spans))
+    return [*map(str, texts)],count
 
 # %% ../../nbs/exports/clean.ipynb #e5c099ff
 _SEXUAL = re.compile(r"\b(?:sex(?:ual\w*|y|ting)?|nudes?|naked|porn\w*|erotic\w*)\b", re.I)
@@ -685,11 +1039,11 @@ def is_long(
     return key&1==1
 
 # %% ../../nbs/exports/clean.ipynb #ab3bf3de
-def _clean_texts(c, n, regions=REGIONS):
+def _clean_texts(c, n, regions=REGIONS, everyone=NOBODY):
     "Texts and system turn of a conversation, fixed, pseudonymised and redacted; counts in `n`."
     fixed = [fix_text(t) for t in c['texts']]
     n['mended'] = sum(f!=t for f,t in zip(fixed, c['texts']))
-    (*texts,system),n['USER'] = pseudonymize([*fixed, fix_text(c.get('system') or '')], c['names'])
+    (*texts,system),n['USER'] = pseudonymize([*fixed, fix_text(c.get('system') or '')], c['names'], everyone)
     *texts,system = [redact_pii(t, n, regions) for t in (*texts, system)]
     return texts,system
 
@@ -713,10 +1067,11 @@ def clean_one(
     c:dict, # Conversation, from `threads`
     prompts:Prompts=None, # What must not be trained on
     regions:tuple[str,...]=REGIONS, # Countries whose phone numbers are looked for, as `redact_pii` takes them
+    everyone:Names=NOBODY, # Who is in the export
 )->tuple[dict,list]: # Columns that cleaning makes, and the words of its lines
     "Clean one conversation."
     n = Counter()
-    texts,system = _clean_texts(c, n, regions)
+    texts,system = _clean_texts(c, n, regions, everyone)
     keep,keys,said = _kept_lines(c, texts, prompts, n)
     def pick(xs): return [xs[i] for i in keep]
     texts = pick(texts)
@@ -724,22 +1079,49 @@ def clean_one(
     lang,score = language(whole)
     why = policy(whole, c['cats'], n) if texts else 'nothing left'
     return dict(system=system, who=pick(c['who']), texts=texts, t=pick(c['t']), scores=pick(c['scores']),
+        weights=pick(c['weights']),
         keys=keys, key=text_key(repr(keys)), why=why, lang=lang, lang_score=score, found=[n[k] for k in FOUND]),said
 
 # %% ../../nbs/exports/clean.ipynb #9a11dac7
+_SLOTS = 1<<24 # a byte each
+
+def _slots(pairs):
+    "Where pairs of words are counted."
+    from xxhash import xxh3_64_intdigest
+    return [xxh3_64_intdigest(p.encode())%_SLOTS for p in pairs]
+
+def _pairs(d): return {f'{a} {b}' for a,b in zip(d, d[1:])}
+
+def common_pairs(
+    docs, # Words of each conversation; read once
+    least:int=10, # Conversations from which a pair of words is common
+)->bytes: # A bit for each of 2²⁴ slots
+    "Which pairs of words so many conversations have that they tell nothing."
+    import numpy as np
+    counts,n = np.zeros(_SLOTS, np.uint8),0
+    for d in docs:
+        slots = np.array([*set(_slots(_pairs(d)))], np.int64)
+        n += len(slots)
+        counts[slots] += counts[slots]<255
+    least = max(least, 5*n//_SLOTS) # so many may meet in a slot by chance
+    return np.packbits(counts>=min(least, 255), bitorder='little').tobytes()
+
+# %% ../../nbs/exports/clean.ipynb #4772f2c8
 def minhash(
     docs:list[list[str]], # Words of each conversation
-    n:int=2, # Words in a shingle
+    common:bytes=bytes(_SLOTS>>3), # Pairs of words that tell nothing, from `common_pairs`; by default none
     perms:int=128, # Hash functions
 )->list[bytes]: # A byte of each minimum, which is enough to compare (b-bit MinHash)
-    "MinHash of conversations; under ten words there is none."
+    "MinHash of conversations over pairs of words; under ten words there is none."
     import numpy as np
     from rensa import RMinHash
     res = [b'']*len(docs)
     for i,d in enumerate(docs):
         if len(d)<10: continue
+        pairs = _pairs(d)
+        rare = {p for p,s in zip(pairs, _slots(pairs)) if not common[s>>3]>>(s&7)&1}
         m = RMinHash(perms, 0) # one by one: its batch calls start threads, for which a forked worker waits for ever
-        m.update({' '.join(d[j:j+n]) for j in range(len(d)-n+1)})
+        m.update(rare if len(rare)>=10 else pairs)
         res[i] = np.array(m.digest(), np.uint32).astype(np.uint8).tobytes()
     return res
 
@@ -748,10 +1130,11 @@ def clean_batch(
     batch:dict, # Columns of conversations, from `threads`
     prompts:Prompts=None, # What must not be trained on
     regions:tuple[str,...]=REGIONS, # Countries whose phone numbers are looked for, as `redact_pii` takes them
-)->dict: # The same columns cleaned, and `keys key why lang lang_score found sketch`
+    everyone:Names=NOBODY, # Who is in the export
+)->dict: # The same columns cleaned, and `keys key why lang lang_score found`
     "Clean conversations."
-    rows = [clean_one(dict(zip(batch, xs)), prompts, regions) for xs in zip(*batch.values())]
-    return {k: [r[k] for r,_ in rows] for k in rows[0][0]} | dict(sketch=minhash([ws for _,ws in rows]))
+    rows = [clean_one(dict(zip(batch, xs)), prompts, regions, everyone)[0] for xs in zip(*batch.values())]
+    return {k: [r[k] for r in rows] for k in rows[0]}
 
 # %% ../../nbs/exports/clean.ipynb #2ae3130f
 def dedup_exact(
