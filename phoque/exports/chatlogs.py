@@ -57,7 +57,8 @@ def _is_inside(b, inside): return any(re.search(inside, name) for name in b.name
 class _Lists:
     "The lists of a JSON file that begin so, one after another."
     def __init__(self, f, begin, name):
-        self.f,self.begin,self.name,self.buf,self.i,self.n = f,begin,name,'',0,0
+        self.f,self.begin,self.name = f,begin,name
+        self.buf,self.i,self.n = '',0,0
 
     def more(self, size=_HEAD):
         "Read on, and forget what lies behind; is there more?"
@@ -175,7 +176,8 @@ _NAMED = re.compile(r'([^:\n]{1,100}?) ?:(?: (.*)|(?=\n|$)(.*))', re.S)
 
 def _whatsapp_items(f):
     "Date, style and rest of each message, which may have several lines."
-    stamp,iphone,parts,size = '',False,[],0
+    stamp,iphone = '',False
+    parts,size = [],0
     for s in _text_lines(f):
         s = _legible(s)
         m = _WHATSAPP.match(s)

@@ -314,7 +314,8 @@ def replace(self:Seen,
     spans, # Start, end and replacement of each part, in order; one that begins within another is passed over
 )->int: # How many were replaced
     "Replace parts of what is seen, with all that isn't seen in them."
-    seen,parts,end,n = [],[],0,0
+    seen,parts = [],[]
+    end,n = 0,0
     for i,stop,p in spans:
         if i<end: continue
         if self.parts is not None:

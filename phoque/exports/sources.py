@@ -48,8 +48,10 @@ class Quarantine:
     ):
         self.path,self.max_bad = path and Path(path),max_bad
         self.rows,self.kept,self.reasons = 0,0,Counter()
-        self.first,self.left,self.noted,self.said = {},{},{},''
-        self.people,self.called,self.met,self.taken,self.ids = {},{},{},set(),set()
+        self.first,self.left = {},{}
+        self.noted,self.said = {},''
+        self.people,self.called,self.met = {},{},{}
+        self.taken,self.ids = set(),set()
         if self.path: self.path.unlink(missing_ok=True)
 
     def __call__(self, where, reason, row):
@@ -129,7 +131,8 @@ def _refuse_bomb(path, size, packed):
 class _Unpacked(io.RawIOBase):
     "The bytes of a packed file, which is refused when it unpacks to too much."
     def __init__(self, path, raw, unpacked):
-        self.name,self.raw,self.unpacked,self.n = str(path),raw,unpacked,0
+        self.name,self.raw = str(path),raw
+        self.unpacked,self.n = unpacked,0
 
     def readable(self): return True
     def readinto(self, b):
@@ -1318,7 +1321,8 @@ class _Html(HTMLParser):
     "Lines of text of HTML."
     def __init__(self):
         super().__init__()
-        self.lines,self.quotes,self.silent,self.pre = [],[],0,0
+        self.lines,self.quotes = [],[]
+        self.silent,self.pre = 0,0
         self.put('')
 
     def put(self, text): self.lines.append(('> ' if self.quotes else '', text))

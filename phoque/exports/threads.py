@@ -24,7 +24,8 @@ class Thread:
     def __init__(self,
         group=None, # What must stay together in a split; that of the first line where None
     ):
-        self.group,self.lines,self.weights,self.size = group,[],[],0
+        self.group,self.lines = group,[]
+        self.weights,self.size = [],0
 
     def add(self,
         l:dict, # A `line`
@@ -43,7 +44,8 @@ def _speaker(l):
 
 def _speakers(lines):
     "Of each speaker the name and a hash of the id; of each line the number of its speaker."
-    number,names,authors,who = {},[],[],[]
+    number,names = {},[]
+    authors,who = [],[]
     for l in lines:
         if l.get('turn')=='system':
             who.append(-1)
@@ -122,7 +124,8 @@ class _Lines:
     def __init__(self, folder):
         self.f,self.at = tempfile.TemporaryFile(dir=folder),array('d')
         self.end,self.room,self.tree,self.id,self.to = (array('q', start) for start in ([0], [], [], [], []))
-        self.last,self.steps,self.back,self.timeless,self.place = {},Counter(),0,array('q'),-1
+        self.last,self.steps,self.back = {},Counter(),0
+        self.timeless,self.place = array('q'),-1
 
     def add(self, l):
         room,t = l['room'],l['t']
@@ -247,13 +250,15 @@ class _Talk:
     "An open conversation of a room: its lines, and what its nearness is found from."
     __slots__ = 'thread','lines','size','n','t','last','to','first','inside','called'
     def __init__(self, first):
-        self.thread,self.first,self.lines,self.size = Thread(),first,[],0
+        self.thread,self.first = Thread(),first
+        self.lines,self.size = [],0
         self.inside,self.called = {},{} # who spoke and who was called, when
 
 class _Room:
     "Open conversations of a room, the newest last, and its speakers and words."
     def __init__(self):
-        self.open,self.latest,self.names,self.n,self.new = [],{},{},0,0
+        self.open,self.latest,self.names = [],{},{}
+        self.n,self.new = 0,0
         self.words,self.said = Counter(),{} # lines with a word; where and when it was said last
 
 # %% ../../nbs/exports/threads.ipynb #027e892d
@@ -309,7 +314,8 @@ def fits(self:_Room, c, x, old, w):
 @patch
 def nearest(self:_Room, x, t, gap, w=NEAR):
     "The conversation that a line belongs to by its looks, or None for a new one."
-    n,old,near,best,most = self.n,self.n-RECENT,0,None,float('-inf')
+    n,old,near = self.n,self.n-RECENT,0
+    best,most = None,float('-inf')
     lines,seconds,size,words = (w[k] for k in ('lines','seconds','size','words'))
     mine,shared,silent = self.latest.get(x.s),self.shared(x, old),True
     for c in self.open:

@@ -220,7 +220,8 @@ class Clock:
     ):
         if order and order not in ORDERS: raise UserError(order, "no order of dates", f"give {', '.join(ORDERS)}")
         _zone(zone)
-        self.zone,self.order,self.naive,self.why,self.seen,self.last = zone,order,False,'',DateOrder(),-1e18
+        self.zone,self.order,self.naive = zone,order,False
+        self.why,self.seen,self.last = '',DateOrder(),-1e18
 
 @patch
 def look(self:Clock,
@@ -279,7 +280,8 @@ class Days:
         clock:Clock, # Reads the log's times
         day:date|None=None, # The first day
     ):
-        self.clock,self.day,self.known,self.at = clock,day or date(1970, 1, 1),bool(day),0
+        self.clock,self.day = clock,day or date(1970, 1, 1)
+        self.known,self.at = bool(day),0
 
     def begin(self,
         day, # A `date`, or a text that says one
