@@ -778,8 +778,7 @@ def _ytdlp_line(c, book, video):
     "Line of a comment in `info.json`."
     root = c['id'] if c.get('parent') in (None,'root') else c['parent']
     return _said(book, 'youtube', root, c['author'], c['text'], seconds(c.get('timestamp')), group=f'youtube-{video}',
-        id=c['id'],
-        reply_to=None if root==c['id'] else root, author=c.get('author_id') or c['author'])
+        id=c['id'], thread=root, author=c.get('author_id') or c['author'])
 
 def _youtube_comment(c, book):
     "Line of a comment of the API."
@@ -789,7 +788,7 @@ def _youtube_comment(c, book):
     root = s.get('parentId') or c['id']
     return _said(book, 'youtube', root, s['authorDisplayName'], text, seconds(s.get('publishedAt')),
         group=f"youtube-{s.get('videoId') or root}",
-        id=c['id'], reply_to=None if root==c['id'] else root, author=by)
+        id=c['id'], thread=root, author=by)
 
 def _api_comments(items):
     "Comments of threads, each after the one that it answers."
@@ -818,7 +817,7 @@ def _fetched(c, at):
     if 'snippet' in c: return [_youtube_comment(x, at.book) for x,_ in _api_comments([(c, '')])]
     root = c['cid'].split('.')[0]
     return [_said(at.book, 'youtube', root, c['author'], c['text'], seconds(c.get('time_parsed')), id=c['cid'],
-        reply_to=None if root==c['cid'] else root, author=c['channel'])]
+        thread=root, author=c['channel'])]
 
 # %% ../../nbs/exports/chatlogs.ipynb #e82a84e6
 _SAVED = r'\s*\{\s*"id"\s*:', r'"(webpage_url|extractor|formats|channel_id|comment_count)"\s*:' # how `info.json` begins

@@ -732,7 +732,7 @@ class Beginning:
         "Names of the files in a zip or a folder."
         files = [p for p in self.path.rglob('*') if p.is_file()]
         if files or not zipfile.is_zipfile(self.path): return sorted(p.relative_to(self.path).as_posix() for p in files)
-        with zipfile.ZipFile(self.path) as z: return z.namelist()
+        with zipfile.ZipFile(self.path) as z: return [n.replace('\\', '/') for n in z.namelist()]
 
     @cached_property
     def text(self):
@@ -894,7 +894,7 @@ def _role(m, i):
     "Role of a turn: system, user, assistant or tool."
     said = (m.get('role') or m.get('from')) if isinstance(m, dict) else None
     if role := _ROLES.get(said.strip().lower()) if isinstance(said, str) else None: return role
-    but = f', but {excerpt(repr(said))}' if said else ''
+    but = f', but {excerpt(said)}' if said else ''
     raise ValueError(f"messages[{i}] has no role of system, user, assistant{but}")
 
 def _content(m):
@@ -1059,7 +1059,7 @@ def _discord_text(m):
 
 # %% ../../nbs/exports/sources.ipynb #4bc7fa14
 _MESSAGES = re.compile(r'"messages"\s*:\s*\[')
-_CHANNEL = re.compile(r'"channel"\s*:\s*\{\s*"id"\s*:\s*"(\w+)"(?:\s*,\s*"type"\s*:\s*"(\w+)")?')
+_CHANNEL = re.compile(r'"channel"\s*:\s*\{(?=[^{}]*?"id"\s*:\s*"(\w+)")(?:(?=[^{}]*?"type"\s*:\s*"(\w+)"))?')
 
 def _discord_line(m, room, book):
     "Line of a Discord message."
@@ -1081,7 +1081,9 @@ def _part(p):
 
 def _is_discord(b):
     "Is it DiscordChatExporter's JSON, or a folder of it?"
-    if not b.path.is_dir(): return re.match(r'\s*\{\s*"guild"\s*:', b.text)
+    if not b.path.is_dir():
+        head,_,more = b.text.partition('"messages"')
+        return more and re.match(r'\s*\{', head) and all(re.search(rf'"{k}"\s*:\s*\{{', head) for k in ('guild','channel'))
     return next(_discord_parts(b.path, _AT_MOST), None) is not None
 
 def _discord_parts(folder, n=None):
@@ -1162,7 +1164,7 @@ def _zip_files(z, path):
     for e in z.infolist():
         if e.is_dir(): continue
         if e.flag_bits & 1: raise UserError(path.name, "it is encrypted", "unpack it and zip it without a password")
-        yield e.filename,partial(z.open, e)
+        yield e.filename.replace('\\', '/'),partial(z.open, e) # as Windows may write them
 
 def _folder_files(path):
     "Name of each file of a folder and what opens it."
@@ -1402,14 +1404,22 @@ def _plain(s): return s if _NO_TAG.search(s) else html_text(s)
 
 # %% ../../nbs/exports/sources.ipynb #62e444f6
 _LOOKED_AT = 200 # rows
+_RENDERED = re.compile(r'\s*(?:<s>\s*)?(?:###\s*(?:Human|User|Instruction|System)\s*:|<\|(?:im_start|start_header_id|user|system)\|>'
+    r'|\[INST\]|<start_of_turn>)')
+
+def _id(v):
+    "An id, which a table with gaps writes as 3.0."
+    return int(v) if isinstance(v, float) and v.is_integer() else re.sub(r'^(\d+)\.0$', r'\1', v) if isinstance(v, str) else v
 
 def _table_line(r, at, columns, html=False, **_):
     "Line of a table's row."
     g = {k: _at(r, c) for k,c in columns.items()}
     text = str(g['text']) if isinstance(g['text'], (int,float)) else g['text']
     if text is None: raise LeftOut('no text')
+    if isinstance(text, str) and _RENDERED.match(text):
+        raise ValueError("it is a whole conversation that a chat template wrote: give its turns as `messages`")
     text = _plain(_str(text, 'text', MOST_TEXT)) if html else text
-    about = dict(score=_score(g.get('score')), by='table', id=g.get('id'), reply_to=g.get('reply_to'))
+    about = dict(score=_score(g.get('score')), by='table', id=_id(g.get('id')), reply_to=_id(g.get('reply_to')))
     if not g.keys() & {'room','who','t','id','reply_to','group','author'}: # comments
         return [line(_hash(text), 'writer', text, whole=at.n, **about)]
     if 'who' in g and g['who'] is None: raise LeftOut('nobody is said to have said it')
