@@ -340,7 +340,7 @@ def _plain_help(
 )->str: # Its help: the default is said where there is one to say
     text = (action.help or '').removesuffix(f' (default: {action.default})')
     if isinstance(action, argparse._StoreFalseAction): return f"Don't {text[:1].lower()}{text[1:]}"
-    if action.default is None or action.default is False or action.default=='': return text
+    if action.default in ('', ()) or action.default is None or action.default is False: return text
     return f'{text} (default {action.default})'
 
 def check_extra(
