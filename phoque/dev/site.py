@@ -17,12 +17,12 @@ from fastcore.script import call_parse
 from fastcore.xtras import modified_env
 
 # %% auto #0
-__all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL', 'UNFETCHED',
-           'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text', 'same_text',
-           'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook', 'compare_notebook',
-           'write_readme', 'nbdev_export', 'write_generated', 'check_generated', 'api_entry', 'close_chapters',
-           'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser', 'page_sizes',
-           'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
+__all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'nbdev_export', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL',
+           'UNFETCHED', 'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text',
+           'same_text', 'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook',
+           'compare_notebook', 'write_readme', 'export_project', 'write_generated', 'check_generated', 'api_entry',
+           'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser',
+           'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
            'module_names', 'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'run_compare',
            'packed_versions', 'pack_packages', 'docs_cli']
 
@@ -274,7 +274,7 @@ def write_readme(
     return dest
 
 # %% ../../nbs/dev/site.ipynb #5aae209d
-def nbdev_export(
+def export_project(
     path:str|Path='.', # A folder of the project
 ):
     "nbdev's `nbdev_export`, then the job's script from the modules: in this project's .venv, the command of that name."
@@ -293,8 +293,10 @@ def write_generated(
     from nbdev.clean import nbdev_clean
     with project(path):
         nbdev_clean.__wrapped__()
-        nbdev_export()
+        export_project()
         write_readme()
+
+nbdev_export = export_project # as in a notebook's last cell
 
 # %% ../../nbs/dev/site.ipynb #61156217
 def _contents(cfg)->dict[str,str]:
@@ -819,7 +821,7 @@ def check_light(
 
 # %% ../../nbs/dev/site.ipynb #d6438b21
 SPELT_SO = 'docment,docments,ans,ot,te' # Words that codespell takes for slips
-SPELT_SO += ',adres,adresse,calle,carrer,ist,mot,nd,numer,ore,paket,passord,quater,registre,singel,unter,vor,whats' # of other languages, in clean's lessons
+SPELT_SO += ',adres,adresse,bu,calle,carrer,ist,mot,nd,numer,ore,paket,passord,quater,registre,singel,unter,vor,whats' # of other languages, in clean and chatlogs
 
 def check_words(
     path:str|Path='.', # A folder of the project

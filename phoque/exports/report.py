@@ -75,13 +75,13 @@ def survey(
     res = SimpleNamespace(lines=Counter(), speakers=Counter(), months=Counter(), hours=Counter(), learnt=0)
     best,n = [],0
     for b in c.select_columns(['who','mine','t']).with_format('arrow').iter(5000):
-        whos = b['who'].to_pylist()
-        heads = [len({w for w in ws if w>=0}) for ws in whos]
-        res.lines.update(map(len, whos))
+        spoke = b['who'].to_pylist()
+        heads = [len({w for w in ws if w>=0}) for ws in spoke]
+        res.lines.update(map(len, spoke))
         res.speakers.update(heads)
         res.learnt += pc.sum(pc.list_flatten(b['mine'])).as_py() or 0
-        best = heapq.nlargest(pictures, best+[(k, -n-i) for i,(k,ws) in enumerate(zip(heads, whos)) if k<9 and len(ws)>2])
-        n += len(whos)
+        best = heapq.nlargest(pictures, best+[(k, -n-i) for i,(k,ws) in enumerate(zip(heads, spoke)) if k<9 and len(ws)>2])
+        n += len(spoke)
         t = pc.list_flatten(b['t']).drop_null().to_numpy()
         t = t[t>SINCE].astype('datetime64[s]')
         for counter,unit in ((res.months,'M'), (res.hours,'h')):
