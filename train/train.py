@@ -2780,7 +2780,7 @@ def encode_dataset(
     if only: kept['weight_0'] = only
     if trimmed := sum(out['trimmed']):
         kept['trimmed'] = trimmed
-        log.warning(f"{name}: answers of {trimmed} conversations lost the white space before them, "
+        log.warning(f"{name}: {trimmed} of {len(out)} conversations lost white space before answers, "
             "which the tokenizer joins with the template's")
     return out.remove_columns(['lost','trimmed']),kept | _count_tokens(out)
 

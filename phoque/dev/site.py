@@ -821,7 +821,8 @@ def check_light(
 
 # %% ../../nbs/dev/site.ipynb #d6438b21
 SPELT_SO = 'docment,docments,ans,ot,te' # Words that codespell takes for slips
-SPELT_SO += ',adres,adresse,bu,calle,carrer,ist,mot,nd,numer,ore,paket,passord,quater,registre,singel,unter,vor,whats' # of other languages, in clean and chatlogs
+# of other languages, in clean and chatlogs
+SPELT_SO += ',adres,adresse,bu,calle,carrer,ist,mot,nd,numer,ore,paket,passord,quater,registre,singel,unter,vor,whats'
 
 def check_words(
     path:str|Path='.', # A folder of the project

@@ -1402,22 +1402,27 @@ def is_html(
 
 def _plain(s): return s if _NO_TAG.search(s) else html_text(s)
 
-# %% ../../nbs/exports/sources.ipynb #62e444f6
-_LOOKED_AT = 200 # rows
-_RENDERED = re.compile(r'\s*(?:<s>\s*)?(?:###\s*(?:Human|User|Instruction|System)\s*:|<\|(?:im_start|start_header_id|user|system)\|>'
-    r'|\[INST\]|<start_of_turn>)')
-
+# %% ../../nbs/exports/sources.ipynb #c3a1f0d7
 def _id(v):
     "An id, which a table with gaps writes as 3.0."
-    return int(v) if isinstance(v, float) and v.is_integer() else re.sub(r'^(\d+)\.0$', r'\1', v) if isinstance(v, str) else v
+    return re.sub(r'^(\d+)\.0$', r'\1', str(v)) if isinstance(v, (str,float)) else v
+
+_RENDERED = re.compile(r"""\s*(<s>\s*)?(\#{3}\s*(Human|User|Instruction|System)\s*: | \[INST\] | <start_of_turn>
+    | <\|(im_start|start_header_id|user|system)\|>)""", re.X)
+
+def _refuse_rendered(text):
+    if isinstance(text, str) and _RENDERED.match(text):
+        raise ValueError("it is a whole conversation that a chat template wrote: give its turns as `messages`")
+
+# %% ../../nbs/exports/sources.ipynb #62e444f6
+_LOOKED_AT = 200 # rows
 
 def _table_line(r, at, columns, html=False, **_):
     "Line of a table's row."
     g = {k: _at(r, c) for k,c in columns.items()}
     text = str(g['text']) if isinstance(g['text'], (int,float)) else g['text']
     if text is None: raise LeftOut('no text')
-    if isinstance(text, str) and _RENDERED.match(text):
-        raise ValueError("it is a whole conversation that a chat template wrote: give its turns as `messages`")
+    _refuse_rendered(text)
     text = _plain(_str(text, 'text', MOST_TEXT)) if html else text
     about = dict(score=_score(g.get('score')), by='table', id=_id(g.get('id')), reply_to=_id(g.get('reply_to')))
     if not g.keys() & {'room','who','t','id','reply_to','group','author'}: # comments
