@@ -2694,7 +2694,7 @@ def encode_fitting(
     users = {i:sum(m['role']=='user' for m in chats[i]) for i,o in enumerate(out) if len(o[0])>max_length}
     span = {i:[1,n] for i,n in users.items()} # by bisection, so that a thousand exchanges take ten attempts
     while tries := {i:(a+b)//2 for i,(a,b) in span.items() if a<b}:
-        shorter = encode_chats(tok, [drop_exchanges(chats[i], n) for i,n in tries.items()])
+        shorter = encode_chats(tok, [drop_exchanges(chats[i], n) for i,n in tries.items()], names and [names[i] for i in tries])
         for (i,n),(ids,mask) in zip(tries.items(), shorter):
             if len(ids)<=max_length: out[i],span[i][1] = (ids,mask,n),n
             else: span[i][0] = n+1

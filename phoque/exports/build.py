@@ -25,7 +25,7 @@ from ..data import NEUTRAL, NEW, TESTED, TRAINED, data_report, dataset_card, gru
 from ..data import open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
 from .report import ReportPage, redacted_shapes, survey
 from . import chatlogs # registers its readers
-from .sources import SOURCES, Quarantine, column_map, file_state, find_kind, records
+from .sources import SOURCES, Quarantine, _whole, column_map, file_state, find_kind, records
 from .threads import pick_persona, threads, turns
 from .times import Clock
 
@@ -81,8 +81,8 @@ def _known(name, kind, files, columns, others):
     return res
 
 def _is_whole(path):
-    "Is a folder one export? Discord's channels are read each by itself, so that what else is there is named."
-    try: return find_kind(path)!='discord'
+    "Is a folder one export? Others are read file by file, so that what else is there is read too, or named."
+    try: return find_kind(path) in ('slack','messenger','convokit')
     except UserError: return False
 
 def _one(kind, path, columns):
@@ -213,8 +213,10 @@ def parts(self:Build):
         repo = path[4:].partition(':')[0]
         with asking_hub(f'dataset {repo}'): return HfApi().dataset_info(repo).sha
     found = parse_sources(self.source, tuple(self._read_options().get('columns', {}).values()), self.others)
-    def is_ours(p): return not p.startswith('hub:') and Path(self.work).resolve() in Path(p).resolve().parents
-    found = [f for f in found if not is_ours(f[1])] # in a folder there may be tables of an earlier run
+    named = {Path(_kind_of(n)[1]).resolve() for n in _names(self.source)}
+    def is_ours(p): return Path(self.work).resolve() in (file := Path(p).resolve()).parents and file not in named
+    found = [f for f in found if f[1].startswith('hub:') or not is_ours(f[1])] # nor tables of an earlier run in a folder
+    if not found: raise UserError("--source", "it holds nothing but what an earlier run wrote", "give other files")
     res = [(k, p, state or revision(p)) for k,p,state in found if SOURCES[k].pass_on or not self.redistributable_only]
     if not res:
         raise UserError("--source", "no source may be passed on",
@@ -252,7 +254,8 @@ def _conversations(part, work, opts, gap, max_bad, code):
     q,told,n = Quarantine(_note(work, part, 'aside'), max_bad),{},0
     def lines():
         nonlocal n
-        for n,l in enumerate(src.read(path, bad=q, **opts), 1): yield l
+        with _whole(Path(path).name): # a file may break on the way
+            for n,l in enumerate(src.read(path, bad=q, **opts), 1): yield l
     for c in threads(lines(), name, src.license, gap, told=told, folder=work): yield c | dict(source=label)
     note = dict(name=name, label=label, license=src.license, pass_on=src.pass_on, rows=q.rows, kept=q.kept, bad=q.bad, said=q.said,
         reasons=dict(q.reasons.most_common(9)), first=q.first, left=q.left, noted=q.noted, lines=n, told=told, people=[*map(list, q.people.values())],
@@ -493,7 +496,7 @@ def _row(c, n):
     if not (ms := turns(c, k, c['system'])): return
     scores = [s for s,w,x in zip(c['scores'], c['who'], c['weights']) if w==k and x and s is not None]
     score = round(mean(scores), 4) if scores else None
-    by = redact_pii(fix_text(c['label_source'])) if scores and c['label_source'] else None
+    by = c['label_source'] if scores else None
     return c | dict(n=n, id=f"{c['key']:016x}", messages=ms, toxicity_score=score, label_source=by, categories=c['cats'],
         n_pii=sum(c['found'][FOUND.index('EMAIL'):]), replies=_learnt(ms, c, k), author=c['authors'][k],
         keys=[h for h,w,x in zip(c['keys'], c['who'], c['weights']) if w==k and x], lines=len(c['who']))
@@ -599,7 +602,7 @@ def _not_read(self:Build):
     res = {}
     for n in self.files:
         for what,(k,where) in [*n['left'].items(), *n['noted'].items()]:
-            place = re.search(r' ((?:line|row|record|message|entry|user|comment|element) \d+)$', where) # behind the file's name
+            place = re.search(r' ((?:line|row|message|entry|event|post|activity|tree) \d+)$', where) # behind the file's name
             before,first = res.get(what, (0, f' (first: {place[1]})' if place else ''))
             res[what] = before+k,first
     return {what+first: k for what,(k,first) in res.items()} | {'files that no reader knows': len(self.others)}

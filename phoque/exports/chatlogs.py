@@ -38,6 +38,7 @@ def _texts(path, inside):
     "Name and text of a file, or of the files in a folder or a zip whose names match."
     path = Path(path)
     if path.is_dir():
+        if inside=='$^': raise UserError(path.name, "it is a folder", "give the file in it")
         for p in sorted(p for p in path.rglob('*') if p.is_file() and re.search(inside, p.as_posix())):
             with _whole(p.name), _text(p) as f: yield p.relative_to(path).as_posix(),f
         return
@@ -215,12 +216,12 @@ def _whatsapp_text(text, iphone, note):
     "What a person typed of a message."
     if m := _ATTACHED.match(text.lstrip('\u200e')): text = text.lstrip('\u200e')[m.end():]
     if text.startswith('\u200e') or _OMITTED.fullmatch(text.strip()): raise LeftOut('a picture, a call or a notice')
-    if iphone: text = re.sub(r' ?\u200e[^\n]*$', '', text, flags=re.M)
+    if iphone: text = re.sub(r' ?\u200e<[^\n]*>$', '', text, flags=re.M)
     if text.strip().rstrip('.。').casefold() in _DELETED: raise LeftOut('a deleted message')
     if (m := _EDITED.search(text.rstrip(), max(0, len(text.rstrip())-100))) and (' ' in m[1] or not m[1].isascii()):
         note('the mark of an edited message')
         text = text[:m.start()]
-    return re.sub('[\u2068\u2069]', '', text)
+    return re.sub('[\u200e\u2068\u2069]', '', text)
 
 def _whatsapp_who(rest):
     "Who said a message, and the message."
@@ -273,6 +274,8 @@ def _unmixed(s):
 
 _AUTOMATIC = re.compile(r'(Reacted .{1,12} to your message|Liked a message'
     r'|.{1,80} sent (an attachment|a photo|a video|a voice message|a GIF|a sticker)\.?) *')
+_DID = re.compile(r'(changed|named|set|added|removed|left|joined|started|ended|created|pinned|unpinned|turned|voted|missed'
+    r'|reacted|sent|shared|responded|waved|invited|made|called|accepted|declined|played|cleared|updated)\b')
 _SILENT = 'Call','Subscribe','Unsubscribe','Payment','placeholder' # types of messages that nobody said
 
 def _messenger_line(m, book, room):
@@ -281,7 +284,8 @@ def _messenger_line(m, book, room):
     if m.get('type') in _SILENT or 'call_duration' in m: raise LeftOut('a call or a notice')
     if 'senderName' in m: who,text,t = m['senderName'],m.get('text') or '',m['timestamp']
     else: who,text,t = _unmixed(m['sender_name']),_unmixed(m.get('content') or ''),m['timestamp_ms']
-    if _AUTOMATIC.fullmatch(text) or text.startswith(f'{who} '): raise LeftOut('a call or a notice')
+    if _AUTOMATIC.fullmatch(text) or text.startswith(f'{who} ') and _DID.match(text, len(who)+1):
+        raise LeftOut('a call or a notice')
     return _said(book, 'messenger', room, who, text, t/1000)
 
 # %% ../../nbs/exports/chatlogs.ipynb #cb4f56cf
@@ -632,6 +636,7 @@ def _reddit_lines(r, at):
         left += reversed(m.get('comments') or m.get('replies') or ())
         try: res.append(_reddit_line(m, at, post))
         except LeftOut as e: at.note(str(e))
+        except ROW_FAULTS as e: at.note(f"a comment that can't be read: {_reason(e)}")
     return res
 
 def _is_reddit(b):
@@ -802,15 +807,17 @@ def _api_comments(items):
 def _live_moment(r, at):
     "Line of a moment of a live chat that yt-dlp saved."
     acts = r['replayChatItemAction']['actions'] if 'replayChatItemAction' in r else [r]
-    item = next((a['addChatItemAction']['item'] for a in acts if 'addChatItemAction' in a), {})
-    m = item.get('liveChatTextMessageRenderer') or item.get('liveChatPaidMessageRenderer')
-    if not m: raise LeftOut('a notice')
+    items = [a['addChatItemAction']['item'] for a in acts if 'addChatItemAction' in a]
+    said = [m for i in items if (m := i.get('liveChatTextMessageRenderer') or i.get('liveChatPaidMessageRenderer'))]
+    if not said: raise LeftOut('a notice')
     def piece(p): return p['text'] if 'text' in p else (p['emoji'].get('shortcuts')
         or [p['emoji'].get('emojiId', '')])[0]
-    text = ''.join(map(piece, (m.get('message') or {}).get('runs') or ()))
-    who = (m.get('authorName') or {}).get('simpleText') or m['authorExternalChannelId']
-    return [_said(at.book, 'youtube', 'the only room', who, text, seconds(m['timestampUsec']), id=m['id'],
-        author=m['authorExternalChannelId'])]
+    def one(m):
+        text = ''.join(map(piece, (m.get('message') or {}).get('runs') or ()))
+        who = (m.get('authorName') or {}).get('simpleText') or m['authorExternalChannelId']
+        return _said(at.book, 'youtube', 'the only room', who, text, seconds(m['timestampUsec']), id=m['id'],
+            author=m['authorExternalChannelId'])
+    return [*map(one, said)]
 
 def _fetched(c, at):
     "Line of a comment of youtube-comment-downloader, or of a thread of the API."

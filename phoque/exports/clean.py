@@ -1041,12 +1041,13 @@ def is_long(
 
 # %% ../../nbs/exports/clean.ipynb #ab3bf3de
 def _clean_texts(c, n, regions=REGIONS, everyone=NOBODY):
-    "Texts and system turn of a conversation, fixed, pseudonymised and redacted; counts in `n`."
+    "Texts, system turn and label source of a conversation, fixed, pseudonymised and redacted; counts in `n`."
     fixed = [fix_text(t) for t in c['texts']]
     n['mended'] = sum(f!=t for f,t in zip(fixed, c['texts']))
-    (*texts,system),n['USER'] = pseudonymize([*fixed, fix_text(c.get('system') or '')], c['names'], everyone)
-    *texts,system = [redact_pii(t, n, regions) for t in (*texts, system)]
-    return texts,system
+    rest = [fix_text(c.get(k) or '') for k in ('system','label_source')]
+    texts,n['USER'] = pseudonymize([*fixed, *rest], c['names'], everyone)
+    *texts,system,by = [redact_pii(t, n, regions) for t in texts]
+    return texts,system,by or None
 
 def _kept_lines(c, texts, prompts, n):
     "Numbers, hashes and words of the lines that stay; counts the others in `n`."
@@ -1072,14 +1073,14 @@ def clean_one(
 )->tuple[dict,list]: # Columns that cleaning makes, and the words of its lines
     "Clean one conversation."
     n = Counter()
-    texts,system = _clean_texts(c, n, regions, everyone)
+    texts,system,by = _clean_texts(c, n, regions, everyone)
     keep,keys,said = _kept_lines(c, texts, prompts, n)
     def pick(xs): return [xs[i] for i in keep]
     texts = pick(texts)
     whole = '\n'.join(texts)
     lang,score = language(whole)
     why = policy(whole, c['cats'], n) if texts else 'nothing left'
-    return dict(system=system, who=pick(c['who']), texts=texts, t=pick(c['t']), scores=pick(c['scores']),
+    return dict(system=system, label_source=by, who=pick(c['who']), texts=texts, t=pick(c['t']), scores=pick(c['scores']),
         weights=pick(c['weights']),
         keys=keys, key=text_key(repr(keys)), why=why, lang=lang, lang_score=score, found=[n[k] for k in FOUND]),said
 

@@ -192,7 +192,7 @@ def _only_file(path, raw):
     files = [e for e in z.infolist() if not e.is_dir() and not e.filename.startswith('__MACOSX/')]
     _check_zip(path, files)
     if len(files)==1: return z.open(files[0])
-    data = [e for e in files if not re.fullmatch(_READ_ME, e.filename)]
+    data = [e for e in files if re.fullmatch(_LINES, e.filename) or not re.fullmatch(_READ_ME, e.filename)]
     if data and all(re.fullmatch(_LINES, e.filename) for e in data):
         return _Joined(x for e in data for x in (partial(z.open, e), partial(io.BytesIO, b'\n')))
     some = excerpt(', '.join(sorted(e.filename for e in files)[:5]))
@@ -318,12 +318,15 @@ def _csv(path, bad):
         if head is None: return
         if fault or not head:
             raise UserError(f"{path.name} line 1", fault or 'it is empty', "let it name the columns")
+        head = [*map(_legible, head)]
+        if twice := next((h for h,n in Counter(head).items() if h and n>1), ''):
+            raise UserError(f"{path.name} line 1", f"two columns are called {excerpt(twice)!r}", "give each a name of its own")
         def named(row): return dict(zip(head, map(_legible, row)))
         while True:
             n += feed.forget()
             row,fault = _next_record(rows, len(head))
             if row is None: return
-            if not fault and row: yield f'{path.name} line {n+1}',named(row)
+            if not fault and any(row): yield f'{path.name} line {n+1}',named(row)
             if not fault: continue
             rows,taken = read(feed),feed.taken
             if len(taken)>1: feed.again.append(taken.pop())
@@ -1317,7 +1320,7 @@ def _checked(columns, rows, name):
 # %% ../../nbs/exports/sources.ipynb #54a1baef
 _SILENT = 'script','style','head','template','svg','button'
 _BLOCKS = frozenset("""p div li ul ol tr table blockquote aside pre hr h1 h2 h3 h4 h5 h6 section article header figure
-    details summary""".split())
+    details summary dt dd""".split())
 
 class _Html(HTMLParser):
     "Lines of text of HTML."
@@ -1376,6 +1379,7 @@ def handle_endtag(self:_Html, tag):
         self.add('```')
     elif tag=='code' and not self.pre: self.add('`')
     if self.quotes and tag==self.quotes[-1]: self.quotes.pop()
+    if tag in ('td','th'): self.add(' ')
     if tag in _BLOCKS: self.end()
 
 # %% ../../nbs/exports/sources.ipynb #c2ce586c
