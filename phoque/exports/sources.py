@@ -1122,13 +1122,18 @@ _NOTICES = re.compile(r'(Joined the server|Pinned a message|Started a thread|Cha
     r'|(Added|Removed) .{1,100}( to| from) the group|Started a call that lasted .{1,20} minutes?'
     r'|Changed the channel name(: .{1,100}| to .{1,100})?|(Added|Removed) a recipient)\.?')
 
+_ROUNDED = re.compile(r'\d[.,]?\d*[eE]\+\d+')
+
 @source('discord_csv', '', False, need=('AuthorID','Author','Date','Content'), when='Date')
 def discord_csv(r, at, **_):
     "DiscordChatExporter's CSV"
     if _NOTICES.fullmatch(r['Content']): raise LeftOut('a notice')
-    who = at.book.person(r['AuthorID'], r['Author'].split('#')[0], r['Author'])
-    t = at.clock(r['Date'])
-    return [line(at.file, who, _discord_text(dict(content=r['Content'])), t, author=r['AuthorID'],
+    by,name = r['AuthorID'],r['Author']
+    if _ROUNDED.fullmatch(by):
+        at.note('an id that a spreadsheet has rounded: the name is taken')
+        by = name
+    who,t = at.book.person(by, name.split('#')[0], name),at.clock(r['Date'])
+    return [line(at.file, who, _discord_text(dict(content=r['Content'])), t, author=by,
         group=f'discord-{at.file}-{int(t//86400)}')]
 
 # %% ../../nbs/exports/sources.ipynb #0b0cf10e
@@ -1295,7 +1300,7 @@ _CALLED = dict( # what columns are called, in the order of preference
 
 def _is_time(v):
     "Can it be read as a time, whatever the order of its numbers?"
-    for order in ('dmy','mdy'):
+    for order in ('dmy','mdy','ymd'):
         try: return v in (None, '') or seconds(v, order=order) is not None
         except ROW_FAULTS: pass
 
