@@ -23,8 +23,7 @@ __all__ = ['MOST_ROW', 'ROW_FAULTS', 'MOST_UNPACKED', 'MOST_TIMES', 'MOST_WINDOW
            'MOST_TEXT', 'MOST_NAME', 'MOST_WHO', 'YEAR_1', 'YEAR_10000', 'SOURCES', 'COLUMNS', 'TURNS', 'refuse',
            'Quarantine', 'LeftOut', 'records', 'line', 'no_words', 'unlearnable', 'Beginning', 'reader', 'read_records',
            'source', 'jigsaw', 'civil', 'conda', 'gosuai', 'hh', 'chats', 'lines_of', 'read_discord', 'discord_csv',
-           'read_slack', 'column_map', 'find_columns', 'html_text', 'is_html', 'read_table', 'find_kind', 'is_export',
-           'file_state']
+           'read_slack', 'column_map', 'find_columns', 'html_text', 'is_html', 'read_table', 'find_kind', 'file_state']
 
 # %% ../../nbs/exports/sources.ipynb #77d28064
 MOST_ROW = 1<<22 # characters of a record, a message or a user
@@ -1494,12 +1493,6 @@ def find_kind(
     return 'messages'
 
 # %% ../../nbs/exports/sources.ipynb #622ff1fe
-def is_export(
-    path:str, # Folder that is there
-)->bool: # Is it one export, and not just files?
-    "Find whether a folder is read as a whole."
-    return any(s.detect(Beginning(path)) for s in SOURCES.values())
-
 def file_state(
     path:str, # File or folder
 )->str: # Size and time of change; of a folder, a hash of those of its files

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import re
 from datetime import date, datetime, time as daytime, timedelta, timezone
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from zoneinfo import ZoneInfo
 from fastcore.basics import patch
