@@ -2351,7 +2351,7 @@ def sentencepiece_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=rust, **names, clean_up_tokenization_spaces=False)
 
 TOKENIZER_FILES = ('tokenizer*', '*.model', '*.model.v*', 'tekken.json', 'config.json', 'vocab.*', 'merges.txt',
-    '*tokens*.json', 'chat_template*', 'generation_config.json')
+    '*tokens*.json', 'chat_template*', 'additional_chat_templates/*.jinja', 'generation_config.json')
 
 def _tokenizer_folder(
     path:str, # Hub id or local folder

@@ -212,7 +212,7 @@ def sentencepiece_tokenizer(
 
 # %% ../../nbs/chat/templates.ipynb #4962f6fb
 TOKENIZER_FILES = ('tokenizer*', '*.model', '*.model.v*', 'tekken.json', 'config.json', 'vocab.*', 'merges.txt',
-    '*tokens*.json', 'chat_template*', 'generation_config.json')
+    '*tokens*.json', 'chat_template*', 'additional_chat_templates/*.jinja', 'generation_config.json')
 
 def _tokenizer_folder(
     path:str, # Hub id or local folder
