@@ -435,8 +435,12 @@ def _noted_step(step, batches):
 # %% ../../nbs/testing/rehearse.ipynb #1d4bf293
 def serve_forks():
     "Fork a job for each line of JSON on stdin; what `WarmJobs` starts."
-    import torch, datasets, peft, bitsandbytes, trl.trainer.sft_trainer, transformers.models.llama.modeling_llama
+    import gc, torch, datasets, peft, bitsandbytes, trl.trainer.sft_trainer, transformers.models.llama.modeling_llama
+    import peft.tuners.lora.bnb, peft.utils.transformers_weight_conversion, scipy.io, threadpoolctl, encodings.idna
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from phoque import job
+    get_checkpoint_conversion_mapping('llama') # a thousand patterns, compiled once
+    gc.freeze() # what is imported is neither copied nor looked through by a fork
     alive = set()
     print('ready', flush=True)
     for line in sys.stdin:

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/testing/tiny.ipynb #601de91f
 from __future__ import annotations
-import logging, os, re, signal, subprocess, sys
+import json, logging, os, re, signal, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
@@ -58,20 +58,28 @@ def smollm2(
 _CHATML = '''{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}'''
 
+def _first_tokens(tok, n): # ids of a BPE vocabulary are in the order of its merges
+    spec = json.loads(tok.backend_tokenizer.to_str())
+    bpe = spec['model']
+    bpe['vocab'] = {t:i for t,i in bpe['vocab'].items() if i<n}
+    bpe['merges'] = [m for m in bpe['merges'] if ''.join(m) in bpe['vocab']]
+    return json.dumps(spec)
+
 def tiny_model(
     folder:Path, # Made
     seed:int=0, # Of its weights
-)->str: # The folder: two layers of random weights, SmolLM2's tokenizer, plain ChatML
+)->str: # The folder: two layers of random weights, the first 4,096 tokens of SmolLM2's tokenizer, plain ChatML
     "A model small enough for a hundred starts."
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     tok = AutoTokenizer.from_pretrained(smollm2())
     tok.chat_template = _CHATML
+    tok.save_pretrained(folder)
+    (Path(folder)/'tokenizer.json').write_text(_first_tokens(tok, 4096))
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    config = LlamaConfig(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tok.save_pretrained(folder)
     return str(folder)
 
 # %% ../../nbs/testing/tiny.ipynb #1141f593
