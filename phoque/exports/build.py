@@ -9,7 +9,6 @@ from collections import Counter
 from importlib.metadata import version
 from importlib.util import find_spec
 from glob import glob
-from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -18,19 +17,20 @@ from fastcore.meta import delegates
 from fastcore.script import Param
 from ..chat.messages import is_learnt
 from .clean import FOUND, NOBODY, REGIONS, Names, Prompts, cap_repeats, clean_batch, common_pairs
-from .clean import dedup_exact, dedup_near, names_in, fix_text, is_long, line_key, minhash, redact_pii, words
+from .clean import dedup_exact, dedup_near, names_in, is_long, line_key, minhash, words
 from ..core.basics import (UserError, asking_hub, check_range, excerpt, hub_problem, log, masked, printable, private_files,
     refuse_secrets, shell_command)
 from ..data import NEUTRAL, NEW, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour
 from ..data import open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
 from .report import ReportPage, redacted_shapes, survey
 from . import chatlogs # registers its readers
-from .sources import SOURCES, Quarantine, _whole, column_map, file_state, find_kind, records
+from .files import Quarantine, export_file, file_state, records, whole_file
+from .sources import ONLY_ROOM, SOURCES, column_map, find_kind
 from .threads import pick_persona, threads, turns
 from .times import Clock
 
 # %% auto #0
-__all__ = ['REGULAR', 'parse_sources', 'Build', 'read_prompts', 'prepare_share', 'Memory', 'chat_lines', 'data_cli', 'open_index']
+__all__ = ['REGULAR', 'parse_sources', 'Build', 'read_prompts', 'prepare_share', 'data_cli', 'open_index']
 
 # %% ../../nbs/exports/build.ipynb #88073be7
 def _split_words(text):
@@ -61,15 +61,15 @@ def _many(path):
     p = Path(path)
     if p.is_dir():
         inside = sorted(p.rglob('*'))
-        return [f for f in inside if f.is_file() and not any(x[0]=='.' for x in f.relative_to(p).parts)]
-    if not p.exists() and (found := sorted(glob(path, recursive=True))): return [Path(f) for f in found if Path(f).is_file()]
+        return [f for f in inside if not f.is_dir() and not any(x[0]=='.' for x in f.relative_to(p).parts)]
+    if not p.exists() and (found := sorted(glob(path, recursive=True))): return [Path(f) for f in found if not Path(f).is_dir()]
 
 # %% ../../nbs/exports/build.ipynb #0fcdd7f5
 def _known(name, kind, files, columns, others):
     "Kind and path of those of many files that a reader knows; the others are named and noted."
     res,out = [],[]
     for f in files:
-        try: k = find_kind(f, columns)
+        try: k = find_kind(f, columns) if export_file(f).stat().st_size else ''
         except UserError: k = ''
         if k and (kind in ('',k) or (kind,k)==('table','messages')): res.append((kind or k, f))
         else: out.append(f.name)
@@ -206,8 +206,8 @@ def _features(clean=False):
 
 # %% ../../nbs/exports/build.ipynb #2bf31404
 @patch
-def parts(self:Build):
-    "The files of `source`, as far as they may be used."
+def parts(self:Build)->list[tuple]: # Kind, paths, and their states
+    "The files of `source` as far as they may be used; those in which the same rooms may go on are together."
     from huggingface_hub import HfApi
     def revision(path):
         repo = path[4:].partition(':')[0]
@@ -221,7 +221,11 @@ def parts(self:Build):
     if not res:
         raise UserError("--source", "no source may be passed on",
             "leave out --redistributable_only and keep the dataset to yourself")
-    return res
+    parts = {}
+    for k,p,state in res:
+        same = None if p.startswith('hub:') else SOURCES[k].same(p)
+        parts.setdefault((k, same, '' if same is not None else p), []).append((p, state))
+    return [(k, *map(list, zip(*found))) for (k,*_),found in parts.items()]
 
 @patch
 def _read_options(self:Build):
@@ -232,7 +236,7 @@ def _read_options(self:Build):
 # %% ../../nbs/exports/build.ipynb #894133ea
 def _code():
     "A hash of these modules' code."
-    mods = 'sources','chatlogs','threads','times','clean','build'
+    mods = 'files','sources','chatlogs','threads','times','clean','build'
     return hashlib.sha256(b''.join(Path(find_spec(f'phoque.exports.{m}').origin).read_bytes() for m in mods)).hexdigest()
 
 def _note(work, part, what):
@@ -244,20 +248,22 @@ def _read(work, part):
     note = _note(work, part, 'read')
     return json.loads(note.read_text()) if note.exists() else None
 
-
 # %% ../../nbs/exports/build.ipynb #27370bfe
 def _conversations(part, work, opts, gap, max_bad, code):
-    "Read and thread a file; leaves a note of what it saw."
-    kind,path,_ = part
-    src,name = SOURCES[kind],f'{kind}:{Path(path).name}'
-    label = path if path.startswith('hub:') else kind # what rows and card say of where they are from: no file's name
+    "Read and thread files of one kind; leaves a note of what it saw."
+    kind,paths,_ = part
+    src,name = SOURCES[kind],f'{kind}:{Path(paths[0]).name}'+f' and {len(paths)-1:,} more'*(len(paths)>1)
+    label = paths[0] if paths[0].startswith('hub:') else kind # what rows and card say of where they are from: no file's name
     q,told,n = Quarantine(_note(work, part, 'aside'), max_bad),{},0
     def lines():
         nonlocal n
-        with _whole(Path(path).name): # a file may break on the way
-            for n,l in enumerate(src.read(path, bad=q, **opts), 1): yield l
+        for k,path in enumerate(paths):
+            with whole_file(Path(path).name): # a file may break on the way
+                for l in src.read(path, bad=q, **opts):
+                    n += 1
+                    yield l | dict(room=f'{ONLY_ROOM} {k}') if l['room']==ONLY_ROOM else l
     for c in threads(lines(), name, src.license, gap, told=told, folder=work): yield c | dict(source=label)
-    note = dict(name=name, label=label, license=src.license, pass_on=src.pass_on, rows=q.rows, kept=q.kept, bad=q.bad, said=q.said,
+    note = dict(name=name, label=label, files=len(paths), license=src.license, pass_on=src.pass_on, rows=q.rows, kept=q.kept, bad=q.bad, said=q.said,
         reasons=dict(q.reasons.most_common(9)), first=q.first, left=q.left, noted=q.noted, lines=n, told=told, people=[*map(list, q.people.values())],
         aside=str(q.path))
     _note(work, part, 'read').write_text(json.dumps(note))
@@ -592,7 +598,7 @@ def sources(self:Build):
     res = {}
     for n in self.files:
         s = res.setdefault(n['label'], dict(files=0, rows=0, kept=0, bad=0, license=n['license']))
-        s['files'] += 1
+        s['files'] += n['files']
         for k in ('rows','kept','bad'): s[k] += n[k]
     return res
 
@@ -722,76 +728,13 @@ def prepare_share(
     world_size:int, # How many there are
     **kwargs, # Options of the build
 ):
-    "Read the files and clean a worker's share of them, as a step for datatrove."
+    "Read all files and clean a worker's share of them, as a step for datatrove."
     private_files()
     b = Build(**kwargs, workers=1)
     parts = b.parts()
-    raws = [b.read(p) for p in parts] # all of them, since names of one file are said in another
+    raws = [b.read(p) for p in parts] # each worker reads all of them, since names of one file are said in another
     everyone = b.everyone(raws, [_read(b.work, p) for p in parts])
     for raw in raws[rank::world_size]: b.clean(raw, everyone)
-
-# %% ../../nbs/exports/build.ipynb #de87f8eb
-class Memory:
-    "Peak memory in MiB of this process and its children in the `with` (Linux): `own`; `all` counts pages of files too."
-    def __enter__(self):
-        import threading
-        self.own,self.all,self.over = 0,0,threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.over.set()
-        self.thread.join()
-
-    def _watch(self):
-        while not self.over.wait(.25):
-            maps = [self._text(f'/proc/{p}/smaps_rollup') for p in self._pids()]
-            def total(k): return sum(int(kb) for m in maps for kb in re.findall(rf'^{k}: +(\d+)', m, re.M))/1024
-            self.own,self.all = max(self.own, total('Pss_Anon')),max(self.all, total('Pss'))
-
-    def _pids(self):
-        me = os.getpid()
-        return [me, *(int(p) for t in Path(f'/proc/{me}/task').iterdir() for p in self._text(t/'children').split())]
-
-    def _text(self, path):
-        try: return Path(path).read_text()
-        except OSError: return '' # the thread or process has ended
-
-# %% ../../nbs/exports/build.ipynb #bf127c48
-_PHRASES = ['gg','gg wp','mid','why','well swum','off my rock']
-_PRIVATE = ['otter@pier.example','http://pier.example/x','10.0.0.7','@night_heron','+44 20 7946 0018']
-
-def _chat_text(rng, vocab, cum, said):
-    "A set phrase, a line of before (`said`) or made-up words; two in a hundred with an address."
-    x = rng.random()
-    if x<.35: s = rng.choice(_PHRASES)
-    elif x<.4 and said: s = rng.choice(said)
-    else: s = ' '.join(rng.choices(vocab, cum_weights=cum, k=min(1+int(rng.expovariate(.2)), 20)))
-    if rng.random()<.01: said.append(s)
-    return f'{s} {rng.choice(_PRIVATE)}' if rng.random()<.02 else s
-
-# %% ../../nbs/exports/build.ipynb #23ab7edf
-def chat_lines(
-    path:str, # CSV to write, in the columns of GosuAI's set
-    n:int, # Lines, at least
-    seed:int=0, # Of the generator
-)->int: # Matches
-    "Matches of made-up words, some said often, some with an address, and two in a hundred matches twice."
-    import csv, random
-    rng,m,said = random.Random(seed),0,[]
-    syl = 'ba be bo da de do ka ke ko la le lo ma me mo na ne no ra re ro sa se so ta te to'.split()
-    vocab = sorted({''.join(rng.choices(syl, k=rng.randint(1, 3))) for _ in range(12_000)})
-    cum = list(accumulate(1/(r+8) for r in range(len(vocab))))
-    with open(path, 'w', newline='') as f:
-        w = csv.writer(f)
-        w.writerow(['match','time','slot','text'])
-        while n>0:
-            lines = [[20.*i, rng.randint(0, 9), _chat_text(rng, vocab, cum, said)] for i in range(rng.randint(4, 30))]
-            for _ in range(2 if rng.random()<.02 else 1):
-                w.writerows([m,*l] for l in lines)
-                n,m = n-len(lines),m+1
-    return m
 
 # %% ../../nbs/exports/build.ipynb #16588966
 def _say():
@@ -908,8 +851,11 @@ def open_index(
 # %% ../../nbs/exports/build.ipynb #b3351243
 def _longer_card(repo_id, r, n):
     "The card that is there, with a report on what was added; n rows are there then."
+    from datasets.info import DatasetInfo, DatasetInfosDict
     from huggingface_hub import DatasetCard
     from phoque.data import _size
     card = DatasetCard.load(repo_id, repo_type='dataset')
+    columns = DatasetInfo(features=row_features()) # of all files, as older ones lack the weight of a turn
+    DatasetInfosDict(default=columns).to_dataset_card_data(card.data)
     card.data.size_categories = [_size(n)]
     return f'{card}'.rstrip()+f'\n\n## Added later\n{data_report(r.ds, r.run)._repr_markdown_()}\n'

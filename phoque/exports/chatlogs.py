@@ -4,108 +4,33 @@
 
 # %% ../../nbs/exports/chatlogs.ipynb #b3cf8888
 from __future__ import annotations
-import io, json, re, zipfile
-from contextlib import contextmanager
+import re
+from datetime import datetime, timezone
 from functools import partial
 from html import unescape
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
-from fastcore.basics import patch
 from ..core.basics import UserError
-from .sources import MOST_ROW, ROW_FAULTS, LeftOut, TOO_LONG, html_text, line, lines_of
-from .sources import read_records, reader, records, refuse
-from .sources import _GAP, _book, _encoding, _export_file, _hash, _HEAD, _legible, _reason
-from .sources import _refuse_bomb, _text, _text_lines, _turns_of, _value, _whole
+from .files import MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text, book_of
+from .files import export_file, files_in, hash_of, is_packed, json_lines, legible, lists_in, open_text, reason_of
+from .files import records, refuse, text_lines, texts_in, value_at, whole_file
+from .sources import ONLY_ROOM, SOURCES, html_text, line, lines_of, name_of, no_words, quotes_apart
+from .sources import read_records, read_turns, reader, source
 from .times import Clock, Days, named_day, seconds
 
 # %% auto #0
-__all__ = ['MOST_DEEP', 'read_telegram', 'read_whatsapp', 'read_messenger', 'read_signal', 'read_matrix', 'read_irc',
-           'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch',
-           'read_livechat', 'read_youtube', 'read_convokit', 'read_oasst']
-
-# %% ../../nbs/exports/chatlogs.ipynb #c25d7dd6
-@contextmanager
-def _zipped_text(z, e):
-    "A file in a zip as text."
-    if e.flag_bits & 1: raise UserError(e.filename, "it is encrypted", "unpack it")
-    with io.BufferedReader(z.open(e), _HEAD) as raw:
-        encoding = _encoding(Path(e.filename), raw.peek(_HEAD)[:_HEAD])
-        with io.TextIOWrapper(raw, encoding, 'surrogateescape' if 'utf-8' in encoding else 'replace',
-            newline='') as f: yield f
-
-def _texts(path, inside):
-    "Name and text of a file, or of the files in a folder or a zip whose names match."
-    path = Path(path)
-    if path.is_dir():
-        if inside=='$^': raise UserError(path.name, "it is a folder", "give the file in it")
-        for p in sorted(p for p in path.rglob('*') if p.is_file() and re.search(inside, p.as_posix())):
-            with _whole(p.name), _text(p) as f: yield p.relative_to(path).as_posix(),f
-        return
-    with _whole(_export_file(path).name):
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as z:
-                found = sorted((e for e in z.infolist() if re.search(inside, e.filename)), key=lambda e: e.filename)
-                _refuse_bomb(path, sum(e.file_size for e in found), path.stat().st_size)
-                for e in found:
-                    with _zipped_text(z, e) as f: yield e.filename,f
-                if found: return
-        with _text(path) as f: yield path.name,f
-
-def _is_inside(b, inside): return any(re.search(inside, name) for name in b.names)
-
-# %% ../../nbs/exports/chatlogs.ipynb #8667873e
-class _Lists:
-    "The lists of a JSON file that begin so, one after another."
-    def __init__(self, f, begin, name):
-        self.f,self.begin,self.name = f,begin,name
-        self.buf,self.i,self.n = '',0,0
-
-    def more(self, size=_HEAD):
-        "Read on, and forget what lies behind; is there more?"
-        got = _legible(self.f.read(size))
-        self.buf,self.i = self.buf[self.i:]+got,0
-        return bool(got)
-
-    def __iter__(self):
-        while True:
-            m,past = self.begin.search(self.buf, self.i),self.i
-            while not m:
-                self.i = max(self.i, len(self.buf)-_HEAD)
-                if not self.more():
-                    if not self.n: raise UserError(self.name, "no list of messages in it", "export it again")
-                    return
-                m = self.begin.search(self.buf)
-            head,self.i,self.n = self.buf[self.i:m.start()],m.end(),self.n+1
-            yield head,self.entries()
-
-# %% ../../nbs/exports/chatlogs.ipynb #20822d86
-@patch
-def entries(self:_Lists):
-    "Values of the list, and what is wrong with them."
-    while True:
-        self.i = _GAP.match(self.buf, self.i).end()
-        if self.buf[self.i:self.i+1]==']': return
-        v,past,fault = _value(self.buf, self.i)
-        if past:
-            self.i = past
-            yield v,fault
-        elif len(self.buf)-self.i>MOST_ROW: raise UserError(self.name, f"an entry of its list is {TOO_LONG}",
-            "export it again")
-        elif not self.more(max(_HEAD, len(self.buf)-self.i)):
-            raise UserError(self.name, "it ends in the middle of its list", "export it again")
+__all__ = ['MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_messenger',
+           'read_signal', 'read_matrix', 'read_irc', 'read_minecraft', 'read_game', 'read_reddit', 'read_discourse',
+           'read_mastodon', 'read_twitch', 'read_livechat', 'read_youtube', 'read_convokit', 'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
-def _entries(path, begin, inside='$^'):
-    "Name of a file, what comes before each of its lists, and their values."
-    begin = re.compile(begin)
-    for name,f in _texts(path, inside):
-        for head,items in _Lists(f, begin, name): yield name,head,items
+_MESSAGES = r'"messages"\s*:\s*\[' # how the list of messages begins in many exports
 
 def _field(head, key):
     "The last value of a key in a piece of JSON, or ''."
     found = re.findall(rf'"{key}"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d+)', head)
-    return str(_value(found[-1], 0)[0]) if found else ''
+    return str(value_at(found[-1], 0)[0]) if found else ''
 
 # %% ../../nbs/exports/chatlogs.ipynb #97e3d4fd
 def _said(book, kind, room, who, text, t, group=None, names=(), **kw):
@@ -114,12 +39,189 @@ def _said(book, kind, room, who, text, t, group=None, names=(), **kw):
     group = group or f'{kind}-{room}'+('' if t is None else f'-{int(t//86400)}')
     return line(room, who, text.strip(), t, group=group, **kw)
 
-def _hear(book, said):
-    "Remember what was assumed about the times of a file."
-    book.said = ', '.join(dict.fromkeys([*filter(None, [book.said]), *said]))
+# %% ../../nbs/exports/chatlogs.ipynb #d303528a
+_DISCORD = re.compile(r'<(?:a?:(\w{1,32}):\d+|@!?(\d+)|/([\w -]{1,100}):\d+|t:(\d{1,11})(?::\w)?)>')
+
+def _discord_text(m):
+    "Text of a Discord message, with what it forwards."
+    names = {str(u['id']): u.get('nickname') or u['name'] for u in m.get('mentions') or ()}
+    def put(x):
+        if x[2]: return f'@{names[x[2]]}' if x[2] in names else x[0]
+        if x[4]: return f'{datetime.fromtimestamp(int(x[4]), timezone.utc):%Y-%m-%d %H:%M}'
+        return f':{x[1]}:' if x[1] else f'/{x[3]}'
+    said = m['content'],(m.get('forwardedMessage') or {}).get('content')
+    text = '\n'.join(filter(None, said)) if said[1] else said[0]
+    return _DISCORD.sub(put, text) if '<' in text else text
+
+# %% ../../nbs/exports/chatlogs.ipynb #e5b9984a
+_CHANNEL = re.compile(r'"channel"\s*:\s*\{(?=[^{}]*?"id"\s*:\s*"(\w+)")(?:(?=[^{}]*?"type"\s*:\s*"(\w+)"))?')
+
+def _discord_line(m, room, book):
+    "Line of a Discord message."
+    who,t = m['author'],seconds(m['timestamp'])
+    name,*_ = [book.person(u['id'], u.get('nickname'), u['name']) for u in (who, *(m.get('mentions') or ()))]
+    if who['isBot']: raise LeftOut('a bot')
+    if m['type'] not in ('Default','Reply'): raise LeftOut('a notice')
+    to = (m.get('reference') or {}).get('messageId') if m['type']=='Reply' else None
+    return line(room, name, _discord_text(m), t, author=who['id'],
+        group=f'discord-{room}-{int(t//86400)}', id=m['id'], reply_to=to)
+
+# %% ../../nbs/exports/chatlogs.ipynb #e2261706
+def _is_discord(b):
+    "Is it DiscordChatExporter's JSON?"
+    if b.path.is_dir(): return False
+    head,_,more = b.text.partition('"messages"')
+    return more and re.match(r'\s*\{', head) and all(re.search(rf'"{k}"\s*:\s*\{{', head) for k in ('guild','channel'))
+
+def _anywhere(path):
+    "For exports whose rooms have ids: a room may go on in any other file of the kind."
+    return ''
+
+# %% ../../nbs/exports/chatlogs.ipynb #1bbcd89f
+@reader('discord', detect=_is_discord, same=_anywhere)
+def read_discord(
+    path:str, # JSON or CSV of DiscordChatExporter
+    bad=refuse, # Called with place, reason and message
+    **opts
+):
+    "DiscordChatExporter's JSON or CSV"
+    path = export_file(path)
+    if (head := Beginning(path).text.lstrip()) and head[0]!='{':
+        yield from SOURCES['discord_csv'].read(path, bad, **opts)
+        return
+    with whole_file(path.name), open_text(path) as f:
+        head,items = next(JsonText(f, path.name).lists(re.compile(_MESSAGES)))
+        found = _CHANNEL.search(head)
+        if not found: raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
+        say = partial(_discord_line, room=found[1], book=book_of(bad))
+        for l in lines_of(items, f'{path.name} message', bad, say):
+            yield l | dict(thread=found[1]) if 'Thread' in (found[2] or '') else l
+
+# %% ../../nbs/exports/chatlogs.ipynb #33f70697
+_NOTICES = re.compile(r'(Joined the server|Pinned a message|Started a thread|Changed the channel icon|Left the group'
+    r'|(Added|Removed) .{1,100}( to| from) the group|Started a call that lasted .{1,20} minutes?'
+    r'|Changed the channel name(: .{1,100}| to .{1,100})?|(Added|Removed) a recipient)\.?')
+
+_ROUNDED = re.compile(r'\d[.,]?\d*[eE]\+\d+')
+
+@source('discord_csv', '', False, need=('AuthorID','Author','Date','Content'), when='Date')
+def discord_csv(r, at, **_):
+    "DiscordChatExporter's CSV"
+    if _NOTICES.fullmatch(r['Content']): raise LeftOut('a notice')
+    by,name = r['AuthorID'],r['Author']
+    if _ROUNDED.fullmatch(by):
+        at.note('an id that a spreadsheet has rounded: the name is taken')
+        by = name
+    who,t = at.book.person(by, name.split('#')[0], name),at.clock(r['Date'])
+    return [line(at.file, who, _discord_text(dict(content=r['Content'])), t, author=by,
+        group=f'discord-{at.file}-{int(t//86400)}')]
+
+# %% ../../nbs/exports/chatlogs.ipynb #6642bd12
+_SLACK = re.compile(r'<(?:@(\w+)(?:\|[^<>]*)?|#(\w+)(?:\|([^<>]*))?|!(\w+)(?:\^[^<>|]*)?(?:\|([^<>]*))?'
+    r'|((?:https?|mailto|tel):[^|<>]+)(?:\|[^<>]*)?)>')
+
+def _slack_text(s, users, channels={}):
+    "Text of a Slack message, with names for ids and without its markup of links."
+    def put(m):
+        who,chan,name,what,label,link = m.groups()
+        if who: return f'@{users[who]}' if who in users else m[0]
+        if chan: return f'#{name or channels.get(chan, "channel")}'
+        if link: return link.removeprefix('mailto:').removeprefix('tel:')
+        return label or f'@{"group" if what=="subteam" else what}' # @here, @channel, @everyone, a date
+    s = re.sub(r'^<@\w+(?:\|[^<>]*)?> uploaded a file: <[^<>]*>(?: and commented: )?', '', s) # as before 2018
+    s = re.sub(r'::skin-tone-\d:', ':', _SLACK.sub(put, s))
+    return s.replace('&lt;','<').replace('&gt;','>').replace('&amp;','&')
+
+# %% ../../nbs/exports/chatlogs.ipynb #11958cbf
+_USERS = r'([^/]+/){0,3}(org_)?users\.json'
+_DAYS = r'(?:[^/]+/){1,3}\d{4}-\d\d-\d\d\.json'
+_CHANNELS = r'(?:[^/]+/){0,2}(?:channels|groups|mpims|dms)\.json'
+
+def _entry(name, begin):
+    "The entries of a list in a file, which `begin` opens; what breaks it is the last one."
+    try:
+        with whole_file(name), begin() as raw, as_text(raw, name) as f: yield from JsonText(f, name).array()
+    except UserError as x: yield None,str(x)
+
+# %% ../../nbs/exports/chatlogs.ipynb #a478dc2e
+def _slack_files(files, name):
+    "The lists of users, of channels, and the days of a Slack export, each by its name; and names that are there twice."
+    lists = [n for n,_ in files if re.fullmatch(_USERS, n)]
+    if not lists: raise UserError(name, "no users.json in it", "give a Slack export")
+    top = min(lists, key=lambda n: (n.count('/'), n))
+    root,found,twice = top[:top.rfind('/')+1],({},{},{}),[]
+    for n,begin in files:
+        short = n[len(root):] if n.startswith(root) else ''
+        kind = next((i for i,p in enumerate((_USERS, _CHANNELS, _DAYS)) if re.fullmatch(p, short)), None)
+        if kind is not None and found[kind].setdefault(short, begin) is not begin: twice.append(short)
+    if not found[2]: raise UserError(name, "no CHANNEL/YYYY-MM-DD.json in it", "give a Slack export")
+    return *found,twice
+
+def _entries(files, bad, make):
+    "What `make` makes of each entry of these lists; what it can't is put aside."
+    for name,begin in files.items():
+        for n,(x,fault) in enumerate(_entry(name, begin), 1):
+            try:
+                if fault: raise ValueError(fault)
+                yield make(x)
+            except ROW_FAULTS as e:
+                book_of(bad).rows += 1
+                bad(f'{name} entry {n}', reason_of(e), x)
+
+# %% ../../nbs/exports/chatlogs.ipynb #0120903c
+_SAID_BY_PEOPLE = None,'','thread_broadcast','reply_broadcast','me_message','file_share','file_comment' # subtypes
+
+def _slack_names(u):
+    "What a Slack user is called; the first one is shown."
+    p = u.get('profile') or u
+    names = p.get('display_name'),u.get('name'),u.get('real_name'),*map(p.get, ('real_name','first_name','last_name'))
+    return [name_of(n, 'name') for n in names if n not in (None, '')] or [name_of(u['id'], 'id')]
+
+def _slack_user(u): return name_of(u['id'], 'id'),_slack_names(u),u.get('is_bot')
+def _slack_channel(c): return name_of(c['id'], 'id'),name_of(c.get('name', c['id']), 'channel')
+
+def _slack_line(m, room, about):
+    "Line of a Slack message; `about` has names of users and channels, and bots."
+    who,ts = m.get('user') or (m.get('comment') or {}).get('user'),m.get('ts')
+    if m['type']!='message' or m.get('subtype') not in (*_SAID_BY_PEOPLE,'bot_message'): raise LeftOut('a notice')
+    if m.get('bot_id') or m.get('subtype')=='bot_message' or who in about.bots: raise LeftOut('a bot')
+    if who is None: raise LeftOut('nobody is said to have said it')
+    if who not in about.users and (guest := m.get('user_profile')):
+        about.users[name_of(who, 'id')] = about.book.person(who, *_slack_names(guest | dict(id=who)))
+    shared = [a.get('text') for a in m.get('attachments') or () if a.get('is_share') or a.get('is_msg_unfurl')]
+    text = m.get('text') or '\n'.join(filter(None, shared))
+    t,thread = float(ts),m.get('thread_ts')
+    return line(room, about.users.get(who, who), _slack_text(text, about.users, about.channels), t, author=who, id=ts,
+        group=f'slack-{room}-{int(t//86400)}', reply_to=None if thread==ts else thread, thread=thread)
+
+# %% ../../nbs/exports/chatlogs.ipynb #c5c305aa
+def _is_slack(b): return all(any(re.fullmatch(p, n) for n in b.names) for p in (_USERS, f'(?:[^/]+/)?{_DAYS}'))
+
+@reader('slack', detect=_is_slack)
+def read_slack(
+    path:str, # Zip of a Slack export, or the folder that was made of it
+    bad=refuse, # Called with place, reason and message
+    **_
+):
+    "Slack export, zipped or not"
+    path,book = Path(path),book_of(bad)
+    if not is_packed(path):
+        raise UserError(path.name, "no such zip", "give the file that Slack's export gave you, or the unzipped folder")
+    with whole_file(path.name):
+        users,channels,days,twice = _slack_files(files_in(path), path.name)
+        for name in twice:
+            book.rows += 1
+            bad(name, 'there is another entry of this name', None)
+        about = SimpleNamespace(users={}, bots={'USLACKBOT'}, book=book)
+        for id,names,is_bot in _entries(users, bad, _slack_user):
+            about.users[id] = names[0] if is_bot else book.person(id, *names)
+            if is_bot: about.bots.add(id)
+        about.channels = dict(_entries(channels, bad, _slack_channel))
+        for name,begin in sorted(days.items()):
+            say = partial(_slack_line, room=name.rpartition('/')[0], about=about)
+            yield from lines_of(_entry(name, begin), f'{name} message', bad, say)
 
 # %% ../../nbs/exports/chatlogs.ipynb #69ead81b
-_MESSAGES = r'"messages"\s*:\s*\['
 _PIECES = dict(pre='\n```\n{}\n```\n', code='`{}`')
 
 def _telegram_text(text):
@@ -150,7 +252,7 @@ _CHATS = r'personal_chat|bot_chat|saved_messages|(private|public)_(group|supergr
 _TELEGRAM = rf'"personal_information"\s*:|"type"\s*:\s*"({_CHATS})"'
 
 @reader('telegram', detect=lambda b: re.match(r'\s*\{', b.text) and re.search(_TELEGRAM, b.text)
-    or _is_inside(b, r'(^|/)result\.json$'))
+    or b.holds(r'(^|/)result\.json$'), same=_anywhere)
 def read_telegram(
     path:str, # `result.json` of Telegram Desktop, of a chat or of all, or its folder
     bad=refuse, # Called with place, reason and message
@@ -159,18 +261,18 @@ def read_telegram(
     **_
 ):
     "Telegram Desktop JSON"
-    book,clock = _book(bad),Clock(zone, order)
-    for n,(name,head,items) in enumerate(_entries(path, _MESSAGES, r'(^|/)result\.json$'), 1):
+    book,clock = book_of(bad),Clock(zone, order)
+    for n,(name,head,items) in enumerate(lists_in(path, _MESSAGES, r'(^|/)result\.json$', book), 1):
         room,topics = _field(head, 'id') or _field(head, 'name'),{}
         def say(m):
             if '"bot_chat"' in head: raise LeftOut('a chat with a bot')
             return _telegram_line(m, book, room, clock, topics)
         yield from lines_of(items, f'{name} message' if n==1 else f'{name} chat {n} message', bad, say)
-    _hear(book, clock.said)
+    book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #6a2a396c
 _MARKED = '[\u200e\u200f\u202a-\u202e]*'
-_STAMP = '\\d{1,4}S\\d{1,2}S\\d{1,4}(?!\\d)[^\n<>\t\\]]{1,22}?\\d\\d[^\\d\\]\n<>:*\t-]{0,12}?'.replace('S',
+_STAMP = '(?![\\d-]+T)\\d{1,4}S\\d{1,2}S\\d{1,4}(?!\\d)[^\n<>\t\\]]{1,22}?\\d\\d[^\\d\\]\n<>:*\t-]{0,12}?'.replace('S',
     '[ \u200f]?[./年月년월-][ \u200f]?')
 _WHATSAPP = re.compile(rf'{_MARKED}(?:\[({_STAMP})\](?! ?[<*]) ?|({_STAMP}) [-–] )({_MARKED}.*)', re.S)
 _NAMED = re.compile(r'([^:\n]{1,100}?) ?:(?: (.*)|(?=\n|$)(.*))', re.S)
@@ -179,8 +281,8 @@ def _whatsapp_items(f):
     "Date, style and rest of each message, which may have several lines."
     stamp,iphone = '',False
     parts,size = [],0
-    for s in _text_lines(f):
-        s = _legible(s)
+    for s in text_lines(f):
+        s = legible(s)
         m = _WHATSAPP.match(s)
         if m and parts:
             yield (stamp,iphone,''.join(parts)),TOO_LONG if size>MOST_ROW else ''
@@ -240,7 +342,7 @@ def _is_signal_md(b): return bool(_SIGNAL_MD.match(b.text)) and '  \n\n[' in b.t
 def _is_whatsapp(b):
     "Whether a message of WhatsApp is in the first lines."
     first = b.text.lstrip('\n\r').split('\n')[:3]
-    return any(map(_WHATSAPP.match, first)) and not _is_signal_md(b) or _is_inside(b, _CHAT_TXT)
+    return any(map(_WHATSAPP.match, first)) and not _is_signal_md(b) or b.holds(_CHAT_TXT)
 
 # %% ../../nbs/exports/chatlogs.ipynb #76da06e2
 @reader('whatsapp', detect=_is_whatsapp)
@@ -252,19 +354,19 @@ def read_whatsapp(
     **_
 ):
     "WhatsApp chat, as text"
-    book,clocks = _book(bad),{}
-    for name,f in _texts(path, _CHAT_TXT):
-        clocks[name] = Clock(zone, order).look(m[1] or m[2] for m in map(_WHATSAPP.match, map(_legible, _text_lines(f)))
+    book,clocks = book_of(bad),{}
+    for name,f in texts_in(path, _CHAT_TXT):
+        clocks[name] = Clock(zone, order).look(m[1] or m[2] for m in map(_WHATSAPP.match, map(legible, text_lines(f)))
             if m)
-    for name,f in _texts(path, _CHAT_TXT):
-        clock,room = clocks[name],'the only room' if len(clocks)==1 else name
+    for name,f in texts_in(path, _CHAT_TXT, book):
+        clock,room = clocks[name],ONLY_ROOM if len(clocks)==1 else name
         def say(m):
             if not m[0]: raise LeftOut('before the first message')
             t = clock.steady(m[0])
             who,text = _whatsapp_who(m[2])
             return _said(book, 'whatsapp', room, who, _whatsapp_text(text, m[1], partial(book.note, name)), t)
         yield from lines_of(_whatsapp_items(f), f'{name} message', bad, say)
-        _hear(book, clock.said)
+        book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #5dc4cdd8
 def _unmixed(s):
@@ -290,19 +392,19 @@ def _messenger_line(m, book, room):
 
 # %% ../../nbs/exports/chatlogs.ipynb #cb4f56cf
 @reader('messenger', detect=lambda b: re.match(r'\s*\{\s*"participants"\s*:', b.text)
-    or _is_inside(b, r'(^|/)message_\d+\.json$'))
+    or b.holds(r'(^|/)message_\d+\.json$'))
 def read_messenger(
     path:str, # A chat of Messenger or Instagram, or the folder or zip with all
     bad=refuse, # Called with place, reason and message
     **_
 ):
     "Messenger or Instagram JSON"
-    book = _book(bad)
-    for name,head,items in _entries(path, _MESSAGES, r'(^|/)message_\d+\.json$'):
-        people,_,_ = _value(head, head.find('['))
+    book = book_of(bad)
+    for name,head,items in lists_in(path, _MESSAGES, r'(^|/)message_\d+\.json$', book):
+        people,_,_ = value_at(head, head.find('['))
         people = [p['name'] if isinstance(p, dict) and 'name' in p else p for p in people or ()]
         for p in filter(lambda p: isinstance(p, str), people): book.person(_unmixed(p), _unmixed(p))
-        room = _hash(Path(name).parent, *sorted(map(str, people)))
+        room = hash_of(Path(name).parent, *sorted(map(str, people)))
         yield from lines_of(items, f'{name} message', bad, partial(_messenger_line, book=book, room=room))
 
 # %% ../../nbs/exports/chatlogs.ipynb #b191e17a
@@ -310,7 +412,7 @@ def _signal_export(m, at):
     "Line of a message of signal-export."
     if m.get('deleted'): raise LeftOut('a deleted message')
     if m.get('call'): raise LeftOut('a call or a notice')
-    return _said(at.book, 'signal', 'the only room', m['sender'], m['body'], at.clock(m['date']))
+    return _said(at.book, 'signal', ONLY_ROOM, m['sender'], m['body'], at.clock(m['date']))
 
 def _signal_desktop(m, at):
     "Line of a message of Signal's database."
@@ -338,7 +440,7 @@ def _signal_cli(r, at):
 def _signal_items(f):
     "Messages of a page of signal-export."
     m,size = None,0
-    for s in map(_legible, _text_lines(f)):
+    for s in map(legible, text_lines(f)):
         new = _SIGNAL_MD.match(s)
         if new and m: yield m,TOO_LONG if size>MOST_ROW else ''
         if new: m,size = [*new.groups()],0
@@ -352,7 +454,7 @@ def _signal_page(m, book, clock):
     if text.strip()=='(This message was deleted)': raise LeftOut('a deleted message')
     text = re.sub(r'\A\s*(> [^\n]*\n)+', '', text)
     text = re.sub(r'(?m)^\(- .{1,500} -\)$|!?\[[^\]\n]{0,200}\]\(\./[^)\n]{1,300}\)', '', text)
-    return _said(book, 'signal', 'the only room', who, '\n'.join(map(str.rstrip, text.strip().split('\n'))),
+    return _said(book, 'signal', ONLY_ROOM, who, '\n'.join(map(str.rstrip, text.strip().split('\n'))),
         clock.steady(at))
 
 # %% ../../nbs/exports/chatlogs.ipynb #99a2a00e
@@ -375,12 +477,12 @@ def read_signal(
     **_
 ):
     "Signal, of signal-export, sigtop or signal-cli"
-    for _,f in _texts(path, '$^'): page = bool(_SIGNAL_MD.match(f.read(1000)))
+    for _,f in texts_in(path): page = bool(_SIGNAL_MD.match(f.read(1000)))
     if not page: return (yield from read_records(_signal_row, path, bad, zone=zone))
-    book,clock = _book(bad),Clock(zone)
-    for name,f in _texts(path, '$^'):
+    book,clock = book_of(bad),Clock(zone)
+    for name,f in texts_in(path):
         yield from lines_of(_signal_items(f), f'{name} message', bad, partial(_signal_page, book=book, clock=clock))
-    _hear(book, clock.said)
+    book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #122df8a6
 _EVENTS = r'"(messages|chunk)"\s*:\s*\['
@@ -394,7 +496,7 @@ def _replaces(e):
 def _edits(path):
     "Last edit of each event, by its sender."
     res = {}
-    for _,_,items in _entries(path, _EVENTS, _EXPORT):
+    for _,_,items in lists_in(path, _EVENTS, _EXPORT):
         for e,fault in items:
             if fault or not isinstance(e, dict) or not isinstance(e.get('content'),
                 dict) or not (to := _replaces(e)): continue
@@ -431,25 +533,25 @@ def _matrix_line(e, book, room, edits, names):
         id=e['event_id'], reply_to=to, author=e['sender'], names=[e['sender'], e['sender'].lstrip('@').split(':')[0]])
 
 # %% ../../nbs/exports/chatlogs.ipynb #e5f3ac6d
-@reader('matrix', detect=lambda b: '"m.room.' in b.text and re.search(_EVENTS, b.text) or _is_inside(b, _EXPORT))
+@reader('matrix', detect=lambda b: '"m.room.' in b.text and re.search(_EVENTS, b.text) or b.holds(_EXPORT), same=_anywhere)
 def read_matrix(
     path:str, # JSON of a room, exported by Element, or its zip
     bad=refuse, # Called with place, reason and event
     **_
 ):
     "Matrix room, as JSON of Element"
-    book,edits,names = _book(bad),_edits(path),{}
-    for name,head,items in _entries(path, _EVENTS, _EXPORT):
-        say = partial(_matrix_line, book=book, room=_field(head, 'room_name') or 'the only room', edits=edits,
+    book,edits,names = book_of(bad),_edits(path),{}
+    for name,head,items in lists_in(path, _EVENTS, _EXPORT, book):
+        say = partial(_matrix_line, book=book, room=_field(head, 'room_name') or ONLY_ROOM, edits=edits,
             names=names)
         yield from lines_of(items, f'{name} event', bad, say)
 
 # %% ../../nbs/exports/chatlogs.ipynb #4ce3ed77
 def _log_lines(path):
     "Lines of a log without their ends, each with no fault, except for those that are too long."
-    with _whole(_export_file(path).name), _text(path) as f:
-        for s in _text_lines(f):
-            if s.strip(): yield _legible(s).rstrip('\r\n'),TOO_LONG if len(s)>MOST_ROW else ''
+    with whole_file(export_file(path).name), open_text(path) as f:
+        for s in text_lines(f):
+            if s.strip(): yield legible(s).rstrip('\r\n'),TOO_LONG if len(s)>MOST_ROW else ''
 
 def _first_lines(b): return [s for s in b.text.split('\n')[:50] if s.strip()]
 
@@ -473,7 +575,9 @@ _COMES = re.compile(r'(?i)\(?[^ ]*[!@][^ ]*\)? ?(has )?(joined|left|quit|parted)
     r'|has (joined|left|quit)(?= [#&(]|$)|is now known as|sets mode'
     r'|(gives|removes) (channel|voice|half)|was kicked|(has )?(changes|changed) (the )?topic')
 _NOBODY = 'Now','Topic','You','Users','Disconnected' # HexChat's own lines begin like `/me`
-_RENAMES = re.compile(r'([^\s*]+) is now known as (\S+)')
+_RENAMES = re.compile(r'(?:Nick change: )?([^\s*]+) (?:is now known as|->) (\S+)')
+_LEAVES,_JOINS = (re.compile(rf'\W*(?:{a}: (\S+)|([^\s*]+)\s(?:[(\[][^)\]]*[)\]] )?(?:has )?{b}\b)')
+    for a,b in (('(?:Quits|Parts)', '(?:[Qq]uit|[Ll]eft|[Pp]arted)'), ('Joins', '[Jj]oined')))
 
 def _irc_parts(s):
     "What a line is (said, acted or a notice), its nickname and text, and its day, time and zone."
@@ -488,29 +592,41 @@ def _irc_parts(s):
 
 # %% ../../nbs/exports/chatlogs.ipynb #f60abfe8
 def _channel(path):
-    "The channel in the name of a log or of its folder, or 'the only room'."
+    "The channel in the name of a log or of its folder, or `ONLY_ROOM`."
     names = [path.name, path.resolve().parent.name]
     found = (re.search(r'#+[^\s/]*?(?=[._-]\d{4}|\.[a-z]+(?:\.gz)?$|$)', n) for n in names)
-    return next((m[0] for m in found if m), 'the only room')
+    return next((m[0] for m in found if m), ONLY_ROOM)
 
-def _month_day(said, days, clock):
-    "The day that a line of a log says before its time."
-    if said[0].isdigit(): return clock.moment(said).date()
-    year = days.day.year if days.known else 1970
-    d = clock.moment(f'{said} {year}').date()
-    return d.replace(year=year+1) if days.known and (days.day-d).days>180 else d
+def _network(path):
+    "Where the other days of a channel's log are: its network's folder and the channel; None of a log without one."
+    channel,folder = _channel(path := Path(path).resolve()),path.parent
+    if channel==ONLY_ROOM: return None
+    return f'{folder.parent if folder.name.startswith("#") else folder} {channel}'
+
+def _begin_day(said, days):
+    "Go to the day that a line of a log says before its time, which may have no year."
+    if said[0].isdigit(): return days.begin(said)
+    d = days.clock.moment(f'{said} {days.day.year}').date()
+    days.begin(d.replace(year=d.year+1) if (days.day-d).days>180 else d, days.why and 'days without a year, counted from 1970')
 
 # %% ../../nbs/exports/chatlogs.ipynb #8e03bc93
+def _follow(text, known):
+    "Follow in a notice who has which nickname; `known` has the first one of those who have another."
+    if m := _RENAMES.search(text): known[m[2]] = known.pop(m[1], m[1])
+    elif m := _LEAVES.match(text): known.pop(m[1] or m[2], None)
+    elif (m := _JOINS.match(text)) and (nick := m[1] or m[2]) in (ids := {*known.values()}):
+        known[nick] = next(i for n in count(2) if (i := f'{nick} {n}') not in ids)
+
+# %% ../../nbs/exports/chatlogs.ipynb #8db0aeb3
 def _irc_line(s, book, room, days, known):
     "Line of a line of a log."
     if m := _DAY.match(s[:200]):
         days.begin(m[1])
         raise LeftOut('a notice')
     what,nick,text,day,at,zone = _irc_parts(_CODES.sub('', s))
-    if day: days.begin(_month_day(day, days, days.clock))
-    if what=='a notice' and (m := _RENAMES.search(text[:300])): known[m[2]] = known.get(m[1], m[1])
+    if day: _begin_day(day, days)
+    if what=='a notice': _follow(text[:300], known)
     if what not in ('said','acted'): raise LeftOut(what)
-    if nick.lower() in ('chanserv','nickserv','memoserv'): raise LeftOut('a bot')
     if what=='acted': text = f'*{text}*'
     t = days.clock.steady(f'{day} {at}{zone}') if zone and day else days(at)
     return _said(book, 'irc', room, nick, text, t, author=known.get(nick, nick))
@@ -525,7 +641,7 @@ def _is_irc(b):
         for s in known)
 
 # %% ../../nbs/exports/chatlogs.ipynb #677d79a8
-@reader('irc', detect=_is_irc)
+@reader('irc', detect=_is_irc, same=_network)
 def read_irc(
     path:str, # Log of ZNC, energymech, irssi, WeeChat, HexChat, mIRC or The Lounge
     bad=refuse, # Called with place, reason and line
@@ -533,11 +649,11 @@ def read_irc(
     **_
 ):
     "IRC log"
-    path,book = Path(path),_book(bad)
+    path,book = Path(path),book_of(bad)
     days = Days(Clock(zone), named_day(path.name))
     say = partial(_irc_line, book=book, room=_channel(path), days=days, known={})
     yield from lines_of(_log_lines(path), f'{path.name} line', bad, say)
-    _hear(book, days.said)
+    book.hear(*days.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #1eb8de07
 _MINECRAFT = re.compile(r'(?:\[?(?:(\d{4}-\d\d-\d\d|\d\d[A-Z][a-z]{2}\d{4}) )?(\d\d:\d\d:\d\d)'
@@ -569,11 +685,11 @@ def read_minecraft(
     **_
 ):
     "Minecraft log"
-    path,book = Path(path),_book(bad)
+    path,book = Path(path),book_of(bad)
     days = Days(Clock(zone), named_day(path.name))
-    say = partial(_minecraft_line, book=book, room='the only room', days=days, known={})
+    say = partial(_minecraft_line, book=book, room=ONLY_ROOM, days=days, known={})
     yield from lines_of(_log_lines(path), f'{path.name} line', bad, say)
-    _hear(book, days.said)
+    book.hear(*days.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #05e9fc21
 _SOURCE = re.compile(r'L (\d\d/\d\d/\d{4}) - (\d\d:\d\d:\d\d)(?:\.\d+)?(?::| -) '
@@ -604,13 +720,13 @@ def read_game(
     **_
 ):
     "Log of a Source engine game, Factorio, Rust or Valheim"
-    path,book,clock = Path(path),_book(bad),Clock(zone, order)
-    say = partial(_game_line, book=book, room='the only room', clock=clock)
+    path,book,clock = Path(path),book_of(bad),Clock(zone, order)
+    say = partial(_game_line, book=book, room=ONLY_ROOM, clock=clock)
     yield from lines_of(_log_lines(path), f'{path.name} line', bad, say)
-    _hear(book, clock.said)
+    book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #70ddd925
-_BOTS = re.compile(r'AutoModerator|.*-ModTeam|.*(?:_|-)[Bb]ot\d*|.*[a-z]Bot\d*|[Bb]ot(?:_|-).*')
+_BOT = re.compile(r'.*(?:_|-)[Bb]ot\d*|.*[a-z]Bot\d*|[Bb]ot(?:_|-).*') # what its bots are called
 _I_AM_A_BOT = re.compile(r"(?i)\bI(?: am|'m|\^am) (?:just )?a \^?\(?(?:ro)?bot\b"
     r"|\bthis (?:action|comment) was performed automatically")
 
@@ -618,9 +734,9 @@ def _reddit_line(r, at, post=''):
     "Line of a post or a comment."
     text = r['body'] if 'body' in r else '\n\n'.join(filter(None, (r['title'], r.get('selftext'))))
     who = r['author']
-    gone = {text, r.get('selftext'), who} & {'[removed]','[deleted]'}
-    if gone or who is None or r.get('removed_by_category'): raise LeftOut('removed or deleted')
-    if _BOTS.fullmatch(who) or _I_AM_A_BOT.search(text): raise LeftOut('a bot')
+    if who is None or r.get('removed_by_category') or no_words(r.get('selftext') or text)=='removed or deleted':
+        raise LeftOut('removed or deleted')
+    if _BOT.fullmatch(who) or _I_AM_A_BOT.search(text): raise LeftOut('a bot')
     own = r.get('name') or f"{'t1' if 'body' in r else 't3'}_{r['id']}"
     room = post or (r['link_id'] if 'body' in r else own)
     return _said(at.book, 'reddit', room, who, unescape(text), seconds(r['created_utc']), group=f'reddit-{room}',
@@ -636,14 +752,14 @@ def _reddit_lines(r, at):
         left += reversed(m.get('comments') or m.get('replies') or ())
         try: res.append(_reddit_line(m, at, post))
         except LeftOut as e: at.note(str(e))
-        except ROW_FAULTS as e: at.note(f"a comment that can't be read: {_reason(e)}")
+        except ROW_FAULTS as e: at.note(f"a comment that can't be read: {reason_of(e)}")
     return res
 
 def _is_reddit(b):
     return {'author','created_utc','subreddit'}<=b.row.keys() and ('body' in b.row and 'link_id' in b.row
         or 'title' in b.row)
 
-@reader('reddit', detect=_is_reddit)
+@reader('reddit', detect=_is_reddit, same=_anywhere)
 def read_reddit(
     path:str, # JSON lines of Pushshift or Arctic Shift, packed or not, or a post of BDFR
     bad=refuse, # Called with place, reason and row
@@ -661,7 +777,7 @@ def _discourse_line(p, book):
     if p.get('user_id', 1)<0: raise LeftOut('a bot')
     if p.get('hidden') or p.get('user_deleted') or p.get('deleted_at'): raise LeftOut('removed or deleted')
     room,html = p['topic_id'],p.get('cooked') or ''
-    text = html_text(_QUOTED.sub('', html)) if html else p.get('raw') or ''
+    text = html_text(_QUOTED.sub('', html)) if html else quotes_apart(p.get('raw') or '')
     quoted = re.search(r'<aside class="quote[^>]*data-post="(\d+)" data-topic="(\d+)"', html)
     to = p.get('reply_to_post_number') or (quoted[1] if quoted and quoted[2]==str(room) else None)
     return _said(book, 'discourse', room, p.get('name') or p['username'], text, seconds(p['created_at']),
@@ -675,9 +791,9 @@ def read_discourse(
     **_
 ):
     "Discourse topics, as JSON"
-    for n,(name,_,items) in enumerate(_entries(path, r'"(posts|latest_posts)"\s*:\s*\[(?=\s*[{\]])'), 1):
+    for n,(name,_,items) in enumerate(lists_in(path, r'"(posts|latest_posts)"\s*:\s*\[(?=\s*[{\]])'), 1):
         yield from lines_of(items, f'{name} post' if n==1 else f'{name} topic {n} post', bad,
-            partial(_discourse_line, book=_book(bad)))
+            partial(_discourse_line, book=book_of(bad)))
 
 # %% ../../nbs/exports/chatlogs.ipynb #4e42fb6f
 def _as_list(x): return x if isinstance(x, list) else [] if x is None else [x]
@@ -697,26 +813,22 @@ def _outbox_line(a, book):
         group=f'mastodon-{room}', id=note['id'],
         reply_to=note.get('inReplyTo'), author=who, names=[who.rstrip('/').split('/')[-1].lstrip('@')])
 
-@reader('mastodon', detect=lambda b: '"orderedItems"' in b.text or _is_inside(b, r'(^|/)outbox\.json$'))
+@reader('mastodon', detect=lambda b: '"orderedItems"' in b.text or b.holds(r'(^|/)outbox\.json$'))
 def read_mastodon(
     path:str, # `outbox.json` of an account's archive, or its folder or zip
     bad=refuse, # Called with place, reason and activity
     **_
 ):
     "Mastodon or other ActivityPub outbox"
-    for name,_,items in _entries(path, r'"orderedItems"\s*:\s*\[', r'(^|/)outbox\.json$'):
-        yield from lines_of(items, f'{name} activity', bad, partial(_outbox_line, book=_book(bad)))
+    for name,_,items in lists_in(path, r'"orderedItems"\s*:\s*\[', r'(^|/)outbox\.json$'):
+        yield from lines_of(items, f'{name} activity', bad, partial(_outbox_line, book=book_of(bad)))
 
 # %% ../../nbs/exports/chatlogs.ipynb #5f92bc5a
-_STREAM_BOTS = {'nightbot','streamelements','streamlabs','moobot','fossabot','wizebot','soundalerts',
-    'botisimo','coebot','phantombot','deepbot'}
-
 def _twitch_line(c, book, room):
     "Line of a comment of TwitchDownloader."
     who,m = c['commenter'],c['message']
     if not who: raise LeftOut('removed or deleted')
-    if who['name'].lower() in _STREAM_BOTS or any(b.get('_id')=='bot-badge' for b in m.get('user_badges')
-        or ()): raise LeftOut('a bot')
+    if any(b.get('_id')=='bot-badge' for b in m.get('user_badges') or ()): raise LeftOut('a bot')
     if (m.get('user_notice_params')
         or {}).get('msg-id') not in (None,'','highlighted-message'): raise LeftOut('a notice')
     t = seconds(c['created_at']) if c.get('created_at') else c['content_offset_seconds']
@@ -731,7 +843,7 @@ def _twitch_typed(s, book, days):
     "Line of a line of Chatterino's log or of TwitchDownloader's text."
     if m := re.match(r'# Start logging at (\d{4}-\d\d-\d\d)', s): days.begin(m[1])
     if not (m := _TYPED.match(s)): raise LeftOut('a notice' if s[0]=='#' else 'a line of another form')
-    return _said(book, 'twitch', 'the only room', m[2], m[3], days(m[1]))
+    return _said(book, 'twitch', ONLY_ROOM, m[2], m[3], days(m[1]))
 
 def _is_typed(b): return sum(map(bool, map(_TYPED.match, _first_lines(b))))*2>len(_first_lines(b))
 
@@ -744,14 +856,14 @@ def read_twitch(
     **_
 ):
     "Twitch chat, of TwitchDownloader or Chatterino"
-    book,days = _book(bad),Days(Clock(zone), named_day(Path(path).name))
-    for _,f in _texts(path, '$^'): typed = not f.read(1000).lstrip().startswith('{')
+    book,days = book_of(bad),Days(Clock(zone), named_day(Path(path).name))
+    for _,f in texts_in(path): typed = not f.read(1000).lstrip().startswith('{')
     if typed:
         say = partial(_twitch_typed, book=book, days=days)
         yield from lines_of(_log_lines(path), f'{Path(path).name} line', bad, say)
-        return _hear(book, days.said)
-    for name,head,items in _entries(path, r'"comments"\s*:\s*\['):
-        room = _field(head.split('"video"')[-1].split('"chapters"')[0], 'id') or _field(head, 'id') or 'the only room'
+        return book.hear(*days.said)
+    for name,head,items in lists_in(path, r'"comments"\s*:\s*\['):
+        room = _field(head.split('"video"')[-1].split('"chapters"')[0], 'id') or _field(head, 'id') or ONLY_ROOM
         yield from lines_of(items, f'{name} comment', bad, partial(_twitch_line, book=book, room=room))
 
 # %% ../../nbs/exports/chatlogs.ipynb #a55134d3
@@ -761,10 +873,9 @@ def _live_line(m, at):
         'text_message') not in ('text_message','paid_message','highlighted_message'): raise LeftOut('a notice')
     who = m['author']
     name = who.get('display_name') or who['name']
-    if name.lower() in _STREAM_BOTS: raise LeftOut('a bot')
     t = m['timestamp']/1e6 if m.get('timestamp') else m['time_in_seconds']
     to = m.get('in_reply_to_message_id') or (m.get('in_reply_to') or {}).get('message_id')
-    return [_said(at.book, 'livechat', 'the only room', name, m.get('message') or '', t, id=m.get('message_id'),
+    return [_said(at.book, 'livechat', ONLY_ROOM, name, m.get('message') or '', t, id=m.get('message_id'),
         reply_to=to,
         author=who.get('id') or name, names=[who.get('name')])]
 
@@ -815,7 +926,7 @@ def _live_moment(r, at):
     def one(m):
         text = ''.join(map(piece, (m.get('message') or {}).get('runs') or ()))
         who = (m.get('authorName') or {}).get('simpleText') or m['authorExternalChannelId']
-        return _said(at.book, 'youtube', 'the only room', who, text, seconds(m['timestampUsec']), id=m['id'],
+        return _said(at.book, 'youtube', ONLY_ROOM, who, text, seconds(m['timestampUsec']), id=m['id'],
             author=m['authorExternalChannelId'])
     return [*map(one, said)]
 
@@ -834,21 +945,21 @@ def _is_youtube(b):
     if 'ChatItemAction"' in b.text[:2000] or '"youtube#comment' in b.text[:2000]: return True
     return re.match(_SAVED[0], b.text) and re.search(_SAVED[1], b.text)
 
-@reader('youtube', detect=_is_youtube)
+@reader('youtube', detect=_is_youtube, same=_anywhere)
 def read_youtube(
     path:str, # `info.json` or `live_chat.json` of yt-dlp, or comments of YouTube's API or youtube-comment-downloader
     bad=refuse, # Called with place, reason and comment
     **_
 ):
     "YouTube comments of yt-dlp or the API, and live chats of yt-dlp"
-    for _,f in _texts(path, '$^'): first = f.read(2000)
+    for _,f in texts_in(path): first = f.read(2000)
     if 'ChatItemAction"' in first: yield from read_records(_live_moment, path, bad)
     elif 'ListResponse"' not in first and re.search(r'"youtube#comment|"cid"\s*:',
         first): yield from read_records(_fetched, path, bad)
     else:
-        for name,head,items in _entries(path, r'"(comments|items)"\s*:\s*\[(?=\s*[{\]])'):
+        for name,head,items in lists_in(path, r'"(comments|items)"\s*:\s*\[(?=\s*[{\]])'):
             api,video = 'ListResponse"' in first,_field(first.split(',')[0], 'id')
-            say = partial(_youtube_comment, book=_book(bad)) if api else partial(_ytdlp_line, book=_book(bad),
+            say = partial(_youtube_comment, book=book_of(bad)) if api else partial(_ytdlp_line, book=book_of(bad),
                 video=video)
             yield from lines_of(_api_comments(items) if api else items, f'{name} comment', bad, say)
 
@@ -857,27 +968,18 @@ def _utterance(r, book):
     "Line of an utterance."
     meta = r.get('meta') if isinstance(r.get('meta'), dict) else {}
     if meta.get('is_section_header'): raise LeftOut('a heading')
-    if r['text'] in ('[removed]','[deleted]'): raise LeftOut('removed or deleted')
     who = r['speaker'] if 'speaker' in r else r['user']
     who = who['id'] if isinstance(who, dict) else who
-    if who in ('[deleted]','AutoModerator'): raise LeftOut('a bot' if who=='AutoModerator' else 'removed or deleted')
     room = r['conversation_id' if 'conversation_id' in r else 'root']
     return _said(book, 'convokit', room, who, r['text'], seconds(r.get('timestamp')), group=f'convokit-{room}',
         id=r['id'], author=who,
         reply_to=r.get('reply-to', r.get('reply_to')))
 
-def _json_lines(f):
-    "Values of lines of JSON, and what is wrong with them."
-    for s in _text_lines(f):
-        if not s.strip(): continue
-        try: yield json.loads(_legible(s)),''
-        except (ValueError, RecursionError) as e: yield s[:1000],f'not JSON ({e})'
-
 _UTTERANCES = r'(^|/)utterances\.jsonl$'
 
 # %% ../../nbs/exports/chatlogs.ipynb #6e1ad5a4
 def _is_convokit(b):
-    if _is_inside(b, _UTTERANCES): return True
+    if b.holds(_UTTERANCES): return True
     either = {'speaker','user'}, {'reply-to','reply_to'}, {'conversation_id','root'}
     return {'id','text'}<=b.row.keys() and all(b.row.keys() & e for e in either)
 
@@ -888,8 +990,8 @@ def read_convokit(
     **_
 ):
     "ConvoKit corpus, as `utterances.jsonl`"
-    for name,f in _texts(path, _UTTERANCES):
-        yield from lines_of(_json_lines(f), f'{name} line', bad, partial(_utterance, book=_book(bad)))
+    for name,f in texts_in(path, _UTTERANCES):
+        yield from lines_of((v for _,v in json_lines(f)), f'{name} line', bad, partial(_utterance, book=book_of(bad)))
 
 # %% ../../nbs/exports/chatlogs.ipynb #7d16b199
 _NODE = 'message_id','parent_id','role','text','deleted','review_result'
@@ -900,7 +1002,7 @@ def _trees(rows, bad):
     for where,r in rows:
         try: found.setdefault(r['message_tree_id'], {})[r['message_id']] = {k: r.get(k)
             for k in _NODE} | dict(replies=[])
-        except ROW_FAULTS as e: bad(where, _reason(e), r)
+        except ROW_FAULTS as e: bad(where, reason_of(e), r)
     for name,tree in found.items():
         for m in tree.values():
             if m['parent_id'] in tree: tree[m['parent_id']]['replies'].append(m)
@@ -930,7 +1032,7 @@ def _tree_lines(t, n, note):
         if len(way)>MOST_DEEP: raise ValueError(f"a tree of more than {MOST_DEEP} levels")
         while way and way[-1]['role']!='assistant': way.pop()
         if not any(m['weight'] for m in way if m['role']=='assistant'): continue
-        for role,text,w in _turns_of(way, note):
+        for role,text,w in read_turns(way, note):
             res.append(line(f'{name}-{k}', role, text, turn=role, weight=w, whole=f'{n}-{k}', group=name,
                 persona='assistant', system=''))
     if not res: raise LeftOut('no answer in the tree')
@@ -947,7 +1049,7 @@ def read_oasst(
     **_
 ):
     "Open Assistant (oasst1, oasst2), trees or messages"
-    book,rows = _book(bad),records(path, bad)
+    book,rows = book_of(bad),records(path, bad)
     first = next(rows, None)
     rows = chain([first] if first else [], rows)
     trees = ((r, 1) for _,r in rows) if first and 'prompt' in first[1] else _trees(rows, bad)
@@ -957,7 +1059,7 @@ def read_oasst(
         except LeftOut as e:
             for _ in range(size): book.leave_out(where, str(e))
         except ROW_FAULTS as e:
-            for _ in range(size): bad(where, _reason(e), t)
+            for _ in range(size): bad(where, reason_of(e), t)
         else:
             book.kept += size
             yield from lines

@@ -16,6 +16,26 @@ from .clean import REGIONS, fix_text, redact_pii
 # %% auto #0
 __all__ = ['LEARNT', 'SINCE', 'binned', 'bar_chart', 'thread_picture', 'survey', 'redacted_shapes', 'ReportPage']
 
+# %% ../../nbs/exports/report.ipynb #c3dcf058
+_STYLE = """<style>.phoque-report{--fg:#1b1f24;--bg:#fff;--dim:#667;--bar:#3b7dd8;--learnt:#1a9c4b;--edge:#d8dde3;
+color:var(--fg);background:var(--bg);font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:auto;padding:1em}
+@media (prefers-color-scheme:dark){.phoque-report{--fg:#e4e7eb;--bg:#14171a;--dim:#9aa4b0;--bar:#6aa3ee;--learnt:#4ecb7d;--edge:#343a41}}
+.phoque-report table{border-collapse:collapse;margin:.6em 0;color:inherit}
+.phoque-report td,.phoque-report th{border-bottom:1px solid var(--edge);padding:.15em .8em .15em 0;text-align:left;background:none}
+.phoque-report td+td{text-align:right;font-variant-numeric:tabular-nums}
+.phoque-report svg{width:100%;max-width:640px;display:block}.phoque-report rect,.phoque-report circle{fill:var(--bar)}
+.phoque-report circle.learnt{fill:var(--learnt)}.phoque-report polyline{fill:none;stroke:var(--edge)}
+.phoque-report text,.phoque-report figcaption{fill:var(--dim);color:var(--dim);font-size:12px}
+@media (max-width:500px){.phoque-report svg text{font-size:20px}}
+.phoque-report figure{margin:1em 0}.phoque-report section>div.row{border-left:3px solid var(--edge);padding-left:.8em;margin:1em 0}
+.phoque-report div{overflow-wrap:anywhere;white-space:pre-wrap}</style>"""
+
+def _html_table(rows, heads=()):
+    "A table; all of it is somebody's text."
+    def cells(r, tag): return ''.join(f'<{tag}>{escape(printable(x))}</{tag}>' for x in r)
+    lines = [cells(heads, 'th')]*bool(heads)+[cells(r, 'td') for r in rows]
+    return f"<table>{''.join(f'<tr>{l}</tr>' for l in lines)}</table>"*bool(rows)
+
 # %% ../../nbs/exports/report.ipynb #d23a2b75
 def binned(
     counts:Counter, # Whole numbers → how often each is there
@@ -100,25 +120,6 @@ def redacted_shapes(
     for t in texts: redact_pii(fix_text(t), regions=regions, examples=res)
     return res
 
-# %% ../../nbs/exports/report.ipynb #c3dcf058
-_STYLE = """<style>.phoque-report{--fg:#1b1f24;--bg:#fff;--dim:#667;--bar:#3b7dd8;--learnt:#1a9c4b;--edge:#d8dde3;
-color:var(--fg);background:var(--bg);font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:auto;padding:1em}
-@media (prefers-color-scheme:dark){.phoque-report{--fg:#e4e7eb;--bg:#14171a;--dim:#9aa4b0;--bar:#6aa3ee;--learnt:#4ecb7d;--edge:#343a41}}
-.phoque-report table{border-collapse:collapse;margin:.6em 0;color:inherit}
-.phoque-report td,.phoque-report th{border-bottom:1px solid var(--edge);padding:.15em .8em .15em 0;text-align:left;background:none}
-.phoque-report td+td{text-align:right;font-variant-numeric:tabular-nums}
-.phoque-report svg{width:100%;max-width:640px;display:block}.phoque-report rect,.phoque-report circle{fill:var(--bar)}
-.phoque-report circle.learnt{fill:var(--learnt)}.phoque-report polyline{fill:none;stroke:var(--edge)}
-.phoque-report text,.phoque-report figcaption{fill:var(--dim);color:var(--dim);font-size:12px}
-.phoque-report figure{margin:1em 0}.phoque-report section>div.row{border-left:3px solid var(--edge);padding-left:.8em;margin:1em 0}
-.phoque-report div{overflow-wrap:anywhere;white-space:pre-wrap}</style>"""
-
-def _html_table(rows, heads=()):
-    "A table; all of it is somebody's text."
-    def cells(r, tag): return ''.join(f'<{tag}>{escape(printable(x))}</{tag}>' for x in r)
-    lines = [cells(heads, 'th')]*bool(heads)+[cells(r, 'td') for r in rows]
-    return f"<table>{''.join(f'<tr>{l}</tr>' for l in lines)}</table>"*bool(rows)
-
 # %% ../../nbs/exports/report.ipynb #49394320
 class ReportPage:
     "A dataset on one page: counts, charts, and ten rows."
@@ -168,7 +169,7 @@ def _came(self:ReportPage):
         {s[0]: sum(x['by_source'].values()) for s,x in zip(steps, r['steps'])}, 'Conversations left after each step')
     yield 'Left out', _html_table(out, ['why','how many'])
     shapes = getattr(self.seen, 'shapes', {})
-    yield 'Found and mended', _html_table([[k, f'{n:,}', ' · '.join(shapes.get(k, ()))] for k,n in r['found'].items() if n],
+    yield 'Found and mended', _html_table([[k, f'{n:,}', ' · '.join(dict.fromkeys(shapes.get(k, ())))] for k,n in r['found'].items() if n],
         ['what','how many','of this shape'])
     yield 'Languages', _html_table([[k, f'{n:,}'] for k,n in r['langs'].items()])
     yield 'Settings', _html_table([[k, f'{v}'] for k,v in r['settings'].items()])

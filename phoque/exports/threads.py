@@ -11,8 +11,8 @@ from math import log, log1p
 from types import SimpleNamespace
 from fastcore.basics import patch
 from ..chat.messages import is_learnt
-from .sources import MOST_TEXT, YEAR_1, _hash
-
+from .files import hash_of
+from .sources import MOST_TEXT, YEAR_1
 
 # %% auto #0
 __all__ = ['GONE', 'MOST_FREE', 'NEAR', 'MOST_OPEN', 'RECENT', 'COMMON', 'USUAL', 'MOST_KNOWN', 'MOST_LINKED', 'START', 'Thread',
@@ -54,7 +54,7 @@ def _speakers(lines):
         if s not in number:
             number[s] = len(names)
             names.append(l['who'])
-            authors.append(_hash(a) if (a := l.get('author')) else '')
+            authors.append(hash_of(a) if (a := l.get('author')) else '')
         who.append(number[s])
     return names,authors,who
 
@@ -72,7 +72,7 @@ def done(self:Thread,
     else: own = l.get('id') or (texts if l['t'] is None else l['text'])
     by = [l.get('by') for l in self.lines if l['score'] is not None]
     persona = next((i for i,n in enumerate(names) if n==first.get('persona')), -1)
-    return dict(id=_hash(source, first['room'], l['t'], own), source=source, license=license, group=_hash(self.group),
+    return dict(id=hash_of(source, first['room'], l['t'], own), source=source, license=license, group=hash_of(self.group),
         names=names, authors=authors, who=who, texts=texts, t=[l['t'] for l in self.lines],
         scores=[l['score'] for l in self.lines], weights=self.weights,
         cats=sorted({c for l in self.lines for c in l.get('cats') or ()}), label_source=by[-1] if by else None,

@@ -280,14 +280,15 @@ class Days:
         day:date|None=None, # The first day
     ):
         self.clock,self.day = clock,day or date(1970, 1, 1)
-        self.known,self.at = bool(day),0
+        self.why,self.at = '' if day else 'a log without a day, counted from 1 January 1970',0
 
     def begin(self,
         day, # A `date`, or a text that says one
+        why:str='', # What was assumed of it
     ):
         "Go to a day that the log names."
         if not isinstance(day, date): day = self.clock.moment(day).date()
-        self.day,self.known,self.at = day,True,0
+        self.day,self.why,self.at = day,why,0
 
     def __call__(self,
         at:str, # Time of day
@@ -303,7 +304,7 @@ class Days:
 @patch(as_prop=True)
 def said(self:Days):
     "What was assumed about the times of the log."
-    return self.clock.said if self.known else ['a log without a day, counted from 1 January 1970']
+    return [self.why] if self.why else self.clock.said
 
 _NAMED_DAY = re.compile(r'(?<!\d)(20\d\d|19\d\d)[-_.]?(0[1-9]|1[0-2])[-_.]?(0[1-9]|[12]\d|3[01])(?!\d)')
 

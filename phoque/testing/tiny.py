@@ -4,15 +4,16 @@
 
 # %% ../../nbs/testing/tiny.ipynb #601de91f
 from __future__ import annotations
-import json, logging, os, re, signal, subprocess, sys
+import csv, io, json, logging, os, random, re, signal, subprocess, sys, zipfile
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.basics import log
 
 # %% auto #0
-__all__ = ['TINY_OPTIONS', 'cache_folder', 'smollm2', 'tiny_model', 'family_tokenizer', 'kept_log', 'run_command',
-           'interpret_bf16', 'berth_chat', 'TinyRuns']
+__all__ = ['TINY_OPTIONS', 'cache_folder', 'smollm2', 'tiny_model', 'family_tokenizer', 'zipped', 'Memory', 'chat_lines',
+           'kept_log', 'run_command', 'interpret_bf16', 'berth_chat', 'TinyRuns']
 
 # %% ../../nbs/testing/tiny.ipynb #9464d110
 def _convert_gguf(src, gguf, dest):
@@ -98,6 +99,78 @@ def family_tokenizer(
     tok = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token='<s>', eos_token=eos, unk_token='<|endoftext|>')
     tok.chat_template = template
     return tok
+
+# %% ../../nbs/testing/tiny.ipynb #db2f583b
+def zipped(
+    *files, # Pairs of a name and what is in it, a text or bytes
+)->bytes: # A zip
+    "Files in a zip."
+    b = io.BytesIO()
+    with zipfile.ZipFile(b, 'w') as z:
+        for name,data in files: z.writestr(name, data)
+    return b.getvalue()
+
+# %% ../../nbs/testing/tiny.ipynb #4b630aae
+class Memory:
+    "Peak memory in MiB of this process and its children in the `with` (Linux): `own`; `all` counts pages of files too."
+    def __enter__(self):
+        import threading
+        self.own,self.all,self.over = 0,0,threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+    def _watch(self):
+        while not self.over.wait(.25):
+            maps = [self._text(f'/proc/{p}/smaps_rollup') for p in self._pids()]
+            def total(k): return sum(int(kb) for m in maps for kb in re.findall(rf'^{k}: +(\d+)', m, re.M))/1024
+            self.own,self.all = max(self.own, total('Pss_Anon')),max(self.all, total('Pss'))
+
+    def _pids(self):
+        me = os.getpid()
+        return [me, *(int(p) for t in Path(f'/proc/{me}/task').iterdir() for p in self._text(t/'children').split())]
+
+    def _text(self, path):
+        try: return Path(path).read_text()
+        except OSError: return '' # the thread or process has ended
+
+# %% ../../nbs/testing/tiny.ipynb #635186aa
+_PHRASES = ['gg','gg wp','mid','why','well swum','off my rock']
+_PRIVATE = ['otter@pier.example','http://pier.example/x','10.0.0.7','@night_heron','+44 20 7946 0018']
+
+def _chat_text(rng, vocab, cum, said):
+    "A set phrase, a line of before (`said`) or made-up words; two in a hundred with an address."
+    x = rng.random()
+    if x<.35: s = rng.choice(_PHRASES)
+    elif x<.4 and said: s = rng.choice(said)
+    else: s = ' '.join(rng.choices(vocab, cum_weights=cum, k=min(1+int(rng.expovariate(.2)), 20)))
+    if rng.random()<.01: said.append(s)
+    return f'{s} {rng.choice(_PRIVATE)}' if rng.random()<.02 else s
+
+# %% ../../nbs/testing/tiny.ipynb #2c982301
+def chat_lines(
+    path:str, # CSV to write, in the columns of GosuAI's set
+    n:int, # Lines, at least
+    seed:int=0, # Of the generator
+)->int: # Matches
+    "Matches of made-up words, some said often, some with an address, and two in a hundred matches twice."
+    rng,m,said = random.Random(seed),0,[]
+    syl = 'ba be bo da de do ka ke ko la le lo ma me mo na ne no ra re ro sa se so ta te to'.split()
+    vocab = sorted({''.join(rng.choices(syl, k=rng.randint(1, 3))) for _ in range(12_000)})
+    cum = list(accumulate(1/(r+8) for r in range(len(vocab))))
+    with open(path, 'w', newline='') as f:
+        w = csv.writer(f)
+        w.writerow(['match','time','slot','text'])
+        while n>0:
+            lines = [[20.*i, rng.randint(0, 9), _chat_text(rng, vocab, cum, said)] for i in range(rng.randint(4, 30))]
+            for _ in range(2 if rng.random()<.02 else 1):
+                w.writerows([m,*l] for l in lines)
+                n,m = n-len(lines),m+1
+    return m
 
 # %% ../../nbs/testing/tiny.ipynb #54e40f12
 @contextmanager
