@@ -16,8 +16,10 @@ from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from fastcore.script import Param
 from ..chat.messages import is_learnt
-from .clean import FOUND, NOBODY, REGIONS, Names, Prompts, cap_repeats, clean_batch, common_pairs
-from .clean import dedup_exact, dedup_near, names_in, is_long, line_key, minhash, words
+from .clean import FOUND, Prompts, cap_repeats, clean_batch, common_pairs, dedup_exact, dedup_near
+from .clean import is_long, line_key, minhash, words
+from .names import NOBODY, Names, names_in
+from .pii import REGIONS, fix_text, redact_pii
 from ..core.basics import (UserError, asking_hub, check_range, excerpt, hub_problem, log, masked, printable, private_files,
     refuse_secrets, shell_command)
 from ..data import NEUTRAL, NEW, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour
@@ -129,7 +131,7 @@ class Build:
         line_cap:int=3, # Most copies of the same reply of four words or more
         near:float=0.75, # MinHash similarity, 0 to 1, above which the later of two conversations is dropped
         exclude_prompts:str='', # File of evaluation prompts, to be kept out
-        regions:str='', # Countries whose phone numbers are redacted without their code too, as DE,FR; '' for 27 of them
+        regions:str='', # Countries whose phone numbers are redacted without their code too, as DE,FR; '' for 61 of them
         timezone:str='UTC', # Zone of times that don't say theirs, as Europe/Berlin
         rejected:str='', # Train on hh-rlhf's `rejected` side; says why, and is recorded
         max_bad:float=0.01, # Share of unreadable rows above which to stop

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from fastcore.basics import patch
 from ..core.basics import printable
 from ..data import DataReport, Peek
-from .clean import REGIONS, fix_text, redact_pii
+from .pii import REGIONS, fix_text, redact_pii
 
 # %% auto #0
 __all__ = ['LEARNT', 'SINCE', 'binned', 'bar_chart', 'thread_picture', 'survey', 'redacted_shapes', 'ReportPage']
