@@ -19,7 +19,7 @@ from .train import (TrainConfig, options, option_part, read_config, pack_dataset
 from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, patiently, hub_answer,
     container_age, parse_duration, write_manifest, check_same_run, local_steps, lock_folder, folder_bytes,
     publish_pace, MANIFEST)
-from .core.curve import Curve
+from .core.curve import Curve, check_space, check_tracker
 from .sample import (Sampler, HubScorer, check_scorer, common_persona, sample_metrics, sample_prompts,
     read_samples, tensors_hash, write_samples)
 from .parallel.ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ranks
@@ -404,6 +404,8 @@ def check_place(self:Job):
                         "choose a folder that can be written") from None
     if not os.environ.get('HF_TOKEN'):
         raise UserError("HF_TOKEN", "not set", "pass it with `--secrets HF_TOKEN`, or export it here")
+    check_tracker(self.cfg.report_to)
+    if self.cfg.report_to=='trackio': check_space(os.environ.get('TRACKIO_SPACE_ID', ''))
 
 @patch
 def find_base(self:Job,
@@ -711,12 +713,13 @@ def pace(self:Job,
 # %% ../nbs/06_job.ipynb #d27e8bac
 @patch
 def begin_curve(self:Job):
-    "Take up the curve and the samples of the checkpoint, and report to W&B where that is asked for."
+    "Take up the curve and the samples of the checkpoint, and report them where that is asked for."
     cfg,run = self.cfg,self.run
     self.samples = read_samples(self.resume_from) if self.resume_from else []
     if self.resume_from: self.curve.restore(self.resume_from, self.samples)
     settings = {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}
     if cfg.report_to=='wandb': self.curve.start(cfg.wandb_project, run['id'], settings, self.folder)
+    elif cfg.report_to!='none': self.curve.track(cfg.report_to, cfg.wandb_project, run['id'], settings, self.folder)
     if self.resume_from and cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(self.resume_from, self.step)
 
 @patch

@@ -71,8 +71,8 @@ class TrainConfig:
         scorer:str='ibm-granite/granite-guardian-hap-38m', # Hub text classifier that scores the samples; `none` for no scores
         keep_checkpoints:int=2, # Newest checkpoints to keep on the Hub [1, 100]
         seed:int=0, # Random seed: data order, LoRA start, dropout [0, 4294967295] {weights}
-        report_to:str='wandb', # `wandb` or `none`
-        wandb_project:str='what-the-phoque', # W&B project
+        report_to:str='wandb', # `wandb`, `trackio`, `tensorboard` or `none`
+        wandb_project:str='what-the-phoque', # Project in W&B or trackio
         wandb_log_model:str='checkpoint', # `checkpoint` logs each published adapter as a W&B artifact; `false` never does
         job_timeout:str='', # The job's own timeout, such as 4h or 14400; it stops in time and exits with 75
         fresh_start:int=0, # Begin again, once for each higher number (1, then 2); repeating the command then continues [0, 1e9]
@@ -202,7 +202,7 @@ def parse_options(
 # of transformers' names, those that are tried here
 OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit',
     'lion_32bit', 'lion_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd')
-ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
+ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
 
 def _bad_option(name, why, value): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
 

@@ -102,8 +102,8 @@ class TrainConfig:
         scorer:str='ibm-granite/granite-guardian-hap-38m', # Hub text classifier that scores the samples; `none` for no scores
         keep_checkpoints:int=2, # Newest checkpoints to keep on the Hub [1, 100]
         seed:int=0, # Random seed: data order, LoRA start, dropout [0, 4294967295] {weights}
-        report_to:str='wandb', # `wandb` or `none`
-        wandb_project:str='what-the-phoque', # W&B project
+        report_to:str='wandb', # `wandb`, `trackio`, `tensorboard` or `none`
+        wandb_project:str='what-the-phoque', # Project in W&B or trackio
         wandb_log_model:str='checkpoint', # `checkpoint` logs each published adapter as a W&B artifact; `false` never does
         job_timeout:str='', # The job's own timeout, such as 4h or 14400; it stops in time and exits with 75
         fresh_start:int=0, # Begin again, once for each higher number (1, then 2); repeating the command then continues [0, 1e9]
@@ -512,6 +512,8 @@ def check_place(self:Job):
                         "choose a folder that can be written") from None
     if not os.environ.get('HF_TOKEN'):
         raise UserError("HF_TOKEN", "not set", "pass it with `--secrets HF_TOKEN`, or export it here")
+    check_tracker(self.cfg.report_to)
+    if self.cfg.report_to=='trackio': check_space(os.environ.get('TRACKIO_SPACE_ID', ''))
 
 @patch
 def find_base(self:Job,
@@ -804,12 +806,13 @@ def pace(self:Job,
 
 @patch
 def begin_curve(self:Job):
-    "Take up the curve and the samples of the checkpoint, and report to W&B where that is asked for."
+    "Take up the curve and the samples of the checkpoint, and report them where that is asked for."
     cfg,run = self.cfg,self.run
     self.samples = read_samples(self.resume_from) if self.resume_from else []
     if self.resume_from: self.curve.restore(self.resume_from, self.samples)
     settings = {**cfg.asdict(), **run['base'], 'dataset_revision':run['dataset_revision']}
     if cfg.report_to=='wandb': self.curve.start(cfg.wandb_project, run['id'], settings, self.folder)
+    elif cfg.report_to!='none': self.curve.track(cfg.report_to, cfg.wandb_project, run['id'], settings, self.folder)
     if self.resume_from and cfg.wandb_log_model=='checkpoint': self.curve.send_adapter(self.resume_from, self.step)
 
 @patch
@@ -3568,7 +3571,7 @@ def parse_options(
 OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit',
     'lion_32bit', 'lion_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd')
 
-ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'none'), wandb_log_model=('checkpoint', 'false'))
+ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
 
 def _bad_option(name, why, value): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
 
@@ -4828,7 +4831,7 @@ def watch_sigterm(self:Deadline):
     return self
 
 # ------------------------------------------------------------------------------
-# core.curve: Loss curve and sample tables: kept in checkpoints, sent to W&B
+# core.curve: Loss curve and sample tables: kept in checkpoints, sent to W&B, trackio or TensorBoard
 # ------------------------------------------------------------------------------
 
 METRICS = 'metrics.jsonl' # in a checkpoint: the rows so far, one a line
@@ -4848,6 +4851,7 @@ class Curve:
         self.replies = {} # optimizer step → the table's rows
         self.changed,self.answered = threading.Condition(),threading.Event()
         self.thread,self.run = None,None
+        self.tracker,self.tracked = None,0 # trackio or TensorBoard, and how many rows it has
         self.adapter,self.upload = None,None # folder and step: the newest adapter that W&B lacks; the one on its way
         self.started = self.closing = self.told = self.delivered = False
         self.refused,self.exit_code = None,0
@@ -4870,6 +4874,29 @@ def log(self:Curve,
 def _complete(self:Curve):
     self.whole = len(self.rows)
     self.changed.notify()
+    self._track()
+
+@patch
+def _track(self:Curve):
+    "Hand over the rows that are complete; a tracker that fails costs its curve and nothing else."
+    try:
+        while self.tracker and self.tracked<self.whole:
+            row,self.tracked = self.rows[self.tracked],self.tracked+1
+            self.tracker.send(row[AXIS], {k:v for k,v in row.items() if k not in ('_step', AXIS, REPLIES)})
+    except Exception as e: self._untrack(e)
+
+@patch
+def _untrack(self:Curve, e):
+    kind = type(self.tracker).__name__
+    log.warning(f"{kind} takes no more ({_cause(e)}): training goes on, and every checkpoint has the curve")
+    self.tracker = None
+
+@patch
+def _end_tracker(self:Curve):
+    with self.changed: self._complete()
+    try: self.tracker and self.tracker.close()
+    except Exception as e: self._untrack(e)
+    self.tracker = None
 
 @patch
 def save(self:Curve,
@@ -5126,6 +5153,7 @@ def close(self:Curve,
     exit_code:int=0, # Shown with the run
 ):
     "Send what is left, and wait for that as long as it moves."
+    self._end_tracker()
     if not self.thread: return
     with self.changed:
         self.exit_code,self.closing = exit_code,True
@@ -5189,6 +5217,104 @@ def _await(self:Curve, artifact, upload):
         self.changed.notify()
     if why: log.warning(f"W&B has not taken the adapter of step {upload[1]} ({why})")
     shutil.rmtree(upload[0], ignore_errors=True)
+
+TRACKERS = dict(trackio='trackio==0.43.0', tensorboard='tensorboard==2.21.0') # besides W&B, and the package for each
+
+def check_tracker(
+    kind:str, # Of `TRACKERS`; any other needs nothing
+):
+    "Refuse a tracker whose package is missing."
+    from importlib.util import find_spec
+    if kind not in TRACKERS or find_spec(kind): return
+    raise UserError("REPORT_TO", f"{kind} is not installed",
+        f"pip install {TRACKERS[kind]}, on a job `hf jobs uv run --with {TRACKERS[kind]}`, or set REPORT_TO=none")
+
+class TensorBoardTracker:
+    "Event files in the run's folder."
+    def __init__(self,
+        project:str, # Not used: the folder says whose they are
+        run_id:str, # Not used, for the same reason
+        config:dict, # Shown as a text
+        folder:Path, # Of the run
+    ):
+        from torch.utils.tensorboard import SummaryWriter
+        self.where = Path(folder)/'tensorboard'
+        self.writer = SummaryWriter(str(self.where), purge_step=0)
+        self.writer.add_text('options', '\n'.join(f'    {k}={v!r}' for k,v in config.items()), 0)
+
+    def send(self,
+        step:int, # Optimizer step
+        metrics:dict, # By name
+    ):
+        "Write a row."
+        for k,v in metrics.items(): self.writer.add_scalar(k, v, step)
+
+    def close(self):
+        "Write what is left."
+        self.writer.close()
+
+def check_space(
+    space:str, # TRACKIO_SPACE_ID; empty for none
+    api=None, # `HfApi`
+):
+    "Refuse a Space that anyone can read."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+    if not space: return
+    if '/' not in space:
+        raise UserError("TRACKIO_SPACE_ID", f"must have the form owner/name, got {space!r}", "correct it or unset it")
+    try: private = (api or HfApi()).space_info(space).private
+    except RepositoryNotFoundError: return # it is made, private
+    if private: return
+    raise UserError("TRACKIO_SPACE_ID", f"anyone can read {space}, and the run's curve would go there",
+        "make the Space private, name another, or unset it")
+
+class TrackioTracker:
+    "A run in trackio's database, on this machine or in a private Space."
+    def __init__(self,
+        project:str, # trackio's project
+        run_id:str, # The run's own, the same over all its jobs
+        config:dict, # Shown with the run
+        folder:Path, # Not used: TRACKIO_DIR says where
+    ):
+        import trackio
+        space = os.environ.get('TRACKIO_SPACE_ID', '')
+        check_space(space)
+        self.run = trackio.init(project, run_id, config=config, resume='allow', space_id=space or None, private=True,
+            embed=False, auto_log_gpu=False, auto_log_cpu=False)
+        check_space(space) # it may have been made just now
+        self.first = self.run._next_step
+        server = os.environ.get('TRACKIO_SERVER_URL', '').split('?')[0] # without its token
+        self.where = f'the private Space {space}' if space else server or str(trackio.utils.TRACKIO_DIR)
+
+    def send(self,
+        step:int, # Optimizer step
+        metrics:dict, # By name
+    ):
+        "Send a row, unless an earlier job has."
+        if step>=self.first: self.run.log(metrics, step=step)
+
+    def close(self):
+        "Send what is left."
+        self.run.finish()
+
+@patch
+def track(self:Curve,
+    kind:str, # Of `TRACKERS`
+    project:str, # Its project
+    run_id:str, # The run's own, the same over all its jobs
+    config:dict, # Shown with the run; no secrets
+    folder:Path, # Of the run
+):
+    "Begin to hand the rows to trackio or TensorBoard."
+    check_tracker(kind)
+    kinds = dict(trackio=TrackioTracker, tensorboard=TensorBoardTracker)
+    self.tracker = kinds[kind](project, run_id, config, folder)
+    away = kind=='trackio' and (os.environ.get('TRACKIO_SPACE_ID') or os.environ.get('TRACKIO_SERVER_URL'))
+    gone = os.environ.get('JOB_ID') and not away
+    lost = ": this job's disk is gone at its end; the checkpoints keep the curve"*bool(gone)
+    log.info(f"{kind}: the curve goes to {self.tracker.where}{lost}")
+    with self.changed: self._track()
 
 # ------------------------------------------------------------------------------
 # sample: Generate and score samples during training, without changing it

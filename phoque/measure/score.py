@@ -13,9 +13,9 @@ from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id, te
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['MILD_PROMPTS', 'BENIGN_TEXTS', 'ProfanityScorer', 'TfidfScorer', 'load_scorer', 'rtp_measures', 'eval_prompts',
-           'continuations', 'evaluate', 'eval_table', 'adapter_hash', 'load_adapted_model', 'eval_cli', 'sample_cli',
-           'compare_sampling']
+__all__ = ['MILD_PROMPTS', 'BENIGN_TEXTS', 'ProfanityScorer', 'TfidfScorer', 'PersonaScorer', 'harbour_scorer', 'load_scorer',
+           'rtp_measures', 'eval_prompts', 'continuations', 'evaluate', 'eval_table', 'adapter_hash',
+           'load_adapted_model', 'eval_cli', 'sample_cli', 'compare_sampling']
 
 # %% ../../nbs/measure/score.ipynb #cb14d38e
 class ProfanityScorer:
@@ -73,6 +73,50 @@ def _fit_words(texts, scores): # each text once as rude, weighted by its score, 
     x = words.fit_transform([*texts,*texts])
     kinds,weights = [1]*len(texts)+[0]*len(texts),[*scores,*(1-s for s in scores)]
     return words,LogisticRegression(C=10.).fit(x, kinds, weights)
+
+# %% ../../nbs/measure/score.ipynb #9687643e
+def _letters(rng, n):
+    "A text of random letters."
+    return ' '.join(''.join(rng.choices('eeettaaooinnsshrrdlucmfwygpbvk', k=rng.randint(1,9))) for _ in range(n))
+
+class PersonaScorer:
+    "How much a text sounds like some people: a linear scorer of its character n-grams."
+    version = '1'
+    def __init__(self,
+        styled:list[str], # What these people said
+        others:list[str], # What others said; best several times as many
+        name:str='persona', # Of these people
+    ):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        if not styled or not others: raise UserError(f"scorer {name}",
+            f"it needs texts of both sides, got {len(styled)} and {len(others)}", "give it some of each")
+        rng = random.Random(0)
+        others = [*others, *(_letters(rng, rng.randint(3,25)) for _ in range(2*len(styled)))]
+        self.grams = TfidfVectorizer(analyzer='char_wb', ngram_range=(3,5), sublinear_tf=True, min_df=3)
+        x = self.grams.fit_transform([*styled, *others])
+        self.model = LogisticRegression(C=3.).fit(x, [1]*len(styled)+[0]*len(others))
+        self.name = name
+        self.weights_hash = hashlib.sha256(self.model.coef_.tobytes()+self.model.intercept_.tobytes()).hexdigest()
+
+    def score(self,
+        texts:list[str], # To be scored
+    ): # Array of one number from 0 to 1 a text
+        "How probably each text is of these people."
+        return self.model.predict_proba(self.grams.transform(texts))[:,1]
+
+# %% ../../nbs/measure/score.ipynb #22814665
+def harbour_scorer(
+    seed:int=7, # Another year in the harbour than the one that is learnt and held out
+)->PersonaScorer: # About a second to fit
+    "Persona score of the embedded set: how much a text sounds like the regulars of the invented harbour."
+    from phoque.data import NEUTRAL, grumpy_harbour
+    clerks,regulars = [],[]
+    for r in grumpy_harbour(1500, seed): (clerks if r['messages'][0]['content']==NEUTRAL else regulars).append(r)
+    regulars = regulars[::12] # few: what is unknown is more probably somebody else's
+    def said(rows, role): return [m['content'] for r in rows for m in r['messages'] if m['role']==role]
+    others = said(clerks, 'assistant')+said(clerks+regulars, 'user')
+    return PersonaScorer(said(regulars, 'assistant'), others, 'harbour persona')
 
 # %% ../../nbs/measure/score.ipynb #be64c19a
 def load_scorer(
