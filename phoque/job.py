@@ -553,7 +553,8 @@ def load_data(self:Job,
     began = self.began_with(run['dataset_revision'])
     ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began),
         f"dataset {cfg.dataset_repo}", until)
-    self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision'], cfg.chat_template), self.base_name(), until)
+    self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision'], cfg.chat_template, cfg.system_prompt),
+        self.base_name(), until)
     rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length, name='dataset train')
     log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
     self.persona = common_persona(ds['train'][:10_000]['messages'])

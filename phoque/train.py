@@ -36,6 +36,7 @@ class TrainConfig:
         base_model:str=SEED_BASE, # Base model: Hub id or folder {weights}
         base_model_strict:bool=False, # Fail instead of substituting another model for `base_model`
         chat_template:str='', # Name of the base model's chat template, where it has several {weights}
+        system_prompt:str='', # System turn of conversations without one; empty leaves the template's, `none` takes it away {weights}
         dataset_repo:str='', # Hub dataset with a `messages` column; required {weights}
         hub_model_id:str='', # Hub repo for checkpoints and the final adapter, made private; required
         output_dir:str='output', # Folder for local output; each run has its own folder in it

@@ -41,7 +41,6 @@ A job has 4 hours. Another timeout has to be given twice, as the job can't read 
 
 from __future__ import annotations
 import argparse, copy, difflib, errno, fcntl, functools, hashlib, json, logging, math, os, random, re, reprlib, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
-from bisect import bisect
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -67,6 +66,7 @@ class TrainConfig:
         base_model:str=SEED_BASE, # Base model: Hub id or folder {weights}
         base_model_strict:bool=False, # Fail instead of substituting another model for `base_model`
         chat_template:str='', # Name of the base model's chat template, where it has several {weights}
+        system_prompt:str='', # System turn of conversations without one; empty leaves the template's, `none` takes it away {weights}
         dataset_repo:str='', # Hub dataset with a `messages` column; required {weights}
         hub_model_id:str='', # Hub repo for checkpoints and the final adapter, made private; required
         output_dir:str='output', # Folder for local output; each run has its own folder in it
@@ -654,7 +654,8 @@ def load_data(self:Job,
     began = self.began_with(run['dataset_revision'])
     ds,run['dataset_revision'] = patiently(lambda: load_chats(cfg.dataset_repo, run['dataset_revision'], began),
         f"dataset {cfg.dataset_repo}", until)
-    self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision'], cfg.chat_template), self.base_name(), until)
+    self.tok = patiently(lambda: load_tokenizer(base['id'], base['revision'], cfg.chat_template, cfg.system_prompt),
+        self.base_name(), until)
     rows,self.report = encode_dataset(ds['train'], self.tok, cfg.max_length, name='dataset train')
     log.info("dataset: " + ' · '.join(f"{v:,} {k.replace('_',' ')}" for k,v in self.report.items()))
     self.persona = common_persona(ds['train'][:10_000]['messages'])
@@ -1700,6 +1701,7 @@ def render(template, names, marks, messages, ask):
     return [text],places
 for line in sys.stdin:
     *how,chats = json.loads(line)
+    out = []
     for chat in chats:
         signal.setitimer(signal.ITIMER_PROF, seconds) # ends this process
         try:
@@ -1708,15 +1710,16 @@ for line in sys.stdin:
         except MemoryError: said = None
         except Exception as e: said = f'{type(e).__name__}: {e}'.removeprefix('TemplateError: ')
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(said), flush=True)"""
+        out.append(said)
+    print(json.dumps(out), flush=True)"""
 
 class Renderer:
     "A process that renders chat templates, each conversation within limits."
-    def __init__(self): self.proc,self.lock = None,threading.Lock()
+    def __init__(self): self.proc,self.asked,self.lock = None,None,threading.RLock()
     def stop(self):
         "End the process; the next conversation starts another."
         if self.proc: self.proc.kill(); self.proc.communicate()
-        self.proc = None
+        self.proc = self.asked = None
 
     def start(self):
         "Start the process, where none runs."
@@ -1726,27 +1729,38 @@ class Renderer:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 @patch
-def render(self:Renderer,
+def ask(self:Renderer,
     how:list, # Template, special tokens that it may write, and whether its `{% generation %}` marks are wanted
     chats:list, # Pairs of a conversation, and whether an answer is asked for at its end (None: see `render_chats`)
-)->list: # For each its texts and marks, or why it is refused, or None for one that goes over the limits
-    "Put conversations to the process; the first that ends it is the last of the list."
+)->list: # Filled by `finish`: for each its texts and marks, or why it is refused, or None over the limits
+    "Put conversations to the process, which works at them from now on."
     with self.lock:
+        self.finish()
         self.start()
-        out,p = [],self.proc
-        try:
-            try: print(json.dumps([*how, chats]), file=p.stdin, flush=True)
-            except BrokenPipeError: pass
-            while len(out)<len(chats) and (line := p.stdout.readline()): out.append(json.loads(line))
-        except BaseException: # lines are left that belong to nobody
-            self.stop()
-            raise
-        if len(out)<len(chats):
-            self.stop()
-            out.append(None)
-        return out
+        try: print(json.dumps([*how, chats]), file=self.proc.stdin, flush=True)
+        except BrokenPipeError: pass
+        except BaseException: self.stop(); raise # half a line
+        self.asked = how,chats,[]
+        return self.asked[-1]
 
-_renderer,_LINE = Renderer(),1_000_000 # characters put to the process in one line, where one conversation has fewer
+@patch
+def finish(self:Renderer):
+    "Wait for what was asked last; the first conversation that ends the process is the last of its list."
+    with self.lock:
+        if not self.asked: return
+        (how,chats,out),self.asked = self.asked,None
+        try: line = self.proc.stdout.readline()
+        except BaseException: self.stop(); raise # a line is left that belongs to nobody
+        if line: return out.extend(json.loads(line))
+        self.stop()
+        if len(chats)==1: return out.append(None)
+        for chat in chats:
+            one = self.ask(how, [chat])
+            self.finish()
+            out += one
+            if one==[None]: return
+
+_renderer,_LINE = Renderer(),100_000 # characters put to the process in one line, where one conversation has fewer
 
 _GENERATION = re.compile(r'\{%-?\s*generation\b')
 
@@ -1758,22 +1772,38 @@ def _in_lines(chats): # lists of pairs
         line.append((messages, ask))
     if line: yield line
 
-def render_chats(
+def _ahead(how, lines): # lists of what the process says, one line ahead of who reads them
+    out = None
+    try:
+        for line in lines:
+            done,out = out,_renderer.ask(how, line)
+            if done: yield done
+        _renderer.finish()
+        if out: yield out
+    except BaseException:
+        if _renderer.asked: _renderer.stop() # nobody waits for the line that it is at
+        raise
+
+def render_lots(
     tok, # Tokenizer
     chats:list, # Pairs of a conversation, and whether an answer is asked for at its end; None for both texts
     names:list, # How an error names each conversation
     template:str=None, # Chat template; the tokenizer's where None
-)->list: # Texts; for None the whole text, the prompt before the last answer, and `(begin, end)` of `{% generation %}` marks
-    "What a chat template writes of conversations, within limits."
-    template,out = template or tok.chat_template,[]
+): # Yields lists of texts; for None the whole, the prompt before the last answer, `(begin, end)` of `{% generation %}` marks
+    "What a chat template writes of conversations, within limits, some hundreds at a time."
+    template,names = template or tok.chat_template,iter(names)
     how = [template, tok.special_tokens_map, bool(_GENERATION.search(template))]
-    for line in _in_lines(chats):
-        for said in _renderer.render(how, line):
-            if isinstance(said, list): out.append(said[0][0] if len(said[0])==1 else (*said[0], said[1])); continue
-            why,fix = f"refuses it ({excerpt(said or '', 100)})","correct it, or choose another model"
-            if said is None: why = f"takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB for it"
-            raise UserError(names[len(out)], f"the chat template {why}", fix)
-    return out
+    def text(said):
+        name = next(names)
+        if isinstance(said, list): return said[0][0] if len(said[0])==1 else (*said[0], said[1])
+        why,fix = f"refuses it ({excerpt(said or '', 100)})","correct it, or choose another model"
+        if said is None: why = f"takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB for it"
+        raise UserError(name, f"the chat template {why}", fix)
+    for lot in _ahead(how, _in_lines(chats)): yield list(map(text, lot))
+
+def render_chats(*args)->list: # Texts
+    "All that `render_lots` yields, in one list."
+    return [*chain.from_iterable(render_lots(*args))]
 
 _PRIVATE = re.compile('[\U000F0000-\U0010FFFF]') # planes 15 and 16
 
@@ -1856,6 +1886,26 @@ def _cuts(tok):
     if any(t.single_word or t.lstrip for t in added): added = [] # these look at the text before them
     return re.compile(_any_of([t.content for t in added]))
 
+_GPT = [rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{n}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for n in (r'\p{N}', r'\p{N}{1,3}')] # patterns of Qwen 2 and Llama 3
+
+_WORDS = re.compile(' (?<=[A-Za-z] )(?=[A-Za-z])')
+
+def words_apart(
+    rust, # A tokenizer of the `tokenizers` library
+)->bool: # Is every text cut before a space between two letters, and each part read as if it were alone?
+    "Does a tokenizer read word for word? Known are byte-level ones that cut by the pattern of GPT-2, Qwen 2 or Llama 3."
+    if type(rust.model).__name__!='BPE' or not rust.pre_tokenizer: return False
+    if rust.normalizer and type(rust.normalizer).__name__!='NFC': return False
+    step = json.loads(rust.pre_tokenizer.__getstate__())
+    steps,cuts = step.get('pretokenizers', [step]),False
+    for s in steps:
+        known = s['type']=='Split' and s['pattern'].get('Regex') in _GPT and s['behavior']=='Isolated' and not s['invert']
+        bytes_ = s['type']=='ByteLevel' and not s['add_prefix_space']
+        if not (known or bytes_ or s['type']=='Digits'): return False
+        cuts = cuts or known or bytes_ and s['use_regex']
+    return cuts
+
 class OwnFormat:
     "How a tokenizer's own chat template writes conversations."
     def __init__(self,
@@ -1865,7 +1915,10 @@ class OwnFormat:
         self.names = {t:chr(0xF0000+i) for i,t in enumerate(self.control)} # private ones
         self.pattern,self.ids = re.compile(_any_of(self.control)),set(self.control.values())
         self.end = re.compile(rf'(?:\s|{self.pattern.pattern})*?(?P<end>{re.escape(self.eos)})')
-        self.cuts,self.shapes = _cuts(tok),{} # how the template writes each sequence of roles
+        self.cuts,self.marked = _cuts(tok),bool(_GENERATION.search(tok.chat_template))
+        self.shapes,self.slots,self.words,self.held = {},{},{},0 # see `shape` and `learn`
+        added = tok.added_tokens_decoder.values() # some take white space, or are looked for within pieces
+        self.apart = words_apart(tok.backend_tokenizer) and not any(t.rstrip or t.normalized for t in added)
 
 def _begins(
     before:str, # What the template writes before an answer
@@ -1900,10 +1953,14 @@ def answers(self:OwnFormat,
             raise UserError("a conversation",
                 f"turn {turns[j]}: the chat template goes on with {excerpt(texts[j+1], 40)!r}, not with {self.eos!r}",
                 "choose another model")
-        found.append((j, _begins(texts[j], asked, turns[j], j==at[-1]), end.start('end')))
+        begin = _begins(texts[j], asked, turns[j], j==at[-1])
+        if begin is not None and self.eos in texts[j][begin:]:
+            raise UserError("a conversation", f"turn {turns[j]}: the chat template begins the answer with {self.eos!r}, "
+                "which ends answers", "choose another model")
+        found.append((j, begin, end.start('end')))
     return found
 
-class Shape(namedtuple('Shape', 'written turns answers')):
+class Shape(namedtuple('Shape', 'written turns answers forms', defaults=[None])):
     "What a template writes around the texts of a conversation, which turn each text is, and the places of answers."
     def fill(self,
         contents:list, # Texts in the order in which they are written
@@ -1937,7 +1994,7 @@ def shape(self:OwnFormat,
     "How the template writes conversations with these roles; it is learnt once."
     roles = tuple(m['role'] for m in messages)
     if roles not in self.shapes:
-        try: self.shapes[roles],_ = self.find_shape([dict(role=r, content='x') for r in roles])
+        try: self.shapes[roles] = self.find_shape([dict(role=r, content='x') for r in roles])[0]._replace(forms={})
         except UserError: self.shapes[roles] = None
     return self.shapes[roles]
 
@@ -1955,21 +2012,6 @@ def private(self:OwnFormat): # Tokenizer of the `tokenizers` library
     with reading(f"tokenizer {self.tok.name_or_path!r}: a text names one of its control tokens, which"):
         self.copy = Tokenizer.from_str(json.dumps(d | dict(post_processor=None, truncation=None, padding=None)))
     return self.copy
-
-@patch
-def place(self:OwnFormat,
-    messages:list, # Checked conversation
-    bare:str, # What the template writes of it
-    asked:str, # What it writes to ask for the last answer
-)->tuple: # Shape, the texts that fill it, and where they begin
-    "Find the shape that writes a conversation as its template does."
-    if shape := self.shape(messages):
-        kept = [messages[t]['content'] for t in shape.turns]
-        for contents in (kept, [t.strip() for t in kept]): # many templates trim
-            text,begins = shape.fill(contents)
-            if text==bare and text[:shape.spans(contents, begins)[-1][0]]==asked: return shape,contents,begins
-    shape,contents = self.find_shape(messages)
-    return shape,contents,shape.fill(contents)[1]
 
 @patch
 def check_marks(self:OwnFormat,
@@ -1992,16 +2034,36 @@ def check_marks(self:OwnFormat,
             "or cover more", "choose another model")
 
 @patch
-def layout(self:OwnFormat,
+def place(self:OwnFormat,
     messages:list, # Checked conversation
     bare:str, # What the template writes of it
     asked:str, # What it writes to ask for the last answer
     marks:list, # `(begin, end)` of its `{% generation %}` marks
+)->tuple: # Shape, the texts that fill it, and where they begin
+    "Find the shape that writes a conversation as its template does."
+    def equal(shape, contents):
+        text,begins = shape.fill(contents)
+        if text==bare and text[:shape.spans(contents, begins)[-1][0]]==asked: return shape,contents,begins
+    found,shape = None,self.shape(messages)
+    if shape:
+        kept = [messages[t]['content'] for t in shape.turns]
+        found = equal(shape, kept) or equal(shape, [t.strip() for t in kept]) # many templates trim
+    if not found:
+        shape,contents = self.find_shape(messages)
+        found = shape,contents,shape.fill(contents)[1]
+    if marks or self.marked: self.check_marks(messages, bare, marks, *found)
+    return found
+
+@patch
+def layout(self:OwnFormat,
+    messages:list, # Checked conversation
+    bare:str, # What the template writes of it
+    shape:Shape, # How it is written
+    contents:list, # The texts in it
+    begins:list, # Where they begin
 )->tuple: # Text; is it for the private tokenizer; number of control tokens; `(begin, end token's place)` of each answer that is learnt
     "Say where in a written conversation the answers are."
     _refuse_private(messages)
-    shape,contents,begins = self.place(messages, bare, asked)
-    if marks or _GENERATION.search(self.tok.chat_template): self.check_marks(messages, bare, marks, shape, contents, begins)
     shape = shape._replace(answers=[a for a in shape.answers if is_learnt(messages[shape.turns[a[0]]])])
     controls = sum(len(self.pattern.findall(t)) for t in shape.written)
     if not any(map(self.pattern.search, contents)): return bare,False,controls,shape.spans(contents, begins)
@@ -2012,24 +2074,18 @@ def layout(self:OwnFormat,
     text,begins = shape.fill(contents)
     return text,True,controls,shape.spans(contents, begins)
 
-Piece = namedtuple('Piece', 'encoding ids controls') # a text that was read: also its ids, and how many are control tokens
-
 @patch
 def read(self:OwnFormat,
-    rust, # Tokenizer of the `tokenizers` library
-    texts:list, # Conversations as they are written
-    cut:bool=True, # Read the pieces between control tokens, equal ones once
-)->list: # For each: where its pieces begin, and the pieces
+    texts:list, # Texts as they are written
+    spoofed:bool=False, # With the private tokenizer
+)->list: # Encodings of the `tokenizers` library
     "Tokenise texts in one batch."
-    starts = [sorted({0, *(m.start() for m in self.cuts.finditer(t))}) if cut else [0] for t in texts]
-    cuts = [[t[a:b] for a,b in zip(s, [*s[1:], None])] for t,s in zip(texts, starts)]
-    distinct = list(dict.fromkeys(chain.from_iterable(cuts)))
-    with reading(f"tokenizer {self.tok.name_or_path!r}: a text"):
-        encoded = rust.encode_batch(distinct, add_special_tokens=False)
-    known = {t:Piece(e, e.ids, sum(map(self.ids.__contains__, e.ids))) for t,e in zip(distinct, encoded)}
-    return [(s, [known[t] for t in c]) for s,c in zip(starts, cuts)]
+    rust = self.private() if spoofed else self.tok.backend_tokenizer
+    with reading(f"tokenizer {self.tok.name_or_path!r}: a text"): return rust.encode_batch(texts, add_special_tokens=False)
 
 JOINED_START = "the tokenizer joins the beginning of an answer with what the chat template writes before it"
+
+_JOINED = "its texts and the chat template join into a control token"
 
 @patch
 def first_token(self:OwnFormat,
@@ -2047,25 +2103,157 @@ def first_token(self:OwnFormat,
 
 @patch
 def label(self:OwnFormat,
-    starts:list, # Where the pieces of a conversation begin
-    pieces:list, # From `read`
+    e, # Encoding of a conversation
     controls:int, # How many control tokens the template wrote
     spans:list, # `(begin, place of the end token)` of each answer
 )->tuple: # `input_ids` and mask
     "Mark the answers among the tokens, and check that all control tokens are the template's."
-    if sum(p.controls for p in pieces)!=controls:
-        raise UserError("a conversation", "its texts and the chat template join into a control token", "change the texts")
-    ids,before = [*chain.from_iterable(p.ids for p in pieces)],[*accumulate((len(p.ids) for p in pieces), initial=0)]
+    ids = e.ids
+    if sum(map(self.ids.__contains__, ids))!=controls: raise UserError("a conversation", _JOINED, "change the texts")
     mask = [0]*len(ids)
     for begin,end in spans:
-        i,k = bisect(starts, begin)-1,bisect(starts, end)-1
-        first = before[i] + self.first_token(pieces[i].encoding, begin-starts[i], (starts[i+1:i+2] or [end])[0]-starts[i])
-        last = pieces[k].encoding.char_to_token(end-starts[k])
-        if last is None or pieces[k].ids[last]!=self.control[self.eos]:
+        first,last = self.first_token(e, begin, end),e.char_to_token(end)
+        if last is None or ids[last]!=self.control[self.eos]:
             raise UserError("a conversation", f"an answer doesn't end in {self.eos!r}", "choose another model")
-        last += before[k]
-        mask[first:last+1] = [1]*(last+1-first)
+        mask[first:last+1] = [1]*(last+1-min(first,last))
     return ids,mask
+
+class Slot:
+    "The place of a text between two control tokens."
+    def __init__(self,
+        before:str, # What the template writes from the last control token to the text
+        after:str, # From the text to the next control token
+        token:str, # That token; '' at the end
+        begin:int, # Where an answer begins in `before`; -1: with its text; None: the text is none
+    ):
+        self.before,self.after,self.token,self.begin = before,after,token,begin
+        self.known = {} # {text: its ids with those around it, and where the answer begins among them; None where it has none}
+
+@patch
+def cut_words(self:OwnFormat,
+    text:str,
+)->list: # Texts that the tokenizer reads one by one
+    "Cut a text before its words, where its tokenizer always does."
+    if not self.apart: return [text]
+    first,*rest = _WORDS.split(text)
+    return [first, *(' '+w for w in rest)]
+
+@patch
+def first_in(self:OwnFormat,
+    words:list, # From `cut_words`
+    begin:int, # Where an answer begins in their text
+)->int: # Index of its first token
+    "Find the token that an answer begins with."
+    at = before = 0
+    for w in words:
+        ids,e = self.words[w]
+        if begin<at+len(w): return before+self.first_token(e, begin-at, len(w))
+        at,before = at+len(w),before+len(ids)
+    return before
+
+@patch
+def ids_in(self:OwnFormat,
+    slot:Slot,
+    text:str, # In it
+    words:list, # Of the slot with the text; each is in `words` of the format
+)->tuple: # Ids, and how many come before an answer; None where the text must be read with its conversation
+    "Tokens of a slot with its text."
+    before = slot.before
+    whole = before+text+slot.after
+    here = [m.start() for m in self.cuts.finditer(whole+slot.token)]
+    if here!=[m.start() for m in self.cuts.finditer(before)]+[len(whole)]*bool(slot.token): return None
+    ids = [*chain.from_iterable(self.words[w][0] for w in words)]
+    controls = len(self.pattern.findall(before+slot.after))
+    if self.pattern.search(text) or sum(map(self.ids.__contains__, ids))!=controls: return None
+    if slot.begin is None: return ids,len(ids)
+    begin = len(before)+len(text)-len(text.lstrip()) if slot.begin<0 else slot.begin
+    try: return ids,self.first_in(words, begin)
+    except UserError: return None # it is said of the conversation
+
+MOST_HELD = 2_000_000 # tokens of texts that are kept, for when they come back
+
+@patch
+def forget(self:OwnFormat):
+    "Forget all texts where there are too many of them."
+    if self.held<=MOST_HELD: return
+    self.held = 0
+    self.words.clear()
+    for slot in self.slots.values(): slot.known.clear()
+
+@patch
+def learn(self:OwnFormat,
+    new:list, # Pairs of a slot and a text that is new in it
+):
+    "Read texts in one batch, equal words of them once."
+    cut = [self.cut_words(slot.before+c+slot.after) for slot,c in new]
+    fresh = [w for w in dict.fromkeys(chain.from_iterable(cut)) if w not in self.words]
+    for w,e in zip(fresh, self.read(fresh)):
+        self.words[w] = e.ids,e
+        self.held += len(e.ids)
+    for (slot,c),words in zip(new, cut):
+        slot.known[c] = found = self.ids_in(slot, c, words)
+        if found: self.held += len(found[0])
+
+def _edges(
+    shape:Shape,
+    cuts, # Pattern of the control tokens at which a tokenizer cuts
+)->list: # For each text of the template, where its first and its last control token begin; None where texts meet between two
+    at = [[m.start() for m in cuts.finditer(t)] for t in shape.written]
+    if not all(at[1:-1]): return None
+    first,last = at[0] or [0],at[-1] or [len(shape.written[-1])]
+    return [(0, first[-1]), *((a[0], a[-1]) for a in at[1:-1]), (last[0], len(shape.written[-1]))]
+
+@patch
+def make_form(self:OwnFormat,
+    shape:Shape, # With the answers that are learnt
+)->list: # `(ids, mask, slot)`: tokens of the template, and the slot after them; None where texts can't be read one by one
+    "Tokenise what a template writes around texts."
+    if not (edges := _edges(shape, self.cuts)): return None
+    fixed = [t[a:b] for t,(a,b) in zip(shape.written, edges)]
+    read = self.read(fixed)
+    masks,begins = [[0]*len(e.ids) for e in read],[None]*len(shape.turns)
+    for j,at,end in shape.answers:
+        (low,high),(next_low,_) = edges[j],edges[j+1]
+        begins[j] = -1 if at is None else max(at-high, 0)
+        if at is not None and at<high: # what the answer begins with is the template's
+            first = self.first_token(read[j], at-low, high-low)
+            masks[j][first:] = [1]*(len(masks[j])-first)
+        last = read[j+1].char_to_token(end-next_low) if end>=next_low else None
+        if last is None or read[j+1].ids[last]!=self.control[self.eos]: return None
+        masks[j+1][:last+1] = [1]*(last+1)
+    slots = []
+    for j,begin in enumerate(begins):
+        token = self.cuts.match(shape.written[j+1], edges[j+1][0])
+        key = shape.written[j][edges[j][1]:],shape.written[j+1][:edges[j+1][0]],token[0] if token else '',begin
+        slots.append(self.slots.setdefault(key, Slot(*key)))
+    return [*zip((e.ids for e in read), masks, [*slots, None])]
+
+@patch
+def form(self:OwnFormat,
+    messages:list, # Checked conversation
+    shape:Shape, # How it is written
+)->list: # See `make_form`; None for a shape that only this conversation has
+    "The tokens around the texts of a conversation; they are read once for each sequence of roles."
+    if shape.forms is None: return None
+    learnt = tuple(map(is_learnt, messages))
+    if learnt not in shape.forms:
+        shape.forms[learnt] = self.make_form(shape._replace(answers=[a for a in shape.answers if learnt[shape.turns[a[0]]]]))
+    return shape.forms[learnt]
+
+def fill_form(
+    form:list, # From `OwnFormat.form`
+    contents:list, # Texts that `learn` has read
+)->tuple: # `input_ids` and mask; None where a text must be read with its conversation
+    "Put the ids of texts between those of a template."
+    if not form: return None
+    ids,mask = [],[]
+    for (fixed,labels,slot),c in zip(form, [*contents, None]):
+        ids += fixed; mask += labels
+        if not slot: return ids,mask
+        if not (found := slot.known[c]): return None
+        new,first = found
+        ids += new
+        mask += [0]*first+[1]*(len(new)-first)
 
 @lru_cache(8)
 def _own_format(tok, template, special): return OwnFormat(tok) # made again where one of them has changed
@@ -2076,23 +2264,39 @@ def own_format(
     "How a tokenizer's template writes conversations, as far as it is known by now."
     return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
 
+@patch
+def encode(self:OwnFormat,
+    chats:list, # Checked conversations
+    written:list, # What the template writes of them, from `render_lots`
+    names:list, # How an error names each
+)->list: # Pairs of `input_ids` and mask
+    "Encode conversations that were rendered."
+    def of(i, f, *args):
+        try: return f(*args)
+        except UserError as e: raise UserError(names[i], e.value, e.remedy) from None
+    placed = [of(i, self.place, c, *w) for i,(c,w) in enumerate(zip(chats, written))]
+    formed = [(of(i, self.form, c, p[0]), p[1]) for i,(c,p) in enumerate(zip(chats, placed))]
+    self.forget()
+    new = dict.fromkeys((slot,c) for form,texts in formed if form for (_,_,slot),c in zip(form, texts) if c not in slot.known)
+    self.learn(list(new))
+    out = [fill_form(*f) for f in formed]
+    laid = {i: of(i, self.layout, chats[i], written[i][0], *placed[i]) for i,o in enumerate(out) if not o}
+    for spoofed in (False, True):
+        idx = [i for i,l in laid.items() if l[1]==spoofed]
+        for i,e in zip(idx, self.read([laid[i][0] for i in idx], spoofed) if idx else []):
+            out[i] = of(i, self.label, e, *laid[i][2:])
+    return out
+
 def encode_own(
     tok, # Tokenizer from `load_tokenizer`
     chats:list, # Checked conversations
     names:list, # How an error names each
 )->list: # Pairs of `input_ids` and mask (1 where the loss looks), lists of int of equal length
     "Encode conversations as the tokenizer's own chat template writes them."
-    own,out = own_format(tok),[None]*len(chats)
-    def of(i, f, *args):
-        try: return f(*args)
-        except UserError as e: raise UserError(names[i], e.value, e.remedy) from None
-    written = render_chats(tok, [(c,None) for c in chats], names)
-    laid = [of(i, own.layout, c, *w) for i,(c,w) in enumerate(zip(chats, written))]
-    for spoofed in (False, True):
-        idx = [i for i,l in enumerate(laid) if l[1]==spoofed]
-        if not idx: continue
-        read = own.read(own.private() if spoofed else tok.backend_tokenizer, [laid[i][0] for i in idx], not spoofed)
-        for i,r in zip(idx, read): out[i] = of(i, own.label, *r, *laid[i][2:])
+    own,out = own_format(tok),[]
+    for written in render_lots(tok, [(c,None) for c in chats], names):
+        part = slice(len(out), len(out)+len(written))
+        out += own.encode(chats[part], written, names[part])
     return out
 
 _DAY = '2026-01-01' # what templates are told that it is
@@ -2109,15 +2313,27 @@ def settle_template(
         raise UserError("a chat template", "it asks for the date in a way that can't be pinned", "choose another model")
     return new,[f"the date in its chat template is {_DAY}"] if new!=template else []
 
+def put_before(
+    template:str, # Chat template
+    statement:str, # Jinja; nothing is written of it
+)->str: # A template that writes the same, unless the statement changes it
+    "Have a chat template begin with a statement."
+    rest = template.lstrip()
+    space = template[:len(template)-len(rest)]
+    if re.match(r'\{[%{#]-', rest): space = '' # Jinja takes it away
+    elif re.match(r'\{[%#][^+]', rest): space = space.rstrip(' \t') # as transformers sets it (lstrip_blocks)
+    return statement + (f"{{{{ {json.dumps(space)} }}}}" if space else '') + rest
+
 def skip_thoughts(
     tok, # Tokenizer, changed
 )->list: # What was settled, as sentences
-    "Have a thinking model's template ask for answers without a thought, where that is all it changes."
+    "Have a thinking model's template ask for answers without a thought, where it writes them so and all else stays."
     template = tok.chat_template
     if 'enable_thinking' not in template: return []
     before = _write(tok, PROBE)
-    tok.chat_template = '{%- set enable_thinking = false -%}'+template
-    if _write(tok, PROBE)==before: return ["answers are asked for without a thought (enable_thinking=false)"]
+    tok.chat_template = put_before(template, '{%- set enable_thinking = false -%}')
+    asked = _write(tok, PROBE[:-1], ask=True)
+    if _write(tok, PROBE)==before and before.startswith(asked): return ["answers are asked for without a thought (enable_thinking=false)"]
     tok.chat_template = template
     return []
 
@@ -2549,39 +2765,83 @@ def _end_answers(
     old = tok.eos_token
     if end==old: return
     if old and 'eos_token' in tok.chat_template:
-        tok.chat_template = f"{{%- set eos_token = {json.dumps(old, ensure_ascii=False)} -%}}{tok.chat_template}"
+        set_old = f"{{%- set eos_token = {json.dumps(old, ensure_ascii=False)} -%}}"
+        tok.chat_template = put_before(tok.chat_template, set_old)
     tok.eos_token = end
 
-def _say_opening(
+def _opening(
     tok, # Tokenizer with a chat template of its own
-): # Say what its template writes that nobody wrote
-    text = tok.apply_chat_template(PROBE, tokenize=False).partition(PROBE[0]['content'])[0]
+)->str: # What its template writes that nobody wrote, before a conversation without a system turn
+    text = render_chats(tok, [(PROBE,False)], ["a conversation"])[0].partition(PROBE[0]['content'])[0]
     for t in tok.added_tokens_decoder.values(): text = text.replace(t.content, ' ')
-    if len(text.split())>2: log.info(f"its chat template opens conversations without a system turn with {excerpt(' '.join(text.split()), 80)!r}")
+    words = text.split()
+    return ' '.join(words) if len(words)>2 else '' # more than the names of roles
+
+NO_SYSTEM = 'none' # instead of a template's default system turn
+
+_LEAVE_OUT = "give another --system_prompt, or leave it out"
+
+def _system_statement(text): # Jinja
+    turn = f"{{'role': 'system', 'content': {json.dumps(text, ensure_ascii=False)}}}"
+    return f"{{%- if messages[0]['role']!='system' -%}}{{%- set messages = [{turn}] + messages -%}}{{%- endif -%}}"
+
+def _set_system_turn(
+    tok, # Tokenizer with a chat template of its own, changed
+    system_prompt:str, # See `load_tokenizer`
+    what:str, # How an error names it
+)->list: # What was settled, as sentences
+    none = system_prompt==NO_SYSTEM
+    if not system_prompt: return []
+    try:
+        old = _opening(tok)
+        if none and not old: return []
+        tok.chat_template = put_before(tok.chat_template, _system_statement('' if none else system_prompt))
+        said = _opening(tok)
+    except UserError as e: raise UserError(what, e.value, _LEAVE_OUT) from None
+    if none and said: raise UserError(what, f"it opens every conversation with {excerpt(said, 80)!r}", _LEAVE_OUT)
+    if not none and ' '.join(system_prompt.split()) not in said:
+        raise UserError(what, "its chat template leaves system turns out", "leave out --system_prompt")
+    return [f"conversations without a system turn get {'none' if none else repr(excerpt(system_prompt, 80))}"
+        + f" in the place of its chat template's {excerpt(old, 80)!r}"*bool(old)]
+
+def _set_mistral_system(
+    tok, # Tokenizer with one of Mistral's templates, changed; none of them writes a default
+    system_prompt:str, # See `load_tokenizer`
+):
+    text = system_prompt or tok.init_kwargs.pop('system_prompt', '')
+    if text in ('', NO_SYSTEM): return
+    tok.init_kwargs['system_prompt'] = text # saved with the tokenizer; see `encode_chats`
+    tok.chat_template = put_before(tok.chat_template, _system_statement(text))
+    log.info(f"conversations without a system turn get {excerpt(text, 80)!r}")
 
 def _set_own_format(
     tok, # Tokenizer with a chat template of its own, changed
     folder:Path, # Of its files
     what:str, # How an error names it
+    system_prompt:str='', # See `load_tokenizer`
 ):
+    settled = _set_system_turn(tok, system_prompt, what)
     try:
-        tok.chat_template,settled = settle_template(tok.chat_template)
-        settled += skip_thoughts(tok)
+        tok.chat_template,pinned = settle_template(tok.chat_template)
+        settled += pinned + skip_thoughts(tok)
         _end_answers(tok, answer_end(tok, _declared_stops(tok, folder)))
         ids,_ = encode_own(tok, [PROBE], [what])[0]
     except UserError as e: raise UserError(what, e.value, "choose another model") from None
     _set_pad(tok, tok.convert_ids_to_tokens(ids))
     for s in settled: log.info(s)
-    _say_opening(tok)
+    if not system_prompt and (said := _opening(tok)):
+        log.info(f"its chat template opens conversations without a system turn with {excerpt(said, 80)!r}")
 
 def _set_mistral_format(
     tok, # Tokenizer, changed
     name:str, # Key of `FORMATS`
     settings:str, # v15's model settings, as JSON
     what:str, # How an error names it
+    system_prompt:str='', # See `load_tokenizer`
 ):
     tok.chat_template = CHAT_TEMPLATES[name]
     if name=='mistral-v15': _set_model_settings(tok, settings, what)
+    _set_mistral_system(tok, system_prompt)
     if getattr(tok.backend_tokenizer.model, 'byte_fallback', False): _as_sentencepiece(tok.backend_tokenizer)
     tok.bos_token,tok.eos_token = FORMATS[name][1][:2]
     _set_pad(tok, FORMATS[name][1])
@@ -2590,6 +2850,7 @@ def load_tokenizer(
     path:str, # Hub id or local folder
     revision:str=None, # Commit of the Hub repo
     chat_template:str='', # Name of its chat template, where it has several
+    system_prompt:str='', # System turn of conversations without one; '' keeps what the template writes, `none` takes it away
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
@@ -2598,8 +2859,8 @@ def load_tokenizer(
     tok.name_or_path,tok.chat_template = str(path),_one_template(tok, what, chat_template)
     settings = settings or tok.init_kwargs.pop('model_settings', None)
     name = tok.init_kwargs['chat_format'] = chat_format(tok, version or named, settings) # saved with the tokenizer
-    if name==OWN: _set_own_format(tok, folder, what)
-    else: _set_mistral_format(tok, name, settings, what)
+    if name==OWN: _set_own_format(tok, folder, what, system_prompt)
+    else: _set_mistral_format(tok, name, settings, what, system_prompt)
     _check_folder(tok, folder)
     return tok
 
@@ -2642,6 +2903,8 @@ def encode_chats(
     name = chat_format(tok)
     if name==OWN: return encode_own(tok, chats, names or [f'conversation {i}' for i in range(len(chats))])
     parts_of,control = FORMATS[name]
+    if system := tok.init_kwargs.get('system_prompt'): # for conversations without a system turn
+        chats = [c if c[0]['role']=='system' else [dict(role='system', content=system), *c] for c in chats]
     args = [tok.convert_tokens_to_ids(list(control)), *filter(None, [tok.init_kwargs.get('model_settings')])]
     chats = [list(parts_of(c, *args)) for c in chats]
     texts = {p for c in chats for p,_ in c if isinstance(p, str)} # each once: headers and system turns come back
@@ -2710,14 +2973,17 @@ def _encode_batch(
     named:dict, # {how an error names the row: its checked conversation}
     max_length:int, # Tokens a conversation may have
 )->dict: # Columns `input_ids`, `labels`, `lost` and `trimmed`, without the rows that can't be made to fit
-    chats,trimmed = trim_joined(tok, list(named.values()))
+    said = list(named.values())
+    chats,trimmed = trim_joined(tok, said)
     encoded = encode_fitting(tok, chats, max_length, list(named))
+    def shorter(c, n): return drop_exchanges(c, n) if n else c
+    def lost_space(a, b, n): return shorter(a, n)!=shorter(b, n) # in an exchange that is kept
     rows = [r for r in encoded if r]
     return dict(
         input_ids=[ids for ids,_,_ in rows],
         labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows],
         lost=[n for _,_,n in rows],
-        trimmed=[t for t,r in zip(trimmed, encoded) if r])
+        trimmed=[t and lost_space(a, b, r[2]) for t,a,b,r in zip(trimmed, said, chats, encoded) if r])
 
 def _count_tokens(
     ds, # Dataset with `labels`
@@ -2779,9 +3045,9 @@ def encode_dataset(
     dropped = len(ds)-only-len(out)
     if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
     if not held_out: _check_kept(len(ds)-only, len(out), max_length, max_dropped, name)
-    kept = dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped)
+    kept = dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost'][:]), dropped=dropped)
     if only: kept['weight_0'] = only
-    if trimmed := sum(out['trimmed']):
+    if trimmed := sum(out['trimmed'][:]):
         kept['trimmed'] = trimmed
         log.warning(f"{name}: {trimmed} of {len(out)} conversations lost white space before answers, "
             "which the tokenizer joins with the template's")

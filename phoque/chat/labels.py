@@ -11,12 +11,12 @@ from fastcore.basics import chunked
 from fastcore.script import Param
 from ..core.basics import UserError, excerpt, log, printable, reading, shell_command, text_table
 from .messages import is_learnt, messages_fault
-from .rendering import JOINED_START, PROBE, encode_own
+from .rendering import JOINED_START, PROBE, control_tokens, encode_own
 from .templates import FORMATS, OWN, chat_format, load_tokenizer
 
 # %% auto #0
 __all__ = ['check_messages', 'encode_chats', 'trim_joined', 'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset',
-           'control_ids', 'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'check_labels', 'labels_cli']
+           'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'check_labels', 'labels_cli']
 
 # %% ../../nbs/chat/labels.ipynb #d3730bd4
 def check_messages(
@@ -56,6 +56,8 @@ def encode_chats(
     name = chat_format(tok)
     if name==OWN: return encode_own(tok, chats, names or [f'conversation {i}' for i in range(len(chats))])
     parts_of,control = FORMATS[name]
+    if system := tok.init_kwargs.get('system_prompt'): # for conversations without a system turn
+        chats = [c if c[0]['role']=='system' else [dict(role='system', content=system), *c] for c in chats]
     args = [tok.convert_tokens_to_ids(list(control)), *filter(None, [tok.init_kwargs.get('model_settings')])]
     chats = [list(parts_of(c, *args)) for c in chats]
     texts = {p for c in chats for p,_ in c if isinstance(p, str)} # each once: headers and system turns come back
@@ -129,14 +131,17 @@ def _encode_batch(
     named:dict, # {how an error names the row: its checked conversation}
     max_length:int, # Tokens a conversation may have
 )->dict: # Columns `input_ids`, `labels`, `lost` and `trimmed`, without the rows that can't be made to fit
-    chats,trimmed = trim_joined(tok, list(named.values()))
+    said = list(named.values())
+    chats,trimmed = trim_joined(tok, said)
     encoded = encode_fitting(tok, chats, max_length, list(named))
+    def shorter(c, n): return drop_exchanges(c, n) if n else c
+    def lost_space(a, b, n): return shorter(a, n)!=shorter(b, n) # in an exchange that is kept
     rows = [r for r in encoded if r]
     return dict(
         input_ids=[ids for ids,_,_ in rows],
         labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows],
         lost=[n for _,_,n in rows],
-        trimmed=[t for t,r in zip(trimmed, encoded) if r])
+        trimmed=[t and lost_space(a, b, r[2]) for t,a,b,r in zip(trimmed, said, chats, encoded) if r])
 
 # %% ../../nbs/chat/labels.ipynb #5f0dc289
 def _count_tokens(
@@ -201,21 +206,13 @@ def encode_dataset(
     dropped = len(ds)-only-len(out)
     if held_out and not len(out): return out,dict(conversations=len(ds), kept=0, dropped=dropped)
     if not held_out: _check_kept(len(ds)-only, len(out), max_length, max_dropped, name)
-    kept = dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost']), dropped=dropped)
+    kept = dict(conversations=len(ds), kept=len(out), shortened=sum(k>0 for k in out['lost'][:]), dropped=dropped)
     if only: kept['weight_0'] = only
-    if trimmed := sum(out['trimmed']):
+    if trimmed := sum(out['trimmed'][:]):
         kept['trimmed'] = trimmed
         log.warning(f"{name}: {trimmed} of {len(out)} conversations lost white space before answers, "
             "which the tokenizer joins with the template's")
     return out.remove_columns(['lost','trimmed']),kept | _count_tokens(out)
-
-
-# %% ../../nbs/chat/labels.ipynb #7df75e99
-def control_ids(
-    tok, # Tokenizer
-)->set: # Ids of all tokens that text can't become
-    "The control tokens of a tokenizer."
-    return {i for i,t in tok.added_tokens_decoder.items() if t.special}
 
 # %% ../../nbs/chat/labels.ipynb #fe20a757
 _SUPERVISED_COLOR,_CONTROL_COLOR = '#9be3a8','#e4e4e4' # green, grey
@@ -235,7 +232,7 @@ def show_labels(
     mask:list, # 1 where the loss looks
 )->str: # HTML that needs no style sheet
     "One conversation as coloured tokens."
-    special,sp = control_ids(tok),getattr(tok.backend_tokenizer.model, 'byte_fallback', False)
+    special,sp = set(control_tokens(tok).values()),getattr(tok.backend_tokenizer.model, 'byte_fallback', False)
     def span(i, m):
         text = tok.convert_ids_to_tokens(i).replace('▁',' ') if sp else tok.decode([i])
         shown = escape(text).replace('\n','⏎<br>')
@@ -265,7 +262,7 @@ def label_invariants(
     ids,mask = (np.concatenate([np.asarray(r[i], dtype=np.int64) for r in rows]) for i in (0,1))
     first = np.zeros(len(ids), bool); first[np.cumsum([0]+[len(r[0]) for r in rows[:-1]])] = True
     own = {i for i,m in zip(*encode_chats(tok, [PROBE])[0]) if m} # with the control tokens that belong to any answer
-    sup,eos,control = mask==1,ids==tok.eos_token_id,np.isin(ids, list(control_ids(tok)-own))
+    sup,eos,control = mask==1,ids==tok.eos_token_id,np.isin(ids, list(set(control_tokens(tok).values())-own))
     begins,ends = _answer_edges(sup, first)
     n = int(begins.sum())
     checks = [('conversations', len(rows), len(rows)),
@@ -337,12 +334,13 @@ def labels_cli(
     check:bool=False, # Only count: what must hold for labels, and what would be refused and why
     revision:str=None, # Commit of the Hub repo
     chat_template:str='', # Name of the model's chat template, where it has several
+    system_prompt:str='', # System turn of conversations without one; empty leaves the template's, `none` takes it away
 ):
     "Show what a model would read, and which of it the loss looks at."
     if file=='-' and not sys.stdin: raise UserError("standard input", "it is closed", "name a file")
     try: lines = open(file, 'rb') if file!='-' else nullcontext(sys.stdin.buffer)
     except OSError as e: raise UserError(printable(file), e.strerror, "check the path") from None
-    tok = load_tokenizer(model, revision, chat_template)
+    tok = load_tokenizer(model, revision, chat_template, system_prompt)
     with lines as f:
         if not check: return write_labels(tok, f, sys.stdout, html)
         table,refused = check_labels(tok, f)

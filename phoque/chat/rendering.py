@@ -5,7 +5,6 @@
 # %% ../../nbs/chat/rendering.ipynb #ce14aff9
 from __future__ import annotations
 import json, re, subprocess, sys, threading
-from bisect import bisect
 from collections import namedtuple
 from functools import lru_cache
 from itertools import accumulate, chain, takewhile
@@ -14,9 +13,10 @@ from .messages import is_learnt
 from ..core.basics import UserError, excerpt, reading
 
 # %% auto #0
-__all__ = ['RENDER_SECONDS', 'RENDER_MIB', 'LONGEST_PROMPT', 'PROBE', 'Piece', 'JOINED_START', 'Renderer', 'render_chats',
-           'mark_contents', 'split_rendered', 'answer_end', 'control_tokens', 'OwnFormat', 'Shape', 'own_format',
-           'encode_own', 'settle_template', 'skip_thoughts']
+__all__ = ['RENDER_SECONDS', 'RENDER_MIB', 'LONGEST_PROMPT', 'PROBE', 'JOINED_START', 'MOST_HELD', 'Renderer', 'render_lots',
+           'render_chats', 'mark_contents', 'split_rendered', 'answer_end', 'control_tokens', 'words_apart',
+           'OwnFormat', 'Shape', 'Slot', 'fill_form', 'own_format', 'encode_own', 'settle_template', 'put_before',
+           'skip_thoughts']
 
 # %% ../../nbs/chat/rendering.ipynb #aaf5315f
 RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # for each conversation: processor, memory, characters
@@ -35,6 +35,7 @@ def render(template, names, marks, messages, ask):
     return [text],places
 for line in sys.stdin:
     *how,chats = json.loads(line)
+    out = []
     for chat in chats:
         signal.setitimer(signal.ITIMER_PROF, seconds) # ends this process
         try:
@@ -43,16 +44,17 @@ for line in sys.stdin:
         except MemoryError: said = None
         except Exception as e: said = f'{type(e).__name__}: {e}'.removeprefix('TemplateError: ')
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(said), flush=True)"""
+        out.append(said)
+    print(json.dumps(out), flush=True)"""
 
 # %% ../../nbs/chat/rendering.ipynb #54951b0c
 class Renderer:
     "A process that renders chat templates, each conversation within limits."
-    def __init__(self): self.proc,self.lock = None,threading.Lock()
+    def __init__(self): self.proc,self.asked,self.lock = None,None,threading.RLock()
     def stop(self):
         "End the process; the next conversation starts another."
         if self.proc: self.proc.kill(); self.proc.communicate()
-        self.proc = None
+        self.proc = self.asked = None
 
     def start(self):
         "Start the process, where none runs."
@@ -61,30 +63,41 @@ class Renderer:
         self.proc = subprocess.Popen([sys.executable,'-I','-c',_render,*limits], text=True, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
-# %% ../../nbs/chat/rendering.ipynb #10ab2f1f
+# %% ../../nbs/chat/rendering.ipynb #7c55c32a
 @patch
-def render(self:Renderer,
+def ask(self:Renderer,
     how:list, # Template, special tokens that it may write, and whether its `{% generation %}` marks are wanted
     chats:list, # Pairs of a conversation, and whether an answer is asked for at its end (None: see `render_chats`)
-)->list: # For each its texts and marks, or why it is refused, or None for one that goes over the limits
-    "Put conversations to the process; the first that ends it is the last of the list."
+)->list: # Filled by `finish`: for each its texts and marks, or why it is refused, or None over the limits
+    "Put conversations to the process, which works at them from now on."
     with self.lock:
+        self.finish()
         self.start()
-        out,p = [],self.proc
-        try:
-            try: print(json.dumps([*how, chats]), file=p.stdin, flush=True)
-            except BrokenPipeError: pass
-            while len(out)<len(chats) and (line := p.stdout.readline()): out.append(json.loads(line))
-        except BaseException: # lines are left that belong to nobody
-            self.stop()
-            raise
-        if len(out)<len(chats):
-            self.stop()
-            out.append(None)
-        return out
+        try: print(json.dumps([*how, chats]), file=self.proc.stdin, flush=True)
+        except BrokenPipeError: pass
+        except BaseException: self.stop(); raise # half a line
+        self.asked = how,chats,[]
+        return self.asked[-1]
+
+@patch
+def finish(self:Renderer):
+    "Wait for what was asked last; the first conversation that ends the process is the last of its list."
+    with self.lock:
+        if not self.asked: return
+        (how,chats,out),self.asked = self.asked,None
+        try: line = self.proc.stdout.readline()
+        except BaseException: self.stop(); raise # a line is left that belongs to nobody
+        if line: return out.extend(json.loads(line))
+        self.stop()
+        if len(chats)==1: return out.append(None)
+        for chat in chats:
+            one = self.ask(how, [chat])
+            self.finish()
+            out += one
+            if one==[None]: return
 
 # %% ../../nbs/chat/rendering.ipynb #766636f2
-_renderer,_LINE = Renderer(),1_000_000 # characters put to the process in one line, where one conversation has fewer
+_renderer,_LINE = Renderer(),100_000 # characters put to the process in one line, where one conversation has fewer
 _GENERATION = re.compile(r'\{%-?\s*generation\b')
 
 def _in_lines(chats): # lists of pairs
@@ -95,22 +108,39 @@ def _in_lines(chats): # lists of pairs
         line.append((messages, ask))
     if line: yield line
 
-def render_chats(
+def _ahead(how, lines): # lists of what the process says, one line ahead of who reads them
+    out = None
+    try:
+        for line in lines:
+            done,out = out,_renderer.ask(how, line)
+            if done: yield done
+        _renderer.finish()
+        if out: yield out
+    except BaseException:
+        if _renderer.asked: _renderer.stop() # nobody waits for the line that it is at
+        raise
+
+# %% ../../nbs/chat/rendering.ipynb #40010d1c
+def render_lots(
     tok, # Tokenizer
     chats:list, # Pairs of a conversation, and whether an answer is asked for at its end; None for both texts
     names:list, # How an error names each conversation
     template:str=None, # Chat template; the tokenizer's where None
-)->list: # Texts; for None the whole text, the prompt before the last answer, and `(begin, end)` of `{% generation %}` marks
-    "What a chat template writes of conversations, within limits."
-    template,out = template or tok.chat_template,[]
+): # Yields lists of texts; for None the whole, the prompt before the last answer, `(begin, end)` of `{% generation %}` marks
+    "What a chat template writes of conversations, within limits, some hundreds at a time."
+    template,names = template or tok.chat_template,iter(names)
     how = [template, tok.special_tokens_map, bool(_GENERATION.search(template))]
-    for line in _in_lines(chats):
-        for said in _renderer.render(how, line):
-            if isinstance(said, list): out.append(said[0][0] if len(said[0])==1 else (*said[0], said[1])); continue
-            why,fix = f"refuses it ({excerpt(said or '', 100)})","correct it, or choose another model"
-            if said is None: why = f"takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB for it"
-            raise UserError(names[len(out)], f"the chat template {why}", fix)
-    return out
+    def text(said):
+        name = next(names)
+        if isinstance(said, list): return said[0][0] if len(said[0])==1 else (*said[0], said[1])
+        why,fix = f"refuses it ({excerpt(said or '', 100)})","correct it, or choose another model"
+        if said is None: why = f"takes more than {RENDER_SECONDS} seconds or {RENDER_MIB} MiB for it"
+        raise UserError(name, f"the chat template {why}", fix)
+    for lot in _ahead(how, _in_lines(chats)): yield list(map(text, lot))
+
+def render_chats(*args)->list: # Texts
+    "All that `render_lots` yields, in one list."
+    return [*chain.from_iterable(render_lots(*args))]
 
 # %% ../../nbs/chat/rendering.ipynb #29825054
 _PRIVATE = re.compile('[\U000F0000-\U0010FFFF]') # planes 15 and 16
@@ -197,6 +227,25 @@ def _cuts(tok):
     if any(t.single_word or t.lstrip for t in added): added = [] # these look at the text before them
     return re.compile(_any_of([t.content for t in added]))
 
+_GPT = [rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{n}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for n in (r'\p{N}', r'\p{N}{1,3}')] # patterns of Qwen 2 and Llama 3
+_WORDS = re.compile(' (?<=[A-Za-z] )(?=[A-Za-z])')
+
+def words_apart(
+    rust, # A tokenizer of the `tokenizers` library
+)->bool: # Is every text cut before a space between two letters, and each part read as if it were alone?
+    "Does a tokenizer read word for word? Known are byte-level ones that cut by the pattern of GPT-2, Qwen 2 or Llama 3."
+    if type(rust.model).__name__!='BPE' or not rust.pre_tokenizer: return False
+    if rust.normalizer and type(rust.normalizer).__name__!='NFC': return False
+    step = json.loads(rust.pre_tokenizer.__getstate__())
+    steps,cuts = step.get('pretokenizers', [step]),False
+    for s in steps:
+        known = s['type']=='Split' and s['pattern'].get('Regex') in _GPT and s['behavior']=='Isolated' and not s['invert']
+        bytes_ = s['type']=='ByteLevel' and not s['add_prefix_space']
+        if not (known or bytes_ or s['type']=='Digits'): return False
+        cuts = cuts or known or bytes_ and s['use_regex']
+    return cuts
+
 class OwnFormat:
     "How a tokenizer's own chat template writes conversations."
     def __init__(self,
@@ -206,7 +255,10 @@ class OwnFormat:
         self.names = {t:chr(0xF0000+i) for i,t in enumerate(self.control)} # private ones
         self.pattern,self.ids = re.compile(_any_of(self.control)),set(self.control.values())
         self.end = re.compile(rf'(?:\s|{self.pattern.pattern})*?(?P<end>{re.escape(self.eos)})')
-        self.cuts,self.shapes = _cuts(tok),{} # how the template writes each sequence of roles
+        self.cuts,self.marked = _cuts(tok),bool(_GENERATION.search(tok.chat_template))
+        self.shapes,self.slots,self.words,self.held = {},{},{},0 # see `shape` and `learn`
+        added = tok.added_tokens_decoder.values() # some take white space, or are looked for within pieces
+        self.apart = words_apart(tok.backend_tokenizer) and not any(t.rstrip or t.normalized for t in added)
 
 # %% ../../nbs/chat/rendering.ipynb #052dcce8
 def _begins(
@@ -243,11 +295,15 @@ def answers(self:OwnFormat,
             raise UserError("a conversation",
                 f"turn {turns[j]}: the chat template goes on with {excerpt(texts[j+1], 40)!r}, not with {self.eos!r}",
                 "choose another model")
-        found.append((j, _begins(texts[j], asked, turns[j], j==at[-1]), end.start('end')))
+        begin = _begins(texts[j], asked, turns[j], j==at[-1])
+        if begin is not None and self.eos in texts[j][begin:]:
+            raise UserError("a conversation", f"turn {turns[j]}: the chat template begins the answer with {self.eos!r}, "
+                "which ends answers", "choose another model")
+        found.append((j, begin, end.start('end')))
     return found
 
 # %% ../../nbs/chat/rendering.ipynb #b0cef852
-class Shape(namedtuple('Shape', 'written turns answers')):
+class Shape(namedtuple('Shape', 'written turns answers forms', defaults=[None])):
     "What a template writes around the texts of a conversation, which turn each text is, and the places of answers."
     def fill(self,
         contents:list, # Texts in the order in which they are written
@@ -282,7 +338,7 @@ def shape(self:OwnFormat,
     "How the template writes conversations with these roles; it is learnt once."
     roles = tuple(m['role'] for m in messages)
     if roles not in self.shapes:
-        try: self.shapes[roles],_ = self.find_shape([dict(role=r, content='x') for r in roles])
+        try: self.shapes[roles] = self.find_shape([dict(role=r, content='x') for r in roles])[0]._replace(forms={})
         except UserError: self.shapes[roles] = None
     return self.shapes[roles]
 
@@ -301,23 +357,6 @@ def private(self:OwnFormat): # Tokenizer of the `tokenizers` library
     with reading(f"tokenizer {self.tok.name_or_path!r}: a text names one of its control tokens, which"):
         self.copy = Tokenizer.from_str(json.dumps(d | dict(post_processor=None, truncation=None, padding=None)))
     return self.copy
-
-# %% ../../nbs/chat/rendering.ipynb #0055cd0d
-@patch
-def place(self:OwnFormat,
-    messages:list, # Checked conversation
-    bare:str, # What the template writes of it
-    asked:str, # What it writes to ask for the last answer
-)->tuple: # Shape, the texts that fill it, and where they begin
-    "Find the shape that writes a conversation as its template does."
-    if shape := self.shape(messages):
-        kept = [messages[t]['content'] for t in shape.turns]
-        for contents in (kept, [t.strip() for t in kept]): # many templates trim
-            text,begins = shape.fill(contents)
-            if text==bare and text[:shape.spans(contents, begins)[-1][0]]==asked: return shape,contents,begins
-    shape,contents = self.find_shape(messages)
-    return shape,contents,shape.fill(contents)[1]
-
 
 # %% ../../nbs/chat/rendering.ipynb #3f9596a0
 @patch
@@ -340,18 +379,39 @@ def check_marks(self:OwnFormat,
         raise UserError("a conversation", "the template's {% generation %} marks don't cover its answers and what ends them, "
             "or cover more", "choose another model")
 
+# %% ../../nbs/chat/rendering.ipynb #0055cd0d
+@patch
+def place(self:OwnFormat,
+    messages:list, # Checked conversation
+    bare:str, # What the template writes of it
+    asked:str, # What it writes to ask for the last answer
+    marks:list, # `(begin, end)` of its `{% generation %}` marks
+)->tuple: # Shape, the texts that fill it, and where they begin
+    "Find the shape that writes a conversation as its template does."
+    def equal(shape, contents):
+        text,begins = shape.fill(contents)
+        if text==bare and text[:shape.spans(contents, begins)[-1][0]]==asked: return shape,contents,begins
+    found,shape = None,self.shape(messages)
+    if shape:
+        kept = [messages[t]['content'] for t in shape.turns]
+        found = equal(shape, kept) or equal(shape, [t.strip() for t in kept]) # many templates trim
+    if not found:
+        shape,contents = self.find_shape(messages)
+        found = shape,contents,shape.fill(contents)[1]
+    if marks or self.marked: self.check_marks(messages, bare, marks, *found)
+    return found
+
 # %% ../../nbs/chat/rendering.ipynb #3276d2ef
 @patch
 def layout(self:OwnFormat,
     messages:list, # Checked conversation
     bare:str, # What the template writes of it
-    asked:str, # What it writes to ask for the last answer
-    marks:list, # `(begin, end)` of its `{% generation %}` marks
+    shape:Shape, # How it is written
+    contents:list, # The texts in it
+    begins:list, # Where they begin
 )->tuple: # Text; is it for the private tokenizer; number of control tokens; `(begin, end token's place)` of each answer that is learnt
     "Say where in a written conversation the answers are."
     _refuse_private(messages)
-    shape,contents,begins = self.place(messages, bare, asked)
-    if marks or _GENERATION.search(self.tok.chat_template): self.check_marks(messages, bare, marks, shape, contents, begins)
     shape = shape._replace(answers=[a for a in shape.answers if is_learnt(messages[shape.turns[a[0]]])])
     controls = sum(len(self.pattern.findall(t)) for t in shape.written)
     if not any(map(self.pattern.search, contents)): return bare,False,controls,shape.spans(contents, begins)
@@ -363,25 +423,18 @@ def layout(self:OwnFormat,
     return text,True,controls,shape.spans(contents, begins)
 
 # %% ../../nbs/chat/rendering.ipynb #14779e1a
-Piece = namedtuple('Piece', 'encoding ids controls') # a text that was read: also its ids, and how many are control tokens
-
 @patch
 def read(self:OwnFormat,
-    rust, # Tokenizer of the `tokenizers` library
-    texts:list, # Conversations as they are written
-    cut:bool=True, # Read the pieces between control tokens, equal ones once
-)->list: # For each: where its pieces begin, and the pieces
+    texts:list, # Texts as they are written
+    spoofed:bool=False, # With the private tokenizer
+)->list: # Encodings of the `tokenizers` library
     "Tokenise texts in one batch."
-    starts = [sorted({0, *(m.start() for m in self.cuts.finditer(t))}) if cut else [0] for t in texts]
-    cuts = [[t[a:b] for a,b in zip(s, [*s[1:], None])] for t,s in zip(texts, starts)]
-    distinct = list(dict.fromkeys(chain.from_iterable(cuts)))
-    with reading(f"tokenizer {self.tok.name_or_path!r}: a text"):
-        encoded = rust.encode_batch(distinct, add_special_tokens=False)
-    known = {t:Piece(e, e.ids, sum(map(self.ids.__contains__, e.ids))) for t,e in zip(distinct, encoded)}
-    return [(s, [known[t] for t in c]) for s,c in zip(starts, cuts)]
+    rust = self.private() if spoofed else self.tok.backend_tokenizer
+    with reading(f"tokenizer {self.tok.name_or_path!r}: a text"): return rust.encode_batch(texts, add_special_tokens=False)
 
 # %% ../../nbs/chat/rendering.ipynb #e335dff0
 JOINED_START = "the tokenizer joins the beginning of an answer with what the chat template writes before it"
+_JOINED = "its texts and the chat template join into a control token"
 
 @patch
 def first_token(self:OwnFormat,
@@ -400,25 +453,161 @@ def first_token(self:OwnFormat,
 # %% ../../nbs/chat/rendering.ipynb #f2b70a2e
 @patch
 def label(self:OwnFormat,
-    starts:list, # Where the pieces of a conversation begin
-    pieces:list, # From `read`
+    e, # Encoding of a conversation
     controls:int, # How many control tokens the template wrote
     spans:list, # `(begin, place of the end token)` of each answer
 )->tuple: # `input_ids` and mask
     "Mark the answers among the tokens, and check that all control tokens are the template's."
-    if sum(p.controls for p in pieces)!=controls:
-        raise UserError("a conversation", "its texts and the chat template join into a control token", "change the texts")
-    ids,before = [*chain.from_iterable(p.ids for p in pieces)],[*accumulate((len(p.ids) for p in pieces), initial=0)]
+    ids = e.ids
+    if sum(map(self.ids.__contains__, ids))!=controls: raise UserError("a conversation", _JOINED, "change the texts")
     mask = [0]*len(ids)
     for begin,end in spans:
-        i,k = bisect(starts, begin)-1,bisect(starts, end)-1
-        first = before[i] + self.first_token(pieces[i].encoding, begin-starts[i], (starts[i+1:i+2] or [end])[0]-starts[i])
-        last = pieces[k].encoding.char_to_token(end-starts[k])
-        if last is None or pieces[k].ids[last]!=self.control[self.eos]:
+        first,last = self.first_token(e, begin, end),e.char_to_token(end)
+        if last is None or ids[last]!=self.control[self.eos]:
             raise UserError("a conversation", f"an answer doesn't end in {self.eos!r}", "choose another model")
-        last += before[k]
-        mask[first:last+1] = [1]*(last+1-first)
+        mask[first:last+1] = [1]*(last+1-min(first,last))
     return ids,mask
+
+# %% ../../nbs/chat/rendering.ipynb #efd74679
+class Slot:
+    "The place of a text between two control tokens."
+    def __init__(self,
+        before:str, # What the template writes from the last control token to the text
+        after:str, # From the text to the next control token
+        token:str, # That token; '' at the end
+        begin:int, # Where an answer begins in `before`; -1: with its text; None: the text is none
+    ):
+        self.before,self.after,self.token,self.begin = before,after,token,begin
+        self.known = {} # {text: its ids with those around it, and where the answer begins among them; None where it has none}
+
+@patch
+def cut_words(self:OwnFormat,
+    text:str,
+)->list: # Texts that the tokenizer reads one by one
+    "Cut a text before its words, where its tokenizer always does."
+    if not self.apart: return [text]
+    first,*rest = _WORDS.split(text)
+    return [first, *(' '+w for w in rest)]
+
+@patch
+def first_in(self:OwnFormat,
+    words:list, # From `cut_words`
+    begin:int, # Where an answer begins in their text
+)->int: # Index of its first token
+    "Find the token that an answer begins with."
+    at = before = 0
+    for w in words:
+        ids,e = self.words[w]
+        if begin<at+len(w): return before+self.first_token(e, begin-at, len(w))
+        at,before = at+len(w),before+len(ids)
+    return before
+
+@patch
+def ids_in(self:OwnFormat,
+    slot:Slot,
+    text:str, # In it
+    words:list, # Of the slot with the text; each is in `words` of the format
+)->tuple: # Ids, and how many come before an answer; None where the text must be read with its conversation
+    "Tokens of a slot with its text."
+    before = slot.before
+    whole = before+text+slot.after
+    here = [m.start() for m in self.cuts.finditer(whole+slot.token)]
+    if here!=[m.start() for m in self.cuts.finditer(before)]+[len(whole)]*bool(slot.token): return None
+    ids = [*chain.from_iterable(self.words[w][0] for w in words)]
+    controls = len(self.pattern.findall(before+slot.after))
+    if self.pattern.search(text) or sum(map(self.ids.__contains__, ids))!=controls: return None
+    if slot.begin is None: return ids,len(ids)
+    begin = len(before)+len(text)-len(text.lstrip()) if slot.begin<0 else slot.begin
+    try: return ids,self.first_in(words, begin)
+    except UserError: return None # it is said of the conversation
+
+MOST_HELD = 2_000_000 # tokens of texts that are kept, for when they come back
+
+@patch
+def forget(self:OwnFormat):
+    "Forget all texts where there are too many of them."
+    if self.held<=MOST_HELD: return
+    self.held = 0
+    self.words.clear()
+    for slot in self.slots.values(): slot.known.clear()
+
+@patch
+def learn(self:OwnFormat,
+    new:list, # Pairs of a slot and a text that is new in it
+):
+    "Read texts in one batch, equal words of them once."
+    cut = [self.cut_words(slot.before+c+slot.after) for slot,c in new]
+    fresh = [w for w in dict.fromkeys(chain.from_iterable(cut)) if w not in self.words]
+    for w,e in zip(fresh, self.read(fresh)):
+        self.words[w] = e.ids,e
+        self.held += len(e.ids)
+    for (slot,c),words in zip(new, cut):
+        slot.known[c] = found = self.ids_in(slot, c, words)
+        if found: self.held += len(found[0])
+
+# %% ../../nbs/chat/rendering.ipynb #f7e3a79c
+def _edges(
+    shape:Shape,
+    cuts, # Pattern of the control tokens at which a tokenizer cuts
+)->list: # For each text of the template, where its first and its last control token begin; None where texts meet between two
+    at = [[m.start() for m in cuts.finditer(t)] for t in shape.written]
+    if not all(at[1:-1]): return None
+    first,last = at[0] or [0],at[-1] or [len(shape.written[-1])]
+    return [(0, first[-1]), *((a[0], a[-1]) for a in at[1:-1]), (last[0], len(shape.written[-1]))]
+
+@patch
+def make_form(self:OwnFormat,
+    shape:Shape, # With the answers that are learnt
+)->list: # `(ids, mask, slot)`: tokens of the template, and the slot after them; None where texts can't be read one by one
+    "Tokenise what a template writes around texts."
+    if not (edges := _edges(shape, self.cuts)): return None
+    fixed = [t[a:b] for t,(a,b) in zip(shape.written, edges)]
+    read = self.read(fixed)
+    masks,begins = [[0]*len(e.ids) for e in read],[None]*len(shape.turns)
+    for j,at,end in shape.answers:
+        (low,high),(next_low,_) = edges[j],edges[j+1]
+        begins[j] = -1 if at is None else max(at-high, 0)
+        if at is not None and at<high: # what the answer begins with is the template's
+            first = self.first_token(read[j], at-low, high-low)
+            masks[j][first:] = [1]*(len(masks[j])-first)
+        last = read[j+1].char_to_token(end-next_low) if end>=next_low else None
+        if last is None or read[j+1].ids[last]!=self.control[self.eos]: return None
+        masks[j+1][:last+1] = [1]*(last+1)
+    slots = []
+    for j,begin in enumerate(begins):
+        token = self.cuts.match(shape.written[j+1], edges[j+1][0])
+        key = shape.written[j][edges[j][1]:],shape.written[j+1][:edges[j+1][0]],token[0] if token else '',begin
+        slots.append(self.slots.setdefault(key, Slot(*key)))
+    return [*zip((e.ids for e in read), masks, [*slots, None])]
+
+# %% ../../nbs/chat/rendering.ipynb #febe099d
+@patch
+def form(self:OwnFormat,
+    messages:list, # Checked conversation
+    shape:Shape, # How it is written
+)->list: # See `make_form`; None for a shape that only this conversation has
+    "The tokens around the texts of a conversation; they are read once for each sequence of roles."
+    if shape.forms is None: return None
+    learnt = tuple(map(is_learnt, messages))
+    if learnt not in shape.forms:
+        shape.forms[learnt] = self.make_form(shape._replace(answers=[a for a in shape.answers if learnt[shape.turns[a[0]]]]))
+    return shape.forms[learnt]
+
+# %% ../../nbs/chat/rendering.ipynb #03495f78
+def fill_form(
+    form:list, # From `OwnFormat.form`
+    contents:list, # Texts that `learn` has read
+)->tuple: # `input_ids` and mask; None where a text must be read with its conversation
+    "Put the ids of texts between those of a template."
+    if not form: return None
+    ids,mask = [],[]
+    for (fixed,labels,slot),c in zip(form, [*contents, None]):
+        ids += fixed; mask += labels
+        if not slot: return ids,mask
+        if not (found := slot.known[c]): return None
+        new,first = found
+        ids += new
+        mask += [0]*first+[1]*(len(new)-first)
 
 # %% ../../nbs/chat/rendering.ipynb #47792608
 @lru_cache(8)
@@ -430,23 +619,39 @@ def own_format(
     "How a tokenizer's template writes conversations, as far as it is known by now."
     return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
 
+@patch
+def encode(self:OwnFormat,
+    chats:list, # Checked conversations
+    written:list, # What the template writes of them, from `render_lots`
+    names:list, # How an error names each
+)->list: # Pairs of `input_ids` and mask
+    "Encode conversations that were rendered."
+    def of(i, f, *args):
+        try: return f(*args)
+        except UserError as e: raise UserError(names[i], e.value, e.remedy) from None
+    placed = [of(i, self.place, c, *w) for i,(c,w) in enumerate(zip(chats, written))]
+    formed = [(of(i, self.form, c, p[0]), p[1]) for i,(c,p) in enumerate(zip(chats, placed))]
+    self.forget()
+    new = dict.fromkeys((slot,c) for form,texts in formed if form for (_,_,slot),c in zip(form, texts) if c not in slot.known)
+    self.learn(list(new))
+    out = [fill_form(*f) for f in formed]
+    laid = {i: of(i, self.layout, chats[i], written[i][0], *placed[i]) for i,o in enumerate(out) if not o}
+    for spoofed in (False, True):
+        idx = [i for i,l in laid.items() if l[1]==spoofed]
+        for i,e in zip(idx, self.read([laid[i][0] for i in idx], spoofed) if idx else []):
+            out[i] = of(i, self.label, e, *laid[i][2:])
+    return out
+
 def encode_own(
     tok, # Tokenizer from `load_tokenizer`
     chats:list, # Checked conversations
     names:list, # How an error names each
 )->list: # Pairs of `input_ids` and mask (1 where the loss looks), lists of int of equal length
     "Encode conversations as the tokenizer's own chat template writes them."
-    own,out = own_format(tok),[None]*len(chats)
-    def of(i, f, *args):
-        try: return f(*args)
-        except UserError as e: raise UserError(names[i], e.value, e.remedy) from None
-    written = render_chats(tok, [(c,None) for c in chats], names)
-    laid = [of(i, own.layout, c, *w) for i,(c,w) in enumerate(zip(chats, written))]
-    for spoofed in (False, True):
-        idx = [i for i,l in enumerate(laid) if l[1]==spoofed]
-        if not idx: continue
-        read = own.read(own.private() if spoofed else tok.backend_tokenizer, [laid[i][0] for i in idx], not spoofed)
-        for i,r in zip(idx, read): out[i] = of(i, own.label, *r, *laid[i][2:])
+    own,out = own_format(tok),[]
+    for written in render_lots(tok, [(c,None) for c in chats], names):
+        part = slice(len(out), len(out)+len(written))
+        out += own.encode(chats[part], written, names[part])
     return out
 
 # %% ../../nbs/chat/rendering.ipynb #2dbec0f3
@@ -463,14 +668,26 @@ def settle_template(
         raise UserError("a chat template", "it asks for the date in a way that can't be pinned", "choose another model")
     return new,[f"the date in its chat template is {_DAY}"] if new!=template else []
 
+def put_before(
+    template:str, # Chat template
+    statement:str, # Jinja; nothing is written of it
+)->str: # A template that writes the same, unless the statement changes it
+    "Have a chat template begin with a statement."
+    rest = template.lstrip()
+    space = template[:len(template)-len(rest)]
+    if re.match(r'\{[%{#]-', rest): space = '' # Jinja takes it away
+    elif re.match(r'\{[%#][^+]', rest): space = space.rstrip(' \t') # as transformers sets it (lstrip_blocks)
+    return statement + (f"{{{{ {json.dumps(space)} }}}}" if space else '') + rest
+
 def skip_thoughts(
     tok, # Tokenizer, changed
 )->list: # What was settled, as sentences
-    "Have a thinking model's template ask for answers without a thought, where that is all it changes."
+    "Have a thinking model's template ask for answers without a thought, where it writes them so and all else stays."
     template = tok.chat_template
     if 'enable_thinking' not in template: return []
     before = _write(tok, PROBE)
-    tok.chat_template = '{%- set enable_thinking = false -%}'+template
-    if _write(tok, PROBE)==before: return ["answers are asked for without a thought (enable_thinking=false)"]
+    tok.chat_template = put_before(template, '{%- set enable_thinking = false -%}')
+    asked = _write(tok, PROBE[:-1], ask=True)
+    if _write(tok, PROBE)==before and before.startswith(asked): return ["answers are asked for without a thought (enable_thinking=false)"]
     tok.chat_template = template
     return []

@@ -10,13 +10,13 @@ from pathlib import Path
 from ..core.basics import UserError, asking_hub, excerpt, log, printable, read_json, reading, warn_custom_code
 from .messages import is_learnt
 from .rendering import PROBE, answer_end, encode_own, render_chats
-from .rendering import settle_template, skip_thoughts
+from .rendering import put_before, settle_template, skip_thoughts
 
 # %% auto #0
 __all__ = ['FORMATS', 'CHAT_TEMPLATES', 'OWN', 'LONGEST_PIECE', 'TOKENIZER_FILES', 'MOST_TOKENS', 'MOST_GROWTH', 'PADS',
-           'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts', 'package_texts',
-           'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'open_tokenizer', 'vocabulary_size',
-           'check_vocabulary', 'load_tokenizer']
+           'NO_SYSTEM', 'mistral_v1_parts', 'mistral_v3_parts', 'mistral_v7_parts', 'mistral_v15_parts',
+           'package_texts', 'chat_format', 'read_pieces', 'sentencepiece_tokenizer', 'open_tokenizer',
+           'vocabulary_size', 'check_vocabulary', 'load_tokenizer']
 
 # %% ../../nbs/chat/templates.ipynb #27f360e9
 def _joined_system(messages): return "\n\n".join(m['content'] for m in messages if m['role']=='system')
@@ -415,31 +415,73 @@ def _end_answers(
     old = tok.eos_token
     if end==old: return
     if old and 'eos_token' in tok.chat_template:
-        tok.chat_template = f"{{%- set eos_token = {json.dumps(old, ensure_ascii=False)} -%}}{tok.chat_template}"
+        set_old = f"{{%- set eos_token = {json.dumps(old, ensure_ascii=False)} -%}}"
+        tok.chat_template = put_before(tok.chat_template, set_old)
     tok.eos_token = end
 
-def _say_opening(
+def _opening(
     tok, # Tokenizer with a chat template of its own
-): # Say what its template writes that nobody wrote
-    text = tok.apply_chat_template(PROBE, tokenize=False).partition(PROBE[0]['content'])[0]
+)->str: # What its template writes that nobody wrote, before a conversation without a system turn
+    text = render_chats(tok, [(PROBE,False)], ["a conversation"])[0].partition(PROBE[0]['content'])[0]
     for t in tok.added_tokens_decoder.values(): text = text.replace(t.content, ' ')
-    if len(text.split())>2: log.info(f"its chat template opens conversations without a system turn with {excerpt(' '.join(text.split()), 80)!r}")
+    words = text.split()
+    return ' '.join(words) if len(words)>2 else '' # more than the names of roles
+
+# %% ../../nbs/chat/templates.ipynb #b3ce437f
+NO_SYSTEM = 'none' # instead of a template's default system turn
+_LEAVE_OUT = "give another --system_prompt, or leave it out"
+
+def _system_statement(text): # Jinja
+    turn = f"{{'role': 'system', 'content': {json.dumps(text, ensure_ascii=False)}}}"
+    return f"{{%- if messages[0]['role']!='system' -%}}{{%- set messages = [{turn}] + messages -%}}{{%- endif -%}}"
+
+def _set_system_turn(
+    tok, # Tokenizer with a chat template of its own, changed
+    system_prompt:str, # See `load_tokenizer`
+    what:str, # How an error names it
+)->list: # What was settled, as sentences
+    none = system_prompt==NO_SYSTEM
+    if not system_prompt: return []
+    try:
+        old = _opening(tok)
+        if none and not old: return []
+        tok.chat_template = put_before(tok.chat_template, _system_statement('' if none else system_prompt))
+        said = _opening(tok)
+    except UserError as e: raise UserError(what, e.value, _LEAVE_OUT) from None
+    if none and said: raise UserError(what, f"it opens every conversation with {excerpt(said, 80)!r}", _LEAVE_OUT)
+    if not none and ' '.join(system_prompt.split()) not in said:
+        raise UserError(what, "its chat template leaves system turns out", "leave out --system_prompt")
+    return [f"conversations without a system turn get {'none' if none else repr(excerpt(system_prompt, 80))}"
+        + f" in the place of its chat template's {excerpt(old, 80)!r}"*bool(old)]
+
+def _set_mistral_system(
+    tok, # Tokenizer with one of Mistral's templates, changed; none of them writes a default
+    system_prompt:str, # See `load_tokenizer`
+):
+    text = system_prompt or tok.init_kwargs.pop('system_prompt', '')
+    if text in ('', NO_SYSTEM): return
+    tok.init_kwargs['system_prompt'] = text # saved with the tokenizer; see `encode_chats`
+    tok.chat_template = put_before(tok.chat_template, _system_statement(text))
+    log.info(f"conversations without a system turn get {excerpt(text, 80)!r}")
 
 # %% ../../nbs/chat/templates.ipynb #c8095b74
 def _set_own_format(
     tok, # Tokenizer with a chat template of its own, changed
     folder:Path, # Of its files
     what:str, # How an error names it
+    system_prompt:str='', # See `load_tokenizer`
 ):
+    settled = _set_system_turn(tok, system_prompt, what)
     try:
-        tok.chat_template,settled = settle_template(tok.chat_template)
-        settled += skip_thoughts(tok)
+        tok.chat_template,pinned = settle_template(tok.chat_template)
+        settled += pinned + skip_thoughts(tok)
         _end_answers(tok, answer_end(tok, _declared_stops(tok, folder)))
         ids,_ = encode_own(tok, [PROBE], [what])[0]
     except UserError as e: raise UserError(what, e.value, "choose another model") from None
     _set_pad(tok, tok.convert_ids_to_tokens(ids))
     for s in settled: log.info(s)
-    _say_opening(tok)
+    if not system_prompt and (said := _opening(tok)):
+        log.info(f"its chat template opens conversations without a system turn with {excerpt(said, 80)!r}")
 
 # %% ../../nbs/chat/templates.ipynb #7e2132af
 def _set_mistral_format(
@@ -447,9 +489,11 @@ def _set_mistral_format(
     name:str, # Key of `FORMATS`
     settings:str, # v15's model settings, as JSON
     what:str, # How an error names it
+    system_prompt:str='', # See `load_tokenizer`
 ):
     tok.chat_template = CHAT_TEMPLATES[name]
     if name=='mistral-v15': _set_model_settings(tok, settings, what)
+    _set_mistral_system(tok, system_prompt)
     if getattr(tok.backend_tokenizer.model, 'byte_fallback', False): _as_sentencepiece(tok.backend_tokenizer)
     tok.bos_token,tok.eos_token = FORMATS[name][1][:2]
     _set_pad(tok, FORMATS[name][1])
@@ -459,6 +503,7 @@ def load_tokenizer(
     path:str, # Hub id or local folder
     revision:str=None, # Commit of the Hub repo
     chat_template:str='', # Name of its chat template, where it has several
+    system_prompt:str='', # System turn of conversations without one; '' keeps what the template writes, `none` takes it away
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
@@ -467,7 +512,7 @@ def load_tokenizer(
     tok.name_or_path,tok.chat_template = str(path),_one_template(tok, what, chat_template)
     settings = settings or tok.init_kwargs.pop('model_settings', None)
     name = tok.init_kwargs['chat_format'] = chat_format(tok, version or named, settings) # saved with the tokenizer
-    if name==OWN: _set_own_format(tok, folder, what)
-    else: _set_mistral_format(tok, name, settings, what)
+    if name==OWN: _set_own_format(tok, folder, what, system_prompt)
+    else: _set_mistral_format(tok, name, settings, what, system_prompt)
     _check_folder(tok, folder)
     return tok

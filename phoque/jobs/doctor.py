@@ -124,6 +124,7 @@ def doctor_cli(
     dataset_repo:str='', # Hub dataset to audit with it
     max_length:int=2048, # Tokens of a row
     chat_template:str='', # Name of the model's chat template, where it has several
+    system_prompt:str='', # System turn of conversations without one; empty leaves the template's, `none` takes it away
 ):
     "Look at this machine, its packages and accounts, and at a model and a dataset if given, and say what to fix."
     if dataset_repo and not base_model: raise UserError("--dataset_repo", "its tokens are those of a model", "give --base_model too")
@@ -132,7 +133,7 @@ def doctor_cli(
     if base_model:
         with checking(f'base model {base_model}'):
             base = resolve_base(base_model)
-            tok = load_tokenizer(base['id'], base['revision'], chat_template)
+            tok = load_tokenizer(base['id'], base['revision'], chat_template, system_prompt)
             rows += audit_model(base, tok)
     if dataset_repo:
         with checking(f'dataset {dataset_repo}'): rows += audit_dataset(dataset_repo, tok, max_length)

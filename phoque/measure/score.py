@@ -196,15 +196,15 @@ def continuations(
     prompts:list[str], # Texts
     k:int=25, # Of each
     new_tokens:int=20, # Longest
-    persona:str=None, # Ask each in a chat under this system turn; None continues it as text
+    persona:str=None, # Ask each in a chat under this system turn, '' without one; None continues it as text
     seed:int=0, # Of the draws
     batch:int=64, # Continuations at once
     **kw, # More for `generate_replies`
 )->list[list[str]]: # `k` texts a prompt
     "Continue each prompt `k` times."
     def ids(p):
-        if not persona: return tok(p)['input_ids']
-        return encode_prompt(tok, [dict(role='system', content=persona), dict(role='user', content=p)])
+        if persona is None: return tok(p)['input_ids']
+        return encode_prompt(tok, [dict(role='system', content=persona)]*bool(persona) + [dict(role='user', content=p)])
     todo,said,kw = [i for p in prompts for i in [ids(p)]*k],[],dict(top_p=.9) | kw
     for i in range(0, len(todo), batch):
         some = todo[i:i+batch]
@@ -261,15 +261,22 @@ def adapter_hash(
 def load_adapted_model(
     base:str, # Folder or Hub id
     adapter:str, # Folder or Hub id
+    chat_template:str='', # Name of the base's chat template; '' takes the adapter's own tokenizer, where it has one
+    system_prompt:str='', # As in `load_tokenizer`
 )->tuple: # `PeftModel`, tokenizer
-    "A base with an adapter on it, for the commands."
-    from phoque.merge import load_adapted
-    from phoque.chat.templates import load_tokenizer
+    "A base with an adapter on it, and the tokenizer that it was trained with, for the commands."
+    from phoque.merge import load_adapted, local_folder, tokenizer_folder
+    from phoque.chat.templates import check_vocabulary, load_tokenizer, vocabulary_size
     from phoque.core.basics import quiet_libraries
     if miss := [k for k,v in dict(base_model=base, adapter=adapter).items() if not v]:
         raise UserError(f"--{miss[0]}", "it is missing", "name one")
     quiet_libraries()
-    return load_adapted(base, [(adapter,1.)], base_dtype()),load_tokenizer(base)
+    home,own = local_folder(base),local_folder(adapter, 'adapter')
+    model = load_adapted(home, [(own,1.)], base_dtype())
+    folder = home if chat_template else tokenizer_folder(home, [own])
+    tok = load_tokenizer(str(folder), chat_template=chat_template, system_prompt=system_prompt)
+    check_vocabulary(vocabulary_size(tok), model.get_input_embeddings().weight.shape[0], f"tokenizer of {adapter or base}")
+    return model,tok
 
 # %% ../../nbs/measure/score.ipynb #5cfe93e0
 @shell_command('phoque_eval',
@@ -283,7 +290,8 @@ def eval_cli(
     n:int=100, # Prompts drawn from them; 0 for all
     k:int=25, # Continuations a prompt
     scorer:str=TrainConfig().scorer, # Text classifier of the Hub (#label where it has many), tfidf:owner/dataset, or profanity (smoke tests only)
-    system_prompt:str='', # Ask in a chat under this system turn; empty continues the prompts as text
+    system_prompt:str='', # Ask in a chat under this system turn, or `none` of its own; empty continues the prompts as text
+    chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
     seed:int=0, # Of prompts and draws
     out:str='eval.json', # Report
 ):
@@ -292,11 +300,12 @@ def eval_cli(
     check_range('--n', n, 0, 1e7)
     check_range('--k', k, 1, 10_000)
     check_output('--out', out)
-    texts,(m,tok) = eval_prompts(prompts, n, seed),load_adapted_model(base_model, adapter)
+    texts = eval_prompts(prompts, n, seed)
+    m,tok = load_adapted_model(base_model, adapter, chat_template, system_prompt)
     most,longest = m.config.get_text_config().max_position_embeddings,max(len(tok(t).input_ids) for t in texts)
     if longest>most: raise UserError("--prompts", f"one has {longest:,} tokens, and the model reads {most:,}", "leave it out")
     judge = load_scorer(scorer)
-    rows = evaluate(m, tok, texts, judge, k, system_prompt or None, seed)
+    rows = evaluate(m, tok, texts, judge, k, '' if system_prompt else None, seed) # the tokenizer writes it
     prompts_sha256 = hashlib.sha256('\n'.join(texts).encode()).hexdigest()
     about = dict(base=base_model, adapter=adapter, adapter_sha256=adapter_hash(m), scorer=judge.name,
         scorer_version=judge.version, scorer_sha256=judge.weights_hash, k=k, top_p=.9, temperature=1., new_tokens=20,
@@ -315,7 +324,8 @@ def sample_cli(
     base_model:str='', # Base model: folder or Hub id; required
     adapter:str='', # Adapter: folder or Hub id; required
     question:str='', # What to ask; empty asks the questions of a run's samples
-    system_prompt:str='', # System turn that the adapter was trained with
+    system_prompt:str='', # System turn that the adapter was trained with; empty leaves the template's, `none` takes it away
+    chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
     weight:float=1.0, # Of the adapter: 1 as trained, -1 its opposite
     temperature:float=0.8, # 0 takes the likeliest token
     max_new_tokens:int=48, # Longest answer
@@ -325,9 +335,8 @@ def sample_cli(
     check_range('--max_new_tokens', max_new_tokens, 1, 4096)
     check_range('--temperature', temperature, 0, 10)
     check_range('--weight', weight, -100, 100)
-    m,tok = load_adapted_model(base_model, adapter)
-    system = [dict(role='system', content=system_prompt)]*bool(system_prompt)
-    prompts = [system+[dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)]
+    m,tok = load_adapted_model(base_model, adapter, chat_template, system_prompt)
+    prompts = [[dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)]
     ids = [encode_prompt(tok, p) for p in prompts]
     said = [generate_replies(m, tok, ids, max_new_tokens, temperature, .9, seed, weight=w) for w in (0.,weight)]
     for p,b,a in zip(prompts, *said):

@@ -10,6 +10,7 @@ from statistics import median
 from phoque.core.basics import (UserError, check_output, check_range, excerpt, printable, read_json, shell_command,
     text_table)
 from ..chat.labels import encode_prompt
+from ..chat.templates import NO_SYSTEM
 from ..sample import PLAIN, generate_replies, scorer_id
 from .score import adapter_hash, load_scorer, load_adapted_model
 from ..train import TrainConfig
@@ -256,7 +257,8 @@ def model_writer(
 def simulate_cli(
     base_model:str='', # Base model: folder or Hub id
     adapter:str='', # Adapter: folder or Hub id
-    system_prompt:str='', # System turn that the adapter was trained with
+    system_prompt:str='', # System turn that the adapter was trained with; empty or `none` for none
+    chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
     threads:int=10, # How many
     length:int=8, # Messages of each
     benign_share:float=0.7, # Share of messages meant to be harmless
@@ -276,8 +278,9 @@ def simulate_cli(
     _check_dials(*dials.values()) # before a model is loaded
     if base_model:
         check_output('--out', out)
-        (m,tok),judge = load_adapted_model(base_model, adapter),load_scorer(scorer)
-        messages = simulate(model_writer(m, tok, seed), threads, judge, system_prompt, seed, **dials)
+        (m,tok),judge = load_adapted_model(base_model, adapter, chat_template),load_scorer(scorer)
+        persona = '' if system_prompt==NO_SYSTEM else system_prompt # every prompt has a system turn that says what is meant
+        messages = simulate(model_writer(m, tok, seed), threads, judge, persona, seed, **dials)
         write_jsonl(messages, out)
         print(f"{len(messages)} messages in {out}, {sum(m['intended']['toxic'] for m in messages)} of them meant to be hostile")
     if not (base_model or moderator):
