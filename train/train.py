@@ -1687,6 +1687,12 @@ def messages_fault(
 RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # for each conversation: processor, memory, characters
 
 _render = """import json, resource, signal, sys
+from importlib.util import find_spec
+from types import ModuleType
+root = find_spec('transformers').submodule_search_locations[0]
+for name,path in (('transformers', root), ('transformers.utils', f'{root}/utils')): # of which one file is needed
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].__path__ = [path]
 from transformers.utils import chat_template_utils as jinja
 seconds,mib,most = map(int, sys.argv[1:])
 used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize() if sys.platform=='linux' else 0
