@@ -4,75 +4,31 @@
 
 # %% ../../nbs/measure/live.ipynb #5fee98bd
 from __future__ import annotations
-import hashlib, io, json, math, re, time
-from collections import Counter
+import io, time
 from fastcore.basics import patch
 from html import escape
 from ..chat.labels import encode_dataset
 from ..chat.messages import is_learnt
 from ..core.basics import UserError, printable
 from ..core.show import Board, about
-from .score import BENIGN_TEXTS, MILD_PROMPTS
+from .score import BENIGN_TEXTS, MILD_PROMPTS, PersonaScorer
 from ..sample import PLAIN, sample_metrics
 from ..train import held_out_loss, make_trainer, pack_dataset
 
 # %% auto #0
-__all__ = ['LOSS', 'HELD', 'SCORE', 'PersonaScorer', 'persona_scorer', 'draw_curves', 'png_bytes', 'LiveRun', 'pack_splits',
-           'BeforeAfter']
-
-# %% ../../nbs/measure/live.ipynb #1e4c0119
-def _word_set(text): return set(re.findall(r"[^\W\d_][\w'-]*", text.lower()))
-
-class PersonaScorer:
-    "How much of a persona's own words a text has: 0 for none, 1 for as much as its mean reply."
-    version = '1'
-    def __init__(self,
-        own:list[str], # The persona's replies
-        others:list[str], # What else is said there: users' turns, replies of others
-        ratio:float=8., # A marker is more than so many times as frequent in `own`
-        least:int=3, # Of the persona's replies that have it
-        name:str='persona words', # Which measure
-    ):
-        ours,theirs = (Counter(w for t in texts for w in _word_set(t)) for texts in (own, others))
-        ordinary = set().union(*map(_word_set, [*BENIGN_TEXTS, *MILD_PROMPTS]))
-        def often(n, texts): return (n+.5)/(len(texts)+1)
-        times = {w: often(n, own)/often(theirs[w], others) for w,n in ours.items() if n>=least and w not in ordinary}
-        strongest = sorted(times.items(), key=lambda o: (-o[1],o[0]))
-        self.markers,self.name = {w: math.log(t/ratio) for w,t in strongest if t>ratio},name
-        if not self.markers:
-            raise UserError(f"scorer {name}", f"no word is {ratio:g} times as frequent in {len(own)} replies as elsewhere",
-                "give a smaller `ratio`, or another scorer")
-        self.typical = sum(map(self.weigh, own))/len(own)
-        self.weights_hash = hashlib.sha256(json.dumps([self.markers, self.typical]).encode()).hexdigest()
-
-# %% ../../nbs/measure/live.ipynb #3844ba90
-@patch
-def weigh(self:PersonaScorer,
-    text:str, # Any
-)->float: # Sum of its markers' weights
-    "The weight of a text."
-    return sum(self.markers.get(w, 0.) for w in sorted(_word_set(text))) # in one order, to the same sum
-
-@patch
-def score(self:PersonaScorer,
-    texts:list[str], # To be scored
-)->'np.ndarray': # One number from 0 to 1 a text
-    "Score texts."
-    import numpy as np
-    return np.array([min(1., self.weigh(t)/self.typical) for t in texts])
+__all__ = ['LOSS', 'HELD', 'SCORE', 'persona_scorer', 'draw_curves', 'png_bytes', 'LiveRun', 'pack_splits', 'BeforeAfter']
 
 # %% ../../nbs/measure/live.ipynb #e66bd461
 def persona_scorer(
     rows, # With `messages`
-    **kwargs, # Of `PersonaScorer`
-)->PersonaScorer:
+)->PersonaScorer: # A `UserError` where no row has a persona's reply
     "The scorer of the persona that the rows teach."
-    own,others = [],[]
+    own,others = [],[*BENIGN_TEXTS, *MILD_PROMPTS]
     for r in rows:
         plain = r['messages'][0]==dict(r['messages'][0], role='system', content=PLAIN)
         for m in r['messages']:
             if m['role']!='system': (own if is_learnt(m) and not plain else others).append(m['content'])
-    return PersonaScorer(own, others, **kwargs)
+    return PersonaScorer(own[::max(6*len(own)//len(others), 1)], others)
 
 # %% ../../nbs/measure/live.ipynb #ca0a3192
 LOSS,HELD,SCORE = '#2b6cb0','#2f855a','#c05621' # colours of the curves
