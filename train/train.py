@@ -2132,7 +2132,8 @@ class Slot:
         token:str, # That token; '' at the end
         begin:int, # Where an answer begins in `before`; -1: with its text; None: the text is none
     ):
-        self.before,self.after,self.token,self.begin = before,after,token,begin
+        self.before,self.after,self.token = before,after,token
+        self.begin = begin
         self.known = {} # {text: its ids with those around it, and where the answer begins among them; None where it has none}
 
 @patch

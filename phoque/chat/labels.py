@@ -168,6 +168,7 @@ def _check_kept(
     raise UserError(name, f"{n-kept} of {n} conversations have no exchange that fits max_length={max_length}",
         "raise MAX_LENGTH or shorten them")
 
+# %% ../../nbs/chat/labels.ipynb #821350f3
 def _encode_columns(
     ds, # With `messages`
     tok, # Tokenizer from `load_tokenizer`

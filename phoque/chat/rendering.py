@@ -85,6 +85,7 @@ def ask(self:Renderer,
         self.asked = how,chats,[]
         return self.asked[-1]
 
+# %% ../../nbs/chat/rendering.ipynb #b577bac1
 @patch
 def finish(self:Renderer):
     "Wait for what was asked last; the first conversation that ends the process is the last of its list."
@@ -227,12 +228,14 @@ def control_tokens(
     "The tokens that no text may become: special ones, and the one that ends an answer."
     return {t.content:i for i,t in tok.added_tokens_decoder.items() if t.special or t.content==tok.eos_token}
 
+# %% ../../nbs/chat/rendering.ipynb #71dd869e
 def _cuts(tok):
     "A pattern of the control tokens at which a tokenizer cuts a text, and reads the pieces one by one."
     added = [t for t in tok.added_tokens_decoder.values() if not t.normalized] # others are looked for in the pieces
     if any(t.single_word or t.lstrip for t in added): added = [] # these look at the text before them
     return re.compile(_any_of([t.content for t in added]))
 
+# %% ../../nbs/chat/rendering.ipynb #e90a65ca
 _GPT = [rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{n}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for n in (r'\p{N}', r'\p{N}{1,3}')] # patterns of Qwen 2 and Llama 3
 _WORDS = re.compile(' (?<=[A-Za-z] )(?=[A-Za-z])')
@@ -252,6 +255,7 @@ def words_apart(
         cuts = cuts or known or bytes_ and s['use_regex']
     return cuts
 
+# %% ../../nbs/chat/rendering.ipynb #229621fe
 class OwnFormat:
     "How a tokenizer's own chat template writes conversations."
     def __init__(self,
@@ -483,7 +487,8 @@ class Slot:
         token:str, # That token; '' at the end
         begin:int, # Where an answer begins in `before`; -1: with its text; None: the text is none
     ):
-        self.before,self.after,self.token,self.begin = before,after,token,begin
+        self.before,self.after,self.token = before,after,token
+        self.begin = begin
         self.known = {} # {text: its ids with those around it, and where the answer begins among them; None where it has none}
 
 @patch
@@ -508,6 +513,7 @@ def first_in(self:OwnFormat,
         at,before = at+len(w),before+len(ids)
     return before
 
+# %% ../../nbs/chat/rendering.ipynb #2c181e51
 @patch
 def ids_in(self:OwnFormat,
     slot:Slot,
@@ -527,6 +533,7 @@ def ids_in(self:OwnFormat,
     try: return ids,self.first_in(words, begin)
     except UserError: return None # it is said of the conversation
 
+# %% ../../nbs/chat/rendering.ipynb #87aab8c0
 MOST_HELD = 2_000_000 # tokens of texts that are kept, for when they come back
 
 @patch
@@ -537,6 +544,7 @@ def forget(self:OwnFormat):
     self.words.clear()
     for slot in self.slots.values(): slot.known.clear()
 
+# %% ../../nbs/chat/rendering.ipynb #b4c4226a
 @patch
 def learn(self:OwnFormat,
     new:list, # Pairs of a slot and a text that is new in it
@@ -561,6 +569,7 @@ def _edges(
     first,last = at[0] or [0],at[-1] or [len(shape.written[-1])]
     return [(0, first[-1]), *((a[0], a[-1]) for a in at[1:-1]), (last[0], len(shape.written[-1]))]
 
+# %% ../../nbs/chat/rendering.ipynb #2b8ffbfb
 @patch
 def make_form(self:OwnFormat,
     shape:Shape, # With the answers that are learnt
@@ -625,6 +634,7 @@ def own_format(
     "How a tokenizer's template writes conversations, as far as it is known by now."
     return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
 
+# %% ../../nbs/chat/rendering.ipynb #d11f9b66
 @patch
 def encode(self:OwnFormat,
     chats:list, # Checked conversations
@@ -648,6 +658,7 @@ def encode(self:OwnFormat,
             out[i] = of(i, self.label, e, *laid[i][2:])
     return out
 
+# %% ../../nbs/chat/rendering.ipynb #0de37b52
 def encode_own(
     tok, # Tokenizer from `load_tokenizer`
     chats:list, # Checked conversations
@@ -674,6 +685,7 @@ def settle_template(
         raise UserError("a chat template", "it asks for the date in a way that can't be pinned", "choose another model")
     return new,[f"the date in its chat template is {_DAY}"] if new!=template else []
 
+# %% ../../nbs/chat/rendering.ipynb #90a2083d
 def put_before(
     template:str, # Chat template
     statement:str, # Jinja; nothing is written of it
@@ -685,6 +697,7 @@ def put_before(
     elif re.match(r'\{[%#][^+]', rest): space = space.rstrip(' \t') # as transformers sets it (lstrip_blocks)
     return statement + (f"{{{{ {json.dumps(space)} }}}}" if space else '') + rest
 
+# %% ../../nbs/chat/rendering.ipynb #50d22bd7
 def skip_thoughts(
     tok, # Tokenizer, changed
 )->list: # What was settled, as sentences

@@ -435,6 +435,7 @@ def _system_statement(text): # Jinja
     turn = f"{{'role': 'system', 'content': {json.dumps(text, ensure_ascii=False)}}}"
     return f"{{%- if messages[0]['role']!='system' -%}}{{%- set messages = [{turn}] + messages -%}}{{%- endif -%}}"
 
+# %% ../../nbs/chat/templates.ipynb #e7e54091
 def _set_system_turn(
     tok, # Tokenizer with a chat template of its own, changed
     system_prompt:str, # See `load_tokenizer`
@@ -454,6 +455,7 @@ def _set_system_turn(
     return [f"conversations without a system turn get {'none' if none else repr(excerpt(system_prompt, 80))}"
         + f" in the place of its chat template's {excerpt(old, 80)!r}"*bool(old)]
 
+# %% ../../nbs/chat/templates.ipynb #6c464158
 def _set_mistral_system(
     tok, # Tokenizer with one of Mistral's templates, changed; none of them writes a default
     system_prompt:str, # See `load_tokenizer`

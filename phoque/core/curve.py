@@ -473,6 +473,7 @@ def check_space(
     raise UserError("TRACKIO_SPACE_ID", f"anyone can read {space}, and the run's curve would go there",
         "make the Space private, name another, or unset it")
 
+# %% ../../nbs/core/curve.ipynb #a929fde4
 class TrackioTracker:
     "A run in trackio's database, on this machine or in a private Space."
     def __init__(self,

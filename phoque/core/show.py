@@ -118,6 +118,7 @@ def _repr_html_(self:Pages): # with nobody to turn them, each is behind its name
         return f'<details{is_open}><summary>{escape(name)}</summary>{page}</details>'
     return ''.join(map(fold, range(len(self.names)), self.names, self.html))
 
+# %% ../../nbs/core/show.ipynb #9fa1abb9
 @patch
 def watched(self:Pages)->bool:
     "Is there a notebook whose browser can turn the pages?"

@@ -674,6 +674,7 @@ def _no_side(self:Build, db, side, n):
         f"the {side} split is empty, with {n:,} rows of which like ones stay together{why}",
         "give more data or another share")
 
+# %% ../../nbs/exports/build.ipynb #8db16112
 @patch
 def _sided(self:Build, db, rows, old, dry):
     "Take and split rows; an empty side is refused, unless it is a dry run or an addition."
@@ -687,6 +688,7 @@ def _sided(self:Build, db, rows, old, dry):
         log.info(printable(f'{fault}'))
     return ds,index
 
+# %% ../../nbs/exports/build.ipynb #114a1776
 @patch
 def _nothing(self:Build, lost, fault, dry):
     "Raise, or for a dry run say so and report on no rows."

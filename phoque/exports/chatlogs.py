@@ -579,6 +579,7 @@ _RENAMES = re.compile(r'(?:Nick change: )?([^\s*]+) (?:is now known as|->) (\S+)
 _LEAVES,_JOINS = (re.compile(rf'\W*(?:{a}: (\S+)|([^\s*]+)\s(?:[(\[][^)\]]*[)\]] )?(?:has )?{b}\b)')
     for a,b in (('(?:Quits|Parts)', '(?:[Qq]uit|[Ll]eft|[Pp]arted)'), ('Joins', '[Jj]oined')))
 
+# %% ../../nbs/exports/chatlogs.ipynb #99f0447e
 def _irc_parts(s):
     "What a line is (said, acted or a notice), its nickname and text, and its day, time and zone."
     m = _IRC.match(s)

@@ -87,9 +87,10 @@ class LiveRun:
         every:int=10, # Steps between two measurements
         board:Board=None, # Where to draw; an output of the cell where None
     ):
-        self.cfg,self.held_rows,self.sampler,self.every = cfg,held,sampler,every
-        self.board,self.rows = board or Board(),[]
-        self.loss,self.held,self.score,self.step = {},{},{},0
+        self.cfg,self.sampler,self.every = cfg,sampler,every
+        self.held_rows,self.board = held,board or Board()
+        self.loss,self.held,self.score = {},{},{} # by step
+        self.step,self.rows = 0,[]
         self.trainer = make_trainer(cfg, model, tok, packed, self)
 
     def __repr__(self):

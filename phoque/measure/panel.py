@@ -52,8 +52,8 @@ class Panel:
         blur:bool=True, # Hide answers until they are clicked
     ):
         import ipywidgets as w
-        self.model,self.tok,self.encode,self.system = model,tok,encode,persona
-        self.max_new_tokens,self.blur = max_new_tokens,blur
+        self.model,self.tok,self.encode = model,tok,encode
+        self.system,self.max_new_tokens,self.blur = persona,max_new_tokens,blur
         self.known = {} # `Asked` → its answers, one a weight
         self.turn,self.drawing = threading.Lock(),threading.Lock()
         self._add_inputs(w, question)

@@ -79,6 +79,7 @@ def _letters(rng, n):
     "A text of random letters."
     return ' '.join(''.join(rng.choices('eeettaaooinnsshrrdlucmfwygpbvk', k=rng.randint(1,9))) for _ in range(n))
 
+# %% ../../nbs/measure/score.ipynb #21266a84
 class PersonaScorer:
     "How much a text sounds like some people: a linear scorer of its character n-grams."
     version = '1'

@@ -312,6 +312,7 @@ def _theme(name):
     return inks | {'axes.prop_cycle': cycler(color=colors), 'figure.facecolor':'none', 'axes.facecolor':'none',
         'savefig.facecolor':'none', 'axes.spines.top':False, 'axes.spines.right':False, 'legend.frameon':False}
 
+# %% ../../nbs/testing/rehearse.ipynb #b3968de1
 def _plot_losses(ax, seen):
     "Loss of both jobs, the kill, and the steps that were trained again."
     first,second = _trained(seen)
@@ -485,6 +486,7 @@ def _png(plot, seen, theme):
         plt.close(fig)
     return buf.getvalue()
 
+# %% ../../nbs/testing/rehearse.ipynb #b0577307
 def _figure(plot, seen, alt, caption):
     "A picture for light and dark pages, with its words."
     import base64
