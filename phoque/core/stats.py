@@ -23,7 +23,7 @@ class Interval(NamedTuple):
     "A mean and the ends of its 95 % interval, which are None for fewer than `LEAST` numbers."
     mean:float; low:float|None; high:float|None
     def __str__(self):
-        if self.low is None: return f'{self.mean:.2f} (too few for an interval)'
+        if self.low is None: return f'{self.mean:.2f} [too few]'
         return f'{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]'
 
 def mean_interval(
