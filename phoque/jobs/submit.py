@@ -10,7 +10,7 @@ from pathlib import Path
 from fastcore.meta import delegates
 from ..core.basics import (UserError, asking_hub, command, check_data_files, excerpt, hub_problem, printable, read_json,
     refuse_addresses, refuse_secrets, text_table)
-from ..core.curve import wandb_url
+from ..core.curve import TRACKERS, wandb_url
 from .plan import STRANGE, check_timeout, find_flavor, price_today, run_plan, show_plan
 from .script import JOB_FLAVOR, JOB_SECRETS, JOB_TIMEOUT, check_train, hf_jobs, project_root
 from ..model_qlora import check_private, private_repo, resolve_base
@@ -33,6 +33,8 @@ def job_args(
     for k in ('preset', 'job_timeout'): changed.pop(k, None) # what a preset stands for is in the others
     env = {k.upper():str(int(v) if isinstance(v, bool) else v) for k,v in changed.items()} | {'JOB_TIMEOUT':timeout}
     args = ['--name', c.hub_model_id.split('/')[-1], '--flavor', flavor, '--timeout', timeout]
+    if c.report_to in TRACKERS: args += ['--with', TRACKERS[c.report_to]]
+    if c.report_to=='trackio' and (space := os.environ.get('TRACKIO_SPACE_ID')): env['TRACKIO_SPACE_ID'] = space
     for k,v in env.items(): args += ['-e', f'{k}={v}']
     for k in JOB_SECRETS:
         if k not in unused_secrets(c): args += ['--secrets', k]
