@@ -820,7 +820,7 @@ def check_light(
         raise ValueError(f"{lib}.{n} imports {out.strip()}: put that inside the functions that use it")
 
 # %% ../../nbs/dev/site.ipynb #d6438b21
-SPELT_SO = 'docment,docments,ans,ot,te' # Words that codespell takes for slips
+SPELT_SO = 'als,ans,docment,docments,generat,meu,ot,serie,sme,tage,te' # Words that codespell takes for slips
 # of other languages, in clean and chatlogs
 SPELT_SO += ',adres,adresse,bu,calle,carrer,ist,mot,nd,numer,ore,paket,passord,quater,registre,singel,unter,vor,whats'
 
