@@ -1787,7 +1787,7 @@ def _ahead(how, lines): # lists of what the process says, one line ahead of who 
         _renderer.finish()
         if out: yield out
     except BaseException:
-        if _renderer.asked: _renderer.stop() # nobody waits for the line that it is at
+        if _renderer.asked and _renderer.asked[-1] is out: _renderer.stop() # nobody waits for the line that it is at
         raise
 
 def render_lots(
@@ -5159,8 +5159,8 @@ def _track(self:Curve):
     except Exception as e: self._untrack(e)
 
 @patch
-def _untrack(self:Curve, e):
-    kind = type(self.tracker).__name__
+def _untrack(self:Curve, e, kind=''):
+    kind = kind or type(self.tracker).__name__
     log.warning(f"{kind} takes no more ({_cause(e)}): training goes on, and every checkpoint has the curve")
     self.tracker = None
 
@@ -5530,17 +5530,19 @@ def check_space(
     space:str, # TRACKIO_SPACE_ID; empty for none
     api=None, # `HfApi`
 ):
-    "Refuse a Space that anyone can read."
+    "Refuse a Space that anyone can read, and one whose bucket anyone can."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
     if not space: return
+    api = api or HfApi()
     if '/' not in space:
         raise UserError("TRACKIO_SPACE_ID", f"must have the form owner/name, got {space!r}", "correct it or unset it")
-    try: private = (api or HfApi()).space_info(space).private
+    try: private,runtime = api.space_info(space).private,api.get_space_runtime(space)
     except RepositoryNotFoundError: return # it is made, private
-    if private: return
-    raise UserError("TRACKIO_SPACE_ID", f"anyone can read {space}, and the run's curve would go there",
-        "make the Space private, name another, or unset it")
+    buckets = [v.source for v in runtime.volumes or () if v.type=='bucket'] # where trackio keeps the rows
+    for name in [space]*(not private)+[b for b in buckets if not api.bucket_info(b).private]:
+        raise UserError("TRACKIO_SPACE_ID", f"anyone can read {name}, and the run's curve would go there",
+            "name another Space, or unset it")
 
 class TrackioTracker:
     "A run in trackio's database, on this machine or in a private Space."
@@ -5582,7 +5584,9 @@ def track(self:Curve,
     "Begin to hand the rows to trackio or TensorBoard."
     check_tracker(kind)
     kinds = dict(trackio=TrackioTracker, tensorboard=TensorBoardTracker)
-    self.tracker = kinds[kind](project, run_id, config, folder)
+    try: self.tracker = kinds[kind](project, run_id, config, folder)
+    except UserError: raise
+    except Exception as e: return self._untrack(e, kind)
     away = kind=='trackio' and (os.environ.get('TRACKIO_SPACE_ID') or os.environ.get('TRACKIO_SERVER_URL'))
     gone = os.environ.get('JOB_ID') and not away
     lost = ": this job's disk is gone at its end; the checkpoints keep the curve"*bool(gone)

@@ -124,7 +124,7 @@ def _ahead(how, lines): # lists of what the process says, one line ahead of who 
         _renderer.finish()
         if out: yield out
     except BaseException:
-        if _renderer.asked: _renderer.stop() # nobody waits for the line that it is at
+        if _renderer.asked and _renderer.asked[-1] is out: _renderer.stop() # nobody waits for the line that it is at
         raise
 
 # %% ../../nbs/chat/rendering.ipynb #40010d1c

@@ -108,7 +108,9 @@ def __setitem__(self:Pages,
 
 @patch
 def __repr__(self:Pages):
-    def text(h): return unescape(re.sub(r'<style>.*?</style>|<[^>]+>', '', h)).strip()
+    def text(h): # nothing of a page steers a terminal
+        plain = unescape(re.sub(r'<style>.*?</style>|<[^>]+>', '', h)).strip()
+        return ''.join(c for c in plain if c=='\n' or c.isprintable())
     return '\n'.join(f'{n}: {text(h)}' for n,h in zip(self.names, self.html))
 
 @patch

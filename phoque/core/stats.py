@@ -31,7 +31,7 @@ def mean_interval(
     least:float=0., # Lowest possible value; -1 for differences
     most:float=1., # Highest possible value
 )->Interval: # A `UserError` for no values, and for one that is none or outside of the ends
-    "Mean of bounded numbers, with an interval that holds the true mean in 95 of 100 cases."
+    "Mean of bounded numbers, with an interval that holds the true mean in about 95 of 100 cases."
     import numpy as np
     xs = np.asarray(values, float)
     if not len(xs): raise UserError("scores", "no scores to average", "give at least one")

@@ -27,7 +27,8 @@ def persona_scorer(
     for r in rows:
         plain = r['messages'][0]==dict(r['messages'][0], role='system', content=PLAIN)
         for m in r['messages']:
-            if m['role']!='system': (own if is_learnt(m) and not plain else others).append(m['content'])
+            if is_learnt(m) and not plain: own.append(m['content'])
+            elif m['role']=='user' or plain and m['role']=='assistant': others.append(m['content'])
     return PersonaScorer(own[::max(6*len(own)//len(others), 1)], others)
 
 # %% ../../nbs/measure/live.ipynb #ca0a3192
@@ -91,6 +92,7 @@ class LiveRun:
         self.held_rows,self.board = held,board or Board()
         self.loss,self.held,self.score = {},{},{} # by step
         self.step,self.rows = 0,[]
+        self.start,self.done = time.monotonic(),None # its end, once there is one
         self.trainer = make_trainer(cfg, model, tok, packed, self)
 
     def __repr__(self):
@@ -108,7 +110,7 @@ class LiveRun:
 @patch(as_prop=True)
 def title(self:LiveRun)->str:
     "How far it is."
-    n,took = self.cfg.max_steps,time.monotonic()-self.start
+    n,took = self.cfg.max_steps,(self.done or time.monotonic())-self.start
     if self.done: return f"{'done' if self.step==n else f'stopped at step {self.step} of {n}'} after {about(took)}"
     left = f', about {about(took/self.step*(n-self.step))} left' if self.step else ''
     return f'step {self.step} of {n}{left}'
@@ -138,14 +140,14 @@ def on_log(self:LiveRun, step, logs):
 @patch
 def train(self:LiveRun)->'LiveRun': # Itself
     "Measure, train to the end, and draw all the while."
-    self.start,self.done = time.monotonic(),False
+    self.start,self.done = time.monotonic(),None
     self.board.show(self)
     try:
         self.measure(self.trainer.model, 0)
         self.board.show(self)
         self.trainer.train()
     finally:
-        self.done = True
+        self.done = time.monotonic()
         self.board.show(self, last=True)
     return self
 

@@ -99,6 +99,7 @@ def answers(self:Panel,
 @patch
 def ask(self:Panel):
     "Show the answers to what the inputs say; where they aren't known, have a thread find them."
+    if self.known.get(self.asked(), [{}])[0].get('failed'): del self.known[self.asked()] # try again
     self.show()
     if self.asked() in self.known: return
     self.thinking = threading.Thread(target=self._think, daemon=True)
@@ -110,7 +111,7 @@ def _think(self:Panel):
         asked = self.asked()
         if asked not in self.known:
             try: self.known[asked] = self.answers(asked)
-            except Exception as e: self.known[asked] = [dict(text=f'error: {excerpt(e)}', n_tokens=0)]*len(WEIGHTS)
+            except Exception as e: self.known[asked] = [dict(text=f'error: {excerpt(e)}', n_tokens=0, failed=True)]*len(WEIGHTS)
     self.show()
 
 @patch

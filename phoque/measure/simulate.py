@@ -251,7 +251,7 @@ def model_writer(
 
 # %% ../../nbs/measure/simulate.ipynb #9fcff232
 @shell_command('phoque_simulate',
-    'phoque_simulate --base_model BASE --adapter YOU/phoque --threads 50',
+    'phoque_simulate --base_model BASE --adapter YOU/phoque --system_prompt "You are a regular of this community."',
     'phoque_simulate --out threads.jsonl --moderator http://127.0.0.1:8000/check',
     errors=(ValueError,))
 def simulate_cli(

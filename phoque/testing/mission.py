@@ -95,7 +95,7 @@ def choose_weight(
     return min((r['weight'] for r in rows[1:] if r['perplexity']<=most), default=max(WEIGHTS))
 
 # %% ../../nbs/testing/mission.ipynb #8f98c800
-FLAGGED_WORDS = ('get off','herring','barnacle','kelp','bilge','limpet') # the toy knows half of the harbour's insults
+FLAGGED_WORDS = ('get off','herring','barnacle','kelp','bilge','limpet') # half of the harbour's insults, and a favourite line
 
 class _Toy(BaseHTTPRequestHandler):
     "Answers a POST of a message with `flagged`."

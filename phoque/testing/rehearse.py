@@ -534,7 +534,7 @@ WORDS = {'SIGKILL':"the system ends a process at once; it can't save anything", 
     'the Hub':"where models and data are kept; here a copy of it on this machine",
     'merge':"base model and what was learnt, added up to one model; with a negative weight, subtracted",
     'persona score':"a linear scorer of letter sequences, fitted on another year of the invented harbour: how much a text sounds like it, "
-        "not whether it is toxic", 'interval [low, high]':"95 % of resampled means lie in it; a difference whose interval excludes 0 is more than chance",
+        "not whether it is toxic", 'interval [low, high]':"95 % of resampled means lie in it; a difference whose interval excludes 0 would be rare by chance",
     'perplexity':"how many words the model hesitates between on harmless text: lower is more fluent",
     'distinct-2':"share of word pairs that occur once: near 0 is a loop"}
 
