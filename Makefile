@@ -58,7 +58,8 @@ gpu-pack: install ## Packages for a GPU machine without a network: build/gpu-sit
 generate: install ## Export the notebooks; write README.md and train/
 	@$(BIN)/phoque_docs --generate
 
-lab: install hooks ## JupyterLab on this folder, at the quickstart (ARGS="--no-browser --port=9000")
+lab: install ## JupyterLab on this folder, at the quickstart (ARGS="--no-browser --port=9000")
+	@[ ! -d .git ] || $(MAKE) -s hooks
 	@$(BIN)/nbdev_trust --force_all
 	@$(BIN)/jupyter lab nbs/quickstart.ipynb --ServerApp.root_dir='$(CURDIR)' $(AS_ROOT) $(KEEP_SAVED) $(ARGS)
 

@@ -421,10 +421,10 @@ def layout(self:OwnFormat,
     begins:list, # Where they begin
 )->tuple: # Text; is it for the private tokenizer; number of control tokens; `(begin, end token's place)` of each answer that is learnt
     "Say where in a written conversation the answers are."
-    _refuse_private(messages)
     shape = shape._replace(answers=[a for a in shape.answers if is_learnt(messages[shape.turns[a[0]]])])
     controls = sum(len(self.pattern.findall(t)) for t in shape.written)
     if not any(map(self.pattern.search, contents)): return bare,False,controls,shape.spans(contents, begins)
+    _refuse_private(messages)
     def named(t): return self.pattern.sub(lambda m: self.names[m[0]], t)
     def at(text, place): return place and len(named(text[:place])) # None stays None
     answers = [(j, at(shape.written[j], a), at(shape.written[j+1], b)) for j,a,b in shape.answers]

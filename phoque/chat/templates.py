@@ -460,7 +460,8 @@ def _set_mistral_system(
     tok, # Tokenizer with one of Mistral's templates, changed; none of them writes a default
     system_prompt:str, # See `load_tokenizer`
 ):
-    text = system_prompt or tok.init_kwargs.pop('system_prompt', '')
+    saved = tok.init_kwargs.pop('system_prompt', '')
+    text = system_prompt or saved
     if text in ('', NO_SYSTEM): return
     tok.init_kwargs['system_prompt'] = text # saved with the tokenizer; see `encode_chats`
     tok.chat_template = put_before(tok.chat_template, _system_statement(text))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .basics import UserError
 
 # %% auto #0
-__all__ = ['LEAST', 'Interval', 'mean_interval']
+__all__ = ['LEAST', 'MeanInterval', 'mean_interval']
 
 # %% ../../nbs/core/stats.ipynb #65ab1f23
 def _t95(df): # Half-width of 95 %, in standard errors
@@ -19,7 +19,7 @@ def _t95(df): # Half-width of 95 %, in standard errors
 # %% ../../nbs/core/stats.ipynb #41a6bd05
 LEAST = 10 # numbers that an interval needs
 
-class Interval(NamedTuple):
+class MeanInterval(NamedTuple):
     "A mean and the ends of its 95 % interval, which are None for fewer than `LEAST` numbers."
     mean:float; low:float|None; high:float|None
     def __str__(self):
@@ -30,7 +30,7 @@ def mean_interval(
     values:list[float], # One for each prompt or conversation, between `least` and `most`
     least:float=0., # Lowest possible value; -1 for differences
     most:float=1., # Highest possible value
-)->Interval: # A `UserError` for no values, and for one that is none or outside of the ends
+)->MeanInterval: # A `UserError` for no values, and for one that is none or outside of the ends
     "Mean of bounded numbers, with an interval that holds the true mean in about 95 of 100 cases."
     import numpy as np
     xs = np.asarray(values, float)
@@ -38,7 +38,7 @@ def mean_interval(
     for x in xs[~((xs>=least)&(xs<=most))][:1]:
         raise UserError("scores", f"{x:g} is not between {least:g} and {most:g}", "give scores of this range")
     mean,n = float(xs.mean()),len(xs)
-    if n<LEAST: return Interval(mean, None, None)
+    if n<LEAST: return MeanInterval(mean, None, None)
     more = np.append(xs, [least, most])
     half = _t95(n+1)*more.std(ddof=1)/(n+2)**.5
-    return Interval(mean, max(float(more.mean()-half), least), min(float(more.mean()+half), most))
+    return MeanInterval(mean, max(float(more.mean()-half), least), min(float(more.mean()+half), most))

@@ -47,6 +47,7 @@ def _wait_until_it_listens(process, port):
         with socket.socket() as s:
             if s.connect_ex(('127.0.0.1', port))==0: return
         time.sleep(.2)
+    raise RuntimeError(f"JupyterLab ended with exit code {process.returncode} before it listened")
 
 # %% ../../nbs/dev/lab.ipynb #31fc5f18
 @contextmanager

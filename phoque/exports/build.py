@@ -19,7 +19,7 @@ from ..chat.messages import is_learnt
 from .clean import FOUND, Prompts, cap_repeats, clean_batch, common_pairs, dedup_exact, dedup_near
 from .clean import is_long, line_key, minhash, words
 from .names import NOBODY, Names, names_in
-from .pii import REGIONS, fix_text, redact_pii
+from .pii import REGIONS
 from ..core.basics import (UserError, asking_hub, check_range, excerpt, hub_problem, log, masked, printable, private_files,
     refuse_secrets, shell_command)
 from ..data import NEUTRAL, NEW, TESTED, TRAINED, data_report, dataset_card, grumpy_harbour
@@ -69,16 +69,20 @@ def _many(path):
 # %% ../../nbs/exports/build.ipynb #0fcdd7f5
 def _known(name, kind, files, columns, others):
     "Kind and path of those of many files that a reader knows; the others are named and noted."
-    res,out = [],[]
+    res,out,why = [],[],{}
     for f in files:
-        try: k = find_kind(f, columns) if export_file(f).stat().st_size else ''
-        except UserError: k = ''
-        if k and (kind in ('',k) or (kind,k)==('table','messages')): res.append((kind or k, f))
-        else: out.append(f.name)
+        k,fault = '','it is empty'
+        try:
+            if export_file(f).stat().st_size: k = find_kind(f, columns)
+        except UserError as e: fault = f'{e.value}: {e.remedy}'
+        if k and (kind in ('',k) or (kind,k)==('table','messages')): res.append((kind or k, f)); continue
+        out.append(f.name)
+        why.setdefault(f'it is {k}' if k else fault, []).append(f.name)
     others += out
     said = ', '.join(f'{n:,} as {k}' for k,n in Counter(k for k,_ in res).items())
-    if out: said += f'; left out {len(out):,} that no reader knows: {excerpt(", ".join(out))}'
+    if out: said += f'; left out {len(out):,} that are not read: {excerpt(", ".join(out))}'
     if not res: raise UserError(name, f"no file in it that is read{said}", "name the files, with their kind")
+    for fault,names in why.items(): log.info(printable(f'{name}: not read, {fault} ({excerpt(", ".join(names))})'))
     log.info(printable(f'{name}: read {said}'))
     return res
 
@@ -98,8 +102,8 @@ def _one(kind, path, columns):
 # %% ../../nbs/exports/build.ipynb #f3d78dde
 def parse_sources(
     source:str|list, # FILE, FOLDER, 'PATTERN*' or hub:OWNER/NAME, also as KIND:FILE; in a text `"` keeps a name's blanks
-    columns:tuple=(), # Columns that a table has, where they are named
-    others:list=None, # Gets the names of files in folders that no reader knows
+    columns:dict={}, # Our names and a table's or chat data's, from `column_map`
+    others:list=None, # Gets the names of files in folders that aren't read
 )->list[tuple]: # Kind, path, and what tells one state of the file from another; in whichever order they were given the same
     "Find the files and Hub datasets of `--source`, each once."
     res,others = {},[] if others is None else others
@@ -122,7 +126,7 @@ class Build:
     def __init__(self,
         source:str='grumpy', # FILE, FOLDER or 'PATTERN*', each also as KIND:FILE; `grumpy` is the invented harbour
         work:str='phoque-work', # Folder for the tables between the steps; private; may be deleted at any time
-        columns:str='', # For `table`: our names and the file's, as 'text=body who=author room=channel t=sent score=tox'
+        columns:str='', # For `table`: our names and the file's, as 'text=body who=author room=channel t=sent score=tox'; for chat data 'messages=dialog role=speaker content=said'
         speaker:str='', # Speaker to learn; '' takes the speakers by their score
         system_prompt:str=REGULAR, # System turn of the rows of a community's speaker; '' for none
         min_score:float=0.5, # Score from which a speaker is the persona, 0 to 1
@@ -143,7 +147,7 @@ class Build:
         store_attr()
         self.what = source if isinstance(source, str) else ' '.join(source) # how an error names it
         self._check()
-        self.files,self.others = [],[] # notes on what was read; files that no reader knows
+        self.files,self.others = [],[] # notes on what was read; files that weren't
         self.steps,self.began,self.t = [],time.time(),time.perf_counter()
         self.overlap = 'unknown, no stable ids'
 
@@ -214,7 +218,7 @@ def parts(self:Build)->list[tuple]: # Kind, paths, and their states
     def revision(path):
         repo = path[4:].partition(':')[0]
         with asking_hub(f'dataset {repo}'): return HfApi().dataset_info(repo).sha
-    found = parse_sources(self.source, tuple(self._read_options().get('columns', {}).values()), self.others)
+    found = parse_sources(self.source, self._read_options().get('columns', {}), self.others)
     named = {Path(_kind_of(n)[1]).resolve() for n in _names(self.source)}
     def is_ours(p): return Path(self.work).resolve() in (file := Path(p).resolve()).parents and file not in named
     found = [f for f in found if f[1].startswith('hub:') or not is_ours(f[1])] # nor tables of an earlier run in a folder
@@ -238,37 +242,47 @@ def _read_options(self:Build):
 # %% ../../nbs/exports/build.ipynb #894133ea
 def _code():
     "A hash of these modules' code."
-    mods = 'files','sources','chatlogs','threads','times','clean','build'
-    return hashlib.sha256(b''.join(Path(find_spec(f'phoque.exports.{m}').origin).read_bytes() for m in mods)).hexdigest()
+    files = sorted(Path(find_spec('phoque.exports').origin).parent.glob('*.py'))
+    return hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()
 
-def _note(work, part, what):
+@patch
+def asked(self:Build,
+    part:tuple, # One of `parts`
+)->dict: # `part`, `opts` of its reader, `gap`, `max_bad`, `code`
+    "What a part is read with: where one of these is another, it is read again."
+    opts = self._read_options()
+    if part[0]!=('messages' if 'messages' in opts.get('columns', ()) else 'table'): opts.pop('columns', None)
+    if part[0]=='hh': opts['rejected'] = self.rejected
+    return dict(part=part, opts=opts, gap=self.gap, max_bad=self.max_bad, code=_code())
+
+def _note(work, asked, what):
     "Path of a note on a file."
-    return Path(f"{work}/{what}-{hashlib.sha256(repr(part).encode()).hexdigest()[:10]}.json")
+    return Path(f"{work}/{what}-{hashlib.sha256(repr(asked).encode()).hexdigest()[:10]}.json")
 
-def _read(work, part):
+def _read(work, asked):
     "What was noted when a file had been read to its end, or None."
-    note = _note(work, part, 'read')
+    note = _note(work, asked, 'read')
     return json.loads(note.read_text()) if note.exists() else None
 
 # %% ../../nbs/exports/build.ipynb #27370bfe
-def _conversations(part, work, opts, gap, max_bad, code):
+def _conversations(asked, work):
     "Read and thread files of one kind; leaves a note of what it saw."
-    kind,paths,_ = part
+    kind,paths,_ = asked['part']
     src,name = SOURCES[kind],f'{kind}:{Path(paths[0]).name}'+f' and {len(paths)-1:,} more'*(len(paths)>1)
     label = paths[0] if paths[0].startswith('hub:') else kind # what rows and card say of where they are from: no file's name
-    q,told,n = Quarantine(_note(work, part, 'aside'), max_bad),{},0
+    q,told,n = Quarantine(_note(work, asked, 'aside'), asked['max_bad']),{},0
     def lines():
         nonlocal n
         for k,path in enumerate(paths):
             with whole_file(Path(path).name): # a file may break on the way
-                for l in src.read(path, bad=q, **opts):
+                for l in src.read(path, bad=q, **asked['opts']):
                     n += 1
                     yield l | dict(room=f'{ONLY_ROOM} {k}') if l['room']==ONLY_ROOM else l
-    for c in threads(lines(), name, src.license, gap, told=told, folder=work): yield c | dict(source=label)
+    for c in threads(lines(), name, src.license, asked['gap'], told=told, folder=work): yield c | dict(source=label)
     note = dict(name=name, label=label, files=len(paths), license=src.license, pass_on=src.pass_on, rows=q.rows, kept=q.kept, bad=q.bad, said=q.said,
         reasons=dict(q.reasons.most_common(9)), first=q.first, left=q.left, noted=q.noted, lines=n, told=told, people=[*map(list, q.people.values())],
         aside=str(q.path))
-    _note(work, part, 'read').write_text(json.dumps(note))
+    _note(work, asked, 'read').write_text(json.dumps(note))
 
 # %% ../../nbs/exports/build.ipynb #a1cb7f4b
 @patch
@@ -279,16 +293,13 @@ def read(self:Build,
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
     Path(self.work).mkdir(parents=True, exist_ok=True)
-    opts = self._read_options()
-    if part[0]!='table': opts.pop('columns', None)
-    if part[0]=='hh': opts['rejected'] = self.rejected
-    args = dict(part=part, work=self.work, opts=opts, gap=self.gap, max_bad=self.max_bad, code=_code())
+    args = dict(asked=self.asked(part), work=self.work)
     try: return Dataset.from_generator(_conversations, features=_features(), cache_dir=self.work, gen_kwargs=args)
     except DatasetGenerationError as e:
         while e.__cause__: e = e.__cause__ # ours is at the bottom
         raise e from None
     except ValueError: # of a file without a line, of which `datasets` makes nothing
-        note = _read(self.work, part)
+        note = _read(self.work, args['asked'])
         if not note or note['lines']: raise
         return Dataset.from_dict({k: [] for k in _features()}, features=_features())
 
@@ -355,7 +366,7 @@ def _tell(n):
     def say(what): log.info(printable(f"{n['name']}: {what}"))
     if n['said']: say(n['said'])
     for what,(k,where) in n['left'].items(): say(f'{k:,} left out: {what} (first: {where})')
-    for what,(k,where) in n['noted'].items(): say(f'{k:,} times gone: {what} (first: {where})')
+    for what,(k,where) in n['noted'].items(): say(f'{k:,} noted: {what} (first: {where})')
     for what,(k,where) in n['told'].items(): say(f'{k:,} {what} (first: {where})')
     if n['bad']:
         top = next(iter(n['reasons']))
@@ -381,7 +392,7 @@ def prepare(self:Build,
     from datasets import concatenate_datasets
     parts = self.parts()
     raws = [self.read(p) for p in parts]
-    self.files = notes = [_read(self.work, p) for p in parts]
+    self.files = notes = [_read(self.work, self.asked(p)) for p in parts]
     for n in notes:
         _tell(n)
         _check_bad(n, self.max_bad, dry)
@@ -610,10 +621,10 @@ def _not_read(self:Build):
     res = {}
     for n in self.files:
         for what,(k,where) in [*n['left'].items(), *n['noted'].items()]:
-            place = re.search(r' ((?:line|row|message|entry|event|post|activity|tree) \d+)$', where) # behind the file's name
+            place = re.search(r' ((?:line|row|message|entry|event|post|comment|activity|tree) \d+)$', where) # behind the file's name
             before,first = res.get(what, (0, f' (first: {place[1]})' if place else ''))
             res[what] = before+k,first
-    return {what+first: k for what,(k,first) in res.items()} | {'files that no reader knows': len(self.others)}
+    return {what+first: k for what,(k,first) in res.items()} | {'files not read': len(self.others)}
 
 # %% ../../nbs/exports/build.ipynb #79d34f08
 @patch
@@ -737,7 +748,7 @@ def prepare_share(
     b = Build(**kwargs, workers=1)
     parts = b.parts()
     raws = [b.read(p) for p in parts] # each worker reads all of them, since names of one file are said in another
-    everyone = b.everyone(raws, [_read(b.work, p) for p in parts])
+    everyone = b.everyone(raws, [_read(b.work, b.asked(p)) for p in parts])
     for raw in raws[rank::world_size]: b.clean(raw, everyone)
 
 # %% ../../nbs/exports/build.ipynb #16588966

@@ -1011,7 +1011,7 @@ def _trees(rows, bad):
         yield dict(message_tree_id=name, prompt=root),len(tree)
 
 def _ways(root):
-    "Each way from the root of a tree to an end, as turns; an answer that was there before has weight 0."
+    "Each way from the root of a tree to an end, as ids and turns; an answer that was there before has weight 0."
     ways,seen = [[root]],set()
     while ways:
         way = ways.pop()
@@ -1019,25 +1019,28 @@ def _ways(root):
         ways += [[*way, x] for x in reversed(more)]
         if more: continue
         ids = [x.get('message_id', id(x)) for x in way]
-        yield [dict(role=x['role'], content=x['text'], weight=int(i not in seen)) for i,x in zip(ids, way)]
+        yield ids,[dict(role=x['role'], content=x['text'], weight=int(i not in seen)) for i,x in zip(ids, way)]
         seen.update(ids)
 
 # %% ../../nbs/exports/chatlogs.ipynb #dde81f5d
 MOST_DEEP = 100 # levels of a tree
 
 def _tree_lines(t, n, note):
-    "Lines of the conversations of a tree."
+    "Lines of the conversations of a tree, and how many of its messages are in them."
     if not t['prompt']: raise LeftOut('a tree without its root')
-    name,res = t['message_tree_id'],[]
-    for k,way in enumerate(_ways(t['prompt'])):
+    name,res,used = t['message_tree_id'],[],set()
+    for k,(ids,way) in enumerate(_ways(t['prompt'])):
         if len(way)>MOST_DEEP: raise ValueError(f"a tree of more than {MOST_DEEP} levels")
         while way and way[-1]['role']!='assistant': way.pop()
         if not any(m['weight'] for m in way if m['role']=='assistant'): continue
+        used.update(ids[:len(way)])
         for role,text,w in read_turns(way, note):
             res.append(line(f'{name}-{k}', role, text, turn=role, weight=w, whole=f'{n}-{k}', group=name,
                 persona='assistant', system=''))
     if not res: raise LeftOut('no answer in the tree')
-    return res
+    return res,len(used)
+
+def _tree_size(m): return 1+sum(map(_tree_size, m.get('replies') or ()))
 
 # %% ../../nbs/exports/chatlogs.ipynb #44818fa3
 def _is_tree(b): return isinstance(p := b.row.get('prompt'), dict) and 'replies' in p
@@ -1053,14 +1056,17 @@ def read_oasst(
     book,rows = book_of(bad),records(path, bad)
     first = next(rows, None)
     rows = chain([first] if first else [], rows)
-    trees = ((r, 1) for _,r in rows) if first and 'prompt' in first[1] else _trees(rows, bad)
+    whole = bool(first) and 'prompt' in first[1] # else a row is a message
+    trees = ((r, 1) for _,r in rows) if whole else _trees(rows, bad)
     for n,(t,size) in enumerate(trees):
         where = f'{Path(path).name} tree {n+1}'
-        try: lines = _tree_lines(t, n, partial(book.note, where))
+        try: lines,used = _tree_lines(t, n, partial(book.note, where))
         except LeftOut as e:
             for _ in range(size): book.leave_out(where, str(e))
         except ROW_FAULTS as e:
             for _ in range(size): bad(where, reason_of(e), t)
         else:
-            book.kept += size
+            lose = book.note if whole else book.leave_out
+            for _ in range((_tree_size(t['prompt']) if whole else size)-used): lose(where, 'a message on no way to an answer')
+            book.kept += 1 if whole else used
             yield from lines

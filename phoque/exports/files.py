@@ -45,7 +45,7 @@ class Quarantine:
         self.rows,self.kept,self.reasons = 0,0,Counter()
         self.first,self.left = {},{}
         self.noted,self.heard = {},{}
-        self.people,self.called,self.met = {},{},{}
+        self.people,self.called,self.met = {},{},{} # filled by `person` and `_read_before` of sources
         self.taken,self.ids = set(),set()
         if self.path: self.path.unlink(missing_ok=True)
 
@@ -388,6 +388,11 @@ def _swallowed(lines, where, n, width, read, bad):
         elif row: yield f'{where} line {k}',row
 
 # %% ../../nbs/exports/files.ipynb #9ecc0c00
+def _checked_head(head, where):
+    if twice := next((h for h,n in Counter(head).items() if h and n>1), ''):
+        raise UserError(where, f"two columns are called {excerpt(twice)!r}", "give each a name of its own")
+    return head
+
 def _csv(path, bad):
     "Place and record of each row of a CSV file."
     with open_text(path) as f:
@@ -401,9 +406,7 @@ def _csv(path, bad):
         if head is None: return
         if fault or not head:
             raise UserError(f"{path.name} line 1", fault or 'it is empty', "let it name the columns")
-        head = [*map(legible, head)]
-        if twice := next((h for h,n in Counter(head).items() if h and n>1), ''):
-            raise UserError(f"{path.name} line 1", f"two columns are called {excerpt(twice)!r}", "give each a name of its own")
+        head = _checked_head([*map(legible, head)], f'{path.name} line 1')
         def named(row): return dict(zip(head, map(legible, row)))
         while True:
             n += feed.forget()
@@ -619,7 +622,7 @@ def _excel(path, bad):
             for n,row,lost in _cells(sheet, formulas and formulas[sheet.title]):
                 if lost: bad(f'{path.name} row {n}', "a formula without its value: save the file in a spreadsheet program", None)
                 elif head: yield f'{path.name} row {n}',{str(h): v for h,v in zip(head, row) if h is not None}
-                else: head = row
+                else: head = _checked_head(row, f'{path.name} row {n}')
             if head: break
         book.close()
     except UserError: raise

@@ -603,7 +603,7 @@ def _table_line(r, at, columns, html=False, **_):
     about = dict(score=_score(g.get('score')), by='table', id=_id(g.get('id')), reply_to=_id(g.get('reply_to')))
     if not g.keys() & {'room','who','t','id','reply_to','group','author'}: # comments
         return [line(hash_of(text), 'writer', text, whole=at.n, **about)]
-    if 'who' in g and g['who'] is None: raise LeftOut('nobody is said to have said it')
+    if 'who' in g and g['who'] in (None, ''): raise LeftOut('nobody is said to have said it')
     room,t,group = g.get('room'),at.clock(g.get('t')),g.get('group')
     nameless = room in (None,'')
     room = ONLY_ROOM if nameless else name_of(room, 'room')
@@ -641,15 +641,14 @@ _ASKED_LAST = 'messages','table'
 
 def find_kind(
     path:str, # File or folder that is there, or `hub:OWNER/NAME`
-    columns=(), # Columns that a table has where they are named, or their map
+    columns:dict={}, # Our names and the file's, from `column_map`
 )->str: # One of `SOURCES`
     "Find what reads a file."
     if str(path).startswith('hub:'): return 'messages'
     b = Beginning(path if Path(path).is_dir() else export_file(path))
     with whole_file(b.name):
-        if 'messages' in columns: return 'messages'
-        named = columns.values() if isinstance(columns, dict) else columns
-        if columns and set(named)<={*b.row, *_columns(b.row)}: return 'table'
+        if columns.get('messages') in b.row: return 'messages'
+        if columns and {*columns.values()}<={*b.row, *_columns(b.row)}: return 'table'
         kinds = [k for k,s in SOURCES.items() if k not in _ASKED_LAST and s.detect(b)]
         if len(kinds)>1:
             raise UserError(b.name, f"it could be {' or '.join(kinds)}", f"say which, as in {kinds[0]}:{b.name}")

@@ -16,7 +16,7 @@ from .sources import MOST_TEXT, YEAR_1
 
 # %% auto #0
 __all__ = ['GONE', 'MOST_FREE', 'NEAR', 'MOST_OPEN', 'RECENT', 'COMMON', 'USUAL', 'MOST_KNOWN', 'MOST_LINKED', 'START', 'Thread',
-           'threads', 'pair_scores', 'pick_persona', 'turns']
+           'threads', 'pick_persona', 'turns']
 
 # %% ../../nbs/exports/threads.ipynb #40bbdc43
 class Thread:
@@ -435,19 +435,6 @@ def threads(
     if not talk.at: return
     for c in talk.conversations(gap, max_lines): yield c.done(source, license)
     if told is not None: told.update(talk.told())
-
-# %% ../../nbs/exports/threads.ipynb #1f3a591b
-def pair_scores(
-    true, # Of each line its true conversation
-    ours, # Of each line the one that it was put into
-)->dict: # Precision, recall and F of pairs; F of exact conversations; true conversations in one of ours
-    "How well conversations were found."
-    a,b,both = Counter(true),Counter(ours),Counter(zip(true, ours))
-    def pairs(c): return sum(n*(n-1)//2 for n in c.values())
-    p,r = (pairs(both)/max(1, pairs(x)) for x in (b, a))
-    exact = sum(n==a[i]==b[j]>1 for (i,j),n in both.items())
-    return dict(precision=p, recall=r, f=2*p*r/max(p+r, 1e-9), mixed=len(both)/len(b),
-        exact=2*exact/max(1, sum(n>1 for n in [*a.values(), *b.values()])))
 
 # %% ../../nbs/exports/threads.ipynb #41da9d07
 def pick_persona(

@@ -4,19 +4,22 @@
 
 # %% ../../nbs/measure/live.ipynb #5fee98bd
 from __future__ import annotations
-import io, time
+import io, re, threading, time
+from pathlib import Path
 from fastcore.basics import patch
 from html import escape
 from ..chat.labels import encode_dataset
 from ..chat.messages import is_learnt
 from ..core.basics import UserError, printable
 from ..core.show import Board, about
+from .panel import veiled
 from .score import BENIGN_TEXTS, MILD_PROMPTS, PersonaScorer
 from ..sample import PLAIN, sample_metrics
-from ..train import held_out_loss, make_trainer, pack_dataset
+from ..train import held_out_loss, make_trainer, pack_dataset, parse_step
 
 # %% auto #0
-__all__ = ['LOSS', 'HELD', 'SCORE', 'persona_scorer', 'draw_curves', 'png_bytes', 'LiveRun', 'pack_splits', 'BeforeAfter']
+__all__ = ['LOSS', 'HELD', 'SCORE', 'SAMPLE_LINE', 'persona_scorer', 'draw_curves', 'png_bytes', 'LiveRun', 'pack_splits',
+           'BeforeAfter', 'LivePlot']
 
 # %% ../../nbs/measure/live.ipynb #e66bd461
 def persona_scorer(
@@ -171,17 +174,79 @@ class BeforeAfter:
     def __init__(self,
         rows:list, # Of one step of a `Sampler` with a scorer
         prompts:list, # Its conversations
-    ): self.rows = [r|dict(prompt=p[-1]['content']) for r,p in zip(rows, prompts)] # without the system turn
+        blur:bool=False, # Hide replies until they are clicked
+    ):
+        self.rows = [r|dict(prompt=p[-1]['content']) for r,p in zip(rows, prompts)] # without the system turn
+        self.hide,self.say = (veiled,lambda _: '(hidden)') if blur else (escape,printable)
 
     def __repr__(self):
-        def said(r): return (printable(r['prompt']), f"before {r['base_score']:.2f}: {printable(r['base_response'])}",
-            f"after  {r['score']:.2f}: {printable(r['response'])}")
+        def said(r): return (printable(r['prompt']), f"before {r['base_score']:.2f}: {self.say(r['base_response'])}",
+            f"after  {r['score']:.2f}: {self.say(r['response'])}")
         return '\n'.join('{}\n  {}\n  {}'.format(*said(r)) for r in self.rows)
 
     def _repr_html_(self):
         style = 'text-align:left;vertical-align:top;white-space:normal;width:33%'
-        def cell(tag, text): return f'<{tag} style="{style}">{escape(text)}</{tag}>'
+        def cell(tag, page): return f'<{tag} style="{style}">{page}</{tag}>'
         def line(tag, *cells): return f"<tr>{''.join(cell(tag, c) for c in cells)}</tr>"
-        def said(text, score): return f'{text} · {score:.2f}'
-        def row(r): return line('td', r['prompt'], said(r['base_response'], r['base_score']), said(r['response'], r['score']))
+        def said(text, score): return f'{self.hide(text)} · {score:.2f}'
+        def row(r): return line('td', escape(r['prompt']), said(r['base_response'], r['base_score']), said(r['response'], r['score']))
         return f"<table>{line('th', 'question', 'before · score', 'after · score')}{''.join(map(row, self.rows))}</table>"
+
+# %% ../../nbs/measure/live.ipynb #da182a65
+_SCORE = r'([01]\.\d\d)'
+_BESIDE = r'base [01]\.\d\d(?:, no persona [01]\.\d\d)?'
+SAMPLE_LINE = re.compile(
+    rf'\d\d:\d\d:\d\d sample, step (\d{{1,9}}): .* {_SCORE} \[{_SCORE}, {_SCORE}\], {_BESIDE}', re.ASCII)
+
+class LivePlot:
+    "The loss and the samples' toxicity of a run, read from its log."
+    def __init__(self,
+        log:str|Path, # File that the run's lines go to
+    ):
+        import ipywidgets as w
+        self.log,self.stopped = Path(log),threading.Event()
+        self.image = w.Image(format='png', layout=w.Layout(width='42em'))
+
+    def read(self):
+        "Loss and toxicity by step, as the log has them now."
+        loss,tox = {},{}
+        if not self.log.is_file(): return loss,tox
+        with self.log.open(errors='replace', newline='\n') as f:
+            for l in f:
+                l = l.rstrip('\n')
+                if s := parse_step(l, clock=True): loss[s['step']] = s['loss']
+                if m := SAMPLE_LINE.fullmatch(l): tox[int(m[1])] = tuple(map(float, m.groups()[1:]))
+        return loss,tox
+
+# %% ../../nbs/measure/live.ipynb #d10c10de
+@patch
+def draw(self:LivePlot):
+    "Draw what there is."
+    loss,tox = self.read()
+    self.image.value = png_bytes(draw_curves(loss, {}, tox))
+    return self
+
+# %% ../../nbs/measure/live.ipynb #823230b7
+@patch
+def follow(self:LivePlot,
+    every:float=2.0, # Seconds between two looks
+):
+    "Draw again whenever the log has grown; `stop()` ends it."
+    def look():
+        size = None
+        while not self.stopped.wait(every):
+            if self.log.exists() and (now := self.log.stat().st_size)!=size:
+                size = now
+                self.draw()
+    threading.Thread(target=look, daemon=True).start()
+    return self.draw()
+
+@patch
+def stop(self:LivePlot):
+    "Stop following."
+    self.stopped.set()
+
+@patch
+def _ipython_display_(self:LivePlot):
+    from IPython.display import display
+    display(self.image)

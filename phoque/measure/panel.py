@@ -4,18 +4,15 @@
 
 # %% ../../nbs/measure/panel.ipynb #38c36bb5
 from __future__ import annotations
-import html, re, threading, time
-from pathlib import Path
+import html, threading
 from typing import NamedTuple
 from fastcore.basics import patch
-from ..core.basics import UserError, excerpt
+from ..core.basics import excerpt
 from ..core.show import Pages
-from .live import draw_curves, png_bytes
 from ..sample import PLAIN, SAMPLE_QUESTIONS, generate_replies
-from ..train import parse_step
 
 # %% auto #0
-__all__ = ['BLUR', 'WEIGHTS', 'SAMPLE_LINE', 'veiled', 'Asked', 'Panel', 'LivePlot']
+__all__ = ['BLUR', 'SLIDER', 'veiled', 'Asked', 'Panel']
 
 # %% ../../nbs/measure/panel.ipynb #834c6858
 BLUR = '<style>.phoque-veil input{display:none} .phoque-veil span{filter:blur(6px);cursor:pointer} ' \
@@ -30,7 +27,7 @@ def veiled(
     return f'{BLUR}<label class="phoque-veil {html.escape(name)}">{box}</label>'
 
 # %% ../../nbs/measure/panel.ipynb #f689c12e
-WEIGHTS = tuple(i/4 for i in range(-4, 5)) # of the slider: -1 subtracts the adapter, 0 is the base, 1 as trained
+SLIDER = tuple(i/4 for i in range(-4, 5)) # of the slider: -1 subtracts the adapter, 0 is the base, 1 as trained
 
 class Asked(NamedTuple):
     "What a panel is asked."
@@ -68,7 +65,7 @@ def _add_inputs(self:Panel, w, question):
     self.persona = w.Checkbox(True, description='in the persona', indent=False)
     self.temperature = w.FloatSlider(0., min=0., max=1.5, step=.1, description='temperature', **wide)
     self.seed = w.BoundedIntText(0, min=0, max=10**6, description='seed', **wide | dict(layout=w.Layout(width='12em')))
-    self.pages = Pages({f'{x:g}':'' for x in WEIGHTS}, 'adapter', start='1', slider=True, values=list(WEIGHTS))
+    self.pages = Pages({f'{x:g}':'' for x in SLIDER}, 'adapter', start='1', slider=True, values=list(SLIDER))
     self.weight = self.pages.at
     self.weight.add_class('phoque-weight')
     self.base = w.HTML()
@@ -86,12 +83,12 @@ def asked(self:Panel)->Asked: # By what the inputs say now
 @patch
 def answers(self:Panel,
     asked:Asked, # From `asked`
-)->list[dict]: # As of `generate_replies`, one for each of `WEIGHTS`
+)->list[dict]: # As of `generate_replies`, one for each of `SLIDER`
     "Answer at all weights, in one batch."
     import torch
     system = [dict(role='system', content=asked.system)]*bool(asked.system)
-    ids,n = self.encode(self.tok, system+[dict(role='user', content=asked.question)]),len(WEIGHTS)
-    at = torch.tensor(WEIGHTS, device=self.model.device)[:,None,None] # each row has its own
+    ids,n = self.encode(self.tok, system+[dict(role='user', content=asked.question)]),len(SLIDER)
+    at = torch.tensor(SLIDER, device=self.model.device)[:,None,None] # each row has its own
     return generate_replies(self.model, self.tok, [ids]*n, self.max_new_tokens, asked.temperature, .9, asked.seed,
         weight=at, places=[0]*n)
 
@@ -111,7 +108,7 @@ def _think(self:Panel):
         asked = self.asked()
         if asked not in self.known:
             try: self.known[asked] = self.answers(asked)
-            except Exception as e: self.known[asked] = [dict(text=f'error: {excerpt(e)}', n_tokens=0, failed=True)]*len(WEIGHTS)
+            except Exception as e: self.known[asked] = [dict(text=f'error: {excerpt(e)}', n_tokens=0, failed=True)]*len(SLIDER)
     self.show()
 
 @patch
@@ -137,8 +134,8 @@ def show(self:Panel):
     "Write every page anew, by what the inputs say."
     with self.drawing:
         asked = self.asked()
-        replies = self.known.get(asked, [None]*len(WEIGHTS))
-        for name,x,r in zip(self.pages.names, WEIGHTS, replies):
+        replies = self.known.get(asked, [None]*len(SLIDER))
+        for name,x,r in zip(self.pages.names, SLIDER, replies):
             self.pages[name] = _page(x, 'tuned', asked, r, self.blur)
             if x==0: self.base.value = _page(x, 'base', asked, r, self.blur)
 
@@ -149,62 +146,3 @@ def __repr__(self:Panel): return repr(self.pages)
 def _repr_mimebundle_(self:Panel, **kw):
     if not self.pages.watched(): return self.pages._repr_mimebundle_(**kw) # one below the other
     return self.box._repr_mimebundle_(**kw) | {'text/plain':repr(self)}
-
-# %% ../../nbs/measure/panel.ipynb #da182a65
-_SCORE = r'([01]\.\d\d)'
-_BESIDE = r'base [01]\.\d\d(?:, no persona [01]\.\d\d)?'
-SAMPLE_LINE = re.compile(
-    rf'\d\d:\d\d:\d\d sample, step (\d{{1,9}}): .* {_SCORE} \[{_SCORE}, {_SCORE}\], {_BESIDE}', re.ASCII)
-
-class LivePlot:
-    "The loss and the samples' toxicity of a run, read from its log."
-    def __init__(self,
-        log:str|Path, # File that the run's lines go to
-    ):
-        import ipywidgets as w
-        self.log,self.stopped = Path(log),threading.Event()
-        self.image = w.Image(format='png', layout=w.Layout(width='42em'))
-
-    def read(self):
-        "Loss and toxicity by step, as the log has them now."
-        loss,tox = {},{}
-        if not self.log.is_file(): return loss,tox
-        with self.log.open(errors='replace', newline='\n') as f:
-            for l in f:
-                l = l.rstrip('\n')
-                if s := parse_step(l, clock=True): loss[s['step']] = s['loss']
-                if m := SAMPLE_LINE.fullmatch(l): tox[int(m[1])] = tuple(map(float, m.groups()[1:]))
-        return loss,tox
-
-# %% ../../nbs/measure/panel.ipynb #d10c10de
-@patch
-def draw(self:LivePlot):
-    "Draw what there is."
-    loss,tox = self.read()
-    self.image.value = png_bytes(draw_curves(loss, {}, tox))
-    return self
-
-# %% ../../nbs/measure/panel.ipynb #823230b7
-@patch
-def follow(self:LivePlot,
-    every:float=2.0, # Seconds between two looks
-):
-    "Draw again whenever the log has grown; `stop()` ends it."
-    def look():
-        size = None
-        while not self.stopped.wait(every):
-            if self.log.exists() and (now := self.log.stat().st_size)!=size:
-                size = now
-                self.draw()
-    threading.Thread(target=look, daemon=True).start()
-    return self.draw()
-
-@patch
-def stop(self:LivePlot):
-    "Stop following."
-    self.stopped.set()
-
-@patch
-def _ipython_display_(self:LivePlot):
-    from IPython.display import display
-    display(self.image)

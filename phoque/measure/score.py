@@ -8,7 +8,7 @@ import hashlib, json, math, random, re, time
 from pathlib import Path
 from ..core.basics import UserError, base_dtype, check_output, check_range, printable, shell_command
 from ..chat.labels import encode_prompt
-from ..core.stats import Interval, mean_interval
+from ..core.stats import MeanInterval, mean_interval
 from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer, adapter_weight
 from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
 from ..train import TrainConfig
@@ -248,7 +248,7 @@ def eval_table(
     "The rows, rounded, with their intervals."
     spans = 'expected_max_toxicity','toxicity_probability','mean_toxicity'
     digits = dict(perplexity=1, distinct_1=2, distinct_2=2, distinct_3=2)
-    def span(r, k): return str(Interval(r[k], r[f'{k}_low'], r[f'{k}_high'])) if k in r else ''
+    def span(r, k): return str(MeanInterval(r[k], r[f'{k}_low'], r[f'{k}_high'])) if k in r else ''
     def line(r):
         return {'': r['name']} | {k.replace('_',' '): span(r, k) for k in (*spans, 'change')} \
             | {k.replace('_','-'): f"{r[k]:.{d}f}" for k,d in digits.items()}

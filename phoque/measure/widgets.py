@@ -13,7 +13,7 @@ from ..core.show import Pages
 from ..train import parse_step
 
 # %% auto #0
-__all__ = ['label_pages', 'Attempt', 'read_checkpoints', 'plot_checkpoints']
+__all__ = ['label_pages', 'Attempt', 'checkpoint_steps', 'read_checkpoints', 'plot_checkpoints']
 
 # %% ../../nbs/measure/widgets.ipynb #e5b3728c
 def label_pages(
@@ -40,15 +40,21 @@ class Attempt(NamedTuple):
     last:int # Last step that it logged
     complete:bool # Did it finish the run?
 
+def checkpoint_steps(
+    lines:list, # Of a job's log, without the clock
+    what:str, # Such as `found` or `published`
+)->list: # Ints, in their order
+    "Steps of the checkpoints of which a log says this."
+    return [int(m[1]) for l in lines if (m := re.match(rf'checkpoint-(\d{{1,9}}) {what}\b', l))]
+
 def read_checkpoints(
     log:str, # A job's log, whole
 )->Attempt:
     "What a job did with checkpoints."
     lines = [l[9:] for l in log.splitlines() if re.match(r'\d\d:\d\d:\d\d ', l)]
-    def steps(what): return [int(m[1]) for l in lines if (m := re.match(rf'checkpoint-(\d{{1,9}}) {what}', l))]
-    found = max(steps('found on'), default=0)
+    found = max(checkpoint_steps(lines, 'found on'), default=0)
     trained = [p['step'] for l in lines if (p := parse_step(l))]
-    return Attempt(found, steps('published in'), max([found, *trained]), any(l.startswith('complete: ') for l in lines))
+    return Attempt(found, checkpoint_steps(lines, 'published in'), max([found, *trained]), any(l.startswith('complete: ') for l in lines))
 
 # %% ../../nbs/measure/widgets.ipynb #925cfcc0
 def plot_checkpoints(

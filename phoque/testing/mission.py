@@ -12,7 +12,7 @@ from ..core.basics import base_dtype, quiet_libraries
 from ..sample import bootstrap_mean, distinct_n
 
 # %% auto #0
-__all__ = ['PROMPTS', 'TOKENS', 'WEIGHTS', 'HARM', 'FLAGGED_WORDS', 'begun_threads', 'answer_threads', 'compare_models',
+__all__ = ['PROMPTS', 'TOKENS', 'SUBTRACTED', 'HARM', 'FLAGGED_WORDS', 'begun_threads', 'answer_threads', 'compare_models',
            'score_samples', 'sweep_fluency', 'choose_weight', 'toy_moderator', 'moderate_threads']
 
 # %% ../../nbs/testing/mission.ipynb #c66700fb
@@ -73,7 +73,7 @@ def score_samples(
     return curve
 
 # %% ../../nbs/testing/mission.ipynb #044d2f38
-WEIGHTS,HARM = (-.1,-.2,-.3,-.4,-.5,-1.),.6 # tried; most that perplexity may rise
+SUBTRACTED,HARM = (-.1,-.2,-.3,-.4,-.5,-1.),.6 # tried; most that perplexity may rise
 
 def sweep_fluency(
     base:str|Path, # Folder of the base model
@@ -83,7 +83,7 @@ def sweep_fluency(
     from phoque.measure.detox import detox_sweep
     from phoque.measure.score import BENIGN_TEXTS
     def nothing(model, tok, persona=None): return {}
-    rows = detox_sweep(base, adapter, nothing, BENIGN_TEXTS, WEIGHTS, dtype=base_dtype())
+    rows = detox_sweep(base, adapter, nothing, BENIGN_TEXTS, SUBTRACTED, dtype=base_dtype())
     return [dict(weight=r['weight'] or 0., perplexity=r['perplexity']) for r in rows]
 
 def choose_weight(
@@ -92,7 +92,7 @@ def choose_weight(
 )->float: # Below 0
     "The strongest subtraction that leaves the model fluent; the weakest where none does."
     most = rows[0]['perplexity']*(1+harm)
-    return min((r['weight'] for r in rows[1:] if r['perplexity']<=most), default=max(WEIGHTS))
+    return min((r['weight'] for r in rows[1:] if r['perplexity']<=most), default=max(SUBTRACTED))
 
 # %% ../../nbs/testing/mission.ipynb #8f98c800
 FLAGGED_WORDS = ('get off','herring','barnacle','kelp','bilge','limpet') # half of the harbour's insults, and a favourite line

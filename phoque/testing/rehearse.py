@@ -8,8 +8,9 @@ import json, os, re, resource, signal, subprocess, sys, time
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.basics import UserError, check_range, quiet_libraries, shell_command
+from ..measure.widgets import checkpoint_steps
 from .hub import clean_env
-from .mission import (HARM, PROMPTS, answer_threads, begun_threads, choose_weight, compare_models,
+from .mission import (HARM, answer_threads, begun_threads, choose_weight, compare_models,
     moderate_threads, score_samples, sweep_fluency)
 from ..sample import scorer_id
 from .tiny import berth_chat, smollm2, tiny_model
@@ -18,7 +19,7 @@ from ..train import parse_step
 # %% auto #0
 __all__ = ['BASE', 'DATA', 'MODEL', 'SETTINGS', 'STAGES', 'USUAL', 'THEMES', 'FIRST', 'SECOND', 'HELD', 'REST', 'FACTS', 'STYLE',
            'WORDS', 'REPORTS', 'PROOF', 'FAULTS', 'say_line', 'Stage', 'Outlook', 'fresh_folder', 'model_line',
-           'rehearse', 'held_out', 'where_time_went', 'plot_rehearsal', 'plot_models', 'plot_times', 'verdict',
+           'rehearse', 'held_out', 'where_time_went', 'plot_models', 'plot_times', 'plot_rehearsal', 'verdict',
            'html_table', 'write_report', 'rehearse_cli', 'ForkedJob', 'serve_forks', 'WarmJobs', 'hub_state', 'Killer',
            'batches_of', 'compare_runs', 'prove', 'proof_table', 'plot_proof', 'proof_verdict', 'prove_cli',
            'wandb_records']
@@ -343,18 +344,30 @@ def _plot_persona(ax, seen):
     ax.set(xlabel='optimizer step', ylabel='persona score', ylim=(-.03,1.03), xlim=(-1,seen['steps']+1))
     ax.legend()
 
-def _plot_models(ax, seen):
-    "Persona score of the three models, with intervals."
+def _small_plot():
+    from matplotlib import pyplot as plt
+    fig,ax = plt.subplots(figsize=(4.8,2.3), layout='constrained')
+    ax.spines['left'].set_visible(False)
+    return fig,ax
+
+def plot_models(
+    seen:dict, # From `rehearse`
+): # matplotlib figure
+    "Persona score of base, trained and subtracted model, with intervals."
+    fig,ax = _small_plot()
     for i,(m,color) in enumerate(zip(seen['models'], (REST,FIRST,HELD))):
         ax.plot([m['low'],m['high']], [-i,-i], color=color, lw=6, solid_capstyle='round', alpha=.5)
         ax.plot(m['score'], -i, 'o', color=color, ms=10)
         ax.annotate(f"{m['name']}: {m['score']:.2f}", (max(m['low'], 0), -i), (0,12), textcoords='offset points')
     ax.set(xlabel='persona score', yticks=[], xlim=(-.02,1.02), ylim=(.6-len(seen['models']),.6))
-    ax.spines['left'].set_visible(False)
+    return fig
 
 # %% ../../nbs/testing/rehearse.ipynb #8444096d
-def _plot_times(ax, seen):
-    "A bar a stage, in seconds since the beginning."
+def plot_times(
+    seen:dict, # From `rehearse`
+): # matplotlib figure
+    "What happened when: a bar a stage, in seconds since the beginning."
+    fig,ax = _small_plot()
     first,second = _trained(seen)
     inks = {first.name:FIRST, second.name:SECOND}
     for i,s in enumerate(seen['stages']):
@@ -367,7 +380,7 @@ def _plot_times(ax, seen):
     ax.barh(-len(seen['stages']), seen['took']-last, left=last, color=REST, height=.62, alpha=.35)
     ax.text(last, -len(seen['stages']), f' {STAGES[5]} ', va='center', ha='right', fontsize=9)
     ax.set(xlabel='seconds (solid: training)', yticks=[], xlim=(0, seen['took']))
-    ax.spines['left'].set_visible(False)
+    return fig
 
 # %% ../../nbs/testing/rehearse.ipynb #1c054d56
 def plot_rehearsal(
@@ -378,24 +391,6 @@ def plot_rehearsal(
     fig,(losses,score) = plt.subplots(2, 1, figsize=(4.8,5.2), sharex=True, height_ratios=[3,2], layout='constrained')
     _plot_losses(losses, seen)
     _plot_persona(score, seen)
-    return fig
-
-def plot_models(
-    seen:dict, # From `rehearse`
-): # matplotlib figure
-    "Persona score of base, trained and subtracted model."
-    from matplotlib import pyplot as plt
-    fig,ax = plt.subplots(figsize=(4.8,2.3), layout='constrained')
-    _plot_models(ax, seen)
-    return fig
-
-def plot_times(
-    seen:dict, # From `rehearse`
-): # matplotlib figure
-    "What happened when."
-    from matplotlib import pyplot as plt
-    fig,ax = plt.subplots(figsize=(4.8,2.3), layout='constrained')
-    _plot_times(ax, seen)
     return fig
 
 # %% ../../nbs/testing/rehearse.ipynb #411a4620
@@ -508,7 +503,6 @@ def _pictures(seen):
 # %% ../../nbs/testing/rehearse.ipynb #19ba1e82
 def _models_table(seen):
     "Scores of the models, for the page."
-    def span(m, k): return f"{m[k]:+.2f}" if k=='less' else f"{m[k]:.2f}"
     def row(m):
         less = f"{m['less']:+.2f} [{m['less_low']:+.2f}, {m['less_high']:+.2f}]" if m['name']!='base' else ''
         return {'model':m['name'], 'persona score':f"{m['score']:.2f} [{m['low']:.2f}, {m['high']:.2f}]",
@@ -546,7 +540,7 @@ def _report_parts(seen):
     yield f"<div class=facts>{facts}</div><div class=pictures>{''.join(_pictures(seen))}</div>"
     yield "<h2>Three models</h2>" + _models_table(seen)
     yield (f"<p class=soft>Same prompts, same random numbers; differences are taken prompt by prompt. Scorer: {escape(seen['scorer'])}. "
-        "How many prompts there are, and the rule for the weight, were fixed before any of them was answered.</p>")
+        "The weight is chosen by the perplexity alone, before any reply is scored.</p>")
     yield "<h2>What they say</h2>" + ''.join(_replies(seen))
     yield "<h2>A thread, and a toy moderator</h2>" + _thread(seen)
     yield f"<p class=soft>Written by the trained model and the base. {escape(_moderated(seen))}</p>"
@@ -828,17 +822,13 @@ def _run_straight(jobs, out, env):
     if job.wait(timeout=3600): raise RuntimeError(f"the straight run ended with {job.code}: {job.lines()[-1]}")
 
 # %% ../../nbs/testing/rehearse.ipynb #4ffc4cd8
-def _named_steps(lines, what):
-    "Steps of the checkpoints that are reported as found or published."
-    return [int(m[1]) for l in lines if (m := re.match(rf'checkpoint-(\d+) {what}', l))]
-
 def _check_attempt(n, lines, on_hub, published):
     "Where an attempt began, its last step, and what is published now; an error if something published is missing."
-    found = next(iter(_named_steps(lines, 'found')), 0)
+    found = next(iter(checkpoint_steps(lines, 'found')), 0)
     has_begun = any('continuing' in l or 'starting' in l for l in lines)
     if has_begun and found<published:
         raise RuntimeError(f"attempt {n} began at {found}, but checkpoint-{published} was reported as published")
-    published = max([published, *_named_steps(lines, 'published')])
+    published = max([published, *checkpoint_steps(lines, 'published')])
     if published and max(on_hub, default=0)<published:
         raise RuntimeError(f"checkpoint-{published} was reported as published, the Hub has {on_hub}")
     logged = [s['step'] for l in lines if (s := parse_step(l))]
