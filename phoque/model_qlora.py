@@ -303,6 +303,23 @@ def say_unquantised(
             "are no linear layers, such as experts: they stay in bf16, and aren't adapted")
     return linear/whole
 
+# %% ../nbs/01_model_qlora.ipynb #65e66917
+def _check_loaded(
+    model, # From `from_pretrained`
+    found:dict, # Its `output_loading_info`
+    what:str, # How an error names the model
+):
+    "Refuse a model whose layers aren't those of its files."
+    where = next(n for n,m in model.named_modules() if m is decoder_layers(model))
+    dropped = [k for k in found['unexpected_keys'] if k.startswith(f'{where}.') and not k.endswith('inv_freq')]
+    packed = {n:l for n,l in language_layers(model).items() if hasattr(l.weight, 'quant_state')}
+    shapes = [n for n,l in packed.items() if tuple(l.weight.quant_state.shape)!=(l.out_features, l.in_features)]
+    kinds = {"its files lack {}, which its config.json asks for": found['missing_keys'],
+        "its files hold {}, for which its config.json has no place": dropped,
+        "{} has another shape in its files than its config.json says": shapes}
+    for said,names in kinds.items():
+        if names: raise UserError(what, said.format(min(names))+f" ({len(names)} in all)"*(len(names)>1), "fetch it again, or choose another")
+
 # %% ../nbs/01_model_qlora.ipynb #c31a6e62
 def _blind(cls): # The same model class, built without a vision tower
     def __init__(self, config):
@@ -340,10 +357,11 @@ def load_model(
         cuda = memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 <= free*.9
     if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
     with reading(f"base model {base['id']!r}", hub=not here):
-        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=kind,
+        model,found = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=kind,
             attn_implementation=attn_implementation, use_safetensors=True, trust_remote_code=False,
-            quantization_config=_nf4(shard, kind) if load_in_4bit else None,
+            quantization_config=_nf4(shard, kind) if load_in_4bit else None, output_loading_info=True,
             device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
+    _check_loaded(model, found, f"base model {base['id']!r}")
     model.config.get_text_config().use_cache = False
     return model
 
