@@ -3267,7 +3267,11 @@ def check_layers(
     name:str='base model', # How an error names the model
 ):
     "Refuse a model whose layers don't keep packed conversations apart."
-    kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
+    c = config.get_text_config()
+    types = set(getattr(c, 'layer_types', None) or [])
+    if 'sliding_attention' in types and not c.sliding_window:
+        raise UserError(name, "its config.json gives layers a window (sliding_attention) and no sliding_window", "fetch it again")
+    kinds = STATEFUL & types
     if not kinds and not _model_class(config)._is_stateful: return
     which = ', '.join(sorted(kinds)) or 'recurrent'
     raise UserError(name, f"its layers ({which}) carry a state from one conversation of a packed sequence into the next",
@@ -3303,8 +3307,11 @@ def base_config(
                 "choose a causal language model") from None
         if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
         check_layers(cfg, what)
-        if not language_layers(_bare_model(cfg)): # GPT-2's are Conv1D
+        bare = _bare_model(cfg)
+        if not language_layers(bare): # GPT-2's are Conv1D
             raise UserError(what, "its layers have no linear ones, which LoRA would adapt", "choose another base")
+        if not all(getattr(m, 'is_causal', True) for m in bare.modules()): # as an encoder's, or that of a model for embeddings
+            raise UserError(what, "its attention looks ahead, so it can't write", "choose a causal language model")
     return cfg
 
 def check_size(
