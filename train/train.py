@@ -3395,7 +3395,9 @@ def load_model(
             quantization_config=_nf4(shard, kind) if load_in_4bit else None, output_loading_info=True,
             device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
     _check_loaded(model, found, f"base model {base['id']!r}")
-    model.config.get_text_config().use_cache = False
+    text = model.config.get_text_config()
+    text.use_cache = False
+    if getattr(text, 'router_aux_loss_coef', 0): text.router_aux_loss_coef = 0. # else TRL asks for router logits
     return model
 
 def lora_targets(
