@@ -251,7 +251,8 @@ def language_layers(
     "The linear layers of a language model, without its head."
     import torch
     head = model.get_output_embeddings()
-    def is_own(n, l): return isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n
+    def is_plain(l): return type(l) is torch.nn.Linear or type(l).__module__.startswith('bitsandbytes') # no router
+    def is_own(n, l): return isinstance(l, torch.nn.Linear) and is_plain(l) and l is not head and '.lora_' not in n
     return {n:l for n,l in model.get_decoder().named_modules() if is_own(n, l)}
 
 def decoder_layers(
@@ -279,6 +280,8 @@ def base_config(
         bare = _bare_model(cfg)
         if not language_layers(bare): # GPT-2's are Conv1D
             raise UserError(what, "its layers have no linear ones, which LoRA would adapt", "choose another base")
+        if bare.get_decoder() is bare: # Llama 4's
+            raise UserError(what, "transformers doesn't say which part of it is its decoder", "choose another base")
         if not all(getattr(m, 'is_causal', True) for m in bare.modules()): # as an encoder's, or that of a model for embeddings
             raise UserError(what, "its attention looks ahead, so it can't write", "choose a causal language model")
     return cfg
@@ -421,14 +424,21 @@ def add_lora(
 ): # `PeftModel` whose adapter is fp32 and changes nothing yet
     "Put a fresh adapter on the language model."
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
     from transformers import set_seed
     names = resolve_targets(model, lora_target_modules)
+    asked = {n for n in language_layers(model) if n.split('.')[-1] in names}
     stem = r'.*\.language_model\..*' if any('.language_model.' in n for n,_ in model.named_modules()) else '.*'
     set_seed(seed)
     targets = rf"{stem}\.({'|'.join(map(re.escape, names))})"
     lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
         target_modules=targets)
-    return get_peft_model(model, lora, revision=revision)
+    adapted = get_peft_model(model, lora, revision=revision)
+    others = {n for n,m in model.get_decoder().named_modules() if isinstance(m, LoraLayer)} - asked
+    if others: # PEFT takes the names of linear layers for those of a mixture's experts
+        raise UserError("lora_target_modules", f"PEFT would adapt {min(others)} as well, which stays as it is here",
+            "leave down_proj, gate_proj and up_proj out")
+    return adapted
 
 # %% ../nbs/01_model_qlora.ipynb #341a9fe2
 class LayerKind(NamedTuple):

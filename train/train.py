@@ -3283,7 +3283,8 @@ def language_layers(
     "The linear layers of a language model, without its head."
     import torch
     head = model.get_output_embeddings()
-    def is_own(n, l): return isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n
+    def is_plain(l): return type(l) is torch.nn.Linear or type(l).__module__.startswith('bitsandbytes') # no router
+    def is_own(n, l): return isinstance(l, torch.nn.Linear) and is_plain(l) and l is not head and '.lora_' not in n
     return {n:l for n,l in model.get_decoder().named_modules() if is_own(n, l)}
 
 def decoder_layers(
@@ -3310,6 +3311,8 @@ def base_config(
         bare = _bare_model(cfg)
         if not language_layers(bare): # GPT-2's are Conv1D
             raise UserError(what, "its layers have no linear ones, which LoRA would adapt", "choose another base")
+        if bare.get_decoder() is bare: # Llama 4's
+            raise UserError(what, "transformers doesn't say which part of it is its decoder", "choose another base")
         if not all(getattr(m, 'is_causal', True) for m in bare.modules()): # as an encoder's, or that of a model for embeddings
             raise UserError(what, "its attention looks ahead, so it can't write", "choose a causal language model")
     return cfg
@@ -3443,14 +3446,21 @@ def add_lora(
 ): # `PeftModel` whose adapter is fp32 and changes nothing yet
     "Put a fresh adapter on the language model."
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
     from transformers import set_seed
     names = resolve_targets(model, lora_target_modules)
+    asked = {n for n in language_layers(model) if n.split('.')[-1] in names}
     stem = r'.*\.language_model\..*' if any('.language_model.' in n for n,_ in model.named_modules()) else '.*'
     set_seed(seed)
     targets = rf"{stem}\.({'|'.join(map(re.escape, names))})"
     lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
         target_modules=targets)
-    return get_peft_model(model, lora, revision=revision)
+    adapted = get_peft_model(model, lora, revision=revision)
+    others = {n for n,m in model.get_decoder().named_modules() if isinstance(m, LoraLayer)} - asked
+    if others: # PEFT takes the names of linear layers for those of a mixture's experts
+        raise UserError("lora_target_modules", f"PEFT would adapt {min(others)} as well, which stays as it is here",
+            "leave down_proj, gate_proj and up_proj out")
+    return adapted
 
 class LayerKind(NamedTuple):
     "What `fast` is told of a kind of decoder layer."
@@ -7135,16 +7145,24 @@ def keep_weights(
     log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
     return size
 
+@functools.cache
+def _given_output():
+    "A decoder's output that has all that a model's forward may ask for: None, but for what it is made with."
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+    class Given(MoeModelOutputWithPast):
+        "Rows that enter a head."
+        def __getattr__(self, name): return None
+    return Given
+
 def own_logits(
     model, # Causal language model
     own, # Its forward
     rows, # What enters the head, (rows, hidden)
 ): # Logits, (rows, vocabulary)
     "What a model's own forward makes of rows that its decoder gives."
-    from transformers.modeling_outputs import MoeModelOutputWithPast
     decoder = model.get_decoder()
     kept = vars(decoder).get('forward')
-    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=rows[None])
+    decoder.forward = lambda *args, **kwargs: _given_output()(last_hidden_state=rows[None])
     try: return own(inputs_embeds=rows[None], use_cache=False).logits[0]
     finally:
         del decoder.forward

@@ -716,16 +716,24 @@ def keep_weights(
     return size
 
 # %% ../../nbs/fast/layers.ipynb #7f5295a3
+@functools.cache
+def _given_output():
+    "A decoder's output that has all that a model's forward may ask for: None, but for what it is made with."
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+    class Given(MoeModelOutputWithPast):
+        "Rows that enter a head."
+        def __getattr__(self, name): return None
+    return Given
+
 def own_logits(
     model, # Causal language model
     own, # Its forward
     rows, # What enters the head, (rows, hidden)
 ): # Logits, (rows, vocabulary)
     "What a model's own forward makes of rows that its decoder gives."
-    from transformers.modeling_outputs import MoeModelOutputWithPast
     decoder = model.get_decoder()
     kept = vars(decoder).get('forward')
-    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=rows[None])
+    decoder.forward = lambda *args, **kwargs: _given_output()(last_hidden_state=rows[None])
     try: return own(inputs_embeds=rows[None], use_cache=False).logits[0]
     finally:
         del decoder.forward
