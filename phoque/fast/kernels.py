@@ -281,6 +281,7 @@ def _attend_kernel():
             l = l*a + tl.sum(e, 1)
             o = tl.dot(e.to(tl.bfloat16), v, o*a[:,None])
             m = top
+        if WINDOW: l = tl.where(r<end, l, 1.) # rows beyond the document may see nothing
         tl.store(out + r.to(tl.int64)[:,None]*s_o + h*D + c, o/l[:,None], mask=here)
         tl.store(lse + h.to(tl.int64)*total + r, m+tl.log2(l), mask=r<end)
     return attend
