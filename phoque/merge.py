@@ -380,6 +380,7 @@ def merge_shard(
 _tokenizer = ("tokenizer.json","tokenizer_config.json","special_tokens_map.json","added_tokens.json","tokenizer.model",
     "vocab.json","merges.txt","tekken.json","chat_template.jinja","chat_template.json")
 _vocabularies = ("tokenizer.json","tekken.json","tokenizer.model","vocab.json") # any of them makes a tokenizer
+_pieces = "tokenizer.model"
 _others = ("config.json","generation_config.json","preprocessor_config.json","processor_config.json",_index)
 
 def tokenizer_folder(
@@ -394,8 +395,10 @@ def side_files(
     adapters:list, # Adapter folders
 )->list: # Files to copy
     "Config files of the base, and the tokenizer's."
-    wanted = (base,_others),(tokenizer_folder(base, adapters),_tokenizer)
-    found = [p for d,names in wanted for n in names if (p:=d/n).exists()]
+    words = tokenizer_folder(base, adapters)
+    wanted = {d/n for d,names in ((base,_others), (words,_tokenizer)) for n in names}
+    if not (words/_pieces).exists(): wanted.add(base/_pieces) # transformers saves none, and GGUF's converter reads it
+    found = sorted(p for p in wanted if p.exists())
     for p in found:
         real = p.resolve()
         if not p.is_file() or real.name!=p.name and real.parent.name!='blobs': # blobs: the Hub's cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy, math, os, re
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from .core.basics import UserError, asking_hub, base_dtype, excerpt, log, read_header, read_json, reading, warn_custom_code
 from .chat.templates import chat_format, vocabulary_size
 from .chat.labels import encode_chats, encode_prompt
@@ -15,9 +16,9 @@ from .chat.labels import encode_chats, encode_prompt
 __all__ = ['SEED_BASE', 'SUCCESSOR', 'WEIGHTS', 'MOST_LAYERS', 'MOST_LABELS', 'STATEFUL', 'LORA_TARGETS', 'JOINED', 'FAST_LAYERS',
            'SUCCESSOR_SHAPE', 'HEAD_LOGITS', 'weight_files', 'check_model_config', 'check_weights', 'resolve_base',
            'check_private', 'private_repo', 'check_layers', 'language_layers', 'decoder_layers', 'base_config',
-           'check_size', 'say_unquantised', 'load_model', 'lora_targets', 'resolve_targets', 'add_lora',
-           'choose_attention', 'register_varlen', 'preserve_training_state', 'sanity_line', 'audit', 'check_audit',
-           'memory_plan']
+           'check_size', 'say_unquantised', 'load_model', 'lora_targets', 'resolve_targets', 'add_lora', 'LayerKind',
+           'fast_projections', 'gate_activation', 'why_not_known', 'choose_attention', 'register_varlen',
+           'preserve_training_state', 'sanity_line', 'audit', 'check_audit', 'memory_plan']
 
 # %% ../nbs/01_model_qlora.ipynb #6fa48cc7
 SEED_BASE = "mistralai/Ministral-3B-Instruct-2410" # the default, whose weights were never published
@@ -233,7 +234,11 @@ def check_layers(
     name:str='base model', # How an error names the model
 ):
     "Refuse a model whose layers don't keep packed conversations apart."
-    kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
+    c = config.get_text_config()
+    types = set(getattr(c, 'layer_types', None) or [])
+    if 'sliding_attention' in types and not c.sliding_window:
+        raise UserError(name, "its config.json gives layers a window (sliding_attention) and no sliding_window", "fetch it again")
+    kinds = STATEFUL & types
     if not kinds and not _model_class(config)._is_stateful: return
     which = ', '.join(sorted(kinds)) or 'recurrent'
     raise UserError(name, f"its layers ({which}) carry a state from one conversation of a packed sequence into the next",
@@ -246,7 +251,8 @@ def language_layers(
     "The linear layers of a language model, without its head."
     import torch
     head = model.get_output_embeddings()
-    def is_own(n, l): return isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n
+    def is_plain(l): return type(l) is torch.nn.Linear or type(l).__module__.startswith('bitsandbytes') # no router
+    def is_own(n, l): return isinstance(l, torch.nn.Linear) and is_plain(l) and l is not head and '.lora_' not in n
     return {n:l for n,l in model.get_decoder().named_modules() if is_own(n, l)}
 
 def decoder_layers(
@@ -271,8 +277,13 @@ def base_config(
                 "choose a causal language model") from None
         if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
         check_layers(cfg, what)
-        if not language_layers(_bare_model(cfg)): # GPT-2's are Conv1D
+        bare = _bare_model(cfg)
+        if not language_layers(bare): # GPT-2's are Conv1D
             raise UserError(what, "its layers have no linear ones, which LoRA would adapt", "choose another base")
+        if bare.get_decoder() is bare: # Llama 4's
+            raise UserError(what, "transformers doesn't say which part of it is its decoder", "choose another base")
+        if not all(getattr(m, 'is_causal', True) for m in bare.modules()): # as an encoder's, or that of a model for embeddings
+            raise UserError(what, "its attention looks ahead, so it can't write", "choose a causal language model")
     return cfg
 
 # %% ../nbs/01_model_qlora.ipynb #ce6ab519
@@ -301,6 +312,23 @@ def say_unquantised(
         log.warning(f"NF4: {1-linear/whole:.0%} of the layers' weights ({2*(whole-linear)/2**30:.1f} GiB) "
             "are no linear layers, such as experts: they stay in bf16, and aren't adapted")
     return linear/whole
+
+# %% ../nbs/01_model_qlora.ipynb #65e66917
+def _check_loaded(
+    model, # From `from_pretrained`
+    found:dict, # Its `output_loading_info`
+    what:str, # How an error names the model
+):
+    "Refuse a model whose layers aren't those of its files."
+    where = next(n for n,m in model.named_modules() if m is decoder_layers(model))
+    dropped = [k for k in found['unexpected_keys'] if k.startswith(f'{where}.') and not k.endswith('inv_freq')]
+    packed = {n:l for n,l in language_layers(model).items() if hasattr(l.weight, 'quant_state')}
+    shapes = [n for n,l in packed.items() if tuple(l.weight.quant_state.shape)!=(l.out_features, l.in_features)]
+    kinds = {"its files lack {}, which its config.json asks for": found['missing_keys'],
+        "its files hold {}, for which its config.json has no place": dropped,
+        "{} has another shape in its files than its config.json says": shapes}
+    for said,names in kinds.items():
+        if names: raise UserError(what, said.format(min(names))+f" ({len(names)} in all)"*(len(names)>1), "fetch it again, or choose another")
 
 # %% ../nbs/01_model_qlora.ipynb #c31a6e62
 def _blind(cls): # The same model class, built without a vision tower
@@ -339,11 +367,14 @@ def load_model(
         cuda = memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 <= free*.9
     if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
     with reading(f"base model {base['id']!r}", hub=not here):
-        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=kind,
+        model,found = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=kind,
             attn_implementation=attn_implementation, use_safetensors=True, trust_remote_code=False,
-            quantization_config=_nf4(shard, kind) if load_in_4bit else None,
+            quantization_config=_nf4(shard, kind) if load_in_4bit else None, output_loading_info=True,
             device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
-    model.config.get_text_config().use_cache = False
+    _check_loaded(model, found, f"base model {base['id']!r}")
+    text = model.config.get_text_config()
+    text.use_cache = False
+    if getattr(text, 'router_aux_loss_coef', 0): text.router_aux_loss_coef = 0. # else TRL asks for router logits
     return model
 
 # %% ../nbs/01_model_qlora.ipynb #65cfd094
@@ -393,14 +424,97 @@ def add_lora(
 ): # `PeftModel` whose adapter is fp32 and changes nothing yet
     "Put a fresh adapter on the language model."
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
     from transformers import set_seed
     names = resolve_targets(model, lora_target_modules)
+    asked = {n for n in language_layers(model) if n.split('.')[-1] in names}
     stem = r'.*\.language_model\..*' if any('.language_model.' in n for n,_ in model.named_modules()) else '.*'
     set_seed(seed)
     targets = rf"{stem}\.({'|'.join(map(re.escape, names))})"
     lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
         target_modules=targets)
-    return get_peft_model(model, lora, revision=revision)
+    adapted = get_peft_model(model, lora, revision=revision)
+    others = {n for n,m in model.get_decoder().named_modules() if isinstance(m, LoraLayer)} - asked
+    if others: # PEFT takes the names of linear layers for those of a mixture's experts
+        raise UserError("lora_target_modules", f"PEFT would adapt {min(others)} as well, which stays as it is here",
+            "leave down_proj, gate_proj and up_proj out")
+    return adapted
+
+# %% ../nbs/01_model_qlora.ipynb #341a9fe2
+class LayerKind(NamedTuple):
+    "What `fast` is told of a kind of decoder layer."
+    norms:tuple=('input_layernorm', None, 'post_attention_layernorm', None) # Before and after attention and the MLP
+    joined:bool=False # Queries, keys and values are one projection, gate and up another
+    plus_one:bool=False # Norms multiply by one more than their weights
+    capped:bool=False # Attention caps its scores
+    one_window:bool=False # Every layer has the config's window; else each says its own
+    by_type:bool=False # How positions are turned depends on the layer's type
+
+_AFTER = None,'post_attention_layernorm',None,'post_feedforward_layernorm'
+_AROUND = 'input_layernorm','post_attention_layernorm','pre_feedforward_layernorm','post_feedforward_layernorm'
+_KINDS = dict.fromkeys(('Llama','Qwen2','Qwen3','SmolLM3','Granite','Ministral'), LayerKind())
+_KINDS |= dict.fromkeys(('Mistral','Ministral3'), LayerKind(one_window=True))
+_KINDS |= dict(Phi3=LayerKind(joined=True, one_window=True), Olmo2=LayerKind(_AFTER),
+    Olmo3=LayerKind(_AFTER, by_type=True), Gemma=LayerKind(plus_one=True),
+    Gemma2=LayerKind(_AROUND, plus_one=True, capped=True), Gemma3=LayerKind(_AROUND, plus_one=True, by_type=True))
+FAST_LAYERS = {f'{k}DecoderLayer':v for k,v in _KINDS.items()}
+
+# %% ../nbs/01_model_qlora.ipynb #31791964
+def fast_projections(
+    layer, # Decoder layer of a class in `FAST_LAYERS`
+)->dict: # `qkv`, `o`, `gu`, `down`: names of the linear layers that read the same input, in the order of their outputs
+    "A layer's projections, as `fast` puts them together."
+    joined = FAST_LAYERS[type(layer).__name__].joined
+    qkv,gu = ('qkv_proj',) if joined else ('q_proj','k_proj','v_proj'),('gate_up_proj',) if joined else ('gate_proj','up_proj')
+    names = dict(qkv=('self_attn',qkv), o=('self_attn',('o_proj',)), gu=('mlp',gu), down=('mlp',('down_proj',)))
+    return {k:[f'{part}.{n}' for n in ns] for k,(part,ns) in names.items()}
+
+def gate_activation(
+    layer, # As for `fast_projections`
+)->str: # Name of a class, such as `SiLUActivation`
+    "What a layer's gate goes through."
+    mlp,joined = layer.mlp,FAST_LAYERS[type(layer).__name__].joined
+    return type(mlp.activation_fn if joined else mlp.act_fn).__name__
+
+# %% ../nbs/01_model_qlora.ipynb #d808ccb1
+_FLOATS = {'scaling','attention_dropout','residual_multiplier','attn_logit_softcapping'} # attributes that `fast` reads
+
+def _strange_parts(layer): # What a layer of a known class has beside what `fast` computes
+    import torch
+    kind,own = FAST_LAYERS[type(layer).__name__],{n for ns in fast_projections(layer).values() for n in ns}
+    norms = [n for n in (*kind.norms, 'self_attn.q_norm', 'self_attn.k_norm') if n]
+    tensors = [n for n,_ in (*layer.named_parameters(), *layer.named_buffers())]
+    yield from (n for n in tensors if not any(n.startswith(f'{o}.') for o in (*own, *norms)))
+    modules = dict(layer.named_modules())
+    yield from (f'{n} ({type(modules[n]).__name__})' for n in norms if n in modules and 'RMSNorm' not in type(modules[n]).__name__)
+    yield from (f'{n} ({m.p:g})' for n,m in modules.items() if isinstance(m, torch.nn.Dropout) and m.p and '.lora_' not in n)
+    for m in (layer, layer.self_attn, layer.mlp):
+        yield from (f'{k}={v:g}' for k,v in vars(m).items() if isinstance(v, float) and v and k not in _FLOATS)
+
+def _why_not_layer(layer):
+    "Why `fast` can't compute a layer of a known class."
+    at = layer.self_attn
+    if strange := next(_strange_parts(layer), None): return f"it doesn't know {strange}"
+    if (act := gate_activation(layer)) not in ('SiLUActivation','GELUTanh'): return f"its activation is {act}"
+    if at.attention_dropout: return f"its attention drops out weights ({at.attention_dropout})"
+    if not at.is_causal: return "its attention looks ahead"
+
+# %% ../nbs/01_model_qlora.ipynb #7a85f7db
+def _turned(model)->set: # How many dimensions of a head are turned, in each of the ways that there are
+    buffers = dict(model.get_decoder().rotary_emb.named_buffers())
+    return {2*b.numel() for n,b in buffers.items() if n.endswith('inv_freq') and 'original' not in n}
+
+def why_not_known(
+    model, # Causal language model, with or without an adapter; on the meta device, too
+)->str: # None where it can
+    "Why `fast` can't compute a model's layers."
+    layers = decoder_layers(model)
+    kinds = {type(l).__name__ for l in layers}
+    if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
+    if why := next(filter(None, map(_why_not_layer, layers)), None): return why
+    d = layers[0].self_attn.head_dim
+    if d&(d-1) or not 16<=d<=256: return f"its heads have {d} dimensions"
+    if _turned(model)!={d}: return f"it turns {', '.join(map(str, sorted(_turned(model))))} of a head's {d} dimensions"
 
 # %% ../nbs/01_model_qlora.ipynb #f750d7a6
 def _why_not_varlen(
@@ -486,25 +600,27 @@ def _put_packed(packed): # From `_take_packed`
 @contextmanager
 def preserve_training_state(
     model, # Model that may be in training
-    tok, # Its tokenizer
+    tok=None, # Its tokenizer; None where nothing is padded
 ):
     "Evaluation mode, cache, left padding and no gradients inside; all of it, and every random state, put back after."
     import torch
     cfg = model.config.get_text_config() # a multimodal config has no cache of its own
     modes,attn = [(m,m.training) for m in model.modules()],cfg._attn_implementation
-    use_cache,side = cfg.use_cache,tok.padding_side
+    use_cache,side = cfg.use_cache,tok and tok.padding_side
     rng = _take_rng({p.device for p in model.parameters() if p.device.type=='cuda'})
     packed = _take_packed(model)
     try:
         model.eval()
-        cfg.use_cache,tok.padding_side = True,'left'
+        cfg.use_cache = True
+        if tok: tok.padding_side = 'left'
         if attn=='varlen': cfg._attn_implementation = 'sdpa' # it knows neither caches nor padding
         # compiled layers were made for training's shapes
         with torch.inference_mode(), torch.compiler.set_stance('force_eager'): yield
     finally:
         _put_packed(packed)
         for m,t in modes: m.training = t
-        cfg.use_cache,tok.padding_side,cfg._attn_implementation = use_cache,side,attn
+        cfg.use_cache,cfg._attn_implementation = use_cache,attn
+        if tok: tok.padding_side = side
         _put_rng(rng)
 
 # %% ../nbs/01_model_qlora.ipynb #a6515b50
@@ -638,7 +754,6 @@ def _adapter_bytes(
     return n*(weight+gradient+bf16_copy+moments)/shards
 
 # %% ../nbs/01_model_qlora.ipynb #a6db4222
-FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer') # those that `fast` knows
 SUCCESSOR_SHAPE = dict( # of SUCCESSOR, for a plan before anything is downloaded
     hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=8,
     head_dim=128, vocab_size=131072, tie_word_embeddings=True)
@@ -656,12 +771,22 @@ def _kept_bytes(
     heads,kv_heads = c.num_attention_heads,c.num_key_value_heads
     head_dim = getattr(c, 'head_dim', None) or hidden//heads
     attention = 4*(heads+kv_heads)*head_dim + 4*heads
-    if not _model_class(config)._supports_sdpa: attention += 8*heads*length # scores
+    scores = 0 if _model_class(config)._supports_sdpa else 8*heads*length
+    more = dict(eager=scores, compiled=scores, fast=0)
     norms = dict(eager=12*hidden, compiled=4*hidden, fast=4*hidden+8)
     gated = dict(eager=8*mlp, compiled=4*mlp, fast=4*mlp)
     one_each = 2*lora_r*n_adapted/c.num_hidden_layers
     lora = dict(eager=one_each, compiled=one_each, fast=18*lora_r)
-    return {k:norms[k]+attention+gated[k]+lora[k] for k in norms}
+    return {k:norms[k]+attention+gated[k]+lora[k]+more[k] for k in norms}
+
+# %% ../nbs/01_model_qlora.ipynb #1fdc670b
+def _more_norms(
+    layer, # Decoder layer that `fast` knows
+)->int: # Bytes that it keeps of a token for norms that Llama's layers lack
+    kind,at = FAST_LAYERS[type(layer).__name__],layer.self_attn
+    heads = at.config.num_attention_heads+at.config.num_key_value_heads if hasattr(at, 'q_norm') else 0
+    after = len([n for n in kind.norms[1::2] if n])
+    return heads*(2*at.head_dim+4) + after*(2*at.config.hidden_size+4)
 
 # %% ../nbs/01_model_qlora.ipynb #91a40786
 def _activation_bytes(
@@ -707,7 +832,7 @@ def memory_plan(
     "Predict the memory of a GPU in training."
     m = _bare_model(config)
     linear,targets = language_layers(m),resolve_targets(m, tuple(lora_target_modules))
-    known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(targets)
+    known = not why_not_known(m) and {n.split('.')[-1] for n in linear}<=set(targets)
     fast = load_in_4bit and not lora_dropout and shards==1 and known
     other = 'compiled' if torch_compile and shards==1 else 'eager'
     weights = sum(p.numel() for p in m.parameters())
@@ -716,6 +841,7 @@ def memory_plan(
     n_lora = lora_r*sum(l.in_features+l.out_features for l in adapted)
     tokens = per_device_train_batch_size*max_length
     kept = _kept_bytes(config, max_length, lora_r, len(adapted))
+    if fast: kept['fast'] += _more_norms(decoder_layers(m)[0])
     parts = dict(
         load=_load_bytes(n_4bit, weights-n_4bit, config.get_text_config().num_hidden_layers, fast, shards),
         adapter=_adapter_bytes(n_lora, optim, shards),

@@ -3267,7 +3267,11 @@ def check_layers(
     name:str='base model', # How an error names the model
 ):
     "Refuse a model whose layers don't keep packed conversations apart."
-    kinds = STATEFUL & set(getattr(config.get_text_config(), 'layer_types', None) or [])
+    c = config.get_text_config()
+    types = set(getattr(c, 'layer_types', None) or [])
+    if 'sliding_attention' in types and not c.sliding_window:
+        raise UserError(name, "its config.json gives layers a window (sliding_attention) and no sliding_window", "fetch it again")
+    kinds = STATEFUL & types
     if not kinds and not _model_class(config)._is_stateful: return
     which = ', '.join(sorted(kinds)) or 'recurrent'
     raise UserError(name, f"its layers ({which}) carry a state from one conversation of a packed sequence into the next",
@@ -3279,7 +3283,8 @@ def language_layers(
     "The linear layers of a language model, without its head."
     import torch
     head = model.get_output_embeddings()
-    def is_own(n, l): return isinstance(l, torch.nn.Linear) and l is not head and '.lora_' not in n
+    def is_plain(l): return type(l) is torch.nn.Linear or type(l).__module__.startswith('bitsandbytes') # no router
+    def is_own(n, l): return isinstance(l, torch.nn.Linear) and is_plain(l) and l is not head and '.lora_' not in n
     return {n:l for n,l in model.get_decoder().named_modules() if is_own(n, l)}
 
 def decoder_layers(
@@ -3303,8 +3308,13 @@ def base_config(
                 "choose a causal language model") from None
         if _marked_fp8(cfg.to_dict()): del cfg.quantization_config
         check_layers(cfg, what)
-        if not language_layers(_bare_model(cfg)): # GPT-2's are Conv1D
+        bare = _bare_model(cfg)
+        if not language_layers(bare): # GPT-2's are Conv1D
             raise UserError(what, "its layers have no linear ones, which LoRA would adapt", "choose another base")
+        if bare.get_decoder() is bare: # Llama 4's
+            raise UserError(what, "transformers doesn't say which part of it is its decoder", "choose another base")
+        if not all(getattr(m, 'is_causal', True) for m in bare.modules()): # as an encoder's, or that of a model for embeddings
+            raise UserError(what, "its attention looks ahead, so it can't write", "choose a causal language model")
     return cfg
 
 def check_size(
@@ -3331,6 +3341,22 @@ def say_unquantised(
         log.warning(f"NF4: {1-linear/whole:.0%} of the layers' weights ({2*(whole-linear)/2**30:.1f} GiB) "
             "are no linear layers, such as experts: they stay in bf16, and aren't adapted")
     return linear/whole
+
+def _check_loaded(
+    model, # From `from_pretrained`
+    found:dict, # Its `output_loading_info`
+    what:str, # How an error names the model
+):
+    "Refuse a model whose layers aren't those of its files."
+    where = next(n for n,m in model.named_modules() if m is decoder_layers(model))
+    dropped = [k for k in found['unexpected_keys'] if k.startswith(f'{where}.') and not k.endswith('inv_freq')]
+    packed = {n:l for n,l in language_layers(model).items() if hasattr(l.weight, 'quant_state')}
+    shapes = [n for n,l in packed.items() if tuple(l.weight.quant_state.shape)!=(l.out_features, l.in_features)]
+    kinds = {"its files lack {}, which its config.json asks for": found['missing_keys'],
+        "its files hold {}, for which its config.json has no place": dropped,
+        "{} has another shape in its files than its config.json says": shapes}
+    for said,names in kinds.items():
+        if names: raise UserError(what, said.format(min(names))+f" ({len(names)} in all)"*(len(names)>1), "fetch it again, or choose another")
 
 def _blind(cls): # The same model class, built without a vision tower
     def __init__(self, config):
@@ -3367,11 +3393,14 @@ def load_model(
         cuda = memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 <= free*.9
     if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
     with reading(f"base model {base['id']!r}", hub=not here):
-        model = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=kind,
+        model,found = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=kind,
             attn_implementation=attn_implementation, use_safetensors=True, trust_remote_code=False,
-            quantization_config=_nf4(shard, kind) if load_in_4bit else None,
+            quantization_config=_nf4(shard, kind) if load_in_4bit else None, output_loading_info=True,
             device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
-    model.config.get_text_config().use_cache = False
+    _check_loaded(model, found, f"base model {base['id']!r}")
+    text = model.config.get_text_config()
+    text.use_cache = False
+    if getattr(text, 'router_aux_loss_coef', 0): text.router_aux_loss_coef = 0. # else TRL asks for router logits
     return model
 
 def lora_targets(
@@ -3417,14 +3446,98 @@ def add_lora(
 ): # `PeftModel` whose adapter is fp32 and changes nothing yet
     "Put a fresh adapter on the language model."
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
     from transformers import set_seed
     names = resolve_targets(model, lora_target_modules)
+    asked = {n for n in language_layers(model) if n.split('.')[-1] in names}
     stem = r'.*\.language_model\..*' if any('.language_model.' in n for n,_ in model.named_modules()) else '.*'
     set_seed(seed)
     targets = rf"{stem}\.({'|'.join(map(re.escape, names))})"
     lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
         target_modules=targets)
-    return get_peft_model(model, lora, revision=revision)
+    adapted = get_peft_model(model, lora, revision=revision)
+    others = {n for n,m in model.get_decoder().named_modules() if isinstance(m, LoraLayer)} - asked
+    if others: # PEFT takes the names of linear layers for those of a mixture's experts
+        raise UserError("lora_target_modules", f"PEFT would adapt {min(others)} as well, which stays as it is here",
+            "leave down_proj, gate_proj and up_proj out")
+    return adapted
+
+class LayerKind(NamedTuple):
+    "What `fast` is told of a kind of decoder layer."
+    norms:tuple=('input_layernorm', None, 'post_attention_layernorm', None) # Before and after attention and the MLP
+    joined:bool=False # Queries, keys and values are one projection, gate and up another
+    plus_one:bool=False # Norms multiply by one more than their weights
+    capped:bool=False # Attention caps its scores
+    one_window:bool=False # Every layer has the config's window; else each says its own
+    by_type:bool=False # How positions are turned depends on the layer's type
+
+_AFTER = None,'post_attention_layernorm',None,'post_feedforward_layernorm'
+
+_AROUND = 'input_layernorm','post_attention_layernorm','pre_feedforward_layernorm','post_feedforward_layernorm'
+
+_KINDS = dict.fromkeys(('Llama','Qwen2','Qwen3','SmolLM3','Granite','Ministral'), LayerKind())
+
+_KINDS |= dict.fromkeys(('Mistral','Ministral3'), LayerKind(one_window=True))
+
+_KINDS |= dict(Phi3=LayerKind(joined=True, one_window=True), Olmo2=LayerKind(_AFTER),
+    Olmo3=LayerKind(_AFTER, by_type=True), Gemma=LayerKind(plus_one=True),
+    Gemma2=LayerKind(_AROUND, plus_one=True, capped=True), Gemma3=LayerKind(_AROUND, plus_one=True, by_type=True))
+
+FAST_LAYERS = {f'{k}DecoderLayer':v for k,v in _KINDS.items()}
+
+def fast_projections(
+    layer, # Decoder layer of a class in `FAST_LAYERS`
+)->dict: # `qkv`, `o`, `gu`, `down`: names of the linear layers that read the same input, in the order of their outputs
+    "A layer's projections, as `fast` puts them together."
+    joined = FAST_LAYERS[type(layer).__name__].joined
+    qkv,gu = ('qkv_proj',) if joined else ('q_proj','k_proj','v_proj'),('gate_up_proj',) if joined else ('gate_proj','up_proj')
+    names = dict(qkv=('self_attn',qkv), o=('self_attn',('o_proj',)), gu=('mlp',gu), down=('mlp',('down_proj',)))
+    return {k:[f'{part}.{n}' for n in ns] for k,(part,ns) in names.items()}
+
+def gate_activation(
+    layer, # As for `fast_projections`
+)->str: # Name of a class, such as `SiLUActivation`
+    "What a layer's gate goes through."
+    mlp,joined = layer.mlp,FAST_LAYERS[type(layer).__name__].joined
+    return type(mlp.activation_fn if joined else mlp.act_fn).__name__
+
+_FLOATS = {'scaling','attention_dropout','residual_multiplier','attn_logit_softcapping'} # attributes that `fast` reads
+
+def _strange_parts(layer): # What a layer of a known class has beside what `fast` computes
+    import torch
+    kind,own = FAST_LAYERS[type(layer).__name__],{n for ns in fast_projections(layer).values() for n in ns}
+    norms = [n for n in (*kind.norms, 'self_attn.q_norm', 'self_attn.k_norm') if n]
+    tensors = [n for n,_ in (*layer.named_parameters(), *layer.named_buffers())]
+    yield from (n for n in tensors if not any(n.startswith(f'{o}.') for o in (*own, *norms)))
+    modules = dict(layer.named_modules())
+    yield from (f'{n} ({type(modules[n]).__name__})' for n in norms if n in modules and 'RMSNorm' not in type(modules[n]).__name__)
+    yield from (f'{n} ({m.p:g})' for n,m in modules.items() if isinstance(m, torch.nn.Dropout) and m.p and '.lora_' not in n)
+    for m in (layer, layer.self_attn, layer.mlp):
+        yield from (f'{k}={v:g}' for k,v in vars(m).items() if isinstance(v, float) and v and k not in _FLOATS)
+
+def _why_not_layer(layer):
+    "Why `fast` can't compute a layer of a known class."
+    at = layer.self_attn
+    if strange := next(_strange_parts(layer), None): return f"it doesn't know {strange}"
+    if (act := gate_activation(layer)) not in ('SiLUActivation','GELUTanh'): return f"its activation is {act}"
+    if at.attention_dropout: return f"its attention drops out weights ({at.attention_dropout})"
+    if not at.is_causal: return "its attention looks ahead"
+
+def _turned(model)->set: # How many dimensions of a head are turned, in each of the ways that there are
+    buffers = dict(model.get_decoder().rotary_emb.named_buffers())
+    return {2*b.numel() for n,b in buffers.items() if n.endswith('inv_freq') and 'original' not in n}
+
+def why_not_known(
+    model, # Causal language model, with or without an adapter; on the meta device, too
+)->str: # None where it can
+    "Why `fast` can't compute a model's layers."
+    layers = decoder_layers(model)
+    kinds = {type(l).__name__ for l in layers}
+    if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
+    if why := next(filter(None, map(_why_not_layer, layers)), None): return why
+    d = layers[0].self_attn.head_dim
+    if d&(d-1) or not 16<=d<=256: return f"its heads have {d} dimensions"
+    if _turned(model)!={d}: return f"it turns {', '.join(map(str, sorted(_turned(model))))} of a head's {d} dimensions"
 
 def _why_not_varlen(
     cls, # transformers' class
@@ -3504,25 +3617,27 @@ def _put_packed(packed): # From `_take_packed`
 @contextmanager
 def preserve_training_state(
     model, # Model that may be in training
-    tok, # Its tokenizer
+    tok=None, # Its tokenizer; None where nothing is padded
 ):
     "Evaluation mode, cache, left padding and no gradients inside; all of it, and every random state, put back after."
     import torch
     cfg = model.config.get_text_config() # a multimodal config has no cache of its own
     modes,attn = [(m,m.training) for m in model.modules()],cfg._attn_implementation
-    use_cache,side = cfg.use_cache,tok.padding_side
+    use_cache,side = cfg.use_cache,tok and tok.padding_side
     rng = _take_rng({p.device for p in model.parameters() if p.device.type=='cuda'})
     packed = _take_packed(model)
     try:
         model.eval()
-        cfg.use_cache,tok.padding_side = True,'left'
+        cfg.use_cache = True
+        if tok: tok.padding_side = 'left'
         if attn=='varlen': cfg._attn_implementation = 'sdpa' # it knows neither caches nor padding
         # compiled layers were made for training's shapes
         with torch.inference_mode(), torch.compiler.set_stance('force_eager'): yield
     finally:
         _put_packed(packed)
         for m,t in modes: m.training = t
-        cfg.use_cache,tok.padding_side,cfg._attn_implementation = use_cache,side,attn
+        cfg.use_cache,cfg._attn_implementation = use_cache,attn
+        if tok: tok.padding_side = side
         _put_rng(rng)
 
 def sanity_line(
@@ -3647,8 +3762,6 @@ def _adapter_bytes(
     moments = 2 if '8bit' in optim else 8
     return n*(weight+gradient+bf16_copy+moments)/shards
 
-FAST_LAYERS = ('Ministral3DecoderLayer', 'MistralDecoderLayer', 'LlamaDecoderLayer') # those that `fast` knows
-
 HEAD_LOGITS = 2**27 # the head takes so many at a time
 
 def _kept_bytes(
@@ -3662,12 +3775,21 @@ def _kept_bytes(
     heads,kv_heads = c.num_attention_heads,c.num_key_value_heads
     head_dim = getattr(c, 'head_dim', None) or hidden//heads
     attention = 4*(heads+kv_heads)*head_dim + 4*heads
-    if not _model_class(config)._supports_sdpa: attention += 8*heads*length # scores
+    scores = 0 if _model_class(config)._supports_sdpa else 8*heads*length
+    more = dict(eager=scores, compiled=scores, fast=0)
     norms = dict(eager=12*hidden, compiled=4*hidden, fast=4*hidden+8)
     gated = dict(eager=8*mlp, compiled=4*mlp, fast=4*mlp)
     one_each = 2*lora_r*n_adapted/c.num_hidden_layers
     lora = dict(eager=one_each, compiled=one_each, fast=18*lora_r)
-    return {k:norms[k]+attention+gated[k]+lora[k] for k in norms}
+    return {k:norms[k]+attention+gated[k]+lora[k]+more[k] for k in norms}
+
+def _more_norms(
+    layer, # Decoder layer that `fast` knows
+)->int: # Bytes that it keeps of a token for norms that Llama's layers lack
+    kind,at = FAST_LAYERS[type(layer).__name__],layer.self_attn
+    heads = at.config.num_attention_heads+at.config.num_key_value_heads if hasattr(at, 'q_norm') else 0
+    after = len([n for n in kind.norms[1::2] if n])
+    return heads*(2*at.head_dim+4) + after*(2*at.config.hidden_size+4)
 
 def _activation_bytes(
     config, # Of the base model
@@ -3711,7 +3833,7 @@ def memory_plan(
     "Predict the memory of a GPU in training."
     m = _bare_model(config)
     linear,targets = language_layers(m),resolve_targets(m, tuple(lora_target_modules))
-    known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(targets)
+    known = not why_not_known(m) and {n.split('.')[-1] for n in linear}<=set(targets)
     fast = load_in_4bit and not lora_dropout and shards==1 and known
     other = 'compiled' if torch_compile and shards==1 else 'eager'
     weights = sum(p.numel() for p in m.parameters())
@@ -3720,6 +3842,7 @@ def memory_plan(
     n_lora = lora_r*sum(l.in_features+l.out_features for l in adapted)
     tokens = per_device_train_batch_size*max_length
     kept = _kept_bytes(config, max_length, lora_r, len(adapted))
+    if fast: kept['fast'] += _more_norms(decoder_layers(m)[0])
     parts = dict(
         load=_load_bytes(n_4bit, weights-n_4bit, config.get_text_config().num_hidden_layers, fast, shards),
         adapter=_adapter_bytes(n_lora, optim, shards),
@@ -6371,11 +6494,21 @@ def _join_weights(
     def scales(s): return (F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax
     return packed,torch.cat([scales(w.quant_state) for w in weights])
 
+def _join_biases(
+    biases:list, # Of projections; None for none
+    sizes:list, # Their outputs
+): # One vector, or None where there is no bias
+    "Lay biases under one another."
+    import torch
+    if all(b is None for b in biases): return None
+    some = next(b for b in biases if b is not None)
+    return torch.cat([some.new_zeros(n) if b is None else b.detach() for b,n in zip(biases, sizes)])
+
 class LoraGroup:
     "Adapted 4-bit projections that read the same input, as one."
     def __init__(self,
         mods:list, # PEFT's `Linear4bit` modules, in the order of their outputs
-        norm=None, # Module through which they read; None for none
+        norm=None, # `Norm` through which they read; None for none
     ):
         import torch
         weights = [m.base_layer.weight for m in mods]
@@ -6386,8 +6519,9 @@ class LoraGroup:
         self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
         self.ranks = pow2(self.rank*len(mods)) # columns for all of them
         self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
+        self.bias = _join_biases([m.base_layer.bias for m in mods], self.sizes)
         self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of `lora_A`'s gradients, a row
-        if norm is not None: self.factor *= norm.weight.detach()
+        if norm is not None: self.factor *= norm.weight
         rest = self.ranks-self.rank*len(mods)
         blank = torch.zeros(rest, self.width, device=self.code.device)
         self.blank = [blank] if rest else [] # with an empty tensor among them, `cat` is four times slower
@@ -6415,7 +6549,8 @@ def forward(self:LoraGroup,
     import torch
     xa = torch.mm(x[:,:self.width], self.a.t())
     x[:,self.width:] = xa
-    return torch.mm(x, self.weight().t()),xa
+    w = self.weight().t()
+    return torch.mm(x, w) if self.bias is None else torch.addmm(self.bias, x, w),xa
 
 FEW_ROWS = 6144 # up to here two products are faster
 
@@ -6494,29 +6629,61 @@ def supervised_nll(
     "Cross-entropy of the rows that have a label."
     return _head_loss().apply(hidden.to(weight.dtype), weight, targets)
 
+class Norm(NamedTuple):
+    "An RMSNorm as kernels take it."
+    weight:object # What it multiplies by, (width,)
+    variance_epsilon:float # Added to the mean of squares
+
+def _as_norm(module, plus_one):
+    "A module's norm; Gemma's multiply by one more than their weights."
+    w = module.weight.detach()
+    return Norm(1+w.float(), module.eps) if plus_one else Norm(w, module.variance_epsilon)
+
+def _window(at, kind, max_length):
+    "Tokens that a query of this attention sees in a row; 0 for all before it."
+    n = at.config.sliding_window if kind.one_window else vars(at).get('sliding_window')
+    return n if n and (not max_length or n<max_length) else 0
+
+def _way_to_turn(at, kind):
+    "How an attention's queries and keys are turned: by its layer's type, by the one rotary there is (''), or not (None)."
+    if kind.by_type: return at.config.layer_types[at.layer_idx]
+    return '' if vars(at).get('use_rope', True) else None
+
 class FastLayer:
     "A decoder layer: four groups, and kernels between."
     def __init__(self,
         layer, # Of transformers, adapted by PEFT
-        scale:float, # Of attention's scores
+        max_length:int=0, # Tokens of a row; a window that isn't shorter is none. 0 for any number
     ):
-        at,mlp = layer.self_attn,layer.mlp
-        self.norm1,self.norm2 = layer.input_layernorm,layer.post_attention_layernorm
-        self.qkv,self.o = LoraGroup([at.q_proj,at.k_proj,at.v_proj], self.norm1),LoraGroup([at.o_proj])
-        self.gu,self.down = LoraGroup([mlp.gate_proj,mlp.up_proj], self.norm2),LoraGroup([mlp.down_proj])
+        at,kind = layer.self_attn,FAST_LAYERS[type(layer).__name__]
+        def norms(module, names): return [n and _as_norm(getattr(module, n), kind.plus_one) for n in names]
+        self.norm1,self.after1,self.norm2,self.after2 = norms(layer, kind.norms)
+        mods = {k:[layer.get_submodule(n) for n in names] for k,names in fast_projections(layer).items()}
+        self.qkv,self.o = LoraGroup(mods['qkv'], self.norm1),LoraGroup(mods['o'])
+        self.gu,self.down = LoraGroup(mods['gu'], self.norm2),LoraGroup(mods['down'])
         self.groups = [self.qkv, self.o, self.gu, self.down]
-        self.heads = self.qkv.sizes[0]//at.head_dim,self.qkv.sizes[1]//at.head_dim,at.head_dim
-        self.scale = scale
+        n = self.o.width//at.head_dim
+        self.heads = n,(sum(self.qkv.sizes)//at.head_dim-n)//2,at.head_dim
+        self.qk_norms = norms(at, [n for n,_ in at.named_children() if n in ('q_norm','k_norm')])
+        cap = at.attn_logit_softcapping if kind.capped else None
+        self.scores = dict(scale=at.scaling, cap=cap or 0., window=_window(at, kind, max_length))
+        self.gate = dict(gelu=gate_activation(layer)=='GELUTanh')
+        self.factor = vars(layer).get('residual_multiplier', 1.)
+        self.joined,self.way = kind.joined,_way_to_turn(at, kind)
+        self.turned = 0 # which of the stack's ways it is
 
 class Stack:
     "All layers of a decoder."
     def __init__(self,
         decoder, # Of a `PeftModel`: see `why_not_fast`
+        max_length:int=0, # As of `FastLayer`
     ):
         import torch
-        scale = decoder.layers[0].self_attn.scaling
-        self.layers = [FastLayer(l, scale) for l in decoder.layers]
-        self.norm,self.rotary = decoder.norm,decoder.rotary_emb
+        self.layers = [FastLayer(l, max_length) for l in decoder.layers]
+        self.norm = _as_norm(decoder.norm, FAST_LAYERS[type(decoder.layers[0]).__name__].plus_one)
+        self.rotary,self.embedding = decoder.rotary_emb,vars(decoder).get('embedding_multiplier', 1.)
+        self.ways = list(dict.fromkeys(l.way for l in self.layers)) # in which layers turn queries and keys
+        for l in self.layers: l.turned = self.ways.index(l.way)
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
         self.checkpoint = False # recompute each layer in the backward pass
         self.passes,self.replays = {},{} # how often a shape of batch was seen, and its `Replay`
@@ -6541,11 +6708,14 @@ def cast_adapter(self:Stack):
 def turn(self:Stack,
     h, # Embedded tokens, (rows, tokens, hidden)
     position_ids, # Each document's from 0, (rows, tokens)
-)->tuple: # As for `rope`
+)->tuple: # Cosines and sines, (ways, tokens, head_dim), and what queries are multiplied by, (tokens,)
     "How queries and keys are turned, and queries scaled."
     import torch
-    cos,sin = (t.flatten(0,1).contiguous() for t in self.rotary(h, position_ids))
-    scale,beta = torch.ones(len(cos), device=h.device),self.rope.get('llama_4_scaling_beta')
+    n,d = position_ids.numel(),self.layers[0].heads[2]
+    none = torch.ones(n, d, dtype=h.dtype, device=h.device),torch.zeros(n, d, dtype=h.dtype, device=h.device)
+    def one(way): return none if way is None else self.rotary(h, position_ids, *[way]*bool(way))
+    cos,sin = (torch.stack([t.reshape(n, d) for t in ts]) for ts in zip(*map(one, self.ways)))
+    scale,beta = torch.ones(n, device=h.device),self.rope.get('llama_4_scaling_beta')
     if beta: # transformers' get_llama_4_attn_scale
         contexts = torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])
         scale += beta*torch.log1p(contexts)
@@ -6556,11 +6726,13 @@ class SavedAttention(NamedTuple):
     h:object # Residual stream that came in
     rms:object # One over its RMS
     xa:object # What `lora_A` of queries, keys and values made
+    read:list # What the norms of queries and keys read, and one over its RMS
     qkv:object # Queries, keys and values, the first two turned
     lse:object # Second output of `attend`
     o:object # Its first, (tokens, width+ranks)
     kept:object # The rows of `o` that go on
     xa_o:object # What `lora_A` of the output projection made of them
+    after:object # What the norm after attention read, and one over its RMS; None for no norm
 
 class SavedMLP(NamedTuple):
     "What the MLP's backward pass needs of its forward pass, by row."
@@ -6569,26 +6741,75 @@ class SavedMLP(NamedTuple):
     xa:object # What `lora_A` of gate and up made
     gu:object # Gate and up; they become their gradients
     xa_down:object # What `lora_A` of the down projection made
+    after:object # As in `SavedAttention`, of the norm after the MLP
+
+def _enter(h, y, norm, x):
+    "The sum of both, and in the left part of `x` its norm; the sum itself where there is no norm."
+    if norm: return add_norm(h, y, norm, x)
+    total = h if y is None else h+y
+    x[:,:h.shape[1]] = total
+    return total,None
+
+@patch
+def after(self:FastLayer,
+    y, # What the last projection of a half gives
+    norm, # `Norm` behind it; None for none
+)->tuple: # What is added to the residual stream, and what the norm read with one over its RMS
+    "From a half's last projection to the residual stream."
+    import torch
+    if not norm: return (y if self.factor==1 else y*self.factor),None
+    out = torch.empty_like(y)
+    return out,(y, add_norm(y, None, norm, out)[1])
+
+@patch
+def queries_and_keys(self:FastLayer,
+    qkv, # (tokens, (heads_q+2·heads_k)·head_dim)
+)->tuple: # Views of it
+    "The parts of a product that are turned."
+    q,k,d = self.heads
+    return qkv[:,:q*d],qkv[:,q*d:(q+k)*d]
+
+@patch
+def norm_heads(self:FastLayer,
+    qkv, # Queries, keys and values; the first two are normalised in place
+)->list: # What each norm read, and one over the RMS of its rows
+    "Queries and keys through their norms, where they have some."
+    import torch
+    read = []
+    for norm,part in zip(self.qk_norms, self.queries_and_keys(qkv)):
+        raw = part.clone(memory_format=torch.contiguous_format).view(-1, len(norm.weight))
+        out = torch.empty_like(raw)
+        read.append((raw, add_norm(raw, None, norm, out)[1]))
+        part.copy_(out.view_as(part))
+    return read
+
+@patch
+def own_turn(self:FastLayer, turn):
+    "What `rope` takes, of what the stack's `turn` gave."
+    cos,sin,scale = turn
+    return cos[self.turned],sin[self.turned],scale
 
 @patch
 def attention(self:FastLayer,
     h, # Residual stream, (tokens, hidden)
     y, # What the layer before adds to it; None for nothing
-    turn:tuple, # As for `rope`
+    turn:tuple, # From the stack's `turn`
     tiles, # As for `attend`
     keep=None, # Rows that go on, filled up with len(h) for none; None for all
 )->tuple: # Residual stream of those rows, what attention adds to it, and a `SavedAttention`
     "Through the first half of the layer."
     x = self.qkv.room(len(h))
-    h,rms = add_norm(h, y, self.norm1, x)
+    h,rms = _enter(h, y, self.norm1, x)
     qkv,xa = self.qkv.forward(x)
-    rope(qkv, turn, self.heads)
+    read = self.norm_heads(qkv)
+    rope(qkv, self.own_turn(turn), self.heads)
     o = self.o.room(len(h))
-    lse = attend(qkv, o, tiles, self.heads, self.scale)
+    lse = attend(qkv, o, tiles, self.heads, **self.scores)
     on,kept = h,o
     if keep is not None: on,kept = (t.index_select(0, keep.clamp(max=len(h)-1)) for t in (h,o))
     y,xa_o = self.o.forward(kept)
-    return on,y,SavedAttention(h, rms, xa, qkv, lse, o, kept, xa_o)
+    y,after = self.after(y, self.after1)
+    return on,y,SavedAttention(h, rms, xa, read, qkv, lse, o, kept, xa_o, after)
 
 @patch
 def mlp(self:FastLayer,
@@ -6597,18 +6818,19 @@ def mlp(self:FastLayer,
 )->tuple: # Residual stream, what the MLP adds to it, and a `SavedMLP`
     "Through the second half of the layer."
     x = self.gu.room(len(y))
-    h,rms = add_norm(h, y, self.norm2, x)
+    h,rms = _enter(h, y, self.norm2, x)
     gu,xa = self.gu.forward(x)
     x = self.down.room(len(y))
-    swiglu(gu, x)
+    swiglu(gu, x, **self.gate)
     y,xa_down = self.down.forward(x)
-    return h,y,SavedMLP(h, rms, xa, gu, xa_down)
+    y,after = self.after(y, self.after2)
+    return h,y,SavedMLP(h, rms, xa, gu, xa_down, after)
 
 @patch
 def forward(self:FastLayer,
     h, # Residual stream, (tokens, hidden)
     y, # What the layer before adds to it; None for nothing
-    turn:tuple, # As for `rope`
+    turn:tuple, # As for `attention`
     tiles, # As for `attend`
     keep=None, # As for `attention`
 )->tuple: # Residual stream, what this layer adds to it, and what `backward` needs
@@ -6634,16 +6856,45 @@ def forward(self:Stack,
     x = torch.empty_like(h)
     return x,[*saved, add_norm(h, y, self.norm, x)]
 
+def _enter_back(h, rms, norm, d, a, xa, skip):
+    "As `norm_back`, also where there is no norm."
+    import torch
+    if norm: return norm_back(h, rms, norm, d, a, xa, skip)
+    n = h.shape[1]
+    return torch.addmm(d[:,:n]+skip, d[:,n:], a),d[:,n:]
+
+def _back_alone(h, rms, norm, d):
+    "Back through a norm that nothing adapted read."
+    import torch
+    none = d.new_zeros(len(d), 16)
+    no_a,skip = none.new_zeros(16, h.shape[1]),torch.zeros_like(h)
+    return norm_back(h, rms, norm, torch.cat([d, none], 1), no_a, none, skip)[0]
+
+@patch
+def after_back(self:FastLayer, dh, norm, read):
+    "Back through `after`."
+    if norm: return _back_alone(*read, norm, dh)
+    return dh if self.factor==1 else dh*self.factor
+
+@patch
+def norm_heads_back(self:FastLayer, dqkv, read):
+    "Back through `norm_heads`, in place."
+    for norm,part,(raw,rms) in zip(self.qk_norms, self.queries_and_keys(dqkv), read):
+        part.copy_(_back_alone(raw, rms, norm, part.reshape(raw.shape)).view_as(part))
+
 @patch
 def mlp_back(self:FastLayer,
     s:SavedMLP, # From `mlp`; used up
     dh, # Gradient of the residual stream after the layer
 )->tuple: # As from `backward`, of the MLP
     "Back through the MLP."
-    d,b_down = self.down.back(dh),self.down.grad_b(dh, s.xa_down)
-    a_down,*b_gu = swiglu_back(s.gu, d, self.down.a, s.xa, self.down.rank)
+    import torch
+    dy = self.after_back(dh, self.after2, s.after)
+    d,b_down = self.down.back(dy),self.down.grad_b(dy, s.xa_down)
+    a_down,*b_gu = swiglu_back(s.gu, d, self.down.a, s.xa, self.down.rank, **self.gate, joined=self.joined)
+    if self.joined: b_gu = [torch.cat(b_gu)]
     d = self.gu.back(s.gu)
-    dh,z = norm_back(s.h, s.rms, self.norm2, d, self.gu.a, s.xa, dh)
+    dh,z = _enter_back(s.h, s.rms, self.norm2, d, self.gu.a, s.xa, dh)
     return dh,[*self.gu.grad_a(z, s.h), a_down],[*b_gu, *b_down]
 
 @patch
@@ -6655,15 +6906,19 @@ def attention_back(self:FastLayer,
 )->tuple: # As from `backward`, of attention
     "Back through attention."
     w,n = self.o.width,len(s.h)
-    d,b_o = self.o.back(dh),self.o.grad_b(dh, s.xa_o)
+    dy = self.after_back(dh, self.after1, s.after)
+    d,b_o = self.o.back(dy),self.o.grad_b(dy, s.xa_o)
     a_o = self.o.grad_a(d[:,w:], s.kept[:,:w])
     if keep is not None: dh,d = (x.new_zeros(n+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d))
-    dqkv = attend_bwd(s.qkv, s.o, s.lse, d, self.o.a, turn, tiles, self.heads, self.scale)
+    dqkv = attend_bwd(s.qkv, s.o, s.lse, d, self.o.a, self.own_turn(turn), tiles, self.heads, **self.scores)
+    self.norm_heads_back(dqkv, s.read)
     b_qkv = self.qkv.grad_b(dqkv, s.xa)
-    if first: z = (dqkv@self.qkv.weight()[:,self.qkv.width:])*s.rms[:,None].to(s.h.dtype)
+    if first:
+        z = dqkv@self.qkv.weight()[:,self.qkv.width:]
+        if self.norm1: z *= s.rms[:,None].to(s.h.dtype)
     else:
         d = self.qkv.back(dqkv, n<=FEW_ROWS)
-        dh,z = norm_back(s.h, s.rms, self.norm1, d, self.qkv.a, s.xa, dh)
+        dh,z = _enter_back(s.h, s.rms, self.norm1, d, self.qkv.a, s.xa, dh)
     return dh,[*self.qkv.grad_a(z, s.h), *a_o],[*b_qkv, *b_o]
 
 @patch
@@ -6690,9 +6945,7 @@ def backward(self:Stack,
     "Back through the last norm and all layers."
     import torch
     (h,rms),turn = saved.pop(),(cos,sin,scale)
-    none = dx.new_zeros(len(dx), 16)
-    no_a = none.new_zeros(16, h.shape[1]) # nothing was adapted here
-    dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), no_a, none, torch.zeros_like(h))
+    dh = _back_alone(h, rms, self.norm, dx)
     grads_a,grads_b = [],[]
     for l in reversed(self.layers):
         s,on = saved.pop(),keep if l is self.layers[-1] else None
@@ -6779,10 +7032,8 @@ def __call__(self:Stack,
 ): # What enters the head, with the adapter's gradients to come
     "Let autograd pass."
     import torch
-    given = h.detach().flatten(0,1),*self.turn(h, position_ids),tiles,keep
+    given = h.detach().flatten(0,1)*self.embedding,*self.turn(h, position_ids),tiles,keep
     with torch.autocast(h.device.type, enabled=False): return _through().apply(self, *given, *self.params)
-
-PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
 
 def _other_blocks(weight):
     "Why `unpack` can't read a weight: it knows one layout, a byte for two weights and a scale for 64."
@@ -6795,7 +7046,6 @@ def _why_not_projections(mods):
     def in_nf4(w): return hasattr(w, 'quant_state') and w.quant_type=='nf4'
     if not all(hasattr(m, 'lora_A') and in_nf4(m.base_layer.weight) for m in mods):
         return "not every projection is in NF4 and adapted"
-    if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
     if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
     if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
     dropouts = [m.lora_dropout.default for m in mods]
@@ -6803,20 +7053,45 @@ def _why_not_projections(mods):
 
 def why_not_fast(
     model, # From `add_lora`
-    max_length:int, # Tokens of a row
 )->str: # None if it can
     "Why a model's layers can't be a `Stack`."
-    layers,c = decoder_layers(model.get_base_model()),model.config.get_text_config()
-    kinds = {type(l).__name__ for l in layers}
-    if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
-    mods = [getattr(getattr(l, part), k) for l in layers for part,names in PROJECTIONS.items() for k in names]
-    if why := _why_not_projections(mods): return why
-    if c.hidden_act!='silu': return f"its activation is {c.hidden_act}"
-    if (getattr(c, 'sliding_window', None) or max_length)<max_length:
-        return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
-    if c.attention_dropout: return f"its attention drops out weights ({c.attention_dropout})"
-    d = layers[0].self_attn.head_dim
-    if d!=pow2(d) or d>256: return f"its heads have {d} dimensions"
+    if why := why_not_known(model.get_base_model()): return why
+    layers = decoder_layers(model.get_base_model())
+    return _why_not_projections([l.get_submodule(n) for l in layers for ns in fast_projections(l).values() for n in ns])
+
+LAYER_ERROR = .05 # of what a layer adds; bf16 makes about .01
+
+def _own_additions(model, h):
+    "What each layer of transformers adds to the rows `h`, (1, tokens, hidden)."
+    import torch
+    from contextlib import ExitStack
+    added,enter = [],lambda layer, args, kwargs: ((h, *args[1:]), kwargs)
+    def leave(layer, args, out): added.append(out[0]-h[0])
+    with ExitStack() as hooks:
+        for l in decoder_layers(model):
+            hooks.callback(l.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(l.register_forward_hook(leave).remove)
+        with torch.autocast(h.device.type, torch.bfloat16): model.get_decoder()(inputs_embeds=h, use_cache=False)
+    return added
+
+def layer_errors(
+    model, # From `add_lora`
+    stack:Stack, # Of its layers
+    n:int=24, # Rows
+)->list: # One a layer, as a share of what transformers' layer adds
+    "How far what each of our layers adds is from what transformers' own does."
+    import torch
+    device = model.get_input_embeddings().weight.device
+    h = torch.randn(1, n, stack.layers[0].o.sizes[0], generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    tiles = torch.tensor(attention_tiles([n]), dtype=torch.int32, device=device)
+    with preserve_training_state(model):
+        stack.cast_adapter()
+        turn,errors = stack.turn(h, torch.arange(n, device=device)[None]),[]
+        for l,want in zip(stack.layers, _own_additions(model.get_base_model(), h.float())):
+            on,y,_ = l.attention(h[0], None, turn, tiles)
+            got = y.float()+l.mlp(on, y)[1].float()
+            errors.append(((got-want).norm()/want.norm()).item())
+    return errors
 
 def fast_layers(
     model, # From `add_lora`
@@ -6827,11 +7102,12 @@ def fast_layers(
     import torch
     if not torch.cuda.is_available(): why = "there is no CUDA device"
     elif torch.cuda.get_device_capability()<(8,0): why = f"{torch.cuda.get_device_name()} is older than Ampere"
-    else: why = why_not_fast(model, max_length)
-    log.info(f"layers: {'transformers and PEFT, since '+why if why else 'kernels of our own'}")
-    if why: return None
-    stack = Stack(model.get_base_model().get_decoder())
-    stack.checkpoint = checkpoint
+    else: why = why_not_fast(model)
+    stack = None if why else Stack(model.get_base_model().get_decoder(), max_length)
+    if stack and not (error := max(layer_errors(model, stack)))<LAYER_ERROR:
+        stack,why = None,f"a layer of ours is off by {error:.2f} of what transformers' own adds"
+    log.info(f"layers: {'kernels of our own' if stack else 'transformers and PEFT, since '+why}")
+    if stack: stack.checkpoint = checkpoint
     return stack
 
 def card_room()->float: # GiB; without a GPU, no limit
@@ -6869,16 +7145,24 @@ def keep_weights(
     log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
     return size
 
+@functools.cache
+def _given_output():
+    "A decoder's output that has all that a model's forward may ask for: None, but for what it is made with."
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+    class Given(MoeModelOutputWithPast):
+        "Rows that enter a head."
+        def __getattr__(self, name): return None
+    return Given
+
 def own_logits(
     model, # Causal language model
     own, # Its forward
     rows, # What enters the head, (rows, hidden)
 ): # Logits, (rows, vocabulary)
     "What a model's own forward makes of rows that its decoder gives."
-    from transformers.modeling_outputs import MoeModelOutputWithPast
     decoder = model.get_decoder()
     kept = vars(decoder).get('forward')
-    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=rows[None])
+    decoder.forward = lambda *args, **kwargs: _given_output()(last_hidden_state=rows[None])
     try: return own(inputs_embeds=rows[None], use_cache=False).logits[0]
     finally:
         del decoder.forward
@@ -7097,32 +7381,34 @@ def norm_back(
 
 @functools.cache
 def _swiglu_kernel():
-    "silu(gate)·up; a program takes 2,048 columns of a row."
+    "act(gate)·up; a program takes 2,048 columns of a row."
     import triton, triton.language as tl
     @triton.jit
-    def swiglu(gu, x, s, n, N: tl.constexpr):
+    def swiglu(gu, x, s, n, GELU: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
         c = tl.program_id(1)*N + tl.arange(0, N)
         ok = c<n
         g = tl.load(gu+r*2*n+c, mask=ok, other=0.).to(tl.float32)
         u = tl.load(gu+r*2*n+n+c, mask=ok, other=0.).to(tl.float32)
-        tl.store(x+r*s+c, (g*tl.sigmoid(g)).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
+        k = 1.5957691216057308*(g + .044715*g*g*g) if GELU else g
+        tl.store(x+r*s+c, (g*tl.sigmoid(k)).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
     return swiglu
 
 def swiglu(
     gu, # Gate and up, (rows, 2·width)
-    x, # Buffer, (rows, width+rank): its left part becomes silu(gate)·up
+    x, # Buffer, (rows, width+rank): its left part becomes act(gate)·up
+    gelu:bool=False, # act is the tanh form of GELU; else SiLU
 ):
     "What the down projection reads."
     n = gu.shape[1]//2
-    if len(gu): _swiglu_kernel()[(len(gu), -(-n//2048))](gu, x, x.stride(0), n, N=2048)
+    if len(gu): _swiglu_kernel()[(len(gu), -(-n//2048))](gu, x, x.stride(0), n, GELU=gelu, N=2048)
 
 @functools.cache
 def _swiglu_back_kernel():
     "Gradients of gate and up in their place, and sums for three of the adapters' gradients."
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows','each'])
-    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n,
+    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n, GELU: tl.constexpr, UP: tl.constexpr,
                     RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
         j,c = tl.arange(0, R),tl.program_id(0)*N + tl.arange(0, N)
         low = tl.load(a+j[:,None]*n+c[None,:], mask=(c<n)[None,:], other=0.)
@@ -7136,16 +7422,19 @@ def _swiglu_back_kernel():
             g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
             z = tl.load(d+r*s+n+j[None,:], mask=r<rows, other=0.)
             dx = tl.dot(z, low) + tl.load(d+r*s+c[None,:], mask=ok, other=0.).to(tl.float32)
-            w = tl.sigmoid(g)
+            w,slope = tl.sigmoid(g),1.
+            if GELU:
+                w = tl.sigmoid(1.5957691216057308*(g + .044715*g*g*g))
+                slope = 1.5957691216057308*(1 + .134145*g*g)
             x = ((g*w).to(tl.bfloat16).to(tl.float32)*u).to(tl.bfloat16)
-            dg,du = (dx*u*w*(1+g*(1-w))).to(tl.bfloat16),(dx*g*w).to(tl.bfloat16)
+            dg,du = (dx*u*w*(1+g*(1-w)*slope)).to(tl.bfloat16),(dx*g*w).to(tl.bfloat16)
             tl.store(p, dg, mask=ok)
             tl.store(p+n, du, mask=ok)
             q = xa+r*s_xa+j[None,:]
             own = (r<rows) & (j<RANK)[None,:]
             grad_a = tl.dot(tl.trans(z), x, grad_a)
             grad_g = tl.dot(tl.trans(tl.load(q, mask=own, other=0.)), dg, grad_g)
-            grad_u = tl.dot(tl.trans(tl.load(q+RANK, mask=own, other=0.)), du, grad_u)
+            grad_u = tl.dot(tl.trans(tl.load(q+UP, mask=own, other=0.)), du, grad_u)
         p = grads + (tl.program_id(1)*3*R+j)[:,None]*n + c[None,:]
         ok = (c<n)[None,:]
         tl.store(p, grad_a, mask=ok)
@@ -7157,8 +7446,10 @@ def swiglu_back(
     gu, # Gate and up; they become their gradients
     d, # Gradient of the product's input, (rows, width+ranks)
     a, # `lora_A` of the down projection, (ranks, width)
-    xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more)
+    xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more); (rows, rank or more) where they share one
     rank:int, # Of the adapter
+    gelu:bool=False, # As of `swiglu`
+    joined:bool=False, # Gate and up are one projection
 )->tuple: # Gradients of down's `lora_A`, and of gate's and up's `lora_B`, fp32
     "Back through `lora_A` and SwiGLU, with the gradients of the adapters on both sides of it."
     import torch
@@ -7167,8 +7458,9 @@ def swiglu_back(
     grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
     N = max(16, min(64, 2048//R))
     grid,sides = (-(-n//N), len(grads)),dict(RANK=rank, R=R, ROWS=32, N=N, num_warps=4)
+    kind = dict(GELU=gelu, UP=0 if joined else rank)
     strides = d.stride(0),xa.stride(0)
-    if rows: _swiglu_back_kernel()[grid](gu, d, a, xa, grads, *strides, rows, each, n, **sides, num_stages=2)
+    if rows: _swiglu_back_kernel()[grid](gu, d, a, xa, grads, *strides, rows, each, n, **kind, **sides, num_stages=2)
     a,g,u = grads.sum(0)[:,:rank]
     return a,g.t(),u.t()
 
@@ -7218,9 +7510,11 @@ def _attend_kernel():
     import triton, triton.language as tl
     @triton.jit
     def attend(qkv, out, lse, tiles, s, s_o, total, scale,
-               HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+               HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+               CAP: tl.constexpr, WINDOW: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
+        if WINDOW: first = tl.maximum(first, start-WINDOW+1)
         r,c = start + tl.arange(0, N),tl.arange(0, D)[None,:]
         here = (r<end)[:,None]
         q = tl.load(qkv + r.to(tl.int64)[:,None]*s + h*D + c, mask=here, other=0.)
@@ -7231,12 +7525,17 @@ def _attend_kernel():
             ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
             causal = (r[:,None]>=j[None,:]) & (j<end)[None,:]
-            z = tl.where(causal, tl.dot(q, tl.trans(k))*scale, -float('inf'))
+            if WINDOW: causal = causal & (r[:,None]-j[None,:]<WINDOW)
+            z = tl.dot(q, tl.trans(k))*scale
+            if CAP>0: z = CAP*(2*tl.sigmoid(z*(2/CAP))-1)
+            z = tl.where(causal, z, -float('inf'))
             top = tl.maximum(m, tl.max(z, 1))
-            e,a = tl.exp2(z-top[:,None]),tl.exp2(m-top)
+            base = tl.where(top>-float('inf'), top, 0.) if WINDOW else top
+            e,a = tl.exp2(z-base[:,None]),tl.exp2(m-base)
             l = l*a + tl.sum(e, 1)
             o = tl.dot(e.to(tl.bfloat16), v, o*a[:,None])
             m = top
+        if WINDOW: l = tl.where(r<end, l, 1.) # rows beyond the document may see nothing
         tl.store(out + r.to(tl.int64)[:,None]*s_o + h*D + c, o/l[:,None], mask=here)
         tl.store(lse + h.to(tl.int64)*total + r, m+tl.log2(l), mask=r<end)
     return attend
@@ -7247,12 +7546,14 @@ def attend(
     tiles, # From `attention_tiles`, an int32 tensor
     heads:tuple, # Query heads, key heads, head_dim
     scale:float, # Of the scores
+    cap:float=0., # Scaled scores s become cap·tanh(s/cap); 0 for none
+    window:int=0, # Tokens that a query sees, itself one of them; 0 for all
 ): # log2 of the sum of exponentials of each row's scores, (heads_q, tokens)
     "Causal attention within documents; see https://arxiv.org/abs/2307.08691."
     import torch
     q,k,d = heads
     lse = torch.empty(q, len(qkv), dtype=torch.float32, device=qkv.device)
-    sizes,sides = (qkv.stride(0), o.stride(0), len(qkv)),dict(HQ=q, HK=k, D=d, N=TILE, M=32)
+    sizes,sides = (qkv.stride(0), o.stride(0), len(qkv)),dict(HQ=q, HK=k, D=d, N=TILE, M=32, CAP=cap*LOG2E, WINDOW=window)
     _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, *sizes, scale*LOG2E, **sides, num_warps=4, num_stages=2)
     return lse
 
@@ -7262,7 +7563,7 @@ def _attend_dq_kernel():
     import triton, triton.language as tl
     @triton.jit
     def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, LOG2E: tl.constexpr,
-                  HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
+                  HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
                   R: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
@@ -7281,14 +7582,20 @@ def _attend_dq_kernel():
         tl.store(delta+at, mean, mask=r<end)
         q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
+        if WINDOW: first = tl.maximum(first, start-WINDOW+1)
         for n in range(first, start+N, M):
             j = n + tl.arange(0, M)
             p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c
             ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
             causal = (r[:,None]>=j[None,:]) & (j<end)[None,:]
-            e = tl.where(causal, tl.exp2(tl.dot(q, tl.trans(k))*(scale*LOG2E) - top[:,None]), 0.)
-            dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])).to(tl.bfloat16), k, dq)
+            if WINDOW: causal = causal & (r[:,None]-j[None,:]<WINDOW)
+            z,slope = tl.dot(q, tl.trans(k))*(scale*LOG2E),1.
+            if CAP>0:
+                t = 2*tl.sigmoid(z*(2/CAP))-1
+                z,slope = CAP*t,1-t*t
+            e = tl.where(causal, tl.exp2(z - top[:,None]), 0.)
+            dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])*slope).to(tl.bfloat16), k, dq)
         dq *= (scale*tl.load(q_scale+r, mask=r<end, other=0.))[:,None]
         x,y = tl.split(tl.permute(tl.reshape(dq, (N,2,D//2)), (0,2,1))) # halves
         u = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32)
@@ -7304,7 +7611,8 @@ def _attend_dkv_kernel():
     import triton, triton.language as tl
     @triton.jit
     def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, LOG2E: tl.constexpr,
-                   HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+                   HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
+                   N: tl.constexpr, M: tl.constexpr):
         b,i = tl.program_id(0),tl.program_id(1)
         start,end = tl.load(tiles+5*i+3),tl.load(tiles+5*i+4)
         j,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
@@ -7313,7 +7621,8 @@ def _attend_dkv_kernel():
         p = qkv + row*s + (HQ+b)*D + c
         k,v = tl.load(p, mask=here, other=0.),tl.load(p+HK*D, mask=here, other=0.)
         dk,dv = tl.zeros((N,D), tl.float32),tl.zeros((N,D), tl.float32)
-        steps = tl.cdiv(end-start, M)
+        last = tl.minimum(end, start+N+WINDOW-1) if WINDOW else end
+        steps = tl.cdiv(last-start, M)
         for i in range(0, steps*(HQ//HK)): # one loop, so that loads run ahead from head to head
             h,r = b*(HQ//HK) + i//steps,start + i%steps*M + tl.arange(0, M)
             ok = (r<end)[:,None]
@@ -7321,9 +7630,14 @@ def _attend_dkv_kernel():
             q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
             top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
             causal = (r[None,:]>=j[:,None]) & (r<end)[None,:]
-            e = tl.where(causal, tl.exp2(tl.dot(k, tl.trans(q))*(scale*LOG2E) - top[None,:]), 0.)
+            if WINDOW: causal = causal & (r[None,:]-j[:,None]<WINDOW)
+            z,slope = tl.dot(k, tl.trans(q))*(scale*LOG2E),1.
+            if CAP>0:
+                t = 2*tl.sigmoid(z*(2/CAP))-1
+                z,slope = CAP*t,1-t*t
+            e = tl.where(causal, tl.exp2(z - top[None,:]), 0.)
             dv = tl.dot(e.to(tl.bfloat16), g, dv)
-            dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])).to(tl.bfloat16), q, dk)
+            dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])*slope).to(tl.bfloat16), q, dk)
         x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1))) # halves
         u = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32)
         v = tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
@@ -7343,13 +7657,15 @@ def attend_bwd(
     tiles, # As for `attend`
     heads:tuple, # Query heads, key heads, head_dim
     scale:float, # Of the scores
+    cap:float=0., # As of `attend`
+    window:int=0, # As of `attend`
 ): # Gradient of `qkv` before `rope`
     "Back through `lora_A`, attention and position."
     import torch
     q,k,n = heads
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
     rest = out,tiles,qkv.stride(0),d.stride(0),len(qkv),scale
-    shape = dict(LOG2E=LOG2E, HQ=q, HK=k, D=n, N=TILE, num_warps=4)
+    shape = dict(LOG2E=LOG2E, HQ=q, HK=k, D=n, N=TILE, CAP=cap*LOG2E, WINDOW=window, num_warps=4)
     keys,queries,stages = (64,32,3) if n<=128 else (16,16,2) # of a step: heads of 256 fit the smallest card, too
     ranks = dict(R=len(a), RANKS=min(len(a), 64))
     _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, **ranks, M=keys, num_stages=2)

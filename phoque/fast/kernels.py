@@ -123,25 +123,27 @@ def norm_back(
 # %% ../../nbs/fast/kernels.ipynb #c424569e
 @functools.cache
 def _swiglu_kernel():
-    "silu(gate)·up; a program takes 2,048 columns of a row."
+    "act(gate)·up; a program takes 2,048 columns of a row."
     import triton, triton.language as tl
     @triton.jit
-    def swiglu(gu, x, s, n, N: tl.constexpr):
+    def swiglu(gu, x, s, n, GELU: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
         c = tl.program_id(1)*N + tl.arange(0, N)
         ok = c<n
         g = tl.load(gu+r*2*n+c, mask=ok, other=0.).to(tl.float32)
         u = tl.load(gu+r*2*n+n+c, mask=ok, other=0.).to(tl.float32)
-        tl.store(x+r*s+c, (g*tl.sigmoid(g)).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
+        k = 1.5957691216057308*(g + .044715*g*g*g) if GELU else g
+        tl.store(x+r*s+c, (g*tl.sigmoid(k)).to(tl.bfloat16).to(tl.float32)*u, mask=ok)
     return swiglu
 
 def swiglu(
     gu, # Gate and up, (rows, 2·width)
-    x, # Buffer, (rows, width+rank): its left part becomes silu(gate)·up
+    x, # Buffer, (rows, width+rank): its left part becomes act(gate)·up
+    gelu:bool=False, # act is the tanh form of GELU; else SiLU
 ):
     "What the down projection reads."
     n = gu.shape[1]//2
-    if len(gu): _swiglu_kernel()[(len(gu), -(-n//2048))](gu, x, x.stride(0), n, N=2048)
+    if len(gu): _swiglu_kernel()[(len(gu), -(-n//2048))](gu, x, x.stride(0), n, GELU=gelu, N=2048)
 
 # %% ../../nbs/fast/kernels.ipynb #8f38f772
 @functools.cache
@@ -149,7 +151,7 @@ def _swiglu_back_kernel():
     "Gradients of gate and up in their place, and sums for three of the adapters' gradients."
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows','each'])
-    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n,
+    def swiglu_back(gu, d, a, xa, grads, s, s_xa, rows, each, n, GELU: tl.constexpr, UP: tl.constexpr,
                     RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
         j,c = tl.arange(0, R),tl.program_id(0)*N + tl.arange(0, N)
         low = tl.load(a+j[:,None]*n+c[None,:], mask=(c<n)[None,:], other=0.)
@@ -163,16 +165,19 @@ def _swiglu_back_kernel():
             g,u = tl.load(p, mask=ok, other=0.).to(tl.float32),tl.load(p+n, mask=ok, other=0.).to(tl.float32)
             z = tl.load(d+r*s+n+j[None,:], mask=r<rows, other=0.)
             dx = tl.dot(z, low) + tl.load(d+r*s+c[None,:], mask=ok, other=0.).to(tl.float32)
-            w = tl.sigmoid(g)
+            w,slope = tl.sigmoid(g),1.
+            if GELU:
+                w = tl.sigmoid(1.5957691216057308*(g + .044715*g*g*g))
+                slope = 1.5957691216057308*(1 + .134145*g*g)
             x = ((g*w).to(tl.bfloat16).to(tl.float32)*u).to(tl.bfloat16)
-            dg,du = (dx*u*w*(1+g*(1-w))).to(tl.bfloat16),(dx*g*w).to(tl.bfloat16)
+            dg,du = (dx*u*w*(1+g*(1-w)*slope)).to(tl.bfloat16),(dx*g*w).to(tl.bfloat16)
             tl.store(p, dg, mask=ok)
             tl.store(p+n, du, mask=ok)
             q = xa+r*s_xa+j[None,:]
             own = (r<rows) & (j<RANK)[None,:]
             grad_a = tl.dot(tl.trans(z), x, grad_a)
             grad_g = tl.dot(tl.trans(tl.load(q, mask=own, other=0.)), dg, grad_g)
-            grad_u = tl.dot(tl.trans(tl.load(q+RANK, mask=own, other=0.)), du, grad_u)
+            grad_u = tl.dot(tl.trans(tl.load(q+UP, mask=own, other=0.)), du, grad_u)
         p = grads + (tl.program_id(1)*3*R+j)[:,None]*n + c[None,:]
         ok = (c<n)[None,:]
         tl.store(p, grad_a, mask=ok)
@@ -185,8 +190,10 @@ def swiglu_back(
     gu, # Gate and up; they become their gradients
     d, # Gradient of the product's input, (rows, width+ranks)
     a, # `lora_A` of the down projection, (ranks, width)
-    xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more)
+    xa, # What gate's and up's `lora_A` had made, (rows, 2·rank or more); (rows, rank or more) where they share one
     rank:int, # Of the adapter
+    gelu:bool=False, # As of `swiglu`
+    joined:bool=False, # Gate and up are one projection
 )->tuple: # Gradients of down's `lora_A`, and of gate's and up's `lora_B`, fp32
     "Back through `lora_A` and SwiGLU, with the gradients of the adapters on both sides of it."
     import torch
@@ -195,8 +202,9 @@ def swiglu_back(
     grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
     N = max(16, min(64, 2048//R))
     grid,sides = (-(-n//N), len(grads)),dict(RANK=rank, R=R, ROWS=32, N=N, num_warps=4)
+    kind = dict(GELU=gelu, UP=0 if joined else rank)
     strides = d.stride(0),xa.stride(0)
-    if rows: _swiglu_back_kernel()[grid](gu, d, a, xa, grads, *strides, rows, each, n, **sides, num_stages=2)
+    if rows: _swiglu_back_kernel()[grid](gu, d, a, xa, grads, *strides, rows, each, n, **kind, **sides, num_stages=2)
     a,g,u = grads.sum(0)[:,:rank]
     return a,g.t(),u.t()
 
@@ -248,9 +256,11 @@ def _attend_kernel():
     import triton, triton.language as tl
     @triton.jit
     def attend(qkv, out, lse, tiles, s, s_o, total, scale,
-               HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+               HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+               CAP: tl.constexpr, WINDOW: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
+        if WINDOW: first = tl.maximum(first, start-WINDOW+1)
         r,c = start + tl.arange(0, N),tl.arange(0, D)[None,:]
         here = (r<end)[:,None]
         q = tl.load(qkv + r.to(tl.int64)[:,None]*s + h*D + c, mask=here, other=0.)
@@ -261,12 +271,17 @@ def _attend_kernel():
             ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
             causal = (r[:,None]>=j[None,:]) & (j<end)[None,:]
-            z = tl.where(causal, tl.dot(q, tl.trans(k))*scale, -float('inf'))
+            if WINDOW: causal = causal & (r[:,None]-j[None,:]<WINDOW)
+            z = tl.dot(q, tl.trans(k))*scale
+            if CAP>0: z = CAP*(2*tl.sigmoid(z*(2/CAP))-1)
+            z = tl.where(causal, z, -float('inf'))
             top = tl.maximum(m, tl.max(z, 1))
-            e,a = tl.exp2(z-top[:,None]),tl.exp2(m-top)
+            base = tl.where(top>-float('inf'), top, 0.) if WINDOW else top
+            e,a = tl.exp2(z-base[:,None]),tl.exp2(m-base)
             l = l*a + tl.sum(e, 1)
             o = tl.dot(e.to(tl.bfloat16), v, o*a[:,None])
             m = top
+        if WINDOW: l = tl.where(r<end, l, 1.) # rows beyond the document may see nothing
         tl.store(out + r.to(tl.int64)[:,None]*s_o + h*D + c, o/l[:,None], mask=here)
         tl.store(lse + h.to(tl.int64)*total + r, m+tl.log2(l), mask=r<end)
     return attend
@@ -278,12 +293,14 @@ def attend(
     tiles, # From `attention_tiles`, an int32 tensor
     heads:tuple, # Query heads, key heads, head_dim
     scale:float, # Of the scores
+    cap:float=0., # Scaled scores s become cap·tanh(s/cap); 0 for none
+    window:int=0, # Tokens that a query sees, itself one of them; 0 for all
 ): # log2 of the sum of exponentials of each row's scores, (heads_q, tokens)
     "Causal attention within documents; see https://arxiv.org/abs/2307.08691."
     import torch
     q,k,d = heads
     lse = torch.empty(q, len(qkv), dtype=torch.float32, device=qkv.device)
-    sizes,sides = (qkv.stride(0), o.stride(0), len(qkv)),dict(HQ=q, HK=k, D=d, N=TILE, M=32)
+    sizes,sides = (qkv.stride(0), o.stride(0), len(qkv)),dict(HQ=q, HK=k, D=d, N=TILE, M=32, CAP=cap*LOG2E, WINDOW=window)
     _attend_kernel()[(q, len(tiles))](qkv, o, lse, tiles, *sizes, scale*LOG2E, **sides, num_warps=4, num_stages=2)
     return lse
 
@@ -294,7 +311,7 @@ def _attend_dq_kernel():
     import triton, triton.language as tl
     @triton.jit
     def attend_dq(qkv, o, d, a, lse, delta, cos, sin, q_scale, dqkv, tiles, s, s_d, total, scale, LOG2E: tl.constexpr,
-                  HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
+                  HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
                   R: tl.constexpr, RANKS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
         h,i = tl.program_id(0),tl.program_id(1)
         start,first,end = tl.load(tiles+5*i),tl.load(tiles+5*i+1),tl.load(tiles+5*i+2)
@@ -313,14 +330,20 @@ def _attend_dq_kernel():
         tl.store(delta+at, mean, mask=r<end)
         q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
+        if WINDOW: first = tl.maximum(first, start-WINDOW+1)
         for n in range(first, start+N, M):
             j = n + tl.arange(0, M)
             p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c
             ok = (j<end)[:,None]
             k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
             causal = (r[:,None]>=j[None,:]) & (j<end)[None,:]
-            e = tl.where(causal, tl.exp2(tl.dot(q, tl.trans(k))*(scale*LOG2E) - top[:,None]), 0.)
-            dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])).to(tl.bfloat16), k, dq)
+            if WINDOW: causal = causal & (r[:,None]-j[None,:]<WINDOW)
+            z,slope = tl.dot(q, tl.trans(k))*(scale*LOG2E),1.
+            if CAP>0:
+                t = 2*tl.sigmoid(z*(2/CAP))-1
+                z,slope = CAP*t,1-t*t
+            e = tl.where(causal, tl.exp2(z - top[:,None]), 0.)
+            dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])*slope).to(tl.bfloat16), k, dq)
         dq *= (scale*tl.load(q_scale+r, mask=r<end, other=0.))[:,None]
         x,y = tl.split(tl.permute(tl.reshape(dq, (N,2,D//2)), (0,2,1))) # halves
         u = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32)
@@ -337,7 +360,8 @@ def _attend_dkv_kernel():
     import triton, triton.language as tl
     @triton.jit
     def attend_dkv(qkv, d, lse, delta, cos, sin, dqkv, tiles, s, s_d, total, scale, LOG2E: tl.constexpr,
-                   HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+                   HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
+                   N: tl.constexpr, M: tl.constexpr):
         b,i = tl.program_id(0),tl.program_id(1)
         start,end = tl.load(tiles+5*i+3),tl.load(tiles+5*i+4)
         j,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
@@ -346,7 +370,8 @@ def _attend_dkv_kernel():
         p = qkv + row*s + (HQ+b)*D + c
         k,v = tl.load(p, mask=here, other=0.),tl.load(p+HK*D, mask=here, other=0.)
         dk,dv = tl.zeros((N,D), tl.float32),tl.zeros((N,D), tl.float32)
-        steps = tl.cdiv(end-start, M)
+        last = tl.minimum(end, start+N+WINDOW-1) if WINDOW else end
+        steps = tl.cdiv(last-start, M)
         for i in range(0, steps*(HQ//HK)): # one loop, so that loads run ahead from head to head
             h,r = b*(HQ//HK) + i//steps,start + i%steps*M + tl.arange(0, M)
             ok = (r<end)[:,None]
@@ -354,9 +379,14 @@ def _attend_dkv_kernel():
             q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
             top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
             causal = (r[None,:]>=j[:,None]) & (r<end)[None,:]
-            e = tl.where(causal, tl.exp2(tl.dot(k, tl.trans(q))*(scale*LOG2E) - top[None,:]), 0.)
+            if WINDOW: causal = causal & (r[None,:]-j[:,None]<WINDOW)
+            z,slope = tl.dot(k, tl.trans(q))*(scale*LOG2E),1.
+            if CAP>0:
+                t = 2*tl.sigmoid(z*(2/CAP))-1
+                z,slope = CAP*t,1-t*t
+            e = tl.where(causal, tl.exp2(z - top[None,:]), 0.)
             dv = tl.dot(e.to(tl.bfloat16), g, dv)
-            dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])).to(tl.bfloat16), q, dk)
+            dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])*slope).to(tl.bfloat16), q, dk)
         x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1))) # halves
         u = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32)
         v = tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
@@ -377,13 +407,15 @@ def attend_bwd(
     tiles, # As for `attend`
     heads:tuple, # Query heads, key heads, head_dim
     scale:float, # Of the scores
+    cap:float=0., # As of `attend`
+    window:int=0, # As of `attend`
 ): # Gradient of `qkv` before `rope`
     "Back through `lora_A`, attention and position."
     import torch
     q,k,n = heads
     delta,out = torch.empty_like(lse),torch.empty_like(qkv)
     rest = out,tiles,qkv.stride(0),d.stride(0),len(qkv),scale
-    shape = dict(LOG2E=LOG2E, HQ=q, HK=k, D=n, N=TILE, num_warps=4)
+    shape = dict(LOG2E=LOG2E, HQ=q, HK=k, D=n, N=TILE, CAP=cap*LOG2E, WINDOW=window, num_warps=4)
     keys,queries,stages = (64,32,3) if n<=128 else (16,16,2) # of a step: heads of 256 fit the smallest card, too
     ranks = dict(R=len(a), RANKS=min(len(a), 64))
     _attend_dq_kernel()[(q, len(tiles))](qkv, o, d, a, lse, delta, *turn, *rest, **shape, **ranks, M=keys, num_stages=2)

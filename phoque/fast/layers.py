@@ -9,13 +9,14 @@ from types import MethodType
 from typing import NamedTuple
 from fastcore.basics import patch
 from ..core.basics import UserError, log
-from ..model_qlora import FAST_LAYERS, HEAD_LOGITS, decoder_layers, preserve_training_state
+from ..model_qlora import FAST_LAYERS, HEAD_LOGITS, decoder_layers, fast_projections, gate_activation, preserve_training_state, why_not_known
 from .kernels import add_norm, attend, attend_bwd, attention_tiles, nll_rows, norm_back, pow2, rope, swiglu, swiglu_back, unpack
 
 # %% auto #0
-__all__ = ['FEW_ROWS', 'PROJECTIONS', 'PACKED_ERROR', 'LoraGroup', 'supervised_nll', 'FastLayer', 'Stack', 'SavedAttention',
-           'SavedMLP', 'Replay', 'why_not_fast', 'fast_layers', 'card_room', 'keep_weights', 'own_logits',
-           'head_is_plain', 'own_nll', 'add_supervised_head', 'packed_error', 'check_packed']
+__all__ = ['FEW_ROWS', 'LAYER_ERROR', 'PACKED_ERROR', 'LoraGroup', 'supervised_nll', 'Norm', 'FastLayer', 'Stack',
+           'SavedAttention', 'SavedMLP', 'Replay', 'why_not_fast', 'layer_errors', 'fast_layers', 'card_room',
+           'keep_weights', 'own_logits', 'head_is_plain', 'own_nll', 'add_supervised_head', 'packed_error',
+           'check_packed']
 
 # %% ../../nbs/fast/layers.ipynb #ddc7c882
 def _join_weights(
@@ -28,12 +29,23 @@ def _join_weights(
     def scales(s): return (F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax
     return packed,torch.cat([scales(w.quant_state) for w in weights])
 
+# %% ../../nbs/fast/layers.ipynb #ebae4a96
+def _join_biases(
+    biases:list, # Of projections; None for none
+    sizes:list, # Their outputs
+): # One vector, or None where there is no bias
+    "Lay biases under one another."
+    import torch
+    if all(b is None for b in biases): return None
+    some = next(b for b in biases if b is not None)
+    return torch.cat([some.new_zeros(n) if b is None else b.detach() for b,n in zip(biases, sizes)])
+
 # %% ../../nbs/fast/layers.ipynb #771ed2dc
 class LoraGroup:
     "Adapted 4-bit projections that read the same input, as one."
     def __init__(self,
         mods:list, # PEFT's `Linear4bit` modules, in the order of their outputs
-        norm=None, # Module through which they read; None for none
+        norm=None, # `Norm` through which they read; None for none
     ):
         import torch
         weights = [m.base_layer.weight for m in mods]
@@ -44,8 +56,9 @@ class LoraGroup:
         self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
         self.ranks = pow2(self.rank*len(mods)) # columns for all of them
         self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
+        self.bias = _join_biases([m.base_layer.bias for m in mods], self.sizes)
         self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of `lora_A`'s gradients, a row
-        if norm is not None: self.factor *= norm.weight.detach()
+        if norm is not None: self.factor *= norm.weight
         rest = self.ranks-self.rank*len(mods)
         blank = torch.zeros(rest, self.width, device=self.code.device)
         self.blank = [blank] if rest else [] # with an empty tensor among them, `cat` is four times slower
@@ -74,7 +87,8 @@ def forward(self:LoraGroup,
     import torch
     xa = torch.mm(x[:,:self.width], self.a.t())
     x[:,self.width:] = xa
-    return torch.mm(x, self.weight().t()),xa
+    w = self.weight().t()
+    return torch.mm(x, w) if self.bias is None else torch.addmm(self.bias, x, w),xa
 
 # %% ../../nbs/fast/layers.ipynb #dfee2354
 FEW_ROWS = 6144 # up to here two products are faster
@@ -159,30 +173,63 @@ def supervised_nll(
     return _head_loss().apply(hidden.to(weight.dtype), weight, targets)
 
 # %% ../../nbs/fast/layers.ipynb #61e8cf60
+class Norm(NamedTuple):
+    "An RMSNorm as kernels take it."
+    weight:object # What it multiplies by, (width,)
+    variance_epsilon:float # Added to the mean of squares
+
+def _as_norm(module, plus_one):
+    "A module's norm; Gemma's multiply by one more than their weights."
+    w = module.weight.detach()
+    return Norm(1+w.float(), module.eps) if plus_one else Norm(w, module.variance_epsilon)
+
+def _window(at, kind, max_length):
+    "Tokens that a query of this attention sees in a row; 0 for all before it."
+    n = at.config.sliding_window if kind.one_window else vars(at).get('sliding_window')
+    return n if n and (not max_length or n<max_length) else 0
+
+def _way_to_turn(at, kind):
+    "How an attention's queries and keys are turned: by its layer's type, by the one rotary there is (''), or not (None)."
+    if kind.by_type: return at.config.layer_types[at.layer_idx]
+    return '' if vars(at).get('use_rope', True) else None
+
+# %% ../../nbs/fast/layers.ipynb #4f17d3eb
 class FastLayer:
     "A decoder layer: four groups, and kernels between."
     def __init__(self,
         layer, # Of transformers, adapted by PEFT
-        scale:float, # Of attention's scores
+        max_length:int=0, # Tokens of a row; a window that isn't shorter is none. 0 for any number
     ):
-        at,mlp = layer.self_attn,layer.mlp
-        self.norm1,self.norm2 = layer.input_layernorm,layer.post_attention_layernorm
-        self.qkv,self.o = LoraGroup([at.q_proj,at.k_proj,at.v_proj], self.norm1),LoraGroup([at.o_proj])
-        self.gu,self.down = LoraGroup([mlp.gate_proj,mlp.up_proj], self.norm2),LoraGroup([mlp.down_proj])
+        at,kind = layer.self_attn,FAST_LAYERS[type(layer).__name__]
+        def norms(module, names): return [n and _as_norm(getattr(module, n), kind.plus_one) for n in names]
+        self.norm1,self.after1,self.norm2,self.after2 = norms(layer, kind.norms)
+        mods = {k:[layer.get_submodule(n) for n in names] for k,names in fast_projections(layer).items()}
+        self.qkv,self.o = LoraGroup(mods['qkv'], self.norm1),LoraGroup(mods['o'])
+        self.gu,self.down = LoraGroup(mods['gu'], self.norm2),LoraGroup(mods['down'])
         self.groups = [self.qkv, self.o, self.gu, self.down]
-        self.heads = self.qkv.sizes[0]//at.head_dim,self.qkv.sizes[1]//at.head_dim,at.head_dim
-        self.scale = scale
+        n = self.o.width//at.head_dim
+        self.heads = n,(sum(self.qkv.sizes)//at.head_dim-n)//2,at.head_dim
+        self.qk_norms = norms(at, [n for n,_ in at.named_children() if n in ('q_norm','k_norm')])
+        cap = at.attn_logit_softcapping if kind.capped else None
+        self.scores = dict(scale=at.scaling, cap=cap or 0., window=_window(at, kind, max_length))
+        self.gate = dict(gelu=gate_activation(layer)=='GELUTanh')
+        self.factor = vars(layer).get('residual_multiplier', 1.)
+        self.joined,self.way = kind.joined,_way_to_turn(at, kind)
+        self.turned = 0 # which of the stack's ways it is
 
 # %% ../../nbs/fast/layers.ipynb #7885ff3b
 class Stack:
     "All layers of a decoder."
     def __init__(self,
         decoder, # Of a `PeftModel`: see `why_not_fast`
+        max_length:int=0, # As of `FastLayer`
     ):
         import torch
-        scale = decoder.layers[0].self_attn.scaling
-        self.layers = [FastLayer(l, scale) for l in decoder.layers]
-        self.norm,self.rotary = decoder.norm,decoder.rotary_emb
+        self.layers = [FastLayer(l, max_length) for l in decoder.layers]
+        self.norm = _as_norm(decoder.norm, FAST_LAYERS[type(decoder.layers[0]).__name__].plus_one)
+        self.rotary,self.embedding = decoder.rotary_emb,vars(decoder).get('embedding_multiplier', 1.)
+        self.ways = list(dict.fromkeys(l.way for l in self.layers)) # in which layers turn queries and keys
+        for l in self.layers: l.turned = self.ways.index(l.way)
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
         self.checkpoint = False # recompute each layer in the backward pass
         self.passes,self.replays = {},{} # how often a shape of batch was seen, and its `Replay`
@@ -209,11 +256,14 @@ def cast_adapter(self:Stack):
 def turn(self:Stack,
     h, # Embedded tokens, (rows, tokens, hidden)
     position_ids, # Each document's from 0, (rows, tokens)
-)->tuple: # As for `rope`
+)->tuple: # Cosines and sines, (ways, tokens, head_dim), and what queries are multiplied by, (tokens,)
     "How queries and keys are turned, and queries scaled."
     import torch
-    cos,sin = (t.flatten(0,1).contiguous() for t in self.rotary(h, position_ids))
-    scale,beta = torch.ones(len(cos), device=h.device),self.rope.get('llama_4_scaling_beta')
+    n,d = position_ids.numel(),self.layers[0].heads[2]
+    none = torch.ones(n, d, dtype=h.dtype, device=h.device),torch.zeros(n, d, dtype=h.dtype, device=h.device)
+    def one(way): return none if way is None else self.rotary(h, position_ids, *[way]*bool(way))
+    cos,sin = (torch.stack([t.reshape(n, d) for t in ts]) for ts in zip(*map(one, self.ways)))
+    scale,beta = torch.ones(n, device=h.device),self.rope.get('llama_4_scaling_beta')
     if beta: # transformers' get_llama_4_attn_scale
         contexts = torch.floor(position_ids.flatten()/self.rope['original_max_position_embeddings'])
         scale += beta*torch.log1p(contexts)
@@ -225,11 +275,13 @@ class SavedAttention(NamedTuple):
     h:object # Residual stream that came in
     rms:object # One over its RMS
     xa:object # What `lora_A` of queries, keys and values made
+    read:list # What the norms of queries and keys read, and one over its RMS
     qkv:object # Queries, keys and values, the first two turned
     lse:object # Second output of `attend`
     o:object # Its first, (tokens, width+ranks)
     kept:object # The rows of `o` that go on
     xa_o:object # What `lora_A` of the output projection made of them
+    after:object # What the norm after attention read, and one over its RMS; None for no norm
 
 class SavedMLP(NamedTuple):
     "What the MLP's backward pass needs of its forward pass, by row."
@@ -238,27 +290,78 @@ class SavedMLP(NamedTuple):
     xa:object # What `lora_A` of gate and up made
     gu:object # Gate and up; they become their gradients
     xa_down:object # What `lora_A` of the down projection made
+    after:object # As in `SavedAttention`, of the norm after the MLP
+
+# %% ../../nbs/fast/layers.ipynb #51e448e2
+def _enter(h, y, norm, x):
+    "The sum of both, and in the left part of `x` its norm; the sum itself where there is no norm."
+    if norm: return add_norm(h, y, norm, x)
+    total = h if y is None else h+y
+    x[:,:h.shape[1]] = total
+    return total,None
+
+@patch
+def after(self:FastLayer,
+    y, # What the last projection of a half gives
+    norm, # `Norm` behind it; None for none
+)->tuple: # What is added to the residual stream, and what the norm read with one over its RMS
+    "From a half's last projection to the residual stream."
+    import torch
+    if not norm: return (y if self.factor==1 else y*self.factor),None
+    out = torch.empty_like(y)
+    return out,(y, add_norm(y, None, norm, out)[1])
+
+# %% ../../nbs/fast/layers.ipynb #b5c68ed5
+@patch
+def queries_and_keys(self:FastLayer,
+    qkv, # (tokens, (heads_q+2·heads_k)·head_dim)
+)->tuple: # Views of it
+    "The parts of a product that are turned."
+    q,k,d = self.heads
+    return qkv[:,:q*d],qkv[:,q*d:(q+k)*d]
+
+@patch
+def norm_heads(self:FastLayer,
+    qkv, # Queries, keys and values; the first two are normalised in place
+)->list: # What each norm read, and one over the RMS of its rows
+    "Queries and keys through their norms, where they have some."
+    import torch
+    read = []
+    for norm,part in zip(self.qk_norms, self.queries_and_keys(qkv)):
+        raw = part.clone(memory_format=torch.contiguous_format).view(-1, len(norm.weight))
+        out = torch.empty_like(raw)
+        read.append((raw, add_norm(raw, None, norm, out)[1]))
+        part.copy_(out.view_as(part))
+    return read
+
+@patch
+def own_turn(self:FastLayer, turn):
+    "What `rope` takes, of what the stack's `turn` gave."
+    cos,sin,scale = turn
+    return cos[self.turned],sin[self.turned],scale
 
 # %% ../../nbs/fast/layers.ipynb #a38234a6
 @patch
 def attention(self:FastLayer,
     h, # Residual stream, (tokens, hidden)
     y, # What the layer before adds to it; None for nothing
-    turn:tuple, # As for `rope`
+    turn:tuple, # From the stack's `turn`
     tiles, # As for `attend`
     keep=None, # Rows that go on, filled up with len(h) for none; None for all
 )->tuple: # Residual stream of those rows, what attention adds to it, and a `SavedAttention`
     "Through the first half of the layer."
     x = self.qkv.room(len(h))
-    h,rms = add_norm(h, y, self.norm1, x)
+    h,rms = _enter(h, y, self.norm1, x)
     qkv,xa = self.qkv.forward(x)
-    rope(qkv, turn, self.heads)
+    read = self.norm_heads(qkv)
+    rope(qkv, self.own_turn(turn), self.heads)
     o = self.o.room(len(h))
-    lse = attend(qkv, o, tiles, self.heads, self.scale)
+    lse = attend(qkv, o, tiles, self.heads, **self.scores)
     on,kept = h,o
     if keep is not None: on,kept = (t.index_select(0, keep.clamp(max=len(h)-1)) for t in (h,o))
     y,xa_o = self.o.forward(kept)
-    return on,y,SavedAttention(h, rms, xa, qkv, lse, o, kept, xa_o)
+    y,after = self.after(y, self.after1)
+    return on,y,SavedAttention(h, rms, xa, read, qkv, lse, o, kept, xa_o, after)
 
 # %% ../../nbs/fast/layers.ipynb #3461c8d3
 @patch
@@ -268,18 +371,19 @@ def mlp(self:FastLayer,
 )->tuple: # Residual stream, what the MLP adds to it, and a `SavedMLP`
     "Through the second half of the layer."
     x = self.gu.room(len(y))
-    h,rms = add_norm(h, y, self.norm2, x)
+    h,rms = _enter(h, y, self.norm2, x)
     gu,xa = self.gu.forward(x)
     x = self.down.room(len(y))
-    swiglu(gu, x)
+    swiglu(gu, x, **self.gate)
     y,xa_down = self.down.forward(x)
-    return h,y,SavedMLP(h, rms, xa, gu, xa_down)
+    y,after = self.after(y, self.after2)
+    return h,y,SavedMLP(h, rms, xa, gu, xa_down, after)
 
 @patch
 def forward(self:FastLayer,
     h, # Residual stream, (tokens, hidden)
     y, # What the layer before adds to it; None for nothing
-    turn:tuple, # As for `rope`
+    turn:tuple, # As for `attention`
     tiles, # As for `attend`
     keep=None, # As for `attention`
 )->tuple: # Residual stream, what this layer adds to it, and what `backward` needs
@@ -306,6 +410,33 @@ def forward(self:Stack,
     x = torch.empty_like(h)
     return x,[*saved, add_norm(h, y, self.norm, x)]
 
+# %% ../../nbs/fast/layers.ipynb #13400a34
+def _enter_back(h, rms, norm, d, a, xa, skip):
+    "As `norm_back`, also where there is no norm."
+    import torch
+    if norm: return norm_back(h, rms, norm, d, a, xa, skip)
+    n = h.shape[1]
+    return torch.addmm(d[:,:n]+skip, d[:,n:], a),d[:,n:]
+
+def _back_alone(h, rms, norm, d):
+    "Back through a norm that nothing adapted read."
+    import torch
+    none = d.new_zeros(len(d), 16)
+    no_a,skip = none.new_zeros(16, h.shape[1]),torch.zeros_like(h)
+    return norm_back(h, rms, norm, torch.cat([d, none], 1), no_a, none, skip)[0]
+
+@patch
+def after_back(self:FastLayer, dh, norm, read):
+    "Back through `after`."
+    if norm: return _back_alone(*read, norm, dh)
+    return dh if self.factor==1 else dh*self.factor
+
+@patch
+def norm_heads_back(self:FastLayer, dqkv, read):
+    "Back through `norm_heads`, in place."
+    for norm,part,(raw,rms) in zip(self.qk_norms, self.queries_and_keys(dqkv), read):
+        part.copy_(_back_alone(raw, rms, norm, part.reshape(raw.shape)).view_as(part))
+
 # %% ../../nbs/fast/layers.ipynb #d2e3102a
 @patch
 def mlp_back(self:FastLayer,
@@ -313,10 +444,13 @@ def mlp_back(self:FastLayer,
     dh, # Gradient of the residual stream after the layer
 )->tuple: # As from `backward`, of the MLP
     "Back through the MLP."
-    d,b_down = self.down.back(dh),self.down.grad_b(dh, s.xa_down)
-    a_down,*b_gu = swiglu_back(s.gu, d, self.down.a, s.xa, self.down.rank)
+    import torch
+    dy = self.after_back(dh, self.after2, s.after)
+    d,b_down = self.down.back(dy),self.down.grad_b(dy, s.xa_down)
+    a_down,*b_gu = swiglu_back(s.gu, d, self.down.a, s.xa, self.down.rank, **self.gate, joined=self.joined)
+    if self.joined: b_gu = [torch.cat(b_gu)]
     d = self.gu.back(s.gu)
-    dh,z = norm_back(s.h, s.rms, self.norm2, d, self.gu.a, s.xa, dh)
+    dh,z = _enter_back(s.h, s.rms, self.norm2, d, self.gu.a, s.xa, dh)
     return dh,[*self.gu.grad_a(z, s.h), a_down],[*b_gu, *b_down]
 
 # %% ../../nbs/fast/layers.ipynb #43711b37
@@ -329,15 +463,19 @@ def attention_back(self:FastLayer,
 )->tuple: # As from `backward`, of attention
     "Back through attention."
     w,n = self.o.width,len(s.h)
-    d,b_o = self.o.back(dh),self.o.grad_b(dh, s.xa_o)
+    dy = self.after_back(dh, self.after1, s.after)
+    d,b_o = self.o.back(dy),self.o.grad_b(dy, s.xa_o)
     a_o = self.o.grad_a(d[:,w:], s.kept[:,:w])
     if keep is not None: dh,d = (x.new_zeros(n+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d))
-    dqkv = attend_bwd(s.qkv, s.o, s.lse, d, self.o.a, turn, tiles, self.heads, self.scale)
+    dqkv = attend_bwd(s.qkv, s.o, s.lse, d, self.o.a, self.own_turn(turn), tiles, self.heads, **self.scores)
+    self.norm_heads_back(dqkv, s.read)
     b_qkv = self.qkv.grad_b(dqkv, s.xa)
-    if first: z = (dqkv@self.qkv.weight()[:,self.qkv.width:])*s.rms[:,None].to(s.h.dtype)
+    if first:
+        z = dqkv@self.qkv.weight()[:,self.qkv.width:]
+        if self.norm1: z *= s.rms[:,None].to(s.h.dtype)
     else:
         d = self.qkv.back(dqkv, n<=FEW_ROWS)
-        dh,z = norm_back(s.h, s.rms, self.norm1, d, self.qkv.a, s.xa, dh)
+        dh,z = _enter_back(s.h, s.rms, self.norm1, d, self.qkv.a, s.xa, dh)
     return dh,[*self.qkv.grad_a(z, s.h), *a_o],[*b_qkv, *b_o]
 
 # %% ../../nbs/fast/layers.ipynb #acf4c5a8
@@ -366,9 +504,7 @@ def backward(self:Stack,
     "Back through the last norm and all layers."
     import torch
     (h,rms),turn = saved.pop(),(cos,sin,scale)
-    none = dx.new_zeros(len(dx), 16)
-    no_a = none.new_zeros(16, h.shape[1]) # nothing was adapted here
-    dh,_ = norm_back(h, rms, self.norm, torch.cat([dx, none], 1), no_a, none, torch.zeros_like(h))
+    dh = _back_alone(h, rms, self.norm, dx)
     grads_a,grads_b = [],[]
     for l in reversed(self.layers):
         s,on = saved.pop(),keep if l is self.layers[-1] else None
@@ -459,12 +595,10 @@ def __call__(self:Stack,
 ): # What enters the head, with the adapter's gradients to come
     "Let autograd pass."
     import torch
-    given = h.detach().flatten(0,1),*self.turn(h, position_ids),tiles,keep
+    given = h.detach().flatten(0,1)*self.embedding,*self.turn(h, position_ids),tiles,keep
     with torch.autocast(h.device.type, enabled=False): return _through().apply(self, *given, *self.params)
 
 # %% ../../nbs/fast/layers.ipynb #e1faf663
-PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
-
 def _other_blocks(weight):
     "Why `unpack` can't read a weight: it knows one layout, a byte for two weights and a scale for 64."
     q = weight.quant_state
@@ -476,7 +610,6 @@ def _why_not_projections(mods):
     def in_nf4(w): return hasattr(w, 'quant_state') and w.quant_type=='nf4'
     if not all(hasattr(m, 'lora_A') and in_nf4(m.base_layer.weight) for m in mods):
         return "not every projection is in NF4 and adapted"
-    if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
     if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
     if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
     dropouts = [m.lora_dropout.default for m in mods]
@@ -485,20 +618,47 @@ def _why_not_projections(mods):
 # %% ../../nbs/fast/layers.ipynb #730df0b1
 def why_not_fast(
     model, # From `add_lora`
-    max_length:int, # Tokens of a row
 )->str: # None if it can
     "Why a model's layers can't be a `Stack`."
-    layers,c = decoder_layers(model.get_base_model()),model.config.get_text_config()
-    kinds = {type(l).__name__ for l in layers}
-    if not kinds<=set(FAST_LAYERS): return f"{', '.join(sorted(kinds))} is not known"
-    mods = [getattr(getattr(l, part), k) for l in layers for part,names in PROJECTIONS.items() for k in names]
-    if why := _why_not_projections(mods): return why
-    if c.hidden_act!='silu': return f"its activation is {c.hidden_act}"
-    if (getattr(c, 'sliding_window', None) or max_length)<max_length:
-        return f"its attention's window of {c.sliding_window} tokens is shorter than a row"
-    if c.attention_dropout: return f"its attention drops out weights ({c.attention_dropout})"
-    d = layers[0].self_attn.head_dim
-    if d!=pow2(d) or d>256: return f"its heads have {d} dimensions"
+    if why := why_not_known(model.get_base_model()): return why
+    layers = decoder_layers(model.get_base_model())
+    return _why_not_projections([l.get_submodule(n) for l in layers for ns in fast_projections(l).values() for n in ns])
+
+# %% ../../nbs/fast/layers.ipynb #c8d3ca42
+LAYER_ERROR = .05 # of what a layer adds; bf16 makes about .01
+
+def _own_additions(model, h):
+    "What each layer of transformers adds to the rows `h`, (1, tokens, hidden)."
+    import torch
+    from contextlib import ExitStack
+    added,enter = [],lambda layer, args, kwargs: ((h, *args[1:]), kwargs)
+    def leave(layer, args, out): added.append(out[0]-h[0])
+    with ExitStack() as hooks:
+        for l in decoder_layers(model):
+            hooks.callback(l.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(l.register_forward_hook(leave).remove)
+        with torch.autocast(h.device.type, torch.bfloat16): model.get_decoder()(inputs_embeds=h, use_cache=False)
+    return added
+
+# %% ../../nbs/fast/layers.ipynb #069dc92d
+def layer_errors(
+    model, # From `add_lora`
+    stack:Stack, # Of its layers
+    n:int=24, # Rows
+)->list: # One a layer, as a share of what transformers' layer adds
+    "How far what each of our layers adds is from what transformers' own does."
+    import torch
+    device = model.get_input_embeddings().weight.device
+    h = torch.randn(1, n, stack.layers[0].o.sizes[0], generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    tiles = torch.tensor(attention_tiles([n]), dtype=torch.int32, device=device)
+    with preserve_training_state(model):
+        stack.cast_adapter()
+        turn,errors = stack.turn(h, torch.arange(n, device=device)[None]),[]
+        for l,want in zip(stack.layers, _own_additions(model.get_base_model(), h.float())):
+            on,y,_ = l.attention(h[0], None, turn, tiles)
+            got = y.float()+l.mlp(on, y)[1].float()
+            errors.append(((got-want).norm()/want.norm()).item())
+    return errors
 
 # %% ../../nbs/fast/layers.ipynb #4609e362
 def fast_layers(
@@ -510,11 +670,12 @@ def fast_layers(
     import torch
     if not torch.cuda.is_available(): why = "there is no CUDA device"
     elif torch.cuda.get_device_capability()<(8,0): why = f"{torch.cuda.get_device_name()} is older than Ampere"
-    else: why = why_not_fast(model, max_length)
-    log.info(f"layers: {'transformers and PEFT, since '+why if why else 'kernels of our own'}")
-    if why: return None
-    stack = Stack(model.get_base_model().get_decoder())
-    stack.checkpoint = checkpoint
+    else: why = why_not_fast(model)
+    stack = None if why else Stack(model.get_base_model().get_decoder(), max_length)
+    if stack and not (error := max(layer_errors(model, stack)))<LAYER_ERROR:
+        stack,why = None,f"a layer of ours is off by {error:.2f} of what transformers' own adds"
+    log.info(f"layers: {'kernels of our own' if stack else 'transformers and PEFT, since '+why}")
+    if stack: stack.checkpoint = checkpoint
     return stack
 
 # %% ../../nbs/fast/layers.ipynb #0120c904
@@ -555,16 +716,24 @@ def keep_weights(
     return size
 
 # %% ../../nbs/fast/layers.ipynb #7f5295a3
+@functools.cache
+def _given_output():
+    "A decoder's output that has all that a model's forward may ask for: None, but for what it is made with."
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+    class Given(MoeModelOutputWithPast):
+        "Rows that enter a head."
+        def __getattr__(self, name): return None
+    return Given
+
 def own_logits(
     model, # Causal language model
     own, # Its forward
     rows, # What enters the head, (rows, hidden)
 ): # Logits, (rows, vocabulary)
     "What a model's own forward makes of rows that its decoder gives."
-    from transformers.modeling_outputs import MoeModelOutputWithPast
     decoder = model.get_decoder()
     kept = vars(decoder).get('forward')
-    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=rows[None])
+    decoder.forward = lambda *args, **kwargs: _given_output()(last_hidden_state=rows[None])
     try: return own(inputs_embeds=rows[None], use_cache=False).logits[0]
     finally:
         del decoder.forward
