@@ -6571,6 +6571,7 @@ def cast_adapter(self:Stack):
     parts_b = b.split([sum(g.sizes)*g.rank for g in self.groups])
     for g,x,y in zip(self.groups, parts_a, parts_b): g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
     if self.kept: self.renew_kept(b.view(len(self.layers), -1))
+    if self.fp8: self.renew_fp8()
 
 @patch
 def turn(self:Stack,
@@ -6946,19 +6947,31 @@ def _mm8(
     return torch._scaled_mm(a, b.t(), **options, out=out)
 
 @patch
+def scale_rows(self:Nf4Weights,
+    more:int, # Columns to keep free beside the weights
+):
+    "Find the scale of each row in fp8."
+    self.scale,self.more = self.absmax.view(self.rows, -1).amax(1, keepdim=True)/448,more
+
+@patch
 def to_fp8(self:Nf4Weights,
     turned:bool=False, # Columns as rows, for the backward pass
-):
-    "Weights in fp8, each row over its `scale`."
-    if not hasattr(self, 'scale'): self.scale = self.absmax.view(self.rows, -1).amax(1, keepdim=True)/448
-    return unpack8(self.packed, self.absmax, self.code, self.scale, turned)
+): # (rows, columns and `more`), or (columns, rows)
+    "Weights in fp8, each row over its scale."
+    import torch
+    k = self.packed.numel()*2//self.rows
+    shape = (k,self.rows) if turned else (self.rows,k+self.more)
+    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=self.device)
+    return unpack8(self.packed, self.absmax, self.code, self.scale, out, turned)
 
 @patch
 def eight(self:LoraGroup,
     turned:bool=False, # As for `to_fp8`
 ):
-    "Frozen weights in fp8."
-    return self.kept[turned] if self.kept else self.frozen.to_fp8(turned)
+    "Frozen weights in fp8, or turned; `lora_B` is beside those that aren't."
+    w = self.kept[turned] if self.kept else self.frozen.to_fp8(turned)
+    if not turned: w[:,self.width:] = self.up8
+    return w
 
 @patch
 def forward8(self:LoraGroup,
@@ -6966,9 +6979,8 @@ def forward8(self:LoraGroup,
     xa, # What `lora_A` makes of it
 ): # Outputs, (rows, outputs)
     "All projections at once, in fp8."
-    y = x.new_empty(len(x), sum(self.sizes))
-    w = self.eight()
-    return _mm8(*quantise(x), w, self.frozen.scale, y).addmm_(xa, self.blocks.t())
+    w,y = self.eight(),x.new_empty(len(x), sum(self.sizes))
+    return _mm8(*quantise(x, None, xa, self.share), w, self.frozen.scale, y)
 
 @patch
 def back8(self:LoraGroup,
@@ -6989,9 +7001,19 @@ def use_fp8(self:Stack):
     kinds = list(zip(*(l.groups for l in self.layers)))
     def room(groups, g): return torch.zeros(len(groups), sum(g.sizes), g.ranks, dtype=torch.bfloat16, device=g.frozen.device)
     self.kept = [room(groups, groups[0]) for groups in kinds]
+    self.scales = []
     for groups,kept in zip(kinds, self.kept):
         ones = torch.ones(groups[0].width, 1, device=kept.device)
-        for g,w in zip(groups, kept): g.blocks,g.ones = w,ones
+        for g,w in zip(groups, kept):
+            g.blocks,g.ones = w,ones
+            g.frozen.scale_rows(3*g.ranks)
+        self.scales.append(torch.stack([g.frozen.scale for g in groups]))
+
+@patch
+def renew_fp8(self:Stack):
+    "Make this pass's `lora_B` ready to stand beside weights in fp8."
+    for groups,kept,scales in zip(zip(*(l.groups for l in self.layers)), self.kept, self.scales):
+        for g,up,share in zip(groups, *two_parts(kept/scales)): g.up8,g.share = up,share
 
 @patch
 @contextmanager
@@ -7058,9 +7080,21 @@ class Fp8Weights:
     ):
         import torch
         layers = [m.base_layer for m in mods]
-        self.w8 = torch.cat([l.weight.data.view(torch.uint8) for l in layers]).view(torch.float8_e4m3fn)
-        self.scale,self.device = torch.cat([l.scale for l in layers]),self.w8.device
-        for l,w in zip(layers, self.w8.split([l.out_features for l in layers])): l.weight.data = w
+        self.layers,self.scale = layers,torch.cat([l.scale for l in layers])
+        self.device = self.scale.device
+        self.scale_rows(0)
+
+    def scale_rows(self,
+        more:int, # As for `Nf4Weights`
+    ):
+        "Lay the weights under one another, in one place only."
+        import torch
+        rows,k = len(self.scale),self.layers[0].in_features
+        self.wide = torch.empty(rows, k+more, dtype=torch.float8_e4m3fn, device=self.device)
+        self.w8 = self.wide[:,:k]
+        for l,w in zip(self.layers, self.w8.split([l.out_features for l in self.layers])):
+            w.view(torch.uint8).copy_(l.weight.data.view(torch.uint8))
+            l.weight.data = w
 
     def beside(self,
         b, ends, out, # As for `unpack`
@@ -7075,9 +7109,9 @@ class Fp8Weights:
     def to_fp8(self,
         turned:bool=False, # Columns as rows, for the backward pass
     ):
-        "Weights in fp8, each row over its `scale`."
+        "Weights in fp8, each row over its scale."
         import torch
-        return self.w8.view(torch.uint8).t().contiguous().view(self.w8.dtype) if turned else self.w8
+        return self.w8.view(torch.uint8).t().contiguous().view(self.w8.dtype) if turned else self.wide
 
 def own_logits(
     model, # Causal language model
@@ -7610,38 +7644,67 @@ def unpack(
 
 @functools.cache
 def _quantise_kernel():
-    "A row over its scale, in fp8; a program takes a row."
+    "A row over its scale, in fp8; a program reads it twice, from the cache where it is long."
     import triton, triton.language as tl
     @triton.jit
-    def quantise(x, by, q, scale, s, n, BY: tl.constexpr, N: tl.constexpr):
+    def quantise(x, by, xa, share, q, scale, s, n, BY: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
-        c = tl.arange(0, N)
-        v = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
-        if BY: v *= tl.load(by+c, mask=c<n, other=0.)
-        top = tl.maximum(tl.max(tl.abs(v), 0), 1e-30) # a row may be all zeros
+        m = tl.zeros((N,), tl.float32)
+        for i in range(0, n, N):
+            c = i + tl.arange(0, N)
+            v = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
+            if BY: v *= tl.load(by+c, mask=c<n, other=0.)
+            m = tl.maximum(m, tl.abs(v))
+        top = tl.maximum(tl.max(m, 0), 1e-30) # a row may be all zeros
+        q += r*(n+3*R)
+        if R:
+            j = tl.arange(0, R)
+            u = tl.load(xa+r*R+j).to(tl.float32)*tl.load(share)
+            top = tl.maximum(top, tl.max(tl.abs(u), 0))
+            u *= 448/top
+            high = u.to(tl.float8e4nv)
+            tl.store(q+n+j, high)
+            tl.store(q+n+R+j, (u-high.to(tl.float32)).to(tl.float8e4nv))
+            tl.store(q+n+2*R+j, high)
         tl.store(scale+r, top/448)
-        tl.store(q+r*n+c, (v*(448/top)).to(tl.float8e4nv), mask=c<n)
+        for i in range(0, n, N):
+            c = i + tl.arange(0, N)
+            v = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
+            if BY: v *= tl.load(by+c, mask=c<n, other=0.)
+            tl.store(q+c, (v*(448/top)).to(tl.float8e4nv), mask=c<n)
     return quantise
 
 def quantise(
     x, # (rows, columns), bf16
     by=None, # What each column is multiplied by first, fp32
-)->tuple: # The rows in fp8, and their scales, (rows, 1)
+    xa=None, # What `lora_A` made of the rows, (rows, ranks)
+    share=None, # What it is multiplied by, from `two_parts`
+)->tuple: # The rows in fp8, beside them `xa` rounded, its rest, and rounded again; and their scales, (rows, 1)
     "Rows of fp8, each with a scale."
     import torch
-    rows,n = x.shape
-    q = torch.empty(rows, n, dtype=torch.float8_e4m3fn, device=x.device)
+    (rows,n),R = x.shape,0 if xa is None else xa.shape[1]
+    q = torch.empty(rows, n+3*R, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    sides = dict(BY=by is not None, N=pow2(n), num_warps=8 if n<=8192 else 16)
-    if rows: _quantise_kernel()[(rows,)](x, by, q, scale, x.stride(0), n, **sides)
+    sides = dict(BY=by is not None, R=R, N=pow2(n) if n<=8192 else 4096, num_warps=8 if n<=8192 else 16)
+    if rows: _quantise_kernel()[(rows,)](x, by, xa, share, q, scale, x.stride(0), n, **sides)
     return q,scale
+
+def two_parts(
+    b, # `lora_B` of layers over the scales of their rows, (layers, rows, ranks), fp32
+)->tuple: # (layers, rows, 3·ranks) in fp8: rounded, again, and the rest; what the other side is multiplied by, (layers,)
+    "Numbers as the sum of two in fp8."
+    import torch
+    share = b.abs().amax((1,2), keepdim=True).clamp(min=1e-30)/448
+    high = (b/share).to(torch.float8_e4m3fn)
+    low = (b/share-high.float()).to(high.dtype)
+    return torch.cat([t.view(torch.uint8) for t in (high,high,low)], 2).view(high.dtype),share.flatten()
 
 @functools.cache
 def _unpack8_kernel():
     "NF4 in fp8; a program takes 64 rows and 128 columns."
     import triton, triton.language as tl
     @triton.jit
-    def unpack8(packed, absmax, code, scale, out, rows, k, TURNED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    def unpack8(packed, absmax, code, scale, out, rows, k, s, TURNED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
         r = (tl.program_id(0)*ROWS + tl.arange(0, ROWS)).to(tl.int64)[:,None]
         b = (tl.program_id(1)*BYTES + tl.arange(0, BYTES))[None,:]
         ok = (r<rows) & (b<k//2)
@@ -7649,8 +7712,8 @@ def _unpack8_kernel():
         by = tl.load(absmax + r*(k//64)+b//32, mask=ok, other=0.)*(1/tl.load(scale+r, mask=r<rows, other=1.))
         v = tl.interleave(tl.load(code + (x>>4))*by, tl.load(code + (x&15))*by).to(tl.float8e4nv)
         c = (tl.program_id(1)*BYTES*2 + tl.arange(0, BYTES*2))[None,:]
-        if TURNED: tl.store(out + c.to(tl.int64)*rows+r, v, mask=(r<rows) & (c<k))
-        else: tl.store(out + r*k+c, v, mask=(r<rows) & (c<k))
+        if TURNED: tl.store(out + c.to(tl.int64)*s+r, v, mask=(r<rows) & (c<k))
+        else: tl.store(out + r*s+c, v, mask=(r<rows) & (c<k))
     return unpack8
 
 def unpack8(
@@ -7658,15 +7721,14 @@ def unpack8(
     absmax, # Scale of each block of 64 weights
     code, # The 16 steps of NF4
     scale, # Of each row in fp8, (rows, 1)
+    out, # Buffer in fp8, (rows, columns or more), or turned, (columns, rows)
     turned:bool=False, # Columns as rows
-): # (rows, columns) in fp8, or turned
+): # The buffer
     "Weights in fp8."
-    import torch
     rows = len(scale)
     k = packed.numel()*2//rows
-    out = torch.empty(*((k,rows) if turned else (rows,k)), dtype=torch.float8_e4m3fn, device=packed.device)
-    grid = -(-rows//64),-(-k//128)
-    _unpack8_kernel()[grid](packed, absmax, code, scale, out, rows, k, TURNED=turned, ROWS=64, BYTES=64, num_warps=8)
+    sides = dict(TURNED=turned, ROWS=64, BYTES=64, num_warps=8)
+    _unpack8_kernel()[-(-rows//64),-(-k//128)](packed, absmax, code, scale, out, rows, k, out.stride(0), **sides)
     return out
 
 @functools.cache

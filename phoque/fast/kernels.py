@@ -8,7 +8,7 @@ import functools
 
 # %% auto #0
 __all__ = ['LOG2E', 'TILE', 'pow2', 'add_norm', 'norm_back', 'swiglu', 'swiglu_back', 'rope', 'attention_tiles', 'attend',
-           'attend_bwd', 'unpack', 'quantise', 'unpack8', 'nll_rows']
+           'attend_bwd', 'unpack', 'quantise', 'two_parts', 'unpack8', 'nll_rows']
 
 # %% ../../nbs/fast/kernels.ipynb #630c5b50
 def pow2(
@@ -433,43 +433,73 @@ def unpack(
     _unpack_kernel()[grid](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), **sides)
     return out
 
-# %% ../../nbs/fast/kernels.ipynb #6ca52778
+# %% ../../nbs/fast/kernels.ipynb #1e0e14ac
 @functools.cache
 def _quantise_kernel():
-    "A row over its scale, in fp8; a program takes a row."
+    "A row over its scale, in fp8; a program reads it twice, from the cache where it is long."
     import triton, triton.language as tl
     @triton.jit
-    def quantise(x, by, q, scale, s, n, BY: tl.constexpr, N: tl.constexpr):
+    def quantise(x, by, xa, share, q, scale, s, n, BY: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
         r = tl.program_id(0).to(tl.int64)
-        c = tl.arange(0, N)
-        v = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
-        if BY: v *= tl.load(by+c, mask=c<n, other=0.)
-        top = tl.maximum(tl.max(tl.abs(v), 0), 1e-30) # a row may be all zeros
+        m = tl.zeros((N,), tl.float32)
+        for i in range(0, n, N):
+            c = i + tl.arange(0, N)
+            v = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
+            if BY: v *= tl.load(by+c, mask=c<n, other=0.)
+            m = tl.maximum(m, tl.abs(v))
+        top = tl.maximum(tl.max(m, 0), 1e-30) # a row may be all zeros
+        q += r*(n+3*R)
+        if R:
+            j = tl.arange(0, R)
+            u = tl.load(xa+r*R+j).to(tl.float32)*tl.load(share)
+            top = tl.maximum(top, tl.max(tl.abs(u), 0))
+            u *= 448/top
+            high = u.to(tl.float8e4nv)
+            tl.store(q+n+j, high)
+            tl.store(q+n+R+j, (u-high.to(tl.float32)).to(tl.float8e4nv))
+            tl.store(q+n+2*R+j, high)
         tl.store(scale+r, top/448)
-        tl.store(q+r*n+c, (v*(448/top)).to(tl.float8e4nv), mask=c<n)
+        for i in range(0, n, N):
+            c = i + tl.arange(0, N)
+            v = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
+            if BY: v *= tl.load(by+c, mask=c<n, other=0.)
+            tl.store(q+c, (v*(448/top)).to(tl.float8e4nv), mask=c<n)
     return quantise
 
-# %% ../../nbs/fast/kernels.ipynb #04d9bd08
+# %% ../../nbs/fast/kernels.ipynb #9e8a24c8
 def quantise(
     x, # (rows, columns), bf16
     by=None, # What each column is multiplied by first, fp32
-)->tuple: # The rows in fp8, and their scales, (rows, 1)
+    xa=None, # What `lora_A` made of the rows, (rows, ranks)
+    share=None, # What it is multiplied by, from `two_parts`
+)->tuple: # The rows in fp8, beside them `xa` rounded, its rest, and rounded again; and their scales, (rows, 1)
     "Rows of fp8, each with a scale."
     import torch
-    rows,n = x.shape
-    q = torch.empty(rows, n, dtype=torch.float8_e4m3fn, device=x.device)
+    (rows,n),R = x.shape,0 if xa is None else xa.shape[1]
+    q = torch.empty(rows, n+3*R, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    sides = dict(BY=by is not None, N=pow2(n), num_warps=8 if n<=8192 else 16)
-    if rows: _quantise_kernel()[(rows,)](x, by, q, scale, x.stride(0), n, **sides)
+    sides = dict(BY=by is not None, R=R, N=pow2(n) if n<=8192 else 4096, num_warps=8 if n<=8192 else 16)
+    if rows: _quantise_kernel()[(rows,)](x, by, xa, share, q, scale, x.stride(0), n, **sides)
     return q,scale
 
-# %% ../../nbs/fast/kernels.ipynb #baf948b4
+# %% ../../nbs/fast/kernels.ipynb #7b3354a4
+def two_parts(
+    b, # `lora_B` of layers over the scales of their rows, (layers, rows, ranks), fp32
+)->tuple: # (layers, rows, 3·ranks) in fp8: rounded, again, and the rest; what the other side is multiplied by, (layers,)
+    "Numbers as the sum of two in fp8."
+    import torch
+    share = b.abs().amax((1,2), keepdim=True).clamp(min=1e-30)/448
+    high = (b/share).to(torch.float8_e4m3fn)
+    low = (b/share-high.float()).to(high.dtype)
+    return torch.cat([t.view(torch.uint8) for t in (high,high,low)], 2).view(high.dtype),share.flatten()
+
+# %% ../../nbs/fast/kernels.ipynb #622ae9c1
 @functools.cache
 def _unpack8_kernel():
     "NF4 in fp8; a program takes 64 rows and 128 columns."
     import triton, triton.language as tl
     @triton.jit
-    def unpack8(packed, absmax, code, scale, out, rows, k, TURNED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    def unpack8(packed, absmax, code, scale, out, rows, k, s, TURNED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
         r = (tl.program_id(0)*ROWS + tl.arange(0, ROWS)).to(tl.int64)[:,None]
         b = (tl.program_id(1)*BYTES + tl.arange(0, BYTES))[None,:]
         ok = (r<rows) & (b<k//2)
@@ -477,25 +507,24 @@ def _unpack8_kernel():
         by = tl.load(absmax + r*(k//64)+b//32, mask=ok, other=0.)*(1/tl.load(scale+r, mask=r<rows, other=1.))
         v = tl.interleave(tl.load(code + (x>>4))*by, tl.load(code + (x&15))*by).to(tl.float8e4nv)
         c = (tl.program_id(1)*BYTES*2 + tl.arange(0, BYTES*2))[None,:]
-        if TURNED: tl.store(out + c.to(tl.int64)*rows+r, v, mask=(r<rows) & (c<k))
-        else: tl.store(out + r*k+c, v, mask=(r<rows) & (c<k))
+        if TURNED: tl.store(out + c.to(tl.int64)*s+r, v, mask=(r<rows) & (c<k))
+        else: tl.store(out + r*s+c, v, mask=(r<rows) & (c<k))
     return unpack8
 
-# %% ../../nbs/fast/kernels.ipynb #73a91908
+# %% ../../nbs/fast/kernels.ipynb #32f257ea
 def unpack8(
     packed, # Weights of projections under one another, two a byte
     absmax, # Scale of each block of 64 weights
     code, # The 16 steps of NF4
     scale, # Of each row in fp8, (rows, 1)
+    out, # Buffer in fp8, (rows, columns or more), or turned, (columns, rows)
     turned:bool=False, # Columns as rows
-): # (rows, columns) in fp8, or turned
+): # The buffer
     "Weights in fp8."
-    import torch
     rows = len(scale)
     k = packed.numel()*2//rows
-    out = torch.empty(*((k,rows) if turned else (rows,k)), dtype=torch.float8_e4m3fn, device=packed.device)
-    grid = -(-rows//64),-(-k//128)
-    _unpack8_kernel()[grid](packed, absmax, code, scale, out, rows, k, TURNED=turned, ROWS=64, BYTES=64, num_warps=8)
+    sides = dict(TURNED=turned, ROWS=64, BYTES=64, num_warps=8)
+    _unpack8_kernel()[-(-rows//64),-(-k//128)](packed, absmax, code, scale, out, rows, k, out.stride(0), **sides)
     return out
 
 # %% ../../nbs/fast/kernels.ipynb #ecd8e656

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from ..core.basics import UserError, log
 from ..model_qlora import FAST_LAYERS, HEAD_LOGITS, decoder_layers, preserve_training_state
 from .kernels import add_norm, attend, attend_bwd, attention_tiles, nll_rows, norm_back, pow2
-from .kernels import quantise, rope, swiglu, swiglu_back, unpack, unpack8
+from .kernels import quantise, rope, swiglu, swiglu_back, two_parts, unpack, unpack8
 
 # %% auto #0
 __all__ = ['FEW_ROWS', 'PROJECTIONS', 'FP8_CARD', 'PACKED_ERROR', 'Nf4Weights', 'LoraGroup', 'supervised_nll', 'FastLayer',
@@ -229,6 +229,7 @@ def cast_adapter(self:Stack):
     parts_b = b.split([sum(g.sizes)*g.rank for g in self.groups])
     for g,x,y in zip(self.groups, parts_a, parts_b): g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
     if self.kept: self.renew_kept(b.view(len(self.layers), -1))
+    if self.fp8: self.renew_fp8()
 
 # %% ../../nbs/fast/layers.ipynb #0c7efd21
 @patch
@@ -625,19 +626,31 @@ def _mm8(
 
 # %% ../../nbs/fast/layers.ipynb #002b3774
 @patch
+def scale_rows(self:Nf4Weights,
+    more:int, # Columns to keep free beside the weights
+):
+    "Find the scale of each row in fp8."
+    self.scale,self.more = self.absmax.view(self.rows, -1).amax(1, keepdim=True)/448,more
+
+@patch
 def to_fp8(self:Nf4Weights,
     turned:bool=False, # Columns as rows, for the backward pass
-):
-    "Weights in fp8, each row over its `scale`."
-    if not hasattr(self, 'scale'): self.scale = self.absmax.view(self.rows, -1).amax(1, keepdim=True)/448
-    return unpack8(self.packed, self.absmax, self.code, self.scale, turned)
+): # (rows, columns and `more`), or (columns, rows)
+    "Weights in fp8, each row over its scale."
+    import torch
+    k = self.packed.numel()*2//self.rows
+    shape = (k,self.rows) if turned else (self.rows,k+self.more)
+    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=self.device)
+    return unpack8(self.packed, self.absmax, self.code, self.scale, out, turned)
 
 @patch
 def eight(self:LoraGroup,
     turned:bool=False, # As for `to_fp8`
 ):
-    "Frozen weights in fp8."
-    return self.kept[turned] if self.kept else self.frozen.to_fp8(turned)
+    "Frozen weights in fp8, or turned; `lora_B` is beside those that aren't."
+    w = self.kept[turned] if self.kept else self.frozen.to_fp8(turned)
+    if not turned: w[:,self.width:] = self.up8
+    return w
 
 @patch
 def forward8(self:LoraGroup,
@@ -645,9 +658,8 @@ def forward8(self:LoraGroup,
     xa, # What `lora_A` makes of it
 ): # Outputs, (rows, outputs)
     "All projections at once, in fp8."
-    y = x.new_empty(len(x), sum(self.sizes))
-    w = self.eight()
-    return _mm8(*quantise(x), w, self.frozen.scale, y).addmm_(xa, self.blocks.t())
+    w,y = self.eight(),x.new_empty(len(x), sum(self.sizes))
+    return _mm8(*quantise(x, None, xa, self.share), w, self.frozen.scale, y)
 
 @patch
 def back8(self:LoraGroup,
@@ -669,9 +681,19 @@ def use_fp8(self:Stack):
     kinds = list(zip(*(l.groups for l in self.layers)))
     def room(groups, g): return torch.zeros(len(groups), sum(g.sizes), g.ranks, dtype=torch.bfloat16, device=g.frozen.device)
     self.kept = [room(groups, groups[0]) for groups in kinds]
+    self.scales = []
     for groups,kept in zip(kinds, self.kept):
         ones = torch.ones(groups[0].width, 1, device=kept.device)
-        for g,w in zip(groups, kept): g.blocks,g.ones = w,ones
+        for g,w in zip(groups, kept):
+            g.blocks,g.ones = w,ones
+            g.frozen.scale_rows(3*g.ranks)
+        self.scales.append(torch.stack([g.frozen.scale for g in groups]))
+
+@patch
+def renew_fp8(self:Stack):
+    "Make this pass's `lora_B` ready to stand beside weights in fp8."
+    for groups,kept,scales in zip(zip(*(l.groups for l in self.layers)), self.kept, self.scales):
+        for g,up,share in zip(groups, *two_parts(kept/scales)): g.up8,g.share = up,share
 
 @patch
 @contextmanager
@@ -741,9 +763,21 @@ class Fp8Weights:
     ):
         import torch
         layers = [m.base_layer for m in mods]
-        self.w8 = torch.cat([l.weight.data.view(torch.uint8) for l in layers]).view(torch.float8_e4m3fn)
-        self.scale,self.device = torch.cat([l.scale for l in layers]),self.w8.device
-        for l,w in zip(layers, self.w8.split([l.out_features for l in layers])): l.weight.data = w
+        self.layers,self.scale = layers,torch.cat([l.scale for l in layers])
+        self.device = self.scale.device
+        self.scale_rows(0)
+
+    def scale_rows(self,
+        more:int, # As for `Nf4Weights`
+    ):
+        "Lay the weights under one another, in one place only."
+        import torch
+        rows,k = len(self.scale),self.layers[0].in_features
+        self.wide = torch.empty(rows, k+more, dtype=torch.float8_e4m3fn, device=self.device)
+        self.w8 = self.wide[:,:k]
+        for l,w in zip(self.layers, self.w8.split([l.out_features for l in self.layers])):
+            w.view(torch.uint8).copy_(l.weight.data.view(torch.uint8))
+            l.weight.data = w
 
     def beside(self,
         b, ends, out, # As for `unpack`
@@ -758,9 +792,9 @@ class Fp8Weights:
     def to_fp8(self,
         turned:bool=False, # Columns as rows, for the backward pass
     ):
-        "Weights in fp8, each row over its `scale`."
+        "Weights in fp8, each row over its scale."
         import torch
-        return self.w8.view(torch.uint8).t().contiguous().view(self.w8.dtype) if turned else self.w8
+        return self.w8.view(torch.uint8).t().contiguous().view(self.w8.dtype) if turned else self.wide
 
 # %% ../../nbs/fast/layers.ipynb #7f5295a3
 def own_logits(
