@@ -234,6 +234,7 @@ def _check_repo(name, repo):
             "(letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)", repo)
 
 def _check_fp8(c, bad):
+    "Refuse what doesn't go with a base or products in fp8."
     if c.load_in_fp8 and c.load_in_4bit: bad('load_in_fp8', "needs LOAD_IN_4BIT=0: the base is kept in one of them")
     if c.load_in_fp8 and c.fsdp: bad('load_in_fp8', "must be 0 with FSDP=1")
     if c.mixed_precision!='fp8': return
