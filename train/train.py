@@ -7000,9 +7000,8 @@ def use_fp8(self:Stack):
     import torch
     self.fp8 = True
     kinds = list(zip(*(l.groups for l in self.layers)))
-    def room(groups, g): return torch.zeros(len(groups), sum(g.sizes), g.ranks, dtype=torch.bfloat16, device=g.frozen.device)
-    self.kept = [room(groups, groups[0]) for groups in kinds]
-    self.scales = []
+    def room(n, g): return torch.zeros(n, sum(g.sizes), g.ranks, dtype=torch.bfloat16, device=g.frozen.device)
+    self.kept,self.scales = [room(len(groups), groups[0]) for groups in kinds],[]
     for groups,kept in zip(kinds, self.kept):
         ones = torch.ones(groups[0].width, 1, device=kept.device)
         for g,w in zip(groups, kept):
@@ -7097,22 +7096,24 @@ class Fp8Weights:
             w.view(torch.uint8).copy_(l.weight.data.view(torch.uint8))
             l.weight.data = w
 
-    def beside(self,
-        b, ends, out, # As for `unpack`
-    ): # The buffer
-        "Weights in bf16, and `lora_B` beside them."
-        (_,k),r = self.w8.shape,b.shape[1]
-        out[:,:k] = self.w8.float()*self.scale
-        out[:,k:] = 0
-        for i,(own,rows) in enumerate(zip(out.tensor_split(ends), b.tensor_split(ends))): own[:,k+i*r:k+(i+1)*r] = rows
-        return out
+@patch
+def beside(self:Fp8Weights,
+    b, ends, out, # As for `unpack`
+): # The buffer
+    "Weights in bf16, and `lora_B` beside them."
+    (_,k),r = self.w8.shape,b.shape[1]
+    out[:,:k] = self.w8.float()*self.scale
+    out[:,k:] = 0
+    for i,(own,rows) in enumerate(zip(out.tensor_split(ends), b.tensor_split(ends))): own[:,k+i*r:k+(i+1)*r] = rows
+    return out
 
-    def to_fp8(self,
-        turned:bool=False, # Columns as rows, for the backward pass
-    ):
-        "Weights in fp8, each row over its scale."
-        import torch
-        return self.w8.view(torch.uint8).t().contiguous().view(self.w8.dtype) if turned else self.wide
+@patch
+def to_fp8(self:Fp8Weights,
+    turned:bool=False, # Columns as rows, for the backward pass
+):
+    "Weights in fp8, each row over its scale."
+    import torch
+    return self.w8.view(torch.uint8).t().contiguous().view(self.w8.dtype) if turned else self.wide
 
 def own_logits(
     model, # Causal language model

@@ -74,6 +74,7 @@ def up(self:LoraGroup): # (outputs, ranks), bf16
     "`lora_B` alone, with each projection's in columns of its own."
     return self.weight()[:,self.width:] if self.blocks is None else self.blocks
 
+# %% ../../nbs/fast/layers.ipynb #7b4e351b
 @patch
 def room(self:LoraGroup,
     rows:int, # Of the input
@@ -643,6 +644,7 @@ def to_fp8(self:Nf4Weights,
     out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=self.device)
     return unpack8(self.packed, self.absmax, self.code, self.scale, out, turned)
 
+# %% ../../nbs/fast/layers.ipynb #c22725ff
 @patch
 def eight(self:LoraGroup,
     turned:bool=False, # As for `to_fp8`
@@ -679,9 +681,8 @@ def use_fp8(self:Stack):
     import torch
     self.fp8 = True
     kinds = list(zip(*(l.groups for l in self.layers)))
-    def room(groups, g): return torch.zeros(len(groups), sum(g.sizes), g.ranks, dtype=torch.bfloat16, device=g.frozen.device)
-    self.kept = [room(groups, groups[0]) for groups in kinds]
-    self.scales = []
+    def room(n, g): return torch.zeros(n, sum(g.sizes), g.ranks, dtype=torch.bfloat16, device=g.frozen.device)
+    self.kept,self.scales = [room(len(groups), groups[0]) for groups in kinds],[]
     for groups,kept in zip(kinds, self.kept):
         ones = torch.ones(groups[0].width, 1, device=kept.device)
         for g,w in zip(groups, kept):
@@ -689,6 +690,7 @@ def use_fp8(self:Stack):
             g.frozen.scale_rows(3*g.ranks)
         self.scales.append(torch.stack([g.frozen.scale for g in groups]))
 
+# %% ../../nbs/fast/layers.ipynb #3671c179
 @patch
 def renew_fp8(self:Stack):
     "Make this pass's `lora_B` ready to stand beside weights in fp8."
@@ -707,6 +709,7 @@ def in_bf16(self:Stack):
     finally:
         for g,k in zip(self.groups, kept): g.blocks,g.kept = k
 
+# %% ../../nbs/fast/layers.ipynb #73f1712d
 @patch
 def keep_fp8(self:Stack,
     room:float, # As for `keep_weights`
@@ -779,22 +782,25 @@ class Fp8Weights:
             w.view(torch.uint8).copy_(l.weight.data.view(torch.uint8))
             l.weight.data = w
 
-    def beside(self,
-        b, ends, out, # As for `unpack`
-    ): # The buffer
-        "Weights in bf16, and `lora_B` beside them."
-        (_,k),r = self.w8.shape,b.shape[1]
-        out[:,:k] = self.w8.float()*self.scale
-        out[:,k:] = 0
-        for i,(own,rows) in enumerate(zip(out.tensor_split(ends), b.tensor_split(ends))): own[:,k+i*r:k+(i+1)*r] = rows
-        return out
+# %% ../../nbs/fast/layers.ipynb #9331b130
+@patch
+def beside(self:Fp8Weights,
+    b, ends, out, # As for `unpack`
+): # The buffer
+    "Weights in bf16, and `lora_B` beside them."
+    (_,k),r = self.w8.shape,b.shape[1]
+    out[:,:k] = self.w8.float()*self.scale
+    out[:,k:] = 0
+    for i,(own,rows) in enumerate(zip(out.tensor_split(ends), b.tensor_split(ends))): own[:,k+i*r:k+(i+1)*r] = rows
+    return out
 
-    def to_fp8(self,
-        turned:bool=False, # Columns as rows, for the backward pass
-    ):
-        "Weights in fp8, each row over its scale."
-        import torch
-        return self.w8.view(torch.uint8).t().contiguous().view(self.w8.dtype) if turned else self.wide
+@patch
+def to_fp8(self:Fp8Weights,
+    turned:bool=False, # Columns as rows, for the backward pass
+):
+    "Weights in fp8, each row over its scale."
+    import torch
+    return self.w8.view(torch.uint8).t().contiguous().view(self.w8.dtype) if turned else self.wide
 
 # %% ../../nbs/fast/layers.ipynb #7f5295a3
 def own_logits(
