@@ -698,8 +698,9 @@ def memory_plan(
     optim:str='adamw_torch_fused', # Name in transformers
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation
+    load_in_fp8:bool=False, # Or fp8
     lora_r:int=16, # Rank of the adapter
-    lora_dropout:float=0.0, # With one, without NF4, shared or not all adapted, layers aren't `fast`'s
+    lora_dropout:float=0.0, # With one, without either, shared or not all adapted, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
     shards:int=1, # Ranks that share the layers, by FSDP
@@ -708,16 +709,17 @@ def memory_plan(
     m = _bare_model(config)
     linear,targets = language_layers(m),resolve_targets(m, tuple(lora_target_modules))
     known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(targets)
-    fast = load_in_4bit and not lora_dropout and shards==1 and known
+    fast = (load_in_4bit or load_in_fp8) and not lora_dropout and shards==1 and known
     other = 'compiled' if torch_compile and shards==1 else 'eager'
     weights = sum(p.numel() for p in m.parameters())
-    n_4bit = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
+    in_linear = sum(l.weight.numel() for l in linear.values())
+    n_4bit,n_fp8 = in_linear*load_in_4bit,in_linear*load_in_fp8
     adapted = [l for n,l in linear.items() if n.split('.')[-1] in targets]
     n_lora = lora_r*sum(l.in_features+l.out_features for l in adapted)
     tokens = per_device_train_batch_size*max_length
     kept = _kept_bytes(config, max_length, lora_r, len(adapted))
     parts = dict(
-        load=_load_bytes(n_4bit, weights-n_4bit, config.get_text_config().num_hidden_layers, fast, shards),
+        load=_load_bytes(n_4bit, weights-n_4bit-n_fp8/2, config.get_text_config().num_hidden_layers, fast, shards),
         adapter=_adapter_bytes(n_lora, optim, shards),
         activations=tokens*_activation_bytes(config, kept, 'fast' if fast else other, gradient_checkpointing),
         head_peak=_head_bytes(config, tokens, supervised, fast))

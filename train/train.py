@@ -86,6 +86,8 @@ class TrainConfig:
         max_grad_norm:float=1.0, # Clip gradients to this norm; 0 doesn't clip [0, 1e6] {weights}
         optim:str='adamw_torch_fused', # Optimizer, by its name in transformers; `paged_adamw_8bit` resumes exactly too {weights}
         load_in_4bit:bool=True, # Quantise the base to NF4, with double quantisation {weights}
+        load_in_fp8:bool=False, # With `load_in_4bit` off, keep the base in fp8: nearer to the original than NF4, in twice its memory {weights}
+        mixed_precision:str='bf16', # Products with the frozen base: `bf16`, or `fp8` on a GPU that has it, faster and less exact {weights}
         lora_r:int=16, # LoRA rank [1, 1024] {weights}
         lora_alpha:int=32, # LoRA scale: the update is multiplied by lora_alpha/lora_r [1, 65536] {weights}
         lora_dropout:float=0.0, # LoRA dropout; 0 is faster and needs less memory [0, 1) {weights}
@@ -3702,8 +3704,9 @@ def memory_plan(
     optim:str='adamw_torch_fused', # Name in transformers
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation
+    load_in_fp8:bool=False, # Or fp8
     lora_r:int=16, # Rank of the adapter
-    lora_dropout:float=0.0, # With one, without NF4, shared or not all adapted, layers aren't `fast`'s
+    lora_dropout:float=0.0, # With one, without either, shared or not all adapted, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
     supervised:float=0.5, # Share of tokens that the loss looks at
     shards:int=1, # Ranks that share the layers, by FSDP
@@ -3712,16 +3715,17 @@ def memory_plan(
     m = _bare_model(config)
     linear,targets = language_layers(m),resolve_targets(m, tuple(lora_target_modules))
     known = {type(l).__name__ for l in decoder_layers(m)}<=set(FAST_LAYERS) and set(LORA_TARGETS)<=set(targets)
-    fast = load_in_4bit and not lora_dropout and shards==1 and known
+    fast = (load_in_4bit or load_in_fp8) and not lora_dropout and shards==1 and known
     other = 'compiled' if torch_compile and shards==1 else 'eager'
     weights = sum(p.numel() for p in m.parameters())
-    n_4bit = sum(l.weight.numel() for l in linear.values()) if load_in_4bit else 0
+    in_linear = sum(l.weight.numel() for l in linear.values())
+    n_4bit,n_fp8 = in_linear*load_in_4bit,in_linear*load_in_fp8
     adapted = [l for n,l in linear.items() if n.split('.')[-1] in targets]
     n_lora = lora_r*sum(l.in_features+l.out_features for l in adapted)
     tokens = per_device_train_batch_size*max_length
     kept = _kept_bytes(config, max_length, lora_r, len(adapted))
     parts = dict(
-        load=_load_bytes(n_4bit, weights-n_4bit, config.get_text_config().num_hidden_layers, fast, shards),
+        load=_load_bytes(n_4bit, weights-n_4bit-n_fp8/2, config.get_text_config().num_hidden_layers, fast, shards),
         adapter=_adapter_bytes(n_lora, optim, shards),
         activations=tokens*_activation_bytes(config, kept, 'fast' if fast else other, gradient_checkpointing),
         head_peak=_head_bytes(config, tokens, supervised, fast))
@@ -3845,7 +3849,7 @@ def parse_options(
 OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit',
     'lion_32bit', 'lion_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd')
 
-ONE_OF = dict(optim=OPTIMS, report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
+ONE_OF = dict(optim=OPTIMS, mixed_precision=('bf16', 'fp8'), report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
 
 def _bad_option(name, why, value): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
 
@@ -3872,6 +3876,14 @@ def _check_repo(name, repo):
         _bad_option(name, "must be a name that the Hub allows "
             "(letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)", repo)
 
+def _check_fp8(c, bad):
+    "Refuse what doesn't go with a base or products in fp8."
+    if c.load_in_fp8 and c.load_in_4bit: bad('load_in_fp8', "needs LOAD_IN_4BIT=0: the base is kept in one of them")
+    if c.load_in_fp8 and c.fsdp: bad('load_in_fp8', "must be 0 with FSDP=1")
+    if c.mixed_precision!='fp8': return
+    if not c.load_in_4bit and not c.load_in_fp8: bad('mixed_precision', "must be bf16 with a base in bf16 (LOAD_IN_FP8=1 keeps it in fp8)")
+    if c.fsdp or c.lora_dropout: bad('mixed_precision', "must be bf16 with FSDP=1 or with LORA_DROPOUT")
+
 def check_config(
     c:TrainConfig, # To be checked
 )->TrainConfig: # The same
@@ -3883,6 +3895,7 @@ def check_config(
         if not getattr(c, k).strip(): bad(k, "must not be empty")
     lora_targets(c.lora_target_modules) # or say that they name nothing
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
+    _check_fp8(c, bad)
     if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
     if c.hub_model_id.lower()==c.base_model.lower():
         bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
@@ -4062,7 +4075,7 @@ def run_memory(
     checkpointing:bool=False, # Recompute whole layers
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
-    same = ('max_length','optim','torch_compile','load_in_4bit','lora_r','lora_dropout')
+    same = ('max_length','optim','torch_compile','load_in_4bit','load_in_fp8','lora_r','lora_dropout')
     opts = {k:getattr(cfg, k) for k in same}
     opts |= dict(gradient_checkpointing=checkpointing, shards=ranks if cfg.fsdp else 1)
     plan = memory_plan(config, micro_batch, lora_target_modules=lora_targets(cfg.lora_target_modules), **opts)
@@ -4325,7 +4338,8 @@ def run_order(
 def _set_up_layers(cfg, model, fit, left, shard):
     "A `Stack` where there can be one, which may keep weights in what is `left` of the GPU; else compiled layers."
     import torch
-    stack = None if shard else fast_layers(model, cfg.max_length, fit.checkpointing)
+    if cfg.load_in_fp8: base_in_fp8(model)
+    stack = None if shard else fast_layers(model, cfg.max_length, fit.checkpointing, cfg.mixed_precision=='fp8')
     if stack: keep_weights(stack, left)
     elif torch.cuda.is_available() and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     return stack
@@ -6358,7 +6372,7 @@ def check_sharded(
     return f"layers are sharded over {over}: {held}, embedding and head whole on each"
 
 # ------------------------------------------------------------------------------
-# fast.layers: LoRA fused into the base matmul, CUDA graphs, and a loss on supervised tokens only
+# fast.layers: LoRA fused into the base matmul, CUDA graphs, products in fp8, and a loss on supervised tokens only
 # ------------------------------------------------------------------------------
 
 def _join_weights(
@@ -6371,26 +6385,45 @@ def _join_weights(
     def scales(s): return (F.dequantize_blockwise(s.absmax, s.state2)+s.offset).float() if s.nested else s.absmax
     return packed,torch.cat([scales(w.quant_state) for w in weights])
 
-class LoraGroup:
-    "Adapted 4-bit projections that read the same input, as one."
+class Nf4Weights:
+    "Frozen weights of projections that read the same input, in 4 bits."
     def __init__(self,
-        mods:list, # PEFT's `Linear4bit` modules, in the order of their outputs
+        mods:list, # As for `LoraGroup`
+    ):
+        weights = [m.base_layer.weight for m in mods]
+        self.packed,self.absmax = _join_weights(weights)
+        self.rows,self.code,self.device = sum(m.out_features for m in mods),weights[0].quant_state.code,self.packed.device
+
+    def beside(self,
+        b, ends, out, # As for `unpack`
+    ): # The buffer
+        "Weights in bf16, and `lora_B` beside them."
+        return unpack(self.packed, self.absmax, self.code, b, ends, out)
+
+class LoraGroup:
+    "Adapted projections that read the same input, as one."
+    def __init__(self,
+        mods:list, # PEFT's modules, in the order of their outputs
         norm=None, # Module through which they read; None for none
     ):
         import torch
-        weights = [m.base_layer.weight for m in mods]
-        self.packed,self.absmax = _join_weights(weights)
-        self.code,self.kept = weights[0].quant_state.code,None
+        self.frozen = (Fp8Weights if hasattr(mods[0].base_layer, 'scale') else Nf4Weights)(mods)
+        self.kept = self.blocks = None # weights from `keep_weights`; `lora_B` for products in fp8
         self.width,self.sizes = mods[0].in_features,[m.out_features for m in mods]
         self.ends = [sum(self.sizes[:i+1]) for i in range(len(mods)-1)]
         self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
         self.ranks = pow2(self.rank*len(mods)) # columns for all of them
         self.lora_a,self.lora_b = ([getattr(m, f'lora_{k}').default.weight for m in mods] for k in 'AB')
-        self.factor = torch.full((self.width,), self.scaling, device=self.code.device) # of `lora_A`'s gradients, a row
+        self.factor = torch.full((self.width,), self.scaling, device=self.frozen.device) # of `lora_A`'s gradients, a row
         if norm is not None: self.factor *= norm.weight.detach()
         rest = self.ranks-self.rank*len(mods)
-        blank = torch.zeros(rest, self.width, device=self.code.device)
+        blank = torch.zeros(rest, self.width, device=self.frozen.device)
         self.blank = [blank] if rest else [] # with an empty tensor among them, `cat` is four times slower
+
+@patch
+def up(self:LoraGroup): # (outputs, ranks), bf16
+    "`lora_B` alone, with each projection's in columns of its own."
+    return self.weight()[:,self.width:] if self.blocks is None else self.blocks
 
 @patch
 def room(self:LoraGroup,
@@ -6398,14 +6431,14 @@ def room(self:LoraGroup,
 ): # Uninitialised, (rows, width+ranks)
     "A buffer for an input and what `lora_A` makes of it."
     import torch
-    return torch.empty(rows, self.width+self.ranks, dtype=torch.bfloat16, device=self.code.device)
+    return torch.empty(rows, self.width+self.ranks, dtype=torch.bfloat16, device=self.frozen.device)
 
 @patch
 def weight(self:LoraGroup): # (outputs, width+ranks), bf16
     "Weights, with `lora_B` beside them."
     if self.kept is not None: return self.kept
     out = self.b.new_empty(sum(self.sizes), self.width+self.ranks)
-    return unpack(self.packed, self.absmax, self.code, self.b, self.ends, out)
+    return self.frozen.beside(self.b, self.ends, out)
 
 @patch
 def forward(self:LoraGroup,
@@ -6414,6 +6447,7 @@ def forward(self:LoraGroup,
     "All projections at once."
     import torch
     xa = torch.mm(x[:,:self.width], self.a.t())
+    if self.blocks is not None: return self.forward8(x[:,:self.width], xa),xa
     x[:,self.width:] = xa
     return torch.mm(x, self.weight().t()),xa
 
@@ -6426,6 +6460,7 @@ def back(self:LoraGroup,
 ): # (rows, width+ranks)
     "Gradients of the input and of what `lora_A` made of it, side by side."
     import torch
+    if self.blocks is not None: return self.back8(dy)
     w = self.weight()
     if not apart: return dy@w
     d = dy.new_empty(len(dy), w.shape[1])
@@ -6519,8 +6554,9 @@ class Stack:
         self.norm,self.rotary = decoder.norm,decoder.rotary_emb
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
         self.checkpoint = False # recompute each layer in the backward pass
+        self.fp8 = False # `use_fp8`
         self.passes,self.replays = {},{} # how often a shape of batch was seen, and its `Replay`
-        self.kept = [] # the weights from `keep_weights`: each kind of group's, of all layers
+        self.kept = [] # of each kind of group, all layers': the weights from `keep_weights`, or `lora_B` alone for fp8
         self.groups = [g for l in self.layers for g in l.groups]
         self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
         self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
@@ -6536,6 +6572,7 @@ def cast_adapter(self:Stack):
     parts_b = b.split([sum(g.sizes)*g.rank for g in self.groups])
     for g,x,y in zip(self.groups, parts_a, parts_b): g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
     if self.kept: self.renew_kept(b.view(len(self.layers), -1))
+    if self.fp8: self.renew_fp8()
 
 @patch
 def turn(self:Stack,
@@ -6660,7 +6697,7 @@ def attention_back(self:FastLayer,
     if keep is not None: dh,d = (x.new_zeros(n+1, x.shape[1]).index_copy_(0, keep, x)[:-1] for x in (dh,d))
     dqkv = attend_bwd(s.qkv, s.o, s.lse, d, self.o.a, turn, tiles, self.heads, self.scale)
     b_qkv = self.qkv.grad_b(dqkv, s.xa)
-    if first: z = (dqkv@self.qkv.weight()[:,self.qkv.width:])*s.rms[:,None].to(s.h.dtype)
+    if first: z = (dqkv@self.qkv.up())*s.rms[:,None].to(s.h.dtype)
     else:
         d = self.qkv.back(dqkv, n<=FEW_ROWS)
         dh,z = norm_back(s.h, s.rms, self.norm1, d, self.qkv.a, s.xa, dh)
@@ -6786,15 +6823,17 @@ PROJECTIONS = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_p
 
 def _other_blocks(weight):
     "Why `unpack` can't read a weight: it knows one layout, a byte for two weights and a scale for 64."
-    q = weight.quant_state
+    q = getattr(weight, 'quant_state', None)
+    if not q: return # fp8
     if q.blocksize!=64: return f"its NF4 has blocks of {q.blocksize} weights"
     if weight.element_size()!=1 or q.shape.numel()%64: return "its NF4 isn't in bytes and whole blocks of 64 weights"
 
 def _why_not_projections(mods):
     "Why projections can't be a `LoraGroup`'s."
     def in_nf4(w): return hasattr(w, 'quant_state') and w.quant_type=='nf4'
-    if not all(hasattr(m, 'lora_A') and in_nf4(m.base_layer.weight) for m in mods):
-        return "not every projection is in NF4 and adapted"
+    adapted = all(hasattr(m, 'lora_A') for m in mods)
+    if not adapted or not (all(in_nf4(m.base_layer.weight) for m in mods) or all(hasattr(m.base_layer, 'scale') for m in mods)):
+        return "not every projection is in NF4, or in fp8, and adapted"
     if any(m.base_layer.bias is not None for m in mods): return "its projections have biases"
     if why := next(filter(None, (_other_blocks(m.base_layer.weight) for m in mods)), None): return why
     if mods[0].r['default']>512: return f"its adapter's rank of {mods[0].r['default']} is more than 512"
@@ -6818,20 +6857,46 @@ def why_not_fast(
     d = layers[0].self_attn.head_dim
     if d!=pow2(d) or d>256: return f"its heads have {d} dimensions"
 
+FP8_CARD = 8,9 # compute capability of Ada, the first with fp8
+
+def no_fp8(
+    why:str, # What is in the way
+)->UserError:
+    "The error of a run that asks for fp8 where it can't be had."
+    return UserError("MIXED_PRECISION=fp8", f"products in fp8 can't be had here: {why}", "set MIXED_PRECISION=bf16")
+
+def check_fp8_card():
+    "Refuse products in fp8 on a card without them."
+    import torch
+    if not torch.cuda.is_available(): raise no_fp8("there is no CUDA device")
+    if torch.cuda.get_device_capability()<FP8_CARD: raise no_fp8(f"{torch.cuda.get_device_name()} multiplies none")
+
+def why_not_fp8(
+    model, # As for `why_not_fast`
+)->str: # None if they can
+    "Why a stack's products can't be in fp8: it knows rows of whole blocks."
+    layers = [m.base_layer for l in decoder_layers(model.get_base_model()) for m in l.modules() if hasattr(m, 'base_layer')]
+    if odd := next((l for l in layers if l.in_features%64 or l.out_features%16), None):
+        return f"a layer of {odd.in_features} × {odd.out_features} isn't in whole blocks of 64 and 16"
+
 def fast_layers(
     model, # From `add_lora`
     max_length:int, # Tokens of a row
     checkpoint:bool=False, # Recompute each layer in the backward pass
+    fp8:bool=False, # Multiply frozen weights in fp8; a `UserError` where that can't be
 )->Stack: # None where it can't be, for a reason that is logged
     "Let a model's layers be a `Stack` in training."
     import torch
+    if fp8: check_fp8_card()
     if not torch.cuda.is_available(): why = "there is no CUDA device"
     elif torch.cuda.get_device_capability()<(8,0): why = f"{torch.cuda.get_device_name()} is older than Ampere"
     else: why = why_not_fast(model, max_length)
-    log.info(f"layers: {'transformers and PEFT, since '+why if why else 'kernels of our own'}")
+    if fp8 and (why := why or why_not_fp8(model)): raise no_fp8(why)
+    log.info(f"layers: {'transformers and PEFT, since '+why if why else 'kernels of our own'+', with products in fp8'*fp8}")
     if why: return None
     stack = Stack(model.get_base_model().get_decoder())
     stack.checkpoint = checkpoint
+    if fp8: stack.use_fp8()
     return stack
 
 def card_room()->float: # GiB; without a GPU, no limit
@@ -6848,8 +6913,8 @@ def renew_kept(self:Stack,
     "Put this pass's `lora_B` beside weights that stay unpacked, a projection's of every layer at once."
     at = 0
     for kept,g in zip(self.kept, self.layers[0].groups):
-        for i,w in enumerate(kept.split(g.sizes, 1)): # (layers, outputs, width+ranks)
-            c,n = g.width+i*g.rank,w.shape[1]*g.rank
+        for i,w in enumerate(kept.split(g.sizes, 1)): # (layers, outputs, width+ranks), or ranks alone
+            c,n = w.shape[2]-g.ranks+i*g.rank,w.shape[1]*g.rank
             w[:,:,c:c+g.rank] = b[:,at:at+n].view(len(w), -1, g.rank)
             at += n
 
@@ -6859,6 +6924,7 @@ def keep_weights(
 )->float: # GiB that it takes; 0 where there is no room
     "Unpack the weights once, if the card has room for them."
     import torch
+    if stack.fp8: return stack.keep_fp8(room)
     size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
     if size>room: return 0.
     stack.cast_adapter()
@@ -6868,6 +6934,186 @@ def keep_weights(
         for g,w in zip(groups, kept): g.kept = w
     log.info(f"layers: the weights stay unpacked, which takes {size:.1f} GiB")
     return size
+
+def _mm8(
+    a, a_scale, # (rows, n) in fp8, and (rows, 1)
+    b, b_scale, # (columns, n) in fp8, and (columns, 1)
+    out, # Buffer, (rows, columns), bf16
+): # The buffer
+    "The product of rows of fp8; without a GPU, of the numbers that they stand for."
+    import torch
+    if not len(a): return out
+    if not a.is_cuda: return out.copy_(a.float()@b.float().t()*a_scale*b_scale.t())
+    options = dict(scale_a=a_scale, scale_b=b_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    return torch._scaled_mm(a, b.t(), **options, out=out)
+
+@patch
+def scale_rows(self:Nf4Weights,
+    more:int, # Columns to keep free beside the weights
+):
+    "Find the scale of each row in fp8."
+    self.scale,self.more = self.absmax.view(self.rows, -1).amax(1, keepdim=True)/448,more
+
+@patch
+def to_fp8(self:Nf4Weights,
+    turned:bool=False, # Columns as rows, for the backward pass
+): # (rows, columns and `more`), or (columns, rows)
+    "Weights in fp8, each row over its scale."
+    import torch
+    k = self.packed.numel()*2//self.rows
+    shape = (k,self.rows) if turned else (self.rows,k+self.more)
+    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=self.device)
+    return unpack8(self.packed, self.absmax, self.code, self.scale, out, turned)
+
+@patch
+def eight(self:LoraGroup,
+    turned:bool=False, # As for `to_fp8`
+):
+    "Frozen weights in fp8, or turned; `lora_B` is beside those that aren't."
+    w = self.kept[turned] if self.kept else self.frozen.to_fp8(turned)
+    if not turned: w[:,self.width:] = self.up8
+    return w
+
+@patch
+def forward8(self:LoraGroup,
+    x, # Input, (rows, width)
+    xa, # What `lora_A` makes of it
+): # Outputs, (rows, outputs)
+    "All projections at once, in fp8."
+    w,y = self.eight(),x.new_empty(len(x), sum(self.sizes))
+    return _mm8(*quantise(x, None, xa, self.share), w, self.frozen.scale, y)
+
+@patch
+def back8(self:LoraGroup,
+    dy, # Gradient of the outputs
+): # As from `back`
+    "Gradients of the input, in fp8, and of what `lora_A` made of it."
+    import torch
+    d,w = dy.new_empty(len(dy), self.width+self.ranks),self.eight(turned=True)
+    _mm8(*quantise(dy, self.frozen.scale), w, self.ones, d[:,:self.width])
+    torch.mm(dy, self.blocks, out=d[:,self.width:])
+    return d
+
+@patch
+def use_fp8(self:Stack):
+    "Multiply frozen weights in fp8 from here on."
+    import torch
+    self.fp8 = True
+    kinds = list(zip(*(l.groups for l in self.layers)))
+    def room(n, g): return torch.zeros(n, sum(g.sizes), g.ranks, dtype=torch.bfloat16, device=g.frozen.device)
+    self.kept,self.scales = [room(len(groups), groups[0]) for groups in kinds],[]
+    for groups,kept in zip(kinds, self.kept):
+        ones = torch.ones(groups[0].width, 1, device=kept.device)
+        for g,w in zip(groups, kept):
+            g.blocks,g.ones = w,ones
+            g.frozen.scale_rows(3*g.ranks)
+        self.scales.append(torch.stack([g.frozen.scale for g in groups]))
+
+@patch
+def renew_fp8(self:Stack):
+    "Make this pass's `lora_B` ready to stand beside weights in fp8."
+    for groups,kept,scales in zip(zip(*(l.groups for l in self.layers)), self.kept, self.scales):
+        for g,up,share in zip(groups, *two_parts(kept/scales)): g.up8,g.share = up,share
+
+@patch
+@contextmanager
+def in_bf16(self:Stack):
+    "Multiply in bf16 inside."
+    kept = [(g.blocks,g.kept) for g in self.groups]
+    try:
+        if self.fp8:
+            for g in self.groups: g.blocks = g.kept = None
+        yield
+    finally:
+        for g,k in zip(self.groups, kept): g.blocks,g.kept = k
+
+@patch
+def keep_fp8(self:Stack,
+    room:float, # As for `keep_weights`
+)->float: # As from `keep_weights`
+    "Keep the weights in fp8, both ways, if the card has room for them."
+    size = sum(sum(g.sizes)*g.width*(1 if hasattr(g.frozen, 'w8') else 2) for g in self.groups)/2**30
+    if size>room: return 0.
+    for g in self.groups: g.kept = g.frozen.to_fp8(),g.frozen.to_fp8(turned=True)
+    log.info(f"layers: the weights stay in fp8 for both passes, which takes {size:.1f} GiB")
+    return size
+
+def rows_in_fp8(
+    w, # (rows, columns)
+)->tuple: # The rows in fp8, and their scales, (rows, 1)
+    "What `quantise` does, on any machine."
+    import torch
+    top = w.float().abs().amax(1, keepdim=True).clamp(min=1e-30)
+    return (w.float()*(448/top)).to(torch.float8_e4m3fn),top/448
+
+@functools.cache
+def _fp8_linear():
+    "A linear layer's class."
+    import torch
+    class Fp8Linear(torch.nn.Linear):
+        "A frozen layer in fp8, with a scale for each row."
+        def __init__(self, layer):
+            super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device='meta')
+            w,scale = rows_in_fp8(layer.weight.data)
+            self.weight,self.bias = torch.nn.Parameter(w, requires_grad=False),layer.bias
+            self.register_buffer('scale', scale)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, (self.weight.float()*self.scale).to(x.dtype), self.bias)
+    return Fp8Linear
+
+def base_in_fp8(
+    model, # From `add_lora`, not quantised
+):
+    "Put a model's frozen linear layers in fp8, but for its head."
+    import torch
+    for layer in decoder_layers(model.get_base_model()):
+        for name,m in list(layer.named_modules()):
+            if type(m) is not torch.nn.Linear or '.lora_' in name: continue
+            parent,_,own = name.rpartition('.')
+            setattr(layer.get_submodule(parent), own, _fp8_linear()(m))
+
+class Fp8Weights:
+    "Frozen weights of projections that read the same input, in fp8."
+    def __init__(self,
+        mods:list, # As for `LoraGroup`
+    ):
+        import torch
+        layers = [m.base_layer for m in mods]
+        self.layers,self.scale = layers,torch.cat([l.scale for l in layers])
+        self.device = self.scale.device
+        self.scale_rows(0)
+
+    def scale_rows(self,
+        more:int, # As for `Nf4Weights`
+    ):
+        "Lay the weights under one another, in one place only."
+        import torch
+        rows,k = len(self.scale),self.layers[0].in_features
+        self.wide = torch.empty(rows, k+more, dtype=torch.float8_e4m3fn, device=self.device)
+        self.w8 = self.wide[:,:k]
+        for l,w in zip(self.layers, self.w8.split([l.out_features for l in self.layers])):
+            w.view(torch.uint8).copy_(l.weight.data.view(torch.uint8))
+            l.weight.data = w
+
+@patch
+def beside(self:Fp8Weights,
+    b, ends, out, # As for `unpack`
+): # The buffer
+    "Weights in bf16, and `lora_B` beside them."
+    (_,k),r = self.w8.shape,b.shape[1]
+    out[:,:k] = self.w8.float()*self.scale
+    out[:,k:] = 0
+    for i,(own,rows) in enumerate(zip(out.tensor_split(ends), b.tensor_split(ends))): own[:,k+i*r:k+(i+1)*r] = rows
+    return out
+
+@patch
+def to_fp8(self:Fp8Weights,
+    turned:bool=False, # Columns as rows, for the backward pass
+):
+    "Weights in fp8, each row over its scale."
+    import torch
+    return self.w8.view(torch.uint8).t().contiguous().view(self.w8.dtype) if turned else self.wide
 
 def own_logits(
     model, # Causal language model
@@ -6938,7 +7184,8 @@ def _packed_rows(model, ids, sizes, stack):
     position = torch.cat([torch.arange(n) for n in sizes])[None].to(dev)
     if stack:
         tiles = torch.tensor(attention_tiles(sizes), dtype=torch.int32, device=dev)
-        return stack(model.get_input_embeddings()(ids), position, tiles, torch.arange(ids.shape[1], device=dev))
+        with stack.in_bf16(): # what is asked is who reads whom, not how it is rounded
+            return stack(model.get_input_embeddings()(ids), position, tiles, torch.arange(ids.shape[1], device=dev))
     if model.config.get_text_config()._attn_implementation=='varlen':
         begins = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=dev)
         given = dict(cu_seq_lens_q=begins, max_length_q=max(sizes))
@@ -6988,7 +7235,7 @@ def check_packed(
                         f"(off by {error:.2f} of what enters its head)", "choose another base model")
 
 # ------------------------------------------------------------------------------
-# fast.kernels: Triton kernels: RMSNorm, SwiGLU, RoPE, attention, NF4, loss
+# fast.kernels: Triton kernels: RMSNorm, SwiGLU, RoPE, attention, NF4, fp8, loss
 # ------------------------------------------------------------------------------
 
 def pow2(
@@ -7395,6 +7642,95 @@ def unpack(
     ROWS = max(1, min(64, 4096//R)) # `lora_B` is taken so many rows at a time
     grid,sides = (-(-n//1024)+-(-rows//ROWS),),dict(RANK=b.shape[1], R=R, BLOCK=1024, ROWS=ROWS)
     _unpack_kernel()[grid](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), **sides)
+    return out
+
+@functools.cache
+def _quantise_kernel():
+    "A row over its scale, in fp8; a program reads it twice, from the cache where it is long."
+    import triton, triton.language as tl
+    @triton.jit
+    def quantise(x, by, xa, share, q, scale, s, n, BY: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+        r = tl.program_id(0).to(tl.int64)
+        m = tl.zeros((N,), tl.float32)
+        for i in range(0, n, N):
+            c = i + tl.arange(0, N)
+            v = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
+            if BY: v *= tl.load(by+c, mask=c<n, other=0.)
+            m = tl.maximum(m, tl.abs(v))
+        top = tl.maximum(tl.max(m, 0), 1e-30) # a row may be all zeros
+        q += r*(n+3*R)
+        if R:
+            j = tl.arange(0, R)
+            u = tl.load(xa+r*R+j).to(tl.float32)*tl.load(share)
+            top = tl.maximum(top, tl.max(tl.abs(u), 0))
+            u *= 448/top
+            high = u.to(tl.float8e4nv)
+            tl.store(q+n+j, high)
+            tl.store(q+n+R+j, (u-high.to(tl.float32)).to(tl.float8e4nv))
+            tl.store(q+n+2*R+j, high)
+        tl.store(scale+r, top/448)
+        for i in range(0, n, N):
+            c = i + tl.arange(0, N)
+            v = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
+            if BY: v *= tl.load(by+c, mask=c<n, other=0.)
+            tl.store(q+c, (v*(448/top)).to(tl.float8e4nv), mask=c<n)
+    return quantise
+
+def quantise(
+    x, # (rows, columns), bf16
+    by=None, # What each column is multiplied by first, fp32
+    xa=None, # What `lora_A` made of the rows, (rows, ranks)
+    share=None, # What it is multiplied by, from `two_parts`
+)->tuple: # The rows in fp8, beside them `xa` rounded, its rest, and rounded again; and their scales, (rows, 1)
+    "Rows of fp8, each with a scale."
+    import torch
+    (rows,n),R = x.shape,0 if xa is None else xa.shape[1]
+    q = torch.empty(rows, n+3*R, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    sides = dict(BY=by is not None, R=R, N=pow2(n) if n<=8192 else 4096, num_warps=8 if n<=8192 else 16)
+    if rows: _quantise_kernel()[(rows,)](x, by, xa, share, q, scale, x.stride(0), n, **sides)
+    return q,scale
+
+def two_parts(
+    b, # `lora_B` of layers over the scales of their rows, (layers, rows, ranks), fp32
+)->tuple: # (layers, rows, 3·ranks) in fp8: rounded, again, and the rest; what the other side is multiplied by, (layers,)
+    "Numbers as the sum of two in fp8."
+    import torch
+    share = b.abs().amax((1,2), keepdim=True).clamp(min=1e-30)/448
+    high = (b/share).to(torch.float8_e4m3fn)
+    low = (b/share-high.float()).to(high.dtype)
+    return torch.cat([t.view(torch.uint8) for t in (high,high,low)], 2).view(high.dtype),share.flatten()
+
+@functools.cache
+def _unpack8_kernel():
+    "NF4 in fp8; a program takes 64 rows and 128 columns."
+    import triton, triton.language as tl
+    @triton.jit
+    def unpack8(packed, absmax, code, scale, out, rows, k, s, TURNED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+        r = (tl.program_id(0)*ROWS + tl.arange(0, ROWS)).to(tl.int64)[:,None]
+        b = (tl.program_id(1)*BYTES + tl.arange(0, BYTES))[None,:]
+        ok = (r<rows) & (b<k//2)
+        x = tl.load(packed + r*(k//2)+b, mask=ok, other=0).to(tl.int32)
+        by = tl.load(absmax + r*(k//64)+b//32, mask=ok, other=0.)*(1/tl.load(scale+r, mask=r<rows, other=1.))
+        v = tl.interleave(tl.load(code + (x>>4))*by, tl.load(code + (x&15))*by).to(tl.float8e4nv)
+        c = (tl.program_id(1)*BYTES*2 + tl.arange(0, BYTES*2))[None,:]
+        if TURNED: tl.store(out + c.to(tl.int64)*s+r, v, mask=(r<rows) & (c<k))
+        else: tl.store(out + r*s+c, v, mask=(r<rows) & (c<k))
+    return unpack8
+
+def unpack8(
+    packed, # Weights of projections under one another, two a byte
+    absmax, # Scale of each block of 64 weights
+    code, # The 16 steps of NF4
+    scale, # Of each row in fp8, (rows, 1)
+    out, # Buffer in fp8, (rows, columns or more), or turned, (columns, rows)
+    turned:bool=False, # Columns as rows
+): # The buffer
+    "Weights in fp8."
+    rows = len(scale)
+    k = packed.numel()*2//rows
+    sides = dict(TURNED=turned, ROWS=64, BYTES=64, num_warps=8)
+    _unpack8_kernel()[-(-rows//64),-(-k//128)](packed, absmax, code, scale, out, rows, k, out.stride(0), **sides)
     return out
 
 @functools.cache

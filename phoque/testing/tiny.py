@@ -210,12 +210,15 @@ def run_command(
 
 # %% ../../nbs/testing/tiny.ipynb #1a14bc83
 def interpret_bf16():
-    "Teach Triton's interpreter to multiply bf16, and to round to the nearest one."
-    import numpy as np, triton.language as tl
+    "Teach Triton's interpreter to multiply bf16, and to round to the nearest one, as to fp8."
+    import numpy as np, torch, triton.language as tl
     from triton.runtime import interpreter as I
     convert,dot = I._convert_float,I.InterpreterBuilder.create_dot
     def nearest(x, a, b, mode):
         if (a,b)==(tl.bfloat16,tl.float32): return x.astype(np.uint32)<<16
+        fp8 = torch.float8_e4m3fn
+        if (a,b)==(tl.float32,tl.float8e4nv): return torch.from_numpy(x).to(fp8).view(torch.uint8).numpy()
+        if (a,b)==(tl.float8e4nv,tl.float32): return torch.from_numpy(x).view(fp8).float().numpy().view(np.uint32)
         if (a,b)!=(tl.float32,tl.bfloat16): return convert(x, a, b, mode)
         u = np.ascontiguousarray(x).view(np.uint32)
         return ((u+0x7fff+((u>>16)&1))>>16).astype(np.uint16)
