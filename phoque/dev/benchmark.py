@@ -5,6 +5,7 @@
 # %% ../../nbs/dev/benchmark.ipynb #55fc9a36
 from __future__ import annotations
 import json, os, subprocess, sys, time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from ..core.basics import UserError, base_dtype, check_range, quiet_libraries, shell_command, text_table
@@ -13,9 +14,9 @@ from ..parallel.ranks import Ranks
 from ..train import TrainConfig, collate_packed, make_trainer, pack_dataset
 
 # %% auto #0
-__all__ = ['SIDES', 'bench_base', 'bench_talk', 'baseline_trainer', 'trl_trainer', 'phoque_trainer', 'unsloth_trainer',
-           'StepClock', 'step_seconds', 'product_speed', 'bench_side', 'own_cards', 'bench_apart', 'bench_order',
-           'bench_table', 'bench_picture', 'bench_cli']
+__all__ = ['FP8', 'FP8_BASE', 'SIDES', 'bench_base', 'bench_talk', 'baseline_trainer', 'trl_trainer', 'phoque_trainer',
+           'unsloth_trainer', 'StepClock', 'step_seconds', 'product_speed', 'bench_side', 'own_cards', 'bench_apart',
+           'bench_order', 'bench_table', 'bench_picture', 'bench_cli']
 
 # %% ../../nbs/dev/benchmark.ipynb #94dde4ec
 def bench_base(
@@ -101,14 +102,15 @@ def trl_trainer(
 
 def phoque_trainer(
     base:dict, talk, rows:int, max_length:int, steps:int, out:str, # As for `baseline_trainer`
+    **options, # Of `TrainConfig`
 )->tuple: # As from `baseline_trainer`
-    "This project's defaults."
+    "This project's defaults, or other options."
     from transformers import AutoTokenizer
     cfg = TrainConfig(max_steps=steps, per_device_train_batch_size=rows, max_length=max_length, output_dir=out,
-                      logging_steps=1000, save_steps=10**6)
+                      logging_steps=1000, save_steps=10**6, **options)
     packed,attn = pack_dataset(talk, max_length),choose_attention(base_config(base))[0]
     tok = AutoTokenizer.from_pretrained(base['id'], trust_remote_code=False)
-    return make_trainer(cfg, add_lora(load_model(base, True, attn)), tok, packed),rows*len(talk)/len(packed)
+    return make_trainer(cfg, add_lora(load_model(base, cfg.load_in_4bit, attn)), tok, packed),rows*len(talk)/len(packed)
 
 # %% ../../nbs/dev/benchmark.ipynb #401ab998
 def unsloth_trainer(
@@ -128,7 +130,9 @@ def unsloth_trainer(
     trainer = SFTTrainer(model=model, args=args, train_dataset=talk, processing_class=tok)
     return trainer,rows*len(talk)/len(trainer.train_dataset)
 
-SIDES = dict(baseline=baseline_trainer, trl=trl_trainer, unsloth=unsloth_trainer, phoque=phoque_trainer)
+FP8,FP8_BASE = dict(mixed_precision='fp8'),dict(mixed_precision='fp8', load_in_4bit=False, load_in_fp8=True)
+SIDES = dict(baseline=baseline_trainer, trl=trl_trainer, unsloth=unsloth_trainer, phoque=phoque_trainer) | {
+    'phoque-fp8':partial(phoque_trainer, **FP8), 'phoque-fp8-base':partial(phoque_trainer, **FP8_BASE)}
 
 # %% ../../nbs/dev/benchmark.ipynb #9e0142b5
 class StepClock:
@@ -271,7 +275,7 @@ def bench_order(
 )->list: # (side, rows, GPUs) to measure, the last one the first again
     "A, B, …, A."
     def sizes(side): return [16] if side=='baseline' else rows
-    def cards(side): return gpus if side=='phoque' else [1]
+    def cards(side): return gpus if side.startswith('phoque') else [1]
     turns = [(s,r,g) for s in sides for r in sizes(s) for g in cards(s)]
     return turns+turns[:1]
 

@@ -876,12 +876,12 @@ def check_job(
 ):
     "The Hub client accepts the job's script."
     command = [Path(sys.executable).with_name('hf'), *'jobs uv run --dry-run train/train.py'.split()]
-    with project(path):
-        p = subprocess.run(command, env=os.environ|dict(HF_HUB_OFFLINE='1'), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    with project(path), modified_env(HF_HUB_OFFLINE='1'):
+        p = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if p.returncode: raise ValueError(f"`hf jobs uv run --dry-run train/train.py` failed:\n{p.stdout}{p.stderr}")
 
 # %% ../../nbs/dev/site.ipynb #610f8020
-PROJECT_CHECKS = { # What is said of the whole project, while its notebooks run
+PROJECT_CHECKS = { # What is said of the whole project, after its notebooks
     'imports': check_light, 'commands on the pages': check_commands, 'spelling': check_words, 'site': build_site}
 
 def _say_result(name, ok, said, secs):
@@ -889,11 +889,9 @@ def _say_result(name, ok, said, secs):
     print(f"{'ok    ' if ok else 'FAILED'} {name} ({secs:.0f} s){tail}", flush=True)
     return ok
 
-def _each_notebook(check, fns, n_workers, checks={}, root=None): # checks of the whole project run beside them
+def _each_notebook(check, fns, n_workers):
     with ThreadPoolExecutor(n_workers) as pool:
-        running = pool.map(lambda fn: _try(check, fn), fns)
-        results = [_say_result(name, *_try(f, root)) for name,f in checks.items()]
-        return results+[_say_result(fn.name, *res) for fn,res in zip(fns, running)]
+        return [_say_result(fn.name, *res) for fn,res in zip(fns, pool.map(lambda fn: _try(check, fn), fns))]
 
 def _say_sum(results):
     failed = results.count(False)
@@ -903,19 +901,22 @@ def _say_sum(results):
 # %% ../../nbs/dev/site.ipynb #34b677bf
 def run_tests(
     names:str='', # Notebooks such as "00_data 02_train"; '' for all of them and the checks of the whole project
-    n_workers:int=3, # Notebooks tested at a time
+    n_workers:int=2, # Notebooks tested at a time
     path:str|Path='.', # A folder of the project
 )->int: # How many failed
     "Test notebooks and, when none is named, that everything generated from them is right."
     with project(path) as cfg: root = cfg.config_path
-    checks = {} if names else dict(PROJECT_CHECKS)
-    if checks and (root/'train/train.py').exists(): checks['dry run of train/train.py'] = check_job
-    results = [] if names else [_say_result('generated files', *_try(check_generated, root))] # alone: it writes modules
-    return _say_sum(results+_each_notebook(test_notebook, notebooks(names, root), n_workers, checks, root))
+    first = {} if names else {'generated files':check_generated}
+    last = {} if names else dict(PROJECT_CHECKS)
+    if last and (root/'train/train.py').exists(): last['dry run of train/train.py'] = check_job
+    results = [_say_result(name, *_try(check, root)) for name,check in first.items()]
+    results += _each_notebook(test_notebook, notebooks(names, root), n_workers)
+    results += [_say_result(name, *_try(check, root)) for name,check in last.items()]
+    return _say_sum(results)
 
 def run_compare(
     names:str='', # Notebooks; '' for all
-    n_workers:int=3, # Notebooks at a time
+    n_workers:int=2, # Notebooks at a time
     path:str|Path='.', # A folder of the project
 )->int: # How many show something else than what is saved
     "Hold what notebooks show against what is saved in them."
@@ -986,7 +987,7 @@ def docs_cli(
     test:bool=False, # Do what CI does: everything generated, every notebook, the site, the job's dry run
     compare:bool=False, # Fail where a notebook shows something else than what is saved in it
     names:str='', # Notebooks to run or test, such as "00_data 02_train"; all when empty
-    n_workers:int=3, # Notebooks tested at a time
+    n_workers:int=2, # Notebooks tested at a time
 ):
     "Keep modules, README, job script and site in step with the notebooks."
     if not (outputs or slow or gpu or pack or generate or check or site or shots or test or compare):
