@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from ..core.basics import UserError, asking_hub, excerpt, log, printable, read_json, reading, warn_custom_code
 from .messages import is_learnt
-from .rendering import PROBE, answer_end, encode_own, render_chats
+from .rendering import ASKED_ELSE, PROBE, answer_end, encode_own, render_chats
 from .rendering import put_before, settle_template, skip_thoughts
 
 # %% auto #0
@@ -480,7 +480,8 @@ def _set_own_format(
         settled += pinned + skip_thoughts(tok)
         _end_answers(tok, answer_end(tok, _declared_stops(tok, folder)))
         ids,_ = encode_own(tok, [PROBE], [what])[0]
-    except UserError as e: raise UserError(what, e.value, "choose another model") from None
+    except UserError as e:
+        raise UserError(what, e.value, ASKED_ELSE if e.remedy==ASKED_ELSE else "choose another model") from None
     _set_pad(tok, tok.convert_ids_to_tokens(ids))
     for s in settled: log.info(s)
     if not system_prompt and (said := _opening(tok)):
