@@ -40,7 +40,7 @@ A job has 4 hours. Another timeout has to be given twice, as the job can't read 
 """
 
 from __future__ import annotations
-import argparse, copy, difflib, errno, fcntl, functools, hashlib, json, logging, math, os, random, re, reprlib, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
+import argparse, copy, difflib, errno, fcntl, functools, gc, hashlib, json, logging, math, os, random, re, reprlib, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -2503,8 +2503,8 @@ def _mistral_format(
 def _writes_alike(
     tok, # Tokenizer with a template of somebody's
     template:str, # That of one of Mistral's formats
-)->bool: # Do both write the same, but for white space?
-    def written(t, chat): return re.sub(r'\s', '', render_chats(tok, [(chat,False)], [''], t)[0])
+)->bool: # Do both write the same, but for spaces?
+    def written(t, chat): return render_chats(tok, [(chat,False)], [''], t)[0].replace(' ', '')
     for chat in ([dict(role='system', content='Be brief.'), *PROBE[:3]], PROBE[:3]):
         try: theirs = written(tok.chat_template, chat)
         except UserError: continue # some take no system turn
@@ -2861,6 +2861,10 @@ def _set_mistral_format(
     what:str, # How an error names it
     system_prompt:str='', # See `load_tokenizer`
 ):
+    theirs = tok.chat_template and not tok.chat_template.endswith(CHAT_TEMPLATES[name])
+    if theirs and not system_prompt and (said := _opening(tok)):
+        log.info("conversations without a system turn get none, as mistral-common gives them none; "
+            f"the model's chat template would write {excerpt(said, 80)!r} (see SYSTEM_PROMPT)")
     tok.chat_template = CHAT_TEMPLATES[name]
     if name=='mistral-v15': _set_model_settings(tok, settings, what)
     _set_mistral_system(tok, system_prompt)
@@ -2990,22 +2994,30 @@ def encode_fitting(
         if span[i][0]==n: out[i] = None
     return out
 
+def _token_columns(
+    rows:list, # Tuples of `input_ids`, mask and more
+)->dict: # Arrow arrays `input_ids` and `labels`
+    import numpy as np, pyarrow as pa
+    ends = np.cumsum([0, *(len(r[0]) for r in rows)], dtype=np.int32)
+    def flat(j, kind): return np.fromiter(chain.from_iterable(r[j] for r in rows), kind, ends[-1])
+    def lists(values): return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
+    ids = flat(0, np.int32)
+    return dict(input_ids=lists(ids), labels=lists(np.where(flat(1, bool), ids, np.int32(-100))))
+
 def _encode_batch(
     tok, # Tokenizer from `load_tokenizer`
     named:dict, # {how an error names the row: its checked conversation}
     max_length:int, # Tokens a conversation may have
-)->dict: # Columns `input_ids`, `labels`, `lost` and `trimmed`, without the rows that can't be made to fit
+)->'pyarrow.Table': # `input_ids`, `labels`, `lost` and `trimmed`, without the rows that can't be made to fit
+    import pyarrow as pa
     said = list(named.values())
     chats,trimmed = trim_joined(tok, said)
     encoded = encode_fitting(tok, chats, max_length, list(named))
     def shorter(c, n): return drop_exchanges(c, n) if n else c
     def lost_space(a, b, n): return shorter(a, n)!=shorter(b, n) # in an exchange that is kept
     rows = [r for r in encoded if r]
-    return dict(
-        input_ids=[ids for ids,_,_ in rows],
-        labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows],
-        lost=[n for _,_,n in rows],
-        trimmed=[t and lost_space(a, b, r[2]) for t,a,b,r in zip(trimmed, said, chats, encoded) if r])
+    lost = [t and lost_space(a, b, r[2]) for t,a,b,r in zip(trimmed, said, chats, encoded) if r]
+    return pa.table(_token_columns(rows) | dict(lost=pa.array([r[2] for r in rows], pa.int32()), trimmed=pa.array(lost, pa.bool_())))
 
 def _count_tokens(
     ds, # Dataset with `labels`
@@ -3047,9 +3059,11 @@ def _encode_columns(
         return _encode_batch(tok, taught, max_length)
     ints = List(Value('int32'))
     columns = dict(input_ids=ints, labels=ints, lost=Value('int32'), trimmed=Value('bool'))
-    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
+    gc.freeze() # or each collection would look at all that the libraries have made
+    try: out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
         desc='Tokenising', features=Features(columns),
         new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
+    finally: gc.unfreeze()
     return out,only
 
 def encode_dataset(

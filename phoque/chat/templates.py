@@ -119,8 +119,8 @@ def _mistral_format(
 def _writes_alike(
     tok, # Tokenizer with a template of somebody's
     template:str, # That of one of Mistral's formats
-)->bool: # Do both write the same, but for white space?
-    def written(t, chat): return re.sub(r'\s', '', render_chats(tok, [(chat,False)], [''], t)[0])
+)->bool: # Do both write the same, but for spaces?
+    def written(t, chat): return render_chats(tok, [(chat,False)], [''], t)[0].replace(' ', '')
     for chat in ([dict(role='system', content='Be brief.'), *PROBE[:3]], PROBE[:3]):
         try: theirs = written(tok.chat_template, chat)
         except UserError: continue # some take no system turn
@@ -495,6 +495,10 @@ def _set_mistral_format(
     what:str, # How an error names it
     system_prompt:str='', # See `load_tokenizer`
 ):
+    theirs = tok.chat_template and not tok.chat_template.endswith(CHAT_TEMPLATES[name])
+    if theirs and not system_prompt and (said := _opening(tok)):
+        log.info("conversations without a system turn get none, as mistral-common gives them none; "
+            f"the model's chat template would write {excerpt(said, 80)!r} (see SYSTEM_PROMPT)")
     tok.chat_template = CHAT_TEMPLATES[name]
     if name=='mistral-v15': _set_model_settings(tok, settings, what)
     _set_mistral_system(tok, system_prompt)
