@@ -2048,8 +2048,8 @@ def _check_asked(
 ):
     if before==asked: return
     n = max(0, len(commonprefix([before, asked]))-10)
-    raise UserError("a conversation", f"the chat template writes {excerpt(asked[n:], 60)!r} where an answer is asked for, "
-        f"and {excerpt(before[n:], 60)!r} in its place where the answer follows", ASKED_ELSE)
+    raise UserError("a conversation", f"the chat template writes {excerpt(asked[n:], 60)!r} "
+        f"where an answer is asked for, and {excerpt(before[n:], 60)!r} in its place where the answer follows", ASKED_ELSE)
 
 @patch
 def place(self:OwnFormat,
@@ -3017,7 +3017,8 @@ def _encode_batch(
     def lost_space(a, b, n): return shorter(a, n)!=shorter(b, n) # in an exchange that is kept
     rows = [r for r in encoded if r]
     lost = [t and lost_space(a, b, r[2]) for t,a,b,r in zip(trimmed, said, chats, encoded) if r]
-    return pa.table(_token_columns(rows) | dict(lost=pa.array([r[2] for r in rows], pa.int32()), trimmed=pa.array(lost, pa.bool_())))
+    more = dict(lost=pa.array([n for _,_,n in rows], pa.int32()), trimmed=pa.array(lost, pa.bool_()))
+    return pa.table(_token_columns(rows) | more)
 
 def _count_tokens(
     ds, # Dataset with `labels`

@@ -137,6 +137,7 @@ def _token_columns(
     ids = flat(0, np.int32)
     return dict(input_ids=lists(ids), labels=lists(np.where(flat(1, bool), ids, np.int32(-100))))
 
+# %% ../../nbs/chat/labels.ipynb #374123e8
 def _encode_batch(
     tok, # Tokenizer from `load_tokenizer`
     named:dict, # {how an error names the row: its checked conversation}
@@ -150,7 +151,8 @@ def _encode_batch(
     def lost_space(a, b, n): return shorter(a, n)!=shorter(b, n) # in an exchange that is kept
     rows = [r for r in encoded if r]
     lost = [t and lost_space(a, b, r[2]) for t,a,b,r in zip(trimmed, said, chats, encoded) if r]
-    return pa.table(_token_columns(rows) | dict(lost=pa.array([r[2] for r in rows], pa.int32()), trimmed=pa.array(lost, pa.bool_())))
+    more = dict(lost=pa.array([n for _,_,n in rows], pa.int32()), trimmed=pa.array(lost, pa.bool_()))
+    return pa.table(_token_columns(rows) | more)
 
 # %% ../../nbs/chat/labels.ipynb #5f0dc289
 def _count_tokens(

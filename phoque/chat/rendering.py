@@ -399,9 +399,10 @@ def _check_asked(
 ):
     if before==asked: return
     n = max(0, len(commonprefix([before, asked]))-10)
-    raise UserError("a conversation", f"the chat template writes {excerpt(asked[n:], 60)!r} where an answer is asked for, "
-        f"and {excerpt(before[n:], 60)!r} in its place where the answer follows", ASKED_ELSE)
+    raise UserError("a conversation", f"the chat template writes {excerpt(asked[n:], 60)!r} "
+        f"where an answer is asked for, and {excerpt(before[n:], 60)!r} in its place where the answer follows", ASKED_ELSE)
 
+# %% ../../nbs/chat/rendering.ipynb #d286ef9f
 @patch
 def place(self:OwnFormat,
     messages:list, # Checked conversation
