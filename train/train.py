@@ -40,7 +40,7 @@ A job has 4 hours. Another timeout has to be given twice, as the job can't read 
 """
 
 from __future__ import annotations
-import argparse, copy, difflib, errno, fcntl, functools, hashlib, json, logging, math, os, random, re, reprlib, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
+import argparse, copy, difflib, errno, fcntl, functools, gc, hashlib, json, logging, math, os, random, re, reprlib, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -50,6 +50,7 @@ from fastcore.meta import delegates
 from functools import cache, lru_cache, wraps
 from html import escape
 from itertools import accumulate, chain, takewhile, zip_longest
+from os.path import commonprefix
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -1874,8 +1875,11 @@ def answer_end(
 )->str: # A control token
     "The token with which a chat template ends every answer."
     texts,_,turns = split_rendered(tok, PROBE)
+    ends = [texts[turns.index(i)+1] for i in (1,3)]
+    for t in filter(None, [tok.eos_token, *stops]):
+        if all(t in e for e in ends) and ends[0].partition(t)[0]==ends[1].partition(t)[0]: return t
     token = _any_of([t.content for t in tok.added_tokens_decoder.values()])
-    after = [re.match(rf'(?:\s|{token})*', texts[turns.index(i)+1])[0] for i in (1,3)]
+    after = [re.match(rf'(?:\s|{token})*', e)[0] for e in ends]
     both = [a for a,b in takewhile(lambda ab: ab[0]==ab[1], zip(*(re.findall(token, a) for a in after)))]
     if both: return next(t for t in [tok.eos_token, *stops, both[-1]] if t in both)
     raise UserError("a chat template",
@@ -1922,7 +1926,6 @@ class OwnFormat:
         self.tok,self.eos,self.control = tok,tok.eos_token,control_tokens(tok)
         self.names = {t:chr(0xF0000+i) for i,t in enumerate(self.control)} # private ones
         self.pattern,self.ids = re.compile(_any_of(self.control)),set(self.control.values())
-        self.end = re.compile(rf'(?:\s|{self.pattern.pattern})*?(?P<end>{re.escape(self.eos)})')
         self.cuts,self.marked = _cuts(tok),bool(_GENERATION.search(tok.chat_template))
         self.shapes,self.slots,self.words,self.held = {},{},{},0 # see `shape` and `learn`
         added = tok.added_tokens_decoder.values() # some take white space, or are looked for within pieces
@@ -1933,10 +1936,11 @@ def _begins(
     asked:str, # What it asks for an answer with
     turn:int, # Of the answer
     last:bool, # Is it the last answer?
-)->int: # Where in `before` the answer begins; None where it begins with its text
+)->int: # Where in `before` the answer begins
     bare = before.lstrip()
-    if bare.startswith(asked): return len(before)-len(bare)+len(asked)
-    if not last and asked.startswith(bare.rstrip()): return None # an empty thought only before the last answer
+    n = len(commonprefix([bare, asked]))
+    early = not last and asked.startswith(bare.rstrip()) # an empty thought stands only before the last answer
+    if n==len(asked) or early: return len(before)-len(bare)+n
     raise UserError("a conversation",
         f"turn {turn}: the chat template asks for an answer with {asked[-40:]!r}, and writes one after {bare[-40:]!r}",
         "choose another model")
@@ -1957,15 +1961,15 @@ def answers(self:OwnFormat,
             "choose another model")
     found = []
     for j in at:
-        if not (end := self.end.match(texts[j+1])):
+        if (end := texts[j+1].find(self.eos))<0:
             raise UserError("a conversation",
                 f"turn {turns[j]}: the chat template goes on with {excerpt(texts[j+1], 40)!r}, not with {self.eos!r}",
                 "choose another model")
         begin = _begins(texts[j], asked, turns[j], j==at[-1])
-        if begin is not None and self.eos in texts[j][begin:]:
+        if self.eos in texts[j][begin:]:
             raise UserError("a conversation", f"turn {turns[j]}: the chat template begins the answer with {self.eos!r}, "
                 "which ends answers", "choose another model")
-        found.append((j, begin, end.start('end')))
+        found.append((j, begin, end))
     return found
 
 class Shape(namedtuple('Shape', 'written turns answers forms', defaults=[None])):
@@ -1982,10 +1986,7 @@ class Shape(namedtuple('Shape', 'written turns answers forms', defaults=[None]))
         begins:list, # Where each begins, from `fill`
     )->list: # `(begin, place of the end token)` of each answer
         "Where the answers are."
-        def begin(j, at):
-            if at is None: return begins[j] + len(contents[j])-len(contents[j].lstrip())
-            return begins[j]-len(self.written[j])+at
-        return [(begin(j, at), begins[j]+len(contents[j])+end) for j,at,end in self.answers]
+        return [(begins[j]-len(self.written[j])+at, begins[j]+len(contents[j])+end) for j,at,end in self.answers]
 
 @patch
 def find_shape(self:OwnFormat,
@@ -2041,6 +2042,17 @@ def check_marks(self:OwnFormat,
         raise UserError("a conversation", "the template's {% generation %} marks don't cover its answers and what ends them, "
             "or cover more", "choose another model")
 
+ASKED_ELSE = "give a system turn to conversations without one (SYSTEM_PROMPT, --system_prompt), or choose another model"
+
+def _check_asked(
+    before:str, # What a template writes before the last answer
+    asked:str, # What it asks for this answer with
+):
+    if before==asked: return
+    n = max(0, len(commonprefix([before, asked]))-10)
+    raise UserError("a conversation", f"the chat template writes {excerpt(asked[n:], 60)!r} "
+        f"where an answer is asked for, and {excerpt(before[n:], 60)!r} in its place where the answer follows", ASKED_ELSE)
+
 @patch
 def place(self:OwnFormat,
     messages:list, # Checked conversation
@@ -2058,7 +2070,9 @@ def place(self:OwnFormat,
         found = equal(shape, kept) or equal(shape, [t.strip() for t in kept]) # many templates trim
     if not found:
         shape,contents = self.find_shape(messages)
-        found = shape,contents,shape.fill(contents)[1]
+        text,begins = shape.fill(contents)
+        _check_asked(text[:shape.spans(contents, begins)[-1][0]], asked)
+        found = shape,contents,begins
     if marks or self.marked: self.check_marks(messages, bare, marks, *found)
     return found
 
@@ -2076,7 +2090,7 @@ def layout(self:OwnFormat,
     if not any(map(self.pattern.search, contents)): return bare,False,controls,shape.spans(contents, begins)
     _refuse_private(messages)
     def named(t): return self.pattern.sub(lambda m: self.names[m[0]], t)
-    def at(text, place): return place and len(named(text[:place])) # None stays None
+    def at(text, place): return len(named(text[:place]))
     answers = [(j, at(shape.written[j], a), at(shape.written[j+1], b)) for j,a,b in shape.answers]
     shape = Shape([*map(named, shape.written)], shape.turns, answers)
     text,begins = shape.fill(contents)
@@ -2132,7 +2146,7 @@ class Slot:
         before:str, # What the template writes from the last control token to the text
         after:str, # From the text to the next control token
         token:str, # That token; '' at the end
-        begin:int, # Where an answer begins in `before`; -1: with its text; None: the text is none
+        begin:int, # Where an answer begins in `before`; None where the text is none
     ):
         self.before,self.after,self.token = before,after,token
         self.begin = begin
@@ -2175,8 +2189,7 @@ def ids_in(self:OwnFormat,
     controls = len(self.pattern.findall(before+slot.after))
     if self.pattern.search(text) or sum(map(self.ids.__contains__, ids))!=controls: return None
     if slot.begin is None: return ids,len(ids)
-    begin = len(before)+len(text)-len(text.lstrip()) if slot.begin<0 else slot.begin
-    try: return ids,self.first_in(words, begin)
+    try: return ids,self.first_in(words, slot.begin)
     except UserError: return None # it is said of the conversation
 
 MOST_HELD = 2_000_000 # tokens of texts that are kept, for when they come back
@@ -2223,8 +2236,8 @@ def make_form(self:OwnFormat,
     masks,begins = [[0]*len(e.ids) for e in read],[None]*len(shape.turns)
     for j,at,end in shape.answers:
         (low,high),(next_low,_) = edges[j],edges[j+1]
-        begins[j] = -1 if at is None else max(at-high, 0)
-        if at is not None and at<high: # what the answer begins with is the template's
+        begins[j] = max(at-high, 0)
+        if at<high: # what the answer begins with is the template's
             first = self.first_token(read[j], at-low, high-low)
             masks[j][first:] = [1]*(len(masks[j])-first)
         last = read[j+1].char_to_token(end-next_low) if end>=next_low else None
@@ -2492,8 +2505,8 @@ def _mistral_format(
 def _writes_alike(
     tok, # Tokenizer with a template of somebody's
     template:str, # That of one of Mistral's formats
-)->bool: # Do both write the same, but for white space?
-    def written(t, chat): return re.sub(r'\s', '', render_chats(tok, [(chat,False)], [''], t)[0])
+)->bool: # Do both write the same, but for spaces?
+    def written(t, chat): return render_chats(tok, [(chat,False)], [''], t)[0].replace(' ', '')
     for chat in ([dict(role='system', content='Be brief.'), *PROBE[:3]], PROBE[:3]):
         try: theirs = written(tok.chat_template, chat)
         except UserError: continue # some take no system turn
@@ -2836,7 +2849,8 @@ def _set_own_format(
         settled += pinned + skip_thoughts(tok)
         _end_answers(tok, answer_end(tok, _declared_stops(tok, folder)))
         ids,_ = encode_own(tok, [PROBE], [what])[0]
-    except UserError as e: raise UserError(what, e.value, "choose another model") from None
+    except UserError as e:
+        raise UserError(what, e.value, ASKED_ELSE if e.remedy==ASKED_ELSE else "choose another model") from None
     _set_pad(tok, tok.convert_ids_to_tokens(ids))
     for s in settled: log.info(s)
     if not system_prompt and (said := _opening(tok)):
@@ -2849,6 +2863,10 @@ def _set_mistral_format(
     what:str, # How an error names it
     system_prompt:str='', # See `load_tokenizer`
 ):
+    theirs = tok.chat_template and not tok.chat_template.endswith(CHAT_TEMPLATES[name])
+    if theirs and not system_prompt and (said := _opening(tok)):
+        log.info("conversations without a system turn get none, as mistral-common gives them none; "
+            f"the model's chat template would write {excerpt(said, 80)!r} (see SYSTEM_PROMPT)")
     tok.chat_template = CHAT_TEMPLATES[name]
     if name=='mistral-v15': _set_model_settings(tok, settings, what)
     _set_mistral_system(tok, system_prompt)
@@ -2978,22 +2996,31 @@ def encode_fitting(
         if span[i][0]==n: out[i] = None
     return out
 
+def _token_columns(
+    rows:list, # Tuples of `input_ids`, mask and more
+)->dict: # Arrow arrays `input_ids` and `labels`
+    import numpy as np, pyarrow as pa
+    ends = np.cumsum([0, *(len(r[0]) for r in rows)], dtype=np.int32)
+    def flat(j, kind): return np.fromiter(chain.from_iterable(r[j] for r in rows), kind, ends[-1])
+    def lists(values): return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
+    ids = flat(0, np.int32)
+    return dict(input_ids=lists(ids), labels=lists(np.where(flat(1, bool), ids, np.int32(-100))))
+
 def _encode_batch(
     tok, # Tokenizer from `load_tokenizer`
     named:dict, # {how an error names the row: its checked conversation}
     max_length:int, # Tokens a conversation may have
-)->dict: # Columns `input_ids`, `labels`, `lost` and `trimmed`, without the rows that can't be made to fit
+)->'pyarrow.Table': # `input_ids`, `labels`, `lost` and `trimmed`, without the rows that can't be made to fit
+    import pyarrow as pa
     said = list(named.values())
     chats,trimmed = trim_joined(tok, said)
     encoded = encode_fitting(tok, chats, max_length, list(named))
     def shorter(c, n): return drop_exchanges(c, n) if n else c
     def lost_space(a, b, n): return shorter(a, n)!=shorter(b, n) # in an exchange that is kept
     rows = [r for r in encoded if r]
-    return dict(
-        input_ids=[ids for ids,_,_ in rows],
-        labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows],
-        lost=[n for _,_,n in rows],
-        trimmed=[t and lost_space(a, b, r[2]) for t,a,b,r in zip(trimmed, said, chats, encoded) if r])
+    lost = [t and lost_space(a, b, r[2]) for t,a,b,r in zip(trimmed, said, chats, encoded) if r]
+    more = dict(lost=pa.array([n for _,_,n in rows], pa.int32()), trimmed=pa.array(lost, pa.bool_()))
+    return pa.table(_token_columns(rows) | more)
 
 def _count_tokens(
     ds, # Dataset with `labels`
@@ -3035,9 +3062,11 @@ def _encode_columns(
         return _encode_batch(tok, taught, max_length)
     ints = List(Value('int32'))
     columns = dict(input_ids=ints, labels=ints, lost=Value('int32'), trimmed=Value('bool'))
-    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
+    gc.freeze() # or each collection would look at all that the libraries have made
+    try: out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
         desc='Tokenising', features=Features(columns),
         new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
+    finally: gc.unfreeze()
     return out,only
 
 def encode_dataset(

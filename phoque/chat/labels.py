@@ -4,9 +4,10 @@
 
 # %% ../../nbs/chat/labels.ipynb #b0d2a81a
 from __future__ import annotations
-import json, sys
+import gc, json, sys
 from contextlib import nullcontext
 from html import escape
+from itertools import chain
 from fastcore.basics import chunked
 from fastcore.script import Param
 from ..core.basics import UserError, excerpt, log, printable, reading, shell_command, text_table
@@ -126,22 +127,32 @@ def encode_fitting(
     return out
 
 # %% ../../nbs/chat/labels.ipynb #c8fb60e1
+def _token_columns(
+    rows:list, # Tuples of `input_ids`, mask and more
+)->dict: # Arrow arrays `input_ids` and `labels`
+    import numpy as np, pyarrow as pa
+    ends = np.cumsum([0, *(len(r[0]) for r in rows)], dtype=np.int32)
+    def flat(j, kind): return np.fromiter(chain.from_iterable(r[j] for r in rows), kind, ends[-1])
+    def lists(values): return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
+    ids = flat(0, np.int32)
+    return dict(input_ids=lists(ids), labels=lists(np.where(flat(1, bool), ids, np.int32(-100))))
+
+# %% ../../nbs/chat/labels.ipynb #374123e8
 def _encode_batch(
     tok, # Tokenizer from `load_tokenizer`
     named:dict, # {how an error names the row: its checked conversation}
     max_length:int, # Tokens a conversation may have
-)->dict: # Columns `input_ids`, `labels`, `lost` and `trimmed`, without the rows that can't be made to fit
+)->'pyarrow.Table': # `input_ids`, `labels`, `lost` and `trimmed`, without the rows that can't be made to fit
+    import pyarrow as pa
     said = list(named.values())
     chats,trimmed = trim_joined(tok, said)
     encoded = encode_fitting(tok, chats, max_length, list(named))
     def shorter(c, n): return drop_exchanges(c, n) if n else c
     def lost_space(a, b, n): return shorter(a, n)!=shorter(b, n) # in an exchange that is kept
     rows = [r for r in encoded if r]
-    return dict(
-        input_ids=[ids for ids,_,_ in rows],
-        labels=[[i if m else -100 for i,m in zip(ids,mask)] for ids,mask,_ in rows],
-        lost=[n for _,_,n in rows],
-        trimmed=[t and lost_space(a, b, r[2]) for t,a,b,r in zip(trimmed, said, chats, encoded) if r])
+    lost = [t and lost_space(a, b, r[2]) for t,a,b,r in zip(trimmed, said, chats, encoded) if r]
+    more = dict(lost=pa.array([n for _,_,n in rows], pa.int32()), trimmed=pa.array(lost, pa.bool_()))
+    return pa.table(_token_columns(rows) | more)
 
 # %% ../../nbs/chat/labels.ipynb #5f0dc289
 def _count_tokens(
@@ -186,9 +197,11 @@ def _encode_columns(
         return _encode_batch(tok, taught, max_length)
     ints = List(Value('int32'))
     columns = dict(input_ids=ints, labels=ints, lost=Value('int32'), trimmed=Value('bool'))
-    out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
+    gc.freeze() # or each collection would look at all that the libraries have made
+    try: out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
         desc='Tokenising', features=Features(columns),
         new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
+    finally: gc.unfreeze()
     return out,only
 
 # %% ../../nbs/chat/labels.ipynb #45fbf60f

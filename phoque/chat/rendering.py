@@ -8,15 +8,16 @@ import json, re, subprocess, sys, threading
 from collections import namedtuple
 from functools import lru_cache
 from itertools import accumulate, chain, takewhile
+from os.path import commonprefix
 from fastcore.basics import patch
 from .messages import is_learnt
 from ..core.basics import UserError, excerpt, reading
 
 # %% auto #0
-__all__ = ['RENDER_SECONDS', 'RENDER_MIB', 'LONGEST_PROMPT', 'PROBE', 'JOINED_START', 'MOST_HELD', 'Renderer', 'render_lots',
-           'render_chats', 'mark_contents', 'split_rendered', 'answer_end', 'control_tokens', 'words_apart',
-           'OwnFormat', 'Shape', 'Slot', 'fill_form', 'own_format', 'encode_own', 'settle_template', 'put_before',
-           'skip_thoughts']
+__all__ = ['RENDER_SECONDS', 'RENDER_MIB', 'LONGEST_PROMPT', 'PROBE', 'ASKED_ELSE', 'JOINED_START', 'MOST_HELD', 'Renderer',
+           'render_lots', 'render_chats', 'mark_contents', 'split_rendered', 'answer_end', 'control_tokens',
+           'words_apart', 'OwnFormat', 'Shape', 'Slot', 'fill_form', 'own_format', 'encode_own', 'settle_template',
+           'put_before', 'skip_thoughts']
 
 # %% ../../nbs/chat/rendering.ipynb #aaf5315f
 RENDER_SECONDS,RENDER_MIB,LONGEST_PROMPT = 5,256,10_000_000 # for each conversation: processor, memory, characters
@@ -213,8 +214,11 @@ def answer_end(
 )->str: # A control token
     "The token with which a chat template ends every answer."
     texts,_,turns = split_rendered(tok, PROBE)
+    ends = [texts[turns.index(i)+1] for i in (1,3)]
+    for t in filter(None, [tok.eos_token, *stops]):
+        if all(t in e for e in ends) and ends[0].partition(t)[0]==ends[1].partition(t)[0]: return t
     token = _any_of([t.content for t in tok.added_tokens_decoder.values()])
-    after = [re.match(rf'(?:\s|{token})*', texts[turns.index(i)+1])[0] for i in (1,3)]
+    after = [re.match(rf'(?:\s|{token})*', e)[0] for e in ends]
     both = [a for a,b in takewhile(lambda ab: ab[0]==ab[1], zip(*(re.findall(token, a) for a in after)))]
     if both: return next(t for t in [tok.eos_token, *stops, both[-1]] if t in both)
     raise UserError("a chat template",
@@ -264,7 +268,6 @@ class OwnFormat:
         self.tok,self.eos,self.control = tok,tok.eos_token,control_tokens(tok)
         self.names = {t:chr(0xF0000+i) for i,t in enumerate(self.control)} # private ones
         self.pattern,self.ids = re.compile(_any_of(self.control)),set(self.control.values())
-        self.end = re.compile(rf'(?:\s|{self.pattern.pattern})*?(?P<end>{re.escape(self.eos)})')
         self.cuts,self.marked = _cuts(tok),bool(_GENERATION.search(tok.chat_template))
         self.shapes,self.slots,self.words,self.held = {},{},{},0 # see `shape` and `learn`
         added = tok.added_tokens_decoder.values() # some take white space, or are looked for within pieces
@@ -276,10 +279,11 @@ def _begins(
     asked:str, # What it asks for an answer with
     turn:int, # Of the answer
     last:bool, # Is it the last answer?
-)->int: # Where in `before` the answer begins; None where it begins with its text
+)->int: # Where in `before` the answer begins
     bare = before.lstrip()
-    if bare.startswith(asked): return len(before)-len(bare)+len(asked)
-    if not last and asked.startswith(bare.rstrip()): return None # an empty thought only before the last answer
+    n = len(commonprefix([bare, asked]))
+    early = not last and asked.startswith(bare.rstrip()) # an empty thought stands only before the last answer
+    if n==len(asked) or early: return len(before)-len(bare)+n
     raise UserError("a conversation",
         f"turn {turn}: the chat template asks for an answer with {asked[-40:]!r}, and writes one after {bare[-40:]!r}",
         "choose another model")
@@ -301,15 +305,15 @@ def answers(self:OwnFormat,
             "choose another model")
     found = []
     for j in at:
-        if not (end := self.end.match(texts[j+1])):
+        if (end := texts[j+1].find(self.eos))<0:
             raise UserError("a conversation",
                 f"turn {turns[j]}: the chat template goes on with {excerpt(texts[j+1], 40)!r}, not with {self.eos!r}",
                 "choose another model")
         begin = _begins(texts[j], asked, turns[j], j==at[-1])
-        if begin is not None and self.eos in texts[j][begin:]:
+        if self.eos in texts[j][begin:]:
             raise UserError("a conversation", f"turn {turns[j]}: the chat template begins the answer with {self.eos!r}, "
                 "which ends answers", "choose another model")
-        found.append((j, begin, end.start('end')))
+        found.append((j, begin, end))
     return found
 
 # %% ../../nbs/chat/rendering.ipynb #b0cef852
@@ -327,10 +331,7 @@ class Shape(namedtuple('Shape', 'written turns answers forms', defaults=[None]))
         begins:list, # Where each begins, from `fill`
     )->list: # `(begin, place of the end token)` of each answer
         "Where the answers are."
-        def begin(j, at):
-            if at is None: return begins[j] + len(contents[j])-len(contents[j].lstrip())
-            return begins[j]-len(self.written[j])+at
-        return [(begin(j, at), begins[j]+len(contents[j])+end) for j,at,end in self.answers]
+        return [(begins[j]-len(self.written[j])+at, begins[j]+len(contents[j])+end) for j,at,end in self.answers]
 
 # %% ../../nbs/chat/rendering.ipynb #ff688221
 @patch
@@ -390,6 +391,18 @@ def check_marks(self:OwnFormat,
             "or cover more", "choose another model")
 
 # %% ../../nbs/chat/rendering.ipynb #0055cd0d
+ASKED_ELSE = "give a system turn to conversations without one (SYSTEM_PROMPT, --system_prompt), or choose another model"
+
+def _check_asked(
+    before:str, # What a template writes before the last answer
+    asked:str, # What it asks for this answer with
+):
+    if before==asked: return
+    n = max(0, len(commonprefix([before, asked]))-10)
+    raise UserError("a conversation", f"the chat template writes {excerpt(asked[n:], 60)!r} "
+        f"where an answer is asked for, and {excerpt(before[n:], 60)!r} in its place where the answer follows", ASKED_ELSE)
+
+# %% ../../nbs/chat/rendering.ipynb #d286ef9f
 @patch
 def place(self:OwnFormat,
     messages:list, # Checked conversation
@@ -407,7 +420,9 @@ def place(self:OwnFormat,
         found = equal(shape, kept) or equal(shape, [t.strip() for t in kept]) # many templates trim
     if not found:
         shape,contents = self.find_shape(messages)
-        found = shape,contents,shape.fill(contents)[1]
+        text,begins = shape.fill(contents)
+        _check_asked(text[:shape.spans(contents, begins)[-1][0]], asked)
+        found = shape,contents,begins
     if marks or self.marked: self.check_marks(messages, bare, marks, *found)
     return found
 
@@ -426,7 +441,7 @@ def layout(self:OwnFormat,
     if not any(map(self.pattern.search, contents)): return bare,False,controls,shape.spans(contents, begins)
     _refuse_private(messages)
     def named(t): return self.pattern.sub(lambda m: self.names[m[0]], t)
-    def at(text, place): return place and len(named(text[:place])) # None stays None
+    def at(text, place): return len(named(text[:place]))
     answers = [(j, at(shape.written[j], a), at(shape.written[j+1], b)) for j,a,b in shape.answers]
     shape = Shape([*map(named, shape.written)], shape.turns, answers)
     text,begins = shape.fill(contents)
@@ -485,7 +500,7 @@ class Slot:
         before:str, # What the template writes from the last control token to the text
         after:str, # From the text to the next control token
         token:str, # That token; '' at the end
-        begin:int, # Where an answer begins in `before`; -1: with its text; None: the text is none
+        begin:int, # Where an answer begins in `before`; None where the text is none
     ):
         self.before,self.after,self.token = before,after,token
         self.begin = begin
@@ -529,8 +544,7 @@ def ids_in(self:OwnFormat,
     controls = len(self.pattern.findall(before+slot.after))
     if self.pattern.search(text) or sum(map(self.ids.__contains__, ids))!=controls: return None
     if slot.begin is None: return ids,len(ids)
-    begin = len(before)+len(text)-len(text.lstrip()) if slot.begin<0 else slot.begin
-    try: return ids,self.first_in(words, begin)
+    try: return ids,self.first_in(words, slot.begin)
     except UserError: return None # it is said of the conversation
 
 # %% ../../nbs/chat/rendering.ipynb #87aab8c0
@@ -581,8 +595,8 @@ def make_form(self:OwnFormat,
     masks,begins = [[0]*len(e.ids) for e in read],[None]*len(shape.turns)
     for j,at,end in shape.answers:
         (low,high),(next_low,_) = edges[j],edges[j+1]
-        begins[j] = -1 if at is None else max(at-high, 0)
-        if at is not None and at<high: # what the answer begins with is the template's
+        begins[j] = max(at-high, 0)
+        if at<high: # what the answer begins with is the template's
             first = self.first_token(read[j], at-low, high-low)
             masks[j][first:] = [1]*(len(masks[j])-first)
         last = read[j+1].char_to_token(end-next_low) if end>=next_low else None

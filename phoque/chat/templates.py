@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from ..core.basics import UserError, asking_hub, excerpt, log, printable, read_json, reading, warn_custom_code
 from .messages import is_learnt
-from .rendering import PROBE, answer_end, encode_own, render_chats
+from .rendering import ASKED_ELSE, PROBE, answer_end, encode_own, render_chats
 from .rendering import put_before, settle_template, skip_thoughts
 
 # %% auto #0
@@ -119,8 +119,8 @@ def _mistral_format(
 def _writes_alike(
     tok, # Tokenizer with a template of somebody's
     template:str, # That of one of Mistral's formats
-)->bool: # Do both write the same, but for white space?
-    def written(t, chat): return re.sub(r'\s', '', render_chats(tok, [(chat,False)], [''], t)[0])
+)->bool: # Do both write the same, but for spaces?
+    def written(t, chat): return render_chats(tok, [(chat,False)], [''], t)[0].replace(' ', '')
     for chat in ([dict(role='system', content='Be brief.'), *PROBE[:3]], PROBE[:3]):
         try: theirs = written(tok.chat_template, chat)
         except UserError: continue # some take no system turn
@@ -480,7 +480,8 @@ def _set_own_format(
         settled += pinned + skip_thoughts(tok)
         _end_answers(tok, answer_end(tok, _declared_stops(tok, folder)))
         ids,_ = encode_own(tok, [PROBE], [what])[0]
-    except UserError as e: raise UserError(what, e.value, "choose another model") from None
+    except UserError as e:
+        raise UserError(what, e.value, ASKED_ELSE if e.remedy==ASKED_ELSE else "choose another model") from None
     _set_pad(tok, tok.convert_ids_to_tokens(ids))
     for s in settled: log.info(s)
     if not system_prompt and (said := _opening(tok)):
@@ -494,6 +495,10 @@ def _set_mistral_format(
     what:str, # How an error names it
     system_prompt:str='', # See `load_tokenizer`
 ):
+    theirs = tok.chat_template and not tok.chat_template.endswith(CHAT_TEMPLATES[name])
+    if theirs and not system_prompt and (said := _opening(tok)):
+        log.info("conversations without a system turn get none, as mistral-common gives them none; "
+            f"the model's chat template would write {excerpt(said, 80)!r} (see SYSTEM_PROMPT)")
     tok.chat_template = CHAT_TEMPLATES[name]
     if name=='mistral-v15': _set_model_settings(tok, settings, what)
     _set_mistral_system(tok, system_prompt)
