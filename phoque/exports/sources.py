@@ -20,7 +20,7 @@ from .times import Clock, needs_look, seconds
 __all__ = ['MOST_TEXT', 'MOST_NAME', 'MOST_WHO', 'YEAR_1', 'YEAR_10000', 'SOURCES', 'ONLY_ROOM', 'COLUMNS', 'TURNS', 'name_of',
            'line', 'no_words', 'unlearnable', 'reader', 'read_records', 'source', 'lines_of', 'jigsaw', 'civil',
            'conda', 'gosuai', 'hh', 'read_turns', 'chats', 'column_map', 'find_columns', 'html_text', 'is_html',
-           'quotes_apart', 'read_table', 'find_kind']
+           'is_wrapped', 'text_of', 'quotes_apart', 'read_table', 'find_kind']
 
 # %% ../../nbs/exports/sources.ipynb #21a24a92
 MOST_TEXT,MOST_NAME,MOST_WHO = 100_000,1000,100 # characters of a line; of a room or an id; of a speaker
@@ -444,13 +444,15 @@ def column_map(
     return res
 
 # %% ../../nbs/exports/sources.ipynb #26a686b2
-_CALLED = dict( # what columns are called, in the order of preference
-    text='text message content body comment msg',
-    who='who author user username sender speaker nick name from',
-    author='author_id user_id sender_id',
-    t='t timestamp time date datetime created_at sent_at created_utc sent when',
-    room='room channel channel_name channel_id chan ch thread match',
-    id='id message_id', reply_to='reply_to parent_id', score='score toxicity', group='group')
+_CALLED = dict( # what columns are called, in the order of preference, without signs between words
+    text='text message content body comment msg messagetext posttext pagetext strcontent',
+    who='who author user username sender speaker nick nickname postusername name from by',
+    author='authorid userid senderid posterid fromid',
+    t='t timestamp time date datetime createdat sentat createdutc sent when posttime dateline createtime',
+    room='room channel channelname channelid chan ch thread match topicid threadid roomid',
+    id='id messageid msgid postid', reply_to='replyto replytoid parentid parent', score='score toxicity', group='group')
+
+def _bare(column): return re.sub(r'[\W_]', '', column).lower()
 
 def _is_time(v):
     "Can it be read as a time, whatever the order of its numbers?"
@@ -462,7 +464,8 @@ def find_columns(
     row:dict, # A record
 )->dict: # Our names and the file's, of those that can be told by their names
     "The column map of a table whose columns have the usual names."
-    there = {c.lower(): c for c in row if c.lower() not in _CALLED['t'].split() or _is_time(row[c])}
+    flat = (c for c,v in row.items() if not isinstance(v, (dict,list)))
+    there = {_bare(c): c for c in flat if _bare(c) not in _CALLED['t'].split() or _is_time(row[c])}
     found = {k: next((there[c] for c in names.split() if c in there), None) for k,names in _CALLED.items()}
     return {k: c for k,c in found.items() if c}
 
@@ -563,7 +566,17 @@ def is_html(
     "Find whether texts are HTML."
     return any(map(_MARKUP.search, texts)) and not any(map(_NO_TAG.search, texts))
 
-def _plain(s): return s if _NO_TAG.search(s) else html_text(s)
+def is_wrapped(
+    texts, # Some texts of a column
+)->bool: # Is most of them one element, in which whatever looks like a tag is one?
+    "Find whether texts are whole elements, as of Teams."
+    return 2*sum(bool(re.fullmatch(r'(?is)\s*<(p|div)\b[^<>]*>.*</\1>\s*', t)) for t in texts)>len(texts)>0
+
+def text_of(
+    s:str, # A text of a column in HTML
+)->str: # The same where it has what is no tag, as code
+    "Text of what is likely to be HTML."
+    return s if _NO_TAG.search(s) else html_text(s)
 
 # %% ../../nbs/exports/sources.ipynb #224a82ee
 _QUOTE = re.compile(r'\[quote\b[^\]\n]{0,300}\]((?:(?!\[/?quote\b).)*?)\[/quote\]\s*', re.I | re.S)
@@ -592,14 +605,20 @@ def _refuse_rendered(text):
 # %% ../../nbs/exports/sources.ipynb #62e444f6
 _LOOKED_AT = 200 # rows
 
-def _table_line(r, at, columns, html=False, **_):
+def _is_like(x, row):
+    "Has a value the columns of its row, as an answer inside a comment has?"
+    return isinstance(x, dict) and len(x.keys() & row.keys())>max(2, len(row)//2)
+
+def _table_line(r, at, columns, html=None, **_):
     "Line of a table's row."
     g = {k: _at(r, c) for k,c in columns.items()}
     text = str(g['text']) if isinstance(g['text'], (int,float)) else g['text']
+    if inside := next((k for k,v in r.items() if isinstance(v, list) and v and _is_like(v[0], r)), ''):
+        raise ValueError(f"it has rows like itself in `{inside}`, and a table has no place for a tree")
     if text is None: raise LeftOut('no text')
     _refuse_rendered(text)
     text = quotes_apart(_str(text, 'text', MOST_TEXT))
-    if html: text = _plain(text)
+    if html: text = html(text)
     about = dict(score=_score(g.get('score')), by='table', id=_id(g.get('id')), reply_to=_id(g.get('reply_to')))
     if not g.keys() & {'room','who','t','id','reply_to','group','author'}: # comments
         return [line(hash_of(text), 'writer', text, whole=at.n, **about)]
@@ -617,6 +636,15 @@ def _table_line(r, at, columns, html=False, **_):
 # %% ../../nbs/exports/sources.ipynb #6e20d3e4
 def _is_table(b): return 'text' in b.row or {'text','who'}<=find_columns(b.row).keys()
 
+def _said_columns(row):
+    "What is to be said of columns that were found by their names: which, which others there are, and whether nobody is named."
+    found = find_columns(row)
+    rest = [c for c in row if c not in found.values()]
+    res = ['columns '+' '.join(f'{k}={c}' for k,c in found.items())]
+    if rest: res.append(f"not read: {excerpt(' '.join(rest))}")
+    if 'who' not in found and len(found)>1: res.append('no column says who speaks, so all is one writer\'s')
+    return res
+
 @reader('table', detect=_is_table)
 def read_table(
     path:str, # CSV, JSON, Excel or Parquet, or `hub:OWNER/NAME`
@@ -627,11 +655,12 @@ def read_table(
 ):
     "Any CSV, JSON, Excel or Parquet, with --columns 'text=body who=author room=channel t=sent score=tox'"
     rows,said = [r for _,r in islice(records(path, Quarantine(max_bad=1)), _LOOKED_AT)],[]
-    if columns is None and rows: said.append('columns '+' '.join(f'{k}={c}' for k,c in find_columns(rows[0]).items()))
+    if columns is None and rows: said += _said_columns(rows[0])
     columns = _checked(columns, rows, Path(path).name) if rows else dict(text='text')
     if 'text' not in columns:
         raise UserError(Path(path).name, "no column `text`", "say which one it is, as in --columns text=body")
-    html = is_html([t for r in rows if isinstance(t := _at(r, columns['text']), str)])
+    texts = [t for r in rows if isinstance(t := _at(r, columns['text']), str)]
+    html = html_text if is_wrapped(texts) else text_of if is_html(texts) else None # makes text of it
     if html: said.append('HTML read as text')
     yield from read_records(partial(_table_line, columns=columns, html=html), path, bad, when=columns.get('t', ''),
         zone=zone, said=said)
@@ -656,5 +685,5 @@ def find_kind(
         if b.path.is_dir(): raise UserError(b.name, "no reader knows this folder", "give files")
         next(records(path, Quarantine(max_bad=.99)), None) # says why it can't be read, or mustn't be
         if b.row:
-            raise UserError(b.name, f"no reader knows it; it has {excerpt(', '.join(map(str, b.row)))}", NAME_KIND)
+            raise UserError(b.name, f"no reader knows it; it has {excerpt(', '.join(_columns(b.row)), 300)}", NAME_KIND)
     return 'messages'

@@ -100,17 +100,21 @@ class DateOrder:
     "Finds whether days, months or years come first, from all dates of a file."
     def __init__(self):
         self.n,self.last,self.example = 0,'',''
+        self.dotted = False # are halves of the day `a. m.`, as in Spanish?
         self.read,self.jumps,self.days = dict.fromkeys(ORDERS, 0),dict.fromkeys(ORDERS, 0),{}
 
     def look(self,
         v, # A time as it is in the file
     ):
         "Take one more date into account."
+        dotted = isinstance(v, str) and re.search(r'(?i)\b[ap]\.\s?m\b', v)
+        if isinstance(v, str) and not v.isascii(): v = _tidy(v)
         m = _DATE.search(v) if isinstance(v, str) else None
         if not m or m[0]==self.last: return
         found = _readings(m[0])
         if not found or _ISO.match(v): return
         self.n,self.last,self.example = self.n+1,m[0],self.example or m[0]
+        self.dotted |= bool(dotted)
         for k,d in found.items():
             self.read[k] += 1
             self.jumps[k] += abs((d-self.days.get(k, d)).days)
@@ -129,7 +133,7 @@ def decide(self:DateOrder)->tuple: # Order, one of `ORDERS`; and what is to be s
     first,second = (self.jumps[k] for k in near[:2])
     if second>2*first: order,why = near[0],'for so its days follow one another'
     else:
-        bare = re.match(r'\d/|\d+/\d/', self.example) and not self.example.startswith('0')
+        bare = re.match(r'[1-9]/|[0-9]+/[1-9]/', self.example) and self.example[0]!='0' and not self.dotted
         order,why = 'mdy' if bare and 'mdy' in able else 'dmy','which its dates leave open'
     return order,f"dates such as {self.example} read with the {ORDERS[order]}, {why}"
 
@@ -269,7 +273,7 @@ def needs_look(
     v, # The first time of a file
 )->bool:
     "Whether the order of a file's dates has to be found before they are read."
-    m = _DATE.search(v) if isinstance(v, str) and not _ISO.match(v) else None
+    m = _DATE.search(_tidy(v)) if isinstance(v, str) and not _ISO.match(v) else None
     return bool(m) and len(m[1])<3
 
 # %% ../../nbs/exports/times.ipynb #fb403502
