@@ -275,8 +275,9 @@ def legible(
 
 # %% ../../nbs/exports/files.ipynb #3041bbcd
 _EASTERN = 'cp932','euc_jp','cp949','gb18030','big5'
-_LETTERED = dict(cp1251={'Russian','Ukrainian','Bulgarian','Serbian'}, koi8_r={'Russian'}, cp866={'Russian'}, cp1253={'Greek'},
-    cp1256={'Arabic','Farsi'}, cp874={'Thai'}) # and the languages that are written in them
+_CYRILLIC = 'Russian','Ukrainian','Bulgarian','Serbian'
+_LETTERED = dict(cp1251=_CYRILLIC, koi8_r=_CYRILLIC, cp866=_CYRILLIC, cp1253=('Greek',), cp1256=('Arabic','Farsi'),
+    cp874=('Thai',)) # and the languages that are written in them
 
 def _other_script(head):
     "The encoding of a text in letters of another script, if there is one that fits; or ''."
