@@ -150,7 +150,7 @@ _TLD = r"""(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|
     |link|site|online|club|shop|example|test|cc|ws|click|party|stream|social|store|space|top|icu|pro
     |cloud|tech|blog|wiki|chat|zone|media|art|lol|page|museum|onion|i2p|ai|fm|jp|cn|kr|br|mx|ch|cz|gr|ie|nz|za|tr
     |ua|travel|engineering)"""
-_LAND = rf"(?:{_TLD}|se|fi|dk|pt|hu|ro|si|hr|sk|lt|lv|bg|ee|at)" # after the word "dot", where it can be no word
+_LAND = rf"(?:{_TLD}|me|se|fi|dk|pt|hu|ro|si|hr|sk|lt|lv|bg|ee|at)" # after the word "dot", where it can be no word
 _WDOT = rf"(?:\s?[\[({{<]\s?(?:{_DOTS}|\.)\s?[\])}}>]\s?|\s{{1,5}}(?:{_DOTS})\s{{1,5}})"
 _DOT = rf"(?:\s?\.\s?|{_WDOT}|_dot_)"
 _BAT = rf"\s?[\[({{<]\s?(?:a|{_ATS}|@)\s?[\])}}>]\s?"
@@ -237,7 +237,7 @@ _HANDLE = re.compile(rf"""
     """, re.I|re.X)
 
 # %% ../../nbs/exports/pii.ipynb #dae4c348
-_CALLED = r"""gamer\s?tag|name|id|tag|user(?:name)?|handle|acc(?:ount)?|ign|channel|profile?|konto|kanal|usuario
+_CALLED = r"""gamer\s?tag|gt|name|id|tag|user(?:name)?|handle|acc(?:ount)?|ign|channel|profile?|konto|kanal|usuario
         |pseudo|nick(?:name)?|link"""
 _HANDLE_OF = re.compile(rf"""
     (?P<mine>(?:\b(?:my|mein|mi|mon|mio|meu|mijn|min|mój|add(?:\sme)?|follow(?:\sme)?|find\sme|folgt\smir|i'?m|dm\sme)\b
@@ -501,7 +501,7 @@ def _is_phone(m, regions=REGIONS):
 # %% ../../nbs/exports/pii.ipynb #61411947
 BIRTH_WORDS = dict( # language → what is said beside a date of birth
     en=r"(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth\s?day|b-?day|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:_?date)?",
-    de=r"geb(?:oren|urtstag|urtsdatum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?\sle|date\sde\snaissance|anniv(?:ersaire)?",
+    de=r"geb(?:oren|urtstag|urtsdatum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\sle)?|date\sde\snaissance|anniv(?:ersaire)?",
     es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?",
     pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio",
     it=r"nat[oa]\sil|(?:data\sdi\s)?nascita|compleanno", nl=r"geboren(?:\sop)?|geboortedatum|verjaardag|jarig",
@@ -514,14 +514,15 @@ _DAY = r"""(?:\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?!\d) # 12.3.1994
     |\d{1,2}(?:st|nd|rd|th|er)?\.?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?(?:,?\s(?:de\s)?\d{4})?(?![\w])
     |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?(?:,?\s\d{4})?(?![\w./-]))"""
 _DAY_OF_YEAR = r"""(?:\d{1,2}[-./]\d{1,2}[-./]\d{4}(?!\d)|(?:19|20)\d\d(?:[-/]\d\d[-/]\d\d|[01]\d[0-3]\d)(?!\d)
-    |\d{1,2}(?:st|nd|rd|th|er|\.)?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?,?\s(?:de\s)?(?:19|20)\d\d(?!\w))"""
+    |\d{1,2}(?:st|nd|rd|th|er|\.)?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?,?\s(?:de\s)?(?:19|20)\d\d(?!\w)
+    |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?,?\s(?:19|20)\d\d(?!\w))"""
 _BIRTH = re.compile(rf"""
     (?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_])(?:['’]s)?(?:[\s:=,-]{{1,3}}[^\W\d_]{{1,10}}){{0,5}}?[\s:=,-]{{1,3}}(?P<y>{_DAY_OF_YEAR})
     |(?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])["']?[\s:=-]{{0,3}}["']?(?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am
         |el|le|się|w|dnia
         |em|den|-)\s{{1,2}}|[はは는은이가]\s?){{0,3}}(?P<v>{_DAY})
     |(?P<w>{_DAY})\s(?:is|ist|es|est)\s(?:my|mein|mi|mon)\s(?:birthday|b-?day|geburtstag|cumple\w{{0,5}}|anniversaire)
-    |\bich\sbin\sam\s(?P<x>{_DAY})\sgeboren""",
+    |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b""",
     re.I|re.X)
 
 # %% ../../nbs/exports/pii.ipynb #68e60cbf

@@ -452,6 +452,8 @@ _CALLED = dict( # what columns are called, in the order of preference, without s
     room='room channel channelname channelid chan ch thread match topicid threadid roomid',
     id='id messageid msgid postid', reply_to='replyto replytoid parentid parent', score='score toxicity', group='group')
 
+_NAMES = frozenset(f"{_CALLED['who']} displayname realname fullname firstname lastname screenname handle login remark".split())
+
 def _bare(column): return re.sub(r'[\W_]', '', column).lower()
 
 def _is_time(v):
@@ -609,7 +611,7 @@ def _is_like(x, row):
     "Has a value the columns of its row, as an answer inside a comment has?"
     return isinstance(x, dict) and len(x.keys() & row.keys())>max(2, len(row)//2)
 
-def _table_line(r, at, columns, html=None, **_):
+def _table_line(r, at, columns, html=None, names=(), **_):
     "Line of a table's row."
     g = {k: _at(r, c) for k,c in columns.items()}
     text = str(g['text']) if isinstance(g['text'], (int,float)) else g['text']
@@ -630,11 +632,17 @@ def _table_line(r, at, columns, html=None, **_):
         if _time(t) is not None: group = f'{room}-{int(t//86400)}'
         elif nameless: group = f'{room}-{at.n//400}'
     who,author = g.get('who', 'writer'),g.get('author')
-    if 'who' in g: who = at.book.person(who if author is None else author, who)
+    if 'who' in g: who = at.book.person(who if author is None else author, who, *(_at(r, c) for c in names))
     return [line(room, who, text, t, group=group, author=author, **about)]
 
 # %% ../../nbs/exports/sources.ipynb #6e20d3e4
 def _is_table(b): return 'text' in b.row or {'text','who'}<=find_columns(b.row).keys()
+
+def _other_names(columns, row):
+    "Columns beside that of the speaker which have names of the speaker too."
+    inside,_,_ = columns['who'].rpartition('.')
+    cut = [(c, *c.rpartition('.')) for c in _columns(row) if c not in columns.values()]
+    return [c for c,at,_,last in cut if at==inside and _bare(last) in _NAMES and isinstance(_at(row, c), str)]
 
 def _said_columns(row):
     "What is to be said of columns that were found by their names: which, which others there are, and whether nobody is named."
@@ -662,8 +670,9 @@ def read_table(
     texts = [t for r in rows if isinstance(t := _at(r, columns['text']), str)]
     html = html_text if is_wrapped(texts) else text_of if is_html(texts) else None # makes text of it
     if html: said.append('HTML read as text')
-    yield from read_records(partial(_table_line, columns=columns, html=html), path, bad, when=columns.get('t', ''),
-        zone=zone, said=said)
+    names = _other_names(columns, rows[0]) if rows and 'who' in columns else ()
+    yield from read_records(partial(_table_line, columns=columns, html=html, names=names), path, bad,
+        when=columns.get('t', ''), zone=zone, said=said)
 
 # %% ../../nbs/exports/sources.ipynb #085c80a6
 _ASKED_LAST = 'messages','table'
