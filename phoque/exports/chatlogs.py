@@ -361,7 +361,7 @@ def read_whatsapp(
     "WhatsApp chat, as text"
     book,clocks = book_of(bad),{}
     for name,f in texts_in(path, _CHAT_TXT):
-        clocks[name] = Clock(zone, order).look(m[1] or m[2] for m in map(_WHATSAPP.match, map(legible, text_lines(f)))
+        clocks[name] = Clock(zone, order, phone=True).look(m[1] or m[2] for m in map(_WHATSAPP.match, map(legible, text_lines(f)))
             if m)
     for name,f in texts_in(path, _CHAT_TXT, book):
         clock,room = clocks[name],ONLY_ROOM if len(clocks)==1 else name

@@ -5,6 +5,7 @@
 # %% ../../nbs/exports/sources.ipynb #0730e96b
 from __future__ import annotations
 import re
+from datetime import date
 from functools import partial
 from html.parser import HTMLParser
 from itertools import islice
@@ -149,9 +150,15 @@ def reader(
     return _inner
 
 # %% ../../nbs/exports/sources.ipynb #f04145c0
+def _of_both(day, at):
+    "A day and a time of day, of two columns, as one text; None if there is no day."
+    if day in (None, ''): return None
+    return f"{day:%Y-%m-%d} {at}" if isinstance(day, date) else f"{day} {'' if at is None else at}".strip()
+
 def _at(row, column):
-    "What is in a column, which may be inside another; None if there is nothing."
+    "What is in a column, which may be inside another, or in two, as `date+time`; None if there is nothing."
     if column in row: return row[column]
+    if '+' in column: return _of_both(*(_at(row, c) for c in column.split('+', 1)))
     for k in column.split('.'): row = row.get(k) if isinstance(row, dict) else None
     return row
 
@@ -422,7 +429,7 @@ def chats(r, at, columns=None, **_):
 
 # %% ../../nbs/exports/sources.ipynb #864808aa
 COLUMNS = dict(text='what was said', who='who said it', author='the id of who said it', room='channel, match or thread',
-    t='when, as a number or a date', id='id of the line', reply_to='id of the line that it answers',
+    t='when, as a number or a date; DAY+TIME of two columns', id='id of the line', reply_to='id of the line that it answers',
     score='measured toxicity, 0 to 1', group='what must stay on one side of the split')
 
 TURNS = dict(messages='the list of turns', role='who speaks, in a turn', content='what is said, in a turn',
@@ -445,10 +452,12 @@ def column_map(
 
 # %% ../../nbs/exports/sources.ipynb #26a686b2
 _CALLED = dict( # what columns are called, in the order of preference, without signs between words
-    text='text message content body comment msg messagetext posttext pagetext strcontent',
-    who='who author user username sender speaker nick nickname postusername name from by',
+    text='''text message content body comment msg messagetext posttext pagetext strcontent textoriginal textdisplay fulltext
+        commenttext''',
+    who='''who author user username sender speaker nick nickname postusername name from by authorname sendername displayname
+        authordisplayname''',
     author='authorid userid senderid posterid fromid',
-    t='t timestamp time date datetime createdat sentat createdutc sent when posttime dateline createtime',
+    t='t timestamp time date datetime createdat sentat createdutc sent when posttime dateline createtime publishedat ts',
     room='room channel channelname channelid chan ch thread match topicid threadid roomid',
     id='id messageid msgid postid', reply_to='replyto replytoid parentid parent', score='score toxicity', group='group')
 
@@ -469,6 +478,8 @@ def find_columns(
     flat = (c for c,v in row.items() if not isinstance(v, (dict,list)))
     there = {_bare(c): c for c in flat if _bare(c) not in _CALLED['t'].split() or _is_time(row[c])}
     found = {k: next((there[c] for c in names.split() if c in there), None) for k,names in _CALLED.items()}
+    day = found['t'] and _bare(found['t'])=='date' and found['t']
+    if day and (at := next((c for c in row if _bare(c)=='time'), '')) and _is_time(_at(row, f'{day}+{at}')): found['t'] = f'{day}+{at}'
     return {k: c for k,c in found.items() if c}
 
 # %% ../../nbs/exports/sources.ipynb #760eedfb
@@ -647,9 +658,9 @@ def _other_names(columns, row):
 def _said_columns(row):
     "What is to be said of columns that were found by their names: which, which others there are, and whether nobody is named."
     found = find_columns(row)
-    rest = [c for c in row if c not in found.values()]
+    rest = row.keys()-{x for c in found.values() for x in (c, *c.split('+'))}
     res = ['columns '+' '.join(f'{k}={c}' for k,c in found.items())]
-    if rest: res.append(f"not read: {excerpt(' '.join(rest))}")
+    if rest: res.append(f"not read: {excerpt(' '.join(c for c in row if c in rest))}")
     if 'who' not in found and len(found)>1: res.append('no column says who speaks, so all is one writer\'s')
     return res
 
