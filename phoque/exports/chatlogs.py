@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from ..core.basics import UserError
 from .files import MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text, book_of
-from .files import export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in, open_text, reason_of
-from .files import records, refuse, text_lines, texts_in, value_at, whole_file
+from .files import export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in
+from .files import open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
 from .sources import ONLY_ROOM, SOURCES, html_text, line, lines_of, name_of, no_words, quotes_apart
 from .sources import read_records, read_turns, reader, source
 from .times import Clock, Days, named_day, seconds

@@ -517,10 +517,10 @@ _DAY_OF_YEAR = r"""(?:\d{1,2}[-./]\d{1,2}[-./]\d{4}(?!\d)|(?:19|20)\d\d(?:[-/]\d
     |\d{1,2}(?:st|nd|rd|th|er|\.)?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?,?\s(?:de\s)?(?:19|20)\d\d(?!\w)
     |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?,?\s(?:19|20)\d\d(?!\w))"""
 _BIRTH = re.compile(rf"""
-    (?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_])(?:['’]s)?(?:[\s:=,-]{{1,3}}[^\W\d_]{{1,10}}){{0,5}}?[\s:=,-]{{1,3}}(?P<y>{_DAY_OF_YEAR})
-    |(?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])["']?[\s:=-]{{0,3}}["']?(?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am
-        |el|le|się|w|dnia
-        |em|den|-)\s{{1,2}}|[はは는은이가]\s?){{0,3}}(?P<v>{_DAY})
+    (?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_])(?:['’]s)?(?:[\s:=,-]{{1,3}}[^\W\d_]{{1,10}}){{0,5}}?
+        [\s:=,-]{{1,3}}(?P<y>{_DAY_OF_YEAR})
+    |(?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])["']?[\s:=-]{{0,3}}["']?
+        (?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am|el|le|się|w|dnia|em|den|-)\s{{1,2}}|[はは는은이가]\s?){{0,3}}(?P<v>{_DAY})
     |(?P<w>{_DAY})\s(?:is|ist|es|est)\s(?:my|mein|mi|mon)\s(?:birthday|b-?day|geburtstag|cumple\w{{0,5}}|anniversaire)
     |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b""",
     re.I|re.X)
@@ -971,8 +971,9 @@ _STREET_TOLD = re.compile(rf"""
         |{_HOUSE}(?(sure)(?!\s{_SPAN}\b)|(?=\s*(?:[,.;!?\n<"'}}]|$))){_TAIL})""", re.X|re.I)
 
 # %% ../../nbs/exports/pii.ipynb #a664652f
-NEEDS = dict(any='', digit=r'\d', digits=r'(?:\d\D{0,3}){5}\d', long=r'\S{16}|\.(?:eth|sol|near)\b', password=f'(?ix){_PASS_WORD}',
-    flag='-|net user|PASS', iban='[A-Za-z]{2}[0-9]{2}', place=r'\d[.,]\d{3}|///|\+|UTM', point=r'[.,]\d{3}|°', folder=r'[\\/]\w+[\\/]',
+NEEDS = dict(any='', digit=r'\d', digits=r'(?:\d\D{0,3}){5}\d', long=r'\S{16}|\.(?:eth|sol|near)\b',
+    password=f'(?ix){_PASS_WORD}', flag='-|net user|PASS', iban='[A-Za-z]{2}[0-9]{2}',
+    place=r'\d[.,]\d{3}|///|\+|UTM', point=r'[.,]\d{3}|°', folder=r'[\\/]\w+[\\/]',
     mail_of='(?i)mail|hotm|outl|cloud|yahoo', url=r'(?i)\S\.\S|\s\.\s|dot|www',
     mail=rf'(?i)@|-at-|(?<![^\W_])(?:{_ATS})(?![^\W_])|[\[({{<]\s?a\s?[\])}}>]|(?:mail|hoo)\.') # name → what must be in a text
 NEEDS = {k: re.compile(v) for k,v in NEEDS.items()}

@@ -465,6 +465,7 @@ _NAMES = frozenset(f"{_CALLED['who']} displayname realname fullname firstname la
 
 def _bare(column): return re.sub(r'[\W_]', '', column).lower()
 
+# %% ../../nbs/exports/sources.ipynb #8e211a85
 def _is_time(v):
     "Can it be read as a time, whatever the order of its numbers?"
     for order in ('dmy','mdy','ymd'):
@@ -478,8 +479,9 @@ def find_columns(
     flat = (c for c,v in row.items() if not isinstance(v, (dict,list)))
     there = {_bare(c): c for c in flat if _bare(c) not in _CALLED['t'].split() or _is_time(row[c])}
     found = {k: next((there[c] for c in names.split() if c in there), None) for k,names in _CALLED.items()}
-    day = found['t'] and _bare(found['t'])=='date' and found['t']
-    if day and (at := next((c for c in row if _bare(c)=='time'), '')) and _is_time(_at(row, f'{day}+{at}')): found['t'] = f'{day}+{at}'
+    if found['t'] and _bare(found['t'])=='date':
+        both = [f"{found['t']}+{c}" for c in row if _bare(c)=='time']
+        if both and _is_time(_at(row, both[0])): found['t'] = both[0]
     return {k: c for k,c in found.items() if c}
 
 # %% ../../nbs/exports/sources.ipynb #760eedfb
@@ -622,6 +624,7 @@ def _is_like(x, row):
     "Has a value the columns of its row, as an answer inside a comment has?"
     return isinstance(x, dict) and len(x.keys() & row.keys())>max(2, len(row)//2)
 
+# %% ../../nbs/exports/sources.ipynb #3f414cf6
 def _table_line(r, at, columns, html=None, names=(), **_):
     "Line of a table's row."
     g = {k: _at(r, c) for k,c in columns.items()}
@@ -664,6 +667,7 @@ def _said_columns(row):
     if 'who' not in found and len(found)>1: res.append('no column says who speaks, so all is one writer\'s')
     return res
 
+# %% ../../nbs/exports/sources.ipynb #6e90df24
 @reader('table', detect=_is_table)
 def read_table(
     path:str, # CSV, JSON, Excel or Parquet, or `hub:OWNER/NAME`
