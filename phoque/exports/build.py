@@ -8,7 +8,9 @@ import hashlib, json, logging, os, re, shlex, sys, time
 from collections import Counter
 from importlib.metadata import version
 from importlib.util import find_spec
+from functools import lru_cache
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -240,6 +242,7 @@ def _read_options(self:Build):
     return opts | dict(columns=column_map(self.columns)) if self.columns else opts
 
 # %% ../../nbs/exports/build.ipynb #894133ea
+@lru_cache(1) # of what is running, even if a file changes meanwhile
 def _code():
     "A hash of these modules' code."
     files = sorted(Path(find_spec('phoque.exports').origin).parent.glob('*.py'))
@@ -285,23 +288,27 @@ def _conversations(asked, work):
     _note(work, asked, 'read').write_text(json.dumps(note))
 
 # %% ../../nbs/exports/build.ipynb #a1cb7f4b
+def _write_table(rows, path, features):
+    "Write rows to an Arrow file, a thousand at a time; the file has its name once it is whole."
+    import pyarrow as pa
+    part,rows,schema = path.with_suffix('.part'),iter(rows),features.arrow_schema
+    with pa.OSFile(str(part), 'wb') as f, pa.ipc.new_stream(f, schema) as w:
+        while some := [*islice(rows, 1000)]: w.write_batch(pa.RecordBatch.from_pylist(some, schema))
+    part.rename(path)
+
 @patch
 def read(self:Build,
     part:tuple, # One of `parts`
 )->'datasets.Dataset': # A row for each thread
     "Read and thread a file, on disk."
     from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
+    from filelock import FileLock
     Path(self.work).mkdir(parents=True, exist_ok=True)
-    args = dict(asked=self.asked(part), work=self.work)
-    try: return Dataset.from_generator(_conversations, features=_features(), cache_dir=self.work, gen_kwargs=args)
-    except DatasetGenerationError as e:
-        while e.__cause__: e = e.__cause__ # ours is at the bottom
-        raise e from None
-    except ValueError: # of a file without a line, of which `datasets` makes nothing
-        note = _read(self.work, args['asked'])
-        if not note or note['lines']: raise
-        return Dataset.from_dict({k: [] for k in _features()}, features=_features())
+    asked = self.asked(part)
+    path = _note(self.work, asked, 'threads').with_suffix('.arrow')
+    with FileLock(f'{path}.lock'): # of several workers one reads
+        if not path.exists(): _write_table(_conversations(asked, self.work), path, _features())
+    return Dataset.from_file(str(path))
 
 # %% ../../nbs/exports/build.ipynb #b0ef9249
 def read_prompts(

@@ -13,16 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from ..core.basics import UserError
 from .files import MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text, book_of
-from .files import export_file, files_in, hash_of, is_packed, json_lines, legible, lists_in, open_text, reason_of
-from .files import records, refuse, text_lines, texts_in, value_at, whole_file
+from .files import export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in
+from .files import open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
 from .sources import ONLY_ROOM, SOURCES, html_text, line, lines_of, name_of, no_words, quotes_apart
 from .sources import read_records, read_turns, reader, source
 from .times import Clock, Days, named_day, seconds
 
 # %% auto #0
-__all__ = ['MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_messenger',
-           'read_signal', 'read_matrix', 'read_irc', 'read_minecraft', 'read_game', 'read_reddit', 'read_discourse',
-           'read_mastodon', 'read_twitch', 'read_livechat', 'read_youtube', 'read_convokit', 'read_oasst']
+__all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp',
+           'read_messenger', 'read_signal', 'read_matrix', 'read_irc', 'read_minecraft', 'read_game', 'read_reddit',
+           'read_discourse', 'read_mastodon', 'read_twitch', 'read_livechat', 'read_youtube', 'read_convokit',
+           'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
 _MESSAGES = r'"messages"\s*:\s*\[' # how the list of messages begins in many exports
@@ -56,6 +57,8 @@ def _discord_text(m):
 # %% ../../nbs/exports/chatlogs.ipynb #e5b9984a
 _CHANNEL = re.compile(r'"channel"\s*:\s*\{(?=[^{}]*?"id"\s*:\s*"(\w+)")(?:(?=[^{}]*?"type"\s*:\s*"(\w+)"))?')
 
+PASSED_ON = 'the label of words that somebody else wrote'
+
 def _discord_line(m, room, book):
     "Line of a Discord message."
     who,t = m['author'],seconds(m['timestamp'])
@@ -63,8 +66,10 @@ def _discord_line(m, room, book):
     if who['isBot']: raise LeftOut('a bot')
     if m['type'] not in ('Default','Reply'): raise LeftOut('a notice')
     to = (m.get('reference') or {}).get('messageId') if m['type']=='Reply' else None
+    passed_on = bool(m.get('forwardedMessage')) and not m['content']
+    if passed_on: book.note(f"{room} message {m['id']}", PASSED_ON)
     return line(room, name, _discord_text(m), t, author=who['id'],
-        group=f'discord-{room}-{int(t//86400)}', id=m['id'], reply_to=to)
+        group=f'discord-{room}-{int(t//86400)}', id=m['id'], reply_to=to, weight=int(not passed_on))
 
 # %% ../../nbs/exports/chatlogs.ipynb #e2261706
 def _is_discord(b):
@@ -244,8 +249,10 @@ def _telegram_line(m, book, room, clock, topics):
     if topic := topics.get(to):
         topics[m['id']],room = topic,f'{room}/{topic}'
         to = None if to==topic else to
+    passed_on = m.get('forwarded_from') not in (None, who)
+    if passed_on: book.note(f"{room} message {m['id']}", PASSED_ON)
     return _said(book, 'telegram', room, who, _telegram_text(m['text']), t, id=m['id'], reply_to=to,
-        author=m.get('from_id'))
+        author=m.get('from_id'), weight=int(not passed_on))
 
 # %% ../../nbs/exports/chatlogs.ipynb #0378ba54
 _CHATS = r'personal_chat|bot_chat|saved_messages|(private|public)_(group|supergroup|channel)'
@@ -277,20 +284,18 @@ _STAMP = '(?![\\d-]+T)\\d{1,4}S\\d{1,2}S\\d{1,4}(?!\\d)[^\n<>\t\\]]{1,22}?\\d\\d
 _WHATSAPP = re.compile(rf'{_MARKED}(?:\[({_STAMP})\](?! ?[<*]) ?|({_STAMP}) [-–] )({_MARKED}.*)', re.S)
 _NAMED = re.compile(r'([^:\n]{1,100}?) ?:(?: (.*)|(?=\n|$)(.*))', re.S)
 
-def _whatsapp_items(f):
-    "Date, style and rest of each message, which may have several lines."
-    stamp,iphone = '',False
-    parts,size = [],0
-    for s in text_lines(f):
-        s = legible(s)
-        m = _WHATSAPP.match(s)
+def _many_lined(f, head):
+    "What `head` finds before the text of each message, and the text, which may have several lines; of what comes first, nothing."
+    before,parts,size = (),[],0
+    for s in map(legible, text_lines(f)):
+        m = head.match(s)
         if m and parts:
-            yield (stamp,iphone,''.join(parts)),TOO_LONG if size>MOST_ROW else ''
+            yield (before,''.join(parts)),TOO_LONG if size>MOST_ROW else ''
             parts,size = [],0
-        if m: stamp,iphone = m[1] or m[2],bool(m[1])
+        if m: *before,s = m.groups()
         size += len(s)
-        if size<=MOST_ROW: parts.append(m[3] if m else s)
-    if parts: yield (stamp,iphone,''.join(parts)),TOO_LONG if size>MOST_ROW else ''
+        if size<=MOST_ROW: parts.append(s)
+    if parts: yield (before,''.join(parts)),TOO_LONG if size>MOST_ROW else ''
 
 # %% ../../nbs/exports/chatlogs.ipynb #d3adef2e
 _OMITTED = re.compile(r'<[^<>\n]{5,60}>\.?')
@@ -356,16 +361,18 @@ def read_whatsapp(
     "WhatsApp chat, as text"
     book,clocks = book_of(bad),{}
     for name,f in texts_in(path, _CHAT_TXT):
-        clocks[name] = Clock(zone, order).look(m[1] or m[2] for m in map(_WHATSAPP.match, map(legible, text_lines(f)))
+        clocks[name] = Clock(zone, order, phone=True).look(m[1] or m[2] for m in map(_WHATSAPP.match, map(legible, text_lines(f)))
             if m)
     for name,f in texts_in(path, _CHAT_TXT, book):
         clock,room = clocks[name],ONLY_ROOM if len(clocks)==1 else name
         def say(m):
-            if not m[0]: raise LeftOut('before the first message')
-            t = clock.steady(m[0])
-            who,text = _whatsapp_who(m[2])
-            return _said(book, 'whatsapp', room, who, _whatsapp_text(text, m[1], partial(book.note, name)), t)
-        yield from lines_of(_whatsapp_items(f), f'{name} message', bad, say)
+            before,rest = m
+            if not before: raise LeftOut('before the first message')
+            iphone,android = before # which one has the time
+            t = clock.steady(iphone or android)
+            who,text = _whatsapp_who(rest)
+            return _said(book, 'whatsapp', room, who, _whatsapp_text(text, bool(iphone), partial(book.note, name)), t)
+        yield from lines_of(_many_lined(f, _WHATSAPP), f'{name} message', bad, say)
         book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #5dc4cdd8
@@ -437,20 +444,11 @@ def _signal_cli(r, at):
         reply_to=(m.get('quote') or {}).get('id'))
 
 # %% ../../nbs/exports/chatlogs.ipynb #b149437d
-def _signal_items(f):
-    "Messages of a page of signal-export."
-    m,size = None,0
-    for s in map(legible, text_lines(f)):
-        new = _SIGNAL_MD.match(s)
-        if new and m: yield m,TOO_LONG if size>MOST_ROW else ''
-        if new: m,size = [*new.groups()],0
-        elif m and size<=MOST_ROW: m[2] += s
-        size += len(s)
-    if m: yield m,TOO_LONG if size>MOST_ROW else ''
-
 def _signal_page(m, book, clock):
-    "Line of a message of a page."
-    at,who,text = m
+    "Line of a message of a page of signal-export."
+    before,text = m
+    if not before: raise LeftOut('before the first message')
+    at,who = before
     if text.strip()=='(This message was deleted)': raise LeftOut('a deleted message')
     text = re.sub(r'\A\s*(> [^\n]*\n)+', '', text)
     text = re.sub(r'(?m)^\(- .{1,500} -\)$|!?\[[^\]\n]{0,200}\]\(\./[^)\n]{1,300}\)', '', text)
@@ -481,7 +479,7 @@ def read_signal(
     if not page: return (yield from read_records(_signal_row, path, bad, zone=zone))
     book,clock = book_of(bad),Clock(zone)
     for name,f in texts_in(path):
-        yield from lines_of(_signal_items(f), f'{name} message', bad, partial(_signal_page, book=book, clock=clock))
+        yield from lines_of(_many_lined(f, _SIGNAL_MD), f'{name} message', bad, partial(_signal_page, book=book, clock=clock))
     book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #122df8a6
@@ -547,9 +545,10 @@ def read_matrix(
         yield from lines_of(items, f'{name} event', bad, say)
 
 # %% ../../nbs/exports/chatlogs.ipynb #4ce3ed77
-def _log_lines(path):
+def _log_lines(path, book):
     "Lines of a log without their ends, each with no fault, except for those that are too long."
     with whole_file(export_file(path).name), open_text(path) as f:
+        book.hear(*foreign(f.encoding))
         for s in text_lines(f):
             if s.strip(): yield legible(s).rstrip('\r\n'),TOO_LONG if len(s)>MOST_ROW else ''
 
@@ -653,7 +652,7 @@ def read_irc(
     path,book = Path(path),book_of(bad)
     days = Days(Clock(zone), named_day(path.name))
     say = partial(_irc_line, book=book, room=_channel(path), days=days, known={})
-    yield from lines_of(_log_lines(path), f'{path.name} line', bad, say)
+    yield from lines_of(_log_lines(path, book), f'{path.name} line', bad, say)
     book.hear(*days.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #1eb8de07
@@ -689,7 +688,7 @@ def read_minecraft(
     path,book = Path(path),book_of(bad)
     days = Days(Clock(zone), named_day(path.name))
     say = partial(_minecraft_line, book=book, room=ONLY_ROOM, days=days, known={})
-    yield from lines_of(_log_lines(path), f'{path.name} line', bad, say)
+    yield from lines_of(_log_lines(path, book), f'{path.name} line', bad, say)
     book.hear(*days.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #05e9fc21
@@ -723,7 +722,7 @@ def read_game(
     "Log of a Source engine game, Factorio, Rust or Valheim"
     path,book,clock = Path(path),book_of(bad),Clock(zone, order)
     say = partial(_game_line, book=book, room=ONLY_ROOM, clock=clock)
-    yield from lines_of(_log_lines(path), f'{path.name} line', bad, say)
+    yield from lines_of(_log_lines(path, book), f'{path.name} line', bad, say)
     book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #70ddd925
@@ -861,7 +860,7 @@ def read_twitch(
     for _,f in texts_in(path): typed = not f.read(1000).lstrip().startswith('{')
     if typed:
         say = partial(_twitch_typed, book=book, days=days)
-        yield from lines_of(_log_lines(path), f'{Path(path).name} line', bad, say)
+        yield from lines_of(_log_lines(path, book), f'{Path(path).name} line', bad, say)
         return book.hear(*days.said)
     for name,head,items in lists_in(path, r'"comments"\s*:\s*\['):
         room = _field(head.split('"video"')[-1].split('"chapters"')[0], 'id') or _field(head, 'id') or ONLY_ROOM

@@ -18,8 +18,8 @@ from ..core.basics import UserError, check_data_files, excerpt
 __all__ = ['MOST_ROW', 'ROW_FAULTS', 'NAME_KIND', 'MOST_UNPACKED', 'MOST_TIMES', 'MOST_WINDOW', 'HEAD', 'TOO_LONG',
            'MOST_COLUMNS', 'EVAL_ONLY', 'refuse', 'Quarantine', 'LeftOut', 'book_of', 'reason_of', 'hash_of',
            'export_file', 'refuse_bomb', 'whole_file', 'files_in', 'is_packed', 'unpacked', 'legible', 'encoding_of',
-           'as_text', 'open_text', 'text_lines', 'texts_in', 'value_at', 'JsonText', 'lists_in', 'json_lines',
-           'records', 'Beginning', 'file_state']
+           'foreign', 'as_text', 'open_text', 'text_lines', 'texts_in', 'value_at', 'JsonText', 'lists_in',
+           'json_lines', 'records', 'Beginning', 'file_state']
 
 # %% ../../nbs/exports/files.ipynb #4f7f0f50
 MOST_ROW = 1<<22 # characters of a record, a message or a user
@@ -273,6 +273,21 @@ def legible(
     if s.isascii(): return s
     return _NO_UTF8.sub(lambda m: m[0].encode('utf-8', 'surrogateescape').decode('cp1252', 'replace'), s)
 
+# %% ../../nbs/exports/files.ipynb #3041bbcd
+_EASTERN = 'cp932','euc_jp','cp949','gb18030','big5'
+_CYRILLIC = 'Russian','Ukrainian','Bulgarian','Serbian'
+_LETTERED = dict(cp1251=_CYRILLIC, koi8_r=_CYRILLIC, cp866=_CYRILLIC, cp1253=('Greek',), cp1256=('Arabic','Farsi'),
+    cp874=('Thai',)) # and the languages that are written in them
+
+def _other_script(head):
+    "The encoding of a text in letters of another script, if there is one that fits; or ''."
+    from charset_normalizer import from_bytes
+    whole = head[:head.rfind(b'\n')+1] or head # no half of a character at its end
+    best = from_bytes(whole, cp_isolation=[*_EASTERN, *_LETTERED]).best()
+    if not best or best.chaos>.1: return ''
+    sure = best.encoding in _EASTERN or best.language in _LETTERED[best.encoding] and best.coherence>=.1
+    return best.encoding if sure else ''
+
 # %% ../../nbs/exports/files.ipynb #761dc020
 def encoding_of(
     name:str, # Of the file, for a message
@@ -289,8 +304,15 @@ def encoding_of(
     text = head.decode('utf-8', 'surrogateescape')
     odd = sum(map(len, _NO_UTF8.findall(text)))
     if odd<9 or odd<.3*(odd+sum(map(str.isalpha, text))): return 'utf-8'
+    if found := _other_script(head): return found
     raise UserError(name, "its bytes aren't UTF-8, and too many for windows-1252",
-        f"name its encoding to iconv, as in iconv -f cp1251 -t UTF-8 {excerpt(name)}")
+        f"name its encoding to iconv, as in iconv -f cp1255 -t UTF-8 {excerpt(name)}")
+
+def foreign(
+    encoding:str, # From `encoding_of`
+)->list: # What is to be said of it
+    "An encoding that isn't UTF-8."
+    return [] if 'utf-8' in encoding else [encoding.upper().replace('_', '-')]
 
 # %% ../../nbs/exports/files.ipynb #598bfc47
 def _errors(encoding): return 'surrogateescape' if 'utf-8' in encoding else 'replace'
@@ -343,7 +365,9 @@ def texts_in(
     for f in files if book else ():
         if f not in found and re.search(_TEXTUAL, f[0]): book.note(f[0], 'a file beside the chat, not read')
     for name,begin in found:
-        with whole_file(name), begin() as raw, as_text(raw, name) as f: yield name,f
+        with whole_file(name), begin() as raw, as_text(raw, name) as f:
+            if book: book.hear(*foreign(f.encoding))
+            yield name,f
 
 # %% ../../nbs/exports/files.ipynb #ae69bf80
 class _Feed:
@@ -555,7 +579,7 @@ def _json_rows(values, unit='row'):
     return read
 
 # %% ../../nbs/exports/files.ipynb #63431c11
-_HELD = re.compile(r'\s*\{[^][{}]*"(data|rows|items|examples|train)"\s*:\s*\[(?=\s*\{)')
+_HELD = re.compile(r'\s*\{(?:[^][{}]*"(data|rows|items|examples|train|results|value)"|\s*"(comments|posts)")\s*:\s*\[(?=\s*\{)')
 
 def _of_held(f, name):
     "Values of a list in an object."
@@ -721,7 +745,7 @@ def _form_of(path, raw, named):
     encoding,text = _begin(path, raw)
     form = _form(path, text, '' if named in ('parquet','xlsx') else named)
     sep = _separator(text.lstrip().split('\n', 1)[0])[0]
-    said = [] if 'utf-8' in encoding else [encoding.upper()]
+    said = foreign(encoding)
     if form=='csv' and sep!=',': said.append(f'{_SEP_NAMES.get(sep, sep)} between columns')
     if _NO_UTF8.search(text): said.append('not all UTF-8, the rest read as windows-1252')
     return form,said

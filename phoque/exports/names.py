@@ -6,7 +6,7 @@
 from __future__ import annotations
 import re, unicodedata
 from functools import lru_cache
-from .pii import _EAST, _OFTEN, _plain, _said_often, Seen, fix_text, is_common
+from .pii import EAST, OFTEN, Seen, fix_text, is_common, plain, said_often
 
 # %% auto #0
 __all__ = ['NOBODY', 'name_forms', 'language', 'spoken', 'Names', 'names_in', 'find_names', 'pseudonymize']
@@ -23,7 +23,7 @@ _SEAM = re.compile(r"(?<=[^\W\d_A-Z])(?=[A-Z])|(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\
 
 def _bits(name):
     "Words of a name, without what stands beside it."
-    bits = [_plain(x) for x in _BIT.findall(_SEAM.sub(' ', _ASIDE.sub(' ', name).strip() or name))]
+    bits = [plain(x) for x in _BIT.findall(_SEAM.sub(' ', _ASIDE.sub(' ', name).strip() or name))]
     def beside(w): return len(bits)>1 and (w.isdigit() or w in _BESIDE)
     while beside(bits[-1:] and bits[-1]): bits.pop()
     while beside(bits[:1] and bits[0]): bits.pop(0)
@@ -31,7 +31,7 @@ def _bits(name):
 
 # %% ../../nbs/exports/names.ipynb #95c693c7
 _LEET = [str.maketrans('013457', 'o'+one+'east') for one in 'il'] # Vikt0r, L0rcan, 0tt3r
-_UMLAUTS = str.maketrans({'ä': 'ae', 'ö': 'oe', 'ü': 'ue'})
+_UMLAUTS = str.maketrans({'ä': 'ae', 'ö': 'oe', 'ü': 'ue', 'Ä': 'Ae', 'Ö': 'Oe', 'Ü': 'Ue'})
 
 def _sure(name, ws, langs):
     "How sure do these words of a name mean a person?"
@@ -48,24 +48,26 @@ def name_forms(
 )->tuple[dict,frozenset]: # Form → how sure, and whether for others too; first words of forms of several words
     "Ways to write a name."
     s = Seen(fix_text(name)).seen
-    whole,bits = [_plain(x) for x in _BIT.findall(s)],_bits(s)
+    whole,bits = [plain(x) for x in _BIT.findall(s)],_bits(s)
     res = {}
     def put(ws, sure=None, others=True):
         if ws: res.setdefault(''.join(ws), (_sure(s, ws, langs) if sure is None else sure, others))
-    letters = [_plain(s).translate(t) for t in _LEET]
-    if letters[0]!=_plain(s) and letters[0].isalpha() and s[-1:].isalpha(): bits = letters[:1]
+    letters = [plain(s).translate(t) for t in _LEET]
+    if letters[0]!=plain(s) and letters[0].isalpha() and s[-1:].isalpha(): bits = letters[:1]
     if bits==letters[:1]: put(letters[1:])
     put(bits)
     put(whole)
     for w in bits if len(bits)>1 else []: # the first or last name alone
         if len(w)<3 or w in _BESIDE: continue
         if not is_common(w, langs=langs): put([w], others=' ' in s.strip() and len(w)>3)
-        elif ' ' in s and s[:1].isupper() and w not in _said_often('en', 6): put([w], 1, False)
-    if (other := s.casefold().translate(_UMLAUTS)).isalpha() and not is_common(other, langs=langs): put([other])
-    return res,frozenset(ws[0] for ws in (whole, bits) if len(ws)>1)
+        elif ' ' in s and s[:1].isupper() and w not in said_often('en', 6): put([w], 1, False)
+    double = [_bits(w) for w in s.split() if '-' in w] # Anna-Lena
+    for ws in double: put(ws)
+    if (other := s.translate(_UMLAUTS))!=s: res = name_forms(other, langs)[0] | res
+    return res,frozenset(ws[0] for ws in (whole, bits, *double) if len(ws)>1)
 
 # %% ../../nbs/exports/names.ipynb #aabbd1b5
-_EASTERN = re.compile(f'[{_EAST}]')
+_EASTERN = re.compile(f'[{EAST}]')
 
 def _pictures(s): return [c for c in s if unicodedata.category(c)=='So']
 
@@ -103,7 +105,7 @@ def spoken(
 )->tuple: # English and those of `is_common` that a tenth is in; None where none is
     "Languages of an export."
     found = [language('\n'.join(texts))[0] for _,texts in zip(range(most), convs)]
-    langs = [l for l in _OFTEN if l!='en' and found.count(l)*10>=len(found)>0]
+    langs = [l for l in OFTEN if l!='en' and found.count(l)*10>=len(found)>0]
     return ('en',*langs) if langs or 'en' in found else None
 
 # %% ../../nbs/exports/names.ipynb #8e4a91a0
@@ -130,7 +132,7 @@ class Names:
 
     def __contains__(self, raw):
         "May a word as it is written belong to a name?"
-        return not self.people.keys().isdisjoint(_meant(raw)) or _plain(raw) in self.starts
+        return not self.people.keys().isdisjoint(_meant(raw)) or plain(raw) in self.starts
 
 NOBODY = Names()
 
@@ -142,7 +144,7 @@ _ENDINGS = frozenset("""s n en ns es a e i y u o ą ę e ie in om em ou ow owi o
 @lru_cache(2**16)
 def _meant(raw):
     "Names that a word as it is written may stand for, the likeliest first."
-    w = _plain(raw)
+    w = plain(raw)
     short = re.sub(r'(.)\1{2,}', r'\1', w)
     res = [w, short, re.sub(r'(.)\1$', r'\1', w)]
     if raw[:1].isupper() or '\u0400'<=raw[0]<'\u0530': most = 4
@@ -160,8 +162,9 @@ def names_in(
     known=(), # Lists of the names of one person, from `Quarantine.people`
 )->Names: # Of everybody who speaks in them
     "Gather the names of an export; takes memory for each name, not for each line."
-    rows = (row for t in tables for row in t.select_columns(['names']))
-    names = [*known, *dict.fromkeys(n for row in rows for n in row['names'])]
+    import pyarrow.compute as pc
+    chunks = (c for t in tables for c in t.data.column('names').chunks)
+    names = [*known, *dict.fromkeys(n for c in chunks for n in pc.unique(c.flatten()).to_pylist())]
     return Names(names, spoken(row['texts'] for t in tables for row in t.select_columns(['texts'])))
 
 # %% ../../nbs/exports/names.ipynb #e2b1fc37
@@ -189,17 +192,18 @@ def _apart(s, i, j):
 
 def _hit(s, bits, k, names, most=8):
     "The name that begins with word k, as its last word and its person, or None."
-    i,joined = bits[k].start(),_plain(bits[k][0])
+    i,joined = bits[k].start(),plain(bits[k][0])
     best,spelled = None,False # spelled: with the signs of a nickname between its words
     for q in range(k, min(k+most, len(bits)) if joined in names.starts else k+1):
         if q>k:
             gap = s[bits[q-1].end():bits[q].start()]
             if len(gap)>3 or '\n' in gap: break
-            joined += _plain(bits[q][0])
+            joined += plain(bits[q][0])
             spelled |= bool(re.fullmatch(r'[_.~|]+', gap))
         for w in [joined] if q>k else _meant(bits[k][0]):
             who = names.people.get(w)
-            sure = 2 if who and spelled else who and who[1]
+            capital = q>k and all(b[0].istitle() for b in bits[k:q+1]) # Grace Hunter, not grace hunter
+            sure = 2 if who and (spelled or capital) else who and who[1]
             if who and (w==joined or sure==2) and _marked(s, i, bits[q].end(), sure, names.nouns):
                 best = q,who[0]
                 break

@@ -11,9 +11,9 @@ from importlib.resources import files
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['AT_WORDS', 'DOT_WORDS', 'PROVIDERS', 'PLATFORMS', 'LABEL_WORDS', 'REGIONS', 'CALL_WORDS', 'BIRTH_WORDS',
-           'KEY_FORMATS', 'PASS_WORDS', 'ID_WORDS', 'ROAD_WORDS', 'KINDS', 'CHECKS', 'fix_text', 'Seen', 'is_common',
-           'redact_pii']
+__all__ = ['OFTEN', 'AT_WORDS', 'DOT_WORDS', 'PROVIDERS', 'PLATFORMS', 'LABEL_WORDS', 'REGIONS', 'CALL_WORDS', 'EAST',
+           'BIRTH_WORDS', 'KEY_FORMATS', 'PASS_WORDS', 'ID_WORDS', 'ROAD_WORDS', 'NEEDS', 'PLAN', 'fix_text', 'Seen',
+           'plain', 'said_often', 'is_common', 'redact_pii']
 
 # %% ../../nbs/exports/pii.ipynb #3eb53ff0
 _UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e'
@@ -99,25 +99,30 @@ def _either(m): return m.span('v' if m['v'] else 'w')
 _ONLINE = frozenset("""lol lmao rofl omg wtf afk brb ggwp noob nerf buff meta mod mods admin bot dev pro xdd mid adc max
     june april august everyone here channel user users assistant writer system deleted guest anon anonymous unknown
     player bro sis dude mate guy guys null none nan undefined test root""".split()) # words that films don't say, and `user` and others of ours
-_OFTEN = dict(en=5, de=4, es=5, fr=5, it=5, nl=5, pt=5, ru=5) # language → digits of the count of a common word
+OFTEN = dict(en=5, de=4, es=5, fr=5, it=5, nl=5, pt=5, ru=5) # language → digits of the count of a common word
 
 @lru_cache(2**14)
-def _plain(s):
-    "A word in lower case, without accents."
+def plain(
+    s:str, # A word
+)->str: # In lower case, without accents
+    "What a word is compared by."
     s = s.casefold()
     return s if s.isascii() else ''.join(c for c in unicodedata.normalize('NFKD', s) if not unicodedata.combining(c))
 
 @lru_cache(None)
-def _said_often(lang, digits):
+def said_often(
+    lang:str, # One of `OFTEN`
+    digits:int, # Of the count, at least
+)->set: # Of words, from `plain`
     "Words of a language that were counted that often in the subtitles of films."
     counts = gzip.decompress((files('spellchecker')/f'resources/{lang}.json.gz').read_bytes()).decode()
-    return _ONLINE | {_plain(w) for w in re.findall(rf'"([^"]+)": \d{{{digits},}}', counts)}
+    return _ONLINE | {plain(w) for w in re.findall(rf'"([^"]+)": \d{{{digits},}}', counts)}
 
 # %% ../../nbs/exports/pii.ipynb #de5c054b
 def _own_word(w, lang):
     "Is it said less often, and in that language alone? Names are said in all of them."
     abroad = [l for l in ('en','es','fr','it') if l!=lang]
-    return w in _said_often(lang, _OFTEN[lang]-1) and sum(w in _said_often(l, 3) for l in abroad)<2
+    return w in said_often(lang, OFTEN[lang]-1) and sum(w in said_often(l, 3) for l in abroad)<2
 
 @lru_cache(2**14)
 def is_common(
@@ -125,8 +130,8 @@ def is_common(
     langs:tuple=None, # Languages of what is written, whose rarer words count too; without them those of any
 )->bool: # Is there a language in which each of them is said often, or too short to be a name?
     "Tell words from names."
-    def common(w, l): return len(w)<3 or w in _said_often(l, _OFTEN[l]) or langs and l!='en' and _own_word(w, l)
-    return any(all(common(w, l) for w in ws) for l in langs or _OFTEN)
+    def common(w, l): return len(w)<3 or w in said_often(l, OFTEN[l]) or langs and l!='en' and _own_word(w, l)
+    return any(all(common(w, l) for w in ws) for l in langs or OFTEN)
 
 # %% ../../nbs/exports/pii.ipynb #dceecf58
 def _words(table): return '|'.join(table.values())
@@ -145,7 +150,7 @@ _TLD = r"""(?:com|net|org|io|gg|tv|info|biz|app|dev|xyz|ly|be|eu|ru|de|fr|pl|nl|
     |link|site|online|club|shop|example|test|cc|ws|click|party|stream|social|store|space|top|icu|pro
     |cloud|tech|blog|wiki|chat|zone|media|art|lol|page|museum|onion|i2p|ai|fm|jp|cn|kr|br|mx|ch|cz|gr|ie|nz|za|tr
     |ua|travel|engineering)"""
-_LAND = rf"(?:{_TLD}|se|fi|dk|pt|hu|ro|si|hr|sk|lt|lv|bg|ee|at)" # after the word "dot", where it can be no word
+_LAND = rf"(?:{_TLD}|me|se|fi|dk|pt|hu|ro|si|hr|sk|lt|lv|bg|ee|at)" # after the word "dot", where it can be no word
 _WDOT = rf"(?:\s?[\[({{<]\s?(?:{_DOTS}|\.)\s?[\])}}>]\s?|\s{{1,5}}(?:{_DOTS})\s{{1,5}})"
 _DOT = rf"(?:\s?\.\s?|{_WDOT}|_dot_)"
 _BAT = rf"\s?[\[({{<]\s?(?:a|{_ATS}|@)\s?[\])}}>]\s?"
@@ -164,7 +169,7 @@ _EMAIL = re.compile(rf"""
     |{_NAME}\s?[*\#|~=]\s?{PROVIDERS}\.{_TLD}\b # another sign for the @
     |{_NAME}\s{{1,5}}(?:{_ATS})\s{{1,5}} {_LABEL}(?:{_WDOT}{_LABEL}){{0,8}} {_WDOT}{_LAND}\b # otter at pier dot com
     |{_NAME}\s{{1,5}}(?:at|{_ATS})\s{{1,5}} (?!www){_LABEL}(?:\.{_LABEL}){{0,8}} \.{_TLD}\b(?!/) # otter at pier.com
-    |(?<![\w.-])[\w.]{{1,64}}-at-\w{{1,63}}(?:-dot-\w{{1,63}}){{1,4}}
+    |(?<![\w.-])[\w.]{{1,64}}\s?-at-\s?\w{{1,63}}(?:\s?-dot-\s?\w{{1,63}}){{1,4}}
     |(?<!\S)(?:[\w.+-]\s){{2,60}}@\s(?:[\w-]\s){{1,60}}\.(?:\s\w){{2,12}}(?!\w)""", re.I
         |re.X) # o t t e r @ p i e r . c o m
 _MAIL_OF = re.compile(rf"""
@@ -179,7 +184,7 @@ def _is_mail(m): return not re.search(r'@(?:\d+\.){1,2}\d+$', m[0]) # a package 
 def _is_mail_of(m):
     "Where is it, if it's no word that may stand before `at gmail`?"
     if m['v']: return m.span('v')
-    return m.span('w') if not is_common(_plain(m['w'].split()[0])) else False
+    return m.span('w') if not is_common(plain(m['w'].split()[0])) else False
 
 # %% ../../nbs/exports/pii.ipynb #aeaaff91
 _LINK = re.compile(r"""
@@ -232,7 +237,7 @@ _HANDLE = re.compile(rf"""
     """, re.I|re.X)
 
 # %% ../../nbs/exports/pii.ipynb #dae4c348
-_CALLED = r"""gamer\s?tag|name|id|tag|user(?:name)?|handle|acc(?:ount)?|ign|channel|profile?|konto|kanal|usuario
+_CALLED = r"""gamer\s?tag|gt|name|id|tag|user(?:name)?|handle|acc(?:ount)?|ign|channel|profile?|konto|kanal|usuario
         |pseudo|nick(?:name)?|link"""
 _HANDLE_OF = re.compile(rf"""
     (?P<mine>(?:\b(?:my|mein|mi|mon|mio|meu|mijn|min|mój|add(?:\sme)?|follow(?:\sme)?|find\sme|folgt\smir|i'?m|dm\sme)\b
@@ -245,12 +250,12 @@ _HANDLE_OF = re.compile(rf"""
 def _is_handle_of(m):
     "Where is it, if what follows the platform is no ordinary word?"
     v,how = m['v'],m['how'].strip()
-    told = how[-1:] in tuple(':=@>→')
+    told = how[-1:] in tuple(':=@>→') or m.string[m.start('v')-1] in '@$'
     named = m['noun'] or m['where'].lower() in ('gamertag','gamer tag','ign','steam id','steamid','friend code')
     if re.search(r'[\d_]|[.#]\w', v) and (told or named or re.search(r'[^\W\d]', v)): return m.span('v')
-    if told and not is_common(_plain(v)): return m.span('v')
+    if told and not is_common(plain(v)): return m.span('v')
     if (m['mine'] or named or how) and re.search('[a-z][A-Z]', v): return m.span('v')
-    word = any(_plain(v) in _said_often(l, 3) for l in ('en','es','fr')) # a word, though no common one
+    word = any(plain(v) in said_often(l, 3) for l in ('en','es','fr')) # a word, though no common one
     return m.span('v') if (m['mine'] or how=='me') and v.isalpha() and not word and len(v)>4 else False
 
 # %% ../../nbs/exports/pii.ipynb #4f9c26ff
@@ -401,7 +406,7 @@ REGIONS = tuple("""US GB DE FR ES IT NL BE AT CH PL CZ SK PT SE NO DK FI IE GR H
     AU NZ CA ZA NG KE GH BR MX AR CL CO PE IN PK BD JP KR CN TW HK SG MY PH ID TH VN""".split())
 # countries in which a number without its country's code is looked for
 CALL_WORDS = dict( # language → what is said before a number; \s stands for a blank
-    en=r"""call|ring|rang|(?:tele)?phone|ph|text|txt|sms|dial|mob(?:ile)?|cell|fax|whats\s?app|wa|signal|pager
+    en=r"""call|ring|rang|(?:tele)?phone|ph|text|txt|sms|dial|mob(?:ile)?|cell|fax|whats(?:\s?app)?|wa|signal|pager
         |hotline|numbers?
         |digits|reach|contact|hit\sme\sup""",
     de=r"nummer|nr|ruf|anruf\w{0,3}|erreichbar|handy\w{0,8}|tel(?:efon\w{0,8})?|fon|durchwahl|natel|mobil\w{0,8}",
@@ -419,11 +424,15 @@ CALL_WORDS = dict( # language → what is said before a number; \s stands for a 
 
 # %% ../../nbs/exports/pii.ipynb #90bce5e7
 _CALL = re.compile(rf"\b(?:{_words(CALL_WORDS)})\b|電話|携帯|电话|手机|전화|번호", re.I|re.X)
-_EAST = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af" # scripts that put no blank between words
+_CALL_AFTER = re.compile(rf"""
+    \W{{0,3}}(?:(?:is|ist|es|est|é|on|via|auf|per|en|sur)\s){{1,2}}(?:(?:my|the|her|his|our|mein\w?|mi|mon|meu)\s)?
+        (?:(?:new|work|old|neue)\s)?(?:{_words(CALL_WORDS)}|telegram)\b
+    |\W{{0,3}}(?:but|and|,)?\s?i\s(?:never|don't|won't|always)\s(?:pick\sup|answer)""", re.I|re.X)
+EAST = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af" # scripts that put no blank between words
 _PHONE = re.compile(rf"""
-    (?<![^\W{_EAST}])(?<![./-])(?<!\d:) # a colon may stand before it, though not of a time
+    (?<![^\W{EAST}])(?<![./-])(?<!\d:) # a colon may stand before it, though not of a time
     ((?:\+|\()?\d(?:[\s().\-/\u2010-\u2015]{{0,3}}\d){{6,14}}) (?:\s?(?:x|ext\.?)\s?\d{{1,5}})?
-    (?![^\W{_EAST}]|-\d)""", re.X)
+    (?![^\W{EAST}]|-\d)""", re.X)
 _THOUSANDS = re.compile(r"\d{1,3}([ .\u00a0])\d{3}(?:\1\d{3})*")
 _DATE = re.compile(r"\d{4}([-./])\d\d?\1\d\d?(?!\1?\d)|\d\d?([-./])\d\d?\2(?:\d\d|\d{4})(?!\2?\d)")
 
@@ -465,7 +474,8 @@ def _phone(s, called=False, regions=REGIONS):
     first,*rest = re.findall(r'\d+', s)
     if re.fullmatch(r'\d\d?([./])\d\d?\1\d{4}|\d{4}-\d\d-\d\d', s): return False
     if s[0]=='+' or s.startswith('00'): return _abroad(s, called)
-    if len(first)==1 and first not in '18' or any(len(g)==1 for g in rest) or _DATE.match(s): return False
+    single = any(len(g)==1 for g in (rest[:-1] if called else rest)) # an extension may be one digit
+    if len(first)==1 and first not in '18' or single or _DATE.match(s): return False
     if not called:
         if '/' in s and s[0] not in '0(': return False # a part of a whole
         if '.' in s and (len(rest)==1 or ' ' in s): return False # decimals
@@ -485,29 +495,35 @@ def _phone(s, called=False, regions=REGIONS):
 # %% ../../nbs/exports/pii.ipynb #51b058e7
 def _is_phone(m, regions=REGIONS):
     "Is it a phone number, and not said to be something else?"
-    before = _before(m)
-    return not _LABELLED.search(before) and _phone(m[1], bool(_CALL.search(before[-40:])), regions)
+    before,after = _before(m),m.string[m.end():m.end()+40]
+    return not _LABELLED.search(before) and _phone(m[1], bool(_CALL.search(before[-40:]) or _CALL_AFTER.match(after)), regions)
 
 # %% ../../nbs/exports/pii.ipynb #61411947
 BIRTH_WORDS = dict( # language → what is said beside a date of birth
     en=r"(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth\s?day|b-?day|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:_?date)?",
-    de=r"geb(?:oren|urtstag|urtsdatum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?\sle|date\sde\snaissance|anniversaire",
-    es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nacimiento|cumple(?:años)?",
+    de=r"geb(?:oren|urtstag|urtsdatum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\sle)?|date\sde\snaissance|anniv(?:ersaire)?",
+    es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?",
     pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio",
     it=r"nat[oa]\sil|(?:data\sdi\s)?nascita|compleanno", nl=r"geboren(?:\sop)?|geboortedatum|verjaardag|jarig",
     nordic=r"född|födelsedag|født|fødselsdag|syntynyt|syntymäaika|fødselsdato", pl=r"urodz\w{2,10}|ur\.",
     cz=r"naro[zd]en\w{0,3}|dat\.\snar\.",
     tr=r"doğum\s?(?:tarih\w{0,4}|günü\w{0,3})", hu=r"szület\w{1,8}",
-    ru=r"роди\w{1,5}|(?:дата\s)?рождения|народження|д\.\s?р\.", el=r"γεννήθηκα|γενέθλια")
+    ru=r"роди\w{1,5}|(?:дата\s)?рождения|народження|д\.\s?р\.", el=r"γεννήθηκα|γενέθλια", east=r"生年月日|誕生日|出生日期|生日|생년월일|생일")
 _DAY = r"""(?:\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?!\d) # 12.3.1994
-    |\d{1,2}(?:st|nd|rd|th)?\.?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?(?:,?\s(?:de\s)?\d{4})?(?![\w])
-    |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?(?:,?\s\d{4})?(?!\w))"""
+    |\d{4}\s?[年년]\s?\d{1,2}\s?[月월]\s?\d{1,2}\s?[日일]
+    |\d{1,2}(?:st|nd|rd|th|er)?\.?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?(?:,?\s(?:de\s)?\d{4})?(?![\w])
+    |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?(?:,?\s\d{4})?(?![\w./-]))"""
+_DAY_OF_YEAR = r"""(?:\d{1,2}[-./]\d{1,2}[-./]\d{4}(?!\d)|(?:19|20)\d\d(?:[-/]\d\d[-/]\d\d|[01]\d[0-3]\d)(?!\d)
+    |\d{1,2}(?:st|nd|rd|th|er|\.)?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?,?\s(?:de\s)?(?:19|20)\d\d(?!\w)
+    |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?,?\s(?:19|20)\d\d(?!\w))"""
 _BIRTH = re.compile(rf"""
-    (?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_])["']?[\s:=-]{{0,3}}["']?(?:(?:is|was|ist|es|est|è|war|on|the|der|am
-        |el|le
-        |em|den|-)\s{{1,2}}){{0,3}}(?P<v>{_DAY})
+    (?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_])(?:['’]s)?(?:[\s:=,-]{{1,3}}[^\W\d_]{{1,10}}){{0,5}}?
+        [\s:=,-]{{1,3}}(?P<y>{_DAY_OF_YEAR})
+    |(?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])["']?[\s:=-]{{0,3}}["']?
+        (?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am|el|le|się|w|dnia|em|den|-)\s{{1,2}}|[はは는은이가]\s?){{0,3}}(?P<v>{_DAY})
     |(?P<w>{_DAY})\s(?:is|ist|es|est)\s(?:my|mein|mi|mon)\s(?:birthday|b-?day|geburtstag|cumple\w{{0,5}}|anniversaire)
-    |\bich\sbin\sam\s(?P<x>{_DAY})\sgeboren""", re.I|re.X)
+    |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b""",
+    re.I|re.X)
 
 # %% ../../nbs/exports/pii.ipynb #68e60cbf
 @lru_cache(2**12)
@@ -519,7 +535,7 @@ def _is_date(s):
 
 def _is_birth(m):
     "Where is the date?"
-    v = next(k for k in 'vwx' if m[k])
+    v = next(k for k in 'vwxy' if m[k])
     return m.span(v) if _is_date(m[v]) else False
 
 # %% ../../nbs/exports/pii.ipynb #ca1093b4
@@ -530,18 +546,21 @@ _PLACE = re.compile(rf"""
         |longitude)["']?\s?[:=]?\s?)?{_DEG}
     |(?<![\w.])[23456789CFGHJMPQRVWX]{{4,8}}\+[23456789CFGHJMPQRVWX]{{2,3}}(?![\w+]) # plus code
     |(?<![\w/])///[^\W\d_]{{2,20}}(?:\.[^\W\d_]{{2,20}}){{2}}\b # what3words
+    |\bUTM\s\d{{1,2}}\s?[A-Z]\s\d{{6}}\s\d{{7}}
     """, re.I|re.X)
 _POINT = re.compile(rf"""
-    (?<![\w.])(?:{_DEG}\s?°?\s?[NS]?(?:,\s?|[;/]\s?|\s){_DEG}(?!\d)(?:\s?°?\s?[EWO](?!\w))?
+    (?<![\w.])(?:{_DEG}\s?°?\s?[NS]?(?:\s?,\s?|[;/]\s?|\s){_DEG}(?!\d)(?:\s?°?\s?[EWO](?!\w))?
         |\d{{1,2}}\s?°\s?(?:\d{{1,2}}\s?['′’]\s?(?:[\d.]{{1,7}}\s?["″”])?)?\s?[NS],?\s\d{{1,3}}\s?°\s?(?:\d{{1,2}}\s?['′’]\s?(?:[\d.]{{1,7}}\s?["″”])?)?\s?[EWO]
-        |[NS]\s?\d{{1,2}}\s\d{{1,2}}\.\d+,?\s[EWO]\s?\d{{1,3}}\s\d{{1,2}}\.\d+)""", re.X)
+        |[NS]\s?\d{{1,2}}°?\s\d{{1,2}}\.\d+['′’]?,?\s[EWO]\s?\d{{1,3}}°?\s\d{{1,2}}\.\d+['′’]?)""", re.X)
 _HERE = re.compile(r"""\b(?:house|home|live|living|pin|gps|lat|location|coords|coordinates|i'?m|me|my|mine|here|exif
         |address
     |haus|wohn\w{0,3}|standort|koordinaten|zuhause|bin\sich|ubicaci[oó]n|casa|vivo|position:|posizione|ici
         |chez\smoi)""", re.I|re.X)
 
 def _is_point(m):
-    "Does something beside it say that somebody is there?"
+    "Is it as exact as a device says it, or does something beside it say that somebody is there?"
+    decimals = min(map(len, re.findall(r'\d[.,](\d+)', m[0])), default=0)
+    if decimals>5 or decimals>3 and re.search('[NS].*[EWO]', m[0]): return True
     return bool(_HERE.search(_before(m, 30)+' '+m.string[m.end():m.end()+20]))
 
 # %% ../../nbs/exports/pii.ipynb #83edb165
@@ -619,14 +638,15 @@ _NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada
 # %% ../../nbs/exports/pii.ipynb #d4db9f2f
 _IS = "is(?:\\snow)?|was|were|ist|war|lautet|est|était|c'est|es|era|er|är|jest|to|é|è|je|on|это|был|bu|adalah|là"
 _OF_WHAT = "for|to|of|on|für|fürs|zum|vom|von|zur|pour|du|para|del?|de\\sla|da|di|do|od|voor|van|het|till?|от|для|к|i|used"
+_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin
+    |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
+        |security|otp)[\s-]code)"""
 _PASSWORD = re.compile(rf"""
-    (?<![^\W_{_EAST}])(?P<word>{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin
-        |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
-            |security|otp)[\s-]code)(?![^\W_{_EAST}])
+    (?<![^\W_{EAST}])(?P<word>{_PASS_TOLD})(?![^\W_{EAST}])
     ["'`*?]{{0,2}} (?:(?:\s(?:{_OF_WHAT})\s[^\n:=>]{{1,30}}?|\s[\w-]{{2,12}}){{1,2}}
         (?=\s{{0,3}}(?::|=|->|→)|\s(?:{_IS})\s))?
     (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|→)\s{{0,3}}
-        |,?\s(?:use|try|type|enter)\s{{1,3}}
+        |,?\s(?:use|try|type|enter)\s{{1,3}}|,\s{{1,3}}
         |\s{{1,3}}(?:(?:has\s|was\s|is\s|got\s)?(?:been\s)?(?:changed|set|reset)\sto|used\sto\sbe|auf|{_IS})\s{{1,3}}
         |(?:は|是|은|는)\s?|\s{{1,3}})
     (?:(?:just|simply|now|einfach)\s)?
@@ -664,7 +684,7 @@ _NO_MORE = re.compile(r"[^\w\n]*(?:$|\n|\d)|\W{1,3}(?:all|in|no|without|lower|up
 
 # %% ../../nbs/exports/pii.ipynb #7dbd9db2
 _PASS_NEAR = re.compile(rf"""
-    (?<![^\W_{_EAST}])(?P<word>{_PASS_WORD})(?![^\W_]) (?P<by>(?:[ ,:'"]{{1,3}}[^\W\d_][^\W\d]{{0,14}}){{1,5}}?) [ ,:"'“]{{1,3}}
+    (?<![^\W_{EAST}])(?P<word>{_PASS_WORD})(?![^\W_]) (?P<by>(?:[ ,:'"]{{1,3}}[^\W\d_][^\W\d]{{0,14}}){{1,5}}?) [ ,:"'“]{{1,3}}
     (?P<v>(?=\S{{0,59}}\d)(?=\S{{0,59}}[^\W\d])[^\s"'`<>]{{5,60}})""", re.I|re.X)
 _ABOUT = re.compile(r"""manager|generat|reset|hash|char|zeichen|caract|policy|field|length|must|minimum|expire
         |version|page|level
@@ -689,12 +709,13 @@ def _is_password(m):
     if not how and word=='pass' and re.search('[`=.(]|^-', v): return False # of a program's options
     if v[0] in '"\'`': return a+1,b-1
     v = v.rstrip('.,;:!?)*')
-    if v.lower() in _NO_PASS or len(v)<3 or '://' in v: return False
+    if v.lower() in _NO_PASS or len(v)<3 or '://' in v or re.fullmatch(r'-?\d+\.\d+', v): return False
+    if how==',': how = '' # a password after a comma has to look like one
     whole,after = (a, a+len(v)),m.string[a+len(v):b+24]
     digit,letter = any(map(str.isdigit, v)),any(map(str.isalpha, v))
     signed = how[-1:] in (':','=')
     joined = (signed or how and word!='pass') and re.search('[a-z][A-Z]', v) or signed and re.search(r'[^\W\d][-_][^\W\d]', v)
-    sign = re.search(r'[^\W_][!$%&*+=@#^~_|-][^\W_]', v) and (digit or not v.islower() or
+    sign = re.search(r'[^\W_][!$%&*+=@#^~_|-]{1,3}[^\W_]', v) and (digit or not v.islower() or
         word!='pass' and re.search('[!$%&*+=@#^~|]', v))
     if word in ('pin','passcode') and v.isdigit() and 4<=len(v)<=8: return whole
     if word=='pin' or word.endswith('code') and word!='passcode':
@@ -742,7 +763,7 @@ ID_WORDS = dict( # language → what an id is called; \s stands for a blank
     en=r"""ssn|social(?:\s(?:security|insurance))?|soc(?:ial)?\ssec(?:urity)?|nino|n\.?\s?i\.?
         |nat(?:ional)?\sins(?:urance)?
         |national\sid|nhs|medicare(?:\scard)?|sin
-        |tfn|ird|ppsn?|passport|(?:s\.?a\.?\s)?id
+        |tfn|ird|ppsn?|passport|(?:my|her|his|your|government|s\.?a\.?)\sid|id\s(?:number|no\.?|nr)
         |tax\s?id|itin|ein|driver'?s?\slicen[cs]e|driving\slicen[cs]e|id\s?card|identity\scard
             |green\scard|nric|mykad""",
     de=r"""steuer-?\s?(?:id\w{0,20}|nr|nummer)|(?:steuer)?identifikationsnummer|idnr|id-nr|steuernummer
@@ -750,7 +771,7 @@ ID_WORDS = dict( # language → what an id is called; \s stands for a blank
         |(?:personal)?ausweis\w{0,8}|reisepass\w{0,8}|pass(?:nummer|-?nr)|führerschein\w{0,8}|ahv(?:-?n(?:umme)?r)?""",
     fr=r"""s[ée]cu(?:rité\ssociale)?|nir|insee|passeport|carte\sd['’]identité|cni|avs|niss|insz
         |permis\sde\sconduire|registre\snational|(?:numéro|n°)\snational|nas""",
-    es=r"""dni|nie|nif|nuss|pasaporte|cédula|cedula|curp|rfc|cuil|cuit|rut|run
+    es=r"""dni|nie|nif|nuss|pasaporte|cédula|cedula|curp|rfc|cuil|cuit|rut
         |carnet\sde\sidentidad|nss|clave\súnica""",
     pt=r"""cpf|rg|cartão\sde\scidadão|bilhete\sde\sidentidade|passaporte|cnh|pis|niss|contribuinte""",
     it=r"""codice\sfiscale|cod\.?\sfisc\.?|c\.?f\.?|carta\sd['’]identità|passaporto|tessera\ssanitaria|patente""",
@@ -847,7 +868,7 @@ _STREET_GER = re.compile(rf"""
 def _is_german(m):
     "Is it no word that ends like a street, as `spring`?"
     ring = re.match(r'[\w-]*ring(?=\s)', m[0])
-    return not ring or not any(_plain(ring[0]) in _said_often(l, 3) for l in ('en','de','nl'))
+    return not ring or not any(plain(ring[0]) in said_often(l, 3) for l in ('en','de','nl'))
 
 # %% ../../nbs/exports/pii.ipynb #e8afbce6
 _STREET_IN = re.compile(rf"""
@@ -867,7 +888,7 @@ _OF = r"""(?:d(?:e\s(?:la|las|los|l['’])?|el\s|es\s|[aou]s?\s|e\sl['’]|['’
         |l['’]|aux?\s|à\sla\s)"""
 _STREET_FR = re.compile(rf"""
     (?<![\w.:/-])\d{{1,4}}(?:\s?(?:bis|ter|quater|[a-d]))?,?\s
-        (?:(?:rue|boulevard|bd|impasse|all[ée]e?|rang|mont[ée]e|chemin|ruelle|sentier|avenue|av\.?|đường
+        (?:(?:rue|boulevard|bd|impasse|all[ée]e|rang|mont[ée]e|chemin|ruelle|sentier|avenue|av\.?|đường
         |phố)\s(?:{_OF}){{0,2}}[^\W\d_][\w’'-]{{0,30}}
         |(?:place|pl\.|quai|route|cours|square|passage|esplanade|faubourg|cit[ée]|r[ée]sidence)\s(?:{_OF})?{_UP})
         (?:\s(?:{_OF})?{_UP}){{0,4}}{_TAIL}
@@ -950,50 +971,34 @@ _STREET_TOLD = re.compile(rf"""
         |{_HOUSE}(?(sure)(?!\s{_SPAN}\b)|(?=\s*(?:[,.;!?\n<"'}}]|$))){_TAIL})""", re.X|re.I)
 
 # %% ../../nbs/exports/pii.ipynb #a664652f
-KINDS = dict( # placeholder → patterns in the order in which they are tried within it
-    MENTION=[_MENTION], URL=[_LINK, _URL], KEY=[_KEY, _KEY_TOLD, _TOKEN],
-    PASSWORD=[_PASS_SHELL, _PHRASE, _PASSWORD, _PASS_FIRST, _PASS_NEAR, _LOGIN], WALLET=[_WALLET, _BASE58],
-    EMAIL=[_EMAIL, _MAIL_OF],
-    LOCATION=[_PLACE, _POINT], MAC=[_MAC], IP=[_IP6, _IP4], IBAN=[_IBAN], BIRTH_DATE=[_BIRTH], NATIONAL_ID=[_ID_FORM,
-    _ID_NAMED],
-    CARD=[_CARD, _CARD_THEN],
-    ADDRESS=[_STREET_EAST, _STREET_EN, _STREET_FR, _STREET_ROM, _STREET_NAMED, _STREET_GER, _STREET_IN, _STREET_LOW,
-        _STREET_ROM_LOW, _STREET_TOWN, _STREET_TOLD], HANDLE=[_HANDLE, _HANDLE_OF, _FOLDER], PLATFORM_ID=[_PLATFORM],
-        PHONE=[_PHONE])
-CHECKS = { # pattern → its check, which says whether it is one, or from where to where
-    _PASS_SHELL: _value, _PHRASE: _either, _PASSWORD: _is_password, _PASS_FIRST: _either, _PASS_NEAR: _is_pass_near,
-    _LOGIN: _value, _BASE58: _is_wallet,
-    _KEY_TOLD: _value, _TOKEN: _is_token, _EMAIL: _is_mail, _MAIL_OF: _is_mail_of, _POINT: _is_point, _MAC: _is_mac,
-    _IP6: _is_ip6, _IP4: _is_ip4, _IBAN: _is_iban, _BIRTH: _is_birth, _ID_FORM: _is_id, _ID_NAMED: _is_named_id,
-    _CARD: _is_card, _CARD_THEN: _is_card, _STREET_IN: _is_home, _STREET_LOW: _is_home, _STREET_ROM_LOW: _is_home,
-    _STREET_TOWN: _has_postcode, _STREET_GER: _is_german, _STREET_TOLD: _value, _HANDLE_OF: _is_handle_of,
-    _FOLDER: _value, _PLATFORM: _is_platform,
-    _PHONE: _is_phone}
+NEEDS = dict(any='', digit=r'\d', digits=r'(?:\d\D{0,3}){5}\d', long=r'\S{16}|\.(?:eth|sol|near)\b',
+    password=f'(?ix){_PASS_WORD}', flag='-|net user|PASS', iban='[A-Za-z]{2}[0-9]{2}',
+    place=r'\d[.,]\d{3}|///|\+|UTM', point=r'[.,]\d{3}|°', folder=r'[\\/]\w+[\\/]',
+    mail_of='(?i)mail|hotm|outl|cloud|yahoo', url=r'(?i)\S\.\S|\s\.\s|dot|www',
+    mail=rf'(?i)@|-at-|(?<![^\W_])(?:{_ATS})(?![^\W_])|[\[({{<]\s?a\s?[\])}}>]|(?:mail|hoo)\.') # name → what must be in a text
+NEEDS = {k: re.compile(v) for k,v in NEEDS.items()}
+PLAN = [('MENTION', 'any', _MENTION, None), ('URL', 'any', _LINK, None), ('KEY', 'long', _KEY, None),
+    ('PASSWORD', 'flag', _PASS_SHELL, _value), ('PASSWORD', 'any', _PHRASE, _either),
+    ('PASSWORD', 'any', _PASSWORD, _is_password), ('PASSWORD', 'password', _PASS_FIRST, _either),
+    ('PASSWORD', 'password', _PASS_NEAR, _is_pass_near), ('PASSWORD', 'any', _LOGIN, _value),
+    ('WALLET', 'long', _WALLET, None), ('WALLET', 'long', _BASE58, _is_wallet),
+    ('KEY', 'long', _KEY_TOLD, _value), ('KEY', 'long', _TOKEN, _is_token),
+    ('EMAIL', 'mail', _EMAIL, _is_mail), ('EMAIL', 'mail_of', _MAIL_OF, _is_mail_of),
+    ('LOCATION', 'place', _PLACE, None), ('URL', 'url', _URL, None), ('LOCATION', 'point', _POINT, _is_point)]
 
 # %% ../../nbs/exports/pii.ipynb #de4ea8d8
-_ORDER = [_MENTION, _LINK, _KEY, _PASS_SHELL, _PHRASE, _PASSWORD, _PASS_FIRST, _PASS_NEAR, _LOGIN, _WALLET, _BASE58,
-    _KEY_TOLD,
-    _TOKEN, _EMAIL, _MAIL_OF, _PLACE, _URL] # a mention holds what looks like a handle, a link what looks like a domain
-_ORDER += [p for ps in KINDS.values() for p in ps if p not in _ORDER]
-_ANY,_DIGIT,_DIGITS6,_LONG,_HAS_PASS = map(re.compile, ('', r'\d', r'(?:\d\D{0,3}){5}\d',
-    r'\S{16}|\.(?:eth|sol|near)\b', f'(?ix){_PASS_WORD}'))
-_NEEDS = ( # what must be in a text for a pattern; for others a digit
-    dict.fromkeys((_LINK, _MENTION, _PHRASE, _LOGIN, _HANDLE, _HANDLE_OF), _ANY)
-    | dict.fromkeys((_KEY, _WALLET, _BASE58, _KEY_TOLD, _TOKEN), _LONG)
-    | dict.fromkeys((_CARD, _CARD_THEN, _PHONE), _DIGITS6)
-    | dict.fromkeys((_PASS_FIRST, _PASS_NEAR), _HAS_PASS)
-    | { _IBAN: re.compile('[A-Za-z]{2}[0-9]{2}'), _PASSWORD: _ANY, _PASS_SHELL: re.compile('-|net user|PASS'),
-    _PLACE: re.compile(r'\d[.,]\d{3}|///|\+'),
-        _FOLDER: re.compile(r'[\\/]\w+[\\/]'), _POINT: re.compile(r'[.,]\d{3}|°'),
-        _MAIL_OF: re.compile('(?i)mail|hotm|outl|cloud|yahoo'),
-        _URL: re.compile(r'\S\.\S|\s\.\s|dot|www', re.I),
-        _EMAIL: re.compile(rf'@|-at-|(?<![^\W_])(?:{_ATS})(?![^\W_])|[\[({{<]\s?a\s?[\])}}>]|(?i:mail|hoo)\.', re.I)})
-
-# %% ../../nbs/exports/pii.ipynb #9a285c8f
-_NEED = [*dict.fromkeys(_NEEDS.get(p, _DIGIT) for p in _ORDER)]
-_KIND = {p: k for k,ps in KINDS.items() for p in ps}
-_PLAN = [(p, _KIND[p], CHECKS.get(p), _NEED.index(_NEEDS.get(p, _DIGIT))) for p in _ORDER]
-# pattern, placeholder, check, number of what it needs; looked up once, for hashing a pattern takes as long as using it
+PLAN += [('MAC', 'digit', _MAC, _is_mac), ('IP', 'digit', _IP6, _is_ip6), ('IP', 'digit', _IP4, _is_ip4),
+    ('IBAN', 'iban', _IBAN, _is_iban), ('BIRTH_DATE', 'digit', _BIRTH, _is_birth),
+    ('NATIONAL_ID', 'digit', _ID_FORM, _is_id), ('NATIONAL_ID', 'digit', _ID_NAMED, _is_named_id),
+    ('CARD', 'digits', _CARD, _is_card), ('CARD', 'digits', _CARD_THEN, _is_card),
+    ('ADDRESS', 'digit', _STREET_EAST, None), ('ADDRESS', 'digit', _STREET_EN, None),
+    ('ADDRESS', 'digit', _STREET_FR, None), ('ADDRESS', 'digit', _STREET_ROM, None),
+    ('ADDRESS', 'digit', _STREET_NAMED, None), ('ADDRESS', 'digit', _STREET_GER, _is_german),
+    ('ADDRESS', 'digit', _STREET_IN, _is_home), ('ADDRESS', 'digit', _STREET_LOW, _is_home),
+    ('ADDRESS', 'digit', _STREET_ROM_LOW, _is_home), ('ADDRESS', 'digit', _STREET_TOWN, _has_postcode),
+    ('ADDRESS', 'digit', _STREET_TOLD, _value), ('PLATFORM_ID', 'digit', _PLATFORM, _is_platform),
+    ('HANDLE', 'any', _HANDLE, None), ('HANDLE', 'any', _HANDLE_OF, _is_handle_of),
+    ('HANDLE', 'folder', _FOLDER, _value), ('PHONE', 'digits', _PHONE, _is_phone)]
 
 # %% ../../nbs/exports/pii.ipynb #dbba114b
 _HINT = re.compile(r"""
@@ -1002,7 +1007,7 @@ _HINT = re.compile(r"""
     | [_=:][^\W_]{20} | -dot-
     """, re.X) # one of these is in whatever is found, or a word of these, in small letters:
 _HINT_WORD = re.compile(rf"""
-    (?:{_PASS_WORD}|{_WHERE}|{_DOTS}|{PROVIDERS}|www|net\suser)(?![^\W_{_EAST}]) | _dot_ | u/""", re.X)
+    (?:{_PASS_TOLD}|{_WHERE}|{_DOTS}|{PROVIDERS}|www|net\suser)(?![^\W_{EAST}]) | _dot_ | u/""", re.X)
 
 # %% ../../nbs/exports/pii.ipynb #8e513d26
 def _where(m, ok, regions):
@@ -1022,8 +1027,8 @@ def redact_pii(
     "Replace what points at a person by typed placeholders."
     s = Seen(text)
     if not _HINT.search(s.seen) and not _HINT_WORD.search(s.seen.lower()): return text
-    met = [bool(need.search(s.seen)) for need in _NEED]
-    for pat,name,ok,need in _PLAN:
+    met = {k: bool(need.search(s.seen)) for k,need in NEEDS.items()}
+    for name,need,pat,ok in PLAN:
         if not met[need]: continue
         def put(m):
             where = _where(m, ok, regions)

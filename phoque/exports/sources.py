@@ -5,6 +5,7 @@
 # %% ../../nbs/exports/sources.ipynb #0730e96b
 from __future__ import annotations
 import re
+from datetime import date
 from functools import partial
 from html.parser import HTMLParser
 from itertools import islice
@@ -20,7 +21,7 @@ from .times import Clock, needs_look, seconds
 __all__ = ['MOST_TEXT', 'MOST_NAME', 'MOST_WHO', 'YEAR_1', 'YEAR_10000', 'SOURCES', 'ONLY_ROOM', 'COLUMNS', 'TURNS', 'name_of',
            'line', 'no_words', 'unlearnable', 'reader', 'read_records', 'source', 'lines_of', 'jigsaw', 'civil',
            'conda', 'gosuai', 'hh', 'read_turns', 'chats', 'column_map', 'find_columns', 'html_text', 'is_html',
-           'quotes_apart', 'read_table', 'find_kind']
+           'is_wrapped', 'text_of', 'quotes_apart', 'read_table', 'find_kind']
 
 # %% ../../nbs/exports/sources.ipynb #21a24a92
 MOST_TEXT,MOST_NAME,MOST_WHO = 100_000,1000,100 # characters of a line; of a room or an id; of a speaker
@@ -149,9 +150,15 @@ def reader(
     return _inner
 
 # %% ../../nbs/exports/sources.ipynb #f04145c0
+def _of_both(day, at):
+    "A day and a time of day, of two columns, as one text; None if there is no day."
+    if day in (None, ''): return None
+    return f"{day:%Y-%m-%d} {at}" if isinstance(day, date) else f"{day} {'' if at is None else at}".strip()
+
 def _at(row, column):
-    "What is in a column, which may be inside another; None if there is nothing."
+    "What is in a column, which may be inside another, or in two, as `date+time`; None if there is nothing."
     if column in row: return row[column]
+    if '+' in column: return _of_both(*(_at(row, c) for c in column.split('+', 1)))
     for k in column.split('.'): row = row.get(k) if isinstance(row, dict) else None
     return row
 
@@ -422,7 +429,7 @@ def chats(r, at, columns=None, **_):
 
 # %% ../../nbs/exports/sources.ipynb #864808aa
 COLUMNS = dict(text='what was said', who='who said it', author='the id of who said it', room='channel, match or thread',
-    t='when, as a number or a date', id='id of the line', reply_to='id of the line that it answers',
+    t='when, as a number or a date; DAY+TIME of two columns', id='id of the line', reply_to='id of the line that it answers',
     score='measured toxicity, 0 to 1', group='what must stay on one side of the split')
 
 TURNS = dict(messages='the list of turns', role='who speaks, in a turn', content='what is said, in a turn',
@@ -444,14 +451,21 @@ def column_map(
     return res
 
 # %% ../../nbs/exports/sources.ipynb #26a686b2
-_CALLED = dict( # what columns are called, in the order of preference
-    text='text message content body comment msg',
-    who='who author user username sender speaker nick name from',
-    author='author_id user_id sender_id',
-    t='t timestamp time date datetime created_at sent_at created_utc sent when',
-    room='room channel channel_name channel_id chan ch thread match',
-    id='id message_id', reply_to='reply_to parent_id', score='score toxicity', group='group')
+_CALLED = dict( # what columns are called, in the order of preference, without signs between words
+    text='''text message content body comment msg messagetext posttext pagetext strcontent textoriginal textdisplay fulltext
+        commenttext''',
+    who='''who author user username sender speaker nick nickname postusername name from by authorname sendername displayname
+        authordisplayname''',
+    author='authorid userid senderid posterid fromid',
+    t='t timestamp time date datetime createdat sentat createdutc sent when posttime dateline createtime publishedat ts',
+    room='room channel channelname channelid chan ch thread match topicid threadid roomid',
+    id='id messageid msgid postid', reply_to='replyto replytoid parentid parent', score='score toxicity', group='group')
 
+_NAMES = frozenset(f"{_CALLED['who']} displayname realname fullname firstname lastname screenname handle login remark".split())
+
+def _bare(column): return re.sub(r'[\W_]', '', column).lower()
+
+# %% ../../nbs/exports/sources.ipynb #8e211a85
 def _is_time(v):
     "Can it be read as a time, whatever the order of its numbers?"
     for order in ('dmy','mdy','ymd'):
@@ -462,8 +476,12 @@ def find_columns(
     row:dict, # A record
 )->dict: # Our names and the file's, of those that can be told by their names
     "The column map of a table whose columns have the usual names."
-    there = {c.lower(): c for c in row if c.lower() not in _CALLED['t'].split() or _is_time(row[c])}
+    flat = (c for c,v in row.items() if not isinstance(v, (dict,list)))
+    there = {_bare(c): c for c in flat if _bare(c) not in _CALLED['t'].split() or _is_time(row[c])}
     found = {k: next((there[c] for c in names.split() if c in there), None) for k,names in _CALLED.items()}
+    if found['t'] and _bare(found['t'])=='date':
+        both = [f"{found['t']}+{c}" for c in row if _bare(c)=='time']
+        if both and _is_time(_at(row, both[0])): found['t'] = both[0]
     return {k: c for k,c in found.items() if c}
 
 # %% ../../nbs/exports/sources.ipynb #760eedfb
@@ -563,7 +581,17 @@ def is_html(
     "Find whether texts are HTML."
     return any(map(_MARKUP.search, texts)) and not any(map(_NO_TAG.search, texts))
 
-def _plain(s): return s if _NO_TAG.search(s) else html_text(s)
+def is_wrapped(
+    texts, # Some texts of a column
+)->bool: # Is most of them one element, in which whatever looks like a tag is one?
+    "Find whether texts are whole elements, as of Teams."
+    return 2*sum(bool(re.fullmatch(r'(?is)\s*<(p|div)\b[^<>]*>.*</\1>\s*', t)) for t in texts)>len(texts)>0
+
+def text_of(
+    s:str, # A text of a column in HTML
+)->str: # The same where it has what is no tag, as code
+    "Text of what is likely to be HTML."
+    return s if _NO_TAG.search(s) else html_text(s)
 
 # %% ../../nbs/exports/sources.ipynb #224a82ee
 _QUOTE = re.compile(r'\[quote\b[^\]\n]{0,300}\]((?:(?!\[/?quote\b).)*?)\[/quote\]\s*', re.I | re.S)
@@ -592,14 +620,21 @@ def _refuse_rendered(text):
 # %% ../../nbs/exports/sources.ipynb #62e444f6
 _LOOKED_AT = 200 # rows
 
-def _table_line(r, at, columns, html=False, **_):
+def _is_like(x, row):
+    "Has a value the columns of its row, as an answer inside a comment has?"
+    return isinstance(x, dict) and len(x.keys() & row.keys())>max(2, len(row)//2)
+
+# %% ../../nbs/exports/sources.ipynb #3f414cf6
+def _table_line(r, at, columns, html=None, names=(), **_):
     "Line of a table's row."
     g = {k: _at(r, c) for k,c in columns.items()}
     text = str(g['text']) if isinstance(g['text'], (int,float)) else g['text']
+    if inside := next((k for k,v in r.items() if isinstance(v, list) and v and _is_like(v[0], r)), ''):
+        raise ValueError(f"it has rows like itself in `{inside}`, and a table has no place for a tree")
     if text is None: raise LeftOut('no text')
     _refuse_rendered(text)
     text = quotes_apart(_str(text, 'text', MOST_TEXT))
-    if html: text = _plain(text)
+    if html: text = html(text)
     about = dict(score=_score(g.get('score')), by='table', id=_id(g.get('id')), reply_to=_id(g.get('reply_to')))
     if not g.keys() & {'room','who','t','id','reply_to','group','author'}: # comments
         return [line(hash_of(text), 'writer', text, whole=at.n, **about)]
@@ -611,12 +646,28 @@ def _table_line(r, at, columns, html=False, **_):
         if _time(t) is not None: group = f'{room}-{int(t//86400)}'
         elif nameless: group = f'{room}-{at.n//400}'
     who,author = g.get('who', 'writer'),g.get('author')
-    if 'who' in g: who = at.book.person(who if author is None else author, who)
+    if 'who' in g: who = at.book.person(who if author is None else author, who, *(_at(r, c) for c in names))
     return [line(room, who, text, t, group=group, author=author, **about)]
 
 # %% ../../nbs/exports/sources.ipynb #6e20d3e4
 def _is_table(b): return 'text' in b.row or {'text','who'}<=find_columns(b.row).keys()
 
+def _other_names(columns, row):
+    "Columns beside that of the speaker which have names of the speaker too."
+    inside,_,_ = columns['who'].rpartition('.')
+    cut = [(c, *c.rpartition('.')) for c in _columns(row) if c not in columns.values()]
+    return [c for c,at,_,last in cut if at==inside and _bare(last) in _NAMES and isinstance(_at(row, c), str)]
+
+def _said_columns(row):
+    "What is to be said of columns that were found by their names: which, which others there are, and whether nobody is named."
+    found = find_columns(row)
+    rest = row.keys()-{x for c in found.values() for x in (c, *c.split('+'))}
+    res = ['columns '+' '.join(f'{k}={c}' for k,c in found.items())]
+    if rest: res.append(f"not read: {excerpt(' '.join(c for c in row if c in rest))}")
+    if 'who' not in found and len(found)>1: res.append('no column says who speaks, so all is one writer\'s')
+    return res
+
+# %% ../../nbs/exports/sources.ipynb #6e90df24
 @reader('table', detect=_is_table)
 def read_table(
     path:str, # CSV, JSON, Excel or Parquet, or `hub:OWNER/NAME`
@@ -627,14 +678,16 @@ def read_table(
 ):
     "Any CSV, JSON, Excel or Parquet, with --columns 'text=body who=author room=channel t=sent score=tox'"
     rows,said = [r for _,r in islice(records(path, Quarantine(max_bad=1)), _LOOKED_AT)],[]
-    if columns is None and rows: said.append('columns '+' '.join(f'{k}={c}' for k,c in find_columns(rows[0]).items()))
+    if columns is None and rows: said += _said_columns(rows[0])
     columns = _checked(columns, rows, Path(path).name) if rows else dict(text='text')
     if 'text' not in columns:
         raise UserError(Path(path).name, "no column `text`", "say which one it is, as in --columns text=body")
-    html = is_html([t for r in rows if isinstance(t := _at(r, columns['text']), str)])
+    texts = [t for r in rows if isinstance(t := _at(r, columns['text']), str)]
+    html = html_text if is_wrapped(texts) else text_of if is_html(texts) else None # makes text of it
     if html: said.append('HTML read as text')
-    yield from read_records(partial(_table_line, columns=columns, html=html), path, bad, when=columns.get('t', ''),
-        zone=zone, said=said)
+    names = _other_names(columns, rows[0]) if rows and 'who' in columns else ()
+    yield from read_records(partial(_table_line, columns=columns, html=html, names=names), path, bad,
+        when=columns.get('t', ''), zone=zone, said=said)
 
 # %% ../../nbs/exports/sources.ipynb #085c80a6
 _ASKED_LAST = 'messages','table'
@@ -656,5 +709,5 @@ def find_kind(
         if b.path.is_dir(): raise UserError(b.name, "no reader knows this folder", "give files")
         next(records(path, Quarantine(max_bad=.99)), None) # says why it can't be read, or mustn't be
         if b.row:
-            raise UserError(b.name, f"no reader knows it; it has {excerpt(', '.join(map(str, b.row)))}", NAME_KIND)
+            raise UserError(b.name, f"no reader knows it; it has {excerpt(', '.join(_columns(b.row)), 300)}", NAME_KIND)
     return 'messages'

@@ -100,17 +100,21 @@ class DateOrder:
     "Finds whether days, months or years come first, from all dates of a file."
     def __init__(self):
         self.n,self.last,self.example = 0,'',''
+        self.halves = set() # how halves of the day are written: 'PM', or 'p. m.' as in Spanish
         self.read,self.jumps,self.days = dict.fromkeys(ORDERS, 0),dict.fromkeys(ORDERS, 0),{}
 
     def look(self,
         v, # A time as it is in the file
     ):
         "Take one more date into account."
+        half = re.search(r'(?i)(?<=\d)\s?([ap](\.)?\s?m)\b', v) if isinstance(v, str) else None
+        if isinstance(v, str) and not v.isascii(): v = _tidy(v)
         m = _DATE.search(v) if isinstance(v, str) else None
         if not m or m[0]==self.last: return
         found = _readings(m[0])
         if not found or _ISO.match(v): return
         self.n,self.last,self.example = self.n+1,m[0],self.example or m[0]
+        if half: self.halves.add('p. m.' if half[2] else 'PM')
         for k,d in found.items():
             self.read[k] += 1
             self.jumps[k] += abs((d-self.days.get(k, d)).days)
@@ -118,7 +122,9 @@ class DateOrder:
 
 # %% ../../nbs/exports/times.ipynb #03738032
 @patch
-def decide(self:DateOrder)->tuple: # Order, one of `ORDERS`; and what is to be said of it, or ''
+def decide(self:DateOrder,
+    phone:bool=False, # Are they a phone's, on which American dates come with AM and PM?
+)->tuple: # Order, one of `ORDERS`; and what is to be said of it, or ''
     "The order of the numbers in all dates."
     most = max(self.read.values())
     able = [k for k,n in self.read.items() if n==most]
@@ -129,7 +135,7 @@ def decide(self:DateOrder)->tuple: # Order, one of `ORDERS`; and what is to be s
     first,second = (self.jumps[k] for k in near[:2])
     if second>2*first: order,why = near[0],'for so its days follow one another'
     else:
-        bare = re.match(r'\d/|\d+/\d/', self.example) and not self.example.startswith('0')
+        bare = re.match(r'[1-9]/|[0-9]+/[1-9]/', self.example) and self.halves<={'PM'} and (self.halves or not phone)
         order,why = 'mdy' if bare and 'mdy' in able else 'dmy','which its dates leave open'
     return order,f"dates such as {self.example} read with the {ORDERS[order]}, {why}"
 
@@ -216,10 +222,11 @@ class Clock:
     def __init__(self,
         zone:str='UTC', # Zone of times that don't say theirs
         order:str='', # `dmy`, `mdy` or `ymd`; '' finds it from the file
+        phone:bool=False, # As in `DateOrder.decide`
     ):
         if order and order not in ORDERS: raise UserError(order, "no order of dates", f"give {', '.join(ORDERS)}")
         _zone(zone)
-        self.zone,self.order,self.naive = zone,order,False
+        self.zone,self.order,self.phone,self.naive = zone,order,phone,False
         self.why,self.seen,self.last = '',DateOrder(),-1e18
 
 @patch
@@ -229,7 +236,7 @@ def look(self:Clock,
     "Find the order of dates, if it isn't given and the file has any."
     if self.order: return self
     for v in vs: self.seen.look(v)
-    if self.seen.n: self.order,self.why = self.seen.decide()
+    if self.seen.n: self.order,self.why = self.seen.decide(self.phone)
     return self
 
 # %% ../../nbs/exports/times.ipynb #278db124
@@ -269,7 +276,7 @@ def needs_look(
     v, # The first time of a file
 )->bool:
     "Whether the order of a file's dates has to be found before they are read."
-    m = _DATE.search(v) if isinstance(v, str) and not _ISO.match(v) else None
+    m = _DATE.search(_tidy(v)) if isinstance(v, str) and not _ISO.match(v) else None
     return bool(m) and len(m[1])<3
 
 # %% ../../nbs/exports/times.ipynb #fb403502
