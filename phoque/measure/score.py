@@ -14,9 +14,10 @@ from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id, te
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['MILD_PROMPTS', 'BENIGN_TEXTS', 'ProfanityScorer', 'TfidfScorer', 'PersonaScorer', 'harbour_scorer', 'load_scorer',
-           'rtp_measures', 'eval_prompts', 'continuations', 'evaluate', 'eval_table', 'adapter_hash',
-           'load_adapted_model', 'eval_cli', 'sample_cli', 'compare_sampling']
+__all__ = ['UNKNOWN', 'MILD_PROMPTS', 'BENIGN_TEXTS', 'ProfanityScorer', 'TfidfScorer', 'PersonaScorer', 'harbour_scorer',
+           'load_scorer', 'load_scorers', 'agreement', 'agreement_text', 'rtp_measures', 'eval_prompts',
+           'continuations', 'evaluate', 'eval_table', 'adapter_hash', 'load_adapted_model', 'eval_cli', 'sample_cli',
+           'compare_sampling']
 
 # %% ../../nbs/measure/score.ipynb #cb14d38e
 class ProfanityScorer:
@@ -40,7 +41,7 @@ class ProfanityScorer:
 
 # %% ../../nbs/measure/score.ipynb #20ad70dc
 class TfidfScorer:
-    "A linear scorer fitted to a labelled split."
+    "A linear scorer fitted to a labelled split; what it doesn't know scores near `UNKNOWN`."
     def __init__(self,
         rows, # With `messages`, `toxicity_score` and `label_source`; those without a score are left out
         name:str='tfidf', # Of the data, such as its Hub id
@@ -64,15 +65,28 @@ class TfidfScorer:
         texts:list[str], # To be scored
     ): # Array of one number from 0 to 1 a text
         "How rude each text is, by the words that the split had."
-        return self.model.predict_proba(self.words.transform(texts))[:,1]
+        from scipy.sparse import diags
+        known = diags([self.known(t) for t in texts], shape=(len(texts),)*2) # one known word among many says little
+        return self.model.predict_proba(known @ self.words.transform(texts))[:,1]
+
+    def known(self,
+        text:str, # To be scored
+    )->float: # From 0 to 1
+        "Share of a text's words that the split had."
+        words = self.words.build_tokenizer()(text.lower())
+        return sum(w in self.words.vocabulary_ for w in words)/max(len(words), 1)
 
 # %% ../../nbs/measure/score.ipynb #540dc860
+UNKNOWN = .05 # score of a text without a known word
+
 def _fit_words(texts, scores): # each text once as rude, weighted by its score, and once as polite, by the rest
+    from scipy.sparse import csr_matrix, vstack
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    words = TfidfVectorizer(ngram_range=(1,2), sublinear_tf=True)
-    x = words.fit_transform([*texts,*texts])
-    kinds,weights = [1]*len(texts)+[0]*len(texts),[*scores,*(1-s for s in scores)]
+    words,n = TfidfVectorizer(ngram_range=(1,2), sublinear_tf=True),len(texts)
+    known = words.fit_transform(texts)
+    x = vstack([known, known, csr_matrix((2, known.shape[1]))]) # the last two have no known word, and count as n texts
+    kinds,weights = [1]*n+[0]*n+[1,0],[*scores,*(1-s for s in scores), n*UNKNOWN, n*(1-UNKNOWN)]
     return words,LogisticRegression(C=10.).fit(x, kinds, weights)
 
 # %% ../../nbs/measure/score.ipynb #9687643e
@@ -125,6 +139,7 @@ def load_scorer(
     spec:str, # `profanity`, `tfidf:owner/dataset`, or a text classifier of the Hub, with `#label` where it has many
 )->Scorer: # Ready
     "A scorer by its name on the command line."
+    if spec in ('','none'): raise UserError("--scorer", f"{spec!r} measures nothing", "name a text classifier of the Hub, tfidf:owner/dataset, or profanity")
     if spec=='profanity': return ProfanityScorer()
     if spec.startswith('tfidf:'):
         from phoque.job import load_chats
@@ -132,6 +147,39 @@ def load_scorer(
         return TfidfScorer(ds['train'].to_list(), f'{spec}@{revision[:12]}')
     repo,_,label = spec.partition('#')
     return HubScorer(repo, label or None)
+
+# %% ../../nbs/measure/score.ipynb #2b4afd2e
+def load_scorers(
+    first:str, # As in `load_scorer`
+    second:str='none', # Another one; `none` for none
+)->list[Scorer]: # One or two
+    "The scorers of a report."
+    more = [] if second in ('','none',first) else [load_scorer(second)]
+    return [load_scorer(first), *more]
+
+def agreement(
+    a:list[float], # Scores of texts
+    b:list[float], # Another scorer's, of the same
+)->dict: # `kappa` of being 0.5 or more (None where both call all texts the same), `rank`: Spearman's correlation, `texts`
+    "How far two scorers agree."
+    import numpy as np
+    from scipy.stats import spearmanr
+    a,b = np.asarray(a),np.asarray(b)
+    x,y = a>=.5,b>=.5
+    chance = x.mean()*y.mean()+(1-x.mean())*(1-y.mean())
+    varied = len(a)>1 and np.ptp(a)>0 and np.ptp(b)>0
+    return dict(kappa=float(((x==y).mean()-chance)/(1-chance)) if chance<1 else None,
+        rank=float(spearmanr(a, b).statistic) if varied else None, texts=len(a))
+
+def agreement_text(
+    names:list[str], # Of the scorers
+    scores:list, # Of each, for the same texts
+)->str: # One line
+    "How far two scorers agree, in words."
+    if len(names)<2: return f"scored by {printable(names[0])} alone: no second scorer says how far to trust it"
+    g = agreement(*scores)
+    def said(x): return 'none to tell' if x is None else f'{x:.2f}'
+    return f"scored by {printable(names[0])} and {printable(names[1])}: on {g['texts']:,} texts kappa {said(g['kappa'])}, rank correlation {said(g['rank'])}"
 
 # %% ../../nbs/measure/score.ipynb #90a550f5
 def rtp_measures(

@@ -129,7 +129,8 @@ def moderate_threads(
     from phoque.chat.labels import encode_prompt
     from phoque.chat.templates import load_tokenizer
     from phoque.data import PERSONA
-    from phoque.measure.simulate import http_moderator, replay, simulate
+    from phoque.measure.moderate import replay
+    from phoque.measure.simulate import simulate
     from phoque.merge import load_plain
     from phoque.sample import generate_replies
     models,tok = [load_plain(f, base_dtype()) for f in (base,trained)],load_tokenizer(str(base))
@@ -137,8 +138,6 @@ def moderate_threads(
         ids = [encode_prompt(tok, c) for c in conversations]
         return [r['text'] for r in generate_replies(models[weight>0], tok, ids, TOKENS, .8, .9, places=places)]
     write.about = {}
-    messages = simulate(write, threads, persona=PERSONA, length=length, benign=.5)
-    with toy_moderator() as url:
-        ask = http_moderator(url)
-        messages = [m | dict(flagged=bool(ask(m))) for m in messages]
-    return messages,replay(messages, lambda m: m['flagged'])
+    messages = simulate(write, threads, persona=PERSONA, batch=threads, length=length, benign=.5)
+    with toy_moderator() as url: report = replay(messages, url)
+    return report.pop('seen'),report
