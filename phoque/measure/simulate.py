@@ -11,7 +11,7 @@ from ..core.kept import KeptRows, read_rows, write_private
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
 from ..sample import PLAIN, generate_replies, scorer_id
-from .score import adapter_hash, agreement_text, load_scorers, load_adapted_model
+from .score import adapter_hash, agreement_text, check_adapted, load_scorers, load_adapted_model
 from ..train import TrainConfig
 
 # %% auto #0
@@ -179,7 +179,7 @@ def _written(texts, threads, length): # what was kept, to be scored again
     raise UserError(f"--threads {threads}, --length {length}", f"{texts} holds {len(messages)} of their {threads*length} messages",
         "name --base_model and --adapter to write the others, or ask for fewer")
 
-# %% ../../nbs/measure/simulate.ipynb #49606935
+# %% ../../nbs/measure/simulate.ipynb #6f655d1c
 @shell_command('phoque_simulate',
     'phoque_simulate --base_model BASE --adapter YOU/phoque --system_prompt "You are a regular of this community."',
     'phoque_simulate --base_model BASE --adapter YOU/phoque --threads 200 --benign_share 0.8 --out threads.jsonl',
@@ -207,6 +207,7 @@ def simulate_cli(
     dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')))
     _check_dials(*dials.values()) # before a model is loaded
     check_output('--out', out)
+    if base_model: check_adapted(base_model, adapter)
     texts,judges = Path(out).with_suffix('.texts.jsonl'),load_scorers(scorer, second_scorer)
     if base_model:
         m,tok = load_adapted_model(base_model, adapter, chat_template)

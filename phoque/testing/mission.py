@@ -83,7 +83,7 @@ def sweep_fluency(
     from phoque.measure.detox import detox_sweep
     from phoque.measure.score import BENIGN_TEXTS
     def nothing(model, tok, persona=None): return {}
-    rows = detox_sweep(base, adapter, nothing, BENIGN_TEXTS, SUBTRACTED, dtype=base_dtype())
+    rows = detox_sweep(base, adapter, nothing, BENIGN_TEXTS, SUBTRACTED, dtype=base_dtype(), seeds=0)
     return [dict(weight=r['weight'] or 0., perplexity=r['perplexity']) for r in rows]
 
 def choose_weight(
