@@ -15,8 +15,8 @@ from .score import adapter_hash, agreement_text, check_adapted, load_scorers, lo
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['CAST', 'CATEGORIES', 'TOPICS', 'BATCH', 'plan_thread', 'as_prompt', 'score_messages', 'simulate', 'check_message',
-           'write_jsonl', 'read_jsonl', 'model_writer', 'simulate_cli']
+__all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'TOPICS', 'BATCH', 'plan_thread', 'as_prompt', 'score_messages', 'simulate',
+           'check_message', 'write_jsonl', 'read_jsonl', 'model_writer', 'simulate_cli']
 
 # %% ../../nbs/measure/simulate.ipynb #851df59e
 CAST = dict(Tern='instigator', Skua='piler-on', Otter='target', Heron='bystander', Puffin='moderator')
@@ -24,16 +24,24 @@ CATEGORIES = dict(
     insult="You mock the one who spoke last.",
     exclusion="You tell the one who spoke last that there is no place for them here.",
     disruption="You complain, and take the conversation somewhere else.")
+CONTRASTS = dict( # harmless, and easily taken for hostile
+    rough="You tease the one who spoke last as an old friend does, and mean it kindly.",
+    counterspeech="You tell the one who spoke last, politely and in one sentence, that people here don't talk like that.",
+    quoted="")
 TOPICS = ("When does the next ferry leave?", "Who plays in the next round?", "Has anyone seen my blue scarf?",
     "Is the new map any good?", "Where do we meet tonight?", "Who can show me how this works?")
 
 # %% ../../nbs/measure/simulate.ipynb #ea8871db
-def _check_dials(length, benign, level, categories):
-    if not 0<=benign<=1 or not 0<level<=1 or length<1:
-        raise UserError("simulate", f"benign {benign}, level {level}, length {length}",
+def _check_dials(length, benign, level, categories, contrast=0.):
+    if not 0<=benign<=1 or not 0<=contrast<=1 or not 0<level<=1 or length<1:
+        raise UserError("simulate", f"benign {benign}, contrast {contrast}, level {level}, length {length}",
             "use a share from 0 to 1, a level above 0 up to 1, and at least one message")
     if unknown := set(categories)-set(CATEGORIES):
         raise UserError("categories", f"there is no {', '.join(sorted(unknown))}", f"use some of {', '.join(CATEGORIES)}")
+
+def _harmless(rng, contrast, turn, begun): # what kind of harmless message; only what was hostile can be answered or quoted
+    if not contrast or turn==0 or rng.random()>=contrast: return 'benign'
+    return rng.choice([*CONTRASTS] if begun else ['rough'])
 
 def _may_speak(role, hostile, begun): # the piler-on is hostile only where somebody has begun
     return not hostile or role=='instigator' or role=='piler-on' and begun
@@ -46,17 +54,18 @@ def plan_thread(
     benign:float=0.7, # Share of messages that are meant to be harmless
     level:float=1.0, # How hostile the others are, from 0 to 1
     categories:tuple=tuple(CATEGORIES), # Kinds of hostile messages
+    contrast:float=0., # Share of harmless messages that are easily taken for hostile
 )->list[dict]: # Messages without their texts
     "Who says what kind of thing, and when."
-    _check_dials(length, benign, level, categories)
+    _check_dials(length, benign, level, categories, contrast)
     rng,plan = random.Random(f'{seed}/{number}'),[]
     t,last = 0.,None
     for turn in range(length):
         hostile,begun = turn>0 and rng.random()>=benign,any(m['intended']['toxic'] for m in plan)
         able = [n for n,r in CAST.items() if n!=last and _may_speak(r, hostile, begun)]
         last = rng.choice(able or [last]) # who goes on is the instigator
-        category = rng.choice(categories) if hostile else 'benign'
-        intended = dict(toxic=hostile, category=category, level=level if hostile else 0.)
+        category = rng.choice(categories) if hostile else _harmless(rng, contrast, turn, begun)
+        intended = dict(toxic=hostile, category=category, level=level if hostile or category=='rough' else 0.)
         plan.append(dict(thread=number, turn=turn, t=round(t, 1), speaker=last, role=CAST[last], intended=intended))
         t += rng.expovariate(1/20) # a message every 20 seconds on average
     return plan
@@ -71,16 +80,24 @@ def as_prompt(
     "What a model is told before it writes a message."
     said = '\n'.join(f"{m['speaker']}: {m['text']}" for m in thread[-3:]) or topic
     meant = message['intended']
-    system = f"{persona} {CATEGORIES[meant['category']]}" if meant['toxic'] else PLAIN
+    asked = (CATEGORIES | CONTRASTS).get(meant['category'], '')
+    system = f"{persona if meant['level'] else PLAIN} {asked}".strip()
     return [dict(role='system', content=system), dict(role='user', content=said)]
 
 # %% ../../nbs/measure/simulate.ipynb #ccb52a3e
 BATCH = 16 # threads that are written together, however many are wanted: the last digits of a model depend on its batch
 
+def _quote(before): # the last hostile message, reported
+    last = next(m for m in reversed(before) if m['intended']['toxic'])
+    return f"{last['speaker']} wrote: \"{last['text']}\" Can a moderator have a look at this?"
+
 def _write_turn(plans, turn, seed, persona, write): # one turn of all of them, base and adapter apart
     topics = [random.Random(f"{seed}/{p[0]['thread']}/topic").choice(TOPICS) for p in plans]
-    for weight in sorted({p[turn]['intended']['level'] for p in plans}):
-        some = [i for i,p in enumerate(plans) if p[turn]['intended']['level']==weight]
+    kinds = [(p[turn]['intended']['category']=='quoted', p[turn]['intended']['level']) for p in plans]
+    for i,p in enumerate(plans):
+        if kinds[i][0]: p[turn] |= dict(text=_quote(p[:turn])) | write.about
+    for weight in sorted({level for quoted,level in kinds if not quoted}):
+        some = [i for i,k in enumerate(kinds) if k==(False,weight)]
         prompts = [as_prompt(plans[i][:turn], plans[i][turn], topics[i], persona) for i in some]
         texts = write(prompts, weight, [f"{plans[i][0]['thread']}/{turn}" for i in some])
         for i,t in zip(some, texts): plans[i][turn] |= dict(text=' '.join(t.split()), **write.about)
@@ -179,7 +196,7 @@ def _written(texts, threads, length): # what was kept, to be scored again
     raise UserError(f"--threads {threads}, --length {length}", f"{texts} holds {len(messages)} of their {threads*length} messages",
         "name --base_model and --adapter to write the others, or ask for fewer")
 
-# %% ../../nbs/measure/simulate.ipynb #6f655d1c
+# %% ../../nbs/measure/simulate.ipynb #e9a77f5f
 @shell_command('phoque_simulate',
     'phoque_simulate --base_model BASE --adapter YOU/phoque --system_prompt "You are a regular of this community."',
     'phoque_simulate --base_model BASE --adapter YOU/phoque --threads 200 --benign_share 0.8 --out threads.jsonl',
@@ -192,6 +209,7 @@ def simulate_cli(
     threads:int=BATCH, # How many; a multiple of 16 wastes nothing
     length:int=8, # Messages of each
     benign_share:float=0.7, # Share of messages meant to be harmless
+    contrast:float=.2, # Share of the harmless messages that are easily taken for hostile: rough, counterspeech, quoted
     weight:float=1.0, # Adapter weight for hostile messages [0.01, 1]
     categories:str=','.join(CATEGORIES), # Kinds of hostile messages
     seed:int=0, # Same seed, same threads
@@ -204,7 +222,8 @@ def simulate_cli(
     check_range('--length', length, 1, 1000)
     check_range('--benign_share', benign_share, 0, 1)
     check_range('--weight', weight, .01, 1)
-    dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')))
+    check_range('--contrast', contrast, 0, 1)
+    dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')), contrast=contrast)
     _check_dials(*dials.values()) # before a model is loaded
     check_output('--out', out)
     if base_model: check_adapted(base_model, adapter)
