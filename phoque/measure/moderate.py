@@ -396,7 +396,8 @@ def _curve_svg(curve): # recall over the false-positive rate
         f'<polyline points="30,10 30,210 230,210"/><polyline points="30,210 {at} 230,10" style="stroke:var(--bar)"/>{text}</svg>'
 
 def _veiled(seen, most=100): # messages, blurred
-    def line(m): return f"<tr><td>{m['thread']}</td><td>{escape(m['intended']['category'])}</td><td>" \
+    left = '<td style="text-align:left">'
+    def line(m): return f"<tr><td>{m['thread']}</td>{left}{escape(m['intended']['category'])}</td>{left}" \
         f"{veiled(printable(m['text']))}</td></tr>"
     more = f'<p>{len(seen)-most:,} more</p>' if len(seen)>most else ''
     return f"<table><tr><th>thread<th>meant as<th>text</tr>{''.join(map(line, seen[:most]))}</table>{more}"
