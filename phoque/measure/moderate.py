@@ -15,7 +15,7 @@ from phoque.core.basics import (UserError, check_output, check_range, excerpt, p
 from ..core.kept import KeptRows, write_private
 from ..core.stats import MeanInterval, mean_interval, share_interval
 from .panel import veiled
-from .simulate import read_jsonl
+from .simulate import CONTRASTS, read_jsonl
 
 # %% auto #0
 __all__ = ['SHAPES', 'MOST_ANSWER', 'MOST_WAIT', 'request_body', 'check_verdict', 'read_verdict', 'HttpModerator',
@@ -380,7 +380,9 @@ def report_lines(
         def mid(k, unit): return f'more than any thread had {unit}' if a[k] is None else f'{a[k]:g} {unit}'
         res[-1] += f"; median until then {mid('median_hostile_messages', 'hostile messages')}, {mid('median_seconds', 's')} (missed ones counted as longer)"
     judges = simple_judges(report['seen'], report['false_positive_rate'] or 0.)
-    return res + [f"{j['judge']} on the same messages: AUC {j['auc']:.3f}, recall {j['recall']:.1%} at that false-positive rate" for j in judges]
+    res += [f"{j['judge']} on the same messages: AUC {j['auc']:.3f}, recall {j['recall']:.1%} at that false-positive rate" for j in judges]
+    near = [m for m in report['seen'] if m['hostile'] or m['intended']['category'] in CONTRASTS]
+    return res + [f"{j['judge']} between what is hostile and what only looks so: AUC {j['auc']:.3f}" for j in simple_judges(near, 0.)]
 
 def replay_text(
     report:dict, # From `replay`
