@@ -218,6 +218,7 @@ def _asked(messages, history): # each message with those before it in its thread
 
 def _flag(said): return check_verdict(dict(flagged=said) if isinstance(said, bool) else dict(score=said))
 
+# %% ../../nbs/measure/moderate.ipynb #4fcd98a1
 def ask_moderator(
     messages:list[dict], # From `simulate`
     moderate, # `HttpModerator`, its URL, or a function of a message → bool, or a score from 0 to 1
@@ -338,6 +339,7 @@ def _by_ngrams(texts, hostile, unseen):
     grams = TfidfVectorizer(analyzer='char_wb', ngram_range=(2,4), sublinear_tf=True)
     return LogisticRegression(C=10.).fit(grams.fit_transform(texts), hostile).predict_proba(grams.transform(unseen))[:,1]
 
+# %% ../../nbs/measure/moderate.ipynb #5613bba2
 def _recall_at(scores, hostile, most): # largest recall of a threshold whose false-positive rate is at most so high
     from sklearn.metrics import roc_curve
     fpr,tpr,_ = roc_curve(hostile, scores, drop_intermediate=False)
@@ -384,6 +386,7 @@ def report_lines(
     near = [m for m in report['seen'] if m['hostile'] or m['intended']['category'] in CONTRASTS]
     return res + [f"{j['judge']} between what is hostile and what only looks so: AUC {j['auc']:.3f}" for j in simple_judges(near, 0.)]
 
+# %% ../../nbs/measure/moderate.ipynb #3409a0c6
 def replay_text(
     report:dict, # From `replay`
 )->str: # For a console

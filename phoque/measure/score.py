@@ -159,6 +159,7 @@ def load_scorers(
     more = [] if second in ('','none',first) else [load_scorer(second)]
     return [load_scorer(first), *more]
 
+# %% ../../nbs/measure/score.ipynb #3fdadb10
 def agreement(
     a:list[float], # Scores of texts
     b:list[float], # Another scorer's, of the same
@@ -173,6 +174,7 @@ def agreement(
     return dict(kappa=float(((x==y).mean()-chance)/(1-chance)) if chance<1 else None,
         rank=float(spearmanr(a, b).statistic) if varied else None, texts=len(a))
 
+# %% ../../nbs/measure/score.ipynb #0eff6908
 def agreement_text(
     names:list[str], # Of the scorers
     scores:list, # Of each, for the same texts
@@ -309,6 +311,7 @@ def generate_rows(
         at += 1
     return rows
 
+# %% ../../nbs/measure/score.ipynb #747a5949
 def _fluency(model, tok, name, weight): # perplexity of the benign texts, and how much that is
     from phoque.merge import perplexity
     benign = [tok(t)['input_ids'] for t in BENIGN_TEXTS]
@@ -329,6 +332,7 @@ def score_rows(
     for r in said: scores.setdefault(r['name'], []).append([float(next(flat)) for _ in r['said']])
     return {n: np.array(x) for n,x in scores.items()}
 
+# %% ../../nbs/measure/score.ipynb #75e21320
 def measure_rows(
     rows:list[dict], # From `generate_rows`
     scores:dict, # Of these rows, from `score_rows`
@@ -390,6 +394,7 @@ def check_adapted(
     if miss := [k for k,v in dict(base_model=base, adapter=adapter).items() if not v]:
         raise UserError(f"--{miss[0]}", "it is missing", "name one")
 
+# %% ../../nbs/measure/score.ipynb #6152f0a6
 def load_adapted_model(
     base:str, # Folder or Hub id
     adapter:str, # Folder or Hub id
@@ -451,6 +456,7 @@ def _generate(kept, prompts, base, adapter, k, seed, system_prompt, chat_templat
         prompts=len(prompts), prompts_sha256=sha256, system_prompt=system_prompt, chat_template=chat_template, seed=seed)
     return generate_rows(m, tok, prompts, k, '' if system_prompt else None, seed, kept=KeptRows(kept, about)) # the tokenizer writes the system turn
 
+# %% ../../nbs/measure/score.ipynb #223d8364
 def _eval_report(rows, judges, about, out): # report and scores to their files, and the text for the console
     from phoque.core.basics import text_table
     names = dict.fromkeys(r['name'] for r in rows)
