@@ -216,6 +216,10 @@ def _asked(messages, history): # each message with those before it in its thread
         before.append(m)
     return res
 
+def _asked_of(ask, messages): # what decides the answers
+    sha256 = hashlib.sha256(json.dumps([_told(m) for m in messages]).encode()).hexdigest()
+    return {k: getattr(ask, k, '') for k in ('name','shape','model','history')} | dict(messages=sha256)
+
 def _flag(said): return check_verdict(dict(flagged=said) if isinstance(said, bool) else dict(score=said))
 
 # %% ../../nbs/measure/moderate.ipynb #4fcd98a1
@@ -226,9 +230,7 @@ def ask_moderator(
 )->list[dict]: # `flagged`, `score`, or both, for each message
     "Put every message to a moderator."
     ask = HttpModerator(moderate) if isinstance(moderate, str) else moderate
-    about = {k: getattr(ask, k, '') for k in ('name','shape','model','history')}
-    about['messages'] = hashlib.sha256(json.dumps([_told(m) for m in messages]).encode()).hexdigest()
-    kept = KeptRows(keep, about) if keep else None
+    kept = KeptRows(keep, _asked_of(ask, messages)) if keep else None
     said = [check_verdict(v, keep) for v in kept.rows] if keep else []
     asked = _asked(messages, getattr(ask, 'history', 0))[len(said):]
     def add(v):
