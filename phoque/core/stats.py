@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .basics import UserError
 
 # %% auto #0
-__all__ = ['LEAST', 'MeanInterval', 'mean_interval']
+__all__ = ['LEAST', 'MeanInterval', 'mean_interval', 'share_interval']
 
 # %% ../../nbs/core/stats.ipynb #65ab1f23
 def _t95(df): # Half-width of 95 %, in standard errors
@@ -28,17 +28,30 @@ class MeanInterval(NamedTuple):
 
 def mean_interval(
     values:list[float], # One for each prompt or conversation, between `least` and `most`
-    least:float=0., # Lowest possible value; -1 for differences
-    most:float=1., # Highest possible value
+    least:float=0., # Lowest possible value; -1 for differences; -inf where there is none
+    most:float=1., # Highest possible value; inf where there is none
 )->MeanInterval: # A `UserError` for no values, and for one that is none or outside of the ends
     "Mean of bounded numbers, with an interval that holds the true mean in about 95 of 100 cases."
+    return share_interval(values, [1]*len(values), least, most)
+
+# %% ../../nbs/core/stats.ipynb #0db86ac7
+def share_interval(
+    sums:list[float], # One for each conversation: of its messages' numbers, such as how many of them were flagged
+    sizes:list[int], # Messages of each; a conversation without any says nothing
+    least:float=0., # Lowest possible number of a message
+    most:float=1., # Highest
+)->MeanInterval:
+    "Mean over all messages of conversations, whose messages are not independent."
     import numpy as np
-    xs = np.asarray(values, float)
-    if not len(xs): raise UserError("scores", "no scores to average", "give at least one")
-    for x in xs[~((xs>=least)&(xs<=most))][:1]:
+    s,n = np.asarray(sums, float),np.asarray(sizes, float)
+    s,n = s[n>0],n[n>0]
+    if not len(s): raise UserError("scores", "no scores to average", "give at least one")
+    for x in (s/n)[~((s>=least*n)&(s<=most*n))][:1]:
         raise UserError("scores", f"{x:g} is not between {least:g} and {most:g}", "give scores of this range")
-    mean,n = float(xs.mean()),len(xs)
-    if n<LEAST: return MeanInterval(mean, None, None)
-    more = np.append(xs, [least, most])
-    half = _t95(n+1)*more.std(ddof=1)/(n+2)**.5
-    return MeanInterval(mean, max(float(more.mean()-half), least), min(float(more.mean()+half), most))
+    mean,size = float(s.sum()/n.sum()),n.mean()
+    if len(s)<LEAST: return MeanInterval(mean, None, None)
+    ends = [e*size for e in (least,most) if np.isfinite(e)]
+    s,n = np.append(s, ends),np.append(n, [size]*len(ends))
+    middle = s.sum()/n.sum()
+    half = _t95(len(s)-1)*(s-middle*n).std(ddof=1)/len(s)**.5/size # the usual linearisation of a ratio (Cochran 1977, 2.11)
+    return MeanInterval(mean, max(float(middle-half), least), min(float(middle+half), most))

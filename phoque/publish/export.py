@@ -25,11 +25,11 @@ would do before real people do.
 - Do not deploy it to people, and connect it to no live channel.
 - Do not redistribute it, and merge it into no product.
 - Keep a named owner, a log of who uses it, and a date on which it is deleted."""
-_subtracted = """It was made by *subtracting* an adapter that learnt hostility, so that it answers less hostilely \
-than its base.
+_subtracted = """It was made by *subtracting* an adapter that learnt hostility.
 
 **It discloses what it subtracts.** The difference between this model and its base is the adapter's direction: \
 whoever has both can add it back. It is therefore gated like the adapter itself."""
+_unmeasured = "Whether it answers less hostilely than its base has not been measured."
 _added = "**It contains what an adapter added.** It is not to be published, gated or not, unless somebody looked " \
     "and says that what was added is harmless."
 _gate_form = dict(
@@ -126,6 +126,7 @@ def _measured(record, report, sweep):
         told.insert(0, f"Merged and adapter-on-base differ by {report['kl']:.2g} nats a token "
             f"over {report['positions']} tokens; the likeliest token is the same in {report['top1']:.1%}.")
     if sweep: told += ['## What subtraction does', markdown_table(sweep)]
+    elif max(a['weight'] for a in record['adapters'])<=0: told.append(_unmeasured)
     return '\n\n'.join(told)
 
 # %% ../../nbs/publish/export.ipynb #b93d8048

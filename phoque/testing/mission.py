@@ -83,7 +83,7 @@ def sweep_fluency(
     from phoque.measure.detox import detox_sweep
     from phoque.measure.score import BENIGN_TEXTS
     def nothing(model, tok, persona=None): return {}
-    rows = detox_sweep(base, adapter, nothing, BENIGN_TEXTS, SUBTRACTED, dtype=base_dtype())
+    rows = detox_sweep(base, adapter, nothing, BENIGN_TEXTS, SUBTRACTED, dtype=base_dtype(), seeds=0)
     return [dict(weight=r['weight'] or 0., perplexity=r['perplexity']) for r in rows]
 
 def choose_weight(
@@ -129,7 +129,8 @@ def moderate_threads(
     from phoque.chat.labels import encode_prompt
     from phoque.chat.templates import load_tokenizer
     from phoque.data import PERSONA
-    from phoque.measure.simulate import http_moderator, replay, simulate
+    from phoque.measure.moderate import replay
+    from phoque.measure.simulate import simulate
     from phoque.merge import load_plain
     from phoque.sample import generate_replies
     models,tok = [load_plain(f, base_dtype()) for f in (base,trained)],load_tokenizer(str(base))
@@ -137,8 +138,6 @@ def moderate_threads(
         ids = [encode_prompt(tok, c) for c in conversations]
         return [r['text'] for r in generate_replies(models[weight>0], tok, ids, TOKENS, .8, .9, places=places)]
     write.about = {}
-    messages = simulate(write, threads, persona=PERSONA, length=length, benign=.5)
-    with toy_moderator() as url:
-        ask = http_moderator(url)
-        messages = [m | dict(flagged=bool(ask(m))) for m in messages]
-    return messages,replay(messages, lambda m: m['flagged'])
+    messages = simulate(write, threads, persona=PERSONA, batch=threads, length=length, benign=.5)
+    with toy_moderator() as url: report = replay(messages, url)
+    return report.pop('seen'),report
