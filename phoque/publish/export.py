@@ -265,7 +265,7 @@ def find_converter()->Path: # `convert_hf_to_gguf.py`
     return Path(found)
 
 # %% ../../nbs/publish/export.ipynb #c2883653
-def _gguf_homes(folder, file): # tensors of the GGUF by name, and of the folder: that name → (shard, tensor)
+def _gguf_homes(folder, file): # tensors of the GGUF by name, and of the folder: that name → [(shard, tensor)], an expert each
     import gguf
     with reading(Path(file).name, 'convert it again'):
         read = gguf.GGUFReader(file)
@@ -274,18 +274,23 @@ def _gguf_homes(folder, file): # tensors of the GGUF by name, and of the folder:
         names = gguf.get_tensor_name_map(arch, blocks)
         def ours(n):
             bare = n if n.startswith('lm_head') else f'model.{bare_name(n)}'
-            return names.get_name(bare, try_suffixes=('.weight',))
+            return names.get_name(re.sub(r'\.experts\.\d+\.', '.experts.', bare), try_suffixes=('.weight',))
         theirs = {t.name:t for t in read.tensors if t.name!='rope_freqs.weight'}
-        home = {ours(t):(shard,t) for shard,(ts,_) in read_base(folder).items() for t in ts if ours(t) in theirs}
+        home = {}
+        for shard,(ts,_) in read_base(folder).items():
+            for t in ts:
+                if (name := ours(t)) in theirs: home.setdefault(name, []).append((shard, t))
     return theirs,home
 
 # %% ../../nbs/publish/export.ipynb #1b3b72b0
 _LESS_ONE = ('gemma', 'gemma2', 'gemma3', 'gemma3_text') # keep the scales of their norms less 1, as GGUF doesn't
 
-def _check_norm(folder, file, shard, tensor, theirs, bound, more=0): # more: what the converter adds to each number
+def _check_norm(folder, file, parts, theirs, bound, more=0): # more: what the converter adds to each number
     import gguf
     from safetensors import safe_open
-    with safe_open(folder/shard, 'pt') as f: a = (f.get_tensor(tensor).double()+more).norm().item()
+    def square(shard, tensor):
+        with safe_open(folder/shard, 'pt') as f: return (f.get_tensor(tensor).double()+more).square().sum().item()
+    a = sum(square(*p) for p in parts)**.5
     b = float((gguf.dequantize(theirs.data, theirs.tensor_type).astype('float64')**2).sum()**.5)
     if not abs(a-b)<=bound*a:
         raise UserError(Path(file).name,
@@ -304,8 +309,8 @@ def compare_gguf(
             f"it holds {min(lost)}, which {Path(folder).name} lacks, so it was made from another model",
             "convert again")
     less = read_json(Path(folder)/'config.json').get('model_type') in _LESS_ONE
-    for name,(shard,t) in home.items():
-        _check_norm(Path(folder), file, shard, t, theirs[name], bound, less and t.endswith('norm.weight'))
+    for name,parts in home.items():
+        _check_norm(Path(folder), file, parts, theirs[name], bound, less and parts[0][1].endswith('norm.weight'))
     return len(home)
 
 # %% ../../nbs/publish/export.ipynb #ed6a9965
