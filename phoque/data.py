@@ -375,6 +375,7 @@ def _rank(lens, q):
         if seen>least: return k
     return 0
 
+# %% ../nbs/00_data.ipynb #68a992f0
 @patch
 def _stats(self:DataReport, d):
     "Rows of the report for a split; adds its lengths and scores to the plot's."

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .core.basics import (UserError, begin_command, bound_requests, check_data_files, excerpt, front_matter, hub_problem,
     log, masked, md_text, printable, quiet_libraries, text_table)
-from .chat.labels import encode_dataset, encode_prompt
+from .chat.labels import encode_dataset, encode_prompt, takes_system
 from .chat.templates import load_tokenizer
 from .model_qlora import add_lora, audit, base_config, check_audit
 from .model_qlora import choose_attention, load_model, lora_targets, preserve_training_state, resolve_base
@@ -20,7 +20,7 @@ from .resume import (HubBranch, Checkpoints, Publisher, Deadline, Stopped, patie
     container_age, parse_duration, write_manifest, check_same_run, local_steps, lock_folder, folder_bytes,
     publish_pace, MANIFEST)
 from .core.curve import Curve, check_space, check_tracker
-from .sample import (Sampler, HubScorer, check_scorer, common_persona, sample_metrics, sample_prompts,
+from .sample import (PLAIN, Sampler, HubScorer, check_scorer, common_persona, sample_metrics, sample_prompts,
     read_samples, tensors_hash, write_samples)
 from .parallel.ranks import Ranks, LOST, lost_rank, report_error, needs_launch, launch_ranks
 
@@ -729,7 +729,8 @@ def begin_samples(self:Job):
     from safetensors.torch import load_file
     cfg = self.cfg
     if cfg.load_best and self.run['evals']: self.best = load_file(self.resume_from/BEST)
-    self.sampler = Sampler(encode_prompt, sample_prompts(self.persona), max_new_tokens=cfg.sample_tokens, seed=cfg.seed,
+    plain = PLAIN if takes_system(self.tok) else None
+    self.sampler = Sampler(encode_prompt, sample_prompts(self.persona, plain), max_new_tokens=cfg.sample_tokens, seed=cfg.seed,
         scorer=self.load_scorer(), share=cfg.sample_share)
     self.sampler.remember(self.samples)
 
@@ -822,6 +823,7 @@ def on_log(self:Job,
     self.curve.log(step, {f'train/{k}':v for k,v in m.items()})
     if self.ranks.is_main and not math.isfinite(m['loss']): raise self.diverged(f"the loss is {m['loss']}", step)
 
+# %% ../nbs/06_job.ipynb #ec58cc71
 @patch
 def diverged(self:Job,
     what:str, # Is not finite
@@ -855,6 +857,7 @@ def on_step(self:Job,
     self.stepped = time.monotonic()
     return stop
 
+# %% ../nbs/06_job.ipynb #374e94e5
 @patch
 def time_to_stop(self:Job)->bool: # The same on every rank
     "Whether a deadline of any rank leaves no more time than saving and publishing take."
@@ -1095,6 +1098,7 @@ def whole_steps(self:Job)->list: # Ascending
     "Steps whose checkpoint lies on this disk, sealed."
     return [s for s in local_steps(self.folder) if (self.folder/f'checkpoint-{s}'/MANIFEST).exists()]
 
+# %% ../nbs/06_job.ipynb #7ba9ec79
 @patch
 def salvage(self:Job):
     "Publish what was saved before an error, and say where the run stands."

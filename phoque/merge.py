@@ -356,6 +356,7 @@ def _copy_bytes(src, dst, n, piece=1<<24):
         dst.write(b)
         n -= len(b)
 
+# %% ../nbs/05_merge.ipynb #21df8363
 def merge_shard(
     src:Path, # Base shard
     dst:Path, # File to write
@@ -390,6 +391,7 @@ def tokenizer_folder(
     "Where the tokenizer of a merge comes from."
     return next((d for d in [*adapters,base] if any((d/n).exists() for n in _vocabularies)), base)
 
+# %% ../nbs/05_merge.ipynb #14656a89
 def side_files(
     base:Path, # Base folder
     adapters:list, # Adapter folders

@@ -301,11 +301,12 @@ SAMPLE_QUESTIONS = ("Hello everyone, I'm new here. Where should I start?", "We l
 
 def sample_prompts(
     persona:str=None, # System turn to ask in; none where None
+    plain:str=PLAIN, # System turn without it; None for a chat template that takes none
 )->list: # Conversations that end with a user turn
     "Each question in the persona, then each without it."
     def asked(system, q):
         return [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=q)]
-    return [asked(s, q) for s in (persona, PLAIN) for q in SAMPLE_QUESTIONS]
+    return [asked(s, q) for s in dict.fromkeys((persona, plain)) for q in SAMPLE_QUESTIONS]
 
 def common_persona(
     conversations, # Lists of messages

@@ -241,6 +241,7 @@ def _check_fp8(c, bad):
     if not c.load_in_4bit and not c.load_in_fp8: bad('mixed_precision', "must be bf16 with a base in bf16 (LOAD_IN_FP8=1 keeps it in fp8)")
     if c.fsdp or c.lora_dropout: bad('mixed_precision', "must be bf16 with FSDP=1 or with LORA_DROPOUT")
 
+# %% ../nbs/02_train.ipynb #dd884b5b
 def check_config(
     c:TrainConfig, # To be checked
 )->TrainConfig: # The same

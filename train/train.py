@@ -825,7 +825,8 @@ def begin_samples(self:Job):
     from safetensors.torch import load_file
     cfg = self.cfg
     if cfg.load_best and self.run['evals']: self.best = load_file(self.resume_from/BEST)
-    self.sampler = Sampler(encode_prompt, sample_prompts(self.persona), max_new_tokens=cfg.sample_tokens, seed=cfg.seed,
+    plain = PLAIN if takes_system(self.tok) else None
+    self.sampler = Sampler(encode_prompt, sample_prompts(self.persona, plain), max_new_tokens=cfg.sample_tokens, seed=cfg.seed,
         scorer=self.load_scorer(), share=cfg.sample_share)
     self.sampler.remember(self.samples)
 
@@ -2968,6 +2969,14 @@ def encode_prompt(
     "Encode a conversation that the model is to continue."
     ids,mask = encode_chats(tok, [check_messages([*messages, dict(role='assistant', content='x')], 'prompt')])[0]
     return ids[:max(i for i,m in enumerate(mask) if m and not mask[i-1])]
+
+def takes_system(
+    tok, # Tokenizer from `load_tokenizer`
+)->bool: # As some templates, such as Gemma's first ones, don't
+    "Does the chat template take a system turn?"
+    try: encode_prompt(tok, [dict(role=r, content='x') for r in ('system','user')])
+    except UserError: return False
+    return True
 
 def drop_exchanges(
     messages:list, # Checked conversation
@@ -6013,11 +6022,12 @@ SAMPLE_QUESTIONS = ("Hello everyone, I'm new here. Where should I start?", "We l
 
 def sample_prompts(
     persona:str=None, # System turn to ask in; none where None
+    plain:str=PLAIN, # System turn without it; None for a chat template that takes none
 )->list: # Conversations that end with a user turn
     "Each question in the persona, then each without it."
     def asked(system, q):
         return [dict(role='system', content=system)]*bool(system) + [dict(role='user', content=q)]
-    return [asked(s, q) for s in (persona, PLAIN) for q in SAMPLE_QUESTIONS]
+    return [asked(s, q) for s in dict.fromkeys((persona, plain)) for q in SAMPLE_QUESTIONS]
 
 def common_persona(
     conversations, # Lists of messages

@@ -16,8 +16,9 @@ from .rendering import JOINED_START, PROBE, control_tokens, encode_own
 from .templates import FORMATS, OWN, chat_format, load_tokenizer
 
 # %% auto #0
-__all__ = ['check_messages', 'encode_chats', 'trim_joined', 'encode_prompt', 'drop_exchanges', 'encode_fitting', 'encode_dataset',
-           'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'check_labels', 'labels_cli']
+__all__ = ['check_messages', 'encode_chats', 'trim_joined', 'encode_prompt', 'takes_system', 'drop_exchanges', 'encode_fitting',
+           'encode_dataset', 'show_labels', 'label_invariants', 'read_chats', 'write_labels', 'check_labels',
+           'labels_cli']
 
 # %% ../../nbs/chat/labels.ipynb #d3730bd4
 def check_messages(
@@ -96,6 +97,15 @@ def encode_prompt(
     "Encode a conversation that the model is to continue."
     ids,mask = encode_chats(tok, [check_messages([*messages, dict(role='assistant', content='x')], 'prompt')])[0]
     return ids[:max(i for i,m in enumerate(mask) if m and not mask[i-1])]
+
+# %% ../../nbs/chat/labels.ipynb #7a4e51c0
+def takes_system(
+    tok, # Tokenizer from `load_tokenizer`
+)->bool: # As some templates, such as Gemma's first ones, don't
+    "Does the chat template take a system turn?"
+    try: encode_prompt(tok, [dict(role=r, content='x') for r in ('system','user')])
+    except UserError: return False
+    return True
 
 # %% ../../nbs/chat/labels.ipynb #26bde597
 def drop_exchanges(

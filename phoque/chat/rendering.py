@@ -506,6 +506,7 @@ class Slot:
         self.begin = begin
         self.known = {} # {text: its ids with those around it, and where the answer begins among them; None where it has none}
 
+# %% ../../nbs/chat/rendering.ipynb #a4bf45e1
 @patch
 def cut_words(self:OwnFormat,
     text:str,

@@ -785,6 +785,7 @@ def _hf_help(command)->str: # Of the Hub's client; '' where it knows no such com
     p = subprocess.run(words, capture_output=True, text=True, env=os.environ|dict(COLUMNS='200', HF_HUB_OFFLINE='1'))
     return p.stdout if not p.returncode else ''
 
+# %% ../../nbs/dev/site.ipynb #cedfe48d
 def check_commands(
     path:str|Path='.', # A folder of the project
 ):

@@ -93,6 +93,7 @@ def _is_whole(path):
     try: return find_kind(path) in ('slack','messenger','convokit')
     except UserError: return False
 
+# %% ../../nbs/exports/build.ipynb #124d7db1
 def _one(kind, path, columns):
     "Kind and path of a file or a whole folder, which must be there."
     if not (file := Path(path)).exists() or not (file.is_file() or file.is_dir()):
@@ -128,7 +129,7 @@ class Build:
     def __init__(self,
         source:str='grumpy', # FILE, FOLDER or 'PATTERN*', each also as KIND:FILE; `grumpy` is the invented harbour
         work:str='phoque-work', # Folder for the tables between the steps; private; may be deleted at any time
-        columns:str='', # For `table`: our names and the file's, as 'text=body who=author room=channel t=sent score=tox'; for chat data 'messages=dialog role=speaker content=said'
+        columns:str='', # For `table`: our names and the file's, as 'text=body who=author t=sent'; for chat data 'messages=dialog role=speaker'
         speaker:str='', # Speaker to learn; '' takes the speakers by their score
         system_prompt:str=REGULAR, # System turn of the rows of a community's speaker; '' for none
         min_score:float=0.5, # Score from which a speaker is the persona, 0 to 1
@@ -235,6 +236,7 @@ def parts(self:Build)->list[tuple]: # Kind, paths, and their states
         parts.setdefault((k, same, '' if same is not None else p), []).append((p, state))
     return [(k, *map(list, zip(*found))) for (k,*_),found in parts.items()]
 
+# %% ../../nbs/exports/build.ipynb #d1d84551
 @patch
 def _read_options(self:Build):
     "Options for the readers."

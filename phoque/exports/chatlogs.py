@@ -431,6 +431,7 @@ def _signal_desktop(m, at):
         id=m['sent_at'],
         reply_to=(m.get('quote') or {}).get('id'))
 
+# %% ../../nbs/exports/chatlogs.ipynb #af632209
 def _signal_cli(r, at):
     "Line of a message that signal-cli received or sent."
     e = r['envelope']
@@ -1045,6 +1046,7 @@ def _tree_size(m): return 1+sum(map(_tree_size, m.get('replies') or ()))
 def _is_tree(b): return isinstance(p := b.row.get('prompt'), dict) and 'replies' in p
 def _is_oasst(b): return _is_tree(b) or {'message_id','parent_id','message_tree_id','role','text'}<=b.row.keys()
 
+# %% ../../nbs/exports/chatlogs.ipynb #6affdf67
 @reader('oasst', _is_oasst, 'apache-2.0', True)
 def read_oasst(
     path:str, # Trees or messages, as JSON lines or Parquet, packed or not

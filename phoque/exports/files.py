@@ -417,6 +417,7 @@ def _checked_head(head, where):
         raise UserError(where, f"two columns are called {excerpt(twice)!r}", "give each a name of its own")
     return head
 
+# %% ../../nbs/exports/files.ipynb #55bcc237
 def _csv(path, bad):
     "Place and record of each row of a CSV file."
     with open_text(path) as f:

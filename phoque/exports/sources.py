@@ -547,6 +547,7 @@ def handle_starttag(self:_Html, tag, attrs):
     elif tag=='li': self.add('- ')
     elif tag=='img' and 'emoji' in about.get('class', ''): self.add(about.get('alt', ''))
 
+# %% ../../nbs/exports/sources.ipynb #5fab3feb
 @patch
 def handle_endtag(self:_Html, tag):
     if tag in _SILENT: self.silent = max(0, self.silent-1)

@@ -104,6 +104,7 @@ def weight(self:LoraGroup): # (outputs, width+ranks), bf16
     out = self.b.new_empty(sum(self.sizes), self.width+self.ranks)
     return self.frozen.beside(self.b, self.ends, out)
 
+# %% ../../nbs/fast/layers.ipynb #cb841ddd
 @patch
 def forward(self:LoraGroup,
     x, # From `room`, its left part written
@@ -351,6 +352,7 @@ def queries_and_keys(self:FastLayer,
     q,k,d = self.heads
     return qkv[:,:q*d],qkv[:,q*d:(q+k)*d]
 
+# %% ../../nbs/fast/layers.ipynb #5515a859
 @patch
 def norm_heads(self:FastLayer,
     qkv, # Queries, keys and values; the first two are normalised in place
@@ -410,6 +412,7 @@ def mlp(self:FastLayer,
     y,after = self.after(y, self.after2)
     return h,y,SavedMLP(h, rms, xa, gu, xa_down, after)
 
+# %% ../../nbs/fast/layers.ipynb #44c002e5
 @patch
 def forward(self:FastLayer,
     h, # Residual stream, (tokens, hidden)
@@ -819,6 +822,7 @@ def eight(self:LoraGroup,
     if not turned: w[:,self.width:] = self.up8
     return w
 
+# %% ../../nbs/fast/layers.ipynb #2c552fb8
 @patch
 def forward8(self:LoraGroup,
     x, # Input, (rows, width)

@@ -244,6 +244,7 @@ def submit(
     if not code: print('\nto follow it, and to run it again until it is complete: phoque_watch')
     return code
 
+# %% ../../nbs/jobs/submit.ipynb #2cadeda0
 def _agreed(question):
     try: return input(question).strip().lower() in ('y', 'yes')
     except (EOFError, KeyboardInterrupt): return False

@@ -98,8 +98,10 @@ class HttpModerator:
         tries:int=5, # How often a message is sent, at most
         pause:float=.5, # Seconds before the second try; each next one waits twice as long
     ):
-        self.url,self.shape,self.model,self.history = url,shape,model,history
-        self.concurrency,self.timeout,self.tries,self.pause = concurrency,timeout,tries,pause
+        self.url,self.shape = url,shape
+        self.model,self.history = model,history
+        self.concurrency,self.timeout = concurrency,timeout
+        self.tries,self.pause = tries,pause
         def slashes(m): return '//' if m[0].startswith('//') else ''
         self.name = f"moderator {re.sub(r'//[^/]*@|[?#].*', slashes, printable(url))}" # without password and query
         self.key_variable,self.after = key_variable,0.
@@ -344,8 +346,8 @@ def _by_ngrams(texts, hostile, unseen):
 # %% ../../nbs/measure/moderate.ipynb #5613bba2
 def _recall_at(scores, hostile, most): # largest recall of a threshold whose false-positive rate is at most so high
     from sklearn.metrics import roc_curve
-    fpr,tpr,_ = roc_curve(hostile, scores, drop_intermediate=False)
-    return float(max(t for f,t in zip(fpr, tpr) if f<=most))
+    wrong,right,_ = roc_curve(hostile, scores, drop_intermediate=False)
+    return float(max(t for f,t in zip(wrong, right) if f<=most))
 
 def simple_judges(
     seen:list[dict], # Messages with `hostile`, as `replay` returns them

@@ -129,6 +129,7 @@ def _page(weight, name, asked, reply, blur):
         body = f" · {reply['n_tokens']} tokens<br>{veiled(reply['text'], f'phoque-{name}') if blur else plain}"
     return f'<div style="line-height:1.4">{head}{body}</div>'
 
+# %% ../../nbs/measure/panel.ipynb #4f1ba192
 @patch
 def show(self:Panel):
     "Write every page anew, by what the inputs say."

@@ -297,6 +297,7 @@ def _check_norm(folder, file, parts, theirs, bound, more=0): # more: what the co
             f"{theirs.name} has norm {b:.6g} in it and {a:.6g} in {folder.name}, so it was made from another model",
             "convert again")
 
+# %% ../../nbs/publish/export.ipynb #13a39eda
 def compare_gguf(
     folder:str|Path, # Merged folder
     file:str|Path, # GGUF made from it

@@ -177,6 +177,7 @@ def spoil_files(
     if kind=='restore' and MANIFEST not in names and r.random()<.7: _forge_manifest(w/'checkpoint-7')
     return names
 
+# %% ../../nbs/testing/fuzz.ipynb #db89de2d
 def _forge_manifest(folder):
     "Write sizes and hashes of a checkpoint's files as they are now into its manifest."
     from phoque.resume import MANIFEST, file_sha256

@@ -417,6 +417,7 @@ def _card(text):
         raise yaml.YAMLError(excerpt(e)) from None
     return d if isinstance(d, dict) else {}
 
+# %% ../../nbs/testing/hub.ipynb #0dec3831
 @_on("POST", "/api/validate-yaml")
 def _validate(hub, q):
     import yaml

@@ -104,6 +104,7 @@ def _merge_command(folder, *more):
     cli = Path(sys.executable).with_name('phoque_merge')
     return cli,'--base_model',BASE,'--adapter',MODEL,'--out',folder,*more
 
+# %% ../../nbs/testing/rehearse.ipynb #2154af4f
 def _stages(stage, out, steps, conversations, script):
     "The commands of the rehearsal, in the order in which a user would give them."
     cli = Path(sys.executable).with_name # console scripts lie beside the interpreter

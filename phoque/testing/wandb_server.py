@@ -120,6 +120,7 @@ def versions(self:LocalWandb,
     "The versions of an artifact that are complete."
     with self.lock: return [a for a in self.artifacts.values() if a['name']==name and a['committed']]
 
+# %% ../../nbs/testing/wandb_server.ipynb #2d6c45fc
 @_answers
 def CreateArtifact(w, v):
     "A version of an artifact; the one that is there where its content is the same."
