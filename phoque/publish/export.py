@@ -274,7 +274,7 @@ def _gguf_homes(folder, file): # tensors of the GGUF by name, and of the folder:
         names = gguf.get_tensor_name_map(arch, blocks)
         def ours(n):
             bare = n if n.startswith('lm_head') else f'model.{bare_name(n)}'
-            return names.get_name(re.sub(r'\.experts\.\d+\.', '.experts.', bare), try_suffixes=('.weight',))
+            return names.get_name(re.sub(r'\.experts\.\d+\.', '.experts.', bare), try_suffixes=('.weight','.bias'))
         theirs = {t.name:t for t in read.tensors if t.name!='rope_freqs.weight'}
         home = {}
         for shard,(ts,_) in read_base(folder).items():
