@@ -136,12 +136,12 @@ def _headers(self:HttpModerator):
 
 # %% ../../nbs/measure/moderate.ipynb #b36255ba
 def _asked_wait(after, least): # seconds, of a Retry-After: a number or a date
-    try: return max(float(after), least)
+    try: return max(least, float(after)) # of NaN and a number, max gives the first
     except ValueError: pass
-    try: return max(parsedate_to_datetime(after).timestamp()-time.time(), least)
+    try: return max(least, parsedate_to_datetime(after).timestamp()-time.time())
     except (ValueError, TypeError): return least
 
-_PASSES = {408,425,429,500,502,503,504} # such answers may be others later
+def _passes(status): return status in (408,425,429) or status>=500 # such an answer may be another one later
 
 @patch
 async def _post(self:HttpModerator, client, body): # status, Retry-After, bytes
@@ -172,7 +172,7 @@ async def _ask(self:HttpModerator, client, m, before):
         except (httpx2.HTTPError, OSError) as e: problem = f"no answer ({type(e).__name__})"
         else:
             if 200<=status<300: return read_verdict(self.shape, data, self.name)
-            if status not in _PASSES: self._refuse(status)
+            if not _passes(status): self._refuse(status)
             problem = f"it answered {status}"
             if after:
                 wait = _asked_wait(after, wait)
