@@ -104,6 +104,7 @@ class HttpModerator:
         self.tries,self.pause = tries,pause
         def slashes(m): return '//' if m[0].startswith('//') else ''
         self.name = f"moderator {re.sub(r'//[^/]*@|[?#].*', slashes, printable(url))}" # without password and query
+        self.query_sha256 = hashlib.sha256(url.partition('?')[2].encode()).hexdigest()[:12] # it may choose a model, or hold a key
         self.key_variable,self.after = key_variable,0.
         self._check()
 
@@ -220,7 +221,9 @@ def _asked(messages, history): # each message with those before it in its thread
 
 def _asked_of(ask, messages): # what decides the answers
     sha256 = hashlib.sha256(json.dumps([_told(m) for m in messages]).encode()).hexdigest()
-    return {k: getattr(ask, k, '') for k in ('name','shape','model','history')} | dict(messages=sha256)
+    who = {k: getattr(ask, k, '') for k in ('name','shape','model','history','query_sha256')}
+    if not who['name']: who['name'] = getattr(ask, '__qualname__', type(ask).__name__)
+    return who | dict(messages=sha256)
 
 def _flag(said): return check_verdict(dict(flagged=said) if isinstance(said, bool) else dict(score=said))
 
