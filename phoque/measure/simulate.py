@@ -4,7 +4,7 @@
 
 # %% ../../nbs/measure/simulate.ipynb #6a783493
 from __future__ import annotations
-import json, random
+import hashlib, json, random
 from pathlib import Path
 from ..core.basics import UserError, check_output, check_range, shell_command, text_table
 from ..core.kept import KeptRows, read_rows, write_private
@@ -184,7 +184,9 @@ def model_writer(
         made = generate_replies(model, tok, ids, max_new_tokens, temperature, .9, seed, weight=weight, places=places,
             watermark=mark)
         return [r['text'] for r in made]
-    write.about = dict(base=model.config._name_or_path, adapter_sha256=adapter_hash(model), seed=seed,
+    template = hashlib.sha256(tok.chat_template.encode()).hexdigest()
+    write.about = dict(base=model.config._name_or_path, adapter_sha256=adapter_hash(model), template_sha256=template,
+        seed=seed, max_new_tokens=max_new_tokens, temperature=temperature,
         watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None)
     return write
 
