@@ -167,12 +167,12 @@ def detox_sweep(
 
 # %% ../../nbs/measure/detox.ipynb #5a45d0a1
 def markdown_table(
-    rows:list, # Dicts with the same keys
+    rows:list, # Dicts; what a row hasn't stays empty
 )->str: # Markdown
     "Rows as a markdown table, three digits."
-    cols = [c for c in rows[0] if c not in ('weight','like','each')]
-    def cell(v): return f'{v:.3g}' if isinstance(v,float) else md_text('' if v is None else v)
-    lines = [cols, ['---']*len(cols), *([cell(r[c]) for c in cols] for r in rows)]
+    cols = [c for c in dict.fromkeys(k for r in rows for k in r) if c not in ('weight','like','each')]
+    def cell(v): return f'{v:.3g}' if isinstance(v, float) else md_text('' if v is None else v)
+    lines = [cols, ['---']*len(cols), *([cell(r.get(c)) for c in cols] for r in rows)]
     return '\n'.join('| '+' | '.join(l)+' |' for l in lines)
 
 # %% ../../nbs/measure/detox.ipynb #7945acf4

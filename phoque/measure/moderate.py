@@ -104,6 +104,7 @@ class HttpModerator:
         self.tries,self.pause = tries,pause
         def slashes(m): return '//' if m[0].startswith('//') else ''
         self.name = f"moderator {re.sub(r'//[^/]*@|[?#].*', slashes, printable(url))}" # without password and query
+        self.query_sha256 = hashlib.sha256(url.partition('?')[2].encode()).hexdigest()[:12] # it may choose a model, or hold a key
         self.key_variable,self.after = key_variable,0.
         self._check()
 
@@ -136,12 +137,12 @@ def _headers(self:HttpModerator):
 
 # %% ../../nbs/measure/moderate.ipynb #b36255ba
 def _asked_wait(after, least): # seconds, of a Retry-After: a number or a date
-    try: return max(float(after), least)
+    try: return max(least, float(after)) # of NaN and a number, max gives the first
     except ValueError: pass
-    try: return max(parsedate_to_datetime(after).timestamp()-time.time(), least)
+    try: return max(least, parsedate_to_datetime(after).timestamp()-time.time())
     except (ValueError, TypeError): return least
 
-_PASSES = {408,425,429,500,502,503,504} # such answers may be others later
+def _passes(status): return status in (408,425,429) or status>=500 # such an answer may be another one later
 
 @patch
 async def _post(self:HttpModerator, client, body): # status, Retry-After, bytes
@@ -172,7 +173,7 @@ async def _ask(self:HttpModerator, client, m, before):
         except (httpx2.HTTPError, OSError) as e: problem = f"no answer ({type(e).__name__})"
         else:
             if 200<=status<300: return read_verdict(self.shape, data, self.name)
-            if status not in _PASSES: self._refuse(status)
+            if not _passes(status): self._refuse(status)
             problem = f"it answered {status}"
             if after:
                 wait = _asked_wait(after, wait)
@@ -220,7 +221,9 @@ def _asked(messages, history): # each message with those before it in its thread
 
 def _asked_of(ask, messages): # what decides the answers
     sha256 = hashlib.sha256(json.dumps([_told(m) for m in messages]).encode()).hexdigest()
-    return {k: getattr(ask, k, '') for k in ('name','shape','model','history')} | dict(messages=sha256)
+    who = {k: getattr(ask, k, '') for k in ('name','shape','model','history','query_sha256')}
+    if not who['name']: who['name'] = getattr(ask, '__qualname__', type(ask).__name__)
+    return who | dict(messages=sha256)
 
 def _flag(said): return check_verdict(dict(flagged=said) if isinstance(said, bool) else dict(score=said))
 

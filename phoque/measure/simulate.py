@@ -4,7 +4,7 @@
 
 # %% ../../nbs/measure/simulate.ipynb #6a783493
 from __future__ import annotations
-import json, random
+import hashlib, json, random
 from pathlib import Path
 from ..core.basics import UserError, check_output, check_range, shell_command, text_table
 from ..core.kept import KeptRows, read_rows, write_private
@@ -121,7 +121,7 @@ def simulate(
     seed:int=0, # Of the plans
     keep:str='', # JSONL of what is written, turn by turn, with which the same call goes on after a kill; empty for none
     batch:int=BATCH, # Threads at once; the texts of a seed are the same for any `n`, not for another `batch`
-    **dials, # `length`, `benign`, `level`, `categories` of `plan_thread`
+    **dials, # `length`, `benign`, `level`, `categories`, `contrast` of `plan_thread`
 )->list[dict]: # Messages, thread by thread
     "Write threads, one turn of a batch of them at a time."
     about = {f'writer {k}':v for k,v in write.about.items()} | dict(persona=persona, seed=seed, batch=batch) | dials
@@ -184,7 +184,9 @@ def model_writer(
         made = generate_replies(model, tok, ids, max_new_tokens, temperature, .9, seed, weight=weight, places=places,
             watermark=mark)
         return [r['text'] for r in made]
-    write.about = dict(base=model.config._name_or_path, adapter_sha256=adapter_hash(model), seed=seed,
+    template = hashlib.sha256(tok.chat_template.encode()).hexdigest()
+    write.about = dict(base=model.config._name_or_path, adapter_sha256=adapter_hash(model), template_sha256=template,
+        seed=seed, max_new_tokens=max_new_tokens, temperature=temperature,
         watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None)
     return write
 
@@ -195,6 +197,11 @@ def _written(texts, threads, length): # what was kept, to be scored again
     if len(messages)==threads*length: return sorted(messages, key=lambda m: (m['thread'], m['turn']))
     raise UserError(f"--threads {threads}, --length {length}", f"{texts} holds {len(messages)} of their {threads*length} messages",
         "name --base_model and --adapter to write the others, or ask for fewer")
+
+def _simulated(messages, names, out): # for the console; `names` of their scorers
+    hostile = sum(m['intended']['toxic'] for m in messages)
+    scores = [[m.get('scores', {}).get(n, m['score']) for m in messages] for n in names]
+    return f"{len(messages)} messages in {out}, {hostile} of them meant to be hostile\n{agreement_text(names, scores)}"
 
 # %% ../../nbs/measure/simulate.ipynb #e9a77f5f
 @shell_command('phoque_simulate',
@@ -218,11 +225,8 @@ def simulate_cli(
     out:str='threads.jsonl', # JSONL of the messages with their scores; what is written is kept beside it in .texts.jsonl
 ):
     "Write labelled threads among invented people. The same command goes on after a kill; without a base model it scores again."
-    check_range('--threads', threads, 1, 100_000)
-    check_range('--length', length, 1, 1000)
-    check_range('--benign_share', benign_share, 0, 1)
-    check_range('--weight', weight, .01, 1)
-    check_range('--contrast', contrast, 0, 1)
+    for n,v,least,most in (('threads',threads,1,100_000), ('length',length,1,1000), ('benign_share',benign_share,0,1),
+            ('weight',weight,.01,1), ('contrast',contrast,0,1)): check_range(f'--{n}', v, least, most)
     dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')), contrast=contrast)
     _check_dials(*dials.values()) # before a model is loaded
     check_output('--out', out)
@@ -235,5 +239,4 @@ def simulate_cli(
     else: messages = _written(texts, threads, length)
     messages = score_messages(messages, judges)
     write_jsonl(messages, out)
-    print(f"{len(messages)} messages in {out}, {sum(m['intended']['toxic'] for m in messages)} of them meant to be hostile")
-    print(agreement_text([scorer_id(j) for j in judges], [[m.get('scores', {}).get(scorer_id(j), m['score']) for m in messages] for j in judges]))
+    print(_simulated(messages, list(map(scorer_id, judges)), out))
