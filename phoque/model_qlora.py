@@ -314,7 +314,7 @@ def say_unquantised(
     return linear/whole
 
 # %% ../nbs/01_model_qlora.ipynb #65e66917
-def _check_loaded(
+def _check_weights(
     model, # From `from_pretrained`
     found:dict, # Its `output_loading_info`
     what:str, # How an error names the model
@@ -371,7 +371,7 @@ def load_model(
             attn_implementation=attn_implementation, use_safetensors=True, trust_remote_code=False,
             quantization_config=_nf4(shard, kind) if load_in_4bit else None, output_loading_info=True,
             device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
-    _check_loaded(model, found, f"base model {base['id']!r}")
+    _check_weights(model, found, f"base model {base['id']!r}")
     text = model.config.get_text_config()
     text.use_cache = False
     if getattr(text, 'router_aux_loss_coef', 0): text.router_aux_loss_coef = 0. # else TRL asks for router logits

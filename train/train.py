@@ -3382,7 +3382,7 @@ def say_unquantised(
             "are no linear layers, such as experts: they stay in bf16, and aren't adapted")
     return linear/whole
 
-def _check_loaded(
+def _check_weights(
     model, # From `from_pretrained`
     found:dict, # Its `output_loading_info`
     what:str, # How an error names the model
@@ -3437,7 +3437,7 @@ def load_model(
             attn_implementation=attn_implementation, use_safetensors=True, trust_remote_code=False,
             quantization_config=_nf4(shard, kind) if load_in_4bit else None, output_loading_info=True,
             device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
-    _check_loaded(model, found, f"base model {base['id']!r}")
+    _check_weights(model, found, f"base model {base['id']!r}")
     text = model.config.get_text_config()
     text.use_cache = False
     if getattr(text, 'router_aux_loss_coef', 0): text.router_aux_loss_coef = 0. # else TRL asks for router logits
@@ -7167,7 +7167,8 @@ def _own_additions(model, h):
     "What each layer of transformers adds to the rows `h`, (1, tokens, hidden)."
     import torch
     from contextlib import ExitStack
-    added,enter = [],lambda layer, args, kwargs: ((h, *args[1:]), kwargs)
+    added = []
+    def enter(layer, args, kwargs): return (h, *args[1:]),kwargs
     def leave(layer, args, out): added.append(out[0]-h[0])
     with ExitStack() as hooks:
         for l in decoder_layers(model):
@@ -7355,14 +7356,6 @@ def keep_fp8(self:Stack,
     for g in self.groups: g.kept = g.frozen.to_fp8(),g.frozen.to_fp8(turned=True)
     log.info(f"layers: the weights stay in fp8 for both passes, which takes {size:.1f} GiB")
     return size
-
-def rows_in_fp8(
-    w, # (rows, columns)
-)->tuple: # The rows in fp8, and their scales, (rows, 1)
-    "What `quantise` does, on any machine."
-    import torch
-    top = w.float().abs().amax(1, keepdim=True).clamp(min=1e-30)
-    return (w.float()*(448/top)).to(torch.float8_e4m3fn),top/448
 
 @functools.cache
 def _fp8_linear():
@@ -8001,6 +7994,14 @@ def unpack(
     grid,sides = (-(-n//1024)+-(-rows//ROWS),),dict(RANK=b.shape[1], R=R, BLOCK=1024, ROWS=ROWS)
     _unpack_kernel()[grid](packed, absmax, code, b, out, n, rows, end1, end2, k, out.stride(0), **sides)
     return out
+
+def rows_in_fp8(
+    w, # (rows, columns)
+)->tuple: # The rows in fp8, and their scales, (rows, 1)
+    "What `quantise` does, on any machine."
+    import torch
+    top = w.float().abs().amax(1, keepdim=True).clamp(min=1e-30)
+    return (w.float()*(448/top)).to(torch.float8_e4m3fn),top/448
 
 @functools.cache
 def _quantise_kernel():

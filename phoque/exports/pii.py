@@ -987,16 +987,14 @@ PLAN = [('MENTION', 'any', _MENTION, None), ('URL', 'any', _LINK, None), ('KEY',
     ('LOCATION', 'place', _PLACE, None), ('URL', 'url', _URL, None), ('LOCATION', 'point', _POINT, _is_point)]
 
 # %% ../../nbs/exports/pii.ipynb #de4ea8d8
+_STREETS = [(_STREET_EAST, None), (_STREET_EN, None), (_STREET_FR, None), (_STREET_ROM, None), (_STREET_NAMED, None),
+    (_STREET_GER, _is_german), (_STREET_IN, _is_home), (_STREET_LOW, _is_home), (_STREET_ROM_LOW, _is_home),
+    (_STREET_TOWN, _has_postcode), (_STREET_TOLD, _value)]
 PLAN += [('MAC', 'digit', _MAC, _is_mac), ('IP', 'digit', _IP6, _is_ip6), ('IP', 'digit', _IP4, _is_ip4),
     ('IBAN', 'iban', _IBAN, _is_iban), ('BIRTH_DATE', 'digit', _BIRTH, _is_birth),
     ('NATIONAL_ID', 'digit', _ID_FORM, _is_id), ('NATIONAL_ID', 'digit', _ID_NAMED, _is_named_id),
     ('CARD', 'digits', _CARD, _is_card), ('CARD', 'digits', _CARD_THEN, _is_card),
-    ('ADDRESS', 'digit', _STREET_EAST, None), ('ADDRESS', 'digit', _STREET_EN, None),
-    ('ADDRESS', 'digit', _STREET_FR, None), ('ADDRESS', 'digit', _STREET_ROM, None),
-    ('ADDRESS', 'digit', _STREET_NAMED, None), ('ADDRESS', 'digit', _STREET_GER, _is_german),
-    ('ADDRESS', 'digit', _STREET_IN, _is_home), ('ADDRESS', 'digit', _STREET_LOW, _is_home),
-    ('ADDRESS', 'digit', _STREET_ROM_LOW, _is_home), ('ADDRESS', 'digit', _STREET_TOWN, _has_postcode),
-    ('ADDRESS', 'digit', _STREET_TOLD, _value), ('PLATFORM_ID', 'digit', _PLATFORM, _is_platform),
+    *(('ADDRESS', 'digit', *s) for s in _STREETS), ('PLATFORM_ID', 'digit', _PLATFORM, _is_platform),
     ('HANDLE', 'any', _HANDLE, None), ('HANDLE', 'any', _HANDLE_OF, _is_handle_of),
     ('HANDLE', 'folder', _FOLDER, _value), ('PHONE', 'digits', _PHONE, _is_phone)]
 

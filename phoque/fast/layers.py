@@ -13,14 +13,13 @@ from ..core.basics import UserError, log
 from ..model_qlora import FAST_LAYERS, HEAD_LOGITS, decoder_layers, fast_projections, gate_activation
 from ..model_qlora import preserve_training_state, why_not_known
 from .kernels import add_norm, attend, attend_bwd, attention_tiles, nll_rows, norm_back, pow2
-from .kernels import quantise, rope, swiglu, swiglu_back, two_parts, unpack, unpack8
+from .kernels import quantise, rope, rows_in_fp8, swiglu, swiglu_back, two_parts, unpack, unpack8
 
 # %% auto #0
 __all__ = ['FEW_ROWS', 'FP8_CARD', 'LAYER_ERROR', 'PACKED_ERROR', 'Nf4Weights', 'LoraGroup', 'supervised_nll', 'Norm',
            'FastLayer', 'Stack', 'SavedAttention', 'SavedMLP', 'Replay', 'why_not_fast', 'no_fp8', 'check_fp8_card',
-           'why_not_fp8', 'layer_errors', 'fast_layers', 'card_room', 'keep_weights', 'rows_in_fp8', 'base_in_fp8',
-           'Fp8Weights', 'own_logits', 'head_is_plain', 'own_nll', 'add_supervised_head', 'packed_error',
-           'check_packed']
+           'why_not_fp8', 'layer_errors', 'fast_layers', 'card_room', 'keep_weights', 'base_in_fp8', 'Fp8Weights',
+           'own_logits', 'head_is_plain', 'own_nll', 'add_supervised_head', 'packed_error', 'check_packed']
 
 # %% ../../nbs/fast/layers.ipynb #ddc7c882
 def _join_weights(
@@ -690,7 +689,8 @@ def _own_additions(model, h):
     "What each layer of transformers adds to the rows `h`, (1, tokens, hidden)."
     import torch
     from contextlib import ExitStack
-    added,enter = [],lambda layer, args, kwargs: ((h, *args[1:]), kwargs)
+    added = []
+    def enter(layer, args, kwargs): return (h, *args[1:]),kwargs
     def leave(layer, args, out): added.append(out[0]-h[0])
     with ExitStack() as hooks:
         for l in decoder_layers(model):
@@ -891,14 +891,6 @@ def keep_fp8(self:Stack,
     return size
 
 # %% ../../nbs/fast/layers.ipynb #3280c500
-def rows_in_fp8(
-    w, # (rows, columns)
-)->tuple: # The rows in fp8, and their scales, (rows, 1)
-    "What `quantise` does, on any machine."
-    import torch
-    top = w.float().abs().amax(1, keepdim=True).clamp(min=1e-30)
-    return (w.float()*(448/top)).to(torch.float8_e4m3fn),top/448
-
 @functools.cache
 def _fp8_linear():
     "A linear layer's class."
