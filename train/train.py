@@ -6250,6 +6250,7 @@ def connect(self:Ranks):
     if cuda: torch.cuda.set_device(self.local)
     if not dist.is_initialized(): dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(minutes=5)) # within a step
     self.group = dist.new_group(backend='gloo', timeout=timedelta(hours=2)) # between steps
+    dist.barrier(group=self.group) # where they meet is rank 0's own: nobody leaves before all are connected
 
 @patch
 def broadcast(self:Ranks,
