@@ -4,12 +4,12 @@
 
 # %% ../../nbs/testing/tiny.ipynb #601de91f
 from __future__ import annotations
-import csv, io, json, logging, os, random, re, signal, subprocess, sys, zipfile
+import csv, functools, io, json, logging, os, random, re, signal, subprocess, sys, zipfile
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from fastcore.basics import patch
-from ..core.basics import log
+from ..core.basics import log, read_json
 
 # %% auto #0
 __all__ = ['TINY_OPTIONS', 'cache_folder', 'smollm2', 'tiny_model', 'family_tokenizer', 'zipped', 'Memory', 'chat_lines',
@@ -59,10 +59,12 @@ def smollm2(
 _CHATML = '''{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}'''
 
-def _first_tokens(tok, n): # ids of a BPE vocabulary are in the order of its merges
-    spec = json.loads(tok.backend_tokenizer.to_str())
+@functools.cache
+def _first_tokens(blanks=False): # 4,096 of SmolLM2's, in the order of its merges, and all that are white space
+    spec = read_json(Path(smollm2())/'tokenizer.json')
     bpe = spec['model']
-    bpe['vocab'] = {t:i for t,i in bpe['vocab'].items() if i<n}
+    kept = [t for i,t in enumerate(sorted(bpe['vocab'], key=bpe['vocab'].get)) if i<4096 or blanks and not t.strip('ĠĊĉč')]
+    bpe['vocab'] = {t:i for i,t in enumerate(kept)}
     bpe['merges'] = [m for m in bpe['merges'] if ''.join(m) in bpe['vocab']]
     return json.dumps(spec)
 
@@ -76,7 +78,7 @@ def tiny_model(
     tok = AutoTokenizer.from_pretrained(smollm2())
     tok.chat_template = _CHATML
     tok.save_pretrained(folder)
-    (Path(folder)/'tokenizer.json').write_text(_first_tokens(tok, 4096))
+    (Path(folder)/'tokenizer.json').write_text(_first_tokens())
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
@@ -88,13 +90,13 @@ def family_tokenizer(
     template:str, # Chat template
     eos:str='</s>', # What the tokenizer calls its end-of-sequence token
 ): # `PreTrainedTokenizerFast`
-    "SmolLM2's tokenizer with another family's chat template and control tokens."
+    "A small part of SmolLM2's tokenizer with another family's chat template and control tokens."
     import re
     from tokenizers import AddedToken, Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     control = r'<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|<(?:start|end)_of_turn>|<\|?turn\|?>|\[/?[A-Z_]{3,20}\]'
     names = dict.fromkeys(['<s>', '</s>', eos, *re.findall(control, template)])
-    rust = Tokenizer.from_str(AutoTokenizer.from_pretrained(smollm2()).backend_tokenizer.to_str())
+    rust = Tokenizer.from_str(_first_tokens(blanks=True))
     rust.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in names])
     tok = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token='<s>', eos_token=eos, unk_token='<|endoftext|>')
     tok.chat_template = template
@@ -210,8 +212,9 @@ def run_command(
 
 # %% ../../nbs/testing/tiny.ipynb #1a14bc83
 def interpret_bf16():
-    "Teach Triton's interpreter to multiply bf16, and to round to the nearest one, as to fp8."
+    "Teach Triton's interpreter to multiply bf16, and to round to the nearest one, as to fp8; and to patch Triton once."
     import numpy as np, torch, triton.language as tl
+    from types import SimpleNamespace
     from triton.runtime import interpreter as I
     convert,dot = I._convert_float,I.InterpreterBuilder.create_dot
     def nearest(x, a, b, mode):
@@ -227,6 +230,8 @@ def interpret_bf16():
         return I.TensorHandle((h.data.astype(np.uint32)<<16).view(np.float32), tl.float32)
     I._convert_float = nearest
     I.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
+    I._patch_lang(SimpleNamespace(__globals__=dict(tl=tl, core=tl.core))) # instead of at every call of every function
+    I._patch_lang = lambda fn: I._LangPatchScope()
 
 # %% ../../nbs/testing/tiny.ipynb #85b85ec6
 TINY_OPTIONS = dict(
