@@ -207,11 +207,11 @@ def _encode_columns(
         return _encode_batch(tok, taught, max_length)
     ints = List(Value('int32'))
     columns = dict(input_ids=ints, labels=ints, lost=Value('int32'), trimmed=Value('bool'))
-    gc.freeze() # or each collection would look at all that the libraries have made
+    gc.disable() # a collection would look at all that the libraries have made, and find nothing
     try: out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
         desc='Tokenising', features=Features(columns),
         new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
-    finally: gc.unfreeze()
+    finally: gc.enable()
     return out,only
 
 # %% ../../nbs/chat/labels.ipynb #45fbf60f
