@@ -4,7 +4,7 @@
 
 # %% ../../nbs/testing/rehearse.ipynb #2ec274e9
 from __future__ import annotations
-import json, os, re, resource, signal, subprocess, sys, time
+import json, os, re, resource, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.basics import UserError, check_range, quiet_libraries, shell_command
@@ -646,13 +646,16 @@ def wait(self:ForkedJob,
     return self.code
 
 # %% ../../nbs/testing/rehearse.ipynb #dab02128
+def _write_to(out, env):
+    os.environ.update(env)
+    os.dup2(os.open(out, os.O_WRONLY|os.O_CREAT|os.O_APPEND), 1)
+    os.dup2(1, 2)
+
 def _be_job(env, out, job):
     "Become a job that writes down which batches it trains on."
     from trl import SFTTrainer
-    os.environ.update(env)
     sys.stdin.close()
-    os.dup2(os.open(out, os.O_WRONLY|os.O_CREAT|os.O_APPEND), 1)
-    os.dup2(1, 2)
+    _write_to(out, env)
     SFTTrainer.training_step = _noted_step(SFTTrainer.training_step, open(f'{out}.batches', 'a', buffering=1))
     job.main()
 
@@ -665,9 +668,22 @@ def _noted_step(step, batches):
         return step(self, model, inputs, *args, **kw)
     return noted
 
+# %% ../../nbs/testing/rehearse.ipynb #d5065fc9
+def _be_command(env, out, argv, stdin):
+    "Become one of phoque's commands."
+    from importlib.metadata import entry_points
+    with os.fdopen(os.memfd_create('stdin'), 'w+') as f:
+        f.write(stdin)
+        f.seek(0)
+        os.dup2(f.fileno(), 0)
+    sys.stdin,sys.argv = open(0, closefd=False),argv
+    _write_to(out, env)
+    entry_points(group='console_scripts')[argv[0]].load()()
+    sys.exit()
+
 # %% ../../nbs/testing/rehearse.ipynb #1d4bf293
 def serve_forks():
-    "Fork a job for each line of JSON on stdin; what `WarmJobs` starts."
+    "Fork a job, or a command, for each line of JSON on stdin; what `WarmJobs` starts."
     import gc, torch, datasets, peft, bitsandbytes, trl.trainer.sft_trainer, transformers.models.llama.modeling_llama
     import peft.tuners.lora.bnb, peft.utils.transformers_weight_conversion, scipy.io, threadpoolctl, encodings.idna
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -683,7 +699,8 @@ def serve_forks():
             if pid: alive.discard(pid)
             print(os.waitstatus_to_exitcode(status) if pid else 'alive', flush=True)
         elif (pid := os.fork()): alive.add(pid); print(pid, flush=True)
-        else: _be_job(ask['env'], ask['out'], job)
+        elif 'argv' in ask: _be_command(**ask)
+        else: _be_job(**ask, job=job)
     for pid in alive: os.kill(pid, signal.SIGKILL)
 
 # %% ../../nbs/testing/rehearse.ipynb #3f6a8360
@@ -700,7 +717,7 @@ class WarmJobs:
     def __exit__(self, *_): self.proc.communicate()
 
     def ask(self,
-        **kw, # `env` and `out` start a job, `poll` asks for its end
+        **kw, # `env` and `out` start a job, with `argv` and `stdin` a command; `poll` asks for its end
     )->str: # Process id, exit code or `alive`
         "Put a question to that process."
         self.proc.stdin.write(json.dumps(kw)+'\n')
@@ -717,6 +734,21 @@ def start(self:WarmJobs,
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     pid = self.ask(out=str(out), env={k:str(v) for k,v in env.items()})
     return ForkedJob(self, Path(out), int(pid))
+
+# %% ../../nbs/testing/rehearse.ipynb #c68057b6
+@patch
+def run_command(self:WarmJobs,
+    name:str, # Console script, such as `phoque_submit`
+    *args, # What follows it
+    stdin:str='', # What it is answered
+    **env, # Variables
+)->tuple[int,list[str]]: # Exit code; lines of its output and errors as they came
+    "Run one of phoque's commands in a fork, as `tiny.run_command` does in a process of its own."
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)/name
+        pid = self.ask(out=str(out), env=env, argv=[name, *map(str, args)], stdin=stdin)
+        job = ForkedJob(self, out, int(pid))
+        return job.wait(),job.lines()
 
 # %% ../../nbs/testing/rehearse.ipynb #37ef9848
 PROOF = dict(MAX_LENGTH=48, PER_DEVICE_TRAIN_BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=2, LORA_DROPOUT=.1,
