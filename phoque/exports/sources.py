@@ -4,7 +4,8 @@
 
 # %% ../../nbs/exports/sources.ipynb #0730e96b
 from __future__ import annotations
-import re
+import json, re
+from ast import literal_eval
 from datetime import date
 from functools import partial
 from html.parser import HTMLParser
@@ -171,7 +172,7 @@ def _clock(path, column, zone):
     "Reads the times of a file, after finding the order of its dates."
     def times(): return (_at(r, column) for _,r in records(path, Quarantine(max_bad=1), training=False))
     clock = Clock(zone)
-    if column and needs_look(next((v for v in times() if v), None)): clock.look(times())
+    if column and needs_look(next((v for v in times() if v), None)): clock.look(times(), dated='date' in column.lower())
     return clock
 
 # %% ../../nbs/exports/sources.ipynb #26c2bb22
@@ -358,18 +359,42 @@ def _pair(asked, answer):
     asked = [dict(role='user', content=asked)] if isinstance(asked, str) else asked
     return asked+([dict(role='assistant', content=answer)] if isinstance(answer, str) else answer)
 
+def _turns_or_text(v): return v if (turns := _as_turns(v)) is None else turns
+
 def _chosen(r):
     "Turns of the side of a preference pair that was chosen."
-    said,asked = r['chosen'],r.get('prompt') or r.get('question')
+    said,asked = _turns_or_text(r['chosen']),_turns_or_text(r.get('prompt') or r.get('question'))
     if isinstance(said, str) and not asked:
         raise ValueError("`chosen` is a text without `prompt`; hh-rlhf is given as hh:FILE")
     return _pair(asked, said) if asked and (isinstance(said, str) or _role(said[0], 0)=='assistant') else said
 
 # %% ../../nbs/exports/sources.ipynb #dc7a21f0
+def _are_turns(v): return isinstance(v, list) and v!=[] and isinstance(v[0], dict) and bool(v[0].keys() & {'role','from'})
+
+def _written_turns(s):
+    "Turns that are written as text, as in a CSV, or None."
+    if s.lstrip()[:1] not in ('[','{'): return None
+    try: v = json.loads(s)
+    except ValueError:
+        try: v = literal_eval(s.strip()) # as pandas writes a list
+        except (ValueError, SyntaxError): return None
+    return v if _are_turns(v := _as_turns(v)) else None
+
+def _as_turns(v):
+    "Turns that a column holds: a list, a `Sequence` of `datasets`, or either as text; None where it holds anything else."
+    if isinstance(v, str): return _written_turns(v)
+    if isinstance(v, list): return v
+    if not (isinstance(v, dict) and v.keys() & {'role','from'} and all(isinstance(x, list) for x in v.values())): return None
+    if len({*map(len, v.values())})>1: raise ValueError("its lists of turns have different lengths")
+    return [dict(zip(v, turn)) for turn in zip(*v.values())]
+
+# %% ../../nbs/exports/sources.ipynb #e8869f84
 def _find_turns(r):
     "The turns of a row, in whichever shape they are."
-    for k in ('messages','conversations','conversation'):
-        if k in r: return r[k]
+    named = [k for k in ('messages','conversations','conversation') if k in r]
+    for k in named:
+        if (turns := _as_turns(r[k])) is not None: return turns
+    if named and r[named[0]] is None: raise LeftOut(f'no `{named[0]}` in it')
     if 'conversation_a' in r:
         if r.get('winner') in ('model_a','model_b'): return r[f"conversation_{r['winner'][-1]}"]
         raise LeftOut('neither answer was chosen')
@@ -396,16 +421,16 @@ def _system_first(r, ms, note):
 def _has_turns(b):
     "Are there turns in the first row?"
     try: found = b.row and _find_turns(b.row)
-    except LeftOut: return True
+    except LeftOut: return not _is_table(b)
     except ROW_FAULTS: return False
-    return bool(found) and not (isinstance(found[0], dict) and not found[0].keys() & {'role','from'}) # as in other exports
+    return _are_turns(found) or bool(found) and not isinstance(found[0], dict) # other exports have `messages` too
 
 # %% ../../nbs/exports/sources.ipynb #1fa016d8
 def _renamed(r, columns):
     "A row with our names of turns, of one with the file's."
     own = {k: columns[k] for k in ('role','content') if k in columns}
-    turns = _at(r, columns['messages'])
-    if not isinstance(turns, list): raise ValueError(f"`{columns['messages']}` is no list of turns")
+    turns = _as_turns(_at(r, columns['messages']))
+    if turns is None: raise ValueError(f"`{columns['messages']}` is no list of turns")
     ms = [m | {k: m.get(c) for k,c in own.items()} for m in turns]
     return r | dict(messages=ms) | ({'system': r.get(columns['system'])} if 'system' in columns else {})
 
