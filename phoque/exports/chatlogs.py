@@ -20,10 +20,10 @@ from .sources import read_records, read_turns, reader, source
 from .times import Clock, Days, named_day, seconds
 
 # %% auto #0
-__all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp',
-           'read_messenger', 'read_signal', 'read_matrix', 'read_irc', 'read_minecraft', 'read_game', 'read_reddit',
-           'read_discourse', 'read_mastodon', 'read_twitch', 'read_livechat', 'read_youtube', 'read_convokit',
-           'read_oasst']
+__all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_line',
+           'read_kakao', 'read_messenger', 'read_signal', 'read_matrix', 'read_google', 'mattermost', 'read_irc',
+           'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch',
+           'read_livechat', 'read_youtube', 'read_convokit', 'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
 _MESSAGES = r'"messages"\s*:\s*\[' # how the list of messages begins in many exports
@@ -50,8 +50,7 @@ def _discord_text(m):
         if x[2]: return f'@{names[x[2]]}' if x[2] in names else x[0]
         if x[4]: return f'{datetime.fromtimestamp(int(x[4]), timezone.utc):%Y-%m-%d %H:%M}'
         return f':{x[1]}:' if x[1] else f'/{x[3]}'
-    said = m['content'],(m.get('forwardedMessage') or {}).get('content')
-    text = '\n'.join(filter(None, said)) if said[1] else said[0]
+    text = '\n'.join(filter(None, (m['content'], (m.get('forwardedMessage') or {}).get('content'))))
     return _DISCORD.sub(put, text) if '<' in text else text
 
 # %% ../../nbs/exports/chatlogs.ipynb #e5b9984a
@@ -62,6 +61,7 @@ PASSED_ON = 'the label of words that somebody else wrote'
 def _discord_line(m, room, book):
     "Line of a Discord message."
     who,t = m['author'],seconds(m['timestamp'])
+    if who is None: raise LeftOut('nobody is said to have said it')
     name,*_ = [book.person(u['id'], u.get('nickname'), u['name']) for u in (who, *(m.get('mentions') or ()))]
     if who['isBot']: raise LeftOut('a bot')
     if m['type'] not in ('Default','Reply'): raise LeftOut('a notice')
@@ -95,12 +95,12 @@ def read_discord(
         yield from SOURCES['discord_csv'].read(path, bad, **opts)
         return
     with whole_file(path.name), open_text(path) as f:
-        head,items = next(JsonText(f, path.name).lists(re.compile(_MESSAGES)))
-        found = _CHANNEL.search(head)
-        if not found: raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
-        say = partial(_discord_line, room=found[1], book=book_of(bad))
-        for l in lines_of(items, f'{path.name} message', bad, say):
-            yield l | dict(thread=found[1]) if 'Thread' in (found[2] or '') else l
+        for n,(head,items) in enumerate(JsonText(f, path.name).lists(re.compile(_MESSAGES)), 1): # several, where files were joined
+            found = _CHANNEL.search(head)
+            if not found: raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
+            say = partial(_discord_line, room=found[1], book=book_of(bad))
+            for l in lines_of(items, f'{path.name} message' if n==1 else f'{path.name} part {n} message', bad, say):
+                yield l | dict(thread=found[1]) if 'Thread' in (found[2] or '') else l
 
 # %% ../../nbs/exports/chatlogs.ipynb #33f70697
 _NOTICES = re.compile(r'(Joined the server|Pinned a message|Started a thread|Changed the channel icon|Left the group'
@@ -375,6 +375,80 @@ def read_whatsapp(
         yield from lines_of(_many_lined(f, _WHATSAPP), f'{name} message', bad, say)
         book.hear(*clock.said)
 
+# %% ../../nbs/exports/chatlogs.ipynb #354c1a8d
+_NOON = dict(오전='AM', 午前='AM', 上午='AM', 오후='PM', 午後='PM', 下午='PM')
+_BEFORE_NOON = rf'(?:{"|".join(_NOON)})'
+
+def _in_english(at):
+    "A time with AM or PM behind it."
+    return re.sub(rf'({_BEFORE_NOON}) ?(\d\d?:\d\d)', lambda m: f'{m[2]} {_NOON[m[1]]}', at).strip()
+
+_LINE_DAY = r'(?:[^\W\d_]{2,4}, )?(\d{1,4}[/.]\d{1,2}[/.]\d{1,4})(?: ?\([^()\n]{1,5}\)| [^\W\d_]{1,12})?(?=\s*$)'
+_LINE = re.compile(rf'(?:{_LINE_DAY}|((?:{_BEFORE_NOON} ?)?\d{{1,2}}:\d\d ?(?:[AP]M)?)\t)(.*)', re.S)
+
+def _line_message(m, book, days):
+    "Line of a message of LINE's, after its day and time."
+    before,rest = m
+    if not before: raise LeftOut('before the first message')
+    day,at = before
+    if day: days.begin(day)
+    who,tab,text = rest.strip('\n\r').partition('\t')
+    if day or not tab or not who: raise LeftOut('a notice')
+    if re.fullmatch(r'\[[^\[\]\n]{2,20}\]|☎ .*', text): raise LeftOut('a picture, a sticker or a call')
+    if re.fullmatch(r'"[^\n]*\n.*"', text, re.S): text = text[1:-1].replace('""', '"')
+    return _said(book, 'line', ONLY_ROOM, who, text, days(_in_english(at)))
+
+# %% ../../nbs/exports/chatlogs.ipynb #672aeb29
+@reader('line', detect=lambda b: b.text.startswith('[LINE]'))
+def read_line(
+    path:str, # Text of a chat that was saved
+    bad=refuse, # Called with place, reason and message
+    zone:str='UTC', # Zone of the phone
+    order:str='', # Order of day, month and year in dates, as in `dmy`; '' finds it
+    **_
+):
+    "LINE chat, as text"
+    path,book = Path(path),book_of(bad)
+    with whole_file(path.name), open_text(path) as f:
+        clock = Clock(zone, order, phone=True).look(m[1] for m in map(_LINE.match, map(legible, text_lines(f))) if m and m[1])
+    with whole_file(path.name), open_text(path) as f:
+        days = Days(clock)
+        yield from lines_of(_many_lined(f, _LINE), f'{path.name} message', bad, partial(_line_message, book=book, days=days))
+    book.hear(*days.said)
+
+# %% ../../nbs/exports/chatlogs.ipynb #6dc0f509
+_KAKAO_AT = rf'\d{{4}}[년.] ?\d{{1,2}}[월.] ?\d{{1,2}}[일.] ?{_BEFORE_NOON} \d{{1,2}}:\d\d|[A-Z][a-z]{{2,8}} \d{{1,2}}, \d{{4}},?(?: at)? \d{{1,2}}:\d\d [AP]M'
+_KAKAO_NOTICE = r'[^\n]{1,200}(?:님이 (?:들어왔|나갔)습니다|님을 (?:내보냈|초대(?:했|하였))습니다|가렸습니다|(?:joined|left) (?:this|the) chatroom)\.?(?=\s*$)'
+_KAKAO = re.compile(rf'(?:-{{5,}} ([^\n]{{6,40}}?) -{{5,}}(?=\s*$)|\[([^\n]{{1,100}}?)\] \[({_BEFORE_NOON} \d{{1,2}}:\d\d|\d{{1,2}}:\d\d [AP]M)\] '
+    rf'|({_KAKAO_AT})(?:, (?:([^:\n]{{1,100}}?) : )?|(?=\s*$))|({_KAKAO_NOTICE}))(.*)', re.S)
+_KAKAO_PICTURE = re.compile(r'사진(?: \d+장)?|동영상|이모티콘|음성메시지|(?:파일|File): .*|Photos?|Video|Emoticons?')
+
+def _kakao_message(m, book, days):
+    "Line of a message of KakaoTalk's, after its day, who said it and when."
+    before,text = m
+    if not before: raise LeftOut('before the first message')
+    day,who,at,moment,named,_ = before
+    if day: days.begin(day)
+    if not (who or named): raise LeftOut('a notice')
+    if _KAKAO_PICTURE.fullmatch(text := text.strip()): raise LeftOut('a picture, a sticker or a call')
+    if text.rstrip('.').casefold() in _DELETED: raise LeftOut('a deleted message')
+    t = days.clock.steady(_in_english(moment)) if moment else days(_in_english(at))
+    return _said(book, 'kakao', ONLY_ROOM, who or named, text, t)
+
+# %% ../../nbs/exports/chatlogs.ipynb #615211b9
+@reader('kakao', detect=lambda b: re.search(r'(?m)^(?:저장한 날짜|Date Saved) ?: ', b.text[:500]))
+def read_kakao(
+    path:str, # Text of a chat that was saved, on a computer or a phone
+    bad=refuse, # Called with place, reason and message
+    zone:str='UTC', # Zone of the computer or the phone
+    **_
+):
+    "KakaoTalk chat, as text"
+    path,book,days = Path(path),book_of(bad),Days(Clock(zone))
+    with whole_file(path.name), open_text(path) as f:
+        yield from lines_of(_many_lined(f, _KAKAO), f'{path.name} message', bad, partial(_kakao_message, book=book, days=days))
+    book.hear(*days.clock.said)
+
 # %% ../../nbs/exports/chatlogs.ipynb #5dc4cdd8
 def _unmixed(s):
     "Text of which each byte was taken for a character."
@@ -544,6 +618,56 @@ def read_matrix(
         say = partial(_matrix_line, book=book, room=_field(head, 'room_name') or ONLY_ROOM, edits=edits,
             names=names)
         yield from lines_of(items, f'{name} event', bad, say)
+
+# %% ../../nbs/exports/chatlogs.ipynb #814cfd14
+_GOOGLE = r'(^|/)Groups/[^/]+/messages\.json$'
+
+def _google_line(m, book, room, clock):
+    "Line of a message of Google Chat."
+    who,id = m.get('creator'),m.get('message_id') or ''
+    if m.get('deletion_metadata') or not who: raise LeftOut('a deleted message')
+    if who.get('user_type')=='Bot': raise LeftOut('a bot')
+    space,topic,own = id.split('/') if id.count('/')==2 else ('',)*3
+    quoted = (m.get('quoted_message_metadata') or {}).get('message_id')
+    return _said(book, 'google', room, who.get('name') or who['email'], m.get('text') or '', clock(m['created_date']), id=id or None,
+        reply_to=quoted or (f'{space}/{topic}/{topic}' if topic!=own else None), names=(who.get('email'),), author=who.get('email'))
+
+@reader('google', detect=lambda b: re.match(r'\s*\{\s*"messages"\s*:\s*\[\s*\{\s*"creator"\s*:', b.text) or b.holds(_GOOGLE))
+def read_google(
+    path:str, # A room's `messages.json` of Google Takeout, or the folder or zip with all
+    bad=refuse, # Called with place, reason and message
+    zone:str='UTC', # Zone of times that don't say theirs
+    **_
+):
+    "Google Chat, from Takeout"
+    book,clock = book_of(bad),Clock(zone)
+    for name,_,items in lists_in(path, _MESSAGES, _GOOGLE, book):
+        say = partial(_google_line, book=book, room=name.rpartition('/')[0] or ONLY_ROOM, clock=clock)
+        yield from lines_of(items, f'{name} message', bad, say)
+    book.hear(*clock.said)
+
+# %% ../../nbs/exports/chatlogs.ipynb #7040746a
+def _mattermost_line(p, at, room, first=None):
+    "Line of a post or of a reply to `first`."
+    props = p.get('props') or {}
+    if str(p.get('type') or '').startswith('system_'): raise LeftOut('a notice')
+    if 'true' in (props.get('from_webhook'), props.get('from_bot')): raise LeftOut('a bot')
+    return _said(at.book, 'mattermost', room, p['user'], p['message'], p['create_at']/1000, id=f"{p['create_at']}-{p['user']}",
+        reply_to=first, author=p['user'])
+
+@source('mattermost', '', False, detect=lambda b: b.row.get('type')=='version' and b.row.keys()<={'type','version','info'})
+def mattermost(r, at, **_):
+    "Mattermost bulk export, as JSON lines"
+    what,u = r['type'],r.get('user') or {}
+    if u: at.book.person(u['username'], u['username'], u.get('nickname'), u.get('first_name'), u.get('last_name'))
+    if what not in ('post','direct_post'): raise LeftOut('no message')
+    p = r[what]
+    room = hash_of(*sorted(p['channel_members'])) if 'channel_members' in p else f"{p['team']}/{p['channel']}"
+    res = [_mattermost_line(p, at, room)]
+    for m in p.get('replies') or ():
+        try: res.append(_mattermost_line(m, at, room, res[0]['id']))
+        except LeftOut as e: at.note(str(e))
+    return res
 
 # %% ../../nbs/exports/chatlogs.ipynb #4ce3ed77
 def _log_lines(path, book):

@@ -388,13 +388,13 @@ def _as_turns(v):
     if len({*map(len, v.values())})>1: raise ValueError("its lists of turns have different lengths")
     return [dict(zip(v, turn)) for turn in zip(*v.values())]
 
-# %% ../../nbs/exports/sources.ipynb #e8869f84
+# %% ../../nbs/exports/sources.ipynb #094fc8cf
 def _find_turns(r):
     "The turns of a row, in whichever shape they are."
     named = [k for k in ('messages','conversations','conversation') if k in r]
     for k in named:
-        if (turns := _as_turns(r[k])) is not None: return turns
-    if named and r[named[0]] is None: raise LeftOut(f'no `{named[0]}` in it')
+        if turns := _as_turns(r[k]): return turns
+    if named and r[named[0]] in (None, []): raise LeftOut(f'no `{named[0]}` in it')
     if 'conversation_a' in r:
         if r.get('winner') in ('model_a','model_b'): return r[f"conversation_{r['winner'][-1]}"]
         raise LeftOut('neither answer was chosen')
@@ -734,6 +734,8 @@ def find_kind(
         if kind := next((k for k in [*kinds, *_ASKED_LAST] if k in kinds or SOURCES[k].detect(b)), ''): return kind
         if b.path.is_dir(): raise UserError(b.name, "no reader knows this folder", "give files")
         next(records(path, Quarantine(max_bad=.99)), None) # says why it can't be read, or mustn't be
+        if len(b.row)>1 and all(isinstance(v, (dict,list)) for v in b.row.values()):
+            raise UserError(b.name, f"it is one object of {len(b.row)} entries", "make a list of what is in them, one JSON object a line")
         if b.row:
             raise UserError(b.name, f"no reader knows it; it has {excerpt(', '.join(_columns(b.row)), 300)}", NAME_KIND)
     return 'messages'
