@@ -50,7 +50,8 @@ def _discord_text(m):
         if x[2]: return f'@{names[x[2]]}' if x[2] in names else x[0]
         if x[4]: return f'{datetime.fromtimestamp(int(x[4]), timezone.utc):%Y-%m-%d %H:%M}'
         return f':{x[1]}:' if x[1] else f'/{x[3]}'
-    text = '\n'.join(filter(None, (m['content'], (m.get('forwardedMessage') or {}).get('content'))))
+    said = m['content'],(m.get('forwardedMessage') or {}).get('content')
+    text = '\n'.join(filter(None, said)) if said[1] else said[0]
     return _DISCORD.sub(put, text) if '<' in text else text
 
 # %% ../../nbs/exports/chatlogs.ipynb #e5b9984a
@@ -61,7 +62,6 @@ PASSED_ON = 'the label of words that somebody else wrote'
 def _discord_line(m, room, book):
     "Line of a Discord message."
     who,t = m['author'],seconds(m['timestamp'])
-    if who is None: raise LeftOut('nobody is said to have said it')
     name,*_ = [book.person(u['id'], u.get('nickname'), u['name']) for u in (who, *(m.get('mentions') or ()))]
     if who['isBot']: raise LeftOut('a bot')
     if m['type'] not in ('Default','Reply'): raise LeftOut('a notice')
