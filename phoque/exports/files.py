@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import chain, repeat
+from operator import eq
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.basics import UserError, check_data_files, excerpt
@@ -635,7 +636,7 @@ def _cells(sheet, formulas=None):
         if lost or any(v is not None for v in row): yield n,row,lost
 
 # %% ../../nbs/exports/files.ipynb #15a762ca
-def _excel(path, bad):
+def _excel(path, bad, hear=lambda said: None):
     "Place and record of each row of an Excel workbook's first sheet that has some."
     import openpyxl
     n = 0
@@ -646,7 +647,7 @@ def _excel(path, bad):
         for k,sheet in enumerate(book.worksheets, 1):
             head,found = (),False
             for n,row,lost in _cells(sheet, formulas and formulas[sheet.title]):
-                if head and not found and len(book.worksheets)>1: book_of(bad).hear(f'sheet {k} of {len(book.worksheets)}')
+                if head and not found and len(book.worksheets)>1: hear(f'sheet {k} of {len(book.worksheets)}')
                 found = bool(head)
                 if lost: bad(f'{path.name} row {n}', "a formula without its value: save the file in a spreadsheet program", None)
                 elif head: yield f'{path.name} row {n}',{str(h): v for h,v in zip(head, row) if h is not None}
@@ -786,7 +787,12 @@ def records(
         read,source,said = _reader(path)
         book.hear(*said)
         free = read not in (_csv,_parquet,_excel,_hub) # its rows needn't have the same columns
-        for i,(where,row) in enumerate(read(source, put_aside)):
+        rows = _excel(source, put_aside, book.hear) if read is _excel else read(source, put_aside)
+        for i,(where,row) in enumerate(rows):
+            if row and all(map(eq, row, row.values())):
+                book.rows += 1
+                book.leave_out(where, 'the head of the table again')
+                continue
             if not i or free:
                 if training: _keep_out(row, where)
                 if gone := [c for c in need if c not in row]:

@@ -187,19 +187,22 @@ def _addressed(s, i, j, capital):
 
 def _opens(s, i): return not s[s.rfind('\n', 0, i)+1:i].strip('<[( ')
 
-# %% ../../nbs/exports/names.ipynb #685418df
-_NO_NAME = re.compile(r"""\b(?:the|an?|my|your|our|his|her|their|this|that|no|any|every|some|in|since|until|le|la|les|une?|mon|ma|el|los|las|una|mi
-    |il|lo|gli|uno|os|um|uma|meu|minha|de)\s$""", re.I|re.X) # articles, and what stands before a month
+# %% ../../nbs/exports/names.ipynb #97d14e13
+_NO_NAME = re.compile(r"\b(?:the|an|my|your|our|his|her|their|this|that|no|any|every|some|be|in|since|until|мо[йяею]|тво[йяею]|наш)\s$",
+    re.I) # articles, and what stands before a month; not those that stand before names in some languages, as la
 _DOES = re.compile(r"""['’]s\s\w|\s(?:(?:and|or|und|et|y|e|и)\s(?:I\b|[A-ZА-Я])
     |(?:is|was|has|had|does|did|isn['’]t|wasn['’]t|hasn['’]t|doesn['’]t|didn['’]t|sa(?:id|ys)|t(?:old|ells)|ask(?:ed|s)|th(?:ought|inks)
     |kn(?:ew|ows)|wants?(?:ed)?|left|leaves|joined|joins|c(?:ame|omes)|went|goes|g(?:ot|ets)|logged|play(?:ed|s)|won|lost|died|carried
     |carries|made|took|just|never|always|can|could|would|hat|ist|war|sagt|sagte|meint|kommt|spielt|kann|est|a|avait|dit|vient|joue
     |ha|está|dijo|dice|viene|juega|è|era|gioca|é|disse|vem|joga|(?:сказал|при(?:ш[её]л|шл)|уш[её]л|написал|думает|знает|говорит)\w?)\b)""", re.X)
 
+@lru_cache(2**14)
+def _is_thing(w): return any(plain(w) in said_often(l, 3) for l in OFTEN) # a word of a language, though a rare one
+
 def _marked(s, i, j, sure, nouns=False):
     "Is it a name here?"
     if s[i-1:i]=='@': return s[i:j].lower() not in ('everyone','here','channel')
-    if sure==3: return True
+    if sure==3: return not (s[i].islower() and _is_thing(s[i:j]) and _NO_NAME.search(s[max(0, i-12):i]))
     if s[j:j+1]==':' and _opens(s, i): return True
     capital = s[i].isupper() and not s[i:j].isupper()
     if sure and _addressed(s, i, j, capital): return True

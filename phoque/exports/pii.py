@@ -251,6 +251,9 @@ _HANDLE_OF = re.compile(rf"""
             |me|heiße\sich|heiss?\sich)|\s[-—]|\?)?\s{{1,5}}|[は是은는]\s?)
     [@$]?(?P<v>(?-i:[A-Z][a-z]{{1,14}}(?:\s[A-Z][a-z]{{1,14}}){{1,2}}\s?\d{{1,5}})|(?:live:)?(?!//)[\w.-]{{2,32}}\w(?:\#\w{{2,6}})?)(?!\()""", re.I|re.X)
 
+_HANDLE_ON = re.compile(rf"""\b(?:add|follow|find|message|dm)\s(?:me\s(?:as\s)?)?@?(?P<v>(?=[\w.-]{{0,31}}[\d_])[\w.-]{{3,32}})
+    \s(?:on|at|auf|en|su|em|sur|på)\s{_WHERE}(?!\w)""", re.I|re.X) # add heron_1 on steam
+
 def _is_handle_of(m):
     "Where is it, if what follows the platform is no ordinary word?"
     v,how = m['v'],m['how'].strip()
@@ -430,7 +433,7 @@ CALL_WORDS = dict( # language → what is said before a number; \s stands for a 
         |gọi|sđt|תתקשר\w?|טלפון|โทร|تلفون|هاتف|جوال""")
 
 # %% ../../nbs/exports/pii.ipynb #90bce5e7
-_CALL = re.compile(rf"\b(?:{_words(CALL_WORDS)})\b|電話|携帯|电话|手机|전화|번호", re.I|re.X)
+_CALL = re.compile(rf"\b(?:{_words(CALL_WORDS)})\b|電話|携帯|連絡|电话|手机|同号|联系|전화|번호|연락처", re.I|re.X)
 _CALL_AFTER = re.compile(rf"""
     \W{{0,3}}(?:(?:is|ist|es|est|é|on|via|auf|per|en|sur)\s){{1,2}}(?:(?:my|the|her|his|our|mein\w?|mi|mon|meu)\s)?
         (?:(?:new|work|old|neue)\s)?(?:{_words(CALL_WORDS)}|telegram)\b
@@ -561,7 +564,7 @@ def _is_birth(m):
 # %% ../../nbs/exports/pii.ipynb #ca1093b4
 _DEG = r"-?\d{1,3}(?:[.,]\d{3,9})"
 _PLACE = re.compile(rf"""
-    \bgeo:{_DEG},{_DEG}
+    \b(?:geo:|s?ll=|loc:){_DEG},{_DEG}
     |\b(?:POINT\s?\(|(?:lat(?:itude)?)["']?\s?[:=]?\s?){_DEG}[\s,;&"']{{1,4}}(?:(?:lon|lng|long
         |longitude)["']?\s?[:=]?\s?)?{_DEG}
     |(?<![\w.])[23456789CFGHJMPQRVWX]{{4,8}}\+[23456789CFGHJMPQRVWX]{{2,3}}(?![\w+]) # plus code
@@ -576,7 +579,7 @@ _POINT = re.compile(rf"""
 _HERE = re.compile(r"""\b(?:house|home|live|living|pin|gps|lat|location|coord|i'?m|me|my|mine|here|exif|address|spot
     |haus|wohn|standort|koordin|zuhause|bin\sich|ich\sbin|ubicaci[oó]n|casa|vivo|estoy|localiza|position:|posizione|posición|ici
     |chez\smoi|je\ssuis|współrzędn|lokaliz|jestem|souřadnic|poloha|sijainti|olen|konum|koordinat|jag\sär|her\ser|ik\sben|sono|estou
-    |координат|местополож|геолока|я\sв|я\sтут|дом)|geo|location|現在|位置|座標|坐标|现在|위치|좌표""", re.I|re.X)
+    |координат|местополож|геолока|я\sв|я\sтут|дом)|geo|loc(?:ation)?\b|現在|位置|座標|坐标|现在|위치|좌표""", re.I|re.X)
 
 def _is_point(m):
     "Is it as exact as a device says it, or does something beside it say that somebody is there?"
@@ -858,6 +861,7 @@ _STREET_EN = re.compile(rf"""
     \d{{1,5}}[A-Za-z]?(?:[-/]\d{{1,4}})?,?\s(?:(?:[NSEW]{{1,2}}\.?|St\.?)\s)?(?:(?:{_UP}|\d{{1,3}}(?:st|nd|rd
         |th))\s){{1,4}}{_EN}(?!\w|\s(?:Trips?|Edition|Race|Map|Rage|Art))\.?
     (?:\s(?:[NSEW]{{1,2}}|North|South|East|West)(?!\w))?{_TAIL}
+    |(?<!\w)(?:{_UP}\s){{1,3}}{_EN},?\s(?i:number|no\.?|nr\.?)\s?\d{{1,5}}(?!\w)
     |(?<![\w.:/$#-])\d{{1,5}},?\s(?:{_UP}\s){{1,3}}(?:Suite|Apt|Apartment|Unit)\b\.?\s?\#?\d{{1,5}}{_TAIL}
     |\b(?i:{_BOX})\s\d{{1,6}}{_TAIL}
     |(?<![\w-])[A-Z]-\d{{1,4}},\sSector\s\d{{1,3}}{_TAIL}
@@ -996,6 +1000,10 @@ _STREET_TOLD = re.compile(rf"""
     (?P<v>\d{{1,5}}[A-Za-z]?(?:[/-]\d{{1,4}})?,?\s(?!{_SPAN}\b)(?:{_UP}\s){{0,2}}{_UP}(?:\s[a-z]{{3,14}}(?=,))?{_TAIL}
         |{_HOUSE}(?(sure)(?!\s{_SPAN}\b)|(?=\s*(?:[,.;!?\n<"'}}]|$))){_TAIL})""", re.X|re.I)
 
+# %% ../../nbs/exports/pii.ipynb #8dce816c
+_POST_TOLD = re.compile(rf"""\b(?:post\s?code|zip\s?code|plz|postleitzahl|code\spostal|c[oó]digo\spostal|cep|postnummer|postinumero
+    |kod\spocztowy|psč|индекс)\s?(?:\s(?:is|ist|est|es|é|är|on|to|je)\s|[:=]\s?|\s)(?P<v>{_POSTCODE})""", re.X|re.I)
+
 # %% ../../nbs/exports/pii.ipynb #a664652f
 NEEDS = dict(any='', digit=r'\d', digits=r'(?:\d\D{0,3}){5}\d', long=r'\S{16}|\.(?:eth|sol|near)\b',
     password=f'(?ix){_PASS_WORD}', flag='-|net user|PASS', iban='[A-Za-z]{2}[0-9]{2}',
@@ -1015,14 +1023,14 @@ PLAN = [('MENTION', 'any', _MENTION, None), ('URL', 'any', _LINK, None), ('KEY',
 # %% ../../nbs/exports/pii.ipynb #de4ea8d8
 _STREETS = [(_STREET_EAST, None), (_STREET_EN, None), (_STREET_FR, None), (_STREET_ROM, None), (_STREET_NAMED, None),
     (_STREET_GER, _is_german), (_STREET_IN, _is_home), (_STREET_LOW, _is_home), (_STREET_ROM_LOW, _is_home),
-    (_STREET_TOWN, _has_postcode), (_STREET_TOLD, _value)]
+    (_STREET_TOWN, _has_postcode), (_STREET_TOLD, _value), (_POST_TOLD, _value)]
 PLAN += [('MAC', 'digit', _MAC, _is_mac), ('IP', 'digit', _IP6, _is_ip6), ('IP', 'digit', _IP4, _is_ip4),
     ('IBAN', 'iban', _IBAN, _is_iban), ('BIRTH_DATE', 'digit', _BIRTH, _is_birth),
     ('NATIONAL_ID', 'digit', _ID_FORM, _is_id), ('NATIONAL_ID', 'digit', _ID_NAMED, _is_named_id),
     ('CARD', 'digits', _CARD, _is_card), ('CARD', 'digits', _CARD_THEN, _is_card),
     *(('ADDRESS', 'digit', *s) for s in _STREETS), ('PLATFORM_ID', 'digit', _PLATFORM, _is_platform),
     ('HANDLE', 'any', _HANDLE, None), ('HANDLE', 'any', _HANDLE_OF, _is_handle_of),
-    ('HANDLE', 'folder', _FOLDER, _value), ('PHONE', 'digits', _PHONE, _is_phone)]
+    ('HANDLE', 'any', _HANDLE_ON, _value), ('HANDLE', 'folder', _FOLDER, _value), ('PHONE', 'digits', _PHONE, _is_phone)]
 
 # %% ../../nbs/exports/pii.ipynb #dbba114b
 _HINT = re.compile(r"""

@@ -497,13 +497,25 @@ def _is_time(v):
         try: return v in (None, '') or seconds(v, order=order) is not None
         except ROW_FAULTS: pass
 
+def _speaker_inside(row):
+    "Columns of the name and the id in a column that holds a person."
+    for c,v in row.items():
+        if not isinstance(v, dict) or _bare(c) not in ('u',*_CALLED['who'].split()): continue
+        there = {_bare(k): f'{c}.{k}' for k in v}
+        if name := next((there[k] for k in ('username','name','nickname','displayname','login','screenname') if k in there), None):
+            return dict(who=name) | ({'author': there['id']} if 'id' in there else {})
+    return {}
+
 def find_columns(
     row:dict, # A record
 )->dict: # Our names and the file's, of those that can be told by their names
     "The column map of a table whose columns have the usual names."
-    flat = (c for c,v in row.items() if not isinstance(v, (dict,list)))
+    flat = (c for c,v in row.items() if not isinstance(v, (dict,list)) or isinstance(v, dict) and v.keys()=={'$date'})
     there = {_bare(c): c for c in flat if _bare(c) not in _CALLED['t'].split() or _is_time(row[c])}
     found = {k: next((there[c] for c in names.split() if c in there), None) for k,names in _CALLED.items()}
+    texts = [there[c] for c in _CALLED['text'].split() if c in there]
+    found['text'] = next((c for c in texts if not re.fullmatch(r'\d+', str(row[c]))), found['text']) # a `message` may be its number
+    if not found['who']: found |= _speaker_inside(row)
     if found['t'] and _bare(found['t'])=='date':
         both = [f"{found['t']}+{c}" for c in row if _bare(c)=='time']
         if both and _is_time(_at(row, both[0])): found['t'] = both[0]
@@ -687,7 +699,7 @@ def _other_names(columns, row):
 def _said_columns(row):
     "What is to be said of columns that were found by their names: which, which others there are, and whether nobody is named."
     found = find_columns(row)
-    rest = row.keys()-{x for c in found.values() for x in (c, *c.split('+'))}
+    rest = row.keys()-{x for c in found.values() for x in (c, *c.split('+'), c.split('.')[0])}
     res = ['columns '+' '.join(f'{k}={c}' for k,c in found.items())]
     if rest: res.append(f"not read: {excerpt(' '.join(c for c in row if c in rest))}")
     if 'who' not in found and len(found)>1: res.append('no column says who speaks, so all is one writer\'s')
