@@ -170,7 +170,7 @@ def names_in(
     return Names(names, spoken(row['texts'] for t in tables for row in t.select_columns(['texts'])))
 
 # %% ../../nbs/exports/names.ipynb #e2b1fc37
-_GREETS = re.compile(r"""(?:^|[^\w@])(?:hey|hi|hiya|hello|yo|thanks|thank\syou|thx|tysm|ty|cheers|ask|tell|invite|kick|mute|ping|dm|poke|cc|gg|gj|wp|well\splayed
+_GREETS = re.compile(r"""(?:^|[^\w@])(?:ok(?:ay)?|hey|hi|hiya|hello|yo|thanks|thank\syou|thx|tysm|ty|cheers|ask|tell|invite|kick|mute|ping|dm|poke|cc|gg|gj|wp|well\splayed
     |nice\s(?:one|shot|try)|(?:good\s?|g)?(?:night|morning|evening)|good\s(?:luck|job|game)|love\syou|miss\syou|where(?:\si|['’])s|gn|gm|gl|wb|welcome(?:\sback)?|congrats|congratulations|gz|grats
     |happy\sbirthday|hbd|bye|cya|see\syou|sorry|sry|hallo|moin|na|danke|servus|tschüss|glückwunsch|oye|hola|gracias|ciao|grazie
     |salut|coucou|bonjour|merci|desolé|désolé|selam|teşekkürler|привет|эй|спасибо|пока|cześć|dzięki|hej|tack|hoi|bedankt|olá|oi
@@ -187,7 +187,7 @@ def _addressed(s, i, j, capital):
 
 def _opens(s, i): return not s[s.rfind('\n', 0, i)+1:i].strip('<[( ')
 
-# %% ../../nbs/exports/names.ipynb #97d14e13
+# %% ../../nbs/exports/names.ipynb #6ee4c3ab
 _NO_NAME = re.compile(r"\b(?:the|an|my|your|our|his|her|their|this|that|no|any|every|some|be|in|since|until|мо[йяею]|тво[йяею]|наш)\s$",
     re.I) # articles, and what stands before a month; not those that stand before names in some languages, as la
 _DOES = re.compile(r"""['’]s\s\w|\s(?:(?:and|or|und|et|y|e|и)\s(?:I\b|[A-ZА-Я])
@@ -197,7 +197,10 @@ _DOES = re.compile(r"""['’]s\s\w|\s(?:(?:and|or|und|et|y|e|и)\s(?:I\b|[A-ZА-
     |ha|está|dijo|dice|viene|juega|è|era|gioca|é|disse|vem|joga|(?:сказал|при(?:ш[её]л|шл)|уш[её]л|написал|думает|знает|говорит)\w?)\b)""", re.X)
 
 @lru_cache(2**14)
-def _is_thing(w): return any(plain(w) in said_often(l, 3) for l in OFTEN) # a word of a language, though a rare one
+def _is_thing(w): return any(plain(w) in said_often(l, 3) for l in ('en','ru')) # a word, though a rare one; of these are the articles
+
+_ONLY_PEOPLE = re.compile(r"\s(?:sa(?:id|ys)|told|joined|disconnected|logged\s(?:in|out|off|on)|left\s(?:the|my|our)\s"
+    r"(?:channel|server|game|party|call|voice|chat|lobby)|is\s(?:afk|offline|online|typing|streaming|calling))\b")
 
 def _marked(s, i, j, sure, nouns=False):
     "Is it a name here?"
@@ -206,8 +209,9 @@ def _marked(s, i, j, sure, nouns=False):
     if s[j:j+1]==':' and _opens(s, i): return True
     capital = s[i].isupper() and not s[i:j].isupper()
     if sure and _addressed(s, i, j, capital): return True
-    if not (sure and capital): return False
     before = s[max(0, i-12):i]
+    if sure and _ONLY_PEOPLE.match(s, j) and not _NO_NAME.search(before): return True
+    if not (sure and capital): return False
     if re.search(r'[^\W_],? $', before): return not nouns and not _NO_NAME.search(before) # inside a sentence
     return sure==2 and bool(_DOES.match(s, j))
 

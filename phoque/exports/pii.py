@@ -515,7 +515,7 @@ BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stand
     es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?",
     pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver",
     it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno", nl=r"geboren(?:\sop)?|geboortedatum|verjaardag|jarig",
-    nordic=r"född|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag|dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur",
+    nordic=r"född|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag|dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur",
     pl=r"urodz\w{2,10}|ur\.", cz=r"naro[zd]en\w{0,5}|dat\.\snar\.",
     south=r"rođen\w{0,4}|datum\srođenja|rojen\w?|rojstni\sdan|роден\w?|рожден\sден|născut\w?|data\snașterii|ziua\sde\snaștere",
     baltic=r"sünd\w{1,6}|sünni\w{2,6}|gim\w{1,4}|gimtadien\w{1,3}|dzim\w{1,7}",
@@ -524,7 +524,7 @@ BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stand
     he=r"נולדתי|תאריך\sלידה|יום\sהולדת", ar=r"تاريخ\sالميلاد|ولدت|عيد\sميلادي", id=r"(?:tanggal\s)?lahir", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
     east=r"生年月日|誕生日|生まれ|出生日期|出生于|出生|生于|生日|생년월일|생일|태어난")
 
-# %% ../../nbs/exports/pii.ipynb #1feb486b
+# %% ../../nbs/exports/pii.ipynb #0eb1581d
 _DAY_OF_YEAR = r"""(?:\d{1,2}\s?[-./]\s?(?:\d{1,2}|[^\W\d_]{3,9}\.?)\s?[-./]\s?\d{4}(?!\d)
     |(?:19|20)\d\d(?:[-/.]\s?\d\d?[-/.]\s?\d\d?|[01]\d[0-3]\d)(?!\d)
     |\d{4}\s?[年년]\s?\d{1,2}\s?[月월]\s?\d{1,2}\s?[日일]|\d{1,2}\stháng\s\d{1,2}\snăm\s\d{4}
@@ -532,14 +532,14 @@ _DAY_OF_YEAR = r"""(?:\d{1,2}\s?[-./]\s?(?:\d{1,2}|[^\W\d_]{3,9}\.?)\s?[-./]\s?\
     |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?,?\s(?:19|20)\d\d(?!\w)
     |(?:19|20)\d\d\.?\s[^\W\d_]{3,12}\s\d{1,2}\.?(?!\d))"""
 _DAY = rf"""(?:{_DAY_OF_YEAR}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)|\d{{1,2}}[月월]\s?\d{{1,2}}[日일]
-    |(?:\d{{1,2}}/\d{{1,2}}|\d{{1,2}}\.\d{{1,2}}\.|\d\d\.\d\d)(?![\w./:%]) # 22/9, 24.12.
+    |(?:\d{{1,2}}/\d{{1,2}}|\d{{1,2}}\.\s?\d{{1,2}}\.|\d\d\.\d\d)(?![\w./:%]) # 22/9, 24.12.
     |\d{{1,2}}(?:st|nd|rd|th|er|º)?\.?\s(?:of\s|de\s)?[^\W\d_]{{3,12}}\.?(?![\w])
-    |[^\W\d_]{{3,12}}\.?\s\d{{1,2}}(?:st|nd|rd|th)?(?![\w./-]))"""
+    |[^\W\d_]{{3,12}}\.?\s\d{{1,2}}(?:st|nd|rd|th)?\.?(?![\w/-]|\.\d))"""
 _OWN = r"(?:my|mein|mi|mon|meu|il\smio|mijn|min|moje|mój)"
 _BIRTH = re.compile(rf"""
     (?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
     |(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])["']?[\s:=-]{{0,3}}["']?
-        (?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am|el|le|il|dia|się|w|dnia|em|den|den\s|er|är|-)\s{{1,2}}
+        (?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am|el|le|il|dia|się|w|dnia|em|den|er|är|mam|har|-)\s{{1,2}}
             |[はは는은이가是]\s?){{0,3}}(?P<v>{_DAY})
     |(?P<w>{_DAY})\s(?:is|ist|es|est|é|è|är|er|to)\s{_OWN}\s(?:birthday|b-?day|geburtstag|cumple\w{{0,5}}|anniv\w{{0,6}}|anivers\w{{0,5}}
         |compleanno|verjaardag|födelsedag|urodziny)
@@ -697,7 +697,7 @@ _PHRASE = re.compile(r"""
 _STRONG = r"(?=\S{0,59}[\d!$%&*+=@#^~|])(?=\S{0,59}[^\W\d])[^\s\"'`<>,]{5,60}" # letters with digits or signs
 _ODD = _STRONG.replace("~|]", "~|_-]") # or joined words
 _PASS_FIRST = re.compile(rf"""
-    \b(?:try|use|put|type|enter|pon|nimm|mets|usa|it\s(?:was|is)|it['’]s)\s{{1,3}}["'`]?(?P<v>{_ODD})["'`]?\s{{0,2}},?
+    \b(?:try|use|put|type|enter|pon|nimm|mets|usa|it\s(?:was|is)|it['’]?s)\s{{1,3}}["'`]?(?P<v>{_ODD})["'`]?\s{{0,2}},?
         \s?(?:as|for|de|como|als|comme|come)?\s?(?:the|my|our|an?|la|el|das|le|mon|mein)?\s?(?:old|new
         |wifi)?\s?{_PASS_WORD}\b
     |(?<!\S)["'`]?(?P<w>{_STRONG})["'`]?\s(?:is|was|ist|war|es|era|est|è)\s(?:the|my|our|das|mein|mi|la|le|mon|minha
