@@ -95,9 +95,10 @@ def read_discord(
         yield from SOURCES['discord_csv'].read(path, bad, **opts)
         return
     with whole_file(path.name), open_text(path) as f:
-        for n,(head,items) in enumerate(JsonText(f, path.name).lists(re.compile(_MESSAGES)), 1): # several, where files were joined
-            found = _CHANNEL.search(head)
-            if not found: raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
+        exports = JsonText(f, path.name).lists(re.compile(_MESSAGES)) # several, where files were joined
+        for n,(head,items) in enumerate(exports, 1):
+            if not (found := _CHANNEL.search(head)):
+                raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
             say = partial(_discord_line, room=found[1], book=book_of(bad))
             for l in lines_of(items, f'{path.name} message' if n==1 else f'{path.name} part {n} message', bad, say):
                 yield l | dict(thread=found[1]) if 'Thread' in (found[2] or '') else l
@@ -398,7 +399,7 @@ def _line_message(m, book, days):
     if re.fullmatch(r'"[^\n]*\n.*"', text, re.S): text = text[1:-1].replace('""', '"')
     return _said(book, 'line', ONLY_ROOM, who, text, days(_in_english(at)))
 
-# %% ../../nbs/exports/chatlogs.ipynb #672aeb29
+# %% ../../nbs/exports/chatlogs.ipynb #afd455ab
 @reader('line', detect=lambda b: b.text.startswith('[LINE]'))
 def read_line(
     path:str, # Text of a chat that was saved
@@ -410,16 +411,20 @@ def read_line(
     "LINE chat, as text"
     path,book = Path(path),book_of(bad)
     with whole_file(path.name), open_text(path) as f:
-        clock = Clock(zone, order, phone=True).look(m[1] for m in map(_LINE.match, map(legible, text_lines(f))) if m and m[1])
+        found = map(_LINE.match, map(legible, text_lines(f)))
+        clock = Clock(zone, order, phone=True).look(m[1] for m in found if m and m[1])
     with whole_file(path.name), open_text(path) as f:
-        days = Days(clock)
-        yield from lines_of(_many_lined(f, _LINE), f'{path.name} message', bad, partial(_line_message, book=book, days=days))
+        say = partial(_line_message, book=book, days=(days := Days(clock)))
+        yield from lines_of(_many_lined(f, _LINE), f'{path.name} message', bad, say)
     book.hear(*days.said)
 
-# %% ../../nbs/exports/chatlogs.ipynb #6dc0f509
-_KAKAO_AT = rf'\d{{4}}[년.] ?\d{{1,2}}[월.] ?\d{{1,2}}[일.] ?{_BEFORE_NOON} \d{{1,2}}:\d\d|[A-Z][a-z]{{2,8}} \d{{1,2}}, \d{{4}},?(?: at)? \d{{1,2}}:\d\d [AP]M'
-_KAKAO_NOTICE = r'[^\n]{1,200}(?:님이 (?:들어왔|나갔)습니다|님을 (?:내보냈|초대(?:했|하였))습니다|가렸습니다|(?:joined|left) (?:this|the) chatroom)\.?(?=\s*$)'
-_KAKAO = re.compile(rf'(?:-{{5,}} ([^\n]{{6,40}}?) -{{5,}}(?=\s*$)|\[([^\n]{{1,100}}?)\] \[({_BEFORE_NOON} \d{{1,2}}:\d\d|\d{{1,2}}:\d\d [AP]M)\] '
+# %% ../../nbs/exports/chatlogs.ipynb #bbc48dea
+_KAKAO_AT = rf'\d{{4}}[년.] ?\d{{1,2}}[월.] ?\d{{1,2}}[일.] ?{_BEFORE_NOON} \d{{1,2}}:\d\d'
+_KAKAO_AT += r'|[A-Z][a-z]{2,8} \d{1,2}, \d{4},?(?: at)? \d{1,2}:\d\d [AP]M' # in English
+_KAKAO_NOTICE = r'[^\n]{1,200}' \
+    r'(?:님이 (?:들어왔|나갔)습니다|님을 (?:내보냈|초대(?:했|하였))습니다|가렸습니다|(?:joined|left) (?:this|the) chatroom)\.?(?=\s*$)'
+_KAKAO = re.compile(rf'(?:-{{5,}} ([^\n]{{6,40}}?) -{{5,}}(?=\s*$)'
+    rf'|\[([^\n]{{1,100}}?)\] \[({_BEFORE_NOON} \d{{1,2}}:\d\d|\d{{1,2}}:\d\d [AP]M)\] '
     rf'|({_KAKAO_AT})(?:, (?:([^:\n]{{1,100}}?) : )?|(?=\s*$))|({_KAKAO_NOTICE}))(.*)', re.S)
 _KAKAO_PICTURE = re.compile(r'사진(?: \d+장)?|동영상|이모티콘|음성메시지|(?:파일|File): .*|Photos?|Video|Emoticons?')
 
@@ -435,7 +440,7 @@ def _kakao_message(m, book, days):
     t = days.clock.steady(_in_english(moment)) if moment else days(_in_english(at))
     return _said(book, 'kakao', ONLY_ROOM, who or named, text, t)
 
-# %% ../../nbs/exports/chatlogs.ipynb #615211b9
+# %% ../../nbs/exports/chatlogs.ipynb #9b5dc6c3
 @reader('kakao', detect=lambda b: re.search(r'(?m)^(?:저장한 날짜|Date Saved) ?: ', b.text[:500]))
 def read_kakao(
     path:str, # Text of a chat that was saved, on a computer or a phone
@@ -445,8 +450,9 @@ def read_kakao(
 ):
     "KakaoTalk chat, as text"
     path,book,days = Path(path),book_of(bad),Days(Clock(zone))
+    say = partial(_kakao_message, book=book, days=days)
     with whole_file(path.name), open_text(path) as f:
-        yield from lines_of(_many_lined(f, _KAKAO), f'{path.name} message', bad, partial(_kakao_message, book=book, days=days))
+        yield from lines_of(_many_lined(f, _KAKAO), f'{path.name} message', bad, say)
     book.hear(*days.clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #5dc4cdd8
@@ -619,7 +625,7 @@ def read_matrix(
             names=names)
         yield from lines_of(items, f'{name} event', bad, say)
 
-# %% ../../nbs/exports/chatlogs.ipynb #814cfd14
+# %% ../../nbs/exports/chatlogs.ipynb #eb60bd1b
 _GOOGLE = r'(^|/)Groups/[^/]+/messages\.json$'
 
 def _google_line(m, book, room, clock):
@@ -628,11 +634,13 @@ def _google_line(m, book, room, clock):
     if m.get('deletion_metadata') or not who: raise LeftOut('a deleted message')
     if who.get('user_type')=='Bot': raise LeftOut('a bot')
     space,topic,own = id.split('/') if id.count('/')==2 else ('',)*3
-    quoted = (m.get('quoted_message_metadata') or {}).get('message_id')
-    return _said(book, 'google', room, who.get('name') or who['email'], m.get('text') or '', clock(m['created_date']), id=id or None,
-        reply_to=quoted or (f'{space}/{topic}/{topic}' if topic!=own else None), names=(who.get('email'),), author=who.get('email'))
+    to = (m.get('quoted_message_metadata') or {}).get('message_id') or (f'{space}/{topic}/{topic}' if topic!=own else None)
+    name,by,t = who.get('name') or who['email'],who.get('email'),clock(m['created_date'])
+    return _said(book, 'google', room, name, m.get('text') or '', t, id=id or None, reply_to=to, names=(by,), author=by)
 
-@reader('google', detect=lambda b: re.match(r'\s*\{\s*"messages"\s*:\s*\[\s*\{\s*"creator"\s*:', b.text) or b.holds(_GOOGLE))
+def _is_google(b): return re.match(rf'\s*\{{\s*{_MESSAGES}\s*\{{\s*"creator"\s*:', b.text) or b.holds(_GOOGLE)
+
+@reader('google', detect=_is_google)
 def read_google(
     path:str, # A room's `messages.json` of Google Takeout, or the folder or zip with all
     bad=refuse, # Called with place, reason and message
@@ -646,16 +654,18 @@ def read_google(
         yield from lines_of(items, f'{name} message', bad, say)
     book.hear(*clock.said)
 
-# %% ../../nbs/exports/chatlogs.ipynb #7040746a
+# %% ../../nbs/exports/chatlogs.ipynb #25a40020
 def _mattermost_line(p, at, room, first=None):
     "Line of a post or of a reply to `first`."
     props = p.get('props') or {}
     if str(p.get('type') or '').startswith('system_'): raise LeftOut('a notice')
     if 'true' in (props.get('from_webhook'), props.get('from_bot')): raise LeftOut('a bot')
-    return _said(at.book, 'mattermost', room, p['user'], p['message'], p['create_at']/1000, id=f"{p['create_at']}-{p['user']}",
-        reply_to=first, author=p['user'])
+    who,at_ms = p['user'],p['create_at']
+    return _said(at.book, 'mattermost', room, who, p['message'], at_ms/1000, id=f'{at_ms}-{who}', reply_to=first, author=who)
 
-@source('mattermost', '', False, detect=lambda b: b.row.get('type')=='version' and b.row.keys()<={'type','version','info'})
+def _is_mattermost(b): return b.row.get('type')=='version' and b.row.keys()<={'type','version','info'}
+
+@source('mattermost', '', False, detect=_is_mattermost)
 def mattermost(r, at, **_):
     "Mattermost bulk export, as JSON lines"
     what,u = r['type'],r.get('user') or {}

@@ -263,7 +263,8 @@ def unpacked(
 _BOMS = {b'\xef\xbb\xbf': 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16',
     b'\xfe\xff': 'utf-16'}
 _BINARY = {b'%PDF': 'a PDF', b'SQLite format 3': 'an SQLite database', b'\xd0\xcf\x11\xe0': 'an old Excel or Word file',
-    b'PK\5\6': 'an empty zip', b'7z\xbc\xaf': 'a 7-Zip archive', b'Rar!': 'a RAR archive', b'ARROW1': 'an Arrow file', b'\x89PNG': 'a picture',
+    b'PK\5\6': 'an empty zip',
+    b'7z\xbc\xaf': 'a 7-Zip archive', b'Rar!': 'a RAR archive', b'ARROW1': 'an Arrow file', b'\x89PNG': 'a picture',
     b'\xff\xd8\xff': 'a picture', b'GIF8': 'a picture'}
 
 _NO_UTF8 = re.compile('[\udc80-\udcff]+')

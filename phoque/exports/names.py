@@ -170,34 +170,45 @@ def names_in(
     return Names(names, spoken(row['texts'] for t in tables for row in t.select_columns(['texts'])))
 
 # %% ../../nbs/exports/names.ipynb #e2b1fc37
-_GREETS = re.compile(r"""(?:^|[^\w@])(?:ok(?:ay)?|hey|hi|hiya|hello|yo|thanks|thank\syou|thx|tysm|ty|cheers|ask|tell|invite|kick|mute|ping|dm|poke|cc|gg|gj|wp|well\splayed
-    |nice\s(?:one|shot|try)|(?:good\s?|g)?(?:night|morning|evening)|good\s(?:luck|job|game)|love\syou|miss\syou|where(?:\si|['’])s|gn|gm|gl|wb|welcome(?:\sback)?|congrats|congratulations|gz|grats
-    |happy\sbirthday|hbd|bye|cya|see\syou|sorry|sry|hallo|moin|na|danke|servus|tschüss|glückwunsch|oye|hola|gracias|ciao|grazie
-    |salut|coucou|bonjour|merci|desolé|désolé|selam|teşekkürler|привет|эй|спасибо|пока|cześć|dzięki|hej|tack|hoi|bedankt|olá|oi
+_GREETS = re.compile(r"""(?:^|[^\w@])(?:ok(?:ay)?|hey|hi|hiya|hello|yo|thanks|thank\syou|thx|tysm|ty|cheers|ask
+        |tell|invite|kick|mute|ping|dm|poke|cc|gg|gj|wp|well\splayed
+    |nice\s(?:one|shot|try)|(?:good\s?|g)?(?:night|morning|evening)|good\s(?:luck|job|game)|love\syou|miss\syou
+        |where(?:\si|['’])s|gn|gm|gl|wb|welcome(?:\sback)?|congrats|congratulations|gz|grats
+    |happy\sbirthday|hbd|bye|cya|see\syou|sorry|sry|hallo|moin|na|danke|servus|tschüss|glückwunsch|oye|hola|gracias
+        |ciao|grazie
+    |salut|coucou|bonjour|merci|desolé|désolé|selam|teşekkürler|привет|эй|спасибо|пока|cześć|dzięki|hej|tack|hoi
+        |bedankt|olá|oi
     |obrigad[oa]|valeu)[ ,]{1,2}$""", re.I|re.X)
 _ENDS = re.compile(r"\s?(?:$|[,!?.:;)\n]|[^\w\s'’\"-])") # of what is said to somebody
 _LAST = re.compile(r"(?:^|[.!?\n])[^,.!?\n]*\w\s\w[^,.!?\n]*,\s$") # the only comma of a sentence, so none of a list
-_GOES_ON = re.compile(r"\s(?:you|u|ur|your|can|could|are|did|do|how|what|where|when|why|if|pls|please|from|and)\b", re.I)
+_GOES_ON = re.compile(r"\s(?:you|u|ur|your|can|could|are|did|do|how|what|where|when|why|if|pls|please|from|and)\b",
+    re.I)
 
 def _addressed(s, i, j, capital):
     "Is somebody spoken to here?"
     if s[j:j+1]==',' and _opens(s, i): return True
     if not _ENDS.match(s, j): return bool(capital and _GOES_ON.match(s, j) and _GREETS.search(s[max(0, i-20):i]))
-    return bool(_GREETS.search(s[max(0, i-20):i]) or s[j:j+1]!=',' and s[i-2:i]==', ' and _LAST.search(s[max(0, i-200):i]))
+    last = s[j:j+1]!=',' and s[i-2:i]==', ' and _LAST.search(s[max(0, i-200):i])
+    return bool(last or _GREETS.search(s[max(0, i-20):i]))
 
 def _opens(s, i): return not s[s.rfind('\n', 0, i)+1:i].strip('<[( ')
 
-# %% ../../nbs/exports/names.ipynb #6ee4c3ab
-_NO_NAME = re.compile(r"\b(?:the|an|my|your|our|his|her|their|this|that|no|any|every|some|be|in|since|until|мо[йяею]|тво[йяею]|наш)\s$",
+# %% ../../nbs/exports/names.ipynb #77c53a14
+_NO_NAME = re.compile(r"\b(?:the|an|my|your|our|his|her|their|this|that|no|any|every|some|be|in|since"
+    r"|until|мо[йяею]|тво[йяею]|наш)\s$",
     re.I) # articles, and what stands before a month; not those that stand before names in some languages, as la
 _DOES = re.compile(r"""['’]s\s\w|\s(?:(?:and|or|und|et|y|e|и)\s(?:I\b|[A-ZА-Я])
-    |(?:is|was|has|had|does|did|isn['’]t|wasn['’]t|hasn['’]t|doesn['’]t|didn['’]t|sa(?:id|ys)|t(?:old|ells)|ask(?:ed|s)|th(?:ought|inks)
-    |kn(?:ew|ows)|wants?(?:ed)?|left|leaves|joined|joins|c(?:ame|omes)|went|goes|g(?:ot|ets)|logged|play(?:ed|s)|won|lost|died|carried
-    |carries|made|took|just|never|always|can|could|would|hat|ist|war|sagt|sagte|meint|kommt|spielt|kann|est|a|avait|dit|vient|joue
-    |ha|está|dijo|dice|viene|juega|è|era|gioca|é|disse|vem|joga|(?:сказал|при(?:ш[её]л|шл)|уш[её]л|написал|думает|знает|говорит)\w?)\b)""", re.X)
+    |(?:is|was|has|had|does|did|isn['’]t|wasn['’]t|hasn['’]t|doesn['’]t|didn['’]t|sa(?:id|ys)|t(?:old|ells)
+        |ask(?:ed|s)|th(?:ought|inks)
+    |kn(?:ew|ows)|wants?(?:ed)?|left|leaves|joined|joins|c(?:ame|omes)|went|goes|g(?:ot|ets)|logged|play(?:ed|s)
+        |won|lost|died|carried
+    |carries|made|took|just|never|always|can|could|would|hat|ist|war|sagt|sagte|meint|kommt|spielt|kann|est|a|avait
+        |dit|vient|joue
+    |ha|está|dijo|dice|viene|juega|è|era|gioca|é|disse|vem|joga|(?:сказал|при(?:ш[её]л|шл)|уш[её]л|написал|думает
+        |знает|говорит)\w?)\b)""", re.X)
 
 @lru_cache(2**14)
-def _is_thing(w): return any(plain(w) in said_often(l, 3) for l in ('en','ru')) # a word, though a rare one; of these are the articles
+def _is_thing(w): return any(plain(w) in said_often(l, 3) for l in ('en','ru')) # a word, though a rare one
 
 _ONLY_PEOPLE = re.compile(r"\s(?:sa(?:id|ys)|told|joined|disconnected|logged\s(?:in|out|off|on)|left\s(?:the|my|our)\s"
     r"(?:channel|server|game|party|call|voice|chat|lobby)|is\s(?:afk|offline|online|typing|streaming|calling))\b")

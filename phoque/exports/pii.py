@@ -99,7 +99,8 @@ def _either(m): return next(m.span(k) for k in 'vwx' if m[k])
 # %% ../../nbs/exports/pii.ipynb #e148ff51
 _ONLINE = frozenset("""lol lmao rofl omg wtf afk brb ggwp noob nerf buff meta mod mods admin bot dev pro xdd mid adc max
     june april august everyone here channel user users assistant writer system deleted guest anon anonymous unknown
-    lag ping loot respawn gank smurf glitch player bro sis dude mate guy guys null none nan undefined test root""".split()) # words that films don't say, and `user` and others of ours
+    lag ping loot respawn gank smurf glitch player bro sis dude mate guy guys null none nan undefined test
+    root""".split()) # words that films don't say, and `user` and others of ours
 OFTEN = dict(en=5, de=4, es=5, fr=5, it=5, nl=5, pt=5, ru=5) # language → digits of the count of a common word
 
 @lru_cache(2**14)
@@ -231,7 +232,8 @@ PLATFORMS = dict(
     money=r'venmo|cash\s?app|paypal')
 _WHERE = rf'(?:{_words(PLATFORMS)})'
 _HANDLE = re.compile(rf"""
-    (?<![^\W{EAST}])(?<![@/])@(?!(?:everyone|here|override|dataclass|property|(?:static|class)method|deprecated|param|returns?
+    (?<![^\W{EAST}])(?<![@/])@(?!(?:everyone|here|override|dataclass|property|(?:static|class)method|deprecated
+        |param|returns?
     |app|pytest|test|before|after|charset|supports|layer
         |nullable|autowired|media|import|keyframes|font-face)\b|[a-z0-9-]{{1,40}}/[\w.-]{{1,60}}@\d) # not in code
         [^\W\d][\w.-]{{1,31}} (?:\#\d{{4}}\b)?
@@ -247,11 +249,14 @@ _HANDLE_OF = re.compile(rf"""
         [^\n.:]{{0,20}}?)?)
     (?<![^\W_{EAST}])(?P<where>{_WHERE})(?P<noun>(?:\s{{1,5}}(?:{_CALLED}))?)
     (?P<how>\s{{0,5}}(?:[:=@]|-+>|→)\s{{0,5}}
-        |(?:,?\s(?:is|ist|es|est|e|è|é|jest|är|er|on|to|c['’]est|heißt|heisst|lautet|nennt\ssich|s['’]appelle|se\sllama|si\schiama|se\schama
+        |(?:,?\s(?:is|ist|es|est|e|è|é|jest|är|er|on|to|c['’]est|heißt|heisst|lautet|nennt\ssich|s['’]appelle
+        |se\sllama|si\schiama|se\schama
             |me|heiße\sich|heiss?\sich)|\s[-—]|\?)?\s{{1,5}}|[は是은는]\s?)
-    [@$]?(?P<v>(?-i:[A-Z][a-z]{{1,14}}(?:\s[A-Z][a-z]{{1,14}}){{1,2}}\s?\d{{1,5}})|(?:live:)?(?!//)[\w.-]{{2,32}}\w(?:\#\w{{2,6}})?)(?!\()""", re.I|re.X)
+    [@$]?(?P<v>(?-i:[A-Z][a-z]{{1,14}}(?:\s[A-Z][a-z]{{1,14}}){{1,2}}\s?\d{{1,5}})
+        |(?:live:)?(?!//)[\w.-]{{2,32}}\w(?:\#\w{{2,6}})?)(?!\()""", re.I|re.X)
 
-_HANDLE_ON = re.compile(rf"""\b(?:add|follow|find|message|dm)\s(?:me\s(?:as\s)?)?@?(?P<v>(?=[\w.-]{{0,31}}[\d_])[\w.-]{{3,32}})
+_HANDLE_ON = re.compile(rf"""
+    \b(?:add|follow|find|message|dm)\s(?:me\s(?:as\s)?)?@?(?P<v>(?=[\w.-]{{0,31}}[\d_])[\w.-]{{3,32}})
     \s(?:on|at|auf|en|su|em|sur|på)\s{_WHERE}(?!\w)""", re.I|re.X) # add heron_1 on steam
 
 def _is_handle_of(m):
@@ -515,16 +520,19 @@ BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stand
     es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?",
     pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver",
     it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno", nl=r"geboren(?:\sop)?|geboortedatum|verjaardag|jarig",
-    nordic=r"född|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag|dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur",
+    nordic=r"""född|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag
+        |dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur""",
     pl=r"urodz\w{2,10}|ur\.", cz=r"naro[zd]en\w{0,5}|dat\.\snar\.",
-    south=r"rođen\w{0,4}|datum\srođenja|rojen\w?|rojstni\sdan|роден\w?|рожден\sден|născut\w?|data\snașterii|ziua\sde\snaștere",
+    south=r"""rođen\w{0,4}|datum\srođenja|rojen\w?|rojstni\sdan|роден\w?|рожден\sден|născut\w?|data\snașterii
+        |ziua\sde\snaștere""",
     baltic=r"sünd\w{1,6}|sünni\w{2,6}|gim\w{1,4}|gimtadien\w{1,3}|dzim\w{1,7}",
     tr=r"doğum\s?(?:tarih\w{0,4}|günü\w{0,3}|günüm)", hu=r"szület\w{1,8}",
     ru=r"роди\w{1,5}|(?:дата\s|д(?:ень|ня)\s)?рождения|народ(?:ження|и\w{1,4})|д\.\s?р\.|др", el=r"γεννήθηκα|γενέθλια",
-    he=r"נולדתי|תאריך\sלידה|יום\sהולדת", ar=r"تاريخ\sالميلاد|ولدت|عيد\sميلادي", id=r"(?:tanggal\s)?lahir", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
+    he=r"נולדתי|תאריך\sלידה|יום\sהולדת", ar=r"تاريخ\sالميلاد|ولدت|عيد\sميلادي",
+    id=r"(?:tanggal\s)?lahir", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
     east=r"生年月日|誕生日|生まれ|出生日期|出生于|出生|生于|生日|생년월일|생일|태어난")
 
-# %% ../../nbs/exports/pii.ipynb #0eb1581d
+# %% ../../nbs/exports/pii.ipynb #ca6cb763
 _DAY_OF_YEAR = r"""(?:\d{1,2}\s?[-./]\s?(?:\d{1,2}|[^\W\d_]{3,9}\.?)\s?[-./]\s?\d{4}(?!\d)
     |(?:19|20)\d\d(?:[-/.]\s?\d\d?[-/.]\s?\d\d?|[01]\d[0-3]\d)(?!\d)
     |\d{4}\s?[年년]\s?\d{1,2}\s?[月월]\s?\d{1,2}\s?[日일]|\d{1,2}\stháng\s\d{1,2}\snăm\s\d{4}
@@ -539,12 +547,15 @@ _OWN = r"(?:my|mein|mi|mon|meu|il\smio|mijn|min|moje|mój)"
 _BIRTH = re.compile(rf"""
     (?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
     |(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])["']?[\s:=-]{{0,3}}["']?
-        (?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am|el|le|il|dia|się|w|dnia|em|den|er|är|mam|har|-)\s{{1,2}}
+        (?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am|el|le|il|dia|się|w|dnia|em|den|er|är|mam|har
+        |-)\s{{1,2}}
             |[はは는은이가是]\s?){{0,3}}(?P<v>{_DAY})
-    |(?P<w>{_DAY})\s(?:is|ist|es|est|é|è|är|er|to)\s{_OWN}\s(?:birthday|b-?day|geburtstag|cumple\w{{0,5}}|anniv\w{{0,6}}|anivers\w{{0,5}}
+    |(?P<w>{_DAY})\s(?:is|ist|es|est|é|è|är|er|to)\s{_OWN}\s(?:birthday|b-?day|geburtstag|cumple\w{{0,5}}
+        |anniv\w{{0,6}}|anivers\w{{0,5}}
         |compleanno|verjaardag|födelsedag|urodziny)
     |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b
-    |(?P<z>{_DAY_OF_YEAR})(?:-?[áaeé]n)?\s?(?:(?:in|à|a|en|i|w|v|в)\s[^\W\d_]{{2,20}}\s)?(?:geboren|doğum\w{{0,4}}|szület\w{{1,6}}|syntynyt
+    |(?P<z>{_DAY_OF_YEAR})(?:-?[áaeé]n)?\s?(?:(?:in|à|a|en|i|w|v|в)\s[^\W\d_]{{2,20}}\s)?(?:geboren|doğum\w{{0,4}}
+        |szület\w{{1,6}}|syntynyt
         |生まれ|出生|생|г\.?\s?р\.?|рожд\w{{2,5}}|bab(?:y|ies)\b|kid\b)""",
     re.I|re.X)
 
@@ -574,11 +585,14 @@ _PLACE = re.compile(rf"""
 _ARC = r"""(?:\d{1,3}\s?°\s?\d{1,2}(?:[.,]\d{1,5})?\s?['′’](?:\s?\d{1,2}(?:[.,]\d{1,4})?\s?(?:["″”]|''|′′))?
     |\d{1,3}°?\s\d{1,2}[.,]\d{2,5}\s?['′’]?|\d{1,3}\s\d{1,2}\s\d{1,2}(?:\.\d{1,4})?)""" # degrees, minutes, seconds
 _POINT = re.compile(rf"""
-    (?<![^\W{EAST}])(?<!\.)(?:(?:[NS]\s?)?(?P<deg>{_DEG})\s?°?\s?[NS]?(?:\s?,\s?|[;/]\s?|\s)(?:[EWO]\s?)?{_DEG}(?!\d)(?:\s?°?\s?[EWO](?!\w))?
+    (?<![^\W{EAST}])(?<!\.)(?:(?:[NS]\s?)?(?P<deg>{_DEG})\s?°?\s?[NS]?(?:\s?,\s?|[;/]\s?|\s)
+            (?:[EWO]\s?)?{_DEG}(?!\d)(?:\s?°?\s?[EWO](?!\w))?
         |(?:[NS]\s?{_ARC}|{_ARC}\s?[NS])[,;]?\s{{0,2}}(?:[EWO]\s?{_ARC}|{_ARC}\s?[EWO](?!\w)))""", re.X)
 _HERE = re.compile(r"""\b(?:house|home|live|living|pin|gps|lat|location|coord|i'?m|me|my|mine|here|exif|address|spot
-    |haus|wohn|standort|koordin|zuhause|bin\sich|ich\sbin|ubicaci[oó]n|casa|vivo|estoy|localiza|position:|posizione|posición|ici
-    |chez\smoi|je\ssuis|współrzędn|lokaliz|jestem|souřadnic|poloha|sijainti|olen|konum|koordinat|jag\sär|her\ser|ik\sben|sono|estou
+    |haus|wohn|standort|koordin|zuhause|bin\sich|ich\sbin|ubicaci[oó]n|casa|vivo|estoy|localiza|position:|posizione
+        |posición|ici
+    |chez\smoi|je\ssuis|współrzędn|lokaliz|jestem|souřadnic|poloha|sijainti|olen|konum|koordinat|jag\sär|her\ser
+        |ik\sben|sono|estou
     |координат|местополож|геолока|я\sв|я\sтут|дом)|geo|loc(?:ation)?\b|現在|位置|座標|坐标|现在|위치|좌표""", re.I|re.X)
 
 def _is_point(m):
@@ -643,7 +657,8 @@ PASS_WORDS = dict( # language → what a password is called; \s stands for a bla
     en=r"""pass(?:\s?(?:word|wort|phrase|code|wd|wrd)s?|wd|es)?(?:['’]s)?|ps?s?wo?r?ds?|psw|pwd?|p/w
         |(?:seed|recovery|mnemonic|secret)\sphrase""",
     de=r'kennwort|zugangswort|passwörter', fr=r'mots?\sde\spasse|mdp', es=r'contra(?:se[ñn]a|senya)?s?|clave',
-    pt=r'senhas?|palavra-passe', it=r"parola(?:\sd['’]ordine)?|parol[aă]\w{0,2}|parool\w{0,2}|chiave\swifi", nl=r'wachtwoord|ww',
+    pt=r'senhas?|palavra-passe',
+    it=r"parola(?:\sd['’]ordine)?|parol[aă]\w{0,2}|parool\w{0,2}|chiave\swifi", nl=r'wachtwoord|ww',
     nordic=r'lösen(?:ord)?\w{0,2}|passord\w{0,2}|adgangskode\w{0,2}|kode\s?ord\w{0,2}|salasana\w{0,2}',
     slavic=r'has[łl]o\w{0,2}|hesl[oa]\w{0,2}|lozink[ae]|[šs]ifra|geslo|slaptažodis|парол[ьяюие]|пасс|пас',
     others=r"""jelsz[óo]\w{0,2}|şifre\w{0,5}|sifre\w{0,3}|κωδικός|סיסמ[הא]|كلمة\s(?:السر|المرور)|パスワード|密码|密碼
@@ -664,7 +679,8 @@ _IS = "is(?:\\snow)?|was|were|ist|war|lautet|est|était|c'est|es|era|er|är|jest
 _OF_WHAT = "for|to|of|on|für|fürs|zum|vom|von|zur|pour|du|para|del?|de\\sla|da|di|do|od|voor|van|het|till?|от|для|к|i|used"
 _PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin
     |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
-        |security|otp)[\s-]code|code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room|building|garage))"""
+        |security|otp)[\s-]code|code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room
+        |building|garage))"""
 _PASSWORD = re.compile(rf"""
     (?<![^\W_{EAST}])(?P<word>{_PASS_TOLD})(?![^\W_{EAST}])
     ["'`*?]{{0,2}} (?:(?:\s(?:{_OF_WHAT})\s[^\n:=>]{{1,30}}?|\s[\w-]{{2,12}}){{1,2}}
@@ -703,7 +719,8 @@ _PASS_FIRST = re.compile(rf"""
     |(?<!\S)["'`]?(?P<w>{_STRONG})["'`]?\s(?:is|was|ist|war|es|era|est|è)\s(?:the|my|our|das|mein|mi|la|le|mon|minha
         |a)\s(?:\w{{2,10}}\s)?
         (?:{_PASS_WORD}|log-?in)\b
-    |(?<!\S)["'`]?(?P<x>{_STRONG})["'`]?,?\s(?:that|this|it|das|ça|eso)['’\s]?\s?(?:is|ist|s|est|es)?\s(?:the|my|our|das|mein|mi|la)\s(?:\w{{2,10}}\s)?
+    |(?<!\S)["'`]?(?P<x>{_STRONG})["'`]?,?\s(?:that|this|it|das|ça|eso)['’\s]?\s?(?:is|ist|s|est|es)?\s(?:the|my
+        |our|das|mein|mi|la)\s(?:\w{{2,10}}\s)?
         {_PASS_WORD}\b""", re.I|re.X)
 _LOWER = re.compile(r"\W{1,3}(?:all|in)\s(?:lower|upper|caps)", re.I)
 _NO_MORE = re.compile(r"[^\w\n]*(?:$|\n|\d)|\W{1,3}(?:all|in|no|without|lower|upper|caps|don't)\b", re.I)
@@ -1000,8 +1017,9 @@ _STREET_TOLD = re.compile(rf"""
     (?P<v>\d{{1,5}}[A-Za-z]?(?:[/-]\d{{1,4}})?,?\s(?!{_SPAN}\b)(?:{_UP}\s){{0,2}}{_UP}(?:\s[a-z]{{3,14}}(?=,))?{_TAIL}
         |{_HOUSE}(?(sure)(?!\s{_SPAN}\b)|(?=\s*(?:[,.;!?\n<"'}}]|$))){_TAIL})""", re.X|re.I)
 
-# %% ../../nbs/exports/pii.ipynb #8dce816c
-_POST_TOLD = re.compile(rf"""\b(?:post\s?code|zip\s?code|plz|postleitzahl|code\spostal|c[oó]digo\spostal|cep|postnummer|postinumero
+# %% ../../nbs/exports/pii.ipynb #df88171a
+_POST_TOLD = re.compile(rf"""\b(?:post\s?code|zip\s?code|plz|postleitzahl|code\spostal|c[oó]digo\spostal|cep
+        |postnummer|postinumero
     |kod\spocztowy|psč|индекс)\s?(?:\s(?:is|ist|est|es|é|är|on|to|je)\s|[:=]\s?|\s)(?P<v>{_POSTCODE})""", re.X|re.I)
 
 # %% ../../nbs/exports/pii.ipynb #a664652f
@@ -1030,7 +1048,8 @@ PLAN += [('MAC', 'digit', _MAC, _is_mac), ('IP', 'digit', _IP6, _is_ip6), ('IP',
     ('CARD', 'digits', _CARD, _is_card), ('CARD', 'digits', _CARD_THEN, _is_card),
     *(('ADDRESS', 'digit', *s) for s in _STREETS), ('PLATFORM_ID', 'digit', _PLATFORM, _is_platform),
     ('HANDLE', 'any', _HANDLE, None), ('HANDLE', 'any', _HANDLE_OF, _is_handle_of),
-    ('HANDLE', 'any', _HANDLE_ON, _value), ('HANDLE', 'folder', _FOLDER, _value), ('PHONE', 'digits', _PHONE, _is_phone)]
+    ('HANDLE', 'any', _HANDLE_ON, _value),
+    ('HANDLE', 'folder', _FOLDER, _value), ('PHONE', 'digits', _PHONE, _is_phone)]
 
 # %% ../../nbs/exports/pii.ipynb #dbba114b
 _HINT = re.compile(r"""

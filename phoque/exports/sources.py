@@ -369,7 +369,9 @@ def _chosen(r):
     return _pair(asked, said) if asked and (isinstance(said, str) or _role(said[0], 0)=='assistant') else said
 
 # %% ../../nbs/exports/sources.ipynb #dc7a21f0
-def _are_turns(v): return isinstance(v, list) and v!=[] and isinstance(v[0], dict) and bool(v[0].keys() & {'role','from'})
+_ROLE = {'role','from'}
+
+def _are_turns(v): return isinstance(v, list) and v!=[] and isinstance(v[0], dict) and bool(v[0].keys() & _ROLE)
 
 def _written_turns(s):
     "Turns that are written as text, as in a CSV, or None."
@@ -381,10 +383,10 @@ def _written_turns(s):
     return v if _are_turns(v := _as_turns(v)) else None
 
 def _as_turns(v):
-    "Turns that a column holds: a list, a `Sequence` of `datasets`, or either as text; None where it holds anything else."
+    "Turns that a column holds: a list, a `Sequence` of `datasets`, or either as text; None of anything else."
     if isinstance(v, str): return _written_turns(v)
     if isinstance(v, list): return v
-    if not (isinstance(v, dict) and v.keys() & {'role','from'} and all(isinstance(x, list) for x in v.values())): return None
+    if not (isinstance(v, dict) and v.keys() & _ROLE and all(isinstance(x, list) for x in v.values())): return None
     if len({*map(len, v.values())})>1: raise ValueError("its lists of turns have different lengths")
     return [dict(zip(v, turn)) for turn in zip(*v.values())]
 
@@ -502,8 +504,8 @@ def _speaker_inside(row):
     for c,v in row.items():
         if not isinstance(v, dict) or _bare(c) not in ('u',*_CALLED['who'].split()): continue
         there = {_bare(k): f'{c}.{k}' for k in v}
-        if name := next((there[k] for k in ('username','name','nickname','displayname','login','screenname') if k in there), None):
-            return dict(who=name) | ({'author': there['id']} if 'id' in there else {})
+        names = [there[k] for k in ('username','name','nickname','displayname','login','screenname') if k in there]
+        if names: return dict(who=names[0]) | ({'author': there['id']} if 'id' in there else {})
     return {}
 
 def find_columns(
@@ -513,8 +515,8 @@ def find_columns(
     flat = (c for c,v in row.items() if not isinstance(v, (dict,list)) or isinstance(v, dict) and v.keys()=={'$date'})
     there = {_bare(c): c for c in flat if _bare(c) not in _CALLED['t'].split() or _is_time(row[c])}
     found = {k: next((there[c] for c in names.split() if c in there), None) for k,names in _CALLED.items()}
-    texts = [there[c] for c in _CALLED['text'].split() if c in there]
-    found['text'] = next((c for c in texts if not re.fullmatch(r'\d+', str(row[c]))), found['text']) # a `message` may be its number
+    texts = [there[c] for c in _CALLED['text'].split() if c in there] # of which `message` may be its number
+    found['text'] = next((c for c in texts if not re.fullmatch(r'\d+', str(row[c]))), found['text'])
     if not found['who']: found |= _speaker_inside(row)
     if found['t'] and _bare(found['t'])=='date':
         both = [f"{found['t']}+{c}" for c in row if _bare(c)=='time']
@@ -747,7 +749,8 @@ def find_kind(
         if b.path.is_dir(): raise UserError(b.name, "no reader knows this folder", "give files")
         next(records(path, Quarantine(max_bad=.99)), None) # says why it can't be read, or mustn't be
         if len(b.row)>1 and all(isinstance(v, (dict,list)) for v in b.row.values()):
-            raise UserError(b.name, f"it is one object of {len(b.row)} entries", "make a list of what is in them, one JSON object a line")
+            raise UserError(b.name, f"it is one object of {len(b.row)} entries",
+                "make a list of what is in them, one JSON object a line")
         if b.row:
             raise UserError(b.name, f"no reader knows it; it has {excerpt(', '.join(_columns(b.row)), 300)}", NAME_KIND)
     return 'messages'

@@ -264,7 +264,8 @@ def moment(self:Clock,
     "What a time of this file is."
     if self.excel: return None if v in (None, '') else _EXCEL_0+timedelta(seconds=round(_serial(v)*86400, 3))
     self.typed |= isinstance(v, date)
-    if self.typed and _serial(v) is not None: raise ValueError(f"{v} among dates is a day of Excel's: give its column the format of a date")
+    if self.typed and _serial(v) is not None:
+        raise ValueError(f"{v} among dates is a day of Excel's: give its column the format of a date")
     return _moment(v, self.order)
 
 @patch
