@@ -221,7 +221,7 @@ def _marked(s, i, j, sure, nouns=False):
     capital = s[i].isupper() and not s[i:j].isupper()
     if sure and _addressed(s, i, j, capital): return True
     before = s[max(0, i-12):i]
-    if sure and _ONLY_PEOPLE.match(s, j) and not _NO_NAME.search(before): return True
+    if sure and s[i:j].isalpha() and _ONLY_PEOPLE.match(s, j) and not _NO_NAME.search(before): return True
     if not (sure and capital): return False
     if re.search(r'[^\W_],? $', before): return not nouns and not _NO_NAME.search(before) # inside a sentence
     return sure==2 and bool(_DOES.match(s, j))
