@@ -20,10 +20,10 @@ from .sources import read_records, read_turns, reader, source
 from .times import Clock, Days, named_day, seconds
 
 # %% auto #0
-__all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp',
-           'read_messenger', 'read_signal', 'read_matrix', 'read_irc', 'read_minecraft', 'read_game', 'read_reddit',
-           'read_discourse', 'read_mastodon', 'read_twitch', 'read_livechat', 'read_youtube', 'read_convokit',
-           'read_oasst']
+__all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_line',
+           'read_kakao', 'read_messenger', 'read_signal', 'read_matrix', 'read_google', 'mattermost', 'read_irc',
+           'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch',
+           'read_livechat', 'read_youtube', 'read_convokit', 'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
 _MESSAGES = r'"messages"\s*:\s*\[' # how the list of messages begins in many exports
@@ -95,12 +95,13 @@ def read_discord(
         yield from SOURCES['discord_csv'].read(path, bad, **opts)
         return
     with whole_file(path.name), open_text(path) as f:
-        head,items = next(JsonText(f, path.name).lists(re.compile(_MESSAGES)))
-        found = _CHANNEL.search(head)
-        if not found: raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
-        say = partial(_discord_line, room=found[1], book=book_of(bad))
-        for l in lines_of(items, f'{path.name} message', bad, say):
-            yield l | dict(thread=found[1]) if 'Thread' in (found[2] or '') else l
+        exports = JsonText(f, path.name).lists(re.compile(_MESSAGES)) # several, where files were joined
+        for n,(head,items) in enumerate(exports, 1):
+            if not (found := _CHANNEL.search(head)):
+                raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
+            say = partial(_discord_line, room=found[1], book=book_of(bad))
+            for l in lines_of(items, f'{path.name} message' if n==1 else f'{path.name} part {n} message', bad, say):
+                yield l | dict(thread=found[1]) if 'Thread' in (found[2] or '') else l
 
 # %% ../../nbs/exports/chatlogs.ipynb #33f70697
 _NOTICES = re.compile(r'(Joined the server|Pinned a message|Started a thread|Changed the channel icon|Left the group'
@@ -375,6 +376,85 @@ def read_whatsapp(
         yield from lines_of(_many_lined(f, _WHATSAPP), f'{name} message', bad, say)
         book.hear(*clock.said)
 
+# %% ../../nbs/exports/chatlogs.ipynb #354c1a8d
+_NOON = dict(오전='AM', 午前='AM', 上午='AM', 오후='PM', 午後='PM', 下午='PM')
+_BEFORE_NOON = rf'(?:{"|".join(_NOON)})'
+
+def _in_english(at):
+    "A time with AM or PM behind it."
+    return re.sub(rf'({_BEFORE_NOON}) ?(\d\d?:\d\d)', lambda m: f'{m[2]} {_NOON[m[1]]}', at).strip()
+
+_LINE_DAY = r'(?:[^\W\d_]{2,4}, )?(\d{1,4}[/.]\d{1,2}[/.]\d{1,4})(?: ?\([^()\n]{1,5}\)| [^\W\d_]{1,12})?(?=\s*$)'
+_LINE = re.compile(rf'(?:{_LINE_DAY}|((?:{_BEFORE_NOON} ?)?\d{{1,2}}:\d\d ?(?:[AP]M)?)\t)(.*)', re.S)
+
+def _line_message(m, book, days):
+    "Line of a message of LINE's, after its day and time."
+    before,rest = m
+    if not before: raise LeftOut('before the first message')
+    day,at = before
+    if day: days.begin(day)
+    who,tab,text = rest.strip('\n\r').partition('\t')
+    if day or not tab or not who: raise LeftOut('a notice')
+    if re.fullmatch(r'\[[^\[\]\n]{2,20}\]|☎ .*', text): raise LeftOut('a picture, a sticker or a call')
+    if re.fullmatch(r'"[^\n]*\n.*"', text, re.S): text = text[1:-1].replace('""', '"')
+    return _said(book, 'line', ONLY_ROOM, who, text, days(_in_english(at)))
+
+# %% ../../nbs/exports/chatlogs.ipynb #afd455ab
+@reader('line', detect=lambda b: b.text.startswith('[LINE]'))
+def read_line(
+    path:str, # Text of a chat that was saved
+    bad=refuse, # Called with place, reason and message
+    zone:str='UTC', # Zone of the phone
+    order:str='', # Order of day, month and year in dates, as in `dmy`; '' finds it
+    **_
+):
+    "LINE chat, as text"
+    path,book = Path(path),book_of(bad)
+    with whole_file(path.name), open_text(path) as f:
+        found = map(_LINE.match, map(legible, text_lines(f)))
+        clock = Clock(zone, order, phone=True).look(m[1] for m in found if m and m[1])
+    with whole_file(path.name), open_text(path) as f:
+        say = partial(_line_message, book=book, days=(days := Days(clock)))
+        yield from lines_of(_many_lined(f, _LINE), f'{path.name} message', bad, say)
+    book.hear(*days.said)
+
+# %% ../../nbs/exports/chatlogs.ipynb #bbc48dea
+_KAKAO_AT = rf'\d{{4}}[년.] ?\d{{1,2}}[월.] ?\d{{1,2}}[일.] ?{_BEFORE_NOON} \d{{1,2}}:\d\d'
+_KAKAO_AT += r'|[A-Z][a-z]{2,8} \d{1,2}, \d{4},?(?: at)? \d{1,2}:\d\d [AP]M' # in English
+_KAKAO_NOTICE = r'[^\n]{1,200}' \
+    r'(?:님이 (?:들어왔|나갔)습니다|님을 (?:내보냈|초대(?:했|하였))습니다|가렸습니다|(?:joined|left) (?:this|the) chatroom)\.?(?=\s*$)'
+_KAKAO = re.compile(rf'(?:-{{5,}} ([^\n]{{6,40}}?) -{{5,}}(?=\s*$)'
+    rf'|\[([^\n]{{1,100}}?)\] \[({_BEFORE_NOON} \d{{1,2}}:\d\d|\d{{1,2}}:\d\d [AP]M)\] '
+    rf'|({_KAKAO_AT})(?:, (?:([^:\n]{{1,100}}?) : )?|(?=\s*$))|({_KAKAO_NOTICE}))(.*)', re.S)
+_KAKAO_PICTURE = re.compile(r'사진(?: \d+장)?|동영상|이모티콘|음성메시지|(?:파일|File): .*|Photos?|Video|Emoticons?')
+
+def _kakao_message(m, book, days):
+    "Line of a message of KakaoTalk's, after its day, who said it and when."
+    before,text = m
+    if not before: raise LeftOut('before the first message')
+    day,who,at,moment,named,_ = before
+    if day: days.begin(day)
+    if not (who or named): raise LeftOut('a notice')
+    if _KAKAO_PICTURE.fullmatch(text := text.strip()): raise LeftOut('a picture, a sticker or a call')
+    if text.rstrip('.').casefold() in _DELETED: raise LeftOut('a deleted message')
+    t = days.clock.steady(_in_english(moment)) if moment else days(_in_english(at))
+    return _said(book, 'kakao', ONLY_ROOM, who or named, text, t)
+
+# %% ../../nbs/exports/chatlogs.ipynb #9b5dc6c3
+@reader('kakao', detect=lambda b: re.search(r'(?m)^(?:저장한 날짜|Date Saved) ?: ', b.text[:500]))
+def read_kakao(
+    path:str, # Text of a chat that was saved, on a computer or a phone
+    bad=refuse, # Called with place, reason and message
+    zone:str='UTC', # Zone of the computer or the phone
+    **_
+):
+    "KakaoTalk chat, as text"
+    path,book,days = Path(path),book_of(bad),Days(Clock(zone))
+    say = partial(_kakao_message, book=book, days=days)
+    with whole_file(path.name), open_text(path) as f:
+        yield from lines_of(_many_lined(f, _KAKAO), f'{path.name} message', bad, say)
+    book.hear(*days.clock.said)
+
 # %% ../../nbs/exports/chatlogs.ipynb #5dc4cdd8
 def _unmixed(s):
     "Text of which each byte was taken for a character."
@@ -544,6 +624,60 @@ def read_matrix(
         say = partial(_matrix_line, book=book, room=_field(head, 'room_name') or ONLY_ROOM, edits=edits,
             names=names)
         yield from lines_of(items, f'{name} event', bad, say)
+
+# %% ../../nbs/exports/chatlogs.ipynb #eb60bd1b
+_GOOGLE = r'(^|/)Groups/[^/]+/messages\.json$'
+
+def _google_line(m, book, room, clock):
+    "Line of a message of Google Chat."
+    who,id = m.get('creator'),m.get('message_id') or ''
+    if m.get('deletion_metadata') or not who: raise LeftOut('a deleted message')
+    if who.get('user_type')=='Bot': raise LeftOut('a bot')
+    space,topic,own = id.split('/') if id.count('/')==2 else ('',)*3
+    to = (m.get('quoted_message_metadata') or {}).get('message_id') or (f'{space}/{topic}/{topic}' if topic!=own else None)
+    name,by,t = who.get('name') or who['email'],who.get('email'),clock(m['created_date'])
+    return _said(book, 'google', room, name, m.get('text') or '', t, id=id or None, reply_to=to, names=(by,), author=by)
+
+def _is_google(b): return re.match(rf'\s*\{{\s*{_MESSAGES}\s*\{{\s*"creator"\s*:', b.text) or b.holds(_GOOGLE)
+
+@reader('google', detect=_is_google)
+def read_google(
+    path:str, # A room's `messages.json` of Google Takeout, or the folder or zip with all
+    bad=refuse, # Called with place, reason and message
+    zone:str='UTC', # Zone of times that don't say theirs
+    **_
+):
+    "Google Chat, from Takeout"
+    book,clock = book_of(bad),Clock(zone)
+    for name,_,items in lists_in(path, _MESSAGES, _GOOGLE, book):
+        say = partial(_google_line, book=book, room=name.rpartition('/')[0] or ONLY_ROOM, clock=clock)
+        yield from lines_of(items, f'{name} message', bad, say)
+    book.hear(*clock.said)
+
+# %% ../../nbs/exports/chatlogs.ipynb #25a40020
+def _mattermost_line(p, at, room, first=None):
+    "Line of a post or of a reply to `first`."
+    props = p.get('props') or {}
+    if str(p.get('type') or '').startswith('system_'): raise LeftOut('a notice')
+    if 'true' in (props.get('from_webhook'), props.get('from_bot')): raise LeftOut('a bot')
+    who,at_ms = p['user'],p['create_at']
+    return _said(at.book, 'mattermost', room, who, p['message'], at_ms/1000, id=f'{at_ms}-{who}', reply_to=first, author=who)
+
+def _is_mattermost(b): return b.row.get('type')=='version' and b.row.keys()<={'type','version','info'}
+
+@source('mattermost', '', False, detect=_is_mattermost)
+def mattermost(r, at, **_):
+    "Mattermost bulk export, as JSON lines"
+    what,u = r['type'],r.get('user') or {}
+    if u: at.book.person(u['username'], u['username'], u.get('nickname'), u.get('first_name'), u.get('last_name'))
+    if what not in ('post','direct_post'): raise LeftOut('no message')
+    p = r[what]
+    room = hash_of(*sorted(p['channel_members'])) if 'channel_members' in p else f"{p['team']}/{p['channel']}"
+    res = [_mattermost_line(p, at, room)]
+    for m in p.get('replies') or ():
+        try: res.append(_mattermost_line(m, at, room, res[0]['id']))
+        except LeftOut as e: at.note(str(e))
+    return res
 
 # %% ../../nbs/exports/chatlogs.ipynb #4ce3ed77
 def _log_lines(path, book):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import chain, repeat
+from operator import eq
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.basics import UserError, check_data_files, excerpt
@@ -125,7 +126,8 @@ def reason_of(
     e:Exception, # What a row led to
 )->str:
     "What is wrong with a row, of an error."
-    return f'no field {e}' if isinstance(e, KeyError) else str(e)
+    if isinstance(e, KeyError): return f'no field {e}'
+    return f'a field is null or of another kind ({e})' if isinstance(e, (TypeError,AttributeError)) else str(e)
 
 def hash_of(
     *xs, # Values
@@ -261,6 +263,7 @@ def unpacked(
 _BOMS = {b'\xef\xbb\xbf': 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16',
     b'\xfe\xff': 'utf-16'}
 _BINARY = {b'%PDF': 'a PDF', b'SQLite format 3': 'an SQLite database', b'\xd0\xcf\x11\xe0': 'an old Excel or Word file',
+    b'PK\5\6': 'an empty zip',
     b'7z\xbc\xaf': 'a 7-Zip archive', b'Rar!': 'a RAR archive', b'ARROW1': 'an Arrow file', b'\x89PNG': 'a picture',
     b'\xff\xd8\xff': 'a picture', b'GIF8': 'a picture'}
 
@@ -634,21 +637,23 @@ def _cells(sheet, formulas=None):
         if lost or any(v is not None for v in row): yield n,row,lost
 
 # %% ../../nbs/exports/files.ipynb #15a762ca
-def _excel(path, bad):
-    "Place and record of each row of an Excel workbook's first sheet."
+def _excel(path, bad, hear=lambda said: None):
+    "Place and record of each row of an Excel workbook's first sheet that has some."
     import openpyxl
     n = 0
     try:
         with zipfile.ZipFile(path) as z: refuse_bomb(path, sum(e.file_size for e in z.infolist()), path.stat().st_size)
         load = partial(openpyxl.load_workbook, path, read_only=True, keep_links=False)
         book,formulas = load(data_only=True),load() if _has_formulas(path) else {}
-        for sheet in book.worksheets:
-            head = ()
+        for k,sheet in enumerate(book.worksheets, 1):
+            head,found = (),False
             for n,row,lost in _cells(sheet, formulas and formulas[sheet.title]):
+                if head and not found and len(book.worksheets)>1: hear(f'sheet {k} of {len(book.worksheets)}')
+                found = bool(head)
                 if lost: bad(f'{path.name} row {n}', "a formula without its value: save the file in a spreadsheet program", None)
                 elif head: yield f'{path.name} row {n}',{str(h): v for h,v in zip(head, row) if h is not None}
                 else: head = _checked_head(row, f'{path.name} row {n}')
-            if head: break
+            if found: break
         book.close()
     except UserError: raise
     except (*ROW_FAULTS, OSError, MemoryError, SyntaxError, zlib.error, zipfile.BadZipFile) as e: # SyntaxError: of XML
@@ -734,11 +739,10 @@ _READ = dict(csv=(_csv, 'CSV'), jsonl=(_jsonl, 'JSON lines'), array=(_array, 'on
 _SUFFIXES = dict(csv='csv', tsv='csv', tab='csv', jsonl='jsonl', ndjson='jsonl', json='jsonl', parquet='parquet',
     xlsx='xlsx', xlsm='xlsx')
 
-def _sheets(path):
-    "How many sheets an Excel workbook has; 0 of what is none."
-    if not zipfile.is_zipfile(path): return 0
-    with zipfile.ZipFile(path) as z: names = z.namelist()
-    return 'xl/workbook.xml' in names and len([n for n in names if re.fullmatch(r'xl/worksheets/[^/]+\.xml', n)])
+def _is_excel(path):
+    "Is it an Excel workbook?"
+    if not zipfile.is_zipfile(path): return False
+    with zipfile.ZipFile(path) as z: return 'xl/workbook.xml' in z.namelist()
 
 def _form_of(path, raw, named):
     "What a file that is unpacked holds, and what differs from plain UTF-8."
@@ -758,7 +762,7 @@ def _reader(path):
     path = export_file(path)
     suffixes = [s[1:].lower() for s in reversed(path.suffixes)]
     named = next((_SUFFIXES[s] for s in suffixes if s in _SUFFIXES), '')
-    if n := _sheets(path): form,said,how = 'xlsx',[f'one of its {n} sheets']*(n>1),''
+    if _is_excel(path): form,said,how = 'xlsx',[],''
     else:
         raw,how = unpacked(path)
         with raw: form,said = _form_of(path, raw, named)
@@ -784,7 +788,12 @@ def records(
         read,source,said = _reader(path)
         book.hear(*said)
         free = read not in (_csv,_parquet,_excel,_hub) # its rows needn't have the same columns
-        for i,(where,row) in enumerate(read(source, put_aside)):
+        rows = _excel(source, put_aside, book.hear) if read is _excel else read(source, put_aside)
+        for i,(where,row) in enumerate(rows):
+            if row and all(map(eq, row, row.values())):
+                book.rows += 1
+                book.leave_out(where, 'the head of the table again')
+                continue
             if not i or free:
                 if training: _keep_out(row, where)
                 if gone := [c for c in need if c not in row]:

@@ -37,8 +37,9 @@ def _sure(name, ws, langs):
     "How sure do these words of a name mean a person?"
     s = ''.join(ws)
     if s.isdigit() or len(s)<3: return 0
-    if not is_common(*(ws if max(map(len, ws))>2 else [s]), langs=langs): return 2
-    return int(len(ws)>1 or name[:1].isupper())
+    if not is_common(*(ws if max(map(len, ws))>2 else [s]), langs=langs): return 3
+    if len(ws)>1 or name[:1].isupper(): return 2
+    return int(s not in said_often('en', 7))
 
 # %% ../../nbs/exports/names.ipynb #430ad101
 @lru_cache(2**14)
@@ -60,7 +61,7 @@ def name_forms(
     for w in bits if len(bits)>1 else []: # the first or last name alone
         if len(w)<3 or w in _BESIDE: continue
         if not is_common(w, langs=langs): put([w], others=' ' in s.strip() and len(w)>3)
-        elif ' ' in s and s[:1].isupper() and w not in said_often('en', 6): put([w], 1, False)
+        elif ' ' in s and s[:1].isupper() and w not in said_often('en', 6): put([w], 2, False)
     double = [_bits(w) for w in s.split() if '-' in w] # Anna-Lena
     for ws in double: put(ws)
     if (other := s.translate(_UMLAUTS))!=s: res = name_forms(other, langs)[0] | res
@@ -124,7 +125,8 @@ class Names:
         for n in [names] if isinstance(names, str) else names:
             forms,starts = name_forms(n, self.langs)
             for f,(sure,others) in forms.items():
-                if own or others: self.people.setdefault(f, (i,sure))
+                who,before = self.people.get(f, (i,-1))
+                if own or others: self.people[f] = who,max(before, sure) # a user name is small, the nickname isn't
                 east = unicodedata.normalize('NFC', f)
                 if own and len(east)>1 and _EASTERN.search(east): self.literal[east] = i
             if pics := _literal(n): self.literal.setdefault(pics, i)
@@ -168,19 +170,61 @@ def names_in(
     return Names(names, spoken(row['texts'] for t in tables for row in t.select_columns(['texts'])))
 
 # %% ../../nbs/exports/names.ipynb #e2b1fc37
-_GREETS = re.compile(r"""(?:^|[^\w@])(?:hey|hi|hello|yo|thanks|thank\syou|thx|ty|ask|cc|hallo|moin|danke|servus|oye
-        |hola|gracias|ciao|grazie
-    |salut|merci|selam|привет|эй|cześć|hej|tack|olá|oi)[ ,]{1,2}$""", re.I|re.X)
+_GREETS = re.compile(r"""(?:^|[^\w@])(?:ok(?:ay)?|hey|hi|hiya|hello|yo|thanks|thank\syou|thx|tysm|ty|cheers|ask
+        |tell|invite|kick|mute|ping|dm|poke|cc|gg|gj|wp|well\splayed
+    |nice\s(?:one|shot|try)|(?:good\s?|g)?(?:night|morning|evening)|good\s(?:luck|job|game)|love\syou|miss\syou
+        |where(?:\si|['’])s|gn|gm|gl|wb|welcome(?:\sback)?|congrats|congratulations|gz|grats
+    |happy\sbirthday|hbd|bye|cya|see\syou|sorry|sry|hallo|moin|na|danke|servus|tschüss|glückwunsch|oye|hola|gracias
+        |ciao|grazie
+    |salut|coucou|bonjour|merci|desolé|désolé|selam|teşekkürler|привет|эй|спасибо|пока|cześć|dzięki|hej|tack|hoi
+        |bedankt|olá|oi
+    |obrigad[oa]|valeu)[ ,]{1,2}$""", re.I|re.X)
+_ENDS = re.compile(r"\s?(?:$|[,!?.:;)\n]|[^\w\s'’\"-])") # of what is said to somebody
+_LAST = re.compile(r"(?:^|[.!?\n])[^,.!?\n]*\w\s\w[^,.!?\n]*,\s$") # the only comma of a sentence, so none of a list
+_GOES_ON = re.compile(r"\s(?:you|u|ur|your|can|could|are|did|do|how|what|where|when|why|if|pls|please|from|and)\b",
+    re.I)
+
+def _addressed(s, i, j, capital):
+    "Is somebody spoken to here?"
+    if s[j:j+1]==',' and _opens(s, i): return True
+    if not _ENDS.match(s, j): return bool(capital and _GOES_ON.match(s, j) and _GREETS.search(s[max(0, i-20):i]))
+    last = s[j:j+1]!=',' and s[i-2:i]==', ' and _LAST.search(s[max(0, i-200):i])
+    return bool(last or _GREETS.search(s[max(0, i-20):i]))
+
+def _opens(s, i): return not s[s.rfind('\n', 0, i)+1:i].strip('<[( ')
+
+# %% ../../nbs/exports/names.ipynb #77c53a14
+_NO_NAME = re.compile(r"\b(?:the|an|my|your|our|his|her|their|this|that|no|any|every|some|be|in|since"
+    r"|until|мо[йяею]|тво[йяею]|наш)\s$",
+    re.I) # articles, and what stands before a month; not those that stand before names in some languages, as la
+_DOES = re.compile(r"""['’]s\s\w|\s(?:(?:and|or|und|et|y|e|и)\s(?:I\b|[A-ZА-Я])
+    |(?:is|was|has|had|does|did|isn['’]t|wasn['’]t|hasn['’]t|doesn['’]t|didn['’]t|sa(?:id|ys)|t(?:old|ells)
+        |ask(?:ed|s)|th(?:ought|inks)
+    |kn(?:ew|ows)|wants?(?:ed)?|left|leaves|joined|joins|c(?:ame|omes)|went|goes|g(?:ot|ets)|logged|play(?:ed|s)
+        |won|lost|died|carried
+    |carries|made|took|just|never|always|can|could|would|hat|ist|war|sagt|sagte|meint|kommt|spielt|kann|est|a|avait
+        |dit|vient|joue
+    |ha|está|dijo|dice|viene|juega|è|era|gioca|é|disse|vem|joga|(?:сказал|при(?:ш[её]л|шл)|уш[её]л|написал|думает
+        |знает|говорит)\w?)\b)""", re.X)
+
+@lru_cache(2**14)
+def _is_thing(w): return any(plain(w) in said_often(l, 3) for l in ('en','ru')) # a word, though a rare one
+
+_ONLY_PEOPLE = re.compile(r"\s(?:sa(?:id|ys)|told|joined|disconnected|logged\s(?:in|out|off|on)|left\s(?:the|my|our)\s"
+    r"(?:channel|server|game|party|call|voice|chat|lobby)|is\s(?:afk|offline|online|typing|streaming|calling))\b")
 
 def _marked(s, i, j, sure, nouns=False):
     "Is it a name here?"
     if s[i-1:i]=='@': return s[i:j].lower() not in ('everyone','here','channel')
-    if sure==2: return True
-    if s[j:j+1]==':' and not s[s.rfind('\n', 0, i)+1:i].strip('<[( '): return True
+    if sure==3: return not (s[i].islower() and _is_thing(s[i:j]) and _NO_NAME.search(s[max(0, i-12):i]))
+    if s[j:j+1]==':' and _opens(s, i): return True
     capital = s[i].isupper() and not s[i:j].isupper()
-    if sure!=1 or not capital: return False
-    if _GREETS.search(s[max(0, i-20):i]) and s[j:j+1] in ('',',','!','?','.','\n'): return True
-    return not nouns and bool(re.search(r'[^\W_],? $', s[max(0, i-3):i]))
+    if sure and _addressed(s, i, j, capital): return True
+    before = s[max(0, i-12):i]
+    if sure and s[i:j].isalpha() and _ONLY_PEOPLE.match(s, j) and not _NO_NAME.search(before): return True
+    if not (sure and capital): return False
+    if re.search(r'[^\W_],? $', before): return not nouns and not _NO_NAME.search(before) # inside a sentence
+    return sure==2 and bool(_DOES.match(s, j))
 
 # %% ../../nbs/exports/names.ipynb #789af72b
 def _apart(s, i, j):
@@ -203,8 +247,8 @@ def _hit(s, bits, k, names, most=8):
         for w in [joined] if q>k else _meant(bits[k][0]):
             who = names.people.get(w)
             capital = q>k and all(b[0].istitle() for b in bits[k:q+1]) # Grace Hunter, not grace hunter
-            sure = 2 if who and (spelled or capital) else who and who[1]
-            if who and (w==joined or sure==2) and _marked(s, i, bits[q].end(), sure, names.nouns):
+            sure = 3 if who and (spelled or capital) else who and who[1]
+            if who and (w==joined or sure==3) and _marked(s, i, bits[q].end(), sure, names.nouns):
                 best = q,who[0]
                 break
     return best

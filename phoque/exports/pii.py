@@ -11,7 +11,7 @@ from importlib.resources import files
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['OFTEN', 'AT_WORDS', 'DOT_WORDS', 'PROVIDERS', 'PLATFORMS', 'LABEL_WORDS', 'REGIONS', 'CALL_WORDS', 'EAST',
+__all__ = ['EAST', 'OFTEN', 'AT_WORDS', 'DOT_WORDS', 'PROVIDERS', 'PLATFORMS', 'LABEL_WORDS', 'REGIONS', 'CALL_WORDS',
            'BIRTH_WORDS', 'KEY_FORMATS', 'PASS_WORDS', 'ID_WORDS', 'ROAD_WORDS', 'NEEDS', 'PLAN', 'fix_text', 'Seen',
            'plain', 'said_often', 'is_common', 'redact_pii']
 
@@ -92,13 +92,15 @@ def sub(self:Seen,
     self.replace(spans())
 
 # %% ../../nbs/exports/pii.ipynb #ab7cc12a
+EAST = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af" # scripts that put no blank between words
 def _value(m): return m.span('v') # where the value is
-def _either(m): return m.span('v' if m['v'] else 'w')
+def _either(m): return next(m.span(k) for k in 'vwx' if m[k])
 
 # %% ../../nbs/exports/pii.ipynb #e148ff51
 _ONLINE = frozenset("""lol lmao rofl omg wtf afk brb ggwp noob nerf buff meta mod mods admin bot dev pro xdd mid adc max
     june april august everyone here channel user users assistant writer system deleted guest anon anonymous unknown
-    player bro sis dude mate guy guys null none nan undefined test root""".split()) # words that films don't say, and `user` and others of ours
+    lag ping loot respawn gank smurf glitch player bro sis dude mate guy guys null none nan undefined test
+    root""".split()) # words that films don't say, and `user` and others of ours
 OFTEN = dict(en=5, de=4, es=5, fr=5, it=5, nl=5, pt=5, ru=5) # language → digits of the count of a common word
 
 @lru_cache(2**14)
@@ -221,14 +223,17 @@ _MENTION = re.compile(r"""
 PLATFORMS = dict(
     social=r'ig|insta(?:gram)?|snap(?:chat)?|sc|twitter|tiktok|fb|facebook|threads|bluesky'
         r'|bsky|reddit|vk|mastodon|tumblr',
-    chat=r'discord|dc|telegram|tg|kik|we\s?chat|weixin|skype|viber|line\sid|matrix|微信|ライン|카톡',
+    chat=r'discord|dc|telegram|tg|kik|we\s?chat|weixin|skype|viber|line\sid|matrix',
+    east=r'微信号?|微博|抖音|小红书|qq|ライン|インスタ(?:グラム)?|ツイッター|ディスコ(?:ード)?|ティックトック|카톡|인스타(?:그램)?|트위터|디스코드|디코',
+    ru=r'инст(?:а|аграм\w?)|тг|телег(?:а|рам\w?|у)|дискорд\w?|стим\w?|вк|твич\w?|тикток\w?|ник\sв\sстиме',
     games=r"""psn|xbox(?:\slive)?|gamer\s?tag|steam(?:\s?id)?|epic(?:\sgames)?|riot|battle\.?\s?(?:tag|net)|bnet|roblox
         |minecraft|ign|nintendo|friend\scode|origin|uplay|faceit""",
     media=r'twitch|youtube|yt|spotify|soundcloud|onlyfans|patreon|github|gitlab|last\.?fm|t\.me',
     money=r'venmo|cash\s?app|paypal')
 _WHERE = rf'(?:{_words(PLATFORMS)})'
 _HANDLE = re.compile(rf"""
-    (?<![\w@/])@(?!(?:everyone|here|override|dataclass|property|(?:static|class)method|deprecated|param|returns?
+    (?<![^\W{EAST}])(?<![@/])@(?!(?:everyone|here|override|dataclass|property|(?:static|class)method|deprecated
+        |param|returns?
     |app|pytest|test|before|after|charset|supports|layer
         |nullable|autowired|media|import|keyframes|font-face)\b|[a-z0-9-]{{1,40}}/[\w.-]{{1,60}}@\d) # not in code
         [^\W\d][\w.-]{{1,31}} (?:\#\d{{4}}\b)?
@@ -242,21 +247,31 @@ _CALLED = r"""gamer\s?tag|gt|name|id|tag|user(?:name)?|handle|acc(?:ount)?|ign|c
 _HANDLE_OF = re.compile(rf"""
     (?P<mine>(?:\b(?:my|mein|mi|mon|mio|meu|mijn|min|mój|add(?:\sme)?|follow(?:\sme)?|find\sme|folgt\smir|i'?m|dm\sme)\b
         [^\n.:]{{0,20}}?)?)
-    (?<![^\W_])(?P<where>{_WHERE})(?P<noun>(?:\s{{1,5}}(?:{_CALLED}))?)
+    (?<![^\W_{EAST}])(?P<where>{_WHERE})(?P<noun>(?:\s{{1,5}}(?:{_CALLED}))?)
     (?P<how>\s{{0,5}}(?:[:=@]|-+>|→)\s{{0,5}}
-        |(?:,?\s(?:is|ist|es|est|e|è|jest|är|to|me|heiße\sich|heiss?\sich)|\s-|\?)?\s{{1,5}})
-    [@$]?(?P<v>(?:live:)?(?!//)[\w.-]{{2,32}}\w(?:\#\w{{2,6}})?)(?!\()""", re.I|re.X)
+        |(?:,?\s(?:is|ist|es|est|e|è|é|jest|är|er|on|to|c['’]est|heißt|heisst|lautet|nennt\ssich|s['’]appelle
+        |se\sllama|si\schiama|se\schama
+            |me|heiße\sich|heiss?\sich)|\s[-—]|\?)?\s{{1,5}}|[は是은는]\s?)
+    [@$]?(?P<v>(?-i:[A-Z][a-z]{{1,14}}(?:\s[A-Z][a-z]{{1,14}}){{1,2}}\s?\d{{1,5}})
+        |(?:live:)?(?!//)[\w.-]{{2,32}}\w(?:\#\w{{2,6}})?)(?!\()""", re.I|re.X)
+
+_HANDLE_ON = re.compile(rf"""
+    \b(?:add|follow|find|message|dm)\s(?:me\s(?:as\s)?)?@?(?P<v>(?=[\w.-]{{0,31}}[\d_])[\w.-]{{3,32}})
+    \s(?:on|at|auf|en|su|em|sur|på)\s{_WHERE}(?!\w)""", re.I|re.X) # add heron_1 on steam
 
 def _is_handle_of(m):
     "Where is it, if what follows the platform is no ordinary word?"
     v,how = m['v'],m['how'].strip()
     told = how[-1:] in tuple(':=@>→') or m.string[m.start('v')-1] in '@$'
+    ends = re.match(r'\s*(?:$|[,.!?\n])', m.string[m.end('v'):])
     named = m['noun'] or m['where'].lower() in ('gamertag','gamer tag','ign','steam id','steamid','friend code')
+    if ' ' in v: return m.span('v') if told or named else False
     if re.search(r'[\d_]|[.#]\w', v) and (told or named or re.search(r'[^\W\d]', v)): return m.span('v')
     if told and not is_common(plain(v)): return m.span('v')
     if (m['mine'] or named or how) and re.search('[a-z][A-Z]', v): return m.span('v')
     word = any(plain(v) in said_often(l, 3) for l in ('en','es','fr')) # a word, though no common one
-    return m.span('v') if (m['mine'] or how=='me') and v.isalpha() and not word and len(v)>4 else False
+    said = how and ends and len(v)>7 and not re.search('(?:y|ed|ing|er|able|ish|est)$', v) # tiktok is pierpaints
+    return m.span('v') if (m['mine'] or how=='me' or said) and v.isalpha() and not word and len(v)>4 else False
 
 # %% ../../nbs/exports/pii.ipynb #4f9c26ff
 _IP4 = re.compile(r"""
@@ -423,12 +438,11 @@ CALL_WORDS = dict( # language → what is said before a number; \s stands for a 
         |gọi|sđt|תתקשר\w?|טלפון|โทร|تلفون|هاتف|جوال""")
 
 # %% ../../nbs/exports/pii.ipynb #90bce5e7
-_CALL = re.compile(rf"\b(?:{_words(CALL_WORDS)})\b|電話|携帯|电话|手机|전화|번호", re.I|re.X)
+_CALL = re.compile(rf"\b(?:{_words(CALL_WORDS)})\b|電話|携帯|連絡|电话|手机|同号|联系|전화|번호|연락처", re.I|re.X)
 _CALL_AFTER = re.compile(rf"""
     \W{{0,3}}(?:(?:is|ist|es|est|é|on|via|auf|per|en|sur)\s){{1,2}}(?:(?:my|the|her|his|our|mein\w?|mi|mon|meu)\s)?
         (?:(?:new|work|old|neue)\s)?(?:{_words(CALL_WORDS)}|telegram)\b
     |\W{{0,3}}(?:but|and|,)?\s?i\s(?:never|don't|won't|always)\s(?:pick\sup|answer)""", re.I|re.X)
-EAST = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af" # scripts that put no blank between words
 _PHONE = re.compile(rf"""
     (?<![^\W{EAST}])(?<![./-])(?<!\d:) # a colon may stand before it, though not of a time
     ((?:\+|\()?\d(?:[\s().\-/\u2010-\u2015]{{0,3}}\d){{6,14}}) (?:\s?(?:x|ext\.?)\s?\d{{1,5}})?
@@ -499,30 +513,50 @@ def _is_phone(m, regions=REGIONS):
     return not _LABELLED.search(before) and _phone(m[1], bool(_CALL.search(before[-40:]) or _CALL_AFTER.match(after)), regions)
 
 # %% ../../nbs/exports/pii.ipynb #61411947
-BIRTH_WORDS = dict( # language → what is said beside a date of birth
-    en=r"(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth\s?day|b-?day|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:_?date)?",
+BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stands for a blank
+    en=r"""(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth\s?day|b-?day|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:_?date)?
+        |turn(?:s|ed|ing)?\s\d{1,3}\son""",
     de=r"geb(?:oren|urtstag|urtsdatum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\sle)?|date\sde\snaissance|anniv(?:ersaire)?",
     es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?",
-    pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio",
-    it=r"nat[oa]\sil|(?:data\sdi\s)?nascita|compleanno", nl=r"geboren(?:\sop)?|geboortedatum|verjaardag|jarig",
-    nordic=r"född|födelsedag|født|fødselsdag|syntynyt|syntymäaika|fødselsdato", pl=r"urodz\w{2,10}|ur\.",
-    cz=r"naro[zd]en\w{0,3}|dat\.\snar\.",
-    tr=r"doğum\s?(?:tarih\w{0,4}|günü\w{0,3})", hu=r"szület\w{1,8}",
-    ru=r"роди\w{1,5}|(?:дата\s)?рождения|народження|д\.\s?р\.", el=r"γεννήθηκα|γενέθλια", east=r"生年月日|誕生日|出生日期|生日|생년월일|생일")
-_DAY = r"""(?:\d{1,4}[-./]\d{1,2}[-./]\d{1,4}(?!\d) # 12.3.1994
-    |\d{4}\s?[年년]\s?\d{1,2}\s?[月월]\s?\d{1,2}\s?[日일]
-    |\d{1,2}(?:st|nd|rd|th|er)?\.?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?(?:,?\s(?:de\s)?\d{4})?(?![\w])
-    |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?(?:,?\s\d{4})?(?![\w./-]))"""
-_DAY_OF_YEAR = r"""(?:\d{1,2}[-./]\d{1,2}[-./]\d{4}(?!\d)|(?:19|20)\d\d(?:[-/]\d\d[-/]\d\d|[01]\d[0-3]\d)(?!\d)
-    |\d{1,2}(?:st|nd|rd|th|er|\.)?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?,?\s(?:de\s)?(?:19|20)\d\d(?!\w)
-    |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?,?\s(?:19|20)\d\d(?!\w))"""
+    pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver",
+    it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno", nl=r"geboren(?:\sop)?|geboortedatum|verjaardag|jarig",
+    nordic=r"""född|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag
+        |dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur""",
+    pl=r"urodz\w{2,10}|ur\.", cz=r"naro[zd]en\w{0,5}|dat\.\snar\.",
+    south=r"""rođen\w{0,4}|datum\srođenja|rojen\w?|rojstni\sdan|роден\w?|рожден\sден|născut\w?|data\snașterii
+        |ziua\sde\snaștere""",
+    baltic=r"sünd\w{1,6}|sünni\w{2,6}|gim\w{1,4}|gimtadien\w{1,3}|dzim\w{1,7}",
+    tr=r"doğum\s?(?:tarih\w{0,4}|günü\w{0,3}|günüm)", hu=r"szület\w{1,8}",
+    ru=r"роди\w{1,5}|(?:дата\s|д(?:ень|ня)\s)?рождения|народ(?:ження|и\w{1,4})|д\.\s?р\.|др", el=r"γεννήθηκα|γενέθλια",
+    he=r"נולדתי|תאריך\sלידה|יום\sהולדת", ar=r"تاريخ\sالميلاد|ولدت|عيد\sميلادي",
+    id=r"(?:tanggal\s)?lahir", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
+    east=r"生年月日|誕生日|生まれ|出生日期|出生于|出生|生于|生日|생년월일|생일|태어난")
+
+# %% ../../nbs/exports/pii.ipynb #ca6cb763
+_DAY_OF_YEAR = r"""(?:\d{1,2}\s?[-./]\s?(?:\d{1,2}|[^\W\d_]{3,9}\.?)\s?[-./]\s?\d{4}(?!\d)
+    |(?:19|20)\d\d(?:[-/.]\s?\d\d?[-/.]\s?\d\d?|[01]\d[0-3]\d)(?!\d)
+    |\d{4}\s?[年년]\s?\d{1,2}\s?[月월]\s?\d{1,2}\s?[日일]|\d{1,2}\stháng\s\d{1,2}\snăm\s\d{4}
+    |\d{1,2}(?:st|nd|rd|th|er|º|\.)?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?,?\s(?:de\s|del\s)?(?:19|20)\d\d(?!\w)
+    |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?,?\s(?:19|20)\d\d(?!\w)
+    |(?:19|20)\d\d\.?\s[^\W\d_]{3,12}\s\d{1,2}\.?(?!\d))"""
+_DAY = rf"""(?:{_DAY_OF_YEAR}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)|\d{{1,2}}[月월]\s?\d{{1,2}}[日일]
+    |(?:\d{{1,2}}/\d{{1,2}}|\d{{1,2}}\.\s?\d{{1,2}}\.|\d\d\.\d\d)(?![\w./:%]) # 22/9, 24.12.
+    |\d{{1,2}}(?:st|nd|rd|th|er|º)?\.?\s(?:of\s|de\s)?[^\W\d_]{{3,12}}\.?(?![\w])
+    |[^\W\d_]{{3,12}}\.?\s\d{{1,2}}(?:st|nd|rd|th)?\.?(?![\w/-]|\.\d))"""
+_OWN = r"(?:my|mein|mi|mon|meu|il\smio|mijn|min|moje|mój)"
 _BIRTH = re.compile(rf"""
-    (?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_])(?:['’]s)?(?:[\s:=,-]{{1,3}}[^\W\d_]{{1,10}}){{0,5}}?
-        [\s:=,-]{{1,3}}(?P<y>{_DAY_OF_YEAR})
-    |(?<![^\W_])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])["']?[\s:=-]{{0,3}}["']?
-        (?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am|el|le|się|w|dnia|em|den|-)\s{{1,2}}|[はは는은이가]\s?){{0,3}}(?P<v>{_DAY})
-    |(?P<w>{_DAY})\s(?:is|ist|es|est)\s(?:my|mein|mi|mon)\s(?:birthday|b-?day|geburtstag|cumple\w{{0,5}}|anniversaire)
-    |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b""",
+    (?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
+    |(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])["']?[\s:=-]{{0,3}}["']?
+        (?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am|el|le|il|dia|się|w|dnia|em|den|er|är|mam|har
+        |-)\s{{1,2}}
+            |[はは는은이가是]\s?){{0,3}}(?P<v>{_DAY})
+    |(?P<w>{_DAY})\s(?:is|ist|es|est|é|è|är|er|to)\s{_OWN}\s(?:birthday|b-?day|geburtstag|cumple\w{{0,5}}
+        |anniv\w{{0,6}}|anivers\w{{0,5}}
+        |compleanno|verjaardag|födelsedag|urodziny)
+    |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b
+    |(?P<z>{_DAY_OF_YEAR})(?:-?[áaeé]n)?\s?(?:(?:in|à|a|en|i|w|v|в)\s[^\W\d_]{{2,20}}\s)?(?:geboren|doğum\w{{0,4}}
+        |szület\w{{1,6}}|syntynyt
+        |生まれ|出生|생|г\.?\s?р\.?|рожд\w{{2,5}}|bab(?:y|ies)\b|kid\b)""",
     re.I|re.X)
 
 # %% ../../nbs/exports/pii.ipynb #68e60cbf
@@ -535,32 +569,36 @@ def _is_date(s):
 
 def _is_birth(m):
     "Where is the date?"
-    v = next(k for k in 'vwxy' if m[k])
+    v = next(k for k in 'vwxyz' if m[k])
     return m.span(v) if _is_date(m[v]) else False
 
 # %% ../../nbs/exports/pii.ipynb #ca1093b4
 _DEG = r"-?\d{1,3}(?:[.,]\d{3,9})"
 _PLACE = re.compile(rf"""
-    \bgeo:{_DEG},{_DEG}
+    \b(?:geo:|s?ll=|loc:){_DEG},{_DEG}
     |\b(?:POINT\s?\(|(?:lat(?:itude)?)["']?\s?[:=]?\s?){_DEG}[\s,;&"']{{1,4}}(?:(?:lon|lng|long
         |longitude)["']?\s?[:=]?\s?)?{_DEG}
     |(?<![\w.])[23456789CFGHJMPQRVWX]{{4,8}}\+[23456789CFGHJMPQRVWX]{{2,3}}(?![\w+]) # plus code
     |(?<![\w/])///[^\W\d_]{{2,20}}(?:\.[^\W\d_]{{2,20}}){{2}}\b # what3words
     |\bUTM\s\d{{1,2}}\s?[A-Z]\s\d{{6}}\s\d{{7}}
     """, re.I|re.X)
+_ARC = r"""(?:\d{1,3}\s?°\s?\d{1,2}(?:[.,]\d{1,5})?\s?['′’](?:\s?\d{1,2}(?:[.,]\d{1,4})?\s?(?:["″”]|''|′′))?
+    |\d{1,3}°?\s\d{1,2}[.,]\d{2,5}\s?['′’]?|\d{1,3}\s\d{1,2}\s\d{1,2}(?:\.\d{1,4})?)""" # degrees, minutes, seconds
 _POINT = re.compile(rf"""
-    (?<![\w.])(?:{_DEG}\s?°?\s?[NS]?(?:\s?,\s?|[;/]\s?|\s){_DEG}(?!\d)(?:\s?°?\s?[EWO](?!\w))?
-        |\d{{1,2}}\s?°\s?(?:\d{{1,2}}\s?['′’]\s?(?:[\d.]{{1,7}}\s?["″”])?)?\s?[NS],?\s\d{{1,3}}\s?°\s?(?:\d{{1,2}}\s?['′’]\s?(?:[\d.]{{1,7}}\s?["″”])?)?\s?[EWO]
-        |[NS]\s?\d{{1,2}}°?\s\d{{1,2}}\.\d+['′’]?,?\s[EWO]\s?\d{{1,3}}°?\s\d{{1,2}}\.\d+['′’]?)""", re.X)
-_HERE = re.compile(r"""\b(?:house|home|live|living|pin|gps|lat|location|coords|coordinates|i'?m|me|my|mine|here|exif
-        |address
-    |haus|wohn\w{0,3}|standort|koordinaten|zuhause|bin\sich|ubicaci[oó]n|casa|vivo|position:|posizione|ici
-        |chez\smoi)""", re.I|re.X)
+    (?<![^\W{EAST}])(?<!\.)(?:(?:[NS]\s?)?(?P<deg>{_DEG})\s?°?\s?[NS]?(?:\s?,\s?|[;/]\s?|\s)
+            (?:[EWO]\s?)?{_DEG}(?!\d)(?:\s?°?\s?[EWO](?!\w))?
+        |(?:[NS]\s?{_ARC}|{_ARC}\s?[NS])[,;]?\s{{0,2}}(?:[EWO]\s?{_ARC}|{_ARC}\s?[EWO](?!\w)))""", re.X)
+_HERE = re.compile(r"""\b(?:house|home|live|living|pin|gps|lat|location|coord|i'?m|me|my|mine|here|exif|address|spot
+    |haus|wohn|standort|koordin|zuhause|bin\sich|ich\sbin|ubicaci[oó]n|casa|vivo|estoy|localiza|position:|posizione
+        |posición|ici
+    |chez\smoi|je\ssuis|współrzędn|lokaliz|jestem|souřadnic|poloha|sijainti|olen|konum|koordinat|jag\sär|her\ser
+        |ik\sben|sono|estou
+    |координат|местополож|геолока|я\sв|я\sтут|дом)|geo|loc(?:ation)?\b|現在|位置|座標|坐标|现在|위치|좌표""", re.I|re.X)
 
 def _is_point(m):
     "Is it as exact as a device says it, or does something beside it say that somebody is there?"
     decimals = min(map(len, re.findall(r'\d[.,](\d+)', m[0])), default=0)
-    if decimals>5 or decimals>3 and re.search('[NS].*[EWO]', m[0]): return True
+    if not m['deg'] or decimals>5 or decimals>3 and re.search('[NS].*[EWO]', m[0]): return True
     return bool(_HERE.search(_before(m, 30)+' '+m.string[m.end():m.end()+20]))
 
 # %% ../../nbs/exports/pii.ipynb #83edb165
@@ -619,7 +657,8 @@ PASS_WORDS = dict( # language → what a password is called; \s stands for a bla
     en=r"""pass(?:\s?(?:word|wort|phrase|code|wd|wrd)s?|wd|es)?(?:['’]s)?|ps?s?wo?r?ds?|psw|pwd?|p/w
         |(?:seed|recovery|mnemonic|secret)\sphrase""",
     de=r'kennwort|zugangswort|passwörter', fr=r'mots?\sde\spasse|mdp', es=r'contra(?:se[ñn]a|senya)?s?|clave',
-    pt=r'senhas?|palavra-passe', it=r"parola(?:\sd['’]ordine)?|parol[aă]\w{0,2}|chiave\swifi", nl=r'wachtwoord|ww',
+    pt=r'senhas?|palavra-passe',
+    it=r"parola(?:\sd['’]ordine)?|parol[aă]\w{0,2}|parool\w{0,2}|chiave\swifi", nl=r'wachtwoord|ww',
     nordic=r'lösen(?:ord)?\w{0,2}|passord\w{0,2}|adgangskode\w{0,2}|kode\s?ord\w{0,2}|salasana\w{0,2}',
     slavic=r'has[łl]o\w{0,2}|hesl[oa]\w{0,2}|lozink[ae]|[šs]ifra|geslo|slaptažodis|парол[ьяюие]|пасс|пас',
     others=r"""jelsz[óo]\w{0,2}|şifre\w{0,5}|sifre\w{0,3}|κωδικός|סיסמ[הא]|كلمة\s(?:السر|المرور)|パスワード|密码|密碼
@@ -640,12 +679,13 @@ _IS = "is(?:\\snow)?|was|were|ist|war|lautet|est|était|c'est|es|era|er|är|jest
 _OF_WHAT = "for|to|of|on|für|fürs|zum|vom|von|zur|pour|du|para|del?|de\\sla|da|di|do|od|voor|van|het|till?|от|для|к|i|used"
 _PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin
     |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
-        |security|otp)[\s-]code)"""
+        |security|otp)[\s-]code|code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room
+        |building|garage))"""
 _PASSWORD = re.compile(rf"""
     (?<![^\W_{EAST}])(?P<word>{_PASS_TOLD})(?![^\W_{EAST}])
     ["'`*?]{{0,2}} (?:(?:\s(?:{_OF_WHAT})\s[^\n:=>]{{1,30}}?|\s[\w-]{{2,12}}){{1,2}}
         (?=\s{{0,3}}(?::|=|->|→)|\s(?:{_IS})\s))?
-    (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|→)\s{{0,3}}
+    (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|→)\s{{0,3}}|\s-\s
         |,?\s(?:use|try|type|enter)\s{{1,3}}|,\s{{1,3}}
         |\s{{1,3}}(?:(?:has\s|was\s|is\s|got\s)?(?:been\s)?(?:changed|set|reset)\sto|used\sto\sbe|auf|{_IS})\s{{1,3}}
         |(?:は|是|은|는)\s?|\s{{1,3}})
@@ -673,12 +713,15 @@ _PHRASE = re.compile(r"""
 _STRONG = r"(?=\S{0,59}[\d!$%&*+=@#^~|])(?=\S{0,59}[^\W\d])[^\s\"'`<>,]{5,60}" # letters with digits or signs
 _ODD = _STRONG.replace("~|]", "~|_-]") # or joined words
 _PASS_FIRST = re.compile(rf"""
-    \b(?:try|use|put|type|enter|pon|nimm|mets|usa|it\s(?:was|is)|it['’]s)\s{{1,3}}["'`]?(?P<v>{_ODD})["'`]?\s{{0,2}},?
+    \b(?:try|use|put|type|enter|pon|nimm|mets|usa|it\s(?:was|is)|it['’]?s)\s{{1,3}}["'`]?(?P<v>{_ODD})["'`]?\s{{0,2}},?
         \s?(?:as|for|de|como|als|comme|come)?\s?(?:the|my|our|an?|la|el|das|le|mon|mein)?\s?(?:old|new
         |wifi)?\s?{_PASS_WORD}\b
     |(?<!\S)["'`]?(?P<w>{_STRONG})["'`]?\s(?:is|was|ist|war|es|era|est|è)\s(?:the|my|our|das|mein|mi|la|le|mon|minha
         |a)\s(?:\w{{2,10}}\s)?
-        (?:{_PASS_WORD}|log-?in)\b""", re.I|re.X)
+        (?:{_PASS_WORD}|log-?in)\b
+    |(?<!\S)["'`]?(?P<x>{_STRONG})["'`]?,?\s(?:that|this|it|das|ça|eso)['’\s]?\s?(?:is|ist|s|est|es)?\s(?:the|my
+        |our|das|mein|mi|la)\s(?:\w{{2,10}}\s)?
+        {_PASS_WORD}\b""", re.I|re.X)
 _LOWER = re.compile(r"\W{1,3}(?:all|in)\s(?:lower|upper|caps)", re.I)
 _NO_MORE = re.compile(r"[^\w\n]*(?:$|\n|\d)|\W{1,3}(?:all|in|no|without|lower|upper|caps|don't)\b", re.I)
 
@@ -702,6 +745,8 @@ def _is_pass_near(m):
     return m.span('v') if verb or len(m['v'])>5 else False
 
 # %% ../../nbs/exports/pii.ipynb #c4f0ed69
+_MINE = re.compile(r"\b(?:my|mein|mi|mon|minha|mijn|mitt|moje|мой|la\smia)\s$", re.I)
+
 def _is_password(m):
     "Where is the password, if what follows the word is one?"
     word,how,v = m['word'].lower(),m['how'].strip(),m['v']
@@ -710,11 +755,12 @@ def _is_password(m):
     if v[0] in '"\'`': return a+1,b-1
     v = v.rstrip('.,;:!?)*')
     if v.lower() in _NO_PASS or len(v)<3 or '://' in v or re.fullmatch(r'-?\d+\.\d+', v): return False
-    if how==',': how = '' # a password after a comma has to look like one
+    if how in (',','-'): how = '' # a password after a comma or a dash has to look like one
     whole,after = (a, a+len(v)),m.string[a+len(v):b+24]
     digit,letter = any(map(str.isdigit, v)),any(map(str.isalpha, v))
     signed = how[-1:] in (':','=')
     joined = (signed or how and word!='pass') and re.search('[a-z][A-Z]', v) or signed and re.search(r'[^\W\d][-_][^\W\d]', v)
+    if _MINE.search(_before(m)) and re.search(r'[^\W\d]_[^\W\d]', v): return whole
     sign = re.search(r'[^\W_][!$%&*+=@#^~_|-]{1,3}[^\W_]', v) and (digit or not v.islower() or
         word!='pass' and re.search('[!$%&*+=@#^~|]', v))
     if word in ('pin','passcode') and v.isdigit() and 4<=len(v)<=8: return whole
@@ -832,6 +878,7 @@ _STREET_EN = re.compile(rf"""
     \d{{1,5}}[A-Za-z]?(?:[-/]\d{{1,4}})?,?\s(?:(?:[NSEW]{{1,2}}\.?|St\.?)\s)?(?:(?:{_UP}|\d{{1,3}}(?:st|nd|rd
         |th))\s){{1,4}}{_EN}(?!\w|\s(?:Trips?|Edition|Race|Map|Rage|Art))\.?
     (?:\s(?:[NSEW]{{1,2}}|North|South|East|West)(?!\w))?{_TAIL}
+    |(?<!\w)(?:{_UP}\s){{1,3}}{_EN},?\s(?i:number|no\.?|nr\.?)\s?\d{{1,5}}(?!\w)
     |(?<![\w.:/$#-])\d{{1,5}},?\s(?:{_UP}\s){{1,3}}(?:Suite|Apt|Apartment|Unit)\b\.?\s?\#?\d{{1,5}}{_TAIL}
     |\b(?i:{_BOX})\s\d{{1,6}}{_TAIL}
     |(?<![\w-])[A-Z]-\d{{1,4}},\sSector\s\d{{1,3}}{_TAIL}
@@ -907,7 +954,7 @@ ROAD_WORDS = dict( # language → what stands before the name of a street; \s st
     fr='rue|chaussée|quai|avenue|boulevard|place',
     pl=r'ul\.|al\.|ulica|aleja|pl\.|os\.|osiedle', cz=r'nám(?:ěstí|\.)|třída|tř\.|cesta|trg',
     ro=r'str\.|bulevardul|bd\.|aleea|calea|[șşs]os(?:eaua|\.)|drumul|intrarea|splaiul',
-    ru=r"""ул\.?|улица|пр(?:оспект|осп|-т)?\.?|пер(?:еулок)?\.?|алл\.|аллея|вул(?:иця)?\.?|бул(?:ьвар|\.)
+    ru=r"""ул\.?|улиц\w{1,2}|пр(?:оспект|осп|-т)?\w?\.?|пер(?:еул\w{2,3})?\.?|алл\.|аллея|вул(?:иця)?\.?|бул(?:ьвар|\.)
         |наб(?:ережна\w?|\.)
         |пл(?:оща|\.)|шосс?е|ш\.|сквер|майдан|узвіз|парк""",
     el=r'οδός|λεωφ(?:όρος|\.)|πλατεία', he=r"רחוב|רח['׳]|שדרות|דרך|משעול|סמטת", ar='شارع|خیابان',
@@ -970,10 +1017,15 @@ _STREET_TOLD = re.compile(rf"""
     (?P<v>\d{{1,5}}[A-Za-z]?(?:[/-]\d{{1,4}})?,?\s(?!{_SPAN}\b)(?:{_UP}\s){{0,2}}{_UP}(?:\s[a-z]{{3,14}}(?=,))?{_TAIL}
         |{_HOUSE}(?(sure)(?!\s{_SPAN}\b)|(?=\s*(?:[,.;!?\n<"'}}]|$))){_TAIL})""", re.X|re.I)
 
+# %% ../../nbs/exports/pii.ipynb #df88171a
+_POST_TOLD = re.compile(rf"""\b(?:post\s?code|zip\s?code|plz|postleitzahl|code\spostal|c[oó]digo\spostal|cep
+        |postnummer|postinumero
+    |kod\spocztowy|psč|индекс)\s?(?:\s(?:is|ist|est|es|é|är|on|to|je)\s|[:=]\s?|\s)(?P<v>{_POSTCODE})""", re.X|re.I)
+
 # %% ../../nbs/exports/pii.ipynb #a664652f
 NEEDS = dict(any='', digit=r'\d', digits=r'(?:\d\D{0,3}){5}\d', long=r'\S{16}|\.(?:eth|sol|near)\b',
     password=f'(?ix){_PASS_WORD}', flag='-|net user|PASS', iban='[A-Za-z]{2}[0-9]{2}',
-    place=r'\d[.,]\d{3}|///|\+|UTM', point=r'[.,]\d{3}|°', folder=r'[\\/]\w+[\\/]',
+    place=r'\d[.,]\d{3}|///|\+|UTM', point=r'[.,]\d{3}|°|\d [NS](?!\w)', folder=r'[\\/]\w+[\\/]',
     mail_of='(?i)mail|hotm|outl|cloud|yahoo', url=r'(?i)\S\.\S|\s\.\s|dot|www',
     mail=rf'(?i)@|-at-|(?<![^\W_])(?:{_ATS})(?![^\W_])|[\[({{<]\s?a\s?[\])}}>]|(?:mail|hoo)\.') # name → what must be in a text
 NEEDS = {k: re.compile(v) for k,v in NEEDS.items()}
@@ -989,13 +1041,14 @@ PLAN = [('MENTION', 'any', _MENTION, None), ('URL', 'any', _LINK, None), ('KEY',
 # %% ../../nbs/exports/pii.ipynb #de4ea8d8
 _STREETS = [(_STREET_EAST, None), (_STREET_EN, None), (_STREET_FR, None), (_STREET_ROM, None), (_STREET_NAMED, None),
     (_STREET_GER, _is_german), (_STREET_IN, _is_home), (_STREET_LOW, _is_home), (_STREET_ROM_LOW, _is_home),
-    (_STREET_TOWN, _has_postcode), (_STREET_TOLD, _value)]
+    (_STREET_TOWN, _has_postcode), (_STREET_TOLD, _value), (_POST_TOLD, _value)]
 PLAN += [('MAC', 'digit', _MAC, _is_mac), ('IP', 'digit', _IP6, _is_ip6), ('IP', 'digit', _IP4, _is_ip4),
     ('IBAN', 'iban', _IBAN, _is_iban), ('BIRTH_DATE', 'digit', _BIRTH, _is_birth),
     ('NATIONAL_ID', 'digit', _ID_FORM, _is_id), ('NATIONAL_ID', 'digit', _ID_NAMED, _is_named_id),
     ('CARD', 'digits', _CARD, _is_card), ('CARD', 'digits', _CARD_THEN, _is_card),
     *(('ADDRESS', 'digit', *s) for s in _STREETS), ('PLATFORM_ID', 'digit', _PLATFORM, _is_platform),
     ('HANDLE', 'any', _HANDLE, None), ('HANDLE', 'any', _HANDLE_OF, _is_handle_of),
+    ('HANDLE', 'any', _HANDLE_ON, _value),
     ('HANDLE', 'folder', _FOLDER, _value), ('PHONE', 'digits', _PHONE, _is_phone)]
 
 # %% ../../nbs/exports/pii.ipynb #dbba114b

@@ -4,7 +4,8 @@
 
 # %% ../../nbs/exports/sources.ipynb #0730e96b
 from __future__ import annotations
-import re
+import json, re
+from ast import literal_eval
 from datetime import date
 from functools import partial
 from html.parser import HTMLParser
@@ -171,7 +172,7 @@ def _clock(path, column, zone):
     "Reads the times of a file, after finding the order of its dates."
     def times(): return (_at(r, column) for _,r in records(path, Quarantine(max_bad=1), training=False))
     clock = Clock(zone)
-    if column and needs_look(next((v for v in times() if v), None)): clock.look(times())
+    if column and needs_look(next((v for v in times() if v), None)): clock.look(times(), dated='date' in column.lower())
     return clock
 
 # %% ../../nbs/exports/sources.ipynb #26c2bb22
@@ -358,18 +359,44 @@ def _pair(asked, answer):
     asked = [dict(role='user', content=asked)] if isinstance(asked, str) else asked
     return asked+([dict(role='assistant', content=answer)] if isinstance(answer, str) else answer)
 
+def _turns_or_text(v): return v if (turns := _as_turns(v)) is None else turns
+
 def _chosen(r):
     "Turns of the side of a preference pair that was chosen."
-    said,asked = r['chosen'],r.get('prompt') or r.get('question')
+    said,asked = _turns_or_text(r['chosen']),_turns_or_text(r.get('prompt') or r.get('question'))
     if isinstance(said, str) and not asked:
         raise ValueError("`chosen` is a text without `prompt`; hh-rlhf is given as hh:FILE")
     return _pair(asked, said) if asked and (isinstance(said, str) or _role(said[0], 0)=='assistant') else said
 
 # %% ../../nbs/exports/sources.ipynb #dc7a21f0
+_ROLE = {'role','from'}
+
+def _are_turns(v): return isinstance(v, list) and v!=[] and isinstance(v[0], dict) and bool(v[0].keys() & _ROLE)
+
+def _written_turns(s):
+    "Turns that are written as text, as in a CSV, or None."
+    if s.lstrip()[:1] not in ('[','{'): return None
+    try: v = json.loads(s)
+    except ValueError:
+        try: v = literal_eval(s.strip()) # as pandas writes a list
+        except (ValueError, SyntaxError): return None
+    return v if _are_turns(v := _as_turns(v)) else None
+
+def _as_turns(v):
+    "Turns that a column holds: a list, a `Sequence` of `datasets`, or either as text; None of anything else."
+    if isinstance(v, str): return _written_turns(v)
+    if isinstance(v, list): return v
+    if not (isinstance(v, dict) and v.keys() & _ROLE and all(isinstance(x, list) for x in v.values())): return None
+    if len({*map(len, v.values())})>1: raise ValueError("its lists of turns have different lengths")
+    return [dict(zip(v, turn)) for turn in zip(*v.values())]
+
+# %% ../../nbs/exports/sources.ipynb #094fc8cf
 def _find_turns(r):
     "The turns of a row, in whichever shape they are."
-    for k in ('messages','conversations','conversation'):
-        if k in r: return r[k]
+    named = [k for k in ('messages','conversations','conversation') if k in r]
+    for k in named:
+        if turns := _as_turns(r[k]): return turns
+    if named and r[named[0]] in (None, []): raise LeftOut(f'no `{named[0]}` in it')
     if 'conversation_a' in r:
         if r.get('winner') in ('model_a','model_b'): return r[f"conversation_{r['winner'][-1]}"]
         raise LeftOut('neither answer was chosen')
@@ -396,16 +423,16 @@ def _system_first(r, ms, note):
 def _has_turns(b):
     "Are there turns in the first row?"
     try: found = b.row and _find_turns(b.row)
-    except LeftOut: return True
+    except LeftOut: return not _is_table(b)
     except ROW_FAULTS: return False
-    return bool(found) and not (isinstance(found[0], dict) and not found[0].keys() & {'role','from'}) # as in other exports
+    return _are_turns(found) or bool(found) and not isinstance(found[0], dict) # other exports have `messages` too
 
 # %% ../../nbs/exports/sources.ipynb #1fa016d8
 def _renamed(r, columns):
     "A row with our names of turns, of one with the file's."
     own = {k: columns[k] for k in ('role','content') if k in columns}
-    turns = _at(r, columns['messages'])
-    if not isinstance(turns, list): raise ValueError(f"`{columns['messages']}` is no list of turns")
+    turns = _as_turns(_at(r, columns['messages']))
+    if turns is None: raise ValueError(f"`{columns['messages']}` is no list of turns")
     ms = [m | {k: m.get(c) for k,c in own.items()} for m in turns]
     return r | dict(messages=ms) | ({'system': r.get(columns['system'])} if 'system' in columns else {})
 
@@ -472,13 +499,25 @@ def _is_time(v):
         try: return v in (None, '') or seconds(v, order=order) is not None
         except ROW_FAULTS: pass
 
+def _speaker_inside(row):
+    "Columns of the name and the id in a column that holds a person."
+    for c,v in row.items():
+        if not isinstance(v, dict) or _bare(c) not in ('u',*_CALLED['who'].split()): continue
+        there = {_bare(k): f'{c}.{k}' for k in v}
+        names = [there[k] for k in ('username','name','nickname','displayname','login','screenname') if k in there]
+        if names: return dict(who=names[0]) | ({'author': there['id']} if 'id' in there else {})
+    return {}
+
 def find_columns(
     row:dict, # A record
 )->dict: # Our names and the file's, of those that can be told by their names
     "The column map of a table whose columns have the usual names."
-    flat = (c for c,v in row.items() if not isinstance(v, (dict,list)))
+    flat = (c for c,v in row.items() if not isinstance(v, (dict,list)) or isinstance(v, dict) and v.keys()=={'$date'})
     there = {_bare(c): c for c in flat if _bare(c) not in _CALLED['t'].split() or _is_time(row[c])}
     found = {k: next((there[c] for c in names.split() if c in there), None) for k,names in _CALLED.items()}
+    texts = [there[c] for c in _CALLED['text'].split() if c in there] # of which `message` may be its number
+    found['text'] = next((c for c in texts if not re.fullmatch(r'\d+', str(row[c]))), found['text'])
+    if not found['who']: found |= _speaker_inside(row)
     if found['t'] and _bare(found['t'])=='date':
         both = [f"{found['t']}+{c}" for c in row if _bare(c)=='time']
         if both and _is_time(_at(row, both[0])): found['t'] = both[0]
@@ -662,7 +701,7 @@ def _other_names(columns, row):
 def _said_columns(row):
     "What is to be said of columns that were found by their names: which, which others there are, and whether nobody is named."
     found = find_columns(row)
-    rest = row.keys()-{x for c in found.values() for x in (c, *c.split('+'))}
+    rest = row.keys()-{x for c in found.values() for x in (c, *c.split('+'), c.split('.')[0])}
     res = ['columns '+' '.join(f'{k}={c}' for k,c in found.items())]
     if rest: res.append(f"not read: {excerpt(' '.join(c for c in row if c in rest))}")
     if 'who' not in found and len(found)>1: res.append('no column says who speaks, so all is one writer\'s')
@@ -709,6 +748,9 @@ def find_kind(
         if kind := next((k for k in [*kinds, *_ASKED_LAST] if k in kinds or SOURCES[k].detect(b)), ''): return kind
         if b.path.is_dir(): raise UserError(b.name, "no reader knows this folder", "give files")
         next(records(path, Quarantine(max_bad=.99)), None) # says why it can't be read, or mustn't be
+        if len(b.row)>1 and all(isinstance(v, (dict,list)) for v in b.row.values()):
+            raise UserError(b.name, f"it is one object of {len(b.row)} entries",
+                "make a list of what is in them, one JSON object a line")
         if b.row:
             raise UserError(b.name, f"no reader knows it; it has {excerpt(', '.join(_columns(b.row)), 300)}", NAME_KIND)
     return 'messages'

@@ -216,6 +216,15 @@ def seconds(
     d = _moment(v, order)
     return _stamp(d, zone) if isinstance(d, datetime) else d
 
+# %% ../../nbs/exports/times.ipynb #d0bed6e3
+_EXCEL_DAYS = 36526,73051 # of the years 2000 to 2099
+_EXCEL_0 = datetime(1899, 12, 30)
+
+def _serial(v):
+    "A number that may be a day as Excel counts them, or None."
+    if isinstance(v, str): v = float(v.replace(',', '.')) if re.fullmatch(r'\s*\d{5}([.,]\d+)?\s*', v) else None
+    return v if type(v) in (int,float) and _EXCEL_DAYS[0]<=v<_EXCEL_DAYS[1] else None
+
 # %% ../../nbs/exports/times.ipynb #6d2513d8
 class Clock:
     "Reads the times of one file."
@@ -227,16 +236,24 @@ class Clock:
         if order and order not in ORDERS: raise UserError(order, "no order of dates", f"give {', '.join(ORDERS)}")
         _zone(zone)
         self.zone,self.order,self.phone,self.naive = zone,order,phone,False
-        self.why,self.seen,self.last = '',DateOrder(),-1e18
+        self.why,self.seen,self.last,self.excel,self.typed = '',DateOrder(),-1e18,False,False
 
 @patch
 def look(self:Clock,
     vs, # All times of the file
+    dated:bool=False, # Are they said to be dates?
 ):
-    "Find the order of dates, if it isn't given and the file has any."
+    "Find the order of dates, if it isn't given and the file has any, and whether they are Excel's."
     if self.order: return self
-    for v in vs: self.seen.look(v)
+    excel,parts = None,dated
+    for v in vs:
+        if excel is not False and v not in (None, ''):
+            excel = (day := _serial(v)) is not None
+            parts |= excel and day%1>0
+        self.seen.look(v)
     if self.seen.n: self.order,self.why = self.seen.decide(self.phone)
+    self.excel = bool(excel and parts)
+    if self.excel: self.why = "times such as 45000.5 read as Excel's days"
     return self
 
 # %% ../../nbs/exports/times.ipynb #278db124
@@ -245,6 +262,10 @@ def moment(self:Clock,
     v, # A time as it is in the file
 ): # Number of seconds or `datetime`; None where it is empty
     "What a time of this file is."
+    if self.excel: return None if v in (None, '') else _EXCEL_0+timedelta(seconds=round(_serial(v)*86400, 3))
+    self.typed |= isinstance(v, date)
+    if self.typed and _serial(v) is not None:
+        raise ValueError(f"{v} among dates is a day of Excel's: give its column the format of a date")
     return _moment(v, self.order)
 
 @patch
@@ -275,9 +296,9 @@ def said(self:Clock):
 def needs_look(
     v, # The first time of a file
 )->bool:
-    "Whether the order of a file's dates has to be found before they are read."
+    "Whether all of a file's dates have to be seen before they are read."
     m = _DATE.search(_tidy(v)) if isinstance(v, str) and not _ISO.match(v) else None
-    return bool(m) and len(m[1])<3
+    return bool(m) and len(m[1])<3 or _serial(v) is not None
 
 # %% ../../nbs/exports/times.ipynb #fb403502
 class Days:
