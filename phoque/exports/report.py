@@ -17,9 +17,12 @@ from .pii import REGIONS, fix_text, redact_pii
 __all__ = ['LEARNT', 'SINCE', 'report_html', 'binned', 'bar_chart', 'thread_picture', 'survey', 'redacted_shapes', 'ReportPage']
 
 # %% ../../nbs/exports/report.ipynb #c3dcf058
-_STYLE = """<style>.phoque-report{--fg:#1b1f24;--bg:#fff;--dim:#667;--bar:#3b7dd8;--learnt:#1a9c4b;--edge:#d8dde3;
-color:var(--fg);background:var(--bg);font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:auto;padding:1em}
-@media (prefers-color-scheme:dark){.phoque-report{--fg:#e4e7eb;--bg:#14171a;--dim:#9aa4b0;--bar:#6aa3ee;--learnt:#4ecb7d;--edge:#343a41}}
+_LIGHT = '.phoque-report{--fg:#1b1f24;--bg:#fff;--dim:#667;--bar:#3b7dd8;--learnt:#1a9c4b;--edge:#d8dde3}'
+_DARK = '.phoque-report{--fg:#e4e7eb;--bg:#14171a;--dim:#9aa4b0;--bar:#6aa3ee;--learnt:#4ecb7d;--edge:#343a41}'
+_STYLE = f"""<style>{_LIGHT}@media (prefers-color-scheme:dark){{{_DARK}}}
+[data-jp-theme-light=true] {_LIGHT}[data-jp-theme-light=false] {_DARK}""" + """
+.phoque-report{color:var(--fg);background:var(--bg);font:15px/1.5 system-ui,sans-serif;
+width:60em;max-width:100%;box-sizing:border-box;margin:auto;padding:1em}
 .phoque-report table{border-collapse:collapse;margin:.6em 0;color:inherit}
 .phoque-report td,.phoque-report th{border-bottom:1px solid var(--edge);padding:.15em .8em .15em 0;text-align:left;background:none}
 .phoque-report td+td{text-align:right;font-variant-numeric:tabular-nums}

@@ -71,9 +71,8 @@ def plot_checkpoints(
     jobs:list, # `Attempt`s, in their order
 ): # matplotlib figure
     "Each job from where it began to where it ended, with the checkpoints that it published."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, .8+.4*len(jobs)), layout='constrained', facecolor='white')
-    ax = fig.subplots()
+    from matplotlib import pyplot as plt # which teaches Jupyter to show figures
+    fig,ax = plt.subplots(figsize=(7, .8+.4*len(jobs)), layout='constrained', facecolor='white')
     for i,j in enumerate(jobs):
         ax.plot([j.found, j.last], [i, i], color='#2b6cb0', lw=2)
         ax.plot(j.published, [i]*len(j.published), 'o', color='#2f855a')
@@ -84,4 +83,5 @@ def plot_checkpoints(
     ax.set_ylim(len(jobs)-.5, -.5)
     ax.legend(frameon=False, ncols=3, fontsize=8, loc='upper left', bbox_to_anchor=(0, 1.35))
     ax.spines[['top','right']].set_visible(False)
+    plt.close(fig)
     return fig
