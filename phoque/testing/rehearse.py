@@ -414,8 +414,8 @@ def _learnt(seen):
     "What the run has learnt."
     (before,after),(first,*_,last),(base,m,_) = held_out(seen),seen['curve'],seen['models']
     return (f"Held-out loss {before:.2f} → {after:.2f} ({after/before-1:+.0%}); persona score of {len(last['each'])} samples "
-            f"{first['score']:.2f} → {last['score']:.2f}, of {len(seen['asked_last'])} answers after training "
-            f"{base['score']:.2f} → {m['score']:.2f}, difference {_difference(m)}.")
+            f"{first['score']:.2f} → {last['score']:.2f}. Over {len(seen['asked_last'])} conversations it is {base['score']:.2f} for "
+            f"the base and {m['score']:.2f} for the trained model, difference {_difference(m)}.")
 
 # %% ../../nbs/testing/rehearse.ipynb #041c2b9b
 def _subtracted(seen):
@@ -524,10 +524,11 @@ def _replies(seen, n=4):
 
 def _thread(seen):
     "One simulated thread, and what the moderator did."
-    def row(m):
-        meant = 'rude' if m['intended']['toxic'] else 'harmless'
-        return dict(speaker=m['speaker'], meant=meant, flagged='flagged' if m['flagged'] else '', message=m['text'])
-    return html_table([row(m) for m in seen['thread'] if m['thread']==0])
+    from html import escape
+    def said(m):
+        meant = 'meant to be rude' if m['intended']['toxic'] else 'harmless'
+        return f"<dt>{escape(m['speaker'])} · {meant}{' · flagged'*m['flagged']}</dt><dd>{escape(m['text'])}</dd>"
+    return f"<div class=said><dl>{''.join(said(m) for m in seen['thread'] if m['thread']==0)}</dl></div>"
 
 # %% ../../nbs/testing/rehearse.ipynb #4eab9343
 WORDS = {'SIGKILL':"the system ends a process at once; it can't save anything", 'checkpoint':"the state of a run, from which it goes on",
