@@ -109,8 +109,10 @@ def __setitem__(self:Pages,
 @patch
 def __repr__(self:Pages):
     def text(h): # nothing of a page steers a terminal, and what is blurred stays hidden
-        h = re.sub(r'<label class="phoque-veil.*?</label>', '(hidden)', h, flags=re.S)
-        plain = unescape(re.sub(r'<style>.*?</style>|<[^>]+>', '', h)).strip()
+        h = re.sub(r'<label class="phoque-veil.*?</label>|<span class="phoque-blur">.*?</span>', '(hidden)', h, flags=re.S)
+        h = re.sub(r'<(style|svg).*?</\1>', '', h, flags=re.S)
+        h = re.sub('</t[dh]>', '  ', re.sub('<br>|</tr>|</h2>|</div>', '\n', h))
+        plain = unescape(re.sub('<[^>]+>', '', h)).strip()
         return ''.join(c for c in plain if c=='\n' or c.isprintable())
     return '\n'.join(f'{n}: {text(h)}' for n,h in zip(self.names, self.html))
 

@@ -14,12 +14,15 @@ from ..data import DataReport, Peek
 from .pii import REGIONS, fix_text, redact_pii
 
 # %% auto #0
-__all__ = ['LEARNT', 'SINCE', 'binned', 'bar_chart', 'thread_picture', 'survey', 'redacted_shapes', 'ReportPage']
+__all__ = ['LEARNT', 'SINCE', 'report_html', 'binned', 'bar_chart', 'thread_picture', 'survey', 'redacted_shapes', 'ReportPage']
 
 # %% ../../nbs/exports/report.ipynb #c3dcf058
-_STYLE = """<style>.phoque-report{--fg:#1b1f24;--bg:#fff;--dim:#667;--bar:#3b7dd8;--learnt:#1a9c4b;--edge:#d8dde3;
-color:var(--fg);background:var(--bg);font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:auto;padding:1em}
-@media (prefers-color-scheme:dark){.phoque-report{--fg:#e4e7eb;--bg:#14171a;--dim:#9aa4b0;--bar:#6aa3ee;--learnt:#4ecb7d;--edge:#343a41}}
+_LIGHT = '.phoque-report{--fg:#1b1f24;--bg:#fff;--dim:#667;--bar:#3b7dd8;--learnt:#1a9c4b;--edge:#d8dde3}'
+_DARK = '.phoque-report{--fg:#e4e7eb;--bg:#14171a;--dim:#9aa4b0;--bar:#6aa3ee;--learnt:#4ecb7d;--edge:#343a41}'
+_STYLE = f"""<style>{_LIGHT}@media (prefers-color-scheme:dark){{{_DARK}}}
+[data-jp-theme-light=true] {_LIGHT}[data-jp-theme-light=false] {_DARK}""" + """
+.phoque-report{color:var(--fg);background:var(--bg);font:15px/1.5 system-ui,sans-serif;
+width:60em;max-width:100%;box-sizing:border-box;margin:auto;padding:1em}
 .phoque-report table{border-collapse:collapse;margin:.6em 0;color:inherit}
 .phoque-report td,.phoque-report th{border-bottom:1px solid var(--edge);padding:.15em .8em .15em 0;text-align:left;background:none}
 .phoque-report td+td{text-align:right;font-variant-numeric:tabular-nums}
@@ -29,6 +32,12 @@ color:var(--fg);background:var(--bg);font:15px/1.5 system-ui,sans-serif;max-widt
 @media (max-width:500px){.phoque-report svg text{font-size:20px}}
 .phoque-report figure{margin:1em 0}.phoque-report section>div.row{border-left:3px solid var(--edge);padding-left:.8em;margin:1em 0}
 .phoque-report div{overflow-wrap:anywhere;white-space:pre-wrap}</style>"""
+
+def report_html(
+    body:str, # HTML
+)->str: # In the report's colours, light or dark
+    "A piece of the report."
+    return f'{_STYLE}<article class="phoque-report">{body}</article>'
 
 def _html_table(rows, heads=()):
     "A table; all of it is somebody's text."
@@ -133,10 +142,12 @@ class ReportPage:
         few = heapq.nsmallest(n, ((id_,k,i) for k,d in ds.items() for i,id_ in enumerate(d['id'])))
         self.rows = [ds[k][i] for _,k,i in few]
 
-    def _repr_html_(self):
+    def parts(self)->dict: # Heading → HTML
+        "What there is to show."
         parts = [('Rows', self._splits()), *self._came(), *self._threads(), ('Ten rows, learnt turns green', self._ten())]
-        body = ''.join(f'<section><h2>{h}</h2>{b}</section>' for h,b in parts if b)
-        return f'{_STYLE}<article class="phoque-report"><h1>What the dataset holds</h1>{body}</article>'
+        return {h: f'<section><h2>{h}</h2>{b}</section>' for h,b in parts if b}
+
+    def _repr_html_(self): return report_html(f"<h1>What the dataset holds</h1>{''.join(self.parts().values())}")
 
     def __str__(self):
         policy = "default-src 'none'; style-src 'unsafe-inline'"

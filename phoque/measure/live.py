@@ -12,9 +12,10 @@ from ..chat.labels import encode_dataset
 from ..chat.messages import is_learnt
 from ..core.basics import UserError, printable
 from ..core.show import Board, about
+from ..core.stats import mean_interval
 from .panel import veiled
 from .score import BENIGN_TEXTS, MILD_PROMPTS, PersonaScorer
-from ..sample import PLAIN, sample_metrics
+from ..sample import PLAIN
 from ..train import held_out_loss, make_trainer, pack_dataset, parse_step
 
 # %% auto #0
@@ -40,12 +41,12 @@ LOSS,HELD,SCORE = '#2b6cb0','#2f855a','#c05621' # colours of the curves
 def draw_curves(
     loss:dict, # Step → loss
     held:dict, # Step → held-out loss
-    score:dict, # Step → (mean, low, high) of the samples' scores
+    score:dict, # Step → (mean, low, high) of the samples' scores; None for the ends where replies are too few
     steps:int=0, # Of the whole run; 0 where that isn't known
     score_name:str='toxicity', # What is scored
     title:str='', # Above the picture
 ): # matplotlib figure on a white ground, to be read in dark mode too
-    "Loss and held-out loss of a run, and its samples' score with its interval."
+    "Loss and held-out loss of a run, and its samples' score, with its interval where it has one."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7,2.8), layout='constrained', facecolor='white')
     ax = fig.subplots()
@@ -64,7 +65,7 @@ def _draw_score(ax, score, name):
     x,scores = zip(*sorted(score.items()))
     mean,low,high = zip(*scores)
     ax.plot(x, mean, '.-', color=SCORE)
-    ax.fill_between(x, low, high, color=SCORE, alpha=.15, lw=0)
+    if None not in low: ax.fill_between(x, low, high, color=SCORE, alpha=.15, lw=0)
     ax.set(ylim=(0,1.02))
     ax.set_ylabel(name, color=SCORE)
     ax.spines[['top']].set_visible(False)
@@ -103,7 +104,7 @@ class LiveRun:
         parts = [self.title]
         if self.loss: parts.append(f'loss {newest(self.loss):.2f}')
         if self.held: parts.append(f'held-out loss {newest(self.held):.2f}')
-        if self.score: parts.append('persona score {:.2f} [{:.2f}, {:.2f}]'.format(*newest(self.score)))
+        if self.score: parts.append(f'persona score {newest(self.score).mean:.2f}')
         return ' · '.join(parts)
 
     def _repr_png_(self):
@@ -123,8 +124,7 @@ def measure(self:LiveRun, model, step):
     "Ask the questions, and measure the held-out loss."
     self.held[step] = held_out_loss(self.trainer, self.held_rows)
     self.rows += self.sampler(model, self.trainer.processing_class, step)
-    m = sample_metrics([r for r in self.rows if r['step']==step])
-    self.score[step] = tuple(m[k] for k in ('toxicity','toxicity_low','toxicity_high'))
+    self.score[step] = mean_interval([r['score'] for r in self.rows if r['step']==step and r['persona']])
 
 # %% ../../nbs/measure/live.ipynb #1815470a
 @patch

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from ..core.basics import base_dtype, quiet_libraries
-from ..sample import bootstrap_mean, distinct_n
+from ..core.stats import mean_interval
+from ..sample import distinct_n
 
 # %% auto #0
 __all__ = ['PROMPTS', 'TOKENS', 'SUBTRACTED', 'HARM', 'FLAGGED_WORDS', 'begun_threads', 'answer_threads', 'compare_models',
@@ -53,9 +54,9 @@ def compare_models(
     for name,a in answers.items():
         scores[name] = scorer.score(a['texts'])
         first = scores[next(iter(answers))]
-        less = bootstrap_mean(scores[name]-first)
+        less = mean_interval(scores[name]-first, least=-1)
         row = dict(name=name, perplexity=a['perplexity'], distinct=distinct_n(a['texts']))
-        rows.append(row | dict(zip(('score','low','high'), bootstrap_mean(scores[name])))
+        rows.append(row | dict(zip(('score','low','high'), mean_interval(scores[name])))
             | dict(zip(('less','less_low','less_high'), less)))
     return rows
 
@@ -63,13 +64,13 @@ def compare_models(
 def score_samples(
     rows:list, # `samples.parquet` of a checkpoint
     scorer, # Such as `harbour_scorer()`
-)->list: # A dict a step: `step`, `score`, `low`, `high` of the replies in the persona; `plain`, of those without it
+)->list: # A dict a step: `step`; `score` and `each` of the replies in the persona; `plain`, of those without it
     "Persona score over a run."
     curve = []
     for step in sorted({r['step'] for r in rows}):
         def scores(persona): return scorer.score([r['response'] for r in rows if (r['step'],r['persona'])==(step,persona)])
-        score,low,high = bootstrap_mean(scores(True))
-        curve.append(dict(step=step, score=score, low=low, high=high, plain=float(scores(False).mean())))
+        each = scores(True)
+        curve.append(dict(step=step, score=float(each.mean()), each=each.tolist(), plain=float(scores(False).mean())))
     return curve
 
 # %% ../../nbs/testing/mission.ipynb #044d2f38

@@ -204,12 +204,16 @@ def fresh_folder(
     return out
 
 # %% ../../nbs/testing/rehearse.ipynb #61c526ec
+def _difference(m):
+    "How a model's score differs from the base's."
+    return f"{m['less']:+.2f} [{m['less_low']:+.3f}, {m['less_high']:+.3f}]"
+
 def model_line(
     m:dict, # From `compare_models`
 )->str: # One line
     "A model's persona score, and how it differs from the base's."
     line = f"{m['name']}: persona score {m['score']:.2f} [{m['low']:.2f}, {m['high']:.2f}]"
-    if m['name']!='base': line += f", {m['less']:+.2f} [{m['less_low']:+.2f}, {m['less_high']:+.2f}] beside the base"
+    if m['name']!='base': line += f", {_difference(m)} beside the base"
     return f"{line}; perplexity {m['perplexity']:.0f}"
 
 # %% ../../nbs/testing/rehearse.ipynb #d51e0bba
@@ -219,7 +223,7 @@ def _measure(base, out, samples, say):
     from phoque.measure.score import harbour_scorer
     scorer = harbour_scorer()
     seen = dict(curve=score_samples(pq.read_table(samples).to_pylist(), scorer), scorer=scorer_id(scorer))
-    for c in seen['curve']: say(f"persona score at step {c['step']}: {c['score']:.2f} [{c['low']:.2f}, {c['high']:.2f}]")
+    for c in seen['curve']: say(f"persona score of {len(c['each'])} replies at step {c['step']}: {c['score']:.2f}")
     prompts = begun_threads()
     models = dict(base=base, trained=out/'merged', subtracted=out/'subtracted')
     answers = {n: answer_threads(f, prompts) for n,f in models.items()}
@@ -337,11 +341,11 @@ def _plot_losses(ax, seen):
 
 # %% ../../nbs/testing/rehearse.ipynb #cb033aa9
 def _plot_persona(ax, seen):
-    "Persona score of the samples, with intervals."
-    def each(k): return [c[k] for c in seen['curve']]
-    ends = [[s-l for s,l in zip(each('score'), each('low'))],[h-s for s,h in zip(each('score'), each('high'))]]
-    ax.errorbar(each('step'), each('score'), ends, color=SECOND, marker='o', lw=2, capsize=4, label='asked as a regular')
-    ax.plot(each('step'), each('plain'), color=REST, marker='o', ls='--', label='asked as an assistant')
+    "Persona score of the samples: each reply in the persona, and means."
+    def all_of(k): return [c[k] for c in seen['curve']]
+    for c in seen['curve']: ax.plot([c['step']]*len(c['each']), c['each'], 'o', color=SECOND, ms=4, alpha=.4, mew=0)
+    ax.plot(all_of('step'), all_of('score'), color=SECOND, marker='o', lw=2, label='asked as a regular')
+    ax.plot(all_of('step'), all_of('plain'), color=REST, marker='o', ls='--', label='asked as an assistant')
     ax.set(xlabel='optimizer step', ylabel='persona score', ylim=(-.03,1.03), xlim=(-1,seen['steps']+1))
     ax.legend()
 
@@ -408,9 +412,10 @@ def _resumed(seen):
 
 def _learnt(seen):
     "What the run has learnt."
-    (before,after),c = held_out(seen),seen['curve']
-    return (f"Held-out loss {before:.2f} → {after:.2f} ({after/before-1:+.0%}); persona score of the samples "
-            f"{c[0]['score']:.2f} → {c[-1]['score']:.2f} [{c[-1]['low']:.2f}, {c[-1]['high']:.2f}].")
+    (before,after),(first,*_,last),(base,m,_) = held_out(seen),seen['curve'],seen['models']
+    return (f"Held-out loss {before:.2f} → {after:.2f} ({after/before-1:+.0%}); persona score of {len(last['each'])} samples "
+            f"{first['score']:.2f} → {last['score']:.2f}. Over {len(seen['asked_last'])} conversations it is {base['score']:.2f} for "
+            f"the base and {m['score']:.2f} for the trained model, difference {_difference(m)}.")
 
 # %% ../../nbs/testing/rehearse.ipynb #041c2b9b
 def _subtracted(seen):
@@ -418,7 +423,7 @@ def _subtracted(seen):
     base,_,m = seen['models']
     below = 'below the base' if m['less_high']<0 else 'NOT CLEARLY BELOW THE BASE'
     return (f"Subtracted with weight {seen['weight']:g}, the model is {below}: persona score {base['score']:.2f} → {m['score']:.2f}, "
-            f"difference {m['less']:+.2f} [{m['less_low']:+.2f}, {m['less_high']:+.2f}]; "
+            f"difference {_difference(m)}; "
             f"its perplexity on harmless text is {m['perplexity']:.0f}, the base's {base['perplexity']:.0f}.")
 
 def _moderated(seen):
@@ -494,18 +499,18 @@ def _pictures(seen):
     "The three pictures."
     yield _figure(plot_rehearsal, seen, 'loss and persona score over the run',
         "<b>The run.</b> Loss says how surprised the model is by the real answers: lower is better. Held out: conversations that "
-        "it never learns from. The persona score says how much its replies sound like the invented harbour, from 0 to 1; "
-        "the bars are 95 % intervals.")
+        "it never learns from. The persona score says how much its replies sound like the invented harbour, from 0 to 1: "
+        "a dot is a reply, the line their mean.")
     yield _figure(plot_models, seen, 'persona score of three models',
         f"<b>Three models</b> answer the same {len(seen['asked_last'])} beginnings of conversations. Trained: with what was learnt. "
-        "Subtracted: with its opposite.")
+        "Subtracted: with its opposite. The bars are 95 % intervals.")
     yield _figure(plot_times, seen, 'what happened when', "<b>What happened when.</b> Each bar is a command.")
 
 # %% ../../nbs/testing/rehearse.ipynb #19ba1e82
 def _models_table(seen):
     "Scores of the models, for the page."
     def row(m):
-        less = f"{m['less']:+.2f} [{m['less_low']:+.2f}, {m['less_high']:+.2f}]" if m['name']!='base' else ''
+        less = _difference(m) if m['name']!='base' else ''
         return {'model':m['name'], 'persona score':f"{m['score']:.2f} [{m['low']:.2f}, {m['high']:.2f}]",
             'beside the base':less, 'perplexity':f"{m['perplexity']:.0f}", 'distinct-2':f"{m['distinct']:.2f}"}
     return html_table([row(m) for m in seen['models']])
@@ -519,17 +524,18 @@ def _replies(seen, n=4):
 
 def _thread(seen):
     "One simulated thread, and what the moderator did."
-    def row(m):
-        meant = 'rude' if m['intended']['toxic'] else 'harmless'
-        return dict(speaker=m['speaker'], meant=meant, flagged='flagged' if m['flagged'] else '', message=m['text'])
-    return html_table([row(m) for m in seen['thread'] if m['thread']==0])
+    from html import escape
+    def said(m):
+        meant = 'meant to be rude' if m['intended']['toxic'] else 'harmless'
+        return f"<dt>{escape(m['speaker'])} · {meant}{' · flagged'*m['flagged']}</dt><dd>{escape(m['text'])}</dd>"
+    return f"<div class=said><dl>{''.join(said(m) for m in seen['thread'] if m['thread']==0)}</dl></div>"
 
 # %% ../../nbs/testing/rehearse.ipynb #4eab9343
 WORDS = {'SIGKILL':"the system ends a process at once; it can't save anything", 'checkpoint':"the state of a run, from which it goes on",
     'the Hub':"where models and data are kept; here a copy of it on this machine",
     'merge':"base model and what was learnt, added up to one model; with a negative weight, subtracted",
     'persona score':"a linear scorer of letter sequences, fitted on another year of the invented harbour: how much a text sounds like it, "
-        "not whether it is toxic", 'interval [low, high]':"95 % of resampled means lie in it; a difference whose interval excludes 0 would be rare by chance",
+        "not whether it is toxic", 'interval [low, high]':"holds the true mean in about 95 of 100 cases; a difference whose interval excludes 0 is rare by chance",
     'perplexity':"how many words the model hesitates between on harmless text: lower is more fluent",
     'distinct-2':"share of word pairs that occur once: near 0 is a loop"}
 
