@@ -42,6 +42,10 @@ class Asker:
         "What sends the key."
         return {'Authorization':f'Bearer {key}'}
 
+    def reason(self, data):
+        "What is shown of an answer that refuses: nothing, since it may be anybody's text."
+        return ''
+
 # %% ../../nbs/core/asking.ipynb #1ef518a3
 @patch
 def _check(self:Asker): # what would fail at the first question
@@ -84,10 +88,10 @@ async def _send(self:Asker, client, path, body): # status, Retry-After, bytes
         return r.status_code, r.headers.get('retry-after', ''), data
 
 @patch
-def _refuse(self:Asker, status): # what no patience helps
+def _refuse(self:Asker, status, data): # what no patience helps
     key = f"check the key in {self.key_variable}" if self.key_variable else "name its key with --key_variable"
     remedy = key if status in (401,403) else "name the address that it leads to" if 300<=status<400 else self.remedy
-    raise UserError(self.name, f"it answered {status}", remedy)
+    raise UserError(self.name, f"it answered {status}{self.reason(data)}", remedy)
 
 # %% ../../nbs/core/asking.ipynb #13409bbf
 @patch
@@ -111,7 +115,7 @@ async def ask(self:Asker,
         else:
             if 200<=status<300: return read(data)
             if status in declined: return None
-            if not _passes(status): self._refuse(status)
+            if not _passes(status): self._refuse(status, data)
             problem = f"it answered {status}"
             if after:
                 wait = asked_wait(after, wait)
