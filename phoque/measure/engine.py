@@ -249,7 +249,7 @@ def said_gaps(
     if about.get('switched_off')=={}: parts.append(f"doesn't know {', '.join(SWITCHED_OFF)}, which may be at work there")
     return f"{printable(about['endpoint'])} {' and '.join(parts)}" if parts else ''
 
-# %% ../../nbs/measure/engine.ipynb #fd3296e8
+# %% ../../nbs/measure/engine.ipynb #40ede748
 def open_engine(
     base_model:str='', # Folder or Hub id
     adapter:str='', # Folder or Hub id
