@@ -148,7 +148,7 @@ class Endpoint(Asker):
         **kw, # More for `Asker`
     ):
         super().__init__(url.rstrip('/'), 'endpoint', **dict(timeout=300., most=1<<20, remedy='check the address and --model') | kw)
-        self.switched_off,self.not_honoured = SWITCHED_OFF,[]
+        self.switched_off,self.not_honoured,self.alike = SWITCHED_OFF,[],[]
         self.system = None if system_prompt=='' else '' if system_prompt==NO_SYSTEM else system_prompt
         self.names = [m.strip() for m in models.split(',') if m.strip()] or self._served()
 
@@ -214,7 +214,7 @@ def perplexity(self:Endpoint, name, texts): return dict(perplexity=None) # the A
 @patch(as_prop=True)
 def about(self:Endpoint):
     return dict(endpoint=self.name.partition(' ')[2], query_sha256=self.query_sha256, models=self.names, template='of the server',
-        switched_off=self.switched_off, not_honoured=self.not_honoured)
+        switched_off=self.switched_off, not_honoured=self.not_honoured, alike=self.alike)
 
 # %% ../../nbs/measure/engine.ipynb #f8ab1730
 TRIED = "After the third round, the team decided"
@@ -227,15 +227,17 @@ def settle(self:Endpoint,
     "Find out what the server goes by, and refuse one that can't draw."
     async def work(client):
         prompt = [dict(role='user', content=TRIED)] if chat else TRIED
-        async def text(temperature=2., place=0, declined=(), **more):
-            question = self.question(self.names[-1], prompt, Sampling(24, temperature, 1.), place, **more)
+        async def text(temperature=2., place=0, declined=(), name=self.names[-1], **more):
+            question = self.question(name, prompt, Sampling(24, temperature, 1.), place, **more)
             return await self.ask(client, *question, declined)
         if await text(declined=(400,422)) is None: self.switched_off = {}
         one,again,other,greedy = await text(), await text(), await text(place=1), await text(0.)
         least = dict(top_p=1e-6) | ({} if not self.switched_off else dict(top_k=1, min_p=1.))
         gaps = [k for k,v in least.items() if await text(**{k:v})!=greedy]
-        return one==other, ['seed']*(one!=again)+gaps
-    still,self.not_honoured = self.run(work)
+        first,*others = [await text(0., name=n) for n in self.names]
+        alike = [n for n,t in zip(self.names[1:], others) if t==first]
+        return one==other, ['seed']*(one!=again)+gaps, alike
+    still,self.not_honoured,self.alike = self.run(work)
     if draws and still: raise UserError("--endpoint", "its texts are the same for two seeds at a temperature of 2: it doesn't draw",
         "let it; transformers serve goes by do_sample in the model's generation_config.json")
 
@@ -247,7 +249,8 @@ def said_gaps(
     parts = []
     if about.get('not_honoured'): parts.append(f"doesn't go by {', '.join(about['not_honoured'])}")
     if about.get('switched_off')=={}: parts.append(f"doesn't know {', '.join(SWITCHED_OFF)}, which may be at work there")
-    return f"{printable(about['endpoint'])} {' and '.join(parts)}" if parts else ''
+    if about.get('alike'): parts.append(f"answers as {', '.join(about['alike'])} just what it answers as {about['models'][0]}: is the adapter applied?")
+    return printable(f"{about['endpoint']} {', and '.join(parts)}") if parts else ''
 
 # %% ../../nbs/measure/engine.ipynb #40ede748
 def open_engine(

@@ -366,14 +366,17 @@ def eval_cli(
     system_prompt:str='', # Ask in a chat under this system turn, or `none` of its own; empty continues the prompts as text
     chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
     seed:int=0, # Of prompts and draws
+    formats:str='', # Other forms of it: lm_eval, inspect, or both with a comma
     out:str='eval.json', # Report; texts and scores are kept beside it in .texts.jsonl and .scores.jsonl
 ):
     "Measure an adapter and its base, or models of a server: toxicity, perplexity, variety. The same command goes on after a kill."
+    from phoque.measure.formats import check_formats, write_formats
     check_range('--n', n, 0, 1e7)
     check_range('--k', k, 1, 10_000)
     check_range('--concurrency', concurrency, 1, 1000)
     if Path(out).suffix!='.json': raise UserError("--out", f"{out!r} is no report", "name a file that ends in .json")
     check_output('--out', out)
+    more = check_formats(formats)
     kept = Path(out).with_suffix('.texts.jsonl')
     if base_model: check_adapted(base_model, adapter)
     asked,judges = eval_prompts(prompts, n, seed) if base_model or endpoint else [],load_scorers(scorer, second_scorer)
@@ -384,6 +387,7 @@ def eval_cli(
     else: raise UserError("--base_model", "it is missing, and nothing was written before", "name one, and an --adapter")
     about = read_json(Path(f'{kept}.about.json'))
     print(f"{_eval_report(rows, judges, about, out)}; {out}")
+    for f in write_formats(out, more): print(f)
 
 # %% ../../nbs/measure/score.ipynb #aed7af63
 def _generate(engine, kept, prompts, k, seed, system_prompt): # rows, kept as they come

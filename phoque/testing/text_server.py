@@ -23,7 +23,7 @@ def made_text(
     how = dict(temperature=1., top_p=1., top_k=-1, min_p=0., seed=number) | {k:v for k,v in body.items() if k not in ignores}
     if 'temperature' in ignores: how['temperature'] = 0
     greedy = how['temperature']==0 or how['top_p']<.001 or how['top_k']==1 or how['min_p']==1
-    asked = json.dumps([body['model'], body.get('prompt') or body['messages']])
+    asked = json.dumps(['' if 'model' in ignores else body['model'], body.get('prompt') or body['messages']])
     r = random.Random(asked if greedy else f"{asked}{how['seed']}")
     n = r.randint(5, 40)
     words = r.choices(WORDS, k=min(n, body['max_tokens']))
@@ -56,7 +56,8 @@ class _Texts(asyncio.Protocol):
         if self.how['busy'] and number%self.how['busy']==0: return 429,{}
         text,why = made_text(body, self.how['ignores'], number)
         said = dict(message=dict(role='assistant', content=text)) if path.endswith('/chat/completions') else dict(text=text)
-        return 200,dict(model=body['model'], choices=[dict(index=0, finish_reason=why) | said])
+        about = dict(id=f'text-{number}', object='chat.completion' if 'message' in said else 'text_completion', created=0, model=body['model'])
+        return 200,dict(about, usage=dict(prompt_tokens=1, completion_tokens=1, total_tokens=2), choices=[dict(index=0, finish_reason=why) | said])
 
 # %% ../../nbs/testing/text_server.ipynb #85edecfb
 def serve_texts(
