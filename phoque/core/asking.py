@@ -79,8 +79,9 @@ def _passes(status): return status in (408,425,429) or status>=500 # such an ans
 # %% ../../nbs/core/asking.ipynb #94416d21
 @patch
 async def _send(self:Asker, client, path, body): # status, Retry-After, bytes
-    how = dict(json=body) if body is not None else {}
-    async with self.places, asyncio.timeout(self.timeout), client.stream('POST' if how else 'GET', self.url+path, **how) as r:
+    how,(base,mark,query) = {} if body is None else dict(json=body),self.url.partition('?')
+    url = f'{base}{path}{mark}{query}'
+    async with self.places, asyncio.timeout(self.timeout), client.stream('POST' if how else 'GET', url, **how) as r:
         data = b''
         async for part in r.aiter_bytes():
             data += part

@@ -150,7 +150,7 @@ class Endpoint(Asker):
         super().__init__(url.rstrip('/'), 'endpoint', **dict(timeout=300., most=1<<20, remedy='check the address and --model') | kw)
         self.switched_off,self.not_honoured,self.alike = SWITCHED_OFF,[],[]
         self.system = None if system_prompt=='' else '' if system_prompt==NO_SYSTEM else system_prompt
-        self.names = [m.strip() for m in models.split(',') if m.strip()] or self._served()
+        self.names = [*dict.fromkeys(m.strip() for m in models.split(',') if m.strip())] or self._served()
 
     def reason(self, data):
         "What a server says about a question that it refuses."
@@ -231,11 +231,11 @@ def settle(self:Endpoint,
             question = self.question(name, prompt, Sampling(24, temperature, 1.), place, **more)
             return await self.ask(client, *question, declined)
         if await text(declined=(400,422)) is None: self.switched_off = {}
-        one,again,other,greedy = await text(), await text(), await text(place=1), await text(0.)
+        one,again,other = await text(), await text(), await text(place=1)
+        greedy = {n: await text(0., name=n) for n in self.names}
         least = dict(top_p=1e-6) | ({} if not self.switched_off else dict(top_k=1, min_p=1.))
-        gaps = [k for k,v in least.items() if await text(**{k:v})!=greedy]
-        first,*others = [await text(0., name=n) for n in self.names]
-        alike = [n for n,t in zip(self.names[1:], others) if t==first]
+        gaps = [k for k,v in least.items() if await text(**{k:v})!=greedy[self.names[-1]]]
+        alike = [n for n in self.names[1:] if greedy[n]==greedy[self.names[0]]]
         return one==other, ['seed']*(one!=again)+gaps, alike
     still,self.not_honoured,self.alike = self.run(work)
     if draws and still: raise UserError("--endpoint", "its texts are the same for two seeds at a temperature of 2: it doesn't draw",

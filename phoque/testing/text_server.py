@@ -43,7 +43,7 @@ class _Texts(asyncio.Protocol):
             n = int(fields.get('content-length', 0))
             if len(rest)<n: return
             self.data = rest[n:]
-            status,answer = self.answer(head.split()[1].decode(), fields, json.loads(rest[:n] or b'{}'))
+            status,answer = self.answer(head.split()[1].decode().partition('?')[0], fields, json.loads(rest[:n] or b'{}'))
             body = json.dumps(answer).encode()
             self.transport.write(f'HTTP/1.1 {status} X\r\nRetry-After: 0.1\r\nContent-Length: {len(body)}\r\n\r\n'.encode()+body)
     def answer(self, path, fields, body):
