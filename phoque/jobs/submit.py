@@ -280,13 +280,13 @@ def preflight_eval(
         if not api.file_exists(adapter, 'adapter_config.json'):
             raise UserError(f"adapter {adapter}", "it holds no finished adapter", "train it to the end, or name another --hub_model_id")
         config = read_json(Path(api.hf_hub_download(adapter, 'adapter_config.json')))
-    base = config.get('base_model_name_or_path')
-    with checking(f"base model {base}"): base = resolve_base(str(base), strict=True)['id']
     with checking(f"dataset repo {repo}"):
         try:
             check_private(api, repo, 'dataset')
             there = 'private, with a report' if api.file_exists(repo, 'eval.json', repo_type='dataset') else 'private'
         except RepositoryNotFoundError: there = check_owner(me, repo) or 'will be made, private'
+    base = str(config.get('base_model_name_or_path'))
+    with checking(f"base model {base}"): base = resolve_base(base, strict=True)['id']
     rows = [('token', me['name'], TOKEN_ROLES.get(token_role(me), token_role(me))), ('adapter', adapter, 'finished'),
         ('base model', base, 'of the adapter'), ('results', repo, there)]
     return [dict(zip(('check', 'which', 'is'), map(printable, r))) for r in rows]
