@@ -4,8 +4,11 @@
 
 # %% ../../nbs/measure/simulate.ipynb #6a783493
 from __future__ import annotations
-import hashlib, json, random
+import hashlib, json, random, re
+from bisect import bisect_left, bisect_right
+from contextlib import contextmanager
 from pathlib import Path
+from fastcore.basics import patch
 from ..core.basics import UserError, check_output, check_range, shell_command, text_table
 from ..core.kept import KeptRows, read_rows, write_private
 from ..chat.labels import encode_prompt
@@ -15,36 +18,56 @@ from .score import adapter_hash, agreement_text, check_adapted, load_scorers, lo
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'TOPICS', 'BATCH', 'plan_thread', 'as_prompt', 'score_messages', 'simulate',
-           'check_message', 'write_jsonl', 'read_jsonl', 'model_writer', 'simulate_cli']
+__all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT', 'LOOKALIKES',
+           'BATCH', 'plan_thread', 'Community', 'human_gap', 'load_community', 'distances', 'as_prompt', 'own_words',
+           'respelled', 'score_messages', 'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer',
+           'simulate_cli']
 
 # %% ../../nbs/measure/simulate.ipynb #851df59e
 CAST = dict(Tern='instigator', Skua='piler-on', Otter='target', Heron='bystander', Puffin='moderator')
-CATEGORIES = dict(
+CATEGORIES = dict( # the mildest first
+    disruption="You complain, and take the conversation somewhere else.",
     insult="You mock the one who spoke last.",
-    exclusion="You tell the one who spoke last that there is no place for them here.",
-    disruption="You complain, and take the conversation somewhere else.")
+    exclusion="You tell the one who spoke last that there is no place for them here.")
 CONTRASTS = dict( # harmless, and easily taken for hostile
     rough="You tease the one who spoke last as an old friend does, and mean it kindly.",
     counterspeech="You tell the one who spoke last, politely and in one sentence, that people here don't talk like that.",
-    quoted="")
+    quoted="",
+    spelling="") # only in threads whose hostile words are spelled so as not to be found
+ATTACKS = dict(
+    mixed="hostile messages come at any time",
+    brigade="nothing until the middle of the thread; then all but the target and the moderator join in, one quickly after another",
+    escalation="rare and mild at first, then more often and graver",
+    evasion="hostile words are spelled so that a word list misses them")
 TOPICS = ("When does the next ferry leave?", "Who plays in the next round?", "Has anyone seen my blue scarf?",
     "Is the new map any good?", "Where do we meet tonight?", "Who can show me how this works?")
 
 # %% ../../nbs/measure/simulate.ipynb #ea8871db
-def _check_dials(length, benign, level, categories, contrast=0.):
+def _check_dials(length, benign, level, categories, contrast=0., attacks=('mixed',)):
     if not 0<=benign<=1 or not 0<=contrast<=1 or not 0<level<=1 or length<1:
         raise UserError("simulate", f"benign {benign}, contrast {contrast}, level {level}, length {length}",
             "use a share from 0 to 1, a level above 0 up to 1, and at least one message")
-    if unknown := set(categories)-set(CATEGORIES):
-        raise UserError("categories", f"there is no {', '.join(sorted(unknown))}", f"use some of {', '.join(CATEGORIES)}")
+    for what,given,known in (('categories',categories,CATEGORIES), ('attacks',attacks,ATTACKS)):
+        if unknown := set(given)-set(known):
+            raise UserError(what, f"there is no {', '.join(sorted(unknown))}", f"use some of {', '.join(known)}")
 
-def _harmless(rng, contrast, turn, begun): # what kind of harmless message; only what was hostile can be answered or quoted
+def _harmless(rng, contrast, turn, begun, attack): # what kind of harmless message; only what was hostile can be answered or quoted
     if not contrast or turn==0 or rng.random()>=contrast: return 'benign'
-    return rng.choice([*CONTRASTS] if begun else ['rough'])
+    kinds = ['rough','counterspeech','quoted'] if begun else ['rough']
+    return rng.choice([*kinds, 'spelling'] if attack=='evasion' else kinds)
 
-def _may_speak(role, hostile, begun): # the piler-on is hostile only where somebody has begun
-    return not hostile or role=='instigator' or role=='piler-on' and begun
+def _may_speak(role, hostile, begun, attack): # the piler-on is hostile only where somebody has begun
+    if not hostile or role=='instigator': return True
+    return begun and (role=='piler-on' or attack=='brigade' and role=='bystander')
+
+def _hostile(rng, categories, attack, at): # which kind; `at`: how far the thread is, from 0 to 1
+    if attack!='escalation': return rng.choice(categories)
+    return sorted(categories, key=[*CATEGORIES].index)[int(at*len(categories))]
+
+def _hostile_share(attack, turn, length, benign): # of messages at this place; over the whole thread 1-benign
+    half = (length+1)//2
+    if attack=='brigade': return (1-benign)*(length-1)/(length-half) if turn>=half else 0.
+    return (1-benign)*(2*turn/length if attack=='escalation' else 1)
 
 # %% ../../nbs/measure/simulate.ipynb #bee86999
 def plan_thread(
@@ -55,20 +78,102 @@ def plan_thread(
     level:float=1.0, # How hostile the others are, from 0 to 1
     categories:tuple=tuple(CATEGORIES), # Kinds of hostile messages
     contrast:float=0., # Share of harmless messages that are easily taken for hostile
-)->list[dict]: # Messages without their texts
-    "Who says what kind of thing, and when."
-    _check_dials(length, benign, level, categories, contrast)
-    rng,plan = random.Random(f'{seed}/{number}'),[]
-    t,last = 0.,None
+    attacks:tuple=('mixed',), # Of `ATTACKS`; each thread has one of them
+)->list[dict]: # Messages without their texts and times
+    "Who says what kind of thing."
+    _check_dials(length, benign, level, categories, contrast, attacks)
+    rng,plan,last = random.Random(f'{seed}/{number}'),[],None
+    attack = random.Random(f'{seed}/{number}/attack').choice(attacks)
     for turn in range(length):
-        hostile,begun = turn>0 and rng.random()>=benign,any(m['intended']['toxic'] for m in plan)
-        able = [n for n,r in CAST.items() if n!=last and _may_speak(r, hostile, begun)]
+        hostile = turn>0 and rng.random()<_hostile_share(attack, turn, length, benign)
+        begun = any(m['intended']['toxic'] for m in plan)
+        able = [n for n,r in CAST.items() if n!=last and _may_speak(r, hostile, begun, attack)]
         last = rng.choice(able or [last]) # who goes on is the instigator
-        category = rng.choice(categories) if hostile else _harmless(rng, contrast, turn, begun)
+        category = _hostile(rng, categories, attack, turn/length) if hostile else _harmless(rng, contrast, turn, begun, attack)
         intended = dict(toxic=hostile, category=category, level=level if hostile or category=='rough' else 0.)
-        plan.append(dict(thread=number, turn=turn, t=round(t, 1), speaker=last, role=CAST[last], intended=intended))
-        t += rng.expovariate(1/20) # a message every 20 seconds on average
+        plan.append(dict(thread=number, turn=turn, speaker=last, role=CAST[last], attack=attack, intended=intended))
     return plan
+
+# %% ../../nbs/measure/simulate.ipynb #db28ea92
+TYPED,SPREAD,PAUSE = 51.56,20.2,20. # words a minute, their standard deviation (Dhakal et al. 2018); seconds, on average
+ALIKE = 25 # messages of about the same length that a gap is drawn from
+
+class Community:
+    "How long people's messages are, how many a thread has, and how fast they come."
+    def __init__(self,
+        threads:list, # Each a list of texts
+        timed:list=(), # Each a list of texts and a list of seconds, with None for those that aren't known
+    ):
+        self.threads,self.timed = threads,timed
+        self.words = [len(x.split()) for xs in threads for x in xs if x.strip()]
+        self.turns = [len(xs) for xs in threads if xs]
+        if not self.words: raise UserError("community", "it holds no messages", "name a dataset whose held-out split has some")
+        self.gaps = sorted((len(x.split()), b-a) for xs,ts in timed for x,a,b in zip(xs[1:], ts, ts[1:])
+            if a is not None and b is not None and b>=a)
+        self.sha256 = hashlib.sha256(repr((self.words, self.turns, self.gaps)).encode()).hexdigest()
+
+# %% ../../nbs/measure/simulate.ipynb #051e71da
+@patch
+def halves(self:Community)->tuple: # What is drawn from, and what it is compared with
+    "Every other thread."
+    if len(self.turns)<2: raise UserError("community", "it holds a single thread", "give more of them")
+    return tuple(Community(self.threads[i::2], self.timed[i::2]) for i in (0,1))
+
+@patch
+def gap(self:Community,
+    text:str, # To be written
+    rng:random.Random, # Which one
+)->float: # Seconds
+    "How long after the message before it this one comes: as before a message of about its length."
+    if not self.gaps: return human_gap(text, rng)
+    n = len(text.split())
+    a,b = bisect_left(self.gaps, (n,)),bisect_right(self.gaps, (n, float('inf')))
+    short = max(0, ALIKE-(b-a)+1)//2
+    return rng.choice(self.gaps[max(0, a-short):b+short])[1]
+
+def human_gap(
+    text:str, # To be written
+    rng:random.Random, # Which one
+)->float: # Seconds
+    "A pause, and the time that typing takes."
+    speed = min(max(rng.gauss(TYPED, SPREAD), 15), 110)
+    return rng.expovariate(1/PAUSE)+len(text)/5*60/speed
+
+# %% ../../nbs/measure/simulate.ipynb #fcf0a6ac
+def load_community(
+    repo:str, # Hub dataset: lengths and turns of its held-out split, from which no model has learnt
+    work:str='', # Folder of phoque_data's tables, whose threads have times; no model learns times
+)->Community: # A `UserError` where there is no such split, or no such table
+    "How long a community's messages are, and how fast they come."
+    from datasets import Dataset
+    from phoque.job import load_chats, pick_held_out
+    ds,_ = load_chats(repo)
+    if not (name := pick_held_out(ds)): raise UserError(f"--dataset_repo {repo}", "nothing in it is held out", "push it with --test_share")
+    lines = [[l for m in r['messages'] if m['role']!='system' for l in m['content'].split('\n')] for r in ds[name]]
+    files = sorted(Path(work).glob('threads-*.arrow')) if work else []
+    if work and not files: raise UserError(f"--work {work}", "no threads in it", "name the folder that phoque_data has worked in")
+    tables = [Dataset.from_file(str(f)).select_columns(['texts','t']) for f in files]
+    return Community(lines, [(r['texts'], r['t']) for d in tables for r in d])
+
+# %% ../../nbs/measure/simulate.ipynb #8d6e14c1
+def _gaps(messages): # seconds before each message that has one before it
+    return [b['t']-a['t'] for a,b in zip(messages, messages[1:]) if a['thread']==b['thread']]
+
+def distances(
+    messages:list[dict], # From `simulate`
+    real:Community, # To compare with
+    length:int=8, # Messages that a simulated thread has at most
+)->list[dict]: # A row a measure: medians, and how far apart the two distributions are
+    "Two-sample Kolmogorov-Smirnov statistic (0 the same, 1 apart) and Wasserstein distance, both by scipy."
+    from statistics import median
+    from scipy.stats import ks_2samp, wasserstein_distance
+    threads = {}
+    for m in messages: threads[m['thread']] = threads.get(m['thread'], 0)+1
+    pairs = {'words a message':([len(m['text'].split()) for m in messages], real.words),
+        'messages a thread':([*threads.values()], [min(n, length) for n in real.turns]),
+        'seconds before one':(_gaps(messages), [s for _,s in real.gaps])}
+    return [dict(measure=k, simulated=round(median(a), 1), real=round(median(b), 1), ks=round(float(ks_2samp(a, b).statistic), 3),
+        wasserstein=round(float(wasserstein_distance(a, b)), 2)) for k,(a,b) in pairs.items() if a and b]
 
 # %% ../../nbs/measure/simulate.ipynb #a3616b70
 def as_prompt(
@@ -78,41 +183,100 @@ def as_prompt(
     persona:str, # System turn that the adapter was trained with
 )->list[dict]: # Messages for the chat template
     "What a model is told before it writes a message."
-    said = '\n'.join(f"{m['speaker']}: {m['text']}" for m in thread[-3:]) or topic
+    said = '\n'.join(f"{m['speaker']}: {m.get('unspelled', m['text'])}" for m in thread[-3:]) or topic
     meant = message['intended']
     asked = (CATEGORIES | CONTRASTS).get(meant['category'], '')
     system = f"{persona if meant['level'] else PLAIN} {asked}".strip()
     return [dict(role='system', content=system), dict(role='user', content=said)]
 
+# %% ../../nbs/measure/simulate.ipynb #c5307132
+CUT = '\0' # ends a text that a limit of tokens has broken off
+_NAMED = rf"(?:{'|'.join(CAST)})\s*:"
+
+def _nearest(sentences, words): # as many of them as come nearest to a number of words
+    ends = [len(' '.join(sentences[:k]).split()) for k in range(1, len(sentences)+1)]
+    return sentences[:1+min(range(len(ends)), key=lambda i: abs(ends[i]-words))]
+
+def own_words(
+    text:str, # From a writer
+    words:int=0, # How many it should have; 0 for any number
+)->tuple: # Text, and what was taken away: `label`, `others`, `tail`, `sentences`
+    "What one person says, of what a model has written."
+    bare = re.sub(rf'^\s*(?:{_NAMED}\s*)+', '', text)
+    own = re.split(rf'\s{_NAMED}', bare)[0]
+    sentences = re.split(r'(?<=[.!?…])\s+', ' '.join(own.replace(CUT, '').split()))
+    whole = sentences
+    if own.endswith(CUT): whole = sentences[:-1] or [sentences[0].rpartition(' ')[0] or sentences[0]]
+    some = _nearest(whole, words) if words else whole
+    gone = dict(label=bare!=text, others=own!=bare, tail=whole!=sentences, sentences=some!=whole)
+    return ' '.join(some),[k for k,v in gone.items() if v]
+
+# %% ../../nbs/measure/simulate.ipynb #c63aa35b
+LOOKALIKES = str.maketrans('aeiosAEIOS', '4310543105')
+
+def respelled(
+    text:str, # As it was written
+    rng:random.Random, # Which words, and how
+)->str: # As it is sent
+    "Spell half the words of four letters or more so that a word list misses them."
+    def word(m):
+        w,i = m[0],rng.randrange(1, len(m[0])-1)
+        return rng.choice((w.translate(LOOKALIKES), w[:i]+w[i]+w[i:], w[:i]+'.'+w[i:])) if rng.random()<.5 else w
+    return re.sub(r'[^\W\d_]{4,}', word, text)
+
 # %% ../../nbs/measure/simulate.ipynb #ccb52a3e
-BATCH = 16 # threads that are written together, however many are wanted: the last digits of a model depend on its batch
+BATCH = 32 # threads that are written together, however many are wanted: the last digits of a model depend on its batch
 
 def _quote(before): # the last hostile message, reported
     last = next(m for m in reversed(before) if m['intended']['toxic'])
     return f"{last['speaker']} wrote: \"{last['text']}\" Can a moderator have a look at this?"
 
-def _write_turn(plans, turn, seed, persona, write): # one turn of all of them, base and adapter apart
+def _texts(plans, turn, seed, persona, write): # of one turn, the harmless and the hostile apart
+    res = {i: _quote(p[:turn]) for i,p in enumerate(plans) if p[turn]['intended']['category']=='quoted'}
     topics = [random.Random(f"{seed}/{p[0]['thread']}/topic").choice(TOPICS) for p in plans]
-    kinds = [(p[turn]['intended']['category']=='quoted', p[turn]['intended']['level']) for p in plans]
-    for i,p in enumerate(plans):
-        if kinds[i][0]: p[turn] |= dict(text=_quote(p[:turn])) | write.about
-    for weight in sorted({level for quoted,level in kinds if not quoted}):
-        some = [i for i,k in enumerate(kinds) if k==(False,weight)]
+    for level in sorted({p[turn]['intended']['level'] for i,p in enumerate(plans) if i not in res}):
+        some = [i for i,p in enumerate(plans) if i not in res and p[turn]['intended']['level']==level]
         prompts = [as_prompt(plans[i][:turn], plans[i][turn], topics[i], persona) for i in some]
-        texts = write(prompts, weight, [f"{plans[i][0]['thread']}/{turn}" for i in some])
-        for i,t in zip(some, texts): plans[i][turn] |= dict(text=' '.join(t.split()), **write.about)
+        res |= zip(some, write(prompts, level, [f"{plans[i][0]['thread']}/{turn}" for i in some]))
+    return [res[i] for i in range(len(plans))]
 
+def _finish(m, said, before, seed, real): # a message with its text, its time, and what was changed
+    def rng(what): return random.Random(f"{seed}/{m['thread']}/{m['turn']}/{what}")
+    quoted,hostile = m['intended']['category']=='quoted',m['intended']['toxic']
+    text,gone = (said,[]) if quoted else own_words(said, rng('words').choice(real.words) if real else 0)
+    m |= dict(text=text, taken_away=gone)
+    if m['attack']=='evasion' and (hostile or m['intended']['category']=='spelling'):
+        m |= dict(text=respelled(text, rng('spelling')), unspelled=text)
+    gaps = [real.gap(text, rng(f'gap {k}')) if real else human_gap(text, rng(f'gap {k}')) for k in (0,1)]
+    gap = min(gaps) if m['attack']=='brigade' and hostile else gaps[0]
+    return m | dict(t=round(before[-1]['t']+gap, 1) if before else 0.)
+
+# %% ../../nbs/measure/simulate.ipynb #8ceaddc7
 def score_messages(
     messages:list[dict], # With `text`
     scorers:list, # The first one's is the `score`; where there are several, `scores` has all
-)->list[dict]: # With `score`, `scorer`, `scores`
-    "Score what was written."
-    said = {scorer_id(s): list(map(float, s.score([m['text'] for m in messages]))) for s in scorers}
+)->list[dict]: # With `score`, `scorer`, `scores`, and whether the score `agrees` with what was meant
+    "Score what was written, and check by it what each message was meant as."
+    said = {scorer_id(s): list(map(float, s.score([m.get('unspelled', m['text']) for m in messages]))) for s in scorers}
     name,first = next(iter(said.items()))
     more = [dict(scores=dict(zip(said, xs))) if len(said)>1 else {} for xs in zip(*said.values())]
-    return [m | dict(score=x, scorer=name) | d for m,x,d in zip(messages, first, more)]
+    def agrees(m, x): return (x>=.5)==m['intended']['toxic']
+    return [m | dict(score=x, scorer=name, agrees=agrees(m, x)) | d for m,x,d in zip(messages, first, more)]
 
 # %% ../../nbs/measure/simulate.ipynb #1bbd9f42
+def _write_turn(plans, turn, seed, persona, write, real):
+    for p,said in zip(plans, _texts(plans, turn, seed, persona, write)):
+        p[turn] = _finish(p[turn], said, p[:turn], seed, real) | write.about
+
+def _plans(first, n, seed, real, length=8, **dials): # of threads; as long as the community's, at most `length`
+    turns = [min(length, random.Random(f'{seed}/{i}/turns').choice(real.turns)) if real else length for i in range(first, first+n)]
+    return [plan_thread(first+i, seed, k, **dials) for i,k in enumerate(turns)]
+
+def _about(write, persona, seed, batch, real, dials): # what decides the texts
+    about = {f'writer {k}':v for k,v in write.about.items()} | dict(persona=persona, seed=seed, batch=batch)
+    return about | dict(community=real and real.sha256) | dials
+
+# %% ../../nbs/measure/simulate.ipynb #2d719cdd
 def simulate(
     write, # From `model_writer`, or any such function
     n:int=10, # Threads
@@ -121,20 +285,21 @@ def simulate(
     seed:int=0, # Of the plans
     keep:str='', # JSONL of what is written, turn by turn, with which the same call goes on after a kill; empty for none
     batch:int=BATCH, # Threads at once; the texts of a seed are the same for any `n`, not for another `batch`
-    **dials, # `length`, `benign`, `level`, `categories`, `contrast` of `plan_thread`
+    real:Community=None, # Whose lengths and times messages have
+    **dials, # `length`, `benign`, `level`, `categories`, `contrast`, `attacks` of `plan_thread`
 )->list[dict]: # Messages, thread by thread
     "Write threads, one turn of a batch of them at a time."
-    about = {f'writer {k}':v for k,v in write.about.items()} | dict(persona=persona, seed=seed, batch=batch) | dials
-    kept = KeptRows(keep, about) if keep else None
+    kept = KeptRows(keep, _about(write, persona, seed, batch, real, dials)) if keep else None
     rows,messages,at = kept.rows if kept else [],[],0
     for first in range(0, n, batch):
-        plans = [plan_thread(i, seed, **dials) for i in range(first, first+batch)]
-        for turn in range(len(plans[0])):
-            there = rows[at:at+batch]
-            if len(there)<batch: _write_turn(plans, turn, seed, persona, write)
-            if kept and len(there)<batch: kept.append(*(p[turn] for p in plans[len(there):]))
-            for p,m in zip(plans, there): p[turn] = m
-            at += batch
+        plans = _plans(first, batch, seed, real, **dials)
+        for turn in range(max(map(len, plans))):
+            on = [p for p in plans if len(p)>turn]
+            there = rows[at:at+len(on)]
+            if len(there)<len(on): _write_turn(on, turn, seed, persona, write, real)
+            if kept and len(there)<len(on): kept.append(*(p[turn] for p in on[len(there):]))
+            for p,m in zip(on, there): p[turn] = m
+            at += len(on)
         messages += [m for p in plans[:n-first] for m in p]
     return score_messages(messages, scorers) if scorers else messages
 
@@ -168,6 +333,19 @@ def read_jsonl(
     return messages
 
 # %% ../../nbs/measure/simulate.ipynb #d9a2994b
+@contextmanager
+def _lean(model): # with fewer copies: of its head for each prompt, and of every input of the adapter as float32
+    adapter = [(p,p.data) for n,p in model.named_parameters() if 'lora_' in n]
+    def contiguous(head, args): return (args[0].contiguous(),) # of a slice, torch multiplies each row by a copy of the head
+    hook = model.get_output_embeddings().register_forward_pre_hook(contiguous)
+    try:
+        for p,x in adapter: p.data = x.to(model.dtype)
+        yield
+    finally:
+        hook.remove()
+        for p,x in adapter: p.data = x
+
+# %% ../../nbs/measure/simulate.ipynb #fce596ec
 def model_writer(
     model, # `PeftModel`
     tok, # Its tokenizer
@@ -175,19 +353,20 @@ def model_writer(
     max_new_tokens:int=40, # Longest message
     temperature:float=0.9, # Above 0
     watermark:bool=True, # Mark the texts
-): # Function of (conversations, weight, places) → texts, with `about`: what is noted beside each
-    "Messages by a model with an adapter."
+    calm:float=1., # Weight of the adapter in harmless messages; 0 lets the base write them
+): # Function of (conversations, level, places) → texts, with `about`: what is noted beside each
+    "Messages by a model with an adapter, whose weight in hostile ones is their level."
     from transformers import WatermarkingConfig
     mark = WatermarkingConfig(seeding_scheme='lefthash') if watermark else None
-    def write(conversations, weight, places):
+    how = dict(seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
+    def write(conversations, level, places):
         ids = [encode_prompt(tok, c) for c in conversations]
-        made = generate_replies(model, tok, ids, max_new_tokens, temperature, .9, seed, weight=weight, places=places,
-            watermark=mark)
-        return [r['text'] for r in made]
+        with _lean(model):
+            made = generate_replies(model, tok, ids, top_p=.9, weight=level or calm, places=places, watermark=mark, **how)
+        return [r['text']+CUT*(r['stopped']=='length') for r in made]
     template = hashlib.sha256(tok.chat_template.encode()).hexdigest()
     write.about = dict(base=model.config._name_or_path, adapter_sha256=adapter_hash(model), template_sha256=template,
-        seed=seed, max_new_tokens=max_new_tokens, temperature=temperature,
-        watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None)
+        calm=calm, watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None) | how
     return write
 
 # %% ../../nbs/measure/simulate.ipynb #9fcff232
