@@ -13,14 +13,15 @@ from ..core.basics import UserError, check_output, check_range, shell_command, t
 from ..core.kept import KeptRows, read_rows, write_private
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
-from ..sample import PLAIN, generate_replies, scorer_id
+from ..sample import PLAIN, adapter_weight, generate_replies, scorer_id
 from .score import adapter_hash, agreement_text, check_adapted, load_scorers, load_adapted_model
 from ..train import TrainConfig
 
 # %% auto #0
 __all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT', 'LOOKALIKES',
-           'BATCH', 'plan_thread', 'Community', 'human_gap', 'load_community', 'distances', 'as_prompt', 'own_words',
-           'respelled', 'score_messages', 'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer',
+           'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap', 'load_community',
+           'distances', 'as_prompt', 'own_words', 'respelled', 'score_messages', 'simulate', 'check_message',
+           'write_jsonl', 'read_jsonl', 'model_writer', 'label_table', 'worth_lines', 'simulation_lines',
            'simulate_cli']
 
 # %% ../../nbs/measure/simulate.ipynb #851df59e
@@ -112,12 +113,20 @@ class Community:
             if a is not None and b is not None and b>=a)
         self.sha256 = hashlib.sha256(repr((self.words, self.turns, self.gaps)).encode()).hexdigest()
 
-# %% ../../nbs/measure/simulate.ipynb #051e71da
+# %% ../../nbs/measure/simulate.ipynb #a4e9e316
 @patch
 def halves(self:Community)->tuple: # What is drawn from, and what it is compared with
     "Every other thread."
     if len(self.turns)<2: raise UserError("community", "it holds a single thread", "give more of them")
     return tuple(Community(self.threads[i::2], self.timed[i::2]) for i in (0,1))
+
+@patch
+def most_tokens(self:Community,
+    tok, # Tokenizer
+)->int: # That 19 of 20 messages need at most
+    "How long a message may get."
+    needed = sorted(len(tok(x, add_special_tokens=False)['input_ids']) for xs in self.threads for x in xs)
+    return needed[int(.95*len(needed))]+1
 
 @patch
 def gap(self:Community,
@@ -225,7 +234,7 @@ def respelled(
     return re.sub(r'[^\W\d_]{4,}', word, text)
 
 # %% ../../nbs/measure/simulate.ipynb #ccb52a3e
-BATCH = 32 # threads that are written together, however many are wanted: the last digits of a model depend on its batch
+BATCH = 64 # threads that are written together, however many are wanted: the last digits of a model depend on its batch
 
 def _quote(before): # the last hostile message, reported
     last = next(m for m in reversed(before) if m['intended']['toxic'])
@@ -334,26 +343,30 @@ def read_jsonl(
 
 # %% ../../nbs/measure/simulate.ipynb #d9a2994b
 @contextmanager
-def _lean(model): # with fewer copies: of its head for each prompt, and of every input of the adapter as float32
-    adapter = [(p,p.data) for n,p in model.named_parameters() if 'lora_' in n]
-    def contiguous(head, args): return (args[0].contiguous(),) # of a slice, torch multiplies each row by a copy of the head
+def _merged(model, weight): # the adapter into the base, which is as it was afterwards; its products are a third of the work
+    layers = [m for m in model.modules() if hasattr(m, 'set_scale')]
+    was = [(m.get_base_layer().weight, m.get_base_layer().weight.data) for m in layers]
+    def contiguous(head, args): return (args[0].contiguous(),) # of a slice, torch copies the whole head for each row
     hook = model.get_output_embeddings().register_forward_pre_hook(contiguous)
     try:
-        for p,x in adapter: p.data = x.to(model.dtype)
+        with adapter_weight(model, weight): model.merge_adapter(safe_merge=True) # into new tensors
         yield
     finally:
         hook.remove()
-        for p,x in adapter: p.data = x
+        for p,x in was: p.data = x
+        for m in layers: m.merged_adapters.clear()
 
-# %% ../../nbs/measure/simulate.ipynb #fce596ec
+# %% ../../nbs/measure/simulate.ipynb #716cbbeb
+MESSAGE_TOKENS = 40 # where no community says how long messages are
+
 def model_writer(
     model, # `PeftModel`
     tok, # Its tokenizer
     seed:int=0, # Of the draws
-    max_new_tokens:int=40, # Longest message
+    max_new_tokens:int=MESSAGE_TOKENS, # Longest message
     temperature:float=0.9, # Above 0
     watermark:bool=True, # Mark the texts
-    calm:float=1., # Weight of the adapter in harmless messages; 0 lets the base write them
+    calm:float=1., # Weight of the adapter in harmless messages, above 0
 ): # Function of (conversations, level, places) → texts, with `about`: what is noted beside each
     "Messages by a model with an adapter, whose weight in hostile ones is their level."
     from transformers import WatermarkingConfig
@@ -361,26 +374,91 @@ def model_writer(
     how = dict(seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
     def write(conversations, level, places):
         ids = [encode_prompt(tok, c) for c in conversations]
-        with _lean(model):
-            made = generate_replies(model, tok, ids, top_p=.9, weight=level or calm, places=places, watermark=mark, **how)
+        with _merged(model, level or calm):
+            made = generate_replies(model, tok, ids, top_p=.9, places=places, watermark=mark, **how)
         return [r['text']+CUT*(r['stopped']=='length') for r in made]
     template = hashlib.sha256(tok.chat_template.encode()).hexdigest()
     write.about = dict(base=model.config._name_or_path, adapter_sha256=adapter_hash(model), template_sha256=template,
         calm=calm, watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None) | how
     return write
 
+# %% ../../nbs/measure/simulate.ipynb #142b4ac1
+TELLS,ASKED = .8,.2 # AUC from which words alone tell; difference of shares from which a writer does what it is asked
+
+def _scored_hostile(m): return m['agrees']==m['intended']['toxic']
+
+def label_table(
+    messages:list[dict], # From `score_messages`
+)->list[dict]: # For `text_table`
+    "What messages were meant as, and what the first scorer takes them for."
+    kinds = {}
+    for m in messages: kinds.setdefault((m['intended']['toxic'], m['intended']['category']), []).append(m)
+    return [{'meant as': c, 'hostile': ('no','yes')[h], 'messages': len(ms), 'scored 0.5 or more': sum(map(_scored_hostile, ms)),
+        'disagree': sum(not m['agrees'] for m in ms)} for (h,c),ms in sorted(kinds.items(), reverse=True)]
+
+# %% ../../nbs/measure/simulate.ipynb #88be075a
+def worth_lines(
+    messages:list[dict], # From `score_messages`
+)->list[str]: # For a console
+    "What can be told by these threads, and what can't."
+    from phoque.measure.moderate import simple_judges
+    from statistics import mean
+    hostile,res = [m for m in messages if m['intended']['toxic']],[]
+    kinds = {c: [m for m in messages if m['intended']['category']==c] for c in ('benign', *CONTRASTS)}
+    for kind,others in kinds.items():
+        judges = simple_judges([m | dict(hostile=m['intended']['toxic']) for m in hostile+others], 0.)
+        if others and not judges: res.append(f"hostile and {kind}: too few to say what words alone tell")
+        if not judges: continue
+        said = ', '.join(f"{j['judge']} AUC {j['auc']:.2f}" for j in judges)
+        a,b = (mean(map(_scored_hostile, ms)) for ms in (hostile, others))
+        if max(j['auc'] for j in judges)>=TELLS: what = "words alone tell them apart: a moderator that does, too, shows no more than a word list"
+        elif a-b>=ASKED: what = "words alone don't tell them apart, and the scorer does"
+        else: what = f"nothing tells them apart ({a:.0%} and {b:.0%} score 0.5 or more): the writer doesn't do what it is asked, and what is flagged of them says nothing"
+        res.append(f"hostile and {kind}: {said}; {what}")
+    return res
+
+# %% ../../nbs/measure/simulate.ipynb #819e076e
+def _changes(messages): # what was taken away, in words
+    what = dict(label='began with a speaker\'s label', others='went on for others', tail='were broken off', sentences='had sentences beyond their length')
+    n = {k: sum(k in m['taken_away'] for m in messages) for k in what}
+    empty = sum(not m['text'] for m in messages)
+    return ', '.join(f'{n[k]:,} {v}' for k,v in what.items() if n[k])+f', {empty:,} are empty'*bool(empty) or 'nothing'
+
+def _pace(messages, real): # where times are from
+    def fast(pairs): return sum(w>2*s for w,s in pairs)/max(len(pairs), 1) # over 120 words a minute
+    mine = [*zip([len(m['text'].split()) for m in messages if m['turn']], _gaps(messages))]
+    said = f"{fast(mine):.0%} of messages came at over 120 words a minute"
+    if real and real.gaps: return f"{said}, {fast(real.gaps):.0%} of the community's"
+    return f"{said}; no times are known: typed at {TYPED:.0f} ± {SPREAD:.0f} words a minute, after {PAUSE:.0f} s on average"
+
+def simulation_lines(
+    messages:list[dict], # From `score_messages`
+    names:list[str], # Of the scorers
+    real:Community=None, # What lengths and times are compared with
+    length:int=8, # Messages of a thread, at most
+)->list[str]: # For a console
+    "What was written, and what it is worth."
+    scores = [[m.get('scores', {}).get(n, m['score']) for m in messages] for n in names]
+    res = [text_table(label_table(messages)), agreement_text(names, scores), *worth_lines(messages)]
+    res += [f'taken away: {_changes(messages)}', _pace(messages, real)]
+    return res+[text_table(distances(messages, real, length)) if real else 'no community was named: lengths are the model\'s own']
+
 # %% ../../nbs/measure/simulate.ipynb #9fcff232
-def _written(texts, threads, length): # what was kept, to be scored again
+def _written(texts, threads, seed, real, dials): # what was kept, to be scored again
     if not texts.exists(): raise UserError("--base_model", "it is missing, and nothing was written before", "name one, and an --adapter")
-    messages = [m for m in read_rows(texts, torn=True) if m['thread']<threads and m['turn']<length]
-    if len(messages)==threads*length: return sorted(messages, key=lambda m: (m['thread'], m['turn']))
-    raise UserError(f"--threads {threads}, --length {length}", f"{texts} holds {len(messages)} of their {threads*length} messages",
+    there = {(m['thread'],m['turn']): m for m in read_rows(texts, torn=True)}
+    wanted = [(m['thread'],m['turn']) for p in _plans(0, threads, seed, real, **dials) for m in p]
+    if all(w in there for w in wanted): return [there[w] for w in wanted]
+    raise UserError(f"--threads {threads}, --length {dials['length']}", f"{texts} holds {sum(w in there for w in wanted)} of their {len(wanted)} messages",
         "name --base_model and --adapter to write the others, or ask for fewer")
 
-def _simulated(messages, names, out): # for the console; `names` of their scorers
-    hostile = sum(m['intended']['toxic'] for m in messages)
-    scores = [[m.get('scores', {}).get(n, m['score']) for m in messages] for n in names]
-    return f"{len(messages)} messages in {out}, {hostile} of them meant to be hostile\n{agreement_text(names, scores)}"
+def _check_simulation(base_model, adapter, dataset_repo, work, out, threads, benign_weight, dials): # before anything is loaded
+    for n,v,least,most in (('threads',threads,1,100_000), ('length',dials['length'],1,1000), ('benign_share',dials['benign'],0,1),
+        ('weight',dials['level'],.01,1), ('benign_weight',benign_weight,.01,1), ('contrast',dials['contrast'],0,1)): check_range(f'--{n}', v, least, most)
+    _check_dials(**dials)
+    check_output('--out', out)
+    if base_model: check_adapted(base_model, adapter)
+    if work and not dataset_repo: raise UserError("--work", "it has times, and no lengths that were held out", "name --dataset_repo too")
 
 # %% ../../nbs/measure/simulate.ipynb #e9a77f5f
 @shell_command('phoque_simulate',
@@ -392,30 +470,35 @@ def simulate_cli(
     adapter:str='', # Adapter: folder or Hub id
     system_prompt:str='', # System turn that the adapter was trained with; empty or `none` for none
     chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
-    threads:int=BATCH, # How many; a multiple of 16 wastes nothing
-    length:int=8, # Messages of each
+    threads:int=BATCH, # How many; a multiple of 64 wastes nothing
+    length:int=8, # Messages of each; of a community's, at most
     benign_share:float=0.7, # Share of messages meant to be harmless
-    contrast:float=.2, # Share of the harmless messages that are easily taken for hostile: rough, counterspeech, quoted
+    contrast:float=.2, # Share of the harmless messages that are easily taken for hostile: rough, counterspeech, quoted, spelling
     weight:float=1.0, # Adapter weight for hostile messages [0.01, 1]
+    benign_weight:float=1.0, # Adapter weight for harmless messages, which are asked for without the persona [0.01, 1]
     categories:str=','.join(CATEGORIES), # Kinds of hostile messages
+    attacks:str=','.join(ATTACKS), # How hostile messages come; each thread has one of these
+    dataset_repo:str='', # Dataset whose held-out split gives lengths of messages and threads; empty for the model's own
+    work:str='', # Folder of phoque_data's tables, for the seconds between messages; empty for those of typing
     seed:int=0, # Same seed, same threads
     scorer:str=TrainConfig().scorer, # As in phoque_eval
     second_scorer:str='profanity', # As in phoque_eval
     out:str='threads.jsonl', # JSONL of the messages with their scores; what is written is kept beside it in .texts.jsonl
 ):
     "Write labelled threads among invented people. The same command goes on after a kill; without a base model it scores again."
-    for n,v,least,most in (('threads',threads,1,100_000), ('length',length,1,1000), ('benign_share',benign_share,0,1),
-            ('weight',weight,.01,1), ('contrast',contrast,0,1)): check_range(f'--{n}', v, least, most)
-    dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')), contrast=contrast)
-    _check_dials(*dials.values()) # before a model is loaded
-    check_output('--out', out)
-    if base_model: check_adapted(base_model, adapter)
+    dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')), contrast=contrast,
+        attacks=tuple(attacks.split(',')))
+    _check_simulation(base_model, adapter, dataset_repo, work, out, threads, benign_weight, dials)
+    drawn,kept_back = load_community(dataset_repo, work).halves() if dataset_repo else (None,None)
     texts,judges = Path(out).with_suffix('.texts.jsonl'),load_scorers(scorer, second_scorer)
     if base_model:
         m,tok = load_adapted_model(base_model, adapter, chat_template)
+        write = model_writer(m, tok, seed, drawn.most_tokens(tok) if drawn else MESSAGE_TOKENS, calm=benign_weight)
         persona = '' if system_prompt==NO_SYSTEM else system_prompt # every prompt has a system turn that says what is meant
-        messages = simulate(model_writer(m, tok, seed), threads, (), persona, seed, str(texts), **dials)
-    else: messages = _written(texts, threads, length)
+        messages = simulate(write, threads, (), persona, seed, str(texts), real=drawn, **dials)
+    else: messages = _written(texts, threads, seed, drawn, dials)
     messages = score_messages(messages, judges)
     write_jsonl(messages, out)
-    print(_simulated(messages, list(map(scorer_id, judges)), out))
+    hostile = sum(m['intended']['toxic'] for m in messages)
+    print(f"{len(messages)} messages in {out}, {hostile} of them meant to be hostile",
+        *simulation_lines(messages, list(map(scorer_id, judges)), kept_back, length), sep='\n')
