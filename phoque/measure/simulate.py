@@ -19,10 +19,10 @@ from ..train import TrainConfig
 
 # %% auto #0
 __all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT', 'LOOKALIKES',
-           'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap', 'load_community',
-           'distances', 'as_prompt', 'own_words', 'respelled', 'score_messages', 'simulate', 'check_message',
-           'write_jsonl', 'read_jsonl', 'model_writer', 'label_table', 'worth_lines', 'simulation_lines',
-           'simulate_cli']
+           'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap', 'community_lines',
+           'timed_threads', 'load_community', 'distances', 'as_prompt', 'own_words', 'respelled', 'score_messages',
+           'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer', 'label_table', 'worth_lines',
+           'simulation_lines', 'simulate_cli']
 
 # %% ../../nbs/measure/simulate.ipynb #851df59e
 CAST = dict(Tern='instigator', Skua='piler-on', Otter='target', Heron='bystander', Puffin='moderator')
@@ -148,23 +148,34 @@ def human_gap(
     speed = min(max(rng.gauss(TYPED, SPREAD), 15), 110)
     return rng.expovariate(1/PAUSE)+len(text)/5*60/speed
 
-# %% ../../nbs/measure/simulate.ipynb #fcf0a6ac
+# %% ../../nbs/measure/simulate.ipynb #6cbb0da1
+def community_lines(
+    rows, # Of a dataset
+)->list[list[str]]: # Of each row, its lines: what phoque_data joins in one turn are messages of their own
+    "What was said in each conversation."
+    return [[l for m in r['messages'] if m['role']!='system' for l in m['content'].split('\n')] for r in rows]
+
+def timed_threads(
+    work:str|Path, # Folder of phoque_data's tables
+)->list[tuple]: # Texts and seconds of each thread
+    "Threads with their times, as they were read."
+    from datasets import Dataset
+    if not (files := sorted(Path(work).glob('threads-*.arrow'))):
+        raise UserError(f"--work {work}", "no threads in it", "name the folder that phoque_data has worked in")
+    tables = [Dataset.from_file(str(f)).select_columns(['texts','t']) for f in files]
+    return [(r['texts'], r['t']) for d in tables for r in d]
+
 def load_community(
     repo:str, # Hub dataset: lengths and turns of its held-out split, from which no model has learnt
     work:str='', # Folder of phoque_data's tables, whose threads have times; no model learns times
 )->Community: # A `UserError` where there is no such split, or no such table
     "How long a community's messages are, and how fast they come."
-    from datasets import Dataset
     from phoque.job import load_chats, pick_held_out
     ds,_ = load_chats(repo)
     if not (name := pick_held_out(ds)): raise UserError(f"--dataset_repo {repo}", "nothing in it is held out", "push it with --test_share")
-    lines = [[l for m in r['messages'] if m['role']!='system' for l in m['content'].split('\n')] for r in ds[name]]
-    files = sorted(Path(work).glob('threads-*.arrow')) if work else []
-    if work and not files: raise UserError(f"--work {work}", "no threads in it", "name the folder that phoque_data has worked in")
-    tables = [Dataset.from_file(str(f)).select_columns(['texts','t']) for f in files]
-    return Community(lines, [(r['texts'], r['t']) for d in tables for r in d])
+    return Community(community_lines(ds[name]), timed_threads(work) if work else [])
 
-# %% ../../nbs/measure/simulate.ipynb #8d6e14c1
+# %% ../../nbs/measure/simulate.ipynb #20f51cd3
 def _gaps(messages): # seconds before each message that has one before it
     return [b['t']-a['t'] for a,b in zip(messages, messages[1:]) if a['thread']==b['thread']]
 
@@ -198,7 +209,7 @@ def as_prompt(
     system = f"{persona if meant['level'] else PLAIN} {asked}".strip()
     return [dict(role='system', content=system), dict(role='user', content=said)]
 
-# %% ../../nbs/measure/simulate.ipynb #c5307132
+# %% ../../nbs/measure/simulate.ipynb #3d3e72db
 CUT = '\0' # ends a text that a limit of tokens has broken off
 _NAMED = rf"(?:{'|'.join(CAST)})\s*:"
 
@@ -220,7 +231,7 @@ def own_words(
     gone = dict(label=bare!=text, others=own!=bare, tail=whole!=sentences, sentences=some!=whole)
     return ' '.join(some),[k for k,v in gone.items() if v]
 
-# %% ../../nbs/measure/simulate.ipynb #c63aa35b
+# %% ../../nbs/measure/simulate.ipynb #35db6d3f
 LOOKALIKES = str.maketrans('aeiosAEIOS', '4310543105')
 
 def respelled(
@@ -260,7 +271,7 @@ def _finish(m, said, before, seed, real): # a message with its text, its time, a
     gap = min(gaps) if m['attack']=='brigade' and hostile else gaps[0]
     return m | dict(t=round(before[-1]['t']+gap, 1) if before else 0.)
 
-# %% ../../nbs/measure/simulate.ipynb #8ceaddc7
+# %% ../../nbs/measure/simulate.ipynb #69cd31ca
 def score_messages(
     messages:list[dict], # With `text`
     scorers:list, # The first one's is the `score`; where there are several, `scores` has all
@@ -285,7 +296,7 @@ def _about(write, persona, seed, batch, real, dials): # what decides the texts
     about = {f'writer {k}':v for k,v in write.about.items()} | dict(persona=persona, seed=seed, batch=batch)
     return about | dict(community=real and real.sha256) | dials
 
-# %% ../../nbs/measure/simulate.ipynb #2d719cdd
+# %% ../../nbs/measure/simulate.ipynb #7d6e9f38
 def simulate(
     write, # From `model_writer`, or any such function
     n:int=10, # Threads
@@ -356,7 +367,7 @@ def _merged(model, weight): # the adapter into the base, which is as it was afte
         for p,x in was: p.data = x
         for m in layers: m.merged_adapters.clear()
 
-# %% ../../nbs/measure/simulate.ipynb #716cbbeb
+# %% ../../nbs/measure/simulate.ipynb #2d95fc66
 MESSAGE_TOKENS = 40 # where no community says how long messages are
 
 def model_writer(
@@ -382,7 +393,7 @@ def model_writer(
         calm=calm, watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None) | how
     return write
 
-# %% ../../nbs/measure/simulate.ipynb #142b4ac1
+# %% ../../nbs/measure/simulate.ipynb #7b510555
 TELLS,ASKED = .8,.2 # AUC from which words alone tell; difference of shares from which a writer does what it is asked
 
 def _scored_hostile(m): return m['agrees']==m['intended']['toxic']
@@ -396,7 +407,7 @@ def label_table(
     return [{'meant as': c, 'hostile': ('no','yes')[h], 'messages': len(ms), 'scored 0.5 or more': sum(map(_scored_hostile, ms)),
         'disagree': sum(not m['agrees'] for m in ms)} for (h,c),ms in sorted(kinds.items(), reverse=True)]
 
-# %% ../../nbs/measure/simulate.ipynb #88be075a
+# %% ../../nbs/measure/simulate.ipynb #f1538234
 def worth_lines(
     messages:list[dict], # From `score_messages`
 )->list[str]: # For a console
@@ -417,7 +428,7 @@ def worth_lines(
         res.append(f"hostile and {kind}: {said}; {what}")
     return res
 
-# %% ../../nbs/measure/simulate.ipynb #819e076e
+# %% ../../nbs/measure/simulate.ipynb #dde13515
 def _changes(messages): # what was taken away, in words
     what = dict(label='began with a speaker\'s label', others='went on for others', tail='were broken off', sentences='had sentences beyond their length')
     n = {k: sum(k in m['taken_away'] for m in messages) for k in what}
