@@ -11,6 +11,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.basics import UserError, check_output, check_range, shell_command, text_table
 from ..core.kept import KeptRows, read_rows, write_private
+from ..core.stats import LEAST
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
 from ..sample import PLAIN, adapter_weight, generate_replies, scorer_id
@@ -407,7 +408,7 @@ def label_table(
     return [{'meant as': c, 'hostile': ('no','yes')[h], 'messages': len(ms), 'scored 0.5 or more': sum(map(_scored_hostile, ms)),
         'disagree': sum(not m['agrees'] for m in ms)} for (h,c),ms in sorted(kinds.items(), reverse=True)]
 
-# %% ../../nbs/measure/simulate.ipynb #f1538234
+# %% ../../nbs/measure/simulate.ipynb #96f2d19e
 def worth_lines(
     messages:list[dict], # From `score_messages`
 )->list[str]: # For a console
@@ -417,7 +418,8 @@ def worth_lines(
     hostile,res = [m for m in messages if m['intended']['toxic']],[]
     kinds = {c: [m for m in messages if m['intended']['category']==c] for c in ('benign', *CONTRASTS)}
     for kind,others in kinds.items():
-        judges = simple_judges([m | dict(hostile=m['intended']['toxic']) for m in hostile+others], 0.)
+        enough = min(len(hostile), len(others))>=LEAST
+        judges = simple_judges([m | dict(hostile=m['intended']['toxic']) for m in hostile+others], 0.) if enough else []
         if others and not judges: res.append(f"hostile and {kind}: too few to say what words alone tell")
         if not judges: continue
         said = ', '.join(f"{j['judge']} AUC {j['auc']:.2f}" for j in judges)
