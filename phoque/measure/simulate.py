@@ -114,7 +114,7 @@ class Community:
             if a is not None and b is not None and b>=a)
         self.sha256 = hashlib.sha256(repr((self.words, self.turns, self.gaps)).encode()).hexdigest()
 
-# %% ../../nbs/measure/simulate.ipynb #a4e9e316
+# %% ../../nbs/measure/simulate.ipynb #81be112c
 @patch
 def halves(self:Community)->tuple: # What is drawn from, and what it is compared with
     "Every other thread."
@@ -129,6 +129,7 @@ def most_tokens(self:Community,
     needed = sorted(len(tok(x, add_special_tokens=False)['input_ids']) for xs in self.threads for x in xs)
     return needed[int(.95*len(needed))]+1
 
+# %% ../../nbs/measure/simulate.ipynb #e4388714
 @patch
 def gap(self:Community,
     text:str, # To be written
@@ -149,7 +150,7 @@ def human_gap(
     speed = min(max(rng.gauss(TYPED, SPREAD), 15), 110)
     return rng.expovariate(1/PAUSE)+len(text)/5*60/speed
 
-# %% ../../nbs/measure/simulate.ipynb #6cbb0da1
+# %% ../../nbs/measure/simulate.ipynb #07db070d
 def community_lines(
     rows, # Of a dataset
 )->list[list[str]]: # Of each row, its lines: what phoque_data joins in one turn are messages of their own
@@ -176,7 +177,7 @@ def load_community(
     if not (name := pick_held_out(ds)): raise UserError(f"--dataset_repo {repo}", "nothing in it is held out", "push it with --test_share")
     return Community(community_lines(ds[name]), timed_threads(work) if work else [])
 
-# %% ../../nbs/measure/simulate.ipynb #20f51cd3
+# %% ../../nbs/measure/simulate.ipynb #993cefe6
 def _gaps(messages): # seconds before each message that has one before it
     return [b['t']-a['t'] for a,b in zip(messages, messages[1:]) if a['thread']==b['thread']]
 
@@ -210,7 +211,7 @@ def as_prompt(
     system = f"{persona if meant['level'] else PLAIN} {asked}".strip()
     return [dict(role='system', content=system), dict(role='user', content=said)]
 
-# %% ../../nbs/measure/simulate.ipynb #3d3e72db
+# %% ../../nbs/measure/simulate.ipynb #a9a155c6
 CUT = '\0' # ends a text that a limit of tokens has broken off
 _NAMED = rf"(?:{'|'.join(CAST)})\s*:"
 
@@ -232,7 +233,7 @@ def own_words(
     gone = dict(label=bare!=text, others=own!=bare, tail=whole!=sentences, sentences=some!=whole)
     return ' '.join(some),[k for k,v in gone.items() if v]
 
-# %% ../../nbs/measure/simulate.ipynb #35db6d3f
+# %% ../../nbs/measure/simulate.ipynb #80453a54
 LOOKALIKES = str.maketrans('aeiosAEIOS', '4310543105')
 
 def respelled(
@@ -272,7 +273,7 @@ def _finish(m, said, before, seed, real): # a message with its text, its time, a
     gap = min(gaps) if m['attack']=='brigade' and hostile else gaps[0]
     return m | dict(t=round(before[-1]['t']+gap, 1) if before else 0.)
 
-# %% ../../nbs/measure/simulate.ipynb #69cd31ca
+# %% ../../nbs/measure/simulate.ipynb #91e7c9ea
 def score_messages(
     messages:list[dict], # With `text`
     scorers:list, # The first one's is the `score`; where there are several, `scores` has all
@@ -297,7 +298,7 @@ def _about(write, persona, seed, batch, real, dials): # what decides the texts
     about = {f'writer {k}':v for k,v in write.about.items()} | dict(persona=persona, seed=seed, batch=batch)
     return about | dict(community=real and real.sha256) | dials
 
-# %% ../../nbs/measure/simulate.ipynb #7d6e9f38
+# %% ../../nbs/measure/simulate.ipynb #4d5997f2
 def simulate(
     write, # From `model_writer`, or any such function
     n:int=10, # Threads
@@ -368,7 +369,7 @@ def _merged(model, weight): # the adapter into the base, which is as it was afte
         for p,x in was: p.data = x
         for m in layers: m.merged_adapters.clear()
 
-# %% ../../nbs/measure/simulate.ipynb #2d95fc66
+# %% ../../nbs/measure/simulate.ipynb #c08e601b
 MESSAGE_TOKENS = 40 # where no community says how long messages are
 
 def model_writer(
@@ -394,7 +395,7 @@ def model_writer(
         calm=calm, watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None) | how
     return write
 
-# %% ../../nbs/measure/simulate.ipynb #7b510555
+# %% ../../nbs/measure/simulate.ipynb #aa07af24
 TELLS,ASKED = .8,.2 # AUC from which words alone tell; difference of shares from which a writer does what it is asked
 
 def _scored_hostile(m): return m['agrees']==m['intended']['toxic']
@@ -408,7 +409,7 @@ def label_table(
     return [{'meant as': c, 'hostile': ('no','yes')[h], 'messages': len(ms), 'scored 0.5 or more': sum(map(_scored_hostile, ms)),
         'disagree': sum(not m['agrees'] for m in ms)} for (h,c),ms in sorted(kinds.items(), reverse=True)]
 
-# %% ../../nbs/measure/simulate.ipynb #96f2d19e
+# %% ../../nbs/measure/simulate.ipynb #2d690755
 def worth_lines(
     messages:list[dict], # From `score_messages`
 )->list[str]: # For a console
@@ -424,13 +425,15 @@ def worth_lines(
         if not judges: continue
         said = ', '.join(f"{j['judge']} AUC {j['auc']:.2f}" for j in judges)
         a,b = (mean(map(_scored_hostile, ms)) for ms in (hostile, others))
-        if max(j['auc'] for j in judges)>=TELLS: what = "words alone tell them apart: a moderator that does, too, shows no more than a word list"
+        if max(j['auc'] for j in judges)>=TELLS:
+            what = "words alone tell them apart: a moderator that does, too, shows no more than a word list"
         elif a-b>=ASKED: what = "words alone don't tell them apart, and the scorer does"
-        else: what = f"nothing tells them apart ({a:.0%} and {b:.0%} score 0.5 or more): the writer doesn't do what it is asked, and what is flagged of them says nothing"
+        else: what = (f"nothing tells them apart ({a:.0%} and {b:.0%} score 0.5 or more): "
+            "the writer doesn't do what it is asked, and what is flagged of them says nothing")
         res.append(f"hostile and {kind}: {said}; {what}")
     return res
 
-# %% ../../nbs/measure/simulate.ipynb #dde13515
+# %% ../../nbs/measure/simulate.ipynb #dac8bccb
 def _changes(messages): # what was taken away, in words
     what = dict(label='began with a speaker\'s label', others='went on for others', tail='were broken off', sentences='had sentences beyond their length')
     n = {k: sum(k in m['taken_away'] for m in messages) for k in what}
@@ -474,6 +477,21 @@ def _check_simulation(base_model, adapter, dataset_repo, work, out, threads, ben
     if work and not dataset_repo: raise UserError("--work", "it has times, and no lengths that were held out", "name --dataset_repo too")
 
 # %% ../../nbs/measure/simulate.ipynb #e9a77f5f
+def _writer(base_model, adapter, chat_template, seed, drawn, benign_weight):
+    m,tok = load_adapted_model(base_model, adapter, chat_template)
+    return model_writer(m, tok, seed, drawn.most_tokens(tok) if drawn else MESSAGE_TOKENS, calm=benign_weight)
+
+def _messages(writer, threads, system_prompt, seed, out, drawn, dials): # written, or read where there is no writer
+    texts = Path(out).with_suffix('.texts.jsonl')
+    if not writer: return _written(texts, threads, seed, drawn, dials)
+    persona = '' if system_prompt==NO_SYSTEM else system_prompt # every prompt has a system turn that says what is meant
+    return simulate(writer, threads, (), persona, seed, str(texts), real=drawn, **dials)
+
+def _said(messages, out):
+    hostile = sum(m['intended']['toxic'] for m in messages)
+    return [f"{len(messages)} messages in {out}, {hostile} of them meant to be hostile"]
+
+# %% ../../nbs/measure/simulate.ipynb #0862a91a
 @shell_command('phoque_simulate',
     'phoque_simulate --base_model BASE --adapter YOU/phoque --system_prompt "You are a regular of this community."',
     'phoque_simulate --base_model BASE --adapter YOU/phoque --threads 200 --benign_share 0.8 --out threads.jsonl',
@@ -503,15 +521,8 @@ def simulate_cli(
         attacks=tuple(attacks.split(',')))
     _check_simulation(base_model, adapter, dataset_repo, work, out, threads, benign_weight, dials)
     drawn,kept_back = load_community(dataset_repo, work).halves() if dataset_repo else (None,None)
-    texts,judges = Path(out).with_suffix('.texts.jsonl'),load_scorers(scorer, second_scorer)
-    if base_model:
-        m,tok = load_adapted_model(base_model, adapter, chat_template)
-        write = model_writer(m, tok, seed, drawn.most_tokens(tok) if drawn else MESSAGE_TOKENS, calm=benign_weight)
-        persona = '' if system_prompt==NO_SYSTEM else system_prompt # every prompt has a system turn that says what is meant
-        messages = simulate(write, threads, (), persona, seed, str(texts), real=drawn, **dials)
-    else: messages = _written(texts, threads, seed, drawn, dials)
-    messages = score_messages(messages, judges)
+    judges = load_scorers(scorer, second_scorer)
+    writer = _writer(base_model, adapter, chat_template, seed, drawn, benign_weight) if base_model else None
+    messages = score_messages(_messages(writer, threads, system_prompt, seed, out, drawn, dials), judges)
     write_jsonl(messages, out)
-    hostile = sum(m['intended']['toxic'] for m in messages)
-    print(f"{len(messages)} messages in {out}, {hostile} of them meant to be hostile",
-        *simulation_lines(messages, list(map(scorer_id, judges)), kept_back, length), sep='\n')
+    print(*_said(messages, out), *simulation_lines(messages, list(map(scorer_id, judges)), kept_back, length), sep='\n')
