@@ -149,6 +149,7 @@ class Endpoint(Asker):
     ):
         super().__init__(url.rstrip('/'), 'endpoint', **dict(timeout=300., most=1<<20, remedy='check the address and --model') | kw)
         self.switched_off,self.not_honoured,self.alike = SWITCHED_OFF,[],[]
+        self.cut = '' # what is put behind a text that was cut at the limit
         self.system = None if system_prompt=='' else '' if system_prompt==NO_SYSTEM else system_prompt
         self.names = [*dict.fromkeys(m.strip() for m in models.split(',') if m.strip())] or self._served()
 
@@ -196,7 +197,7 @@ def read_text(self:Endpoint,
         first, = read_json(data)['choices']
         text = first['message']['content'] if 'message' in first else first['text']
     except (UserError, LookupError, TypeError, ValueError): raise UserError(self.name, "its answer isn't one of the OpenAI API", "check the address") from None
-    if isinstance(text, str): return text.strip()
+    if isinstance(text, str): return text.strip()+self.cut*(first.get('finish_reason')=='length')
     raise UserError(self.name, f"its answer has a {type(text).__name__} for a text", "serve the model without reasoning and tools")
 
 @patch

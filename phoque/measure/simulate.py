@@ -14,6 +14,7 @@ from ..core.kept import KeptRows, read_rows, write_private
 from ..core.stats import LEAST
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
+from .engine import Sampling, open_engine
 from ..sample import PLAIN, adapter_weight, generate_replies, scorer_id
 from .score import adapter_hash, agreement_text, check_adapted, load_scorers, load_adapted_model
 from ..train import TrainConfig
@@ -22,8 +23,8 @@ from ..train import TrainConfig
 __all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT', 'LOOKALIKES',
            'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap', 'community_lines',
            'timed_threads', 'load_community', 'distances', 'as_prompt', 'own_words', 'respelled', 'score_messages',
-           'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer', 'label_table', 'worth_lines',
-           'simulation_lines', 'simulate_cli']
+           'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer', 'server_writer', 'label_table',
+           'worth_lines', 'simulation_lines', 'simulate_cli']
 
 # %% ../../nbs/measure/simulate.ipynb #851df59e
 CAST = dict(Tern='instigator', Skua='piler-on', Otter='target', Heron='bystander', Puffin='moderator')
@@ -395,6 +396,22 @@ def model_writer(
         calm=calm, watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None) | how
     return write
 
+# %% ../../nbs/measure/simulate.ipynb #6e0bcf7f
+def server_writer(
+    server, # `Endpoint`, whose only model is the one that was trained
+    seed:int=0, # Of the draws
+    max_new_tokens:int=MESSAGE_TOKENS, # Longest message
+    temperature:float=0.9, # Above 0
+): # As `model_writer`
+    "Messages by a model of a server: at the weight at which it is served, and without a mark."
+    server.cut,how = CUT,Sampling(max_new_tokens, temperature, .9, seed)
+    def write(conversations, level, places):
+        said = []
+        server.replies(server.names[0], conversations, 1, how, said.extend, places=places)
+        return said
+    write.about = server.about | how._asdict() | dict(watermark=None)
+    return write
+
 # %% ../../nbs/measure/simulate.ipynb #aa07af24
 TELLS,ASKED = .8,.2 # AUC from which words alone tell; difference of shares from which a writer does what it is asked
 
@@ -477,6 +494,13 @@ def _check_simulation(base_model, adapter, dataset_repo, work, out, threads, ben
     if work and not dataset_repo: raise UserError("--work", "it has times, and no lengths that were held out", "name --dataset_repo too")
 
 # %% ../../nbs/measure/simulate.ipynb #e9a77f5f
+def _server(endpoint, model, key_variable, concurrency, weight, **local): # refuses what is of a model on this machine
+    if more := [k for k,v in local.items() if v]:
+        raise UserError(f"--{more[0]}", "it needs the model's own weights or tokenizer, and --endpoint names a server", "leave one of the two out")
+    server = open_engine(endpoint=endpoint, model=model, key_variable=key_variable, concurrency=concurrency, weight=weight)
+    if len(server.names)==1: return server
+    raise UserError("--model", f"{len(server.names)} models", "name the one that writes")
+
 def _writer(base_model, adapter, chat_template, seed, drawn, benign_weight):
     m,tok = load_adapted_model(base_model, adapter, chat_template)
     return model_writer(m, tok, seed, drawn.most_tokens(tok) if drawn else MESSAGE_TOKENS, calm=benign_weight)
@@ -499,6 +523,10 @@ def _said(messages, out):
 def simulate_cli(
     base_model:str='', # Base model: folder or Hub id
     adapter:str='', # Adapter: folder or Hub id
+    endpoint:str='', # OpenAI-compatible server to ask instead, such as http://127.0.0.1:8000/v1
+    model:str='', # Its model that writes; empty where it serves one
+    key_variable:str='', # Environment variable that holds its key
+    concurrency:int=8, # Requests to it at once
     system_prompt:str='', # System turn that the adapter was trained with; empty or `none` for none
     chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
     threads:int=BATCH, # How many; a multiple of 64 wastes nothing
@@ -522,7 +550,10 @@ def simulate_cli(
     _check_simulation(base_model, adapter, dataset_repo, work, out, threads, benign_weight, dials)
     drawn,kept_back = load_community(dataset_repo, work).halves() if dataset_repo else (None,None)
     judges = load_scorers(scorer, second_scorer)
-    writer = _writer(base_model, adapter, chat_template, seed, drawn, benign_weight) if base_model else None
+    if endpoint:
+        local = dict(base_model=base_model, adapter=adapter, chat_template=chat_template, dataset_repo=dataset_repo, benign_weight=benign_weight!=1)
+        writer = server_writer(_server(endpoint, model, key_variable, concurrency, weight, **local), seed)
+    else: writer = _writer(base_model, adapter, chat_template, seed, drawn, benign_weight) if base_model else None
     messages = score_messages(_messages(writer, threads, system_prompt, seed, out, drawn, dials), judges)
     write_jsonl(messages, out)
     print(*_said(messages, out), *simulation_lines(messages, list(map(scorer_id, judges)), kept_back, length), sep='\n')
