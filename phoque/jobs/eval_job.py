@@ -33,6 +33,7 @@ from phoque.jobs.eval_job import eval_job
 eval_job()
 '''
 
+# %% ../../nbs/jobs/eval_job.ipynb #c0f35666
 def eval_script(
     path:str|Path='.', # A folder of the project
 )->Path: # In build/, named by its hash
@@ -131,6 +132,7 @@ def run_eval_job(
     if not code: print(f'complete: the results are in {results.repo}', flush=True)
     return code
 
+# %% ../../nbs/jobs/eval_job.ipynb #3fb95096
 def eval_job():
     "What the job's script calls: its options are in the environment."
     with command('phoque_eval'):

@@ -305,6 +305,7 @@ def check_eval(
     if options['scorer'] in ('', 'none'): raise UserError("SCORER", f"{options['scorer']!r} measures nothing", "name a text classifier of the Hub")
     return len(eval_prompts(prompts, options['n'], options['seed']))
 
+# %% ../../nbs/jobs/submit.ipynb #d19b14a8
 def submit_eval(
     adapter:str, # Hub repo of the adapter
     options:dict, # Of `phoque_eval`

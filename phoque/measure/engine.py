@@ -200,6 +200,7 @@ def read_text(self:Endpoint,
     if isinstance(text, str): return text.strip()+self.cut*(first.get('finish_reason')=='length')
     raise UserError(self.name, f"its answer has a {type(text).__name__} for a text", "serve the model without reasoning and tools")
 
+# %% ../../nbs/measure/engine.ipynb #b253616e
 @patch
 def replies(self:Endpoint, name, prompts, k, how, keep, done=0, places=None):
     "As `LocalEngine.replies`, many at once."

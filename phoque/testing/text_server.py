@@ -70,6 +70,7 @@ def serve_texts(
         await server.serve_forever()
     asyncio.run(main())
 
+# %% ../../nbs/testing/text_server.ipynb #974b666b
 class TextServer:
     "`serve_texts` in a process of its own."
     def __init__(self,
