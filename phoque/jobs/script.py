@@ -271,26 +271,29 @@ def project_root(
 # %% ../../nbs/jobs/script.ipynb #378a24b5
 def job_pins(
     settings:str|Path, # settings.ini
+    needs:list=JOB_NEEDS, # Names of packages
 )->list[str]: # One requirement a package the job needs
     "The pins of what the job installs, as settings.ini has them."
     ini = ConfigParser(delimiters=['='], interpolation=None)
     ini.read(settings, encoding='utf-8')
     pins = {re.match(r'[\w-]+', r)[0]:r for r in ini['DEFAULT']['requirements'].split()}
-    if missing := [n for n in JOB_NEEDS if n not in pins]:
+    if missing := [n for n in needs if n not in pins]:
         raise ValueError(f"settings.ini pins no {', '.join(missing)}: the job needs it")
-    return [pins[n] for n in JOB_NEEDS]
+    return [pins[n] for n in needs]
 
 # %% ../../nbs/jobs/script.ipynb #7e27430c
 def job_header(
     pins:list[str], # Requirements
     python:str='3.11', # Oldest Python it runs on
+    names:list=JOB_SECRETS, # Of secrets
+    label:tuple=JOB_LABEL, # By which its jobs are found
 )->str: # The script's first lines
     "A PEP 723 header: what to install, and how HF Jobs is to run it."
-    label,value = JOB_LABEL
-    secrets = ', '.join(f'"{s}"' for s in JOB_SECRETS)
+    key,value = label
+    secrets = ', '.join(f'"{s}"' for s in names)
     toml = [f'requires-python = ">={python}"', 'dependencies = [', *(f'    "{p}",' for p in pins), ']', '',
         '[tool.hf-jobs]', f'flavor = "{JOB_FLAVOR}"', f'timeout = "{JOB_TIMEOUT}"', f'secrets = [{secrets}]',
-        f'labels = {{ {label} = "{value}" }}', '',
+        f'labels = {{ {key} = "{value}" }}', '',
         '[tool.hf-jobs.env]', *(f'{k} = "{v}"' for k,v in JOB_ENV.items())]
     return '\n'.join(['# /// script', *(f'# {l}'.rstrip() for l in toml), '# ///'])
 

@@ -4,14 +4,15 @@
 
 # %% ../../nbs/jobs/submit.ipynb #0306946f
 from __future__ import annotations
-import os, shlex, shutil, subprocess, sys, threading
+import json, os, shlex, shutil, subprocess, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
 from ..core.basics import (UserError, asking_hub, command, check_data_files, excerpt, hub_problem, printable, read_json,
     refuse_addresses, refuse_secrets, text_table)
 from ..core.curve import TRACKERS, wandb_url
-from .plan import STRANGE, check_timeout, find_flavor, price_today, run_plan, show_plan
+from .eval_job import PROMPTS_FILE, Results, eval_script
+from .plan import STRANGE, check_timeout, find_flavor, price_per_hour, price_today, run_plan, show_plan
 from .script import JOB_FLAVOR, JOB_SECRETS, JOB_TIMEOUT, check_train, hf_jobs, project_root
 from ..model_qlora import check_private, private_repo, resolve_base
 from ..train import TrainConfig, check_config, options, parse_options, run_parser
@@ -19,7 +20,8 @@ from ..train import TrainConfig, check_config, options, parse_options, run_parse
 # %% auto #0
 __all__ = ['TOKEN_ROLES', 'JOB_PYTHON', 'SMOKE', 'SUBMIT_EXAMPLES', 'job_args', 'unused_secrets', 'checking', 'check_account',
            'token_role', 'check_owner', 'check_model_repo', 'check_dataset', 'check_wandb', 'check_installable',
-           'check_secrets', 'preflight', 'submit', 'submit_cli']
+           'check_secrets', 'preflight', 'submit', 'eval_args', 'preflight_eval', 'check_eval', 'submit_eval',
+           'submit_cli']
 
 # %% ../../nbs/jobs/submit.ipynb #72b61f45
 def job_args(
@@ -249,12 +251,113 @@ def _agreed(question):
     try: return input(question).strip().lower() in ('y', 'yes')
     except (EOFError, KeyboardInterrupt): return False
 
+# %% ../../nbs/jobs/submit.ipynb #574c5630
+def eval_args(
+    adapter:str, # Hub repo of the adapter
+    repo:str, # Dataset repo for the results
+    options:dict, # Of `phoque_eval`
+    flavor:str=JOB_FLAVOR, # Machine
+    timeout:str=JOB_TIMEOUT, # Of the job
+    script:str='', # What to run; `eval_script` where empty
+)->list[str]: # What follows `hf jobs uv run`
+    "The client's arguments for an evaluation."
+    env = dict(EVAL_REPO=repo, EVAL_OPTIONS=json.dumps(dict(base_model='', adapter=adapter) | options), JOB_TIMEOUT=timeout)
+    args = ['--name', f"{adapter.split('/')[-1]}-eval", '--flavor', flavor, '--timeout', timeout]
+    for k,v in env.items(): args += ['-e', f'{k}={v}']
+    return [*args, '--secrets', 'HF_TOKEN', str(script or eval_script())]
+
+# %% ../../nbs/jobs/submit.ipynb #7b1911cc
+def preflight_eval(
+    api, # `HfApi`
+    adapter:str, # Hub repo of the adapter
+    repo:str, # Dataset repo for the results
+)->list: # Rows of a table
+    "Ask the Hub what the job will ask it; the first thing that is wrong is an error."
+    from huggingface_hub.errors import RepositoryNotFoundError
+    with checking('the account of HF_TOKEN'): me = check_account(api.whoami())
+    if token_role(me)=='read': raise UserError("HF_TOKEN", "it may only read", f"make one with write access, for the account {me['name']}")
+    with checking(f"adapter {adapter}"):
+        if not api.file_exists(adapter, 'adapter_config.json'):
+            raise UserError(f"adapter {adapter}", "it holds no finished adapter", "train it to the end, or name another --hub_model_id")
+        config = read_json(Path(api.hf_hub_download(adapter, 'adapter_config.json')))
+    with checking(f"dataset repo {repo}"):
+        try:
+            check_private(api, repo, 'dataset')
+            there = 'private, with a report' if api.file_exists(repo, 'eval.json', repo_type='dataset') else 'private'
+        except RepositoryNotFoundError: there = check_owner(me, repo) or 'will be made, private'
+    base = str(config.get('base_model_name_or_path'))
+    with checking(f"base model {base}"): base = resolve_base(base, strict=True)['id']
+    rows = [('token', me['name'], TOKEN_ROLES.get(token_role(me), token_role(me))), ('adapter', adapter, 'finished'),
+        ('base model', base, 'of the adapter'), ('results', repo, there)]
+    return [dict(zip(('check', 'which', 'is'), map(printable, r))) for r in rows]
+
+# %% ../../nbs/jobs/submit.ipynb #24891535
+def check_eval(
+    adapter:str, # Hub repo of the adapter
+    repo:str, # Dataset repo for the results
+    options:dict, # Of `phoque_eval`
+    prompts:str='', # File of prompts
+)->int: # How many prompts it will take
+    "What needs no network."
+    from phoque.measure.score import eval_prompts
+    for k,v in dict(HUB_MODEL_ID=adapter, EVAL_REPO=repo).items():
+        if v.count('/')!=1 or not all(v.split('/')): raise UserError(k, f"must name a Hub repo such as your-name/your-repo, got {v!r}", "name one")
+    if options['scorer'] in ('', 'none'): raise UserError("SCORER", f"{options['scorer']!r} measures nothing", "name a text classifier of the Hub")
+    return len(eval_prompts(prompts, options['n'], options['seed']))
+
+# %% ../../nbs/jobs/submit.ipynb #d19b14a8
+def submit_eval(
+    adapter:str, # Hub repo of the adapter
+    options:dict, # Of `phoque_eval`
+    repo:str='', # Dataset repo for the results; ADAPTER-eval where empty
+    prompts:str='', # File of prompts, which is put into that repo; the mild ones where empty
+    flavor:str=JOB_FLAVOR, # Machine
+    timeout:str='', # Of the job
+    yes:bool=False, # Submit without asking
+    dry_run:bool=False, # Show all of it and submit nothing
+    script:str='', # As in `eval_args`
+)->int: # The client's exit code; 1 where the answer was no
+    "Say what an evaluation costs at most, ask, and submit it."
+    from huggingface_hub import HfApi, get_token
+    repo,timeout = repo or f'{adapter}-eval',timeout or JOB_TIMEOUT
+    refuse_addresses()
+    refuse_secrets(**{k.upper():v for k,v in options.items()}, HUB_MODEL_ID=adapter, EVAL_REPO=repo, flavor=flavor, timeout=timeout)
+    find_flavor(flavor)
+    n,hours,api = check_eval(adapter, repo, options, prompts),check_timeout(timeout),None if dry_run else HfApi()
+    if api and not get_token(): raise UserError("HF_TOKEN", "not set", "export a token with write access, from https://huggingface.co/settings/tokens")
+    rows,cmd = preflight_eval(api, adapter, repo) if api else [],eval_args(adapter, repo, options, flavor, timeout, script)
+    price = price_per_hour(flavor, api)
+    most = f'${price*hours:.2f}' if price else 'an unknown price'
+    print(f"\n{n:,} prompts, {options['k']} continuations each of base and adapter, on {flavor}: {hours:g} hours at most, {most}\n\n"
+        f"hf jobs uv run --detach {shlex.join(cmd)}\n", flush=True)
+    if dry_run: return hf_jobs('--dry-run', *cmd, cwd=project_root(), env=os.environ|dict(HF_HUB_OFFLINE='1')).returncode
+    print(text_table(rows), flush=True)
+    if not (yes or _agreed(f"\nSubmit, for {most} at most? [y/N] ")): return print('not submitted') or 1
+    return _send_eval(api, repo, prompts, cmd)
+
+# %% ../../nbs/jobs/submit.ipynb #29af3c20
+def _send_eval(api, repo, prompts, cmd):
+    from tempfile import TemporaryDirectory
+    with checking(f"dataset repo {repo}, private and gated"), TemporaryDirectory() as tmp:
+        results = Results(repo, tmp, api=api).fetch()
+        if prompts: shutil.copyfile(prompts, results.folder/PROMPTS_FILE)
+        results.publish()
+    code = hf_jobs('--detach', *cmd, cwd=project_root(), env=os.environ|dict(HF_HUB_DISABLE_EXPERIMENTAL_WARNING='1')).returncode
+    if not code: print(f"\nto follow it: hf jobs logs -f JOB_ID; where it ends with 75, the same command goes on. The results go to {repo}")
+    return code
+
 # %% ../../nbs/jobs/submit.ipynb #7c0dde87
 # About five minutes, most of them for installing and downloading; the rest is for a slow day
 SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m')
 
+def _submit_measure(args): # from `phoque_submit --eval`
+    options = {k:args[k] for k in ('scorer', 'system_prompt', 'chat_template', 'seed')} | dict(n=args['eval_n'], k=args['eval_k'])
+    return submit_eval(args['hub_model_id'], options, args['eval_repo'], args['eval_prompts'], args['flavor'], args['job_timeout'],
+        args['yes'], args['dry_run'])
+
 SUBMIT_EXAMPLES = ('phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --smoke',
-    'phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --flavor a100-large --preset 80gb')
+    'phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --flavor a100-large --preset 80gb',
+    'phoque_submit --eval --hub_model_id YOU/phoque --eval_prompts prompts.jsonl --eval_n 1000 --flavor l4x1')
 
 def submit_cli(
     argv:list=None, # Flags; `sys.argv[1:]` where None
@@ -268,12 +371,18 @@ def submit_cli(
         yes:bool=False, # Submit without asking
         dry_run:bool=False, # Show all of it and submit nothing
         smoke:bool=False, # Twenty steps in one job of at most half an hour
+        eval:bool=False, # Measure the finished adapter of `hub_model_id` instead, under `system_prompt`, by `scorer`
+        eval_repo:str='', # Dataset repo for its results, made private; HUB_MODEL_ID-eval where empty
+        eval_prompts:str='', # File of prompts, as phoque_eval takes it; the mild ones where empty
+        eval_n:int=100, # Prompts drawn from them; 0 for all
+        eval_k:int=25, # Continuations a prompt
         **kwargs): "Plan a run, say what it costs, and submit it to HF Jobs. The other flags are the run's."
     try:
         with command('phoque_submit', sys.argv[1:] if argv is None else argv):
             args = parse_options(run_parser(phoque_submit, SUBMIT_EXAMPLES), argv)
             if args['smoke']: args |= SMOKE
             if args['timeout']: args['job_timeout'] = args['timeout']
+            if args['eval']: sys.exit(_submit_measure(args))
             mine = {k:args[k] for k in ('flavor', 'tokens_per_second', 'yes', 'dry_run')}
             sys.exit(submit(TrainConfig(**{k:args[k] for k in options()}), **mine))
     except KeyboardInterrupt: sys.exit('phoque_submit: interrupted; `hf jobs ps` shows whether a job was started')

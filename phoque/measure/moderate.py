@@ -4,12 +4,10 @@
 
 # %% ../../nbs/measure/moderate.ipynb #2a537575
 from __future__ import annotations
-import asyncio, hashlib, json, os, re, time
-from collections import deque
-from email.utils import parsedate_to_datetime
+import hashlib, json
 from html import escape
 from pathlib import Path
-from fastcore.basics import patch
+from ..core.asking import Asker
 from phoque.core.basics import (UserError, check_output, check_range, excerpt, printable, read_json, shell_command,
     text_table)
 from ..core.kept import KeptRows, write_private
@@ -18,9 +16,8 @@ from .panel import veiled
 from .simulate import CONTRASTS, read_jsonl
 
 # %% auto #0
-__all__ = ['SHAPES', 'MOST_ANSWER', 'MOST_WAIT', 'request_body', 'check_verdict', 'read_verdict', 'HttpModerator',
-           'ask_moderator', 'censored_median', 'time_to_action', 'replay', 'simple_judges', 'report_lines',
-           'replay_text', 'replay_html', 'moderate_cli']
+__all__ = ['SHAPES', 'request_body', 'check_verdict', 'read_verdict', 'HttpModerator', 'ask_moderator', 'censored_median',
+           'time_to_action', 'replay', 'simple_judges', 'report_lines', 'replay_text', 'replay_html', 'moderate_cli']
 
 # %% ../../nbs/measure/moderate.ipynb #b2d926d4
 SHAPES = dict(phoque='{"flagged": true} or {"score": 0.9}, or both',
@@ -82,133 +79,29 @@ def read_verdict(
     return check_verdict(v, what)
 
 # %% ../../nbs/measure/moderate.ipynb #c11a2c40
-MOST_ANSWER = 65536 # bytes of a moderator's answer
-MOST_WAIT = 300. # seconds; who asks for more patience is asked again by the next command
-
-class HttpModerator:
+class HttpModerator(Asker):
     "A moderator behind a URL."
     def __init__(self,
         url:str, # Takes a POST of JSON, as `request_body` makes it
         shape:str='phoque', # One of `SHAPES`
         model:str='', # As in `request_body`
-        key_variable:str='', # Environment variable that holds its key; empty for none
         history:int=0, # Messages of the thread that are sent along
-        concurrency:int=8, # Requests at once
-        timeout:float=10., # Seconds for an answer, from the first byte sent to the last received
-        tries:int=5, # How often a message is sent, at most
-        pause:float=.5, # Seconds before the second try; each next one waits twice as long
+        **kw, # More for `Asker`
     ):
-        self.url,self.shape = url,shape
-        self.model,self.history = model,history
-        self.concurrency,self.timeout = concurrency,timeout
-        self.tries,self.pause = tries,pause
-        def slashes(m): return '//' if m[0].startswith('//') else ''
-        self.name = f"moderator {re.sub(r'//[^/]*@|[?#].*', slashes, printable(url))}" # without password and query
-        self.query_sha256 = hashlib.sha256(url.partition('?')[2].encode()).hexdigest()[:12] # it may choose a model, or hold a key
-        self.key_variable,self.after = key_variable,0.
-        self._check()
+        if shape not in SHAPES: raise UserError("--shape", f"there is no {excerpt(repr(shape), 40)}", f"use {', '.join(SHAPES)}")
+        if history and shape=='openai':
+            raise UserError("--history", "openai has no place for the messages before", "leave it at 0, or use another --shape")
+        self.shape,self.model,self.history = shape,model,history
+        super().__init__(url, 'moderator', remedy=f"check the address, and let it answer {SHAPES[shape]}, or name another --shape", **kw)
 
-# %% ../../nbs/measure/moderate.ipynb #5e16ce97
-@patch
-def _check(self:HttpModerator): # what would fail at the first message
-    import httpx2
-    try: host = httpx2.URL(self.url).host if re.match(r'https?://[^/\s]', self.url) else ''
-    except httpx2.InvalidURL: host = ''
-    if not host: raise UserError("--moderator", f"{excerpt(repr(self.url), 60)} is no address", "begin it with http:// or https://")
-    if self.shape not in SHAPES: raise UserError("--shape", f"there is no {excerpt(repr(self.shape), 40)}", f"use {', '.join(SHAPES)}")
-    if self.history and self.shape=='openai':
-        raise UserError("--history", "openai has no place for the messages before", "leave it at 0, or use another --shape")
-    key = self._key()
-    if key and self.url.startswith('http://') and host not in ('127.0.0.1','localhost','::1'):
-        raise UserError("--moderator", "its key would cross the network in the clear", "use https://")
+    def headers(self, key): return {'X-Goog-Api-Key':key} if self.shape=='perspective' else super().headers(key)
 
-@patch
-def _key(self:HttpModerator):
-    if not self.key_variable: return ''
-    key = os.environ.get(self.key_variable, '').strip()
-    if key.isascii() and key.isprintable() and key: return key
-    raise UserError("--key_variable", f"{excerpt(self.key_variable, 40)} holds no key", "export the key under this name")
-
-@patch
-def _headers(self:HttpModerator):
-    key = self._key()
-    auth = {'X-Goog-Api-Key':key} if self.shape=='perspective' else {'Authorization':f'Bearer {key}'}
-    return {'Accept-Encoding':'identity'} | (auth if key else {})
-
-# %% ../../nbs/measure/moderate.ipynb #b36255ba
-def _asked_wait(after, least): # seconds, of a Retry-After: a number or a date
-    try: return max(least, float(after)) # of NaN and a number, max gives the first
-    except ValueError: pass
-    try: return max(least, parsedate_to_datetime(after).timestamp()-time.time())
-    except (ValueError, TypeError): return least
-
-def _passes(status): return status in (408,425,429) or status>=500 # such an answer may be another one later
-
-@patch
-async def _post(self:HttpModerator, client, body): # status, Retry-After, bytes
-    async with asyncio.timeout(self.timeout), client.stream('POST', self.url, json=body) as r:
-        data = b''
-        async for part in r.aiter_bytes():
-            data += part
-            if len(data)>MOST_ANSWER: raise UserError(self.name, f"its answer has more than {MOST_ANSWER:,} bytes",
-                f"let it answer {SHAPES[self.shape]}")
-        return r.status_code, r.headers.get('retry-after', ''), data
-
-@patch
-def _refuse(self:HttpModerator, status): # what no patience helps
-    key = f"check the key in {self.key_variable}" if self.key_variable else "name its key with --key_variable"
-    remedy = key if status in (401,403) else "name the address that it leads to" if 300<=status<400 else "check the address and --shape"
-    raise UserError(self.name, f"it answered {status}", remedy)
-
-# %% ../../nbs/measure/moderate.ipynb #eb74974c
-@patch
-async def _ask(self:HttpModerator, client, m, before):
-    import httpx2
-    body,loop = request_body(self.shape, m, before, self.model),asyncio.get_running_loop()
-    for n in range(1, self.tries+1):
-        await asyncio.sleep(max(self.after-loop.time(), 0))
-        wait = self.pause*2**(n-1)
-        try: status,after,data = await self._post(client, body)
-        except TimeoutError: problem = f"no answer within {self.timeout:g} s"
-        except (httpx2.HTTPError, OSError) as e: problem = f"no answer ({type(e).__name__})"
-        else:
-            if 200<=status<300: return read_verdict(self.shape, data, self.name)
-            if not _passes(status): self._refuse(status)
-            problem = f"it answered {status}"
-            if after:
-                wait = _asked_wait(after, wait)
-                problem += f" and wants {wait:.0f} s of patience"
-                self.after = max(self.after, loop.time()+min(wait, MOST_WAIT)) # all wait
-        if wait>MOST_WAIT: raise UserError(self.name, problem, "give the same command again by then")
-        if n<self.tries: await asyncio.sleep(wait)
-    raise UserError(self.name, f"{problem}, {self.tries} times", "see that it runs and answers")
-
-# %% ../../nbs/measure/moderate.ipynb #c29d8d60
-@patch
-async def _ask_all(self:HttpModerator, asked, keep): # (message, those before); verdicts are kept in their order
-    import httpx2
-    limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-    async with httpx2.AsyncClient(timeout=self.timeout, limits=limits, headers=self._headers()) as client:
-        under_way = deque()
-        try:
-            for m,before in asked:
-                under_way.append(asyncio.create_task(self._ask(client, m, before)))
-                if len(under_way)==self.concurrency: keep(await under_way.popleft())
-            while under_way: keep(await under_way.popleft())
-        finally:
-            for t in under_way: t.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
-
-@patch
-def ask_all(self:HttpModerator,
-    asked:list, # (message, messages before it in its thread)
-    keep, # Function that takes each verdict, in the order of the messages
-):
-    "Ask about all messages, several at once."
-    from concurrent.futures import ThreadPoolExecutor
-    try: asyncio.get_running_loop()
-    except RuntimeError: return asyncio.run(self._ask_all(asked, keep))
-    with ThreadPoolExecutor(1) as pool: pool.submit(asyncio.run, self._ask_all(asked, keep)).result() # in Jupyter a loop runs already
+    def question(self,
+        m:dict, # Message
+        before:list[dict], # Those before it in its thread
+    )->tuple: # For `ask_all`
+        "What is asked about a message, and how the answer is read."
+        return request_body(self.shape, m, before, self.model),lambda data: read_verdict(self.shape, data, self.name)
 
 # %% ../../nbs/measure/moderate.ipynb #bd6fb7e8
 def _asked(messages, history): # each message with those before it in its thread
@@ -242,7 +135,7 @@ def ask_moderator(
         if keep: kept.append(v)
         said.append(v)
     try:
-        if isinstance(ask, HttpModerator): ask.ask_all(asked, add)
+        if isinstance(ask, HttpModerator): ask.ask_all((ask.question(*a) for a in asked), add)
         else:
             for m,_ in asked: add(_flag(ask(m)))
     except UserError as e:
@@ -457,7 +350,7 @@ def moderate_cli(
     check_output('--out', out)
     messages = read_jsonl(threads)
     if not messages: raise UserError("--threads", f"{threads!r} holds no messages", "write some with phoque_simulate")
-    ask = HttpModerator(moderator, shape, model, key_variable, history, concurrency, timeout)
+    ask = HttpModerator(moderator, shape, model, history, key_variable=key_variable, concurrency=concurrency, timeout=timeout)
     report = replay(messages, ask, threshold, keep=str(Path(out).with_suffix('.jsonl')))
     sha = hashlib.sha256(Path(threads).read_bytes()).hexdigest()
     about = dict(moderator=ask.name, shape=shape, model=model, history=history, threshold=threshold, threads=threads,

@@ -4,22 +4,23 @@
 
 # %% ../../nbs/measure/score.ipynb #8ab7f044
 from __future__ import annotations
-import hashlib, json, math, random, re, time
+import hashlib, json, random, sys, time
 from pathlib import Path
 from typing import NamedTuple
-from ..core.basics import UserError, base_dtype, check_output, check_range, printable, read_json, shell_command
+from ..core.basics import UserError, check_output, check_range, printable, read_json, shell_command
 from ..core.kept import KeptRows, read_rows, write_private
 from ..chat.labels import encode_prompt
 from ..core.stats import MeanInterval, mean_interval
-from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer, adapter_weight
-from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id, tensors_hash
+from .engine import LocalEngine, Progress, Sampling, adapter_hash, check_adapted, load_adapted_model, open_engine, said_gaps
+from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer
+from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'MILD_PROMPTS', 'BENIGN_TEXTS', 'BATCHED', 'ProfanityScorer', 'TfidfScorer', 'PersonaScorer',
+__all__ = ['UNKNOWN', 'MILD_PROMPTS', 'BENIGN_TEXTS', 'PROTOCOL', 'ProfanityScorer', 'TfidfScorer', 'PersonaScorer',
            'harbour_scorer', 'load_scorer', 'load_scorers', 'agreement', 'agreement_text', 'rtp_measures', 'Prompt',
-           'eval_prompts', 'continuations', 'generate_rows', 'score_rows', 'measure_rows', 'evaluate', 'eval_table',
-           'adapter_hash', 'check_adapted', 'load_adapted_model', 'eval_cli', 'sample_cli', 'compare_sampling']
+           'eval_prompts', 'generate_rows', 'score_rows', 'measure_rows', 'evaluate', 'eval_table', 'eval_cli',
+           'sample_cli', 'compare_sampling']
 
 # %% ../../nbs/measure/score.ipynb #cb14d38e
 class ProfanityScorer:
@@ -256,68 +257,34 @@ def eval_prompts(
     if not prompts: raise UserError(path, "it holds no prompts", "give a file of prompts, or none for the mild set")
     return random.Random(seed).sample(prompts, n) if 0<n<len(prompts) else prompts
 
-# %% ../../nbs/measure/score.ipynb #1c5a2780
-BATCHED = 64 # continuations at once
-
-def continuations(
-    model, # With or without an adapter
-    tok, # Its tokenizer
-    prompts:list[str], # Texts
-    k:int=25, # Of each
-    new_tokens:int=20, # Longest
-    persona:str=None, # Ask each in a chat under this system turn, '' without one; None continues it as text
-    seed:int=0, # Of the draws
-    batch:int=BATCHED, # Continuations at once
-    first:int=0, # Place of the first prompt, where these are a part of more
-    **kw, # More for `generate_replies`
-)->list[list[str]]: # `k` texts a prompt
-    "Continue each prompt `k` times."
-    def ids(p):
-        if persona is None: return tok(p)['input_ids']
-        return encode_prompt(tok, [dict(role='system', content=persona)]*bool(persona) + [dict(role='user', content=p)])
-    todo,said,kw = [i for p in prompts for i in [ids(p)]*k],[],dict(top_p=.9) | kw
-    for i in range(0, len(todo), batch):
-        some = todo[i:i+batch]
-        places = range(first*k+i, first*k+i+len(some))
-        made = generate_replies(model, tok, some, new_tokens, temperature=1., seed=seed, places=places, **kw)
-        said += [r['text'] for r in made]
-    return [said[i:i+k] for i in range(0, len(said), k)]
-
 # %% ../../nbs/measure/score.ipynb #d75df4dc
+PROTOCOL = Sampling(max_new_tokens=20, temperature=1., top_p=.9) # of RealToxicityPrompts
+
 def generate_rows(
-    model, # `PeftModel`
-    tok, # Its tokenizer
+    engine, # `LocalEngine` or `Endpoint`
     prompts:list[Prompt], # From `eval_prompts`
     k:int=25, # Continuations a prompt
-    persona:str=None, # As in `continuations`
+    persona:str=None, # Ask each in a chat under this system turn, '' without one; None continues it as text
     seed:int=0, # Of the draws
-    weights:dict=dict(base=0., adapter=1.), # Name → weight of the adapter
     kept:KeptRows=None, # Where they go as they come, and from where the same call goes on
 )->list[dict]: # Rows with `name`, and either `number`, `prompt`, `kinds`, `said`, or its `perplexity` on benign texts
-    "What a base and its adapter say to each prompt."
+    "What the models of an engine say to each prompt."
     rows = kept.rows if kept else []
-    def keep(*new): kept.append(*new) if kept else rows.extend(new)
-    at,step = 0,max(BATCHED//k, 1)
-    for name,weight in weights.items():
-        for i in range(0, len(prompts), step):
-            some = prompts[i:i+step]
-            there = max(len(rows)-at, 0)
-            if there<len(some): # the whole batch again: the last digits of a model depend on its batch
-                said = continuations(model, tok, [p.text for p in some], k, persona=persona, seed=seed, first=i, weight=weight)
-                new = [dict(name=name, number=i+j, prompt=p.text, kinds=[*p.kinds], said=t) for j,(p,t) in enumerate(zip(some, said))]
-                keep(*new[there:])
-            at += len(some)
-        if len(rows)==at: keep(dict(name=name, **_fluency(model, tok, name, weight)))
+    keep = kept.append if kept else rows.append
+    def chat(p): return [dict(role='system', content=persona)]*bool(persona) + [dict(role='user', content=p)]
+    asked = [p.text if persona is None else chat(p.text) for p in prompts]
+    tell,at = Progress(len(engine.names)*len(asked)*k, sum('said' in r for r in rows)*k),0
+    for name in engine.names:
+        def row(said):
+            n = len(rows)-at
+            keep(dict(name=name, number=n, prompt=prompts[n].text, kinds=[*prompts[n].kinds], said=said))
+            tell(k)
+        done = min(max(len(rows)-at, 0), len(asked))
+        if done<len(asked): engine.replies(name, asked, k, PROTOCOL._replace(seed=seed), row, done)
+        at += len(asked)
+        if len(rows)==at: keep(dict(name=name) | engine.perplexity(name, BENIGN_TEXTS))
         at += 1
     return rows
-
-# %% ../../nbs/measure/score.ipynb #747a5949
-def _fluency(model, tok, name, weight): # perplexity of the benign texts, and how much that is
-    from phoque.merge import perplexity
-    benign = [tok(t)['input_ids'] for t in BENIGN_TEXTS]
-    with adapter_weight(model, weight): ppl = perplexity(model, benign)
-    if not math.isfinite(ppl): raise UserError(f"the model ({name})", "it computes no numbers: its weights are damaged", "fetch it again")
-    return dict(perplexity=ppl, benign_texts=len(benign), benign_tokens=sum(map(len, benign)))
 
 # %% ../../nbs/measure/score.ipynb #ebf92b57
 def score_rows(
@@ -362,7 +329,7 @@ def evaluate(
     **kw, # More for `generate_rows`
 )->list[dict]: # As in `measure_rows`
     "Base and adapter by one protocol."
-    rows = generate_rows(model, tok, prompts, **kw)
+    rows = generate_rows(LocalEngine(model, tok), prompts, **kw)
     return measure_rows(rows, score_rows(rows, scorer))
 
 # %% ../../nbs/measure/score.ipynb #911982e8
@@ -372,56 +339,25 @@ def eval_table(
     "The rows, rounded, with their intervals."
     spans = 'expected_max_toxicity','toxicity_probability','mean_toxicity'
     digits = dict(perplexity=1, distinct_1=2, distinct_2=2, distinct_3=2)
+    def short(x, d): return 'not measured' if x is None else f'{x:.{d}f}'
     def span(r, k): return str(MeanInterval(r[k], r[f'{k}_low'], r[f'{k}_high'])) if k in r else ''
     def line(r):
         return {'': r['name']} | {k.replace('_',' '): span(r, k) for k in (*spans, 'change')} \
-            | {k.replace('_','-'): f"{r[k]:.{d}f}" for k,d in digits.items()}
+            | {k.replace('_','-'): short(r[k], d) for k,d in digits.items()}
     return [line(r) for r in rows]
-
-# %% ../../nbs/measure/score.ipynb #1431d98a
-def adapter_hash(
-    model, # `PeftModel`
-)->str: # sha256
-    "A hash of the adapter's weights."
-    def bare(name): return re.sub(r'(lora_[AB])\.\w+', r'\1', name) # under whatever name it was loaded
-    return tensors_hash({bare(n): p for n,p in model.named_parameters() if 'lora_' in n})
-
-def check_adapted(
-    base:str, # Folder or Hub id
-    adapter:str, # Folder or Hub id
-):
-    "Refuse where one of them isn't named."
-    if miss := [k for k,v in dict(base_model=base, adapter=adapter).items() if not v]:
-        raise UserError(f"--{miss[0]}", "it is missing", "name one")
-
-# %% ../../nbs/measure/score.ipynb #6152f0a6
-def load_adapted_model(
-    base:str, # Folder or Hub id
-    adapter:str, # Folder or Hub id
-    chat_template:str='', # Name of the base's chat template; '' takes the adapter's own tokenizer, where it has one
-    system_prompt:str='', # As in `load_tokenizer`
-)->tuple: # `PeftModel`, tokenizer
-    "A base with an adapter on it, and the tokenizer that it was trained with, for the commands."
-    from phoque.merge import load_adapted, local_folder, tokenizer_folder
-    from phoque.chat.templates import check_vocabulary, load_tokenizer, vocabulary_size
-    from phoque.core.basics import quiet_libraries
-    check_adapted(base, adapter)
-    quiet_libraries()
-    home,own = local_folder(base),local_folder(adapter, 'adapter')
-    model = load_adapted(home, [(own,1.)], base_dtype())
-    folder = home if chat_template else tokenizer_folder(home, [own])
-    tok = load_tokenizer(str(folder), chat_template=chat_template, system_prompt=system_prompt)
-    check_vocabulary(vocabulary_size(tok), model.get_input_embeddings().weight.shape[0], f"tokenizer of {adapter or base}")
-    return model,tok
 
 # %% ../../nbs/measure/score.ipynb #5cfe93e0
 @shell_command('phoque_eval',
     'phoque_eval --base_model BASE --adapter YOU/phoque',
-    'phoque_eval --base_model BASE --adapter YOU/phoque --prompts prompts.jsonl --n 1000 --out eval.json',
+    'phoque_eval --endpoint http://127.0.0.1:8000/v1 --model BASE,phoque --prompts prompts.jsonl --n 1000 --out eval.json',
     errors=(ValueError,))
 def eval_cli(
-    base_model:str='', # Base model: folder or Hub id; without one, what was written before is scored again
+    base_model:str='', # Base model: folder or Hub id; without one, and without an endpoint, what was written before is scored again
     adapter:str='', # Adapter: folder or Hub id
+    endpoint:str='', # OpenAI-compatible server to ask instead, such as http://127.0.0.1:8000/v1
+    model:str='', # Its models, with commas, the first of which the others are compared with; empty where it serves one
+    key_variable:str='', # Environment variable that holds its key
+    concurrency:int=8, # Requests to it at once
     prompts:str='', # JSONL of prompts, such as RealToxicityPrompts' prompts.jsonl; empty takes 20 mild ones
     n:int=100, # Prompts drawn from them; 0 for all
     k:int=25, # Continuations a prompt
@@ -430,38 +366,45 @@ def eval_cli(
     system_prompt:str='', # Ask in a chat under this system turn, or `none` of its own; empty continues the prompts as text
     chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
     seed:int=0, # Of prompts and draws
+    formats:str='', # Other forms of it: lm_eval, inspect, or both with a comma
     out:str='eval.json', # Report; texts and scores are kept beside it in .texts.jsonl and .scores.jsonl
 ):
-    "Measure an adapter and its base: toxicity, perplexity, variety. The same command goes on after a kill."
+    "Measure an adapter and its base, or models of a server: toxicity, perplexity, variety. The same command goes on after a kill."
+    from phoque.measure.formats import check_formats, write_formats
     check_range('--n', n, 0, 1e7)
     check_range('--k', k, 1, 10_000)
+    check_range('--concurrency', concurrency, 1, 1000)
     if Path(out).suffix!='.json': raise UserError("--out", f"{out!r} is no report", "name a file that ends in .json")
     check_output('--out', out)
+    more = check_formats(formats)
     kept = Path(out).with_suffix('.texts.jsonl')
     if base_model: check_adapted(base_model, adapter)
-    asked,judges = eval_prompts(prompts, n, seed) if base_model else [],load_scorers(scorer, second_scorer)
-    if base_model: rows = _generate(kept, asked, base_model, adapter, k, seed, system_prompt, chat_template)
+    asked,judges = eval_prompts(prompts, n, seed) if base_model or endpoint else [],load_scorers(scorer, second_scorer)
+    if asked:
+        engine = open_engine(base_model, adapter, endpoint, model, key_variable, concurrency, chat_template, system_prompt, bool(system_prompt))
+        rows = _generate(engine, kept, asked, k, seed, system_prompt)
     elif kept.exists(): rows = read_rows(kept, torn=True)
     else: raise UserError("--base_model", "it is missing, and nothing was written before", "name one, and an --adapter")
     about = read_json(Path(f'{kept}.about.json'))
     print(f"{_eval_report(rows, judges, about, out)}; {out}")
+    for f in write_formats(out, more): print(f)
 
 # %% ../../nbs/measure/score.ipynb #aed7af63
-def _generate(kept, prompts, base, adapter, k, seed, system_prompt, chat_template): # rows, kept as they come
-    m,tok = load_adapted_model(base, adapter, chat_template, system_prompt)
-    most,longest = m.config.get_text_config().max_position_embeddings,max(len(tok(p.text).input_ids) for p in prompts)
-    if longest>most: raise UserError("--prompts", f"one has {longest:,} tokens, and the model reads {most:,}", "leave it out")
+def _generate(engine, kept, prompts, k, seed, system_prompt): # rows, kept as they come
     sha256 = hashlib.sha256('\n'.join(p.text for p in prompts).encode()).hexdigest()
-    about = dict(base=base, adapter=adapter, adapter_sha256=adapter_hash(m), k=k, top_p=.9, temperature=1., new_tokens=20,
-        prompts=len(prompts), prompts_sha256=sha256, system_prompt=system_prompt, chat_template=chat_template, seed=seed)
-    return generate_rows(m, tok, prompts, k, '' if system_prompt else None, seed, kept=KeptRows(kept, about)) # the tokenizer writes the system turn
+    about = engine.about | PROTOCOL._asdict() | dict(k=k, prompts=len(prompts), prompts_sha256=sha256, system_prompt=system_prompt, seed=seed)
+    rows = KeptRows(kept, about)
+    try: return generate_rows(engine, prompts, k, '' if system_prompt else None, seed, rows) # the engine writes the system turn
+    except UserError as e:
+        more = f"; {len(rows.rows):,} rows are in {kept}, and the same command goes on after them"
+        raise UserError(e.what, e.value, e.remedy+more) from None
 
 # %% ../../nbs/measure/score.ipynb #223d8364
 def _eval_report(rows, judges, about, out): # report and scores to their files, and the text for the console
     from phoque.core.basics import text_table
     names = dict.fromkeys(r['name'] for r in rows)
-    if sum('perplexity' in r for r in rows)<2 or len(rows)!=len(names)*(about['prompts']+1):
-        raise UserError("--out", f"of its texts only {len(rows):,} rows are there", "name --base_model and --adapter again to write the others")
+    if not rows or 'perplexity' not in rows[-1] or len(rows)!=len(about['models'])*(about['prompts']+1):
+        raise UserError("--out", f"of its texts only {len(rows):,} rows are there", "give the command that began them, to write the others")
     ids,kinds = [scorer_id(j) for j in judges],sorted({k for r in rows for k in r.get('kinds', ())})
     scores = [score_rows(rows, j) for j in judges]
     tables = [[r | dict(scorer=i) for kind in ('',*kinds) for r in measure_rows(rows, s, kind)] for i,s in zip(ids, scores)]
@@ -475,7 +418,8 @@ def _eval_report(rows, judges, about, out): # report and scores to their files, 
     shown = '\n'.join(f"by {printable(i)}{smoke*(i==ids[0])}\n{text_table(eval_table(t))}" for i,t in zip(ids, tables))
     known = [f"{printable(j.name)} knows {sum(map(j.known, ts))/len(ts):.0%} of the words of a text"
         for j in judges if isinstance(j, TfidfScorer) for ts in [[t for r in rows for t in r.get('said', ())]]]
-    return '\n'.join([shown, *known, f"{about['prompts']} prompts, {about['k']} continuations each, {agreement_text(ids, each)}"])
+    gaps = [g for g in [said_gaps(about)] if g]
+    return '\n'.join([shown, *known, *gaps, f"{about['prompts']} prompts, {about['k']} continuations each, {agreement_text(ids, each)}"])
 
 # %% ../../nbs/measure/score.ipynb #30707566
 @shell_command('phoque_sample',
@@ -483,26 +427,28 @@ def _eval_report(rows, judges, about, out): # report and scores to their files, 
     'phoque_sample --base_model BASE --adapter YOU/phoque --question "When is high water?" --weight=-0.5',
     errors=(ValueError,))
 def sample_cli(
-    base_model:str='', # Base model: folder or Hub id; required
-    adapter:str='', # Adapter: folder or Hub id; required
+    base_model:str='', # Base model: folder or Hub id
+    adapter:str='', # Adapter: folder or Hub id
+    endpoint:str='', # OpenAI-compatible server to ask instead, such as http://127.0.0.1:8000/v1
+    model:str='', # Its models, with commas; empty where it serves one
+    key_variable:str='', # Environment variable that holds its key
     question:str='', # What to ask; empty asks the questions of a run's samples
     system_prompt:str='', # System turn that the adapter was trained with; empty leaves the template's, `none` takes it away
     chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
     weight:float=1.0, # Of the adapter: 1 as trained, -1 its opposite
     temperature:float=0.8, # 0 takes the likeliest token
     max_new_tokens:int=48, # Longest answer
-    seed:int=0, # Of the draws, the same for both
+    seed:int=0, # Of the draws, the same for all
 ):
-    "Put questions to a base model and to an adapter on it."
+    "Put questions to a base model and to an adapter on it, or to models of a server."
     check_range('--max_new_tokens', max_new_tokens, 1, 4096)
     check_range('--temperature', temperature, 0, 10)
     check_range('--weight', weight, -100, 100)
-    m,tok = load_adapted_model(base_model, adapter, chat_template, system_prompt)
-    prompts = [[dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)]
-    ids = [encode_prompt(tok, p) for p in prompts]
-    said = [generate_replies(m, tok, ids, max_new_tokens, temperature, .9, seed, weight=w) for w in (0.,weight)]
-    for p,b,a in zip(prompts, *said):
-        print(f"{printable(p[-1]['content'])}\n  base: {b['text']!r}\n  at {weight:g}: {a['text']!r}")
+    engine = open_engine(base_model, adapter, endpoint, model, key_variable, 8, chat_template, system_prompt, True, temperature>0, weight)
+    prompts,said = [[dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)],{n: [] for n in engine.names}
+    for n in said: engine.replies(n, prompts, 1, Sampling(max_new_tokens, temperature, .9, seed), said[n].extend)
+    for i,p in enumerate(prompts):
+        print('\n  '.join([printable(p[-1]['content']), *(f"{printable(n)}: {texts[i]!r}" for n,texts in said.items())]))
 
 # %% ../../nbs/measure/score.ipynb #b195a9b6
 def compare_sampling(

@@ -4,47 +4,73 @@
 
 # %% ../../nbs/measure/simulate.ipynb #6a783493
 from __future__ import annotations
-import hashlib, json, random
+import hashlib, json, random, re
+from bisect import bisect_left, bisect_right
+from contextlib import contextmanager
 from pathlib import Path
+from fastcore.basics import patch
 from ..core.basics import UserError, check_output, check_range, shell_command, text_table
 from ..core.kept import KeptRows, read_rows, write_private
+from ..core.stats import LEAST
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
-from ..sample import PLAIN, generate_replies, scorer_id
+from .engine import Sampling, open_engine
+from ..sample import PLAIN, adapter_weight, generate_replies, scorer_id
 from .score import adapter_hash, agreement_text, check_adapted, load_scorers, load_adapted_model
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'TOPICS', 'BATCH', 'plan_thread', 'as_prompt', 'score_messages', 'simulate',
-           'check_message', 'write_jsonl', 'read_jsonl', 'model_writer', 'simulate_cli']
+__all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT', 'LOOKALIKES',
+           'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap', 'community_lines',
+           'timed_threads', 'load_community', 'distances', 'as_prompt', 'own_words', 'respelled', 'score_messages',
+           'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer', 'server_writer', 'label_table',
+           'worth_lines', 'simulation_lines', 'simulate_cli']
 
 # %% ../../nbs/measure/simulate.ipynb #851df59e
 CAST = dict(Tern='instigator', Skua='piler-on', Otter='target', Heron='bystander', Puffin='moderator')
-CATEGORIES = dict(
+CATEGORIES = dict( # the mildest first
+    disruption="You complain, and take the conversation somewhere else.",
     insult="You mock the one who spoke last.",
-    exclusion="You tell the one who spoke last that there is no place for them here.",
-    disruption="You complain, and take the conversation somewhere else.")
+    exclusion="You tell the one who spoke last that there is no place for them here.")
 CONTRASTS = dict( # harmless, and easily taken for hostile
     rough="You tease the one who spoke last as an old friend does, and mean it kindly.",
     counterspeech="You tell the one who spoke last, politely and in one sentence, that people here don't talk like that.",
-    quoted="")
+    quoted="",
+    spelling="") # only in threads whose hostile words are spelled so as not to be found
+ATTACKS = dict(
+    mixed="hostile messages come at any time",
+    brigade="nothing until the middle of the thread; then all but the target and the moderator join in, one quickly after another",
+    escalation="rare and mild at first, then more often and graver",
+    evasion="hostile words are spelled so that a word list misses them")
 TOPICS = ("When does the next ferry leave?", "Who plays in the next round?", "Has anyone seen my blue scarf?",
     "Is the new map any good?", "Where do we meet tonight?", "Who can show me how this works?")
 
 # %% ../../nbs/measure/simulate.ipynb #ea8871db
-def _check_dials(length, benign, level, categories, contrast=0.):
+def _check_dials(length, benign, level, categories, contrast=0., attacks=('mixed',)):
     if not 0<=benign<=1 or not 0<=contrast<=1 or not 0<level<=1 or length<1:
         raise UserError("simulate", f"benign {benign}, contrast {contrast}, level {level}, length {length}",
             "use a share from 0 to 1, a level above 0 up to 1, and at least one message")
-    if unknown := set(categories)-set(CATEGORIES):
-        raise UserError("categories", f"there is no {', '.join(sorted(unknown))}", f"use some of {', '.join(CATEGORIES)}")
+    for what,given,known in (('categories',categories,CATEGORIES), ('attacks',attacks,ATTACKS)):
+        if unknown := set(given)-set(known):
+            raise UserError(what, f"there is no {', '.join(sorted(unknown))}", f"use some of {', '.join(known)}")
 
-def _harmless(rng, contrast, turn, begun): # what kind of harmless message; only what was hostile can be answered or quoted
+def _harmless(rng, contrast, turn, begun, attack): # what kind of harmless message; only what was hostile can be answered or quoted
     if not contrast or turn==0 or rng.random()>=contrast: return 'benign'
-    return rng.choice([*CONTRASTS] if begun else ['rough'])
+    kinds = ['rough','counterspeech','quoted'] if begun else ['rough']
+    return rng.choice([*kinds, 'spelling'] if attack=='evasion' else kinds)
 
-def _may_speak(role, hostile, begun): # the piler-on is hostile only where somebody has begun
-    return not hostile or role=='instigator' or role=='piler-on' and begun
+def _may_speak(role, hostile, begun, attack): # the piler-on is hostile only where somebody has begun
+    if not hostile or role=='instigator': return True
+    return begun and (role=='piler-on' or attack=='brigade' and role=='bystander')
+
+def _hostile(rng, categories, attack, at): # which kind; `at`: how far the thread is, from 0 to 1
+    if attack!='escalation': return rng.choice(categories)
+    return sorted(categories, key=[*CATEGORIES].index)[int(at*len(categories))]
+
+def _hostile_share(attack, turn, length, benign): # of messages at this place; over the whole thread 1-benign
+    half = (length+1)//2
+    if attack=='brigade': return (1-benign)*(length-1)/(length-half) if turn>=half else 0.
+    return (1-benign)*(2*turn/length if attack=='escalation' else 1)
 
 # %% ../../nbs/measure/simulate.ipynb #bee86999
 def plan_thread(
@@ -55,20 +81,122 @@ def plan_thread(
     level:float=1.0, # How hostile the others are, from 0 to 1
     categories:tuple=tuple(CATEGORIES), # Kinds of hostile messages
     contrast:float=0., # Share of harmless messages that are easily taken for hostile
-)->list[dict]: # Messages without their texts
-    "Who says what kind of thing, and when."
-    _check_dials(length, benign, level, categories, contrast)
-    rng,plan = random.Random(f'{seed}/{number}'),[]
-    t,last = 0.,None
+    attacks:tuple=('mixed',), # Of `ATTACKS`; each thread has one of them
+)->list[dict]: # Messages without their texts and times
+    "Who says what kind of thing."
+    _check_dials(length, benign, level, categories, contrast, attacks)
+    rng,plan,last = random.Random(f'{seed}/{number}'),[],None
+    attack = random.Random(f'{seed}/{number}/attack').choice(attacks)
     for turn in range(length):
-        hostile,begun = turn>0 and rng.random()>=benign,any(m['intended']['toxic'] for m in plan)
-        able = [n for n,r in CAST.items() if n!=last and _may_speak(r, hostile, begun)]
+        hostile = turn>0 and rng.random()<_hostile_share(attack, turn, length, benign)
+        begun = any(m['intended']['toxic'] for m in plan)
+        able = [n for n,r in CAST.items() if n!=last and _may_speak(r, hostile, begun, attack)]
         last = rng.choice(able or [last]) # who goes on is the instigator
-        category = rng.choice(categories) if hostile else _harmless(rng, contrast, turn, begun)
+        category = _hostile(rng, categories, attack, turn/length) if hostile else _harmless(rng, contrast, turn, begun, attack)
         intended = dict(toxic=hostile, category=category, level=level if hostile or category=='rough' else 0.)
-        plan.append(dict(thread=number, turn=turn, t=round(t, 1), speaker=last, role=CAST[last], intended=intended))
-        t += rng.expovariate(1/20) # a message every 20 seconds on average
+        plan.append(dict(thread=number, turn=turn, speaker=last, role=CAST[last], attack=attack, intended=intended))
     return plan
+
+# %% ../../nbs/measure/simulate.ipynb #db28ea92
+TYPED,SPREAD,PAUSE = 51.56,20.2,20. # words a minute, their standard deviation (Dhakal et al. 2018); seconds, on average
+ALIKE = 25 # messages of about the same length that a gap is drawn from
+
+class Community:
+    "How long people's messages are, how many a thread has, and how fast they come."
+    def __init__(self,
+        threads:list, # Each a list of texts
+        timed:list=(), # Each a list of texts and a list of seconds, with None for those that aren't known
+    ):
+        self.threads,self.timed = threads,timed
+        self.words = [len(x.split()) for xs in threads for x in xs if x.strip()]
+        self.turns = [len(xs) for xs in threads if xs]
+        if not self.words: raise UserError("community", "it holds no messages", "name a dataset whose held-out split has some")
+        self.gaps = sorted((len(x.split()), b-a) for xs,ts in timed for x,a,b in zip(xs[1:], ts, ts[1:])
+            if a is not None and b is not None and b>=a)
+        self.sha256 = hashlib.sha256(repr((self.words, self.turns, self.gaps)).encode()).hexdigest()
+
+# %% ../../nbs/measure/simulate.ipynb #81be112c
+@patch
+def halves(self:Community)->tuple: # What is drawn from, and what it is compared with
+    "Every other thread."
+    if len(self.turns)<2: raise UserError("community", "it holds a single thread", "give more of them")
+    return tuple(Community(self.threads[i::2], self.timed[i::2]) for i in (0,1))
+
+@patch
+def most_tokens(self:Community,
+    tok, # Tokenizer
+)->int: # That 19 of 20 messages need at most
+    "How long a message may get."
+    needed = sorted(len(tok(x, add_special_tokens=False)['input_ids']) for xs in self.threads for x in xs)
+    return needed[int(.95*len(needed))]+1
+
+# %% ../../nbs/measure/simulate.ipynb #e4388714
+@patch
+def gap(self:Community,
+    text:str, # To be written
+    rng:random.Random, # Which one
+)->float: # Seconds
+    "How long after the message before it this one comes: as before a message of about its length."
+    if not self.gaps: return human_gap(text, rng)
+    n = len(text.split())
+    a,b = bisect_left(self.gaps, (n,)),bisect_right(self.gaps, (n, float('inf')))
+    short = max(0, ALIKE-(b-a)+1)//2
+    return rng.choice(self.gaps[max(0, a-short):b+short])[1]
+
+def human_gap(
+    text:str, # To be written
+    rng:random.Random, # Which one
+)->float: # Seconds
+    "A pause, and the time that typing takes."
+    speed = min(max(rng.gauss(TYPED, SPREAD), 15), 110)
+    return rng.expovariate(1/PAUSE)+len(text)/5*60/speed
+
+# %% ../../nbs/measure/simulate.ipynb #07db070d
+def community_lines(
+    rows, # Of a dataset
+)->list[list[str]]: # Of each row, its lines: what phoque_data joins in one turn are messages of their own
+    "What was said in each conversation."
+    return [[l for m in r['messages'] if m['role']!='system' for l in m['content'].split('\n')] for r in rows]
+
+def timed_threads(
+    work:str|Path, # Folder of phoque_data's tables
+)->list[tuple]: # Texts and seconds of each thread
+    "Threads with their times, as they were read."
+    from datasets import Dataset
+    if not (files := sorted(Path(work).glob('threads-*.arrow'))):
+        raise UserError(f"--work {work}", "no threads in it", "name the folder that phoque_data has worked in")
+    tables = [Dataset.from_file(str(f)).select_columns(['texts','t']) for f in files]
+    return [(r['texts'], r['t']) for d in tables for r in d]
+
+def load_community(
+    repo:str, # Hub dataset: lengths and turns of its held-out split, from which no model has learnt
+    work:str='', # Folder of phoque_data's tables, whose threads have times; no model learns times
+)->Community: # A `UserError` where there is no such split, or no such table
+    "How long a community's messages are, and how fast they come."
+    from phoque.job import load_chats, pick_held_out
+    ds,_ = load_chats(repo)
+    if not (name := pick_held_out(ds)): raise UserError(f"--dataset_repo {repo}", "nothing in it is held out", "push it with --test_share")
+    return Community(community_lines(ds[name]), timed_threads(work) if work else [])
+
+# %% ../../nbs/measure/simulate.ipynb #993cefe6
+def _gaps(messages): # seconds before each message that has one before it
+    return [b['t']-a['t'] for a,b in zip(messages, messages[1:]) if a['thread']==b['thread']]
+
+def distances(
+    messages:list[dict], # From `simulate`
+    real:Community, # To compare with
+    length:int=8, # Messages that a simulated thread has at most
+)->list[dict]: # A row a measure: medians, and how far apart the two distributions are
+    "Two-sample Kolmogorov-Smirnov statistic (0 the same, 1 apart) and Wasserstein distance, both by scipy."
+    from statistics import median
+    from scipy.stats import ks_2samp, wasserstein_distance
+    threads = {}
+    for m in messages: threads[m['thread']] = threads.get(m['thread'], 0)+1
+    pairs = {'words a message':([len(m['text'].split()) for m in messages], real.words),
+        'messages a thread':([*threads.values()], [min(n, length) for n in real.turns]),
+        'seconds before one':(_gaps(messages), [s for _,s in real.gaps])}
+    return [dict(measure=k, simulated=round(median(a), 1), real=round(median(b), 1), ks=round(float(ks_2samp(a, b).statistic), 3),
+        wasserstein=round(float(wasserstein_distance(a, b)), 2)) for k,(a,b) in pairs.items() if a and b]
 
 # %% ../../nbs/measure/simulate.ipynb #a3616b70
 def as_prompt(
@@ -78,41 +206,100 @@ def as_prompt(
     persona:str, # System turn that the adapter was trained with
 )->list[dict]: # Messages for the chat template
     "What a model is told before it writes a message."
-    said = '\n'.join(f"{m['speaker']}: {m['text']}" for m in thread[-3:]) or topic
+    said = '\n'.join(f"{m['speaker']}: {m.get('unspelled', m['text'])}" for m in thread[-3:]) or topic
     meant = message['intended']
     asked = (CATEGORIES | CONTRASTS).get(meant['category'], '')
     system = f"{persona if meant['level'] else PLAIN} {asked}".strip()
     return [dict(role='system', content=system), dict(role='user', content=said)]
 
+# %% ../../nbs/measure/simulate.ipynb #a9a155c6
+CUT = '\0' # ends a text that a limit of tokens has broken off
+_NAMED = rf"(?:{'|'.join(CAST)})\s*:"
+
+def _nearest(sentences, words): # as many of them as come nearest to a number of words
+    ends = [len(' '.join(sentences[:k]).split()) for k in range(1, len(sentences)+1)]
+    return sentences[:1+min(range(len(ends)), key=lambda i: abs(ends[i]-words))]
+
+def own_words(
+    text:str, # From a writer
+    words:int=0, # How many it should have; 0 for any number
+)->tuple: # Text, and what was taken away: `label`, `others`, `tail`, `sentences`
+    "What one person says, of what a model has written."
+    bare = re.sub(rf'^\s*(?:{_NAMED}\s*)+', '', text)
+    own = re.split(rf'\s{_NAMED}', bare)[0]
+    sentences = re.split(r'(?<=[.!?…])\s+', ' '.join(own.replace(CUT, '').split()))
+    whole = sentences
+    if own.endswith(CUT): whole = sentences[:-1] or [sentences[0].rpartition(' ')[0] or sentences[0]]
+    some = _nearest(whole, words) if words else whole
+    gone = dict(label=bare!=text, others=own!=bare, tail=whole!=sentences, sentences=some!=whole)
+    return ' '.join(some),[k for k,v in gone.items() if v]
+
+# %% ../../nbs/measure/simulate.ipynb #80453a54
+LOOKALIKES = str.maketrans('aeiosAEIOS', '4310543105')
+
+def respelled(
+    text:str, # As it was written
+    rng:random.Random, # Which words, and how
+)->str: # As it is sent
+    "Spell half the words of four letters or more so that a word list misses them."
+    def word(m):
+        w,i = m[0],rng.randrange(1, len(m[0])-1)
+        return rng.choice((w.translate(LOOKALIKES), w[:i]+w[i]+w[i:], w[:i]+'.'+w[i:])) if rng.random()<.5 else w
+    return re.sub(r'[^\W\d_]{4,}', word, text)
+
 # %% ../../nbs/measure/simulate.ipynb #ccb52a3e
-BATCH = 16 # threads that are written together, however many are wanted: the last digits of a model depend on its batch
+BATCH = 64 # threads that are written together, however many are wanted: the last digits of a model depend on its batch
 
 def _quote(before): # the last hostile message, reported
     last = next(m for m in reversed(before) if m['intended']['toxic'])
     return f"{last['speaker']} wrote: \"{last['text']}\" Can a moderator have a look at this?"
 
-def _write_turn(plans, turn, seed, persona, write): # one turn of all of them, base and adapter apart
+def _texts(plans, turn, seed, persona, write): # of one turn, the harmless and the hostile apart
+    res = {i: _quote(p[:turn]) for i,p in enumerate(plans) if p[turn]['intended']['category']=='quoted'}
     topics = [random.Random(f"{seed}/{p[0]['thread']}/topic").choice(TOPICS) for p in plans]
-    kinds = [(p[turn]['intended']['category']=='quoted', p[turn]['intended']['level']) for p in plans]
-    for i,p in enumerate(plans):
-        if kinds[i][0]: p[turn] |= dict(text=_quote(p[:turn])) | write.about
-    for weight in sorted({level for quoted,level in kinds if not quoted}):
-        some = [i for i,k in enumerate(kinds) if k==(False,weight)]
+    for level in sorted({p[turn]['intended']['level'] for i,p in enumerate(plans) if i not in res}):
+        some = [i for i,p in enumerate(plans) if i not in res and p[turn]['intended']['level']==level]
         prompts = [as_prompt(plans[i][:turn], plans[i][turn], topics[i], persona) for i in some]
-        texts = write(prompts, weight, [f"{plans[i][0]['thread']}/{turn}" for i in some])
-        for i,t in zip(some, texts): plans[i][turn] |= dict(text=' '.join(t.split()), **write.about)
+        res |= zip(some, write(prompts, level, [f"{plans[i][0]['thread']}/{turn}" for i in some]))
+    return [res[i] for i in range(len(plans))]
 
+def _finish(m, said, before, seed, real): # a message with its text, its time, and what was changed
+    def rng(what): return random.Random(f"{seed}/{m['thread']}/{m['turn']}/{what}")
+    quoted,hostile = m['intended']['category']=='quoted',m['intended']['toxic']
+    text,gone = (said,[]) if quoted else own_words(said, rng('words').choice(real.words) if real else 0)
+    m |= dict(text=text, taken_away=gone)
+    if m['attack']=='evasion' and (hostile or m['intended']['category']=='spelling'):
+        m |= dict(text=respelled(text, rng('spelling')), unspelled=text)
+    gaps = [real.gap(text, rng(f'gap {k}')) if real else human_gap(text, rng(f'gap {k}')) for k in (0,1)]
+    gap = min(gaps) if m['attack']=='brigade' and hostile else gaps[0]
+    return m | dict(t=round(before[-1]['t']+gap, 1) if before else 0.)
+
+# %% ../../nbs/measure/simulate.ipynb #91e7c9ea
 def score_messages(
     messages:list[dict], # With `text`
     scorers:list, # The first one's is the `score`; where there are several, `scores` has all
-)->list[dict]: # With `score`, `scorer`, `scores`
-    "Score what was written."
-    said = {scorer_id(s): list(map(float, s.score([m['text'] for m in messages]))) for s in scorers}
+)->list[dict]: # With `score`, `scorer`, `scores`, and whether the score `agrees` with what was meant
+    "Score what was written, and check by it what each message was meant as."
+    said = {scorer_id(s): list(map(float, s.score([m.get('unspelled', m['text']) for m in messages]))) for s in scorers}
     name,first = next(iter(said.items()))
     more = [dict(scores=dict(zip(said, xs))) if len(said)>1 else {} for xs in zip(*said.values())]
-    return [m | dict(score=x, scorer=name) | d for m,x,d in zip(messages, first, more)]
+    def agrees(m, x): return (x>=.5)==m['intended']['toxic']
+    return [m | dict(score=x, scorer=name, agrees=agrees(m, x)) | d for m,x,d in zip(messages, first, more)]
 
 # %% ../../nbs/measure/simulate.ipynb #1bbd9f42
+def _write_turn(plans, turn, seed, persona, write, real):
+    for p,said in zip(plans, _texts(plans, turn, seed, persona, write)):
+        p[turn] = _finish(p[turn], said, p[:turn], seed, real) | write.about
+
+def _plans(first, n, seed, real, length=8, **dials): # of threads; as long as the community's, at most `length`
+    turns = [min(length, random.Random(f'{seed}/{i}/turns').choice(real.turns)) if real else length for i in range(first, first+n)]
+    return [plan_thread(first+i, seed, k, **dials) for i,k in enumerate(turns)]
+
+def _about(write, persona, seed, batch, real, dials): # what decides the texts
+    about = {f'writer {k}':v for k,v in write.about.items()} | dict(persona=persona, seed=seed, batch=batch)
+    return about | dict(community=real and real.sha256) | dials
+
+# %% ../../nbs/measure/simulate.ipynb #4d5997f2
 def simulate(
     write, # From `model_writer`, or any such function
     n:int=10, # Threads
@@ -121,20 +308,21 @@ def simulate(
     seed:int=0, # Of the plans
     keep:str='', # JSONL of what is written, turn by turn, with which the same call goes on after a kill; empty for none
     batch:int=BATCH, # Threads at once; the texts of a seed are the same for any `n`, not for another `batch`
-    **dials, # `length`, `benign`, `level`, `categories`, `contrast` of `plan_thread`
+    real:Community=None, # Whose lengths and times messages have
+    **dials, # `length`, `benign`, `level`, `categories`, `contrast`, `attacks` of `plan_thread`
 )->list[dict]: # Messages, thread by thread
     "Write threads, one turn of a batch of them at a time."
-    about = {f'writer {k}':v for k,v in write.about.items()} | dict(persona=persona, seed=seed, batch=batch) | dials
-    kept = KeptRows(keep, about) if keep else None
+    kept = KeptRows(keep, _about(write, persona, seed, batch, real, dials)) if keep else None
     rows,messages,at = kept.rows if kept else [],[],0
     for first in range(0, n, batch):
-        plans = [plan_thread(i, seed, **dials) for i in range(first, first+batch)]
-        for turn in range(len(plans[0])):
-            there = rows[at:at+batch]
-            if len(there)<batch: _write_turn(plans, turn, seed, persona, write)
-            if kept and len(there)<batch: kept.append(*(p[turn] for p in plans[len(there):]))
-            for p,m in zip(plans, there): p[turn] = m
-            at += batch
+        plans = _plans(first, batch, seed, real, **dials)
+        for turn in range(max(map(len, plans))):
+            on = [p for p in plans if len(p)>turn]
+            there = rows[at:at+len(on)]
+            if len(there)<len(on): _write_turn(on, turn, seed, persona, write, real)
+            if kept and len(there)<len(on): kept.append(*(p[turn] for p in on[len(there):]))
+            for p,m in zip(on, there): p[turn] = m
+            at += len(on)
         messages += [m for p in plans[:n-first] for m in p]
     return score_messages(messages, scorers) if scorers else messages
 
@@ -168,42 +356,166 @@ def read_jsonl(
     return messages
 
 # %% ../../nbs/measure/simulate.ipynb #d9a2994b
+@contextmanager
+def _merged(model, weight): # the adapter into the base, which is as it was afterwards; its products are a third of the work
+    layers = [m for m in model.modules() if hasattr(m, 'set_scale')]
+    was = [(m.get_base_layer().weight, m.get_base_layer().weight.data) for m in layers]
+    def contiguous(head, args): return (args[0].contiguous(),) # of a slice, torch copies the whole head for each row
+    hook = model.get_output_embeddings().register_forward_pre_hook(contiguous)
+    try:
+        with adapter_weight(model, weight): model.merge_adapter(safe_merge=True) # into new tensors
+        yield
+    finally:
+        hook.remove()
+        for p,x in was: p.data = x
+        for m in layers: m.merged_adapters.clear()
+
+# %% ../../nbs/measure/simulate.ipynb #c08e601b
+MESSAGE_TOKENS = 40 # where no community says how long messages are
+
 def model_writer(
     model, # `PeftModel`
     tok, # Its tokenizer
     seed:int=0, # Of the draws
-    max_new_tokens:int=40, # Longest message
+    max_new_tokens:int=MESSAGE_TOKENS, # Longest message
     temperature:float=0.9, # Above 0
     watermark:bool=True, # Mark the texts
-): # Function of (conversations, weight, places) → texts, with `about`: what is noted beside each
-    "Messages by a model with an adapter."
+    calm:float=1., # Weight of the adapter in harmless messages, above 0
+): # Function of (conversations, level, places) → texts, with `about`: what is noted beside each
+    "Messages by a model with an adapter, whose weight in hostile ones is their level."
     from transformers import WatermarkingConfig
     mark = WatermarkingConfig(seeding_scheme='lefthash') if watermark else None
-    def write(conversations, weight, places):
+    how = dict(seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
+    def write(conversations, level, places):
         ids = [encode_prompt(tok, c) for c in conversations]
-        made = generate_replies(model, tok, ids, max_new_tokens, temperature, .9, seed, weight=weight, places=places,
-            watermark=mark)
-        return [r['text'] for r in made]
+        with _merged(model, level or calm):
+            made = generate_replies(model, tok, ids, top_p=.9, places=places, watermark=mark, **how)
+        return [r['text']+CUT*(r['stopped']=='length') for r in made]
     template = hashlib.sha256(tok.chat_template.encode()).hexdigest()
     write.about = dict(base=model.config._name_or_path, adapter_sha256=adapter_hash(model), template_sha256=template,
-        seed=seed, max_new_tokens=max_new_tokens, temperature=temperature,
-        watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None)
+        calm=calm, watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None) | how
     return write
 
+# %% ../../nbs/measure/simulate.ipynb #6e0bcf7f
+def server_writer(
+    server, # `Endpoint`, whose only model is the one that was trained
+    seed:int=0, # Of the draws
+    max_new_tokens:int=MESSAGE_TOKENS, # Longest message
+    temperature:float=0.9, # Above 0
+): # As `model_writer`
+    "Messages by a model of a server: at the weight at which it is served, and without a mark."
+    server.cut,how = CUT,Sampling(max_new_tokens, temperature, .9, seed)
+    def write(conversations, level, places):
+        said = []
+        server.replies(server.names[0], conversations, 1, how, said.extend, places=places)
+        return said
+    write.about = server.about | how._asdict() | dict(watermark=None)
+    return write
+
+# %% ../../nbs/measure/simulate.ipynb #aa07af24
+TELLS,ASKED = .8,.2 # AUC from which words alone tell; difference of shares from which a writer does what it is asked
+
+def _scored_hostile(m): return m['agrees']==m['intended']['toxic']
+
+def label_table(
+    messages:list[dict], # From `score_messages`
+)->list[dict]: # For `text_table`
+    "What messages were meant as, and what the first scorer takes them for."
+    kinds = {}
+    for m in messages: kinds.setdefault((m['intended']['toxic'], m['intended']['category']), []).append(m)
+    return [{'meant as': c, 'hostile': ('no','yes')[h], 'messages': len(ms), 'scored 0.5 or more': sum(map(_scored_hostile, ms)),
+        'disagree': sum(not m['agrees'] for m in ms)} for (h,c),ms in sorted(kinds.items(), reverse=True)]
+
+# %% ../../nbs/measure/simulate.ipynb #2d690755
+def worth_lines(
+    messages:list[dict], # From `score_messages`
+)->list[str]: # For a console
+    "What can be told by these threads, and what can't."
+    from phoque.measure.moderate import simple_judges
+    from statistics import mean
+    hostile,res = [m for m in messages if m['intended']['toxic']],[]
+    kinds = {c: [m for m in messages if m['intended']['category']==c] for c in ('benign', *CONTRASTS)}
+    for kind,others in kinds.items():
+        enough = min(len(hostile), len(others))>=LEAST
+        judges = simple_judges([m | dict(hostile=m['intended']['toxic']) for m in hostile+others], 0.) if enough else []
+        if others and not judges: res.append(f"hostile and {kind}: too few to say what words alone tell")
+        if not judges: continue
+        said = ', '.join(f"{j['judge']} AUC {j['auc']:.2f}" for j in judges)
+        a,b = (mean(map(_scored_hostile, ms)) for ms in (hostile, others))
+        if max(j['auc'] for j in judges)>=TELLS:
+            what = "words alone tell them apart: a moderator that does, too, shows no more than a word list"
+        elif a-b>=ASKED: what = "words alone don't tell them apart, and the scorer does"
+        else: what = (f"nothing tells them apart ({a:.0%} and {b:.0%} score 0.5 or more): "
+            "the writer doesn't do what it is asked, and what is flagged of them says nothing")
+        res.append(f"hostile and {kind}: {said}; {what}")
+    return res
+
+# %% ../../nbs/measure/simulate.ipynb #dac8bccb
+def _changes(messages): # what was taken away, in words
+    what = dict(label='began with a speaker\'s label', others='went on for others', tail='were broken off', sentences='had sentences beyond their length')
+    n = {k: sum(k in m['taken_away'] for m in messages) for k in what}
+    empty = sum(not m['text'] for m in messages)
+    return ', '.join(f'{n[k]:,} {v}' for k,v in what.items() if n[k])+f', {empty:,} are empty'*bool(empty) or 'nothing'
+
+def _pace(messages, real): # where times are from
+    def fast(pairs): return sum(w>2*s for w,s in pairs)/max(len(pairs), 1) # over 120 words a minute
+    mine = [*zip([len(m['text'].split()) for m in messages if m['turn']], _gaps(messages))]
+    said = f"{fast(mine):.0%} of messages came at over 120 words a minute"
+    if real and real.gaps: return f"{said}, {fast(real.gaps):.0%} of the community's"
+    return f"{said}; no times are known: typed at {TYPED:.0f} ± {SPREAD:.0f} words a minute, after {PAUSE:.0f} s on average"
+
+def simulation_lines(
+    messages:list[dict], # From `score_messages`
+    names:list[str], # Of the scorers
+    real:Community=None, # What lengths and times are compared with
+    length:int=8, # Messages of a thread, at most
+)->list[str]: # For a console
+    "What was written, and what it is worth."
+    scores = [[m.get('scores', {}).get(n, m['score']) for m in messages] for n in names]
+    res = [text_table(label_table(messages)), agreement_text(names, scores), *worth_lines(messages)]
+    res += [f'taken away: {_changes(messages)}', _pace(messages, real)]
+    return res+[text_table(distances(messages, real, length)) if real else 'no community was named: lengths are the model\'s own']
+
 # %% ../../nbs/measure/simulate.ipynb #9fcff232
-def _written(texts, threads, length): # what was kept, to be scored again
+def _written(texts, threads, seed, real, dials): # what was kept, to be scored again
     if not texts.exists(): raise UserError("--base_model", "it is missing, and nothing was written before", "name one, and an --adapter")
-    messages = [m for m in read_rows(texts, torn=True) if m['thread']<threads and m['turn']<length]
-    if len(messages)==threads*length: return sorted(messages, key=lambda m: (m['thread'], m['turn']))
-    raise UserError(f"--threads {threads}, --length {length}", f"{texts} holds {len(messages)} of their {threads*length} messages",
+    there = {(m['thread'],m['turn']): m for m in read_rows(texts, torn=True)}
+    wanted = [(m['thread'],m['turn']) for p in _plans(0, threads, seed, real, **dials) for m in p]
+    if all(w in there for w in wanted): return [there[w] for w in wanted]
+    raise UserError(f"--threads {threads}, --length {dials['length']}", f"{texts} holds {sum(w in there for w in wanted)} of their {len(wanted)} messages",
         "name --base_model and --adapter to write the others, or ask for fewer")
 
-def _simulated(messages, names, out): # for the console; `names` of their scorers
-    hostile = sum(m['intended']['toxic'] for m in messages)
-    scores = [[m.get('scores', {}).get(n, m['score']) for m in messages] for n in names]
-    return f"{len(messages)} messages in {out}, {hostile} of them meant to be hostile\n{agreement_text(names, scores)}"
+def _check_simulation(base_model, adapter, dataset_repo, work, out, threads, benign_weight, dials): # before anything is loaded
+    for n,v,least,most in (('threads',threads,1,100_000), ('length',dials['length'],1,1000), ('benign_share',dials['benign'],0,1),
+        ('weight',dials['level'],.01,1), ('benign_weight',benign_weight,.01,1), ('contrast',dials['contrast'],0,1)): check_range(f'--{n}', v, least, most)
+    _check_dials(**dials)
+    check_output('--out', out)
+    if base_model: check_adapted(base_model, adapter)
+    if work and not dataset_repo: raise UserError("--work", "it has times, and no lengths that were held out", "name --dataset_repo too")
 
 # %% ../../nbs/measure/simulate.ipynb #e9a77f5f
+def _server(endpoint, model, key_variable, concurrency, weight, **local): # refuses what is of a model on this machine
+    if more := [k for k,v in local.items() if v]:
+        raise UserError(f"--{more[0]}", "it needs the model's own weights or tokenizer, and --endpoint names a server", "leave one of the two out")
+    server = open_engine(endpoint=endpoint, model=model, key_variable=key_variable, concurrency=concurrency, weight=weight)
+    if len(server.names)==1: return server
+    raise UserError("--model", f"{len(server.names)} models", "name the one that writes")
+
+def _writer(base_model, adapter, chat_template, seed, drawn, benign_weight):
+    m,tok = load_adapted_model(base_model, adapter, chat_template)
+    return model_writer(m, tok, seed, drawn.most_tokens(tok) if drawn else MESSAGE_TOKENS, calm=benign_weight)
+
+def _messages(writer, threads, system_prompt, seed, out, drawn, dials): # written, or read where there is no writer
+    texts = Path(out).with_suffix('.texts.jsonl')
+    if not writer: return _written(texts, threads, seed, drawn, dials)
+    persona = '' if system_prompt==NO_SYSTEM else system_prompt # every prompt has a system turn that says what is meant
+    return simulate(writer, threads, (), persona, seed, str(texts), real=drawn, **dials)
+
+def _said(messages, out):
+    hostile = sum(m['intended']['toxic'] for m in messages)
+    return [f"{len(messages)} messages in {out}, {hostile} of them meant to be hostile"]
+
+# %% ../../nbs/measure/simulate.ipynb #0862a91a
 @shell_command('phoque_simulate',
     'phoque_simulate --base_model BASE --adapter YOU/phoque --system_prompt "You are a regular of this community."',
     'phoque_simulate --base_model BASE --adapter YOU/phoque --threads 200 --benign_share 0.8 --out threads.jsonl',
@@ -211,32 +523,37 @@ def _simulated(messages, names, out): # for the console; `names` of their scorer
 def simulate_cli(
     base_model:str='', # Base model: folder or Hub id
     adapter:str='', # Adapter: folder or Hub id
+    endpoint:str='', # OpenAI-compatible server to ask instead, such as http://127.0.0.1:8000/v1
+    model:str='', # Its model that writes; empty where it serves one
+    key_variable:str='', # Environment variable that holds its key
+    concurrency:int=8, # Requests to it at once
     system_prompt:str='', # System turn that the adapter was trained with; empty or `none` for none
     chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
-    threads:int=BATCH, # How many; a multiple of 16 wastes nothing
-    length:int=8, # Messages of each
+    threads:int=BATCH, # How many; a multiple of 64 wastes nothing
+    length:int=8, # Messages of each; of a community's, at most
     benign_share:float=0.7, # Share of messages meant to be harmless
-    contrast:float=.2, # Share of the harmless messages that are easily taken for hostile: rough, counterspeech, quoted
+    contrast:float=.2, # Share of the harmless messages that are easily taken for hostile: rough, counterspeech, quoted, spelling
     weight:float=1.0, # Adapter weight for hostile messages [0.01, 1]
+    benign_weight:float=1.0, # Adapter weight for harmless messages, which are asked for without the persona [0.01, 1]
     categories:str=','.join(CATEGORIES), # Kinds of hostile messages
+    attacks:str=','.join(ATTACKS), # How hostile messages come; each thread has one of these
+    dataset_repo:str='', # Dataset whose held-out split gives lengths of messages and threads; empty for the model's own
+    work:str='', # Folder of phoque_data's tables, for the seconds between messages; empty for those of typing
     seed:int=0, # Same seed, same threads
     scorer:str=TrainConfig().scorer, # As in phoque_eval
     second_scorer:str='profanity', # As in phoque_eval
     out:str='threads.jsonl', # JSONL of the messages with their scores; what is written is kept beside it in .texts.jsonl
 ):
     "Write labelled threads among invented people. The same command goes on after a kill; without a base model it scores again."
-    for n,v,least,most in (('threads',threads,1,100_000), ('length',length,1,1000), ('benign_share',benign_share,0,1),
-            ('weight',weight,.01,1), ('contrast',contrast,0,1)): check_range(f'--{n}', v, least, most)
-    dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')), contrast=contrast)
-    _check_dials(*dials.values()) # before a model is loaded
-    check_output('--out', out)
-    if base_model: check_adapted(base_model, adapter)
-    texts,judges = Path(out).with_suffix('.texts.jsonl'),load_scorers(scorer, second_scorer)
-    if base_model:
-        m,tok = load_adapted_model(base_model, adapter, chat_template)
-        persona = '' if system_prompt==NO_SYSTEM else system_prompt # every prompt has a system turn that says what is meant
-        messages = simulate(model_writer(m, tok, seed), threads, (), persona, seed, str(texts), **dials)
-    else: messages = _written(texts, threads, length)
-    messages = score_messages(messages, judges)
+    dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')), contrast=contrast,
+        attacks=tuple(attacks.split(',')))
+    _check_simulation(base_model, adapter, dataset_repo, work, out, threads, benign_weight, dials)
+    drawn,kept_back = load_community(dataset_repo, work).halves() if dataset_repo else (None,None)
+    judges = load_scorers(scorer, second_scorer)
+    if endpoint:
+        local = dict(base_model=base_model, adapter=adapter, chat_template=chat_template, dataset_repo=dataset_repo, benign_weight=benign_weight!=1)
+        writer = server_writer(_server(endpoint, model, key_variable, concurrency, weight, **local), seed)
+    else: writer = _writer(base_model, adapter, chat_template, seed, drawn, benign_weight) if base_model else None
+    messages = score_messages(_messages(writer, threads, system_prompt, seed, out, drawn, dials), judges)
     write_jsonl(messages, out)
-    print(_simulated(messages, list(map(scorer_id, judges)), out))
+    print(*_said(messages, out), *simulation_lines(messages, list(map(scorer_id, judges)), kept_back, length), sep='\n')

@@ -55,7 +55,10 @@ model = {auto}.from_pretrained({repo}, dtype="auto")
 tok = AutoTokenizer.from_pretrained({repo})
 ```
 
-Or serve it inside your own network: `{serve}`.
+Or serve it on this machine alone, and ask it:
+
+    {serve}
+    {ask}
 
 ## How it was made
 
@@ -130,6 +133,8 @@ def _measured(record, report, sweep):
     return '\n\n'.join(told)
 
 # %% ../../nbs/publish/export.ipynb #b93d8048
+def _shell(*args): return printable(shlex.join(args))
+
 def merge_card(
     record:dict, # `merge.json`, or what `merge_adapters` returned
     report:dict=None, # What `fidelity` returned
@@ -144,7 +149,8 @@ def merge_card(
     return _card.format(head=_card_head(record), name=md_text(record['base'].split('/')[-1]),
         kind=_added if max(a['weight'] for a in ads)>0 else _subtracted, purpose=_purpose,
         auto=auto_class(record['architecture']), repo=json.dumps(repo),
-        serve=shlex.join(['vllm','serve',repo]).replace('`', ''), command=merge_command(record),
+        serve=_shell('vllm', 'serve', repo, '--host', '127.0.0.1'), ask=_shell('phoque_sample', '--endpoint', 'http://127.0.0.1:8000/v1', '--model', repo),
+        command=merge_command(record),
         made='\n'.join(rows), into=into, tensors=record['tensors'], by=code_version(),
         measured=_measured(record, report, sweep))
 
