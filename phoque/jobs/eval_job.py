@@ -115,7 +115,6 @@ def run_eval_job(
 )->int: # Exit code: 0 complete, 75 stopped in time
     "Measure in a process of its own, and publish what it keeps."
     results.fetch()
-    if (results.folder/PROMPTS_FILE).exists(): options = options | dict(prompts=PROMPTS_FILE)
     said = json.dumps(options | dict(out='eval.json'))
     child,last = subprocess.Popen([sys.executable, '-c', measure, said], cwd=results.folder),time.monotonic()
     while (code := child.poll()) is None and not deadline.due():

@@ -324,6 +324,7 @@ def submit_eval(
     refuse_secrets(**{k.upper():v for k,v in options.items()}, HUB_MODEL_ID=adapter, EVAL_REPO=repo, flavor=flavor, timeout=timeout)
     find_flavor(flavor)
     n,hours,api = check_eval(adapter, repo, options, prompts),check_timeout(timeout),None if dry_run else HfApi()
+    if prompts: options = options | dict(prompts=PROMPTS_FILE) # under which they will be in the repo
     if api and not get_token(): raise UserError("HF_TOKEN", "not set", "export a token with write access, from https://huggingface.co/settings/tokens")
     rows,cmd = preflight_eval(api, adapter, repo) if api else [],eval_args(adapter, repo, options, flavor, timeout, script)
     price = price_per_hour(flavor, api)
