@@ -17,6 +17,7 @@ __all__ = ['MOST_WAIT', 'AHEAD', 'Asker', 'asked_wait']
 MOST_WAIT = 300. # seconds; who asks for more patience is asked again by the next command
 AHEAD = 4 # times `concurrency` questions wait for a slow one before them, so that answers stay in order
 
+# %% ../../nbs/core/asking.ipynb #81a594ed
 class Asker:
     "What asks a server, several questions at once."
     def __init__(self,

@@ -210,6 +210,7 @@ _DOES = re.compile(r"""['’]s\s\w|\s(?:(?:and|or|und|et|y|e|и)\s(?:I\b|[A-ZА-
 @lru_cache(2**14)
 def _is_thing(w): return any(plain(w) in said_often(l, 3) for l in ('en','ru')) # a word, though a rare one
 
+# %% ../../nbs/exports/names.ipynb #15719ed5
 _ONLY_PEOPLE = re.compile(r"\s(?:sa(?:id|ys)|told|joined|disconnected|logged\s(?:in|out|off|on)|left\s(?:the|my|our)\s"
     r"(?:channel|server|game|party|call|voice|chat|lobby)|is\s(?:afk|offline|online|typing|streaming|calling))\b")
 

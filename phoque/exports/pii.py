@@ -255,10 +255,12 @@ _HANDLE_OF = re.compile(rf"""
     [@$]?(?P<v>(?-i:[A-Z][a-z]{{1,14}}(?:\s[A-Z][a-z]{{1,14}}){{1,2}}\s?\d{{1,5}})
         |(?:live:)?(?!//)[\w.-]{{2,32}}\w(?:\#\w{{2,6}})?)(?!\()""", re.I|re.X)
 
+# %% ../../nbs/exports/pii.ipynb #e6ce300d
 _HANDLE_ON = re.compile(rf"""
     \b(?:add|follow|find|message|dm)\s(?:me\s(?:as\s)?)?@?(?P<v>(?=[\w.-]{{0,31}}[\d_])[\w.-]{{3,32}})
     \s(?:on|at|auf|en|su|em|sur|på)\s{_WHERE}(?!\w)""", re.I|re.X) # add heron_1 on steam
 
+# %% ../../nbs/exports/pii.ipynb #3ed42506
 def _is_handle_of(m):
     "Where is it, if what follows the platform is no ordinary word?"
     v,how = m['v'],m['how'].strip()
@@ -543,6 +545,8 @@ _DAY = rf"""(?:{_DAY_OF_YEAR}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)|\d{{1,
     |(?:\d{{1,2}}/\d{{1,2}}|\d{{1,2}}\.\s?\d{{1,2}}\.|\d\d\.\d\d)(?![\w./:%]) # 22/9, 24.12.
     |\d{{1,2}}(?:st|nd|rd|th|er|º)?\.?\s(?:of\s|de\s)?[^\W\d_]{{3,12}}\.?(?![\w])
     |[^\W\d_]{{3,12}}\.?\s\d{{1,2}}(?:st|nd|rd|th)?\.?(?![\w/-]|\.\d))"""
+
+# %% ../../nbs/exports/pii.ipynb #d9f79d2c
 _OWN = r"(?:my|mein|mi|mon|meu|il\smio|mijn|min|moje|mój)"
 _BIRTH = re.compile(rf"""
     (?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
@@ -588,6 +592,8 @@ _POINT = re.compile(rf"""
     (?<![^\W{EAST}])(?<!\.)(?:(?:[NS]\s?)?(?P<deg>{_DEG})\s?°?\s?[NS]?(?:\s?,\s?|[;/]\s?|\s)
             (?:[EWO]\s?)?{_DEG}(?!\d)(?:\s?°?\s?[EWO](?!\w))?
         |(?:[NS]\s?{_ARC}|{_ARC}\s?[NS])[,;]?\s{{0,2}}(?:[EWO]\s?{_ARC}|{_ARC}\s?[EWO](?!\w)))""", re.X)
+
+# %% ../../nbs/exports/pii.ipynb #c213bcfd
 _HERE = re.compile(r"""\b(?:house|home|live|living|pin|gps|lat|location|coord|i'?m|me|my|mine|here|exif|address|spot
     |haus|wohn|standort|koordin|zuhause|bin\sich|ich\sbin|ubicaci[oó]n|casa|vivo|estoy|localiza|position:|posizione
         |posición|ici

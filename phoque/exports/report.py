@@ -33,6 +33,7 @@ width:60em;max-width:100%;box-sizing:border-box;margin:auto;padding:1em}
 .phoque-report figure{margin:1em 0}.phoque-report section>div.row{border-left:3px solid var(--edge);padding-left:.8em;margin:1em 0}
 .phoque-report div{overflow-wrap:anywhere;white-space:pre-wrap}</style>"""
 
+# %% ../../nbs/exports/report.ipynb #45b6ef82
 def report_html(
     body:str, # HTML
 )->str: # In the report's colours, light or dark

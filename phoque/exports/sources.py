@@ -508,6 +508,7 @@ def _speaker_inside(row):
         if names: return dict(who=names[0]) | ({'author': there['id']} if 'id' in there else {})
     return {}
 
+# %% ../../nbs/exports/sources.ipynb #3562ddbb
 def find_columns(
     row:dict, # A record
 )->dict: # Our names and the file's, of those that can be told by their names

@@ -235,9 +235,11 @@ class Clock:
     ):
         if order and order not in ORDERS: raise UserError(order, "no order of dates", f"give {', '.join(ORDERS)}")
         _zone(zone)
-        self.zone,self.order,self.phone,self.naive = zone,order,phone,False
-        self.why,self.seen,self.last,self.excel,self.typed = '',DateOrder(),-1e18,False,False
+        self.zone,self.order,self.phone = zone,order,phone
+        self.naive = self.excel = self.typed = False
+        self.why,self.seen,self.last = '',DateOrder(),-1e18
 
+# %% ../../nbs/exports/times.ipynb #130f07d1
 @patch
 def look(self:Clock,
     vs, # All times of the file
@@ -278,6 +280,7 @@ def __call__(self:Clock,
     self.naive |= d.tzinfo is None
     return _stamp(d, self.zone)
 
+# %% ../../nbs/exports/times.ipynb #7677cb5d
 @patch
 def steady(self:Clock,
     v, # A time of a log, in which every line was said after the one before

@@ -63,7 +63,8 @@ class Results:
         api=None, # `HfApi`; one with the environment's token where None
     ):
         from huggingface_hub import HfApi
-        self.repo,self.folder,self.until,self.api = repo,Path(folder),until,api or HfApi()
+        self.repo,self.folder = repo,Path(folder)
+        self.until,self.api = until,api or HfApi()
         self.sent = {}
 
     def asking(self, call): return patiently(call, f"dataset repo {self.repo}", self.until)
@@ -106,6 +107,7 @@ def publish(self:Results):
 PUBLISH_EVERY = 600 # seconds
 _CHILD = 'import json, sys; from phoque.measure.score import eval_cli; eval_cli(**json.loads(sys.argv[1]))'
 
+# %% ../../nbs/jobs/eval_job.ipynb #e7c1e37f
 def run_eval_job(
     results:Results, # Where to
     options:dict, # Of `phoque_eval`

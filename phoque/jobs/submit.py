@@ -356,6 +356,7 @@ def _submit_measure(args): # from `phoque_submit --eval`
     return submit_eval(args['hub_model_id'], options, args['eval_repo'], args['eval_prompts'], args['flavor'], args['job_timeout'],
         args['yes'], args['dry_run'])
 
+# %% ../../nbs/jobs/submit.ipynb #8b346178
 SUBMIT_EXAMPLES = ('phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --smoke',
     'phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --flavor a100-large --preset 80gb',
     'phoque_submit --eval --hub_model_id YOU/phoque --eval_prompts prompts.jsonl --eval_n 1000 --flavor l4x1')

@@ -33,7 +33,8 @@ class Progress:
         done:int=0, # How many were there before
         every:float=10., # Seconds between two lines
     ):
-        self.total,self.done,self.first,self.every = total,done,done,every
+        self.total,self.every = total,every
+        self.done = self.first = done
         self.start = self.said = time.monotonic()
 
     def __call__(self,
@@ -94,7 +95,8 @@ class LocalEngine:
         about:dict={}, # What else decides the texts
         **kw, # More for `generate_replies`
     ):
-        self.model,self.tok,self.weights,self.kw = model,tok,weights,kw
+        self.model,self.tok = model,tok
+        self.weights,self.kw = weights,kw
         self.names,self.about = [*weights],dict(about, models=[*weights], adapter_sha256=adapter_hash(model))
 
     def encode(self, prompt): return self.tok(prompt)['input_ids'] if isinstance(prompt, str) else encode_prompt(self.tok, prompt)

@@ -251,7 +251,8 @@ def rehearse(
     check_range('--steps', steps, 8, 10_000)
     out = fresh_folder(out, REPORTS)
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # as the job does, for the merge too
-    t0,stages,folder,look = time.time(),[],smollm2(),Outlook(steps)
+    folder,look = smollm2(),Outlook(steps)
+    t0,stages = time.time(),[]
     with LocalHub(out/'hub', users=['me']) as hub, watch_outside() as outside:
         def stage(name, *cmd, kill_when=None, **kw):
             env = clean_env(hub, out/f'{len(stages)}-disk/hf', **kw) | outside.env
@@ -463,6 +464,7 @@ dt{font-weight:600;margin-top:.5rem}dd{margin:0;overflow-wrap:anywhere}
 pre{overflow:auto;padding:.7rem;background:var(--card);font-size:.8rem}summary{cursor:pointer}
 """.strip()
 
+# %% ../../nbs/testing/rehearse.ipynb #047a4645
 def html_table(
     rows:list, # Dicts with the same keys
 )->str: # HTML
@@ -535,7 +537,8 @@ WORDS = {'SIGKILL':"the system ends a process at once; it can't save anything", 
     'the Hub':"where models and data are kept; here a copy of it on this machine",
     'merge':"base model and what was learnt, added up to one model; with a negative weight, subtracted",
     'persona score':"a linear scorer of letter sequences, fitted on another year of the invented harbour: how much a text sounds like it, "
-        "not whether it is toxic", 'interval [low, high]':"holds the true mean in about 95 of 100 cases; a difference whose interval excludes 0 is rare by chance",
+        "not whether it is toxic",
+    'interval [low, high]':"holds the true mean in about 95 of 100 cases; a difference whose interval excludes 0 is rare by chance",
     'perplexity':"how many words the model hesitates between on harmless text: lower is more fluent",
     'distinct-2':"share of word pairs that occur once: near 0 is a loop"}
 

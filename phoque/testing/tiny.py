@@ -68,6 +68,7 @@ def _first_tokens(blanks=False): # 4,096 of SmolLM2's, in the order of its merge
     bpe['merges'] = [m for m in bpe['merges'] if ''.join(m) in bpe['vocab']]
     return json.dumps(spec)
 
+# %% ../../nbs/testing/tiny.ipynb #5303f555
 def tiny_model(
     folder:Path, # Made
     seed:int=0, # Of its weights
