@@ -791,7 +791,7 @@ def check_commands(
 ):
     "Every command that a page shows, ours or the Hub client's, exists and has the flags it is shown with."
     helps,bad = command_help(path),[]
-    def flags(text): return [f.replace('-', '_') for f in re.findall(r'--[\w-]+', text)]
+    def flags(text): return [f.replace('-', '_') for f in re.findall(r'(?<!\w)--[\w-]+', text)]
     for page,text in page_texts(path).items():
         for command,args in shown_commands(text):
             if command.startswith('hf ') and command not in helps: helps[command] = _hf_help(command)
@@ -822,8 +822,8 @@ def check_light(
 
 # %% ../../nbs/dev/site.ipynb #d6438b21
 SPELT_SO = 'als,ans,docment,docments,generat,meu,ot,serie,sme,tage,te' # Words that codespell takes for slips
-# of other languages, in clean and chatlogs
-SPELT_SO += ',adres,adresse,bu,calle,carrer,ist,mot,nd,numer,ore,paket,passord,quater,registre,singel,unter,vor,whats'
+# of other languages, in the exports
+SPELT_SO += ',adres,adresse,bu,calle,carrer,ist,ser,valeu,mot,nd,numer,ore,paket,passord,quater,registre,singel,unter,vor,whats'
 
 def check_words(
     path:str|Path='.', # A folder of the project

@@ -198,7 +198,7 @@ _NO_NAME = re.compile(r"\b(?:the|an|my|your|our|his|her|their|this|that|no|any|e
     r"|until|мо[йяею]|тво[йяею]|наш)\s$",
     re.I) # articles, and what stands before a month; not those that stand before names in some languages, as la
 _DOES = re.compile(r"""['’]s\s\w|\s(?:(?:and|or|und|et|y|e|и)\s(?:I\b|[A-ZА-Я])
-    |(?:is|was|has|had|does|did|isn['’]t|wasn['’]t|hasn['’]t|doesn['’]t|didn['’]t|sa(?:id|ys)|t(?:old|ells)
+    |(?:(?:is|was|has|had|does|did)(?:n['’]t)?|sa(?:id|ys)|t(?:old|ells)
         |ask(?:ed|s)|th(?:ought|inks)
     |kn(?:ew|ows)|wants?(?:ed)?|left|leaves|joined|joins|c(?:ame|omes)|went|goes|g(?:ot|ets)|logged|play(?:ed|s)
         |won|lost|died|carried
