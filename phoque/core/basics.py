@@ -309,6 +309,7 @@ def bound_requests(
 _OF_A_FILE = {getattr(errno, e) for e in
     'EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENAMETOOLONG EISDIR ENOTDIR ENOENT EEXIST ELOOP'.split()}
 
+# %% ../../nbs/core/basics.ipynb #a865ea3e
 @contextmanager
 def command(
     name:str, # As it is typed, such as `phoque_merge`

@@ -753,6 +753,7 @@ def _is_pass_near(m):
 # %% ../../nbs/exports/pii.ipynb #c4f0ed69
 _MINE = re.compile(r"\b(?:my|mein|mi|mon|minha|mijn|mitt|moje|мой|la\smia)\s$", re.I)
 
+# %% ../../nbs/exports/pii.ipynb #e48401a1
 def _is_password(m):
     "Where is the password, if what follows the word is one?"
     word,how,v = m['word'].lower(),m['how'].strip(),m['v']

@@ -26,6 +26,7 @@ class Sampling(NamedTuple):
     top_p:float=.9
     seed:int=0
 
+# %% ../../nbs/measure/engine.ipynb #f756180c
 class Progress:
     "Says on stderr how far a long work is, how fast, and how long it will take."
     def __init__(self,

@@ -260,6 +260,7 @@ def eval_prompts(
 # %% ../../nbs/measure/score.ipynb #d75df4dc
 PROTOCOL = Sampling(max_new_tokens=20, temperature=1., top_p=.9) # of RealToxicityPrompts
 
+# %% ../../nbs/measure/score.ipynb #dad0c8fa
 def generate_rows(
     engine, # `LocalEngine` or `Endpoint`
     prompts:list[Prompt], # From `eval_prompts`

@@ -542,6 +542,7 @@ WORDS = {'SIGKILL':"the system ends a process at once; it can't save anything", 
     'perplexity':"how many words the model hesitates between on harmless text: lower is more fluent",
     'distinct-2':"share of word pairs that occur once: near 0 is a loop"}
 
+# %% ../../nbs/testing/rehearse.ipynb #9d92ce92
 def _report_parts(seen):
     "The page, part by part."
     from html import escape
