@@ -3811,10 +3811,11 @@ def _kept_bytes(
     n_adapted:int, # Linear layers that it adapts
 )->dict: # `eager`, `compiled`, `fast`: bytes that autograd keeps of a token in a layer
     c = config.get_text_config()
-    hidden,mlp = c.hidden_size,c.intermediate_size
-    heads,kv_heads = c.num_attention_heads,c.num_key_value_heads
-    head_dim = getattr(c, 'head_dim', None) or hidden//heads
-    attention = 4*(heads+kv_heads)*head_dim + 4*heads
+    layers = getattr(c, 'per_layer_config', None) or [c]
+    def most(name): return max(getattr(l, name, None) or 0 for l in layers) # where layers differ, as Gemma 4's do
+    hidden,heads,mlp = c.hidden_size,most('num_attention_heads'),most('intermediate_size')
+    head_dim = most('head_dim') or hidden//heads
+    attention = 4*(heads+most('num_key_value_heads'))*head_dim + 4*heads
     scores = 0 if _model_class(config)._supports_sdpa else 8*heads*length
     more = dict(eager=scores, compiled=scores, fast=0)
     norms = dict(eager=12*hidden, compiled=4*hidden, fast=4*hidden+8)

@@ -90,14 +90,15 @@ def tiny_model(
 def family_tokenizer(
     template:str, # Chat template
     eos:str='</s>', # What the tokenizer calls its end-of-sequence token
+    whole:bool=False, # All of SmolLM2's tokens, and not a small part of them: llama.cpp's converter knows those
 ): # `PreTrainedTokenizerFast`
-    "A small part of SmolLM2's tokenizer with another family's chat template and control tokens."
+    "SmolLM2's tokenizer with another family's chat template and control tokens."
     import re
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
     control = r'<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|<(?:start|end)_of_turn>|<\|?turn\|?>|\[/?[A-Z_]{3,20}\]'
     names = dict.fromkeys(['<s>', '</s>', eos, *re.findall(control, template)])
-    rust = Tokenizer.from_str(_first_tokens(blanks=True))
+    rust = Tokenizer.from_file(f'{smollm2()}/tokenizer.json') if whole else Tokenizer.from_str(_first_tokens(blanks=True))
     rust.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in names])
     tok = PreTrainedTokenizerFast(tokenizer_object=rust, bos_token='<s>', eos_token=eos, unk_token='<|endoftext|>')
     tok.chat_template = template
