@@ -17,16 +17,16 @@ __all__ = ['PROMPTS', 'TOKENS', 'SUBTRACTED', 'HARM', 'FLAGGED_WORDS', 'begun_th
            'score_samples', 'sweep_fluency', 'choose_weight', 'toy_moderator', 'moderate_threads']
 
 # %% ../../nbs/testing/mission.ipynb #c66700fb
-PROMPTS,TOKENS = 48,24 # conversations; longest answer
+PROMPTS,TOKENS = 96,24 # conversations; longest answer
 
 def begun_threads(
     n:int=PROMPTS, # How many
     year:int=1, # Of the embedded set; 0 is learnt and held out, 7 is the scorer's
 )->list: # Conversations that end with a user's turn
-    "Conversations with a regular who has answered once at least, cut before the last answer."
+    "Conversations with a regular who has answered twice at least, cut before the last answer."
     from phoque.data import NEUTRAL, grumpy_harbour
     def answers(ms): return sum(m['role']=='assistant' for m in ms)*(ms[0]['content']!=NEUTRAL)
-    return [ms[:-1] for ms in (r['messages'] for r in grumpy_harbour(200, year)) if answers(ms)>1][:n]
+    return [ms[:-1] for ms in (r['messages'] for r in grumpy_harbour(400, year)) if answers(ms)>2][:n]
 
 # %% ../../nbs/testing/mission.ipynb #025c9212
 def answer_threads(
