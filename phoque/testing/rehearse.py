@@ -682,7 +682,7 @@ def _noted_step(step, batches):
 def _be_command(env, out, argv, stdin):
     "Become one of phoque's commands."
     from importlib.metadata import entry_points
-    with os.fdopen(os.memfd_create('stdin'), 'w+') as f:
+    with tempfile.TemporaryFile('w+') as f:
         f.write(stdin)
         f.seek(0)
         os.dup2(f.fileno(), 0)
