@@ -373,6 +373,8 @@ def eval_cli(
     check_range('--k', k, 1, 10_000)
     if Path(out).suffix!='.json': raise UserError("--out", f"{out!r} is no report", "name a file that ends in .json")
     check_output('--out', out)
+    for o,v in dict(prompts=prompts, system_prompt=system_prompt).items():
+        if v and not engine.named: raise UserError(f"--{o}", "what was written before is scored again as it is", "leave it out, or name a model")
     more = check_formats(formats)
     kept = Path(out).with_suffix('.texts.jsonl')
     asked,judges = eval_prompts(prompts, n, seed) if engine.named else [],load_scorers(scorer, second_scorer)
