@@ -11,10 +11,11 @@ from fastcore.basics import patch
 from .basics import UserError, excerpt, printable
 
 # %% auto #0
-__all__ = ['MOST_WAIT', 'AHEAD', 'Asker', 'asked_wait']
+__all__ = ['MOST_WAIT', 'AT_ONCE', 'AHEAD', 'Asker', 'asked_wait']
 
 # %% ../../nbs/core/asking.ipynb #c98e5ed7
 MOST_WAIT = 300. # seconds; who asks for more patience is asked again by the next command
+AT_ONCE = 8 # questions, where nothing else is said
 AHEAD = 4 # times `concurrency` questions wait for a slow one before them, so that answers stay in order
 
 # %% ../../nbs/core/asking.ipynb #81a594ed
@@ -24,7 +25,7 @@ class Asker:
         url:str, # http:// or https://
         what:str='endpoint', # What is there, for the messages; `--WHAT` is the option that named it
         key_variable:str='', # Environment variable that holds its key; empty for none
-        concurrency:int=8, # Requests at once
+        concurrency:int=AT_ONCE, # Requests at once
         timeout:float=10., # Seconds for an answer, from the first byte sent to the last received
         tries:int=5, # How often a question is sent, at most
         pause:float=.5, # Seconds before the second try; each next one waits twice as long

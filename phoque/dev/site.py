@@ -46,6 +46,10 @@ def _directives(cell)->dict: # Such as {'slow': ['4', 'min']}
     from nbdev.process import extract_directives
     return extract_directives(cell, remove=False) if cell.cell_type=='code' else {}
 
+def _lacking(dirs:dict)->list: # Packages and programs that a cell needs and that aren't here
+    from importlib.util import find_spec
+    return [n for n in dirs.get('needs', ()) if not (find_spec(n) or shutil.which(n))]
+
 def _execute(
     fn:str|Path, # The notebook, which stays as it is
     run:tuple=(), # Flags of `tst_flags` whose cells are run as well
@@ -57,7 +61,7 @@ def _execute(
     def skip(cell):
         if cell.cell_type!='code': return True
         dirs = _directives(cell)
-        if dirs.get('eval:', [''])[0].lower()=='false' or flags & dirs.keys(): return True
+        if dirs.get('eval:', [''])[0].lower()=='false' or flags & dirs.keys() or _lacking(dirs): return True
         cell.outputs = [] # the shell leaves old outputs where a cell now gives none
     old,nb,shell = read_nb(fn),read_nb(fn),CaptureShell(fn)
     sys.path.insert(0, str(root))
@@ -117,7 +121,8 @@ def run_notebook(
     old,nb = _execute(fn, run)
     for was,cell in zip(old.cells, nb.cells):
         if cell.cell_type!='code': continue
-        flagged = set(run) & _directives(cell).keys()
+        dirs = _directives(cell)
+        flagged = set(run) & dirs.keys() and not _lacking(dirs)
         pictures = any(k.startswith('image/') for o in cell.outputs for k in o.get('data', {}))
         same = was.outputs and not pictures and same_text(shown_text(was), shown_text(cell))
         if run and not flagged or same and not flagged: cell.outputs = was.outputs
@@ -176,10 +181,12 @@ def run_notebooks(
     "Run notebooks in place and keep their outputs: what a developer does before a commit."
     from execnb.nbio import read_nb
     for fn in notebooks(names, path):
-        if flag and not any(flag in _directives(c) for c in read_nb(fn).cells): continue
+        flagged = [d for d in map(_directives, read_nb(fn).cells) if flag in d]
+        if flag and not flagged: continue
         ok,out = _in_process(_RUN, fn, *flag.split(), cwd=fn.parent, timeout=4*3600 if flag else 1800)
         if not ok: raise ValueError(f"{fn.name} failed, and stays as it was:\n{out}")
-        print(f'ran {fn.name}')
+        lack = dict.fromkeys(n for d in flagged for n in _lacking(d))
+        print(f'ran {fn.name}'+f", all but the cells that need {', '.join(lack)}"*bool(lack))
 
 # %% ../../nbs/dev/site.ipynb #1381e372
 _TEST = '''import json, sys

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/jobs/submit.ipynb #0306946f
 from __future__ import annotations
-import json, os, shlex, shutil, subprocess, sys, threading
+import argparse, json, os, shlex, shutil, subprocess, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
@@ -18,10 +18,10 @@ from ..model_qlora import check_private, private_repo, resolve_base
 from ..train import TrainConfig, check_config, options, parse_options, run_parser
 
 # %% auto #0
-__all__ = ['TOKEN_ROLES', 'JOB_PYTHON', 'SMOKE', 'SUBMIT_EXAMPLES', 'job_args', 'unused_secrets', 'checking', 'check_account',
-           'token_role', 'check_owner', 'check_model_repo', 'check_dataset', 'check_wandb', 'check_installable',
-           'check_secrets', 'preflight', 'submit', 'eval_args', 'preflight_eval', 'check_eval', 'submit_eval',
-           'submit_cli']
+__all__ = ['TOKEN_ROLES', 'JOB_PYTHON', 'SMOKE', 'MEASURED_BY', 'OF_EVAL', 'SUBMIT_EXAMPLES', 'job_args', 'unused_secrets',
+           'checking', 'check_account', 'token_role', 'check_owner', 'check_model_repo', 'check_dataset', 'check_wandb',
+           'check_installable', 'check_secrets', 'preflight', 'submit', 'eval_args', 'preflight_eval', 'check_eval',
+           'submit_eval', 'submit_cli']
 
 # %% ../../nbs/jobs/submit.ipynb #72b61f45
 def job_args(
@@ -351,8 +351,21 @@ def _send_eval(api, repo, prompts, cmd):
 # About five minutes, most of them for installing and downloading; the rest is for a slow day
 SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m')
 
+MEASURED_BY = ('scorer', 'system_prompt', 'chat_template', 'seed') # options of a run that are of `phoque_eval` too
+OF_EVAL = ('eval_repo', 'eval_prompts', 'eval_n', 'eval_k')
+
+def _check_flags(p, argv): # refuse what the other kind of job wouldn't go by
+    for a in p._actions: a.default = argparse.SUPPRESS
+    p.allow_abbrev,flags = False,{a.dest: a.option_strings[0] for a in p._actions}
+    given = vars(p.parse_args(argv))
+    fine = {'eval', *MEASURED_BY, *OF_EVAL, 'hub_model_id', 'flavor', 'timeout', 'job_timeout', 'yes', 'dry_run'}
+    odd = [flags[k] for k in given if (k not in fine if 'eval' in given else k in OF_EVAL)]
+    if not odd: return
+    if 'eval' in given: raise UserError(', '.join(odd), "not for a job that measures", "leave it out, or leave --eval out to train")
+    raise UserError(', '.join(odd), "for a job that measures, and this one trains", "give --eval too, or leave it out")
+
 def _submit_measure(args): # from `phoque_submit --eval`
-    options = {k:args[k] for k in ('scorer', 'system_prompt', 'chat_template', 'seed')} | dict(n=args['eval_n'], k=args['eval_k'])
+    options = {k:args[k] for k in MEASURED_BY} | dict(n=args['eval_n'], k=args['eval_k'])
     return submit_eval(args['hub_model_id'], options, args['eval_repo'], args['eval_prompts'], args['flavor'], args['job_timeout'],
         args['yes'], args['dry_run'])
 
@@ -382,6 +395,7 @@ def submit_cli(
     try:
         with command('phoque_submit', sys.argv[1:] if argv is None else argv):
             args = parse_options(run_parser(phoque_submit, SUBMIT_EXAMPLES), argv)
+            _check_flags(run_parser(phoque_submit), argv)
             if args['smoke']: args |= SMOKE
             if args['timeout']: args['job_timeout'] = args['timeout']
             if args['eval']: sys.exit(_submit_measure(args))

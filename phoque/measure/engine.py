@@ -6,17 +6,17 @@
 from __future__ import annotations
 import hashlib, math, re, sys, time
 from typing import NamedTuple
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
-from ..core.asking import Asker
-from ..core.basics import UserError, base_dtype, excerpt, printable, read_json
+from ..core.asking import AT_ONCE, Asker
+from ..core.basics import UserError, base_dtype, check_range, excerpt, printable, read_json
 from ..resume import spell_seconds
 from ..sample import adapter_weight, generate_replies, tensors_hash
 
 # %% auto #0
 __all__ = ['BATCHED', 'SWITCHED_OFF', 'SEEDS', 'TRIED', 'Sampling', 'Progress', 'adapter_hash', 'check_adapted',
-           'load_adapted_model', 'LocalEngine', 'Endpoint', 'said_gaps', 'open_engine']
+           'load_adapted_model', 'LocalEngine', 'Endpoint', 'said_gaps', 'EngineOptions']
 
 # %% ../../nbs/measure/engine.ipynb #8de276b3
 class Sampling(NamedTuple):
@@ -258,28 +258,50 @@ def said_gaps(
     return printable(f"{about['endpoint']} {', and '.join(parts)}") if parts else ''
 
 # %% ../../nbs/measure/engine.ipynb #40ede748
-def open_engine(
-    base_model:str='', # Folder or Hub id
-    adapter:str='', # Folder or Hub id
-    endpoint:str='', # Base URL of a server, in the place of both
-    model:str='', # Models of the server, with commas
-    key_variable:str='', # Environment variable that holds the server's key
-    concurrency:int=8, # Requests at once
-    chat_template:str='', # As in `load_adapted_model`
+class EngineOptions:
+    "Which models a command asks: a base with an adapter on this machine, or those of a server."
+    def __init__(self,
+        base_model:str='', # Base model: folder or Hub id
+        adapter:str='', # Adapter: folder or Hub id
+        chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
+        endpoint:str='', # OpenAI-compatible server to ask instead, such as http://127.0.0.1:8000/v1
+        model:str='', # Its models, with commas, the first of which the others are compared with; empty where it serves one
+        key_variable:str='', # Environment variable that holds its key
+        concurrency:int=AT_ONCE, # Requests to it at once
+    ):
+        store_attr()
+        check_range('--concurrency', concurrency, 1, 1000)
+        here = dict(base_model=base_model, adapter=adapter, chat_template=chat_template)
+        there = dict(model=model, key_variable=key_variable, concurrency=concurrency!=AT_ONCE)
+        self.named = bool(base_model or endpoint)
+        self.only_here(**here)
+        if not endpoint and (more := [k for k,v in there.items() if v]):
+            raise UserError(f"--{more[0]}", "it is for a server, and none is named", "name one with --endpoint, or leave this out")
+        if not endpoint and any(here.values()): check_adapted(base_model, adapter)
+
+# %% ../../nbs/measure/engine.ipynb #6d0c1e52
+@patch
+def only_here(self:EngineOptions,
+    **options # Name → was it given?
+):
+    "Refuse an option that only a model on this machine goes by, where a server is named."
+    if self.endpoint and (more := [k for k,v in options.items() if v]):
+        raise UserError(f"--{more[0]}", "it needs a model on this machine, and --endpoint names a server", "leave one of the two out")
+
+@patch
+def open(self:EngineOptions,
     system_prompt:str='', # As in `load_adapted_model`
     chat:bool=True, # Is it asked by messages?
     draws:bool=True, # Is it asked at a temperature?
     weight:float=1., # Of the adapter
 ): # `LocalEngine` or `Endpoint`
-    "The engine that a command's options name."
-    if not endpoint:
-        m,tok = load_adapted_model(base_model, adapter, chat_template, system_prompt)
-        about = dict(base=base_model, adapter=adapter, chat_template=chat_template)
+    "Load the model, or find out what the server goes by."
+    self.only_here(weight=weight!=1)
+    if not self.endpoint:
+        m,tok = load_adapted_model(self.base_model, self.adapter, self.chat_template, system_prompt)
+        about = dict(base=self.base_model, adapter=self.adapter, chat_template=self.chat_template)
         return LocalEngine(m, tok, dict(base=0., adapter=weight), about)
-    given = dict(base_model=base_model, adapter=adapter, chat_template=chat_template, weight=weight!=1)
-    if more := [k for k,v in given.items() if v]:
-        raise UserError(f"--{more[0]}", "it is of a model on this machine, and --endpoint names a server", "leave one of the two out")
-    server = Endpoint(endpoint, model, system_prompt, key_variable=key_variable, concurrency=concurrency)
+    server = Endpoint(self.endpoint, self.model, system_prompt, key_variable=self.key_variable, concurrency=self.concurrency)
     server.settle(chat, draws)
     if gaps := said_gaps(server.about): print(gaps, file=sys.stderr)
     return server

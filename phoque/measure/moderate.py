@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib, json
 from html import escape
 from pathlib import Path
-from ..core.asking import Asker
+from ..core.asking import AT_ONCE, Asker
 from phoque.core.basics import (UserError, check_output, check_range, excerpt, printable, read_json, shell_command,
     text_table)
 from ..core.kept import KeptRows, write_private
@@ -91,6 +91,8 @@ class HttpModerator(Asker):
         if shape not in SHAPES: raise UserError("--shape", f"there is no {excerpt(repr(shape), 40)}", f"use {', '.join(SHAPES)}")
         if history and shape=='openai':
             raise UserError("--history", "openai has no place for the messages before", "leave it at 0, or use another --shape")
+        if model and shape!='openai':
+            raise UserError("--model", f"{shape} has no place for it", "leave it out, or use --shape openai")
         self.shape,self.model,self.history = shape,model,history
         super().__init__(url, 'moderator', remedy=f"check the address, and let it answer {SHAPES[shape]}, or name another --shape", **kw)
 
@@ -337,7 +339,7 @@ def moderate_cli(
     model:str='', # Model that an openai moderator is asked for
     key_variable:str='', # Environment variable that holds its key
     history:int=0, # Earlier messages of the thread that are sent along
-    concurrency:int=8, # Requests at once
+    concurrency:int=AT_ONCE, # Requests at once
     timeout:float=10., # Seconds for an answer
     threshold:float=.5, # Scores from here on are flags, where it answers with scores only
     out:str='moderator.html', # Report; answers and numbers stand beside it in .jsonl and .json

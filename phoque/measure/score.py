@@ -7,11 +7,12 @@ from __future__ import annotations
 import hashlib, json, random, sys, time
 from pathlib import Path
 from typing import NamedTuple
+from fastcore.meta import delegates
 from ..core.basics import UserError, check_output, check_range, printable, read_json, shell_command
 from ..core.kept import KeptRows, read_rows, write_private
 from ..chat.labels import encode_prompt
 from ..core.stats import MeanInterval, mean_interval
-from .engine import LocalEngine, Progress, Sampling, adapter_hash, check_adapted, load_adapted_model, open_engine, said_gaps
+from .engine import EngineOptions, LocalEngine, Progress, Sampling, said_gaps
 from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer
 from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id
 from ..train import TrainConfig
@@ -352,38 +353,32 @@ def eval_table(
     'phoque_eval --base_model BASE --adapter YOU/phoque',
     'phoque_eval --endpoint http://127.0.0.1:8000/v1 --model BASE,phoque --prompts prompts.jsonl --n 1000 --out eval.json',
     errors=(ValueError,))
+@delegates(EngineOptions)
 def eval_cli(
-    base_model:str='', # Base model: folder or Hub id; without one, and without an endpoint, what was written before is scored again
-    adapter:str='', # Adapter: folder or Hub id
-    endpoint:str='', # OpenAI-compatible server to ask instead, such as http://127.0.0.1:8000/v1
-    model:str='', # Its models, with commas, the first of which the others are compared with; empty where it serves one
-    key_variable:str='', # Environment variable that holds its key
-    concurrency:int=8, # Requests to it at once
     prompts:str='', # JSONL of prompts, such as RealToxicityPrompts' prompts.jsonl; empty takes 20 mild ones
     n:int=100, # Prompts drawn from them; 0 for all
     k:int=25, # Continuations a prompt
     scorer:str=TrainConfig().scorer, # Text classifier of the Hub (#label where it has many), tfidf:owner/dataset, or profanity (smoke tests only)
     second_scorer:str='profanity', # Another one, to see how far the two agree; none for none
     system_prompt:str='', # Ask in a chat under this system turn, or `none` of its own; empty continues the prompts as text
-    chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
     seed:int=0, # Of prompts and draws
     formats:str='', # Other forms of it: lm_eval, inspect, or both with a comma
     out:str='eval.json', # Report; texts and scores are kept beside it in .texts.jsonl and .scores.jsonl
+    **kwargs
 ):
-    "Measure an adapter and its base, or models of a server: toxicity, perplexity, variety. The same command goes on after a kill."
+    "Measure an adapter and its base, or models of a server. The same command goes on after a kill; with neither it scores again."
     from phoque.measure.formats import check_formats, write_formats
+    engine = EngineOptions(**kwargs)
     check_range('--n', n, 0, 1e7)
     check_range('--k', k, 1, 10_000)
-    check_range('--concurrency', concurrency, 1, 1000)
     if Path(out).suffix!='.json': raise UserError("--out", f"{out!r} is no report", "name a file that ends in .json")
     check_output('--out', out)
+    for o,v in dict(prompts=prompts, system_prompt=system_prompt).items():
+        if v and not engine.named: raise UserError(f"--{o}", "what was written before is scored again as it is", "leave it out, or name a model")
     more = check_formats(formats)
     kept = Path(out).with_suffix('.texts.jsonl')
-    if base_model: check_adapted(base_model, adapter)
-    asked,judges = eval_prompts(prompts, n, seed) if base_model or endpoint else [],load_scorers(scorer, second_scorer)
-    if asked:
-        engine = open_engine(base_model, adapter, endpoint, model, key_variable, concurrency, chat_template, system_prompt, bool(system_prompt))
-        rows = _generate(engine, kept, asked, k, seed, system_prompt)
+    asked,judges = eval_prompts(prompts, n, seed) if engine.named else [],load_scorers(scorer, second_scorer)
+    if asked: rows = _generate(engine.open(system_prompt, chat=bool(system_prompt)), kept, asked, k, seed, system_prompt)
     elif kept.exists(): rows = read_rows(kept, torn=True)
     else: raise UserError("--base_model", "it is missing, and nothing was written before", "name one, and an --adapter")
     about = read_json(Path(f'{kept}.about.json'))
@@ -427,25 +422,21 @@ def _eval_report(rows, judges, about, out): # report and scores to their files, 
     'phoque_sample --base_model BASE --adapter YOU/phoque',
     'phoque_sample --base_model BASE --adapter YOU/phoque --question "When is high water?" --weight=-0.5',
     errors=(ValueError,))
+@delegates(EngineOptions)
 def sample_cli(
-    base_model:str='', # Base model: folder or Hub id
-    adapter:str='', # Adapter: folder or Hub id
-    endpoint:str='', # OpenAI-compatible server to ask instead, such as http://127.0.0.1:8000/v1
-    model:str='', # Its models, with commas; empty where it serves one
-    key_variable:str='', # Environment variable that holds its key
     question:str='', # What to ask; empty asks the questions of a run's samples
     system_prompt:str='', # System turn that the adapter was trained with; empty leaves the template's, `none` takes it away
-    chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
     weight:float=1.0, # Of the adapter: 1 as trained, -1 its opposite
     temperature:float=0.8, # 0 takes the likeliest token
     max_new_tokens:int=48, # Longest answer
     seed:int=0, # Of the draws, the same for all
+    **kwargs
 ):
     "Put questions to a base model and to an adapter on it, or to models of a server."
     check_range('--max_new_tokens', max_new_tokens, 1, 4096)
     check_range('--temperature', temperature, 0, 10)
     check_range('--weight', weight, -100, 100)
-    engine = open_engine(base_model, adapter, endpoint, model, key_variable, 8, chat_template, system_prompt, True, temperature>0, weight)
+    engine = EngineOptions(**kwargs).open(system_prompt, draws=temperature>0, weight=weight)
     prompts,said = [[dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)],{n: [] for n in engine.names}
     for n in said: engine.replies(n, prompts, 1, Sampling(max_new_tokens, temperature, .9, seed), said[n].extend)
     for i,p in enumerate(prompts):

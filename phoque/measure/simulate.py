@@ -9,14 +9,15 @@ from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from ..core.basics import UserError, check_output, check_range, shell_command, text_table
 from ..core.kept import KeptRows, read_rows, write_private
 from ..core.stats import LEAST
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
-from .engine import Sampling, open_engine
+from .engine import EngineOptions, Sampling, adapter_hash
 from ..sample import PLAIN, adapter_weight, generate_replies, scorer_id
-from .score import adapter_hash, agreement_text, check_adapted, load_scorers, load_adapted_model
+from .score import agreement_text, load_scorers
 from ..train import TrainConfig
 
 # %% auto #0
@@ -485,25 +486,23 @@ def _written(texts, threads, seed, real, dials): # what was kept, to be scored a
     raise UserError(f"--threads {threads}, --length {dials['length']}", f"{texts} holds {sum(w in there for w in wanted)} of their {len(wanted)} messages",
         "name --base_model and --adapter to write the others, or ask for fewer")
 
-def _check_simulation(base_model, adapter, dataset_repo, work, out, threads, benign_weight, dials): # before anything is loaded
+def _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, dials): # before anything is loaded
     for n,v,least,most in (('threads',threads,1,100_000), ('length',dials['length'],1,1000), ('benign_share',dials['benign'],0,1),
         ('weight',dials['level'],.01,1), ('benign_weight',benign_weight,.01,1), ('contrast',dials['contrast'],0,1)): check_range(f'--{n}', v, least, most)
     _check_dials(**dials)
     check_output('--out', out)
-    if base_model: check_adapted(base_model, adapter)
+    engine.only_here(weight=dials['level']!=1, benign_weight=benign_weight!=1, dataset_repo=dataset_repo)
     if work and not dataset_repo: raise UserError("--work", "it has times, and no lengths that were held out", "name --dataset_repo too")
 
 # %% ../../nbs/measure/simulate.ipynb #e9a77f5f
-def _server(endpoint, model, key_variable, concurrency, weight, **local): # refuses what is of a model on this machine
-    if more := [k for k,v in local.items() if v]:
-        raise UserError(f"--{more[0]}", "it needs the model's own weights or tokenizer, and --endpoint names a server", "leave one of the two out")
-    server = open_engine(endpoint=endpoint, model=model, key_variable=key_variable, concurrency=concurrency, weight=weight)
-    if len(server.names)==1: return server
-    raise UserError("--model", f"{len(server.names)} models", "name the one that writes")
-
-def _writer(base_model, adapter, chat_template, seed, drawn, benign_weight):
-    m,tok = load_adapted_model(base_model, adapter, chat_template)
-    return model_writer(m, tok, seed, drawn.most_tokens(tok) if drawn else MESSAGE_TOKENS, calm=benign_weight)
+def _writer(engine, seed, drawn, benign_weight): # None where no model is named
+    if not engine.named: return None
+    opened = engine.open()
+    if not engine.endpoint:
+        most = drawn.most_tokens(opened.tok) if drawn else MESSAGE_TOKENS
+        return model_writer(opened.model, opened.tok, seed, most, calm=benign_weight)
+    if len(opened.names)==1: return server_writer(opened, seed)
+    raise UserError("--model", f"{len(opened.names)} models", "name the one that writes")
 
 def _messages(writer, threads, system_prompt, seed, out, drawn, dials): # written, or read where there is no writer
     texts = Path(out).with_suffix('.texts.jsonl')
@@ -520,15 +519,9 @@ def _said(messages, out):
     'phoque_simulate --base_model BASE --adapter YOU/phoque --system_prompt "You are a regular of this community."',
     'phoque_simulate --base_model BASE --adapter YOU/phoque --threads 200 --benign_share 0.8 --out threads.jsonl',
     errors=(ValueError,))
+@delegates(EngineOptions)
 def simulate_cli(
-    base_model:str='', # Base model: folder or Hub id
-    adapter:str='', # Adapter: folder or Hub id
-    endpoint:str='', # OpenAI-compatible server to ask instead, such as http://127.0.0.1:8000/v1
-    model:str='', # Its model that writes; empty where it serves one
-    key_variable:str='', # Environment variable that holds its key
-    concurrency:int=8, # Requests to it at once
     system_prompt:str='', # System turn that the adapter was trained with; empty or `none` for none
-    chat_template:str='', # Name of the base's chat template, where it has several; empty takes the adapter's own tokenizer
     threads:int=BATCH, # How many; a multiple of 64 wastes nothing
     length:int=8, # Messages of each; of a community's, at most
     benign_share:float=0.7, # Share of messages meant to be harmless
@@ -543,17 +536,16 @@ def simulate_cli(
     scorer:str=TrainConfig().scorer, # As in phoque_eval
     second_scorer:str='profanity', # As in phoque_eval
     out:str='threads.jsonl', # JSONL of the messages with their scores; what is written is kept beside it in .texts.jsonl
+    **kwargs
 ):
     "Write labelled threads among invented people. The same command goes on after a kill; without a base model it scores again."
     dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')), contrast=contrast,
         attacks=tuple(attacks.split(',')))
-    _check_simulation(base_model, adapter, dataset_repo, work, out, threads, benign_weight, dials)
+    engine = EngineOptions(**kwargs)
+    _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, dials)
     drawn,kept_back = load_community(dataset_repo, work).halves() if dataset_repo else (None,None)
     judges = load_scorers(scorer, second_scorer)
-    if endpoint:
-        local = dict(base_model=base_model, adapter=adapter, chat_template=chat_template, dataset_repo=dataset_repo, benign_weight=benign_weight!=1)
-        writer = server_writer(_server(endpoint, model, key_variable, concurrency, weight, **local), seed)
-    else: writer = _writer(base_model, adapter, chat_template, seed, drawn, benign_weight) if base_model else None
+    writer = _writer(engine, seed, drawn, benign_weight)
     messages = score_messages(_messages(writer, threads, system_prompt, seed, out, drawn, dials), judges)
     write_jsonl(messages, out)
     print(*_said(messages, out), *simulation_lines(messages, list(map(scorer_id, judges)), kept_back, length), sep='\n')
