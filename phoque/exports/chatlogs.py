@@ -153,7 +153,8 @@ def _slack_block(e):
     one_line = e['type'] in ('rich_text_section','rich_text_quote','rich_text_preformatted')
     return ('' if one_line else '\n').join(filter(None, map(_slack_block, filter(None, parts))))
 
-def _slack_blocks(blocks): return '\n'.join(filter(None, (_slack_block(b) for b in blocks or () if b['type'] in _WORDED)))
+def _slack_blocks(blocks):
+    return '\n'.join(filter(None, (_slack_block(b) for b in blocks or () if b['type'] in _WORDED)))
 
 # %% ../../nbs/exports/chatlogs.ipynb #11958cbf
 _USERS = r'([^/]+/){0,3}(org_)?users\.json'
@@ -223,8 +224,8 @@ def _is_slack(b):
     "Is it a Slack export, or a day of one?"
     row = {} if b.path.is_dir() else b.row
     if row.get('type')=='message' and re.fullmatch(r'\d{10}\.\d{6}', str(row.get('ts'))): return True
-    days,*others = (any(re.fullmatch(p, n) for n in b.names) for p in (f'(?:[^/]+/)?{_DAYS}', _USERS, f'(?:[^/]+/)?{_CHANNELS}'))
-    return days and any(others)
+    def has(p): return any(re.fullmatch(p, n) for n in b.names)
+    return has(f'(?:[^/]+/)?{_DAYS}') and (has(_USERS) or has(f'(?:[^/]+/)?{_CHANNELS}'))
 
 @reader('slack', detect=_is_slack)
 def read_slack(

@@ -174,7 +174,8 @@ def _clock(path, column, zone):
     "Reads the times of a file, after finding the order of its dates."
     def times(): return (_at(r, column) for _,r in records(path, Quarantine(max_bad=1), training=False))
     clock = Clock(zone)
-    if column and needs_look(next((v for v in times() if v), None)): clock.look(times(), dated=bool(_DAY_COLUMN.search(column)))
+    if column and needs_look(next((v for v in times() if v), None)):
+        clock.look(times(), dated=bool(_DAY_COLUMN.search(column)))
     return clock
 
 # %% ../../nbs/exports/sources.ipynb #26c2bb22

@@ -160,7 +160,8 @@ def _of_numbers(s, order):
     if not m: return None
     found = _readings(m[0])
     if not found or (order and order not in found):
-        why = f" with the {ORDERS[order]}" if order and found else ", or one of another calendar"*bool(re.search(r'\d{4}', m[0]))
+        why = ", or one of another calendar" if len(m[1])==4 or len(m[4])==4 else ''
+        if order and found: why = f" with the {ORDERS[order]}"
         raise ValueError(f"{s!r} is no time{why}")
     if len(found)>1 and not order: raise ValueError(f"{s!r} may be {' or '.join(map(str, found.values()))}")
     rest,zone = _split_zone(s[m.end():])
