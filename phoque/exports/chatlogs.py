@@ -227,6 +227,7 @@ def _is_slack(b):
     def has(p): return any(re.fullmatch(p, n) for n in b.names)
     return has(f'(?:[^/]+/)?{_DAYS}') and (has(_USERS) or has(f'(?:[^/]+/)?{_CHANNELS}'))
 
+# %% ../../nbs/exports/chatlogs.ipynb #211b0896
 @reader('slack', detect=_is_slack)
 def read_slack(
     path:str, # Zip of a Slack export, or the folder that was made of it
