@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from datetime import datetime, timezone
 from functools import partial
-from html import unescape
+from html import escape, unescape
 from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +138,24 @@ def _slack_text(s, users, channels={}):
     s = re.sub(r'::skin-tone-\d:', ':', _SLACK.sub(put, s))
     return s.replace('&lt;','<').replace('&gt;','>').replace('&amp;','&')
 
+# %% ../../nbs/exports/chatlogs.ipynb #7fe5c9c4
+_SLACK_PIECES = dict(text=lambda e: escape(e['text'], quote=False), plain_text=lambda e: escape(e['text'], quote=False),
+    mrkdwn=lambda e: e['text'], user=lambda e: f"<@{e['user_id']}>", channel=lambda e: f"<#{e['channel_id']}>",
+    usergroup=lambda e: f"<!subteam^{e['usergroup_id']}>", broadcast=lambda e: f"<!{e['range']}>",
+    link=lambda e: f"<{e['url']}>", emoji=lambda e: f":{e['name']}:",
+    date=lambda e: escape(e.get('fallback') or '', quote=False))
+_WORDED = 'rich_text','section','header','context' # blocks with words; the others are pictures and buttons
+
+def _slack_block(e):
+    "Text of a block of Slack's, or of what is in it, in the markup of its messages."
+    if piece := _SLACK_PIECES.get(e['type']): return piece(e)
+    parts = e.get('text'),*(e.get('fields') or ()),*(e.get('elements') or ())
+    one_line = e['type'] in ('rich_text_section','rich_text_quote','rich_text_preformatted')
+    return ('' if one_line else '\n').join(filter(None, map(_slack_block, filter(None, parts))))
+
+def _slack_blocks(blocks):
+    return '\n'.join(filter(None, (_slack_block(b) for b in blocks or () if b['type'] in _WORDED)))
+
 # %% ../../nbs/exports/chatlogs.ipynb #11958cbf
 _USERS = r'([^/]+/){0,3}(org_)?users\.json'
 _DAYS = r'(?:[^/]+/){1,3}\d{4}-\d\d-\d\d\.json'
@@ -153,7 +171,8 @@ def _entry(name, begin):
 def _slack_files(files, name):
     "The lists of users, of channels, and the days of a Slack export, each by its name; and names that are there twice."
     lists = [n for n,_ in files if re.fullmatch(_USERS, n)]
-    if not lists: raise UserError(name, "no users.json in it", "give a Slack export")
+    if not lists: raise UserError(name, "no users.json in it, which says who has which name and who is a bot",
+        "give the whole Slack export, or add its users.json beside the channels")
     top = min(lists, key=lambda n: (n.count('/'), n))
     root,found,twice = top[:top.rfind('/')+1],({},{},{}),[]
     for n,begin in files:
@@ -195,14 +214,20 @@ def _slack_line(m, room, about):
     if who not in about.users and (guest := m.get('user_profile')):
         about.users[name_of(who, 'id')] = about.book.person(who, *_slack_names(guest | dict(id=who)))
     shared = [a.get('text') for a in m.get('attachments') or () if a.get('is_share') or a.get('is_msg_unfurl')]
-    text = m.get('text') or '\n'.join(filter(None, shared))
+    text = m.get('text') or _slack_blocks(m.get('blocks')) or '\n'.join(filter(None, shared))
     t,thread = float(ts),m.get('thread_ts')
     return line(room, about.users.get(who, who), _slack_text(text, about.users, about.channels), t, author=who, id=ts,
         group=f'slack-{room}-{int(t//86400)}', reply_to=None if thread==ts else thread, thread=thread)
 
 # %% ../../nbs/exports/chatlogs.ipynb #c5c305aa
-def _is_slack(b): return all(any(re.fullmatch(p, n) for n in b.names) for p in (_USERS, f'(?:[^/]+/)?{_DAYS}'))
+def _is_slack(b):
+    "Is it a Slack export, or a day of one?"
+    row = {} if b.path.is_dir() else b.row
+    if row.get('type')=='message' and re.fullmatch(r'\d{10}\.\d{6}', str(row.get('ts'))): return True
+    def has(p): return any(re.fullmatch(p, n) for n in b.names)
+    return has(f'(?:[^/]+/)?{_DAYS}') and (has(_USERS) or has(f'(?:[^/]+/)?{_CHANNELS}'))
 
+# %% ../../nbs/exports/chatlogs.ipynb #211b0896
 @reader('slack', detect=_is_slack)
 def read_slack(
     path:str, # Zip of a Slack export, or the folder that was made of it
@@ -212,7 +237,8 @@ def read_slack(
     "Slack export, zipped or not"
     path,book = Path(path),book_of(bad)
     if not is_packed(path):
-        raise UserError(path.name, "no such zip", "give the file that Slack's export gave you, or the unzipped folder")
+        raise UserError(path.name, "it is no zip and no folder", "give the whole Slack export, whose users.json "
+            f"has the names and the bots; or table:{path.name}, which takes notices and bots for people's words")
     with whole_file(path.name):
         users,channels,days,twice = _slack_files(files_in(path), path.name)
         for name in twice:
@@ -384,7 +410,7 @@ def _in_english(at):
     "A time with AM or PM behind it."
     return re.sub(rf'({_BEFORE_NOON}) ?(\d\d?:\d\d)', lambda m: f'{m[2]} {_NOON[m[1]]}', at).strip()
 
-_LINE_DAY = r'(?:[^\W\d_]{2,4}, )?(\d{1,4}[/.]\d{1,2}[/.]\d{1,4})(?: ?\([^()\n]{1,5}\)| [^\W\d_]{1,12})?(?=\s*$)'
+_LINE_DAY = r'(?:[^\W\d_]{1,4}\.?,? )?(\d{1,4}[/.]\d{1,2}[/.]\d{1,4})(?: ?\([^()\n]{1,5}\)| [^\W\d_]{1,12})?(?=\s*$)'
 _LINE = re.compile(rf'(?:{_LINE_DAY}|((?:{_BEFORE_NOON} ?)?\d{{1,2}}:\d\d ?(?:[AP]M)?)\t)(.*)', re.S)
 
 def _line_message(m, book, days):
@@ -400,7 +426,9 @@ def _line_message(m, book, days):
     return _said(book, 'line', ONLY_ROOM, who, text, days(_in_english(at)))
 
 # %% ../../nbs/exports/chatlogs.ipynb #afd455ab
-@reader('line', detect=lambda b: b.text.startswith('[LINE]'))
+def _is_line(b): return b.text.startswith('[LINE]')
+
+@reader('line', detect=_is_line)
 def read_line(
     path:str, # Text of a chat that was saved
     bad=refuse, # Called with place, reason and message
@@ -770,7 +798,7 @@ def _is_irc(b):
     "Whether most of the first lines are those of an IRC log."
     first = _first_lines(b)
     if not first or '\t' in first[0] and not _IRC.match(first[0]): return False # a header of columns
-    if _is_whatsapp(b) or _is_minecraft(b) or _is_game(b): return False
+    if _is_line(b) or _is_whatsapp(b) or _is_minecraft(b) or _is_game(b): return False
     known = [s for s in first if _IRC.match(s) and _irc_parts(s)[0]!='a line of another form' or _DAY.match(s)]
     return len(known)*2>len(first) and any(_irc_parts(s)[0] in ('said','acted') or re.search(r'<\S+>|\*\*\*|-!-', s)
         for s in known)

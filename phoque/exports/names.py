@@ -170,15 +170,15 @@ def names_in(
     return Names(names, spoken(row['texts'] for t in tables for row in t.select_columns(['texts'])))
 
 # %% ../../nbs/exports/names.ipynb #e2b1fc37
-_GREETS = re.compile(r"""(?:^|[^\w@])(?:ok(?:ay)?|hey|hi|hiya|hello|yo|thanks|thank\syou|thx|tysm|ty|cheers|ask
-        |tell|invite|kick|mute|ping|dm|poke|cc|gg|gj|wp|well\splayed
-    |nice\s(?:one|shot|try)|(?:good\s?|g)?(?:night|morning|evening)|good\s(?:luck|job|game)|love\syou|miss\syou
-        |where(?:\si|['’])s|gn|gm|gl|wb|welcome(?:\sback)?|congrats|congratulations|gz|grats
-    |happy\sbirthday|hbd|bye|cya|see\syou|sorry|sry|hallo|moin|na|danke|servus|tschüss|glückwunsch|oye|hola|gracias
-        |ciao|grazie
-    |salut|coucou|bonjour|merci|desolé|désolé|selam|teşekkürler|привет|эй|спасибо|пока|cześć|dzięki|hej|tack|hoi
-        |bedankt|olá|oi
-    |obrigad[oa]|valeu)[ ,]{1,2}$""", re.I|re.X)
+_GREETINGS = dict( # language → what stands before the name of somebody who is spoken to
+    en=r"""ok(?:ay)?|hey|hi|hiya|hello|yo|thanks|thank\syou|thx|tysm|ty|cheers|ask|tell|invite|kick|mute|ping|dm|poke|cc
+        |gg|gj|wp|well\splayed|nice\s(?:one|shot|try)|(?:good\s?|g)?(?:night|morning|evening)|good\s(?:luck|job|game)
+        |love\syou|miss\syou|where(?:\si|['’])s|gn|gm|gl|wb|welcome(?:\sback)?|congrats|congratulations|gz|grats
+        |happy\sbirthday|hbd|bye|cya|see\syou|sorry|sry""",
+    de='hallo|moin|na|danke|servus|tschüss|glückwunsch', es='oye|hola|gracias', it='ciao|grazie', nl='hoi|bedankt',
+    fr='salut|coucou|bonjour|merci|d[eé]solé', tr='selam|teşekkürler', ru='привет|эй|спасибо|пока', pl='cześć|dzięki',
+    nordic='hej|tack', pt='olá|oi|obrigad[oa]|valeu')
+_GREETS = re.compile(rf"(?:^|[^\w@])(?:{'|'.join(_GREETINGS.values())})[ ,]{{1,2}}$", re.I|re.X)
 _ENDS = re.compile(r"\s?(?:$|[,!?.:;)\n]|[^\w\s'’\"-])") # of what is said to somebody
 _LAST = re.compile(r"(?:^|[.!?\n])[^,.!?\n]*\w\s\w[^,.!?\n]*,\s$") # the only comma of a sentence, so none of a list
 _GOES_ON = re.compile(r"\s(?:you|u|ur|your|can|could|are|did|do|how|what|where|when|why|if|pls|please|from|and)\b",
@@ -197,15 +197,14 @@ def _opens(s, i): return not s[s.rfind('\n', 0, i)+1:i].strip('<[( ')
 _NO_NAME = re.compile(r"\b(?:the|an|my|your|our|his|her|their|this|that|no|any|every|some|be|in|since"
     r"|until|мо[йяею]|тво[йяею]|наш)\s$",
     re.I) # articles, and what stands before a month; not those that stand before names in some languages, as la
-_DOES = re.compile(r"""['’]s\s\w|\s(?:(?:and|or|und|et|y|e|и)\s(?:I\b|[A-ZА-Я])
-    |(?:(?:is|was|has|had|does|did)(?:n['’]t)?|sa(?:id|ys)|t(?:old|ells)
-        |ask(?:ed|s)|th(?:ought|inks)
-    |kn(?:ew|ows)|wants?(?:ed)?|left|leaves|joined|joins|c(?:ame|omes)|went|goes|g(?:ot|ets)|logged|play(?:ed|s)
-        |won|lost|died|carried
-    |carries|made|took|just|never|always|can|could|would|hat|ist|war|sagt|sagte|meint|kommt|spielt|kann|est|a|avait
-        |dit|vient|joue
-    |ha|está|dijo|dice|viene|juega|è|era|gioca|é|disse|vem|joga|(?:сказал|при(?:ш[её]л|шл)|уш[её]л|написал|думает
-        |знает|говорит)\w?)\b)""", re.X)
+_DEEDS = dict( # language → what people do, behind a name that is first in a sentence
+    en=r"""(?:is|was|has|had|does|did)(?:n['’]t)?|sa(?:id|ys)|t(?:old|ells)|ask(?:ed|s)|th(?:ought|inks)|kn(?:ew|ows)
+        |wants?(?:ed)?|left|leaves|joined|joins|c(?:ame|omes)|went|goes|g(?:ot|ets)|logged|play(?:ed|s)|won|lost|died
+        |carried|carries|made|took|just|never|always|can|could|would""",
+    de='hat|ist|war|sagt|sagte|meint|kommt|spielt|kann', fr='est|a|avait|dit|vient|joue', it='è|era|gioca',
+    es='ha|está|dijo|dice|viene|juega', pt='é|disse|vem|joga',
+    ru=r'(?:сказал|при(?:ш[её]л|шл)|уш[её]л|написал|думает|знает|говорит)\w?')
+_DOES = re.compile(rf"""['’]s\s\w|\s(?:and|or|und|et|y|e|и)\s(?:I\b|[A-ZА-Я])|\s(?:{'|'.join(_DEEDS.values())})\b""", re.X)
 
 @lru_cache(2**14)
 def _is_thing(w): return any(plain(w) in said_often(l, 3) for l in ('en','ru')) # a word, though a rare one

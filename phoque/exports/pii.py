@@ -886,11 +886,12 @@ _STREET_EN = re.compile(rf"""
         |th))\s){{1,4}}{_EN}(?!\w|\s(?:Trips?|Edition|Race|Map|Rage|Art))\.?
     (?:\s(?:[NSEW]{{1,2}}|North|South|East|West)(?!\w))?{_TAIL}
     |(?<!\w)(?:{_UP}\s){{1,3}}{_EN},?\s(?i:number|no\.?|nr\.?)\s?\d{{1,5}}(?!\w)
-    |(?<![\w.:/$#-])\d{{1,5}},?\s(?:{_UP}\s){{1,3}}(?:Suite|Apt|Apartment|Unit)\b\.?\s?\#?\d{{1,5}}{_TAIL}
-    |\b(?i:{_BOX})\s\d{{1,6}}{_TAIL}
+    |(?<![\w.:/$#-])\d{{1,5}},?\s(?:{_UP}\s){{1,3}}(?:Suite|Apt|Apartment|Unit)\b\.?\s?\#?\d{{1,5}}{_TAIL}""", re.X)
+_STREET_UNIT = re.compile(rf""" # boxes, sectors, flats and plots; the last is of India
+    \b(?i:{_BOX})\s\d{{1,6}}{_TAIL}
     |(?<![\w-])[A-Z]-\d{{1,4}},\sSector\s\d{{1,3}}{_TAIL}
     |(?<!\w){_UP}\s\d{{1,4}}[a-z]?\s(?:m|lok)\.?\s\d{{1,4}}(?!\w)
-    |\b(?:House|Plot|Door|Flat|H\.\s?No)(?:\sNo)?\.?:?\s?\d{{1,5}}[A-Z]?(?:/\d+)?(?=,){_TAIL}""", re.X) # the last: India
+    |\b(?:House|Plot|Door|Flat|H\.\s?No)(?:\sNo)?\.?:?\s?\d{{1,5}}[A-Z]?(?:/\d+)?(?=,){_TAIL}""", re.X)
 
 # %% ../../nbs/exports/pii.ipynb #6c6fb1d1
 _STREET_TOWN = re.compile(rf"""
@@ -945,9 +946,7 @@ _STREET_FR = re.compile(rf"""
         (?:(?:rue|boulevard|bd|impasse|all[ée]e|rang|mont[ée]e|chemin|ruelle|sentier|avenue|av\.?|đường
         |phố)\s(?:{_OF}){{0,2}}[^\W\d_][\w’'-]{{0,30}}
         |(?:place|pl\.|quai|route|cours|square|passage|esplanade|faubourg|cit[ée]|r[ée]sidence)\s(?:{_OF})?{_UP})
-        (?:\s(?:{_OF})?{_UP}){{0,4}}{_TAIL}
-    |(?<![\w.:/-])\d{{1,4}}(?:/\d{{1,4}})?\s(?:ซอย|ถนน)[\w\u0e00-\u0e7f]{{2,40}}(?:\s\d{{1,3}})?(?:\s?ถนน[\w\u0e00-\u0e7f]{{2,40}})?""",
-    re.X|re.I)
+        (?:\s(?:{_OF})?{_UP}){{0,4}}{_TAIL}""", re.X|re.I)
 
 # %% ../../nbs/exports/pii.ipynb #77c73190
 ROAD_WORDS = dict( # language → what stands before the name of a street; \s stands for a blank
@@ -973,8 +972,9 @@ _ROAD = rf'(?:{_words(ROAD_WORDS)})'
 _STREET_ROM = re.compile(rf"""
     (?<![\w.:/-])(?:{_ROAD})\s?(?<=[\s/.])(?:{_OF}){{0,2}}(?:(?:[A-Z]\.){{1,3}}\s?)?(?:{_UP}
     |\d{{1,2}}(?=\s[^\W\d_]))(?:\s(?:{_OF}){{0,2}}{_UP}){{0,3}}{_NO}
-        (?:{_NR}(?!\s(?:min|metros?|km|horas?|ore|cr[ée]|crabs)\w*)|s/n\b){_TAIL}
-    |(?<!\w)(?:calle|carrera|c[kr]r?a?\.|kr\.?|cll?\.?|dg\.?|diagonal|tv\.|transversal|av(?:enida
+        (?:{_NR}(?!\s(?:min|metros?|km|horas?|ore|cr[ée]|crabs)\w*)|s/n\b){_TAIL}""", re.X|re.I)
+_STREET_GRID = re.compile(rf""" # as Calle 45 \# 12-34 in Colombia
+    (?<!\w)(?:calle|carrera|c[kr]r?a?\.|kr\.?|cll?\.?|dg\.?|diagonal|tv\.|transversal|av(?:enida
         |\.)?)\s\d{{1,3}}[A-Z]?(?:\s(?:bis|sur
         |norte))?
         \s?(?:\#|no\.?|n[°º])\s?\d{{1,3}}[A-Z]?\s?-\s?\d{{1,3}}{_TAIL}""", re.X|re.I)
@@ -988,7 +988,9 @@ _STREET_EAST = re.compile(r"""
         (?:(?:丁目|番地?|号|[-‐−ー])\d{1,4}){0,3}(?:丁目|番地?|号)? # Japan
     |〒\d{3}-\d{4}
     |(?:[가-힣]{1,10}(?:시|도|구|군|동|읍|면)\s){1,4}[가-힣\d]{1,12}(?:로|길)\s?\d{1,4}(?:번길\s\d{1,4})?(?:-\d{1,4})? # Korea
-        (?:,?\s\d{1,4}동)?(?:\s?\d{1,4}호)?""", re.X)
+        (?:,?\s\d{1,4}동)?(?:\s?\d{1,4}호)?
+    |(?<![\w.:/-])\d{1,4}(?:/\d{1,4})?\s(?:ซอย|ถนน)[\w\u0e00-\u0e7f]{2,40}(?:\s\d{1,3})?(?:\s?ถนน[\w\u0e00-\u0e7f]{2,40})? # Thailand
+    """, re.X)
 _HOME = re.compile(r"""\b(?:live[sd]?|living|address|adresse|direcci[oó]n|indirizzo|adres|send|sent|ship
     |deliver\w{0,3}|parcel|post(?:ed)?\sto|house|home|moved?|wohn\w{0,3}|liefer\w{0,4}|paket|schick\w{0,3}|zuhause
         |daheim
@@ -1030,12 +1032,12 @@ _POST_TOLD = re.compile(rf"""\b(?:post\s?code|zip\s?code|plz|postleitzahl|code\s
     |kod\spocztowy|psč|индекс)\s?(?:\s(?:is|ist|est|es|é|är|on|to|je)\s|[:=]\s?|\s)(?P<v>{_POSTCODE})""", re.X|re.I)
 
 # %% ../../nbs/exports/pii.ipynb #a664652f
-NEEDS = dict(any='', digit=r'\d', digits=r'(?:\d\D{0,3}){5}\d', long=r'\S{16}|\.(?:eth|sol|near)\b',
+NEEDS = {k: re.compile(v) for k,v in dict( # name → what must be in a text
+    any='', digit=r'\d', digits=r'(?:\d\D{0,3}){5}\d', long=r'\S{16}|\.(?:eth|sol|near)\b',
     password=f'(?ix){_PASS_WORD}', flag='-|net user|PASS', iban='[A-Za-z]{2}[0-9]{2}',
     place=r'\d[.,]\d{3}|///|\+|UTM', point=r'[.,]\d{3}|°|\d [NS](?!\w)', folder=r'[\\/]\w+[\\/]',
     mail_of='(?i)mail|hotm|outl|cloud|yahoo', url=r'(?i)\S\.\S|\s\.\s|dot|www',
-    mail=rf'(?i)@|-at-|(?<![^\W_])(?:{_ATS})(?![^\W_])|[\[({{<]\s?a\s?[\])}}>]|(?:mail|hoo)\.') # name → what must be in a text
-NEEDS = {k: re.compile(v) for k,v in NEEDS.items()}
+    mail=rf'(?i)@|-at-|(?<![^\W_])(?:{_ATS})(?![^\W_])|[\[({{<]\s?a\s?[\])}}>]|(?:mail|hoo)\.').items()}
 PLAN = [('MENTION', 'any', _MENTION, None), ('URL', 'any', _LINK, None), ('KEY', 'long', _KEY, None),
     ('PASSWORD', 'flag', _PASS_SHELL, _value), ('PASSWORD', 'any', _PHRASE, _either),
     ('PASSWORD', 'any', _PASSWORD, _is_password), ('PASSWORD', 'password', _PASS_FIRST, _either),
@@ -1046,7 +1048,8 @@ PLAN = [('MENTION', 'any', _MENTION, None), ('URL', 'any', _LINK, None), ('KEY',
     ('LOCATION', 'place', _PLACE, None), ('URL', 'url', _URL, None), ('LOCATION', 'point', _POINT, _is_point)]
 
 # %% ../../nbs/exports/pii.ipynb #de4ea8d8
-_STREETS = [(_STREET_EAST, None), (_STREET_EN, None), (_STREET_FR, None), (_STREET_ROM, None), (_STREET_NAMED, None),
+_STREETS = [(_STREET_EAST, None), (_STREET_EN, None), (_STREET_UNIT, None), (_STREET_FR, None), (_STREET_ROM, None),
+    (_STREET_GRID, None), (_STREET_NAMED, None),
     (_STREET_GER, _is_german), (_STREET_IN, _is_home), (_STREET_LOW, _is_home), (_STREET_ROM_LOW, _is_home),
     (_STREET_TOWN, _has_postcode), (_STREET_TOLD, _value), (_POST_TOLD, _value)]
 PLAN += [('MAC', 'digit', _MAC, _is_mac), ('IP', 'digit', _IP6, _is_ip6), ('IP', 'digit', _IP4, _is_ip4),

@@ -168,11 +168,14 @@ def _columns(row):
     for k,v in row.items(): yield from (f'{k}.{x}' for x in _columns(v)) if isinstance(v, dict) and v else (f'{k}',)
 
 # %% ../../nbs/exports/sources.ipynb #c005b151
+_DAY_COLUMN = re.compile('dat|fecha|día|jour|tarih|pvm|dzień|дата|日|날짜|วันที่', re.I) # says what it holds: dates
+
 def _clock(path, column, zone):
     "Reads the times of a file, after finding the order of its dates."
     def times(): return (_at(r, column) for _,r in records(path, Quarantine(max_bad=1), training=False))
     clock = Clock(zone)
-    if column and needs_look(next((v for v in times() if v), None)): clock.look(times(), dated='date' in column.lower())
+    if column and needs_look(next((v for v in times() if v), None)):
+        clock.look(times(), dated=bool(_DAY_COLUMN.search(column)))
     return clock
 
 # %% ../../nbs/exports/sources.ipynb #26c2bb22
@@ -742,7 +745,8 @@ def find_kind(
     b = Beginning(path if Path(path).is_dir() else export_file(path))
     with whole_file(b.name):
         if columns.get('messages') in b.row: return 'messages'
-        if columns and {*columns.values()}<={*b.row, *_columns(b.row)}: return 'table'
+        there = {*b.row, *_columns(b.row)}
+        if columns and all(c in there or {*c.split('+')}<=there for c in columns.values()): return 'table'
         kinds = [k for k,s in SOURCES.items() if k not in _ASKED_LAST and s.detect(b)]
         if len(kinds)>1:
             raise UserError(b.name, f"it could be {' or '.join(kinds)}", f"say which, as in {kinds[0]}:{b.name}")

@@ -24,7 +24,7 @@ def _of_number(v):
 
 # %% ../../nbs/exports/times.ipynb #b0dc0798
 _COMPACT = re.compile(r'((?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))(\d{6})?')
-_NUMBER = re.compile(r'[+-]?\d+(\.\d*)?([eE][+-]?\d+)?')
+_NUMBER = re.compile(r'[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?')
 
 def _compact(s):
     "The time of a text such as 20240501 or 20240501100000, or None."
@@ -68,7 +68,7 @@ _ISO = re.compile(r'\d{4}-(\d\d(-?\d\d)?|W\d\d)')
 
 def _of_iso(s):
     "The time of a text in ISO 8601, with or without a zone, or None."
-    if not _ISO.match(s): return None
+    if not _ISO.match(s) or s[:4]>='2500': return None # the Buddhist years have a leap day elsewhere
     s,zone = _split_zone(s)
     try: d = datetime.fromisoformat(s)
     except ValueError: return None
@@ -78,12 +78,14 @@ def _of_iso(s):
 ORDERS = dict(dmy='day first', mdy='month first', ymd='year first')
 _DATE = re.compile(r'(\d{1,4})( ?[./-] ?)(\d{1,2})\2(\d{4}|\d{1,2})(?!\d)')
 _OUR_YEARS = range(1970, 2200)
+_BUDDHIST = 543 # years that Thailand's calendar is ahead; so no year is of both
 
 @lru_cache
 def _readings(s):
     "Days that a date of three numbers can be, by the order of its numbers."
     def day(y, mo, d):
         y = int(y)+(2000 if int(y)<70 else 1900)*(len(y)<3)
+        if y-_BUDDHIST in _OUR_YEARS: y -= _BUDDHIST
         return date(y, int(mo), int(d)) if y in _OUR_YEARS else None
     a,sep,b,c = _DATE.match(s).groups()
     ways = dict(ymd=(a,b,c)) if len(a)>2 else dict(dmy=(c,b,a), mdy=(c,a,b))
@@ -158,7 +160,9 @@ def _of_numbers(s, order):
     if not m: return None
     found = _readings(m[0])
     if not found or (order and order not in found):
-        raise ValueError(f"{s!r} is no time"+(f" with the {ORDERS[order]}" if order and found else ''))
+        why = ", or one of another calendar" if len(m[1])==4 or len(m[4])==4 else ''
+        if order and found: why = f" with the {ORDERS[order]}"
+        raise ValueError(f"{s!r} is no time{why}")
     if len(found)>1 and not order: raise ValueError(f"{s!r} may be {' or '.join(map(str, found.values()))}")
     rest,zone = _split_zone(s[m.end():])
     rest = rest.lstrip('.,;T ')
@@ -202,7 +206,7 @@ def _moment(v, order):
     if isinstance(v, (int,float)) and not isinstance(v, bool): return _compact(f'{v}') or _of_number(v)
     if not isinstance(v, str) or len(v)>100: raise ValueError(f"{excerpt(repr(v))} is no time")
     if not (s := _tidy(v)): return None
-    if _NUMBER.fullmatch(s): return _compact(s) or _of_number(float(s))
+    if _NUMBER.fullmatch(s): return _compact(s) or _of_number(float(s.replace(',', '.')))
     d = _of_iso(s) or _of_numbers(s, order) or _in_words(s, order)
     if not d: raise ValueError(f"{excerpt(repr(v))} is no time")
     return d
@@ -236,7 +240,7 @@ class Clock:
         if order and order not in ORDERS: raise UserError(order, "no order of dates", f"give {', '.join(ORDERS)}")
         _zone(zone)
         self.zone,self.order,self.phone = zone,order,phone
-        self.naive = self.excel = self.typed = False
+        self.naive = self.excel = self.typed = self.buddhist = False
         self.why,self.seen,self.last = '',DateOrder(),-1e18
 
 # %% ../../nbs/exports/times.ipynb #130f07d1
@@ -259,6 +263,8 @@ def look(self:Clock,
     return self
 
 # %% ../../nbs/exports/times.ipynb #278db124
+_BUDDHIST_DAY = re.compile(r'(?<!\d)2[5-7]\d\d ?[./-] ?\d|\d ?[./-] ?\d{1,2} ?[./-] ?2[5-7]\d\d(?!\d)')
+
 @patch
 def moment(self:Clock,
     v, # A time as it is in the file
@@ -268,6 +274,7 @@ def moment(self:Clock,
     self.typed |= isinstance(v, date)
     if self.typed and _serial(v) is not None:
         raise ValueError(f"{v} among dates is a day of Excel's: give its column the format of a date")
+    if isinstance(v, str): self.buddhist |= bool(_BUDDHIST_DAY.search(v))
     return _moment(v, self.order)
 
 @patch
@@ -294,7 +301,9 @@ def steady(self:Clock,
 @patch(as_prop=True)
 def said(self:Clock):
     "What was assumed about the times of the file."
-    return [*([self.why] if self.why else []), *([f'times without a zone read as {self.zone}'] if self.naive else [])]
+    ahead = [f'years such as 2567 read as Buddhist, {_BUDDHIST} ahead of ours'] if self.buddhist else []
+    return [*([self.why] if self.why else []), *ahead,
+        *([f'times without a zone read as {self.zone}'] if self.naive else [])]
 
 def needs_look(
     v, # The first time of a file
