@@ -3430,7 +3430,7 @@ def load_model(
     if not dtype and kind==torch.float32: log.info("this CPU is slow in bfloat16: the base is computed in float32")
     if cuda and shard:
         free = torch.cuda.mem_get_info()[0]
-        cuda = memory_plan(cfg, load_in_4bit=load_in_4bit)['load']*2**30 <= free*.9
+        cuda = memory_plan(cfg, load_in_4bit=load_in_4bit, lora_target_modules=('all-linear',))['load']*2**30 <= free*.9
     if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
     with reading(f"base model {base['id']!r}", hub=not here):
         model,found = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=kind,
@@ -3804,6 +3804,15 @@ def _adapter_bytes(
 
 HEAD_LOGITS = 2**27 # the head takes so many at a time
 
+_MLP_SIZES = 'intermediate_size','ffn_hidden_size','ffn_dim','n_inner'
+
+def _most(c, name): # of a text config, over its layers where these differ, as Gemma 4's and Gemma 3n's do
+    values = [getattr(l, name, None) or 0 for l in getattr(c, 'per_layer_config', None) or [c]]
+    return max(max(v) if isinstance(v, (list,tuple)) else v for v in values)
+
+def _mlp_size(c): # of a text config; what names none makes it four times as wide as the model
+    return max(_most(c, n) for n in _MLP_SIZES) or 4*c.hidden_size
+
 def _kept_bytes(
     config, # Of the base model
     length:int, # Tokens of a packed sequence
@@ -3811,11 +3820,9 @@ def _kept_bytes(
     n_adapted:int, # Linear layers that it adapts
 )->dict: # `eager`, `compiled`, `fast`: bytes that autograd keeps of a token in a layer
     c = config.get_text_config()
-    layers = getattr(c, 'per_layer_config', None) or [c]
-    def most(name): return max(getattr(l, name, None) or 0 for l in layers) # where layers differ, as Gemma 4's do
-    hidden,heads,mlp = c.hidden_size,most('num_attention_heads'),most('intermediate_size')
-    head_dim = most('head_dim') or hidden//heads
-    attention = 4*(heads+most('num_key_value_heads'))*head_dim + 4*heads
+    hidden,heads,mlp = c.hidden_size,_most(c, 'num_attention_heads'),_mlp_size(c)
+    head_dim = _most(c, 'head_dim') or hidden//heads
+    attention = 4*(heads+(_most(c, 'num_key_value_heads') or heads))*head_dim + 4*heads
     scores = 0 if _model_class(config)._supports_sdpa else 8*heads*length
     more = dict(eager=scores, compiled=scores, fast=0)
     norms = dict(eager=12*hidden, compiled=4*hidden, fast=4*hidden+8)
@@ -3840,7 +3847,7 @@ def _activation_bytes(
 )->float: # Bytes that autograd keeps of a token in all layers
     c = config.get_text_config()
     if not gradient_checkpointing: return kept[way]*c.num_hidden_layers
-    mlp_gradients = 2*c.intermediate_size + 4*c.hidden_size
+    mlp_gradients = 2*_mlp_size(c) + 4*c.hidden_size
     again = kept['fast']+mlp_gradients if way=='fast' else kept['eager']
     return again + 2*c.hidden_size*c.num_hidden_layers
 
@@ -3854,7 +3861,7 @@ def _head_bytes(
     fp32_and_bf16 = 4+2
     logits = fp32_and_bf16*min(looked_at*c.vocab_size, HEAD_LOGITS)
     hidden = looked_at*4*c.hidden_size
-    mlp_gradients = 0 if fast else tokens*10*c.intermediate_size
+    mlp_gradients = 0 if fast else tokens*10*_mlp_size(c)
     return max(logits+hidden, mlp_gradients)
 
 def memory_plan(

@@ -11,12 +11,13 @@ from fastcore.basics import patch
 from .basics import UserError, excerpt, printable
 
 # %% auto #0
-__all__ = ['MOST_WAIT', 'AT_ONCE', 'AHEAD', 'Asker', 'asked_wait']
+__all__ = ['MOST_WAIT', 'AT_ONCE', 'AHEAD', 'LOOPBACK', 'Asker', 'asked_wait']
 
 # %% ../../nbs/core/asking.ipynb #c98e5ed7
 MOST_WAIT = 300. # seconds; who asks for more patience is asked again by the next command
 AT_ONCE = 8 # questions, where nothing else is said
 AHEAD = 4 # times `concurrency` questions wait for a slow one before them, so that answers stay in order
+LOOPBACK = '127.0.0.1','localhost','::1' # no network, and no proxy
 
 # %% ../../nbs/core/asking.ipynb #81a594ed
 class Asker:
@@ -52,10 +53,10 @@ class Asker:
 @patch
 def _check(self:Asker): # what would fail at the first question
     import httpx2
-    try: host = httpx2.URL(self.url).host if re.match(r'https?://[^/\s]', self.url) else ''
-    except httpx2.InvalidURL: host = ''
-    if not host: raise UserError(self.flag, f"{excerpt(repr(self.url), 60)} is no address", "begin it with http:// or https://")
-    if self._key() and self.url.startswith('http://') and host not in ('127.0.0.1','localhost','::1'):
+    try: url = httpx2.URL(self.url if re.match(r'https?://[^/\s]', self.url) else '')
+    except httpx2.InvalidURL: url = httpx2.URL('')
+    if not url.host: raise UserError(self.flag, f"{excerpt(repr(self.url), 60)} is no address", "begin it with http:// or https://")
+    if (self._key() or url.userinfo) and url.scheme=='http' and url.host not in LOOPBACK:
         raise UserError(self.flag, "its key would cross the network in the clear", "use https://")
 
 @patch
@@ -137,7 +138,8 @@ async def _inside(self:Asker, work): # `work` with a client
     self.after,self.ended = 0.,None # when all may ask again; why nobody may
     headers = {'Accept-Encoding':'identity'} | (self.headers(key) if key else {})
     limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-    async with httpx2.AsyncClient(timeout=self.timeout, limits=limits, headers=headers) as client: return await work(client)
+    here = {f'all://[{h}]' if ':' in h else f'all://{h}':None for h in LOOPBACK}
+    async with httpx2.AsyncClient(timeout=self.timeout, limits=limits, headers=headers, mounts=here) as client: return await work(client)
 
 @patch
 def run(self:Asker,

@@ -119,13 +119,14 @@ def run_eval_job(
     results.fetch()
     said = json.dumps(options | dict(out='eval.json'))
     child,last = subprocess.Popen([sys.executable, '-c', measure, said], cwd=results.folder),time.monotonic()
-    while (code := child.poll()) is None and not deadline.due():
-        if time.monotonic()-last>every:
-            results.publish()
-            print(f'{results.rows():,} rows are on {results.repo}', flush=True)
-            last = time.monotonic()
-        time.sleep(.2)
-    if code is None: child.kill(); child.wait()
+    try:
+        while (code := child.poll()) is None and not deadline.due():
+            if time.monotonic()-last>every:
+                results.publish()
+                print(f'{results.rows():,} rows are on {results.repo}', flush=True)
+                last = time.monotonic()
+            time.sleep(.2)
+    finally: child.kill(); child.wait() # nothing goes on measuring what can't be published
     results.publish()
     if code is None:
         print(f"{deadline.reason}: {results.rows():,} rows are on {results.repo}: continue with the same command (exit code 75)", flush=True)

@@ -16,7 +16,7 @@ from ..sample import adapter_weight, generate_replies, tensors_hash
 
 # %% auto #0
 __all__ = ['BATCHED', 'SWITCHED_OFF', 'SEEDS', 'TRIED', 'Sampling', 'Progress', 'adapter_hash', 'check_adapted',
-           'load_adapted_model', 'LocalEngine', 'Endpoint', 'said_gaps', 'EngineOptions']
+           'load_adapted_model', 'LocalEngine', 'Endpoint', 'whole_characters', 'said_gaps', 'EngineOptions']
 
 # %% ../../nbs/measure/engine.ipynb #8de276b3
 class Sampling(NamedTuple):
@@ -150,7 +150,7 @@ class Endpoint(Asker):
         system_prompt:str='', # System turn of chats that have none; `none` for an empty one, '' leaves it to the server's template
         **kw, # More for `Asker`
     ):
-        super().__init__(url.rstrip('/'), 'endpoint', **dict(timeout=300., most=1<<20, remedy='check the address and --model') | kw)
+        super().__init__(re.sub(r'/+(?=\?|$)', '', url), 'endpoint', **dict(timeout=300., most=1<<20, remedy='check the address and --model') | kw)
         self.switched_off,self.not_honoured,self.alike = SWITCHED_OFF,[],[]
         self.cut = '' # what is put behind a text that was cut at the limit
         self.system = None if system_prompt=='' else '' if system_prompt==NO_SYSTEM else system_prompt
@@ -191,6 +191,12 @@ def question(self:Endpoint,
     return body | dict(messages=turns),self.read_text,'/chat/completions'
 
 # %% ../../nbs/measure/engine.ipynb #fc4edb62
+def whole_characters(
+    text:str, # From JSON, where a server may have cut a character in two
+)->str: # Its halves as U+FFFD, as a tokenizer decodes them; a file can't hold them
+    "A text that can be written."
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
 @patch
 def read_text(self:Endpoint,
     data:bytes, # Answer
@@ -200,7 +206,9 @@ def read_text(self:Endpoint,
         first, = read_json(data)['choices']
         text = first['message']['content'] if 'message' in first else first['text']
     except (UserError, LookupError, TypeError, ValueError): raise UserError(self.name, "its answer isn't one of the OpenAI API", "check the address") from None
-    if isinstance(text, str): return text.strip()+self.cut*(first.get('finish_reason')=='length')
+    why = first.get('finish_reason')
+    if why=='content_filter': raise UserError(self.name, "it filters what the model says", "measure the model without the filter")
+    if isinstance(text, str): return whole_characters(text).strip()+self.cut*(why=='length')
     raise UserError(self.name, f"its answer has a {type(text).__name__} for a text", "serve the model without reasoning and tools")
 
 # %% ../../nbs/measure/engine.ipynb #b253616e
