@@ -115,13 +115,14 @@ def phoque_trainer(
 # %% ../../nbs/dev/benchmark.ipynb #401ab998
 def unsloth_trainer(
     base:dict, talk, rows:int, max_length:int, steps:int, out:str, # As for `baseline_trainer`
+    fp8:bool=False, # Base in fp8, instead of NF4
 )->tuple: # As from `baseline_trainer`
     "Unsloth with packing, without checkpointing."
     from unsloth import FastLanguageModel
     import torch
     from trl import SFTConfig, SFTTrainer
-    model,tok = FastLanguageModel.from_pretrained(base['id'], max_seq_length=max_length, load_in_4bit=True,
-                                                  dtype=torch.bfloat16)
+    model,tok = FastLanguageModel.from_pretrained(base['id'], max_seq_length=max_length, load_in_4bit=not fp8,
+                                                  load_in_fp8=fp8, dtype=torch.bfloat16)
     lora = dict(r=16, lora_alpha=32, lora_dropout=0., target_modules=list(LORA_TARGETS), bias='none')
     model = FastLanguageModel.get_peft_model(model, **lora, use_gradient_checkpointing=False)
     args = SFTConfig(output_dir=out, max_steps=steps, per_device_train_batch_size=rows, gradient_accumulation_steps=1,
@@ -132,6 +133,7 @@ def unsloth_trainer(
 
 FP8,FP8_BASE = dict(mixed_precision='fp8'),dict(mixed_precision='fp8', load_in_4bit=False, load_in_fp8=True)
 SIDES = dict(baseline=baseline_trainer, trl=trl_trainer, unsloth=unsloth_trainer, phoque=phoque_trainer) | {
+    'unsloth-unfused':unsloth_trainer, 'unsloth-fp8':partial(unsloth_trainer, fp8=True),
     'phoque-fp8':partial(phoque_trainer, **FP8), 'phoque-fp8-base':partial(phoque_trainer, **FP8_BASE)}
 
 # %% ../../nbs/dev/benchmark.ipynb #9e0142b5
@@ -223,7 +225,9 @@ def bench_side(
     supervised:float=1., # Share of the tokens that the loss looks at
 )->dict: # A row of the table
     "Measure one side in this process, or in this and its other ranks."
-    if side=='unsloth': import unsloth # before transformers, which it changes
+    if side.startswith('unsloth'):
+        os.environ['UNSLOTH_FUSED_FORWARD'] = str(int(side!='unsloth-unfused')) # its loss with the head in one
+        import unsloth # before transformers, which it changes
     import tempfile, torch
     from transformers import AutoConfig
     vocab,ranks = AutoConfig.from_pretrained(base['id'], trust_remote_code=False).vocab_size,Ranks()
@@ -335,10 +339,10 @@ def _sides(text):
     names = text.split(',')
     if bad := [s for s in names if s not in SIDES]:
         raise UserError("--sides", f"no side {bad[0]!r}", f"use some of {', '.join(SIDES)}")
-    if 'unsloth' in names and not find_spec('unsloth'):
-        names.remove('unsloth')
-        print('unsloth is not installed: it is left out')
-    return names
+    theirs = [s for s in names if s.startswith('unsloth')]
+    if not theirs or find_spec('unsloth'): return names
+    print('unsloth is not installed: it is left out')
+    return [s for s in names if s not in theirs]
 
 def _numbers(flag, text):
     try: return [int(n) for n in text.split(',')]

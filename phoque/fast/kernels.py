@@ -198,10 +198,10 @@ def swiglu_back(
     "Back through `lora_A` and SwiGLU, with the gradients of the adapters on both sides of it."
     import torch
     rows,n,R = len(gu),gu.shape[1]//2,len(a)
-    each = max(512, 64*-(-rows//512)) # rows of a program: at most eight share a column
+    each = max(512, 64*-(-rows//1024)) # rows of a program: at most sixteen share a column
     grads = torch.empty(-(-rows//each), 3, R, n, dtype=torch.float32, device=gu.device)
-    N = max(16, min(64, 2048//R))
-    grid,sides = (-(-n//N), len(grads)),dict(RANK=rank, R=R, ROWS=32, N=N, num_warps=4)
+    N = max(16, min(128, 2048//R))
+    grid,sides = (-(-n//N), len(grads)),dict(RANK=rank, R=R, ROWS=16, N=N, num_warps=4)
     kind = dict(GELU=gelu, UP=0 if joined else rank)
     strides = d.stride(0),xa.stride(0)
     if rows: _swiglu_back_kernel()[grid](gu, d, a, xa, grads, *strides, rows, each, n, **kind, **sides, num_stages=2)
@@ -477,16 +477,17 @@ def rows_in_fp8(
 # %% ../../nbs/fast/kernels.ipynb #1e0e14ac
 @functools.cache
 def _quantise_kernel():
-    "A row over its scale, in fp8; a program reads it twice, from the cache where it is long."
+    "A row over its scale, in fp8; a program keeps N columns, and reads those beyond them twice."
     import triton, triton.language as tl
     @triton.jit
     def quantise(x, by, xa, share, q, scale, s, n, BY: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
-        r = tl.program_id(0).to(tl.int64)
-        m = tl.zeros((N,), tl.float32)
-        for i in range(0, n, N):
-            c = i + tl.arange(0, N)
-            v = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
-            if BY: v *= tl.load(by+c, mask=c<n, other=0.)
+        r,c = tl.program_id(0).to(tl.int64),tl.arange(0, N)
+        first = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
+        if BY: first *= tl.load(by+c, mask=c<n, other=0.)
+        m = tl.abs(first)
+        for i in range(N, n, N):
+            v = tl.load(x+r*s+i+c, mask=i+c<n, other=0.).to(tl.float32)
+            if BY: v *= tl.load(by+i+c, mask=i+c<n, other=0.)
             m = tl.maximum(m, tl.abs(v))
         top = tl.maximum(tl.max(m, 0), 1e-30) # a row may be all zeros
         q += r*(n+3*R)
@@ -500,11 +501,11 @@ def _quantise_kernel():
             tl.store(q+n+R+j, (u-high.to(tl.float32)).to(tl.float8e4nv))
             tl.store(q+n+2*R+j, high)
         tl.store(scale+r, top/448)
-        for i in range(0, n, N):
-            c = i + tl.arange(0, N)
-            v = tl.load(x+r*s+c, mask=c<n, other=0.).to(tl.float32)
-            if BY: v *= tl.load(by+c, mask=c<n, other=0.)
-            tl.store(q+c, (v*(448/top)).to(tl.float8e4nv), mask=c<n)
+        tl.store(q+c, (first*(448/top)).to(tl.float8e4nv), mask=c<n)
+        for i in range(N, n, N):
+            v = tl.load(x+r*s+i+c, mask=i+c<n, other=0.).to(tl.float32)
+            if BY: v *= tl.load(by+i+c, mask=i+c<n, other=0.)
+            tl.store(q+i+c, (v*(448/top)).to(tl.float8e4nv), mask=i+c<n)
     return quantise
 
 # %% ../../nbs/fast/kernels.ipynb #9e8a24c8
@@ -519,7 +520,7 @@ def quantise(
     (rows,n),R = x.shape,0 if xa is None else xa.shape[1]
     q = torch.empty(rows, n+3*R, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    sides = dict(BY=by is not None, R=R, N=pow2(n) if n<=8192 else 4096, num_warps=8 if n<=8192 else 16)
+    sides = dict(BY=by is not None, R=R, N=1024 if n<=8192 else 2048, num_warps=4 if n<=16384 else 8)
     if rows: _quantise_kernel()[(rows,)](x, by, xa, share, q, scale, x.stride(0), n, **sides)
     return q,scale
 
