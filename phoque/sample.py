@@ -6,18 +6,20 @@
 from __future__ import annotations
 import hashlib, html, json, math, random, re, time
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 from fastcore.basics import patch
 from .chat.templates import _tokenizer_folder, open_tokenizer
 from .core.basics import UserError, excerpt, log, read_json, reading
-from .model_qlora import WEIGHTS, check_model_config, preserve_training_state
+from .model_qlora import WEIGHTS, check_model_config, preserve_training_state, why_not_known
 
 # %% auto #0
-__all__ = ['MOST_ADDED', 'PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'generate_replies',
-           'distinct_n', 'repetition_share', 'Scorer', 'scorer_id', 'LexiconScorer', 'tensors_hash', 'scorer_labels',
-           'HubScorer', 'check_scorer', 'bootstrap_mean', 'sample_prompts', 'common_persona', 'sample_lines',
-           'sample_metrics', 'sample_head', 'Sampler', 'write_samples', 'read_samples', 'samples_table']
+__all__ = ['MOST_ADDED', 'PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'can_record',
+           'recorded_steps', 'generate_replies', 'distinct_n', 'repetition_share', 'Scorer', 'scorer_id',
+           'LexiconScorer', 'tensors_hash', 'scorer_labels', 'HubScorer', 'check_scorer', 'bootstrap_mean',
+           'sample_prompts', 'common_persona', 'sample_lines', 'sample_metrics', 'sample_head', 'Sampler',
+           'write_samples', 'read_samples', 'samples_table']
 
 # %% ../nbs/04_sample.ipynb #37846803
 class SeededDraws:
@@ -81,6 +83,58 @@ def _check_request(tok, prompt_ids, temperature, top_p):
     if temperature<0 or not 0<top_p<=1: raise UserError("`temperature`, `top_p`", f"got {temperature} and {top_p}",
         "use a temperature from 0 and a top_p above 0, up to 1")
 
+# %% ../nbs/04_sample.ipynb #52c1114f
+def can_record(
+    model, # Causal language model, with an adapter or without
+)->bool: # On a GPU, whole on it, with layers that see all of a row and ask the CPU for nothing
+    "Can a model's passes over one token a row be recorded?"
+    import torch
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+    if model.device.type!='cuda' or why_not_known(model): return False
+    if not all(p.is_cuda and type(p.data) is torch.Tensor for p in model.parameters()): return False # shared out
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=1)
+    return all(type(l) is StaticLayer for l in cache.layers)
+
+# %% ../nbs/04_sample.ipynb #e0ec89a7
+def _tensors(given):
+    "All tensors of arguments, those in dictionaries too."
+    for v in given.values():
+        if isinstance(v, dict): yield from _tensors(v)
+        elif hasattr(v, 'copy_'): yield v
+
+def _copies(given):
+    "Arguments with tensors of their own."
+    return {k:_copies(v) if isinstance(v, dict) else v.clone() if hasattr(v, 'copy_') else v for k,v in given.items()}
+
+# %% ../nbs/04_sample.ipynb #579a6bf6
+@contextmanager
+def recorded_steps(
+    model, # For which `can_record` says yes
+):
+    "Inside, play passes over one token a row from a recording; the first of them warms up, the second is recorded."
+    import torch
+    lm = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    kept,own,seen,recorded = vars(lm).get('forward'),lm.forward,[],{}
+    @wraps(own)
+    def forward(*args, **kwargs):
+        ids = kwargs.get('input_ids')
+        if ids is None or ids.shape[1]>1: return own(*args, **kwargs)
+        seen.append(len(ids))
+        if len(seen)==1: return own(*args, **kwargs)
+        if not recorded:
+            recorded.update(given=_copies(kwargs), graph=torch.cuda.CUDAGraph())
+            with torch.cuda.graph(recorded['graph'], capture_error_mode='thread_local'):
+                recorded['out'] = own(*args, **recorded['given'])
+        for to,t in zip(_tensors(recorded['given']), _tensors(kwargs)): to.copy_(t)
+        recorded['graph'].replay()
+        return recorded['out']
+    lm.forward = forward
+    try: yield
+    finally:
+        del lm.forward
+        if kept: lm.forward = kept
+
 # %% ../nbs/04_sample.ipynb #e7a34c81
 def generate_replies(
     model, # Causal language model, with or without an adapter
@@ -97,15 +151,19 @@ def generate_replies(
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
     "Reply to all prompts in one batch."
     _check_request(tok, prompt_ids, temperature, top_p)
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StaticCache
     ids,mask = _pad_left(prompt_ids, tok.pad_token_id, model.device)
     eos_ids = list(eos_ids or [tok.eos_token_id])
     how = [watermark.construct_processor(model.config.get_text_config().vocab_size, model.device)] if watermark else []
     if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
     cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id,
-        repetition_penalty=1., use_cache=True, do_sample=False)
+        repetition_penalty=1., use_cache=True, do_sample=False, disable_compile=True)
+    given = dict(input_ids=ids, attention_mask=mask, generation_config=cfg, logits_processor=how)
     with preserve_training_state(model, tok), adapter_weight(model, weight):
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=cfg, logits_processor=how)
+        if not can_record(model): out = model.generate(**given)
+        else:
+            cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ids.shape[1]+max_new_tokens)
+            with recorded_steps(model): out = model.generate(**given, past_key_values=cache)
     return [_reply(tok, o, eos_ids) for o in out[:,ids.shape[1]:].tolist()]
 
 # %% ../nbs/04_sample.ipynb #bcd4044b

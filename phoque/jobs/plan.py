@@ -198,7 +198,7 @@ def measured_speed(
 FIXED_SECONDS = .011 # of a batch, whatever its size: measured on two H200, with what sending gradients takes
 _MEASURED_TOKENS = 4*2048 # of the batch at which a flavor's speed is given
 _RECOMPUTED = .73 # of the speed, where whole layers are recomputed: reckoned
-_FP8 = 1.33 # times the speed, with products in fp8: measured on an H200, see dev/benchmark
+_FP8 = 1.35 # times the speed, with products in fp8: measured on an H200, see dev/benchmark
 _NO_FP8 = 'A10G','A100'
 
 def times_faster(
