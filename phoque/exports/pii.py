@@ -516,48 +516,59 @@ def _is_phone(m, regions=REGIONS):
 
 # %% ../../nbs/exports/pii.ipynb #61411947
 BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stands for a blank
-    en=r"""(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth\s?day|b-?day|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:_?date)?
-        |turn(?:s|ed|ing)?\s\d{1,3}\son""",
-    de=r"geb(?:oren|urtstag|urtsdatum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\sle)?|date\sde\snaissance|anniv(?:ersaire)?",
-    es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?",
-    pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver",
-    it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno", nl=r"geboren(?:\sop)?|geboortedatum|verjaardag|jarig",
+    en=r"""(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth[\s-]?days?|b['’]?-?days?|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:[\s_]?date)?
+        |b\.(?=\s\d)""",
+    de=r"geb(?:oren|urtstag|urtsdatum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\s(?:le|un))?|naissance|anniv(?:ersaire)?",
+    es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?|cumplo\saños",
+    pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver|faço\sanos",
+    it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno|compio\sgli\sanni",
+    nl=r"geboren(?:\sop)?|geboortedatum|verjaar\w{0,5}|jarig",
     nordic=r"""född|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag
-        |dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur""",
-    pl=r"urodz\w{2,10}|ur\.", cz=r"naro[zd]en\w{0,5}|dat\.\snar\.",
+        |dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur|bursdag\w{0,3}|afmæli\w{0,4}""",
+    pl=r"urodz\w{2,10}|ur\.", cz=r"naro[zd]en\w{0,5}|nar\.",
     south=r"""rođen\w{0,4}|datum\srođenja|rojen\w?|rojstni\sdan|роден\w?|рожден\sден|născut\w?|data\snașterii
         |ziua\sde\snaștere""",
     baltic=r"sünd\w{1,6}|sünni\w{2,6}|gim\w{1,4}|gimtadien\w{1,3}|dzim\w{1,7}",
-    tr=r"doğum\s?(?:tarih\w{0,4}|günü\w{0,3}|günüm)", hu=r"szület\w{1,8}",
-    ru=r"роди\w{1,5}|(?:дата\s|д(?:ень|ня)\s)?рождения|народ(?:ження|и\w{1,4})|д\.\s?р\.|др", el=r"γεννήθηκα|γενέθλια",
-    he=r"נולדתי|תאריך\sלידה|יום\sהולדת", ar=r"تاريخ\sالميلاد|ولدت|عيد\sميلادي",
-    id=r"(?:tanggal\s)?lahir", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
+    tr=r"doğum\s?(?:tarih\w{0,4}|gün\w{0,4})|doğdu\w{1,3}", hu=r"szület\w{1,8}|szülin\w{1,8}",
+    ru=r"роди\w{1,5}|(?:дата\s|д(?:ень|ня)\s)?рождения|народ(?:ження|и\w{1,4})|д\.\s?р\.|др|днюх\w|уродини",
+    el=r"γεννήθηκα|γενέθλι\w{1,3}|γέννηση\w?", he=r"נולדתי|תאריך\sלידה|יום\sה?הולדת\w{0,2}",
+    ar=r"(?:ال)?ميلاد\w{0,2}|ولدت|مواليد|متولد|تولد\w{0,2}", hi='जनम(?:द.?न|.?त.थ.)?', th='วนเกด', # without their marks
+    id=r"lahir|ulang\stahun|ultah", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
     east=r"生年月日|誕生日|生まれ|出生日期|出生于|出生|生于|生日|생년월일|생일|태어난")
 
 # %% ../../nbs/exports/pii.ipynb #ca6cb763
-_DAY_OF_YEAR = r"""(?:\d{1,2}\s?[-./]\s?(?:\d{1,2}|[^\W\d_]{3,9}\.?)\s?[-./]\s?\d{4}(?!\d)
+_DAY_OF_YEAR = r"""(?:\d{1,2}\s?[-./]\s?(?:\d{1,2}|[^\W\d_]{3,9}\.?|[IVX]{1,4})\s?[-./]\s?\d{4}(?!\d)
+    |\d{1,2}(?:\s\d{1,2}\s|[^\W\d_]{3,9})(?:19|20)\d\d(?!\d)|\d\d?[-./]\d\d?[-./]\d\d(?![\d.])|[0-3]\d[0-3]\d(?:19|20)\d\d(?!\d)
     |(?:19|20)\d\d(?:[-/.]\s?\d\d?[-/.]\s?\d\d?|[01]\d[0-3]\d)(?!\d)
-    |\d{4}\s?[年년]\s?\d{1,2}\s?[月월]\s?\d{1,2}\s?[日일]|\d{1,2}\stháng\s\d{1,2}\snăm\s\d{4}
+    |\d{1,4}\s?[年년]\s?\d{1,2}\s?[月월]\s?\d{1,2}\s?[日일号號]|\d{1,2}\stháng\s\d{1,2}\snăm\s\d{4}
     |\d{1,2}(?:st|nd|rd|th|er|º|\.)?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?,?\s(?:de\s|del\s)?(?:19|20)\d\d(?!\w)
     |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?,?\s(?:19|20)\d\d(?!\w)
-    |(?:19|20)\d\d\.?\s[^\W\d_]{3,12}\s\d{1,2}\.?(?!\d))"""
-_DAY = rf"""(?:{_DAY_OF_YEAR}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)|\d{{1,2}}[月월]\s?\d{{1,2}}[日일]
-    |(?:\d{{1,2}}/\d{{1,2}}|\d{{1,2}}\.\s?\d{{1,2}}\.|\d\d\.\d\d)(?![\w./:%]) # 22/9, 24.12.
-    |\d{{1,2}}(?:st|nd|rd|th|er|º)?\.?\s(?:of\s|de\s)?[^\W\d_]{{3,12}}\.?(?![\w])
-    |[^\W\d_]{{3,12}}\.?\s\d{{1,2}}(?:st|nd|rd|th)?\.?(?![\w/-]|\.\d))"""
+    |(?:19|20)\d\d\.?\s[^\W\d_]{3,12}\s\d{1,2}\.?(?!\d)
+    |(?:[^\W\d_]{5,12}\s(?:of\s)?)?[^\W\d_]{3,12}\.?,?\s(?:19|20)\d\d(?!\w))"""
+_DAY_IN_WORDS = rf"""(?:{_DAY_OF_YEAR}|\d{{1,2}}[月월]\s?\d{{1,2}}[日일号號]
+    |\d{{1,2}}(?:st|nd|rd|th|er|º)?\.?\s(?:of\s|de\s)?[^\W\d_]{{3,12}}\.?(?:,?\s['’]?\d\d(?![\w:/]))?(?!\w)
+    |[^\W\d_]{{3,12}}\.?\s\d{{1,2}}(?:st|nd|rd|th)?\.?(?![\w/-]|\.\d)
+    |\d{{1,2}}\.\s?\d{{1,2}}\.(?![\w./:%])|(?<=\()\d{{1,2}}/\d{{1,2}}(?=\)))"""
+_DAY = rf"""(?:{_DAY_IN_WORDS}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)
+    |(?:\d{{1,2}}/\d{{1,2}}|\d\d[.-]\d\d)(?![\w./:%-]))""" # also 22/9, 24.12
 
 # %% ../../nbs/exports/pii.ipynb #d9f79d2c
-_OWN = r"(?:my|mein|mi|mon|meu|il\smio|mijn|min|moje|mój)"
+_BORN = rf"(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?:['’]?s)?(?![^\W_{EAST}])"
+_PARTY = r"""(?:birth\s?day|b['’]?-?day|geburtstag|cumple\w{0,5}|anniv(?:ersaire)?|anivers[áa]rio|niver|compleanno|verjaardag
+    |födelsedag|fødselsdag|bursdag|urodziny|narozeniny|szülinap\w{0,4}|день\sрождения|生日|誕生日|생일)"""
+_AGE = r"""(?:turn(?:s|ed|ing)?|werd[eo]?|wird|word|fyller|bliver|blir|täytän|cumpl[oe]|fa(?:ço|z|rei)|compi[oe]|(?:s?kończ[ęy])
+    |(?:j['’])?aur(?:ai|a)|будет|исполн\w{2,5})"""
+_WITHIN = r"(?:[^\W\d_]{1,2}['’])?[^\W\d_]{1,5}" # a short word between two others
 _BIRTH = re.compile(rf"""
-    (?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
-    |(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])["']?[\s:=-]{{0,3}}["']?
-        (?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am|el|le|il|dia|się|w|dnia|em|den|er|är|mam|har
-        |-)\s{{1,2}}
-            |[はは는은이가是]\s?){{0,3}}(?P<v>{_DAY})
-    |(?P<w>{_DAY})\s(?:is|ist|es|est|é|è|är|er|to)\s{_OWN}\s(?:birthday|b-?day|geburtstag|cumple\w{{0,5}}
-        |anniv\w{{0,6}}|anivers\w{{0,5}}
-        |compleanno|verjaardag|födelsedag|urodziny)
+    {_BORN}[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
+    |{_BORN}["']?[\s:=-]{{0,3}}["']?(?:(?:{_WITHIN}|-)\s{{1,2}}|[はは는은이가是]\s?){{0,3}}(?P<v>{_DAY})
+    |{_BORN}(?:[\s:=,!–-]{{1,3}}[^\W\d_]{{1,12}}['’]?){{0,5}}[\s:=,!(–-]{{1,3}}(?P<u>{_DAY_IN_WORDS})
+    |(?P<w>{_DAY_IN_WORDS}|{_DAY}(?=\s(?:is|ist|es|est|é|è|är|er|to)\s))\s?(?:{_WITHIN}\s){{0,3}}{_PARTY}(?![^\W_{EAST}])
     |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b
+    |\b{_AGE}\s(?:gli\s)?\d{{1,3}}(?:\s{_WITHIN}){{0,4}}\s(?P<t>{_DAY})
+    |\b{_AGE}\s(?:{_WITHIN}\s){{0,2}}(?P<s>{_DAY_IN_WORDS})\s\d{{1,3}}(?![\w:.,/])
+    |\b(?:ich\sbin|ik\sben|i['’]?m|je\ssuis|soy|sono)\s(?:vom|van|from|de[l]?|du)\s(?P<r>{_DAY_OF_YEAR})
+    |(?:生日|誕生日|생일)[\s:은는は이]{{0,3}}(?P<q>(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01]))(?!\d)
     |(?P<z>{_DAY_OF_YEAR})(?:-?[áaeé]n)?\s?(?:(?:in|à|a|en|i|w|v|в)\s[^\W\d_]{{2,20}}\s)?(?:geboren|doğum\w{{0,4}}
         |szület\w{{1,6}}|syntynyt
         |生まれ|出生|생|г\.?\s?р\.?|рожд\w{{2,5}}|bab(?:y|ies)\b|kid\b)""",
@@ -565,15 +576,21 @@ _BIRTH = re.compile(rf"""
 
 # %% ../../nbs/exports/pii.ipynb #68e60cbf
 @lru_cache(2**12)
-def _is_date(s):
-    "Is it a day? Only one with a word in it has to be asked for."
-    if not re.search(r'[^\W\d_]{3}', s): return True
+def _is_month(w):
+    "Is a word a month's name, in any language?"
     import dateparser
-    return dateparser.parse(re.sub(r'(?<=\d)(?:st|nd|rd|th)\b', '', s)) is not None
+    d = dateparser.parse(f'1 {w} 2000', settings=dict(PARSERS=['absolute-time']))
+    return re.fullmatch('[ivx]+', w, re.I) is not None or d is not None and d.day==1
+
+def _is_date(s):
+    "Is it a day? One of its words must be a month, and of two numbers one."
+    words,ns = re.findall(r'[^\W\d_年월月일日년号號]{3,}|[IVX]+', s),[*map(int, re.findall(r'\d+', s))]
+    if words: return any(map(_is_month, words))
+    return len(ns)!=2 or 0<min(ns)<=12 and max(ns)<=31 and ns!=[24,7]
 
 def _is_birth(m):
     "Where is the date?"
-    v = next(k for k in 'vwxyz' if m[k])
+    v = next(k for k in 'vwxyzutsrq' if m[k])
     return m.span(v) if _is_date(m[v]) else False
 
 # %% ../../nbs/exports/pii.ipynb #ca1093b4
