@@ -94,7 +94,7 @@ def sub(self:Seen,
 # %% ../../nbs/exports/pii.ipynb #ab7cc12a
 EAST = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af" # scripts that put no blank between words
 def _value(m): return m.span('v') # where the value is
-def _either(m): return next(m.span(k) for k in 'vwx' if m[k])
+def _either(m): return next(span for k,span in ((k, m.span(k)) for k in m.re.groupindex) if span[0]>=0)
 
 # %% ../../nbs/exports/pii.ipynb #e148ff51
 _ONLINE = frozenset("""lol lmao rofl omg wtf afk brb ggwp noob nerf buff meta mod mods admin bot dev pro xdd mid adc max
@@ -677,15 +677,16 @@ def _is_token(m):
 
 # %% ../../nbs/exports/pii.ipynb #99cfeda0
 PASS_WORDS = dict( # language → what a password is called; \s stands for a blank
-    en=r"""pass(?:\s?(?:word|wort|phrase|code|wd|wrd)s?|wd|es)?(?:['’]s)?|ps?s?wo?r?ds?|psw|pwd?|p/w
+    en=r"""p[a4@]ss(?:[\s-]?(?:w[o0]r[dt]|phrase|code|wd|wrd)s?|wd?|es)?(?:['’]s)?|ps?s?wo?r?ds?|pswd?|pwd?|p/w|🔑|🔐
         |(?:seed|recovery|mnemonic|secret)\sphrase""",
     de=r'kennwort|zugangswort|passwörter', fr=r'mots?\sde\spasse|mdp', es=r'contra(?:se[ñn]a|senya)?s?|clave',
     pt=r'senhas?|palavra-passe',
-    it=r"parola(?:\sd['’]ordine)?|parol[aă]\w{0,2}|parool\w{0,2}|chiave\swifi", nl=r'wachtwoord|ww',
+    it=r"parol[aă]\w{0,2}|parool\w{0,2}", nl=r'wachtwoord|ww',
     nordic=r'lösen(?:ord)?\w{0,2}|passord\w{0,2}|adgangskode\w{0,2}|kode\s?ord\w{0,2}|salasana\w{0,2}',
-    slavic=r'has[łl]o\w{0,2}|hesl[oa]\w{0,2}|lozink[ae]|[šs]ifra|geslo|slaptažodis|парол[ьяюие]|пасс|пас',
-    others=r"""jelsz[óo]\w{0,2}|şifre\w{0,5}|sifre\w{0,3}|κωδικός|סיסמ[הא]|كلمة\s(?:السر|المرور)|パスワード|密码|密碼
-        |비밀번호|비번|รหสผาน|mật\skhẩu|kata\ssandi|sandi""")
+    slavic=r'has[łl]o\w{0,2}|hesl[oa]\w{0,2}|lozink[ae]|[šs]ifra|geslo|slaptažodis|парол[ьяюие]|пасс?|пасс?ворд|кодовое\sслово',
+    others=r"""jelsz[óoa]\w{0,4}|şifre\w{0,5}|sifre\w{0,3}|κωδικός|ה?סיסמ[הא]|كلمة\s(?:السر|المرور)|باسورد|رمز\sعبور
+        |(?<![ァ-ヶー])パス(?:ワード)?|暗証番号|密码|密碼|口令|비밀번호|비번|암호|รหสผาน|mật\skhẩu|kata\ssandi|sandi|पासवरड""")
+_TWO_MEANINGS = frozenset('pass passes pas clave parola contra ww hasło hasla senha'.split()) # also of games, music, speech
 _PASS_WORD = rf'(?:{_words(PASS_WORDS)})'
 _NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada broken case changed changing
     closed correct cool dead
@@ -698,20 +699,22 @@ _NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada
     useless vergessen wait weak weg weird what when where who why working wrong yes you your zu""".split())
 
 # %% ../../nbs/exports/pii.ipynb #d4db9f2f
-_IS = "is(?:\\snow)?|was|were|ist|war|lautet|est|était|c'est|es|era|er|är|jest|to|é|è|je|on|это|был|bu|adalah|là"
-_OF_WHAT = "for|to|of|on|für|fürs|zum|vom|von|zur|pour|du|para|del?|de\\sla|da|di|do|od|voor|van|het|till?|от|для|к|i|used"
-_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin
+_IS = "is(?:\\snow)?|was|were|ist|war|lautet|est|était|c'est|es|era|er|är|jest|to|é|è|e|je|on|это|был|bu|adalah|là|היא|है"
+_OF_WHAT = "for|to|of|on|für|fürs|zum|vom|von|zur|pour|du|para|del?|de\\sla|da|di|do|od|na|voor|van|het|till?|от|для|к|i|used"
+_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin(?:['’]?s)?|otp|2fa|secret
+    |(?:code|clé|clave|chiave|klucz|ключ)\s(?:du\s|del\s|do\s)?(?:wi-?fi|wlan)
     |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
         |security|otp)[\s-]code|code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room
         |building|garage))"""
+_PICTURES = '\u2190-\u21ff\u2600-\u27bf\U0001f440-\U0001f4aa\U0001f510-\U0001f513' # arrows, hands, keys
 _PASSWORD = re.compile(rf"""
-    (?<![^\W_{EAST}])(?P<word>{_PASS_TOLD})(?![^\W_{EAST}])
-    ["'`*?]{{0,2}} (?:(?:\s(?:{_OF_WHAT})\s[^\n:=>]{{1,30}}?|\s[\w-]{{2,12}}){{1,2}}
-        (?=\s{{0,3}}(?::|=|->|→)|\s(?:{_IS})\s))?
-    (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|→)\s{{0,3}}|\s-\s
+    (?<![^\W_{EAST}])(?P<word>{_PASS_TOLD})(?:(?<=[{EAST}])|(?![^\W_{EAST}]))
+    ["'`*?]{{0,2}} (?:(?:\s(?:{_OF_WHAT})\s[^\n:=>]{{1,30}}?|\s[\w-]{{2,12}}|\s[(\[][^()\[\]\n]{{1,30}}[)\]]){{1,2}}
+        (?=\s{{0,3}}(?::|=|->|→)|\s(?:{_IS}|-)\s))?
+    (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|[{_PICTURES}]{{1,3}})\s{{0,3}}|\s-\s
         |,?\s(?:use|try|type|enter)\s{{1,3}}|,\s{{1,3}}
         |\s{{1,3}}(?:(?:has\s|was\s|is\s|got\s)?(?:been\s)?(?:changed|set|reset)\sto|used\sto\sbe|auf|{_IS})\s{{1,3}}
-        |(?:は|是|은|는)\s?|\s{{1,3}})
+        |(?:は|是|은|는)\s?|\s{{1,3}}|(?<=[{EAST}🔑🔐])(?=[!-~]))
     (?:(?:just|simply|now|einfach)\s)?
     (?P<v>\d{{3,4}}[ -]\d{{3,4}}(?![\w-])|"[^"\n]{{3,80}}"|'[^'\n]{{3,80}}'|`[^`\n]{{3,80}}`
         |[^\s"'`<>]{{3,80}})""", re.I|re.X)
@@ -725,8 +728,11 @@ _PASS_SHELL = re.compile(r"""
     (?P<v>[^\s"'<>]{3,80})""", re.I|re.X)
 _LOGIN = re.compile(r"""
     \b(?:log-?in|user(?:name)?|creds?|credentials?|acc(?:ount)?|zugang|wi-?fi|wlan|ssid
-        |ftp)[\s:=]{1,3}[\w.@-]{2,30}\s{0,2}[:/|]\s{0,2}
-    (?P<v>(?=\S{0,40}[\d!$%&*+=#^~])(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})""", re.I|re.X)
+        |ftp)(?:[\s:=]{1,3}[\w.@-]{2,30}\s{0,2}[:/|]\s{0,2}|\s?[:=]\s?[\w.@-]{2,30}\s{1,2}(?![\w.]{0,20}[:(]))
+    (?P<v>(?=\S{0,40}[\d!$%&*+=#^~])(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
+    |\blog(?:ged)?[\s-]?in\s(?:with|as)\s[\w.@-]{2,30}\s?(?:and|/|,|und|with)\s(?P<w>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
+    |\b(?:user(?:name)?|login|benutzer|usuario)\s?[\s:=]\s?[\w.@-]{2,30}[\s,;/]{1,3}(?:and\s)?(?:pass(?:word|wort)?|pwd?)\s?[\s:=]\s?
+        (?!(?:is|was|and|or|ist)\b)(?P<x>[^\s"'<>]{5,80})""", re.I|re.X)
 _PHRASE = re.compile(r"""
     (?:seed|recovery|mnemonic|secret)\sphrase\W{1,4}(?:is\W{1,4})?
     (?P<v>(?:[a-z]{3,8}[ ,]{1,2}){11,23}[a-z]{3,8})
@@ -742,6 +748,7 @@ _PASS_FIRST = re.compile(rf"""
     |(?<!\S)["'`]?(?P<w>{_STRONG})["'`]?\s(?:is|was|ist|war|es|era|est|è)\s(?:the|my|our|das|mein|mi|la|le|mon|minha
         |a)\s(?:\w{{2,10}}\s)?
         (?:{_PASS_WORD}|log-?in)\b
+    |(?<!\S)["'`]?(?P<y>{_STRONG})["'`]?\s?(?:<[-=]{{1,2}}|[←☜])\s?(?:the\s|my\s|our\s)?(?:wi-?fi\s|wlan\s)?{_PASS_WORD}\b
     |(?<!\S)["'`]?(?P<x>{_STRONG})["'`]?,?\s(?:that|this|it|das|ça|eso)['’\s]?\s?(?:is|ist|s|est|es)?\s(?:the|my
         |our|das|mein|mi|la)\s(?:\w{{2,10}}\s)?
         {_PASS_WORD}\b""", re.I|re.X)
@@ -762,7 +769,7 @@ def _is_pass_near(m):
     "Where is the password, a few words after the word?"
     verb = re.search(rf"\s(?:{_IS}|{_OF_WHAT}|now|jetzt|its|ahora|ora)(?=[\s,]|$)", m['by'], re.I)
     if m['word'].lower() in ('pass','passes','pas','clave','parola','contra','ww'):
-        verb = re.search(r"\s(?:is|was|ist|war|es|era|c'est|est|è|now|jetzt|de|del|du|vom)(?=[\s,]|$)", m['by'], re.I)
+        verb = re.search(r"\s(?:is|was|ist|war|es|era|c'est|est|[eè]|now|jetzt|de|del|du|vom|d[oai]|wi-?fi|wlan)(?=[\s,]|$)", m['by'], re.I)
         if not verb: return False
     if _ABOUT.search(m['by']) or _UNITS.fullmatch(m['v']): return False
     return m.span('v') if verb or len(m['v'])>5 else False
@@ -776,6 +783,7 @@ def _is_password(m):
     word,how,v = m['word'].lower(),m['how'].strip(),m['v']
     a,b = m.span('v')
     if not how and word=='pass' and re.search('[`=.(]|^-', v): return False # of a program's options
+    if word=='secret' and not (how[-1:] in (':','=') and re.fullmatch(r'(?=\S*\d)(?=\S*[^\W\d])[^()"\'`]{8,}', v)): return False
     if v[0] in '"\'`': return a+1,b-1
     v = v.rstrip('.,;:!?)*')
     if v.lower() in _NO_PASS or len(v)<3 or '://' in v or re.fullmatch(r'-?\d+\.\d+', v): return False
@@ -787,8 +795,10 @@ def _is_password(m):
     if _MINE.search(_before(m)) and re.search(r'[^\W\d]_[^\W\d]', v): return whole
     sign = re.search(r'[^\W_][!$%&*+=@#^~_|-]{1,3}[^\W_]', v) and (digit or not v.islower() or
         word!='pass' and re.search('[!$%&*+=@#^~|]', v))
-    if word in ('pin','passcode') and v.isdigit() and 4<=len(v)<=8: return whole
-    if word=='pin' or word.endswith('code') and word!='passcode':
+    if word in ('otp','2fa'): return whole if re.fullmatch(r'\d{6,8}|\d{3,4}[ -]\d{3,4}', v) else False
+    if word in ('pin',"pin's",'pins','passcode') and v.isdigit() and 4<=len(v)<=8: return whole
+    if word in _TWO_MEANINGS and v.isalpha() and is_common(plain(v)): return False
+    if word in ('pin',"pin's",'pins') or word.endswith('code') and word!='passcode':
         return whole if (how or word[:6]!='server') and digit and len(v)>3 else False
     if len(v)>=5 and (digit and letter or sign or joined) or len(v)==4 and digit and letter and sign: return whole
     if digit: return whole if how and len(v)>3 and word!='pass' else False
@@ -1058,7 +1068,7 @@ NEEDS = {k: re.compile(v) for k,v in dict( # name → what must be in a text
 PLAN = [('MENTION', 'any', _MENTION, None), ('URL', 'any', _LINK, None), ('KEY', 'long', _KEY, None),
     ('PASSWORD', 'flag', _PASS_SHELL, _value), ('PASSWORD', 'any', _PHRASE, _either),
     ('PASSWORD', 'any', _PASSWORD, _is_password), ('PASSWORD', 'password', _PASS_FIRST, _either),
-    ('PASSWORD', 'password', _PASS_NEAR, _is_pass_near), ('PASSWORD', 'any', _LOGIN, _value),
+    ('PASSWORD', 'password', _PASS_NEAR, _is_pass_near), ('PASSWORD', 'any', _LOGIN, _either),
     ('WALLET', 'long', _WALLET, None), ('WALLET', 'long', _BASE58, _is_wallet),
     ('KEY', 'long', _KEY_TOLD, _value), ('KEY', 'long', _TOKEN, _is_token),
     ('EMAIL', 'mail', _EMAIL, _is_mail), ('EMAIL', 'mail_of', _MAIL_OF, _is_mail_of),
