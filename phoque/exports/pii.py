@@ -731,6 +731,7 @@ _LOGIN = re.compile(r"""
         |ftp)(?:[\s:=]{1,3}[\w.@-]{2,30}\s{0,2}[:/|]\s{0,2}|\s?[:=]\s?[\w.@-]{2,30}\s{1,2}(?![\w.]{0,20}[:(]))
     (?P<v>(?=\S{0,40}[\d!$%&*+=#^~])(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
     |\blog(?:ged)?[\s-]?in\s(?:with|as)\s[\w.@-]{2,30}\s?(?:and|/|,|und|with)\s(?P<w>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
+    |(?<![\w/.@-])(?:admin(?:istrator)?|root|guest)\s?[:/]\s?(?P<y>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>/:]{6,80})(?![^\s.,!?])
     |\b(?:user(?:name)?|login|benutzer|usuario)\s?[\s:=]\s?[\w.@-]{2,30}[\s,;/]{1,3}(?:and\s)?(?:pass(?:word|wort)?|pwd?)\s?[\s:=]\s?
         (?!(?:is|was|and|or|ist)\b)(?P<x>[^\s"'<>]{5,80})""", re.I|re.X)
 _PHRASE = re.compile(r"""
@@ -797,7 +798,9 @@ def _is_password(m):
         word!='pass' and re.search('[!$%&*+=@#^~|]', v))
     if word in ('otp','2fa'): return whole if re.fullmatch(r'\d{6,8}|\d{3,4}[ -]\d{3,4}', v) else False
     if word in ('pin',"pin's",'pins','passcode') and v.isdigit() and 4<=len(v)<=8: return whole
-    if word in _TWO_MEANINGS and v.isalpha() and is_common(plain(v)): return False
+    of = m.string[m.end('word'):m.start('how')].strip(' "`*?') # hasło dnia: the word of the day, not of a router
+    other = of and not re.search('(?i)wi-?fi|wlan|net|server|router|konto|acc|login', of)
+    if word in _TWO_MEANINGS and v.isalpha() and (is_common(plain(v)) or other and v.islower()): return False
     if word in ('pin',"pin's",'pins') or word.endswith('code') and word!='passcode':
         return whole if (how or word[:6]!='server') and digit and len(v)>3 else False
     if len(v)>=5 and (digit and letter or sign or joined) or len(v)==4 and digit and letter and sign: return whole
