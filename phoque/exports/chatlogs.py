@@ -22,8 +22,8 @@ from .times import Clock, Days, named_day, seconds
 
 # %% auto #0
 __all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_line',
-           'read_kakao', 'read_messenger', 'read_signal', 'read_matrix', 'read_google', 'mattermost', 'read_irc',
-           'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch',
+           'read_kakao', 'kakao_csv', 'read_messenger', 'read_signal', 'read_matrix', 'read_google', 'mattermost',
+           'read_irc', 'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch',
            'read_livechat', 'read_youtube', 'read_convokit', 'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
@@ -535,6 +535,19 @@ def read_kakao(
     with whole_file(path.name), open_text(path) as f:
         yield from lines_of(_many_lined(f, _KAKAO), f'{path.name} message', bad, say)
     book.hear(*days.clock.said)
+
+# %% ../../nbs/exports/chatlogs.ipynb #1971b3c8
+def _is_kakao_csv(b):
+    return [*b.row]==['Date','User','Message'] and re.fullmatch(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d', f"{b.row['Date']}")
+
+@source('kakao_csv', '', False, need=('Date','User','Message'), detect=_is_kakao_csv, when='Date')
+def kakao_csv(r, at, **_):
+    "KakaoTalk's CSV of a Mac"
+    text = r['Message'].strip()
+    if not r['User'] or re.fullmatch(_KAKAO_NOTICE, text): raise LeftOut('a notice')
+    if _KAKAO_PICTURE.fullmatch(text): raise LeftOut('a picture, a sticker or a call')
+    if text.rstrip('.').casefold() in _DELETED: raise LeftOut('a deleted message')
+    return [_said(at.book, 'kakao', at.file, r['User'], text, at.clock(r['Date']))]
 
 # %% ../../nbs/exports/chatlogs.ipynb #5dc4cdd8
 def _unmixed(s):
