@@ -99,7 +99,8 @@ def _discord_author(found):
 def _discord_named(found):
     "The names of those who are mentioned."
     spans = [x for c in ('mention','chatlog__markdown-mention') for x in found.get(c, ())]
-    return [(x.text_content().strip().lstrip('@'), re.sub(r'#\d{4}$', '', x.get('title'))) for x in spans if x.get('title')]
+    return [(x.text_content().strip().lstrip('@'), re.sub(r'#\d{4}$', '', x.get('title'))) for x in spans
+        if x.get('title') not in (None, '', 'Unknown')]
 
 # %% ../../nbs/exports/pages.ipynb #dffe1012
 _SCROLL = re.compile(r"'(\d+)'")
@@ -187,11 +188,12 @@ def _telegram_message(found, before):
     if 'service' in el.get('class').split():
         made = re.search(' created topic «', el.text_content())
         return dict(id=id, type='service', action='topic_created' if made else '')
+    if 'joined' not in el.get('class').split(): before |= {'from': None, 'forwarded_from': None}
     passed_on = next((x for x in found.get('forwarded', ()) if x in found['body']), None)
     for key,part in (('from', _first(found, 'body')), ('forwarded_from', passed_on)):
         if part is None: before[key] = None
         elif name := _own_text(next((x for x in part if x.get('class')=='from_name'), None)): before[key] = name
-    if not before['from']: raise ValueError("a joined message with none before it")
+    if not before['from']: raise ValueError("a message without its author")
     via = _VIA.fullmatch(before['from'] or '') or _VIA.fullmatch(before['forwarded_from'] or '')
     words = _first(found, 'text')
     return dict(id=id, type='message', date=_telegram_time(_first(found, 'date')), text='' if words is None else html_text(_html(words)),

@@ -491,7 +491,7 @@ def column_map(
 # %% ../../nbs/exports/sources.ipynb #26a686b2
 _CALLED = dict( # what columns are called, in the order of preference, without signs between words
     text='''text message content body comment msg messagetext posttext pagetext strcontent textoriginal textdisplay fulltext
-        commenttext nachricht inhalt kommentar mensaje texto contenido comentario mensagem conteudo contenu commentaire
+        commenttext nachricht inhalt beitrag kommentar mensaje texto contenido comentario mensagem conteudo contenu commentaire
         messaggio testo contenuto bericht tekst inhoud wiadomosc tresc сообщение текст mesaj metin 消息 内容 메시지 내용 本文''',
     who='''who author user username sender speaker nick nickname postusername name from by authorname sendername displayname
         authordisplayname absender verfasser autor autorin benutzer benutzername nutzer nutzername von remitente usuario
