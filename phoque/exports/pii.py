@@ -518,11 +518,11 @@ def _is_phone(m, regions=REGIONS):
 BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stands for a blank
     en=r"""(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth[\s-]?days?|b['’]?-?days?|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:[\s_]?date)?
         |b\.(?=\s\d)""",
-    de=r"geb(?:oren|urtstag|urtsdatum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\s(?:le|un))?|naissance|anniv(?:ersaire)?",
+    de=r"geb(?:oren|urtstag|urtsdatum|\.?\s?datum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\s(?:le|un))?|naissance|anniv(?:ersaire)?",
     es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?|cumplo\saños",
     pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver|faço\sanos",
     it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno|compio\sgli\sanni",
-    nl=r"geboren(?:\sop)?|geboortedatum|verjaar\w{0,5}|jarig",
+    nl=r"geboren(?:\sop)?|geboorte\w{1,6}|verjaar\w{0,5}|jarig",
     nordic=r"""född|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag
         |dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur|bursdag\w{0,3}|afmæli\w{0,4}""",
     pl=r"urodz\w{2,10}|ur\.", cz=r"naro[zd]en\w{0,5}|nar\.",
@@ -546,27 +546,30 @@ _DAY_OF_YEAR = r"""(?:\d{1,2}\s?[-./]\s?(?:\d{1,2}|[^\W\d_]{3,9}\.?|[IVX]{1,4})\
     |(?:19|20)\d\d\.?\s[^\W\d_]{3,12}\s\d{1,2}\.?(?!\d)
     |(?:[^\W\d_]{5,12}\s(?:of\s)?)?[^\W\d_]{3,12}\.?,?\s(?:19|20)\d\d(?!\w))"""
 _DAY_IN_WORDS = rf"""(?:{_DAY_OF_YEAR}|\d{{1,2}}[月월]\s?\d{{1,2}}[日일号號]
-    |\d{{1,2}}(?:st|nd|rd|th|er|º)?\.?\s(?:of\s|de\s)?[^\W\d_]{{3,12}}\.?(?:,?\s['’]?\d\d(?![\w:/]))?(?!\w)
+    |\d{{1,2}}(?:st|nd|rd|th|er|º|te[nr]?|[ds]?e)?\.?\s(?:of\s|de\s)?[^\W\d_]{{3,12}}\.?(?:,?\s['’]?\d\d(?![\w:/]))?(?!\w)
     |[^\W\d_]{{3,12}}\.?\s\d{{1,2}}(?:st|nd|rd|th)?\.?(?![\w/-]|\.\d)
     |\d{{1,2}}\.\s?\d{{1,2}}\.(?![\w./:%])|(?<=\()\d{{1,2}}/\d{{1,2}}(?=\)))"""
 _DAY = rf"""(?:{_DAY_IN_WORDS}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)
-    |(?:\d{{1,2}}/\d{{1,2}}|\d\d[.-]\d\d)(?![\w./:%-]))""" # also 22/9, 24.12
+    |(?:0[1-9]|[12]\d|3[01])(?:0[1-9]|1[0-2])\d\d(?![\w.,/:-])
+    |(?:\d{{1,2}}/\d{{1,2}}|\d\d[.-]\d\d)(?![\w./:%-]))""" # also 060175, 22/9, 24.12
 
 # %% ../../nbs/exports/pii.ipynb #d9f79d2c
 _BORN = rf"(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?:['’]?s)?(?![^\W_{EAST}])"
 _PARTY = r"""(?:birth\s?day|b['’]?-?day|geburtstag|cumple\w{0,5}|anniv(?:ersaire)?|anivers[áa]rio|niver|compleanno|verjaardag
     |födelsedag|fødselsdag|bursdag|urodziny|narozeniny|szülinap\w{0,4}|день\sрождения|生日|誕生日|생일)"""
-_AGE = r"""(?:turn(?:s|ed|ing)?|werd[eo]?|wird|word|fyller|bliver|blir|täytän|cumpl[oe]|fa(?:ço|z|rei)|compi[oe]|(?:s?kończ[ęy])
+_AGE = r"""(?:turn(?:s|ed|ing)?|werde?|wirst|wird|word|fyller|bliver|blir|täytän|cumpl[oe]|fa(?:ço|z|rei)|compi[oe]|(?:s?kończ[ęy])
     |(?:j['’])?aur(?:ai|a)|будет|исполн\w{2,5})"""
 _WITHIN = r"(?:[^\W\d_]{1,2}['’])?[^\W\d_]{1,5}" # a short word between two others
 _BIRTH = re.compile(rf"""
     {_BORN}[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
     |{_BORN}["']?[\s:=-]{{0,3}}["']?(?:(?:{_WITHIN}|-)\s{{1,2}}|[はは는은이가是]\s?){{0,3}}(?P<v>{_DAY})
-    |{_BORN}(?:[\s:=,!–-]{{1,3}}[^\W\d_]{{1,12}}['’]?){{0,5}}[\s:=,!(–-]{{1,3}}(?P<u>{_DAY_IN_WORDS})
+    |{_BORN}(?:[\s:=,!?–-]{{1,3}}(?:[^\W\d_]{{1,12}}['’]?|(?:19|20)\d\d|\d\d?(?=\s(?:day|week|tag|woche))))
+        {{0,5}}[\s:=,!?(–-]{{1,3}}(?P<u>{_DAY_IN_WORDS})
     |(?P<w>{_DAY_IN_WORDS}|{_DAY}(?=\s(?:is|ist|es|est|é|è|är|er|to)\s))\s?(?:{_WITHIN}\s){{0,3}}{_PARTY}(?![^\W_{EAST}])
     |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b
-    |\b{_AGE}\s(?:gli\s)?\d{{1,3}}(?:\s{_WITHIN}){{0,4}}\s(?P<t>{_DAY})
+    |\b(?:{_AGE}\s(?:gli\s)?\d{{1,3}}(?:\s[^\W\d_]{{1,9}}){{0,4}}[\s(]{{1,2}}|be\s\d{{1,3}}\son\s(?:the\s)?)(?P<t>{_DAY})
     |\b{_AGE}\s(?:{_WITHIN}\s){{0,2}}(?P<s>{_DAY_IN_WORDS})\s\d{{1,3}}(?![\w:.,/])
+    |(?P<o>{_DAY_IN_WORDS})\s{_AGE}\s(?:{_WITHIN}\s)?\d{{1,3}}(?![\w:.,/])
     |\b(?:ich\sbin|ik\sben|i['’]?m|je\ssuis|soy|sono)\s(?:vom|van|from|de[l]?|du)\s(?P<r>{_DAY_OF_YEAR})
     |(?:生日|誕生日|생일)[\s:은는は이]{{0,3}}(?P<q>(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01]))(?!\d)
     |(?P<z>{_DAY_OF_YEAR})(?:-?[áaeé]n)?\s?(?:(?:in|à|a|en|i|w|v|в)\s[^\W\d_]{{2,20}}\s)?(?:geboren|doğum\w{{0,4}}
@@ -590,7 +593,7 @@ def _is_date(s):
 
 def _is_birth(m):
     "Where is the date?"
-    v = next(k for k in 'vwxyzutsrq' if m[k])
+    v = next(k for k in 'vwxyzutsrqo' if m[k])
     return m.span(v) if _is_date(m[v]) else False
 
 # %% ../../nbs/exports/pii.ipynb #ca1093b4
@@ -677,7 +680,7 @@ def _is_token(m):
 
 # %% ../../nbs/exports/pii.ipynb #99cfeda0
 PASS_WORDS = dict( # language → what a password is called; \s stands for a blank
-    en=r"""p[a4@]ss(?:[\s-]?(?:w[o0]r[dt]|phrase|code|wd|wrd)s?|wd?|es)?(?:['’]s)?|ps?s?wo?r?ds?|pswd?|pwd?|p/w|🔑|🔐
+    en=r"""p[a4@]ss(?:[\s-]?(?:w[o0]r[dt]|phrase|code|wd|wrd)s?|w\w{0,5}|es)?(?:['’]s)?|p[a4@]sw\w{2,4}|ps?s?wo?r?ds?|pswd?|pwd?|p/w|🔑|🔐
         |(?:seed|recovery|mnemonic|secret)\sphrase""",
     de=r'kennwort|zugangswort|passwörter', fr=r'mots?\sde\spasse|mdp', es=r'contra(?:se[ñn]a|senya)?s?|clave',
     pt=r'senhas?|palavra-passe',
@@ -701,10 +704,11 @@ _NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada
 # %% ../../nbs/exports/pii.ipynb #d4db9f2f
 _IS = "is(?:\\snow)?|was|were|ist|war|lautet|est|était|c'est|es|era|er|är|jest|to|é|è|e|je|on|это|был|bu|adalah|là|היא|है"
 _OF_WHAT = "for|to|of|on|für|fürs|zum|vom|von|zur|pour|du|para|del?|de\\sla|da|di|do|od|na|voor|van|het|till?|от|для|к|i|used"
-_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin(?:['’]?s)?|otp|2fa|secret
+_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network|wpa\d?)[\s-]?(?:key|schlüssel|psk)|psk|pin(?:['’]?s)?|otp|2fa|secret
+    |(?:phone|screen|tablet|laptop|handy)\sun?lock
     |(?:code|clé|clave|chiave|klucz|ключ)\s(?:du\s|del\s|do\s)?(?:wi-?fi|wlan)
     |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
-        |security|otp)[\s-]code|code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room
+        |security|otp|safe|lock|locker|garage|house|building|entry|tresor)[\s-]code(?:['’]s)?|code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room
         |building|garage))"""
 _PICTURES = '\u2190-\u21ff\u2600-\u27bf\U0001f440-\U0001f4aa\U0001f510-\U0001f513' # arrows, hands, keys
 _PASSWORD = re.compile(rf"""
@@ -727,16 +731,19 @@ _PASS_SHELL = re.compile(r"""
         |\bcurl\b[^\n]{0,60}?\s-u\s{0,3}[^\s:]{1,40}:)
     (?P<v>[^\s"'<>]{3,80})""", re.I|re.X)
 _LOGIN = re.compile(r"""
-    \b(?:log-?in|user(?:name)?|creds?|credentials?|acc(?:ount)?|zugang|wi-?fi|wlan|ssid
+    \b(?:log-?in|user(?:name)?|creds?|credentials?|acc(?:ount)?|zugang(?:sdaten)?|identifiants?|acc[eè]so?|accesso|dostęp
+        |inloggegevens|wi-?fi|wlan|ssid
         |ftp)(?:[\s:=]{1,3}[\w.@-]{2,30}\s{0,2}[:/|]\s{0,2}|\s?[:=]\s?[\w.@-]{2,30}\s{1,2}(?![\w.]{0,20}[:(]))
     (?P<v>(?=\S{0,40}[\d!$%&*+=#^~])(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
     |\blog(?:ged)?[\s-]?in\s(?:with|as)\s[\w.@-]{2,30}\s?(?:and|/|,|und|with)\s(?P<w>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
+    |(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,4}\s?[:|/]\s?(?P<z>(?=[^\s/]{0,40}\d)(?=[^\s/]{0,40}[^\W\d])[^\s"'<>/:]{6,80})(?![/:\w])
     |(?<![\w/.@-])(?:admin(?:istrator)?|root|guest)\s?[:/]\s?(?P<y>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>/:]{6,80})(?![^\s.,!?])
     |\b(?:user(?:name)?|login|benutzer|usuario)\s?[\s:=]\s?[\w.@-]{2,30}[\s,;/]{1,3}(?:and\s)?(?:pass(?:word|wort)?|pwd?)\s?[\s:=]\s?
         (?!(?:is|was|and|or|ist)\b)(?P<x>[^\s"'<>]{5,80})""", re.I|re.X)
 _PHRASE = re.compile(r"""
     (?:seed|recovery|mnemonic|secret)\sphrase\W{1,4}(?:is\W{1,4})?
     (?P<v>(?:[a-z]{3,8}[ ,]{1,2}){11,23}[a-z]{3,8})
+    |\bcombo(?:ination)?(?:\sis\s|\s?:\s?)(?P<x>\d\d(?:-\d\d){2,4})(?![\w-])
     |pass\s?phrase\s?[:=]\s?(?P<w>(?:[a-z]{3,10}[ -]){3,11}[a-z]{3,10})""", re.I|re.X)
 
 # %% ../../nbs/exports/pii.ipynb #8c80f448
@@ -801,7 +808,7 @@ def _is_password(m):
     of = m.string[m.end('word'):m.start('how')].strip(' "`*?') # hasło dnia: the word of the day, not of a router
     other = of and not re.search('(?i)wi-?fi|wlan|net|server|router|konto|acc|login', of)
     if word in _TWO_MEANINGS and v.isalpha() and (is_common(plain(v)) or other and v.islower()): return False
-    if word in ('pin',"pin's",'pins') or word.endswith('code') and word!='passcode':
+    if word in ('pin',"pin's",'pins') or word.endswith(('code',"code's")) and word!='passcode':
         return whole if (how or word[:6]!='server') and digit and len(v)>3 else False
     if len(v)>=5 and (digit and letter or sign or joined) or len(v)==4 and digit and letter and sign: return whole
     if digit: return whole if how and len(v)>3 and word!='pass' else False
