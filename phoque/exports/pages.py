@@ -109,7 +109,7 @@ def _discord_message(el, found, author, replied):
     "A message's element as a message of JSON."
     id,named = el.get('data-message-id'),_discord_named(found)
     m = dict(id=id, type='Default', author=author, named=named, content=_discord_words(_first(found, 'chatlog__content')))
-    if id: m['timestamp'] = (int(id)>>22)/1000+1420070400 # a snowflake: ms since 2015
+    if id: m['timestamp'] = ((int(id)>>22)+1420070400000)/1000 # a snowflake: ms since 2015, as exact as in JSON
     if replied is not None and (to := _SCROLL.search(replied.get('onclick') or '')):
         m |= dict(type='Reply', reference=dict(messageId=to[1]))
     if 'chatlog__system-notification-content' in found: m['type'] = 'Notice'
