@@ -315,6 +315,7 @@ def _is_telegram(b):
         raise UserError(b.name, "it is a page of a chat that is in result.json too", "give that, which says more")
     return b.holds(f'{_RESULT}|{_PAGES}') or re.match(r'\s*\{', b.text) and re.search(_TELEGRAM, b.text)
 
+# %% ../../nbs/exports/chatlogs.ipynb #0fd77cba
 @reader('telegram', detect=_is_telegram, same=_anywhere)
 def read_telegram(
     path:str, # `result.json` or pages of Telegram Desktop, of a chat or of all, or a folder of them

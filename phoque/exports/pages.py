@@ -36,9 +36,11 @@ def _tree(piece):
     parser = HTMLParser() # of each piece another, since it remembers errors
     try: res = document_fromstring(piece, parser=parser)
     except LxmlError as e: raise ValueError(f"no HTML ({e})") from None
-    if lost := parser.error_log.filter_from_fatals(): raise ValueError(f"HTML that can't be read ({lost[0].message.strip()})")
+    if lost := parser.error_log.filter_from_fatals():
+        raise ValueError(f"HTML that can't be read ({lost[0].message.strip()})")
     return res
 
+# %% ../../nbs/exports/pages.ipynb #df3ad8c2
 def _by_class(el):
     "The elements in an element by their classes."
     res = {}
@@ -59,6 +61,7 @@ def _own_text(el):
     "Text before the first element in it."
     return '' if el is None else (el.text or '').strip()
 
+# %% ../../nbs/exports/pages.ipynb #2f5e6db2
 def _messages(p, cut, read, name):
     "Messages that `read` finds in each piece after the first, and what is wrong with them."
     for p,fault in cut:
@@ -196,7 +199,8 @@ def _telegram_message(found, before):
     if not before['from']: raise ValueError("a message without its author")
     via = _VIA.fullmatch(before['from'] or '') or _VIA.fullmatch(before['forwarded_from'] or '')
     words = _first(found, 'text')
-    return dict(id=id, type='message', date=_telegram_time(_first(found, 'date')), text='' if words is None else html_text(_html(words)),
+    return dict(id=id, type='message', date=_telegram_time(_first(found, 'date')),
+        text='' if words is None else html_text(_html(words)),
         reply_to_message_id=_telegram_reply(_first(found, 'reply_to')), via_bot=via[2] if via else '') | before
 
 # %% ../../nbs/exports/pages.ipynb #a165cc58
@@ -208,5 +212,6 @@ def telegram_page(
     cut = pieces(f, _MESSAGE)
     head,_ = next(cut, ('',''))
     title,before = _HEADER.search(head),{'from': None, 'forwarded_from': None}
-    def read(p): return [] if 'id="message-' in p[:200] else [_telegram_message(_by_class(_tree(p)), before)] # the heading of a day
+    def read(p):
+        return [] if 'id="message-' in p[:200] else [_telegram_message(_by_class(_tree(p)), before)] # a day's id is below 0
     return unescape(title[1]) if title else '',_messages(head, cut, read, name)
