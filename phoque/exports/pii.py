@@ -708,7 +708,8 @@ _PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network|wpa\d?)[\s-]?(?:key|sch
     |(?:phone|screen|tablet|laptop|handy)\sun?lock
     |(?:code|clé|clave|chiave|klucz|ключ)\s(?:du\s|del\s|do\s)?(?:wi-?fi|wlan)
     |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
-        |security|otp|safe|lock|locker|garage|house|building|entry|tresor)[\s-]code(?:['’]s)?|code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room
+        |security|otp|safe|lock|locker|garage|house|building|entry|tresor)[\s-]code(?:['’]s)?
+    |code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room
         |building|garage))"""
 _PICTURES = '\u2190-\u21ff\u2600-\u27bf\U0001f440-\U0001f4aa\U0001f510-\U0001f513' # arrows, hands, keys
 _PASSWORD = re.compile(rf"""
@@ -783,6 +784,21 @@ def _is_pass_near(m):
     return m.span('v') if verb or len(m['v'])>5 else False
 
 # %% ../../nbs/exports/pii.ipynb #c4f0ed69
+_PINS = 'pin',"pin's",'pins'
+
+def _is_code(word, how, v):
+    "Is it a code of digits? None where the word is none for codes."
+    if word in ('otp','2fa'): return bool(re.fullmatch(r'\d{6,8}|\d{3,4}[ -]\d{3,4}', v))
+    if word in (*_PINS,'passcode') and v.isdigit() and 4<=len(v)<=8: return True
+    if word in _PINS or word.endswith(('code',"code's")) and word!='passcode':
+        return bool(how or word[:6]!='server') and any(map(str.isdigit, v)) and len(v)>3
+
+def _is_watchword(m, v):
+    "Is it a word of the day, or any word? `hasło do wifi: foka` is none."
+    of = m.string[m.end('word'):m.start('how')].strip(' "`*?')
+    other = of and not re.search('(?i)wi-?fi|wlan|net|server|router|konto|acc|login', of)
+    return is_common(plain(v)) or bool(other) and v.islower()
+
 _MINE = re.compile(r"\b(?:my|mein|mi|mon|minha|mijn|mitt|moje|мой|la\smia)\s$", re.I)
 
 # %% ../../nbs/exports/pii.ipynb #e48401a1
@@ -803,13 +819,8 @@ def _is_password(m):
     if _MINE.search(_before(m)) and re.search(r'[^\W\d]_[^\W\d]', v): return whole
     sign = re.search(r'[^\W_][!$%&*+=@#^~_|-]{1,3}[^\W_]', v) and (digit or not v.islower() or
         word!='pass' and re.search('[!$%&*+=@#^~|]', v))
-    if word in ('otp','2fa'): return whole if re.fullmatch(r'\d{6,8}|\d{3,4}[ -]\d{3,4}', v) else False
-    if word in ('pin',"pin's",'pins','passcode') and v.isdigit() and 4<=len(v)<=8: return whole
-    of = m.string[m.end('word'):m.start('how')].strip(' "`*?') # hasło dnia: the word of the day, not of a router
-    other = of and not re.search('(?i)wi-?fi|wlan|net|server|router|konto|acc|login', of)
-    if word in _TWO_MEANINGS and v.isalpha() and (is_common(plain(v)) or other and v.islower()): return False
-    if word in ('pin',"pin's",'pins') or word.endswith(('code',"code's")) and word!='passcode':
-        return whole if (how or word[:6]!='server') and digit and len(v)>3 else False
+    if (code := _is_code(word, how, v)) is not None: return whole if code else False
+    if word in _TWO_MEANINGS and v.isalpha() and _is_watchword(m, v): return False
     if len(v)>=5 and (digit and letter or sign or joined) or len(v)==4 and digit and letter and sign: return whole
     if digit: return whole if how and len(v)>3 and word!='pass' else False
     told = how and not how[-1].isalpha() # by a sign
