@@ -30,7 +30,7 @@ from .report import ReportPage, redacted_shapes, survey
 from . import chatlogs # registers its readers
 from .files import Quarantine, export_file, file_state, records, whole_file
 from .sources import ONLY_ROOM, SOURCES, column_map, find_kind
-from .threads import pick_persona, threads, turns
+from .threads import pick_persona, threads, turns, without_labels
 from .times import Clock
 
 # %% auto #0
@@ -343,6 +343,7 @@ def _clean(batch, prompts, persona, min_score, regions, system_prompt, everyone)
         k,benign = pick_persona(c, persona, min_score)
         res['persona'].append(-1 if k is None else k)
         res['benign'].append(benign)
+        if c['persona']<0: res['texts'][len(system)] = [*map(without_labels, c['texts'])]
         res['mine'].append([w==k and x for w,x in zip(c['who'], c['weights'])])
         own = c['system'] if c['persona']>=0 else system_prompt # a row's own may be empty
         system.append(NEUTRAL if benign else own)

@@ -15,14 +15,15 @@ from ..core.basics import UserError
 from .files import MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text, book_of
 from .files import export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in
 from .files import open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
+from .pages import discord_page, discord_times, is_discord_page, is_telegram_page, telegram_page
 from .sources import ONLY_ROOM, SOURCES, html_text, line, lines_of, name_of, no_words, quotes_apart
 from .sources import read_records, read_turns, reader, source
 from .times import Clock, Days, named_day, seconds
 
 # %% auto #0
 __all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_line',
-           'read_kakao', 'read_messenger', 'read_signal', 'read_matrix', 'read_google', 'mattermost', 'read_irc',
-           'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch',
+           'read_kakao', 'kakao_csv', 'read_messenger', 'read_signal', 'read_matrix', 'read_google', 'mattermost',
+           'read_irc', 'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch',
            'read_livechat', 'read_youtube', 'read_convokit', 'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
@@ -73,8 +74,9 @@ def _discord_line(m, room, book):
 
 # %% ../../nbs/exports/chatlogs.ipynb #e2261706
 def _is_discord(b):
-    "Is it DiscordChatExporter's JSON?"
+    "Is it DiscordChatExporter's JSON or HTML?"
     if b.path.is_dir(): return False
+    if is_discord_page(b.text): return True
     head,_,more = b.text.partition('"messages"')
     return more and re.match(r'\s*\{', head) and all(re.search(rf'"{k}"\s*:\s*\{{', head) for k in ('guild','channel'))
 
@@ -85,14 +87,14 @@ def _anywhere(path):
 # %% ../../nbs/exports/chatlogs.ipynb #1bbcd89f
 @reader('discord', detect=_is_discord, same=_anywhere)
 def read_discord(
-    path:str, # JSON or CSV of DiscordChatExporter
+    path:str, # JSON, HTML or CSV of DiscordChatExporter
     bad=refuse, # Called with place, reason and message
     **opts
 ):
-    "DiscordChatExporter's JSON or CSV"
+    "DiscordChatExporter's JSON, HTML or CSV"
     path = export_file(path)
     if (head := Beginning(path).text.lstrip()) and head[0]!='{':
-        yield from SOURCES['discord_csv'].read(path, bad, **opts)
+        yield from _discord_html(path, bad, **opts) if head[0]=='<' else SOURCES['discord_csv'].read(path, bad, **opts)
         return
     with whole_file(path.name), open_text(path) as f:
         exports = JsonText(f, path.name).lists(re.compile(_MESSAGES)) # several, where files were joined
@@ -121,6 +123,24 @@ def discord_csv(r, at, **_):
     who,t = at.book.person(by, name.split('#')[0], name),at.clock(r['Date'])
     return [line(at.file, who, _discord_text(dict(content=r['Content'])), t, author=by,
         group=f'discord-{at.file}-{int(t//86400)}')]
+
+# %% ../../nbs/exports/chatlogs.ipynb #68bf97ce
+def _discord_html(path, bad, zone='UTC', order='', **_):
+    "Lines of a page of DiscordChatExporter's."
+    book,clock = book_of(bad),Clock(zone, order)
+    def say(m):
+        if _NOTICES.fullmatch(m['content']): m['type'] = 'Notice'
+        if isinstance(m['timestamp'], str): m['timestamp'] = clock(m['timestamp'])
+        for names in m['named']: book.people.setdefault(hash_of('mentioned', *names), [*names])
+        return _discord_line(m, room, book)
+    with whole_file(path.name), open_text(path) as f:
+        room,items = discord_page(f, path.name)
+        first = next(items, None)
+        if first and isinstance(first[0], dict) and 'timestamp' in first[0] and not first[0]['id']:
+            book.hear('the time of the first of several messages for all of them')
+            with open_text(path) as again: clock.look(discord_times(again))
+        yield from lines_of(chain([first] if first else [], items), f'{path.name} message', bad, say)
+    book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #6642bd12
 _SLACK = re.compile(r'<(?:@(\w+)(?:\|[^<>]*)?|#(\w+)(?:\|([^<>]*))?|!(\w+)(?:\^[^<>|]*)?(?:\|([^<>]*))?'
@@ -285,23 +305,57 @@ def _telegram_line(m, book, room, clock, topics):
 _CHATS = r'personal_chat|bot_chat|saved_messages|(private|public)_(group|supergroup|channel)'
 _TELEGRAM = rf'"personal_information"\s*:|"type"\s*:\s*"({_CHATS})"'
 
-@reader('telegram', detect=lambda b: re.match(r'\s*\{', b.text) and re.search(_TELEGRAM, b.text)
-    or b.holds(r'(^|/)result\.json$'), same=_anywhere)
+_RESULT,_PAGES = r'(^|/)result\.json$',r'(^|/)messages\d*\.html$'
+
+def _is_telegram(b):
+    "Is it Telegram Desktop's JSON or HTML?"
+    if is_telegram_page(b.text):
+        above = b.path.parent,*b.path.parents[2:3] # of a chat, of an account with its `chats/chat_001`
+        if not any((p/'result.json').exists() for p in above): return True
+        raise UserError(b.name, "it is a page of a chat that is in result.json too", "give that, which says more")
+    return b.holds(f'{_RESULT}|{_PAGES}') or re.match(r'\s*\{', b.text) and re.search(_TELEGRAM, b.text)
+
+# %% ../../nbs/exports/chatlogs.ipynb #0fd77cba
+@reader('telegram', detect=_is_telegram, same=_anywhere)
 def read_telegram(
-    path:str, # `result.json` of Telegram Desktop, of a chat or of all, or its folder
+    path:str, # `result.json` or pages of Telegram Desktop, of a chat or of all, or a folder of them
     bad=refuse, # Called with place, reason and message
     zone:str='UTC', # Zone of the times, in exports that have no other
     order:str='', # Order of day, month and year in dates, as in `dmy`; '' finds it
     **_
 ):
-    "Telegram Desktop JSON"
+    "Telegram Desktop JSON or HTML"
     book,clock = book_of(bad),Clock(zone, order)
-    for n,(name,head,items) in enumerate(lists_in(path, _MESSAGES, r'(^|/)result\.json$', book), 1):
+    b = Beginning(path)
+    if is_telegram_page(b.text) or b.names and not b.holds(_RESULT):
+        yield from _telegram_html(path, bad, clock)
+        return
+    for n,(name,head,items) in enumerate(lists_in(path, _MESSAGES, _RESULT, book), 1):
         room,topics = _field(head, 'id') or _field(head, 'name'),{}
         def say(m):
             if '"bot_chat"' in head: raise LeftOut('a chat with a bot')
             return _telegram_line(m, book, room, clock, topics)
         yield from lines_of(items, f'{name} message' if n==1 else f'{name} chat {n} message', bad, say)
+    book.hear(*clock.said)
+
+# %% ../../nbs/exports/chatlogs.ipynb #14e67e14
+def _telegram_room(title, path):
+    "Room of a page: its title, and the folder of the chat where there are several."
+    folder = re.search(r'(?:^|/)(chat_\d+)/[^/]*$', path)
+    return f'{title}/{folder[1]}' if folder else title
+
+def _telegram_html(path, bad, clock):
+    "Lines of pages of Telegram Desktop."
+    book = book_of(bad)
+    topics = {}
+    for name,f in texts_in(path, _PAGES, book):
+        title,items = telegram_page(f, name)
+        if not title: raise UserError(name, "it is no page of a chat of Telegram Desktop's", "give its messages.html")
+        room = _telegram_room(title, name if '/' in name else Path(path).absolute().as_posix())
+        def say(m):
+            if m.get('from')=='Deleted Account': book.note(f"{room} message {m['id']}", 'one of several deleted accounts, perhaps')
+            return _telegram_line(m, book, room, clock, topics.setdefault(room, {}))
+        yield from lines_of(items, f'{name} message', bad, say)
     book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #6a2a396c
@@ -482,6 +536,19 @@ def read_kakao(
     with whole_file(path.name), open_text(path) as f:
         yield from lines_of(_many_lined(f, _KAKAO), f'{path.name} message', bad, say)
     book.hear(*days.clock.said)
+
+# %% ../../nbs/exports/chatlogs.ipynb #1971b3c8
+def _is_kakao_csv(b):
+    return [*b.row]==['Date','User','Message'] and re.fullmatch(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d', f"{b.row['Date']}")
+
+@source('kakao_csv', '', False, need=('Date','User','Message'), detect=_is_kakao_csv, when='Date')
+def kakao_csv(r, at, **_):
+    "KakaoTalk's CSV of a Mac"
+    text = r['Message'].strip()
+    if not r['User'] or re.fullmatch(_KAKAO_NOTICE, text): raise LeftOut('a notice')
+    if _KAKAO_PICTURE.fullmatch(text): raise LeftOut('a picture, a sticker or a call')
+    if text.rstrip('.').casefold() in _DELETED: raise LeftOut('a deleted message')
+    return [_said(at.book, 'kakao', at.file, r['User'], text, at.clock(r['Date']))]
 
 # %% ../../nbs/exports/chatlogs.ipynb #5dc4cdd8
 def _unmixed(s):

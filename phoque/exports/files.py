@@ -696,6 +696,7 @@ _ELSEWHERE = [
     ('a web page', r'(?i)<(!doctype html|html)', 'export the chat as JSON, or download what the page leads to'),
     ("DiscordChatExporter's text", r'={20,}\s*\n(Guild|Channel):', 'export it as JSON'),
     ('XML', r'<\?xml', _AS_TABLE),
+    ('a web page with all its files (MHTML)', r'From: <Saved by', 'save it as HTML alone'),
     ('a mailbox', r'From \S+.*\d{4}\r?\n[\w-]+: |(?i:(Return-Path|Received|Delivered-To): )', _AS_TABLE),
     ('subtitles, which do not say who speaks', r'(WEBVTT|\d+\s+\d\d:\d\d:\d\d,\d+ -->)', _AS_TABLE)]
 

@@ -12,7 +12,7 @@ from .pii import EAST, OFTEN, Seen, fix_text, is_common, plain, said_often
 __all__ = ['NOBODY', 'name_forms', 'language', 'spoken', 'Names', 'names_in', 'find_names', 'pseudonymize']
 
 # %% ../../nbs/exports/names.ipynb #a0827a17
-_BIT = re.compile(r"[^\W_]+")
+_BIT = re.compile(rf"[^\W_{EAST}]+|[{EAST}]+") # Mizukiさん is a name and a title
 _BESIDE = frozenset("""xx xxx the its im iam i am my not a real official ttv tv yt gaming mr mrs ms dr prof afk away brb
     mod bot admin dev jr sr el la le der die das von van de da di""".split())
 _ASIDE = re.compile(r"""

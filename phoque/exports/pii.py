@@ -94,7 +94,7 @@ def sub(self:Seen,
 # %% ../../nbs/exports/pii.ipynb #ab7cc12a
 EAST = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af" # scripts that put no blank between words
 def _value(m): return m.span('v') # where the value is
-def _either(m): return next(m.span(k) for k in 'vwx' if m[k])
+def _either(m): return next(span for k,span in ((k, m.span(k)) for k in m.re.groupindex) if span[0]>=0)
 
 # %% ../../nbs/exports/pii.ipynb #e148ff51
 _ONLINE = frozenset("""lol lmao rofl omg wtf afk brb ggwp noob nerf buff meta mod mods admin bot dev pro xdd mid adc max
@@ -516,48 +516,62 @@ def _is_phone(m, regions=REGIONS):
 
 # %% ../../nbs/exports/pii.ipynb #61411947
 BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stands for a blank
-    en=r"""(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth\s?day|b-?day|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:_?date)?
-        |turn(?:s|ed|ing)?\s\d{1,3}\son""",
-    de=r"geb(?:oren|urtstag|urtsdatum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\sle)?|date\sde\snaissance|anniv(?:ersaire)?",
-    es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?",
-    pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver",
-    it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno", nl=r"geboren(?:\sop)?|geboortedatum|verjaardag|jarig",
+    en=r"""(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth[\s-]?days?|b['’]?-?days?|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:[\s_]?date)?
+        |b\.(?=\s\d)""",
+    de=r"geb(?:oren|urtstag|urtsdatum|\.?\s?datum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\s(?:le|un))?|naissance|anniv(?:ersaire)?",
+    es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?|cumplo\saños",
+    pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver|faço\sanos",
+    it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno|compio\sgli\sanni",
+    nl=r"geboren(?:\sop)?|geboorte\w{1,6}|verjaar\w{0,5}|jarig",
     nordic=r"""född|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag
-        |dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur""",
-    pl=r"urodz\w{2,10}|ur\.", cz=r"naro[zd]en\w{0,5}|dat\.\snar\.",
+        |dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur|bursdag\w{0,3}|afmæli\w{0,4}""",
+    pl=r"urodz\w{2,10}|ur\.", cz=r"naro[zd]en\w{0,5}|nar\.",
     south=r"""rođen\w{0,4}|datum\srođenja|rojen\w?|rojstni\sdan|роден\w?|рожден\sден|născut\w?|data\snașterii
         |ziua\sde\snaștere""",
     baltic=r"sünd\w{1,6}|sünni\w{2,6}|gim\w{1,4}|gimtadien\w{1,3}|dzim\w{1,7}",
-    tr=r"doğum\s?(?:tarih\w{0,4}|günü\w{0,3}|günüm)", hu=r"szület\w{1,8}",
-    ru=r"роди\w{1,5}|(?:дата\s|д(?:ень|ня)\s)?рождения|народ(?:ження|и\w{1,4})|д\.\s?р\.|др", el=r"γεννήθηκα|γενέθλια",
-    he=r"נולדתי|תאריך\sלידה|יום\sהולדת", ar=r"تاريخ\sالميلاد|ولدت|عيد\sميلادي",
-    id=r"(?:tanggal\s)?lahir", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
+    tr=r"doğum\s?(?:tarih\w{0,4}|gün\w{0,4})|doğdu\w{1,3}", hu=r"szület\w{1,8}|szülin\w{1,8}",
+    ru=r"роди\w{1,5}|(?:дата\s|д(?:ень|ня)\s)?рождения|народ(?:ження|и\w{1,4})|д\.\s?р\.|др|днюх\w|уродини",
+    el=r"γεννήθηκα|γενέθλι\w{1,3}|γέννηση\w?", he=r"נולדתי|תאריך\sלידה|יום\sה?הולדת\w{0,2}",
+    ar=r"(?:ال)?ميلاد\w{0,2}|ولدت|مواليد|متولد|تولد\w{0,2}", hi='जनम(?:द.?न|.?त.थ.)?', th='วนเกด', # without their marks
+    id=r"lahir|ulang\stahun|ultah", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
     east=r"生年月日|誕生日|生まれ|出生日期|出生于|出生|生于|生日|생년월일|생일|태어난")
 
 # %% ../../nbs/exports/pii.ipynb #ca6cb763
-_DAY_OF_YEAR = r"""(?:\d{1,2}\s?[-./]\s?(?:\d{1,2}|[^\W\d_]{3,9}\.?)\s?[-./]\s?\d{4}(?!\d)
+_DAY_OF_YEAR = r"""(?:\d{1,2}\s?[-./]\s?(?:\d{1,2}|[^\W\d_]{3,9}\.?|[IVX]{1,4})\s?[-./]\s?\d{4}(?!\d)
+    |\d{1,2}(?:\s\d{1,2}\s|[^\W\d_]{3,9})(?:19|20)\d\d(?!\d)|\d\d?[-./]\d\d?[-./]\d\d(?![\d.])|[0-3]\d[0-3]\d(?:19|20)\d\d(?!\d)
     |(?:19|20)\d\d(?:[-/.]\s?\d\d?[-/.]\s?\d\d?|[01]\d[0-3]\d)(?!\d)
-    |\d{4}\s?[年년]\s?\d{1,2}\s?[月월]\s?\d{1,2}\s?[日일]|\d{1,2}\stháng\s\d{1,2}\snăm\s\d{4}
+    |\d{1,4}\s?[年년]\s?\d{1,2}\s?[月월]\s?\d{1,2}\s?[日일号號]|\d{1,2}\stháng\s\d{1,2}\snăm\s\d{4}
     |\d{1,2}(?:st|nd|rd|th|er|º|\.)?\s(?:of\s|de\s)?[^\W\d_]{3,12}\.?,?\s(?:de\s|del\s)?(?:19|20)\d\d(?!\w)
     |[^\W\d_]{3,12}\.?\s\d{1,2}(?:st|nd|rd|th)?,?\s(?:19|20)\d\d(?!\w)
-    |(?:19|20)\d\d\.?\s[^\W\d_]{3,12}\s\d{1,2}\.?(?!\d))"""
-_DAY = rf"""(?:{_DAY_OF_YEAR}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)|\d{{1,2}}[月월]\s?\d{{1,2}}[日일]
-    |(?:\d{{1,2}}/\d{{1,2}}|\d{{1,2}}\.\s?\d{{1,2}}\.|\d\d\.\d\d)(?![\w./:%]) # 22/9, 24.12.
-    |\d{{1,2}}(?:st|nd|rd|th|er|º)?\.?\s(?:of\s|de\s)?[^\W\d_]{{3,12}}\.?(?![\w])
-    |[^\W\d_]{{3,12}}\.?\s\d{{1,2}}(?:st|nd|rd|th)?\.?(?![\w/-]|\.\d))"""
+    |(?:19|20)\d\d\.?\s[^\W\d_]{3,12}\s\d{1,2}\.?(?!\d)
+    |(?:[^\W\d_]{5,12}\s(?:of\s)?)?[^\W\d_]{3,12}\.?,?\s(?:19|20)\d\d(?!\w))"""
+_DAY_IN_WORDS = rf"""(?:{_DAY_OF_YEAR}|\d{{1,2}}[月월]\s?\d{{1,2}}[日일号號]
+    |\d{{1,2}}(?:st|nd|rd|th|er|º|te[nr]?|[ds]?e)?\.?\s(?:of\s|de\s)?[^\W\d_]{{3,12}}\.?(?:,?\s['’]?\d\d(?![\w:/]))?(?!\w)
+    |[^\W\d_]{{3,12}}\.?\s\d{{1,2}}(?:st|nd|rd|th)?\.?(?![\w/-]|\.\d)
+    |\d{{1,2}}\.\s?\d{{1,2}}\.(?![\w./:%])|(?<=\()\d{{1,2}}/\d{{1,2}}(?=\)))"""
+_DAY = rf"""(?:{_DAY_IN_WORDS}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)
+    |(?:0[1-9]|[12]\d|3[01])(?:0[1-9]|1[0-2])\d\d(?![\w.,/:-])
+    |(?:\d{{1,2}}/\d{{1,2}}|\d\d[.-]\d\d)(?![\w./:%-]))""" # also 060175, 22/9, 24.12
 
 # %% ../../nbs/exports/pii.ipynb #d9f79d2c
-_OWN = r"(?:my|mein|mi|mon|meu|il\smio|mijn|min|moje|mój)"
+_BORN = rf"(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?:['’]?s)?(?![^\W_{EAST}])"
+_PARTY = r"""(?:birth\s?day|b['’]?-?day|geburtstag|cumple\w{0,5}|anniv(?:ersaire)?|anivers[áa]rio|niver|compleanno|verjaardag
+    |födelsedag|fødselsdag|bursdag|urodziny|narozeniny|szülinap\w{0,4}|день\sрождения|生日|誕生日|생일)"""
+_AGE = r"""(?:turn(?:s|ed|ing)?|werde?|wirst|wird|word|fyller|bliver|blir|täytän|cumpl[oe]|fa(?:ço|z|rei)|compi[oe]|(?:s?kończ[ęy])
+    |(?:j['’])?aur(?:ai|a)|будет|исполн\w{2,5})"""
+_WITHIN = r"(?:[^\W\d_]{1,2}['’])?[^\W\d_]{1,5}" # a short word between two others
 _BIRTH = re.compile(rf"""
-    (?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
-    |(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?![^\W_{EAST}])["']?[\s:=-]{{0,3}}["']?
-        (?:(?:is|was|ist|es|est|c'est|è|é|jest|war|on|the|der|am|el|le|il|dia|się|w|dnia|em|den|er|är|mam|har
-        |-)\s{{1,2}}
-            |[はは는은이가是]\s?){{0,3}}(?P<v>{_DAY})
-    |(?P<w>{_DAY})\s(?:is|ist|es|est|é|è|är|er|to)\s{_OWN}\s(?:birthday|b-?day|geburtstag|cumple\w{{0,5}}
-        |anniv\w{{0,6}}|anivers\w{{0,5}}
-        |compleanno|verjaardag|födelsedag|urodziny)
+    {_BORN}[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
+    |{_BORN}["']?[\s:=-]{{0,3}}["']?(?:(?:{_WITHIN}|-)\s{{1,2}}|[はは는은이가是]\s?){{0,3}}(?P<v>{_DAY})
+    |{_BORN}(?:[\s:=,!?–-]{{1,3}}(?:[^\W\d_]{{1,12}}['’]?|(?:19|20)\d\d|\d\d?(?=\s(?:day|week|tag|woche))))
+        {{0,5}}[\s:=,!?(–-]{{1,3}}(?P<u>{_DAY_IN_WORDS})
+    |(?P<w>{_DAY_IN_WORDS}|{_DAY}(?=\s(?:is|ist|es|est|é|è|är|er|to)\s))\s?(?:{_WITHIN}\s){{0,3}}{_PARTY}(?![^\W_{EAST}])
     |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b
+    |\b(?:{_AGE}\s(?:gli\s)?\d{{1,3}}(?:\s[^\W\d_]{{1,9}}){{0,4}}[\s(]{{1,2}}|be\s\d{{1,3}}\son\s(?:the\s)?)(?P<t>{_DAY})
+    |\b{_AGE}\s(?:{_WITHIN}\s){{0,2}}(?P<s>{_DAY_IN_WORDS})\s\d{{1,3}}(?![\w:.,/])
+    |(?P<o>{_DAY_IN_WORDS})\s{_AGE}\s(?:{_WITHIN}\s)?\d{{1,3}}(?![\w:.,/])
+    |\b(?:ich\sbin|ik\sben|i['’]?m|je\ssuis|soy|sono)\s(?:vom|van|from|de[l]?|du)\s(?P<r>{_DAY_OF_YEAR})
+    |(?:生日|誕生日|생일)[\s:은는は이]{{0,3}}(?P<q>(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01]))(?!\d)
     |(?P<z>{_DAY_OF_YEAR})(?:-?[áaeé]n)?\s?(?:(?:in|à|a|en|i|w|v|в)\s[^\W\d_]{{2,20}}\s)?(?:geboren|doğum\w{{0,4}}
         |szület\w{{1,6}}|syntynyt
         |生まれ|出生|생|г\.?\s?р\.?|рожд\w{{2,5}}|bab(?:y|ies)\b|kid\b)""",
@@ -565,15 +579,21 @@ _BIRTH = re.compile(rf"""
 
 # %% ../../nbs/exports/pii.ipynb #68e60cbf
 @lru_cache(2**12)
-def _is_date(s):
-    "Is it a day? Only one with a word in it has to be asked for."
-    if not re.search(r'[^\W\d_]{3}', s): return True
+def _is_month(w):
+    "Is a word a month's name, in any language?"
     import dateparser
-    return dateparser.parse(re.sub(r'(?<=\d)(?:st|nd|rd|th)\b', '', s)) is not None
+    d = dateparser.parse(f'1 {w} 2000', settings=dict(PARSERS=['absolute-time']))
+    return re.fullmatch('[ivx]+', w, re.I) is not None or d is not None and d.day==1
+
+def _is_date(s):
+    "Is it a day? One of its words must be a month, and of two numbers one."
+    words,ns = re.findall(r'[^\W\d_年월月일日년号號]{3,}|[IVX]+', s),[*map(int, re.findall(r'\d+', s))]
+    if words: return any(map(_is_month, words))
+    return len(ns)!=2 or 0<min(ns)<=12 and max(ns)<=31 and ns!=[24,7]
 
 def _is_birth(m):
     "Where is the date?"
-    v = next(k for k in 'vwxyz' if m[k])
+    v = next(k for k in 'vwxyzutsrqo' if m[k])
     return m.span(v) if _is_date(m[v]) else False
 
 # %% ../../nbs/exports/pii.ipynb #ca1093b4
@@ -660,15 +680,16 @@ def _is_token(m):
 
 # %% ../../nbs/exports/pii.ipynb #99cfeda0
 PASS_WORDS = dict( # language → what a password is called; \s stands for a blank
-    en=r"""pass(?:\s?(?:word|wort|phrase|code|wd|wrd)s?|wd|es)?(?:['’]s)?|ps?s?wo?r?ds?|psw|pwd?|p/w
+    en=r"""p[a4@]ss(?:[\s-]?(?:w[o0]r[dt]|phrase|code|wd|wrd)s?|w\w{0,5}|es)?(?:['’]s)?|p[a4@]sw\w{2,4}|ps?s?wo?r?ds?|pswd?|pwd?|p/w|🔑|🔐
         |(?:seed|recovery|mnemonic|secret)\sphrase""",
     de=r'kennwort|zugangswort|passwörter', fr=r'mots?\sde\spasse|mdp', es=r'contra(?:se[ñn]a|senya)?s?|clave',
     pt=r'senhas?|palavra-passe',
-    it=r"parola(?:\sd['’]ordine)?|parol[aă]\w{0,2}|parool\w{0,2}|chiave\swifi", nl=r'wachtwoord|ww',
+    it=r"parol[aă]\w{0,2}|parool\w{0,2}", nl=r'wachtwoord|ww',
     nordic=r'lösen(?:ord)?\w{0,2}|passord\w{0,2}|adgangskode\w{0,2}|kode\s?ord\w{0,2}|salasana\w{0,2}',
-    slavic=r'has[łl]o\w{0,2}|hesl[oa]\w{0,2}|lozink[ae]|[šs]ifra|geslo|slaptažodis|парол[ьяюие]|пасс|пас',
-    others=r"""jelsz[óo]\w{0,2}|şifre\w{0,5}|sifre\w{0,3}|κωδικός|סיסמ[הא]|كلمة\s(?:السر|المرور)|パスワード|密码|密碼
-        |비밀번호|비번|รหสผาน|mật\skhẩu|kata\ssandi|sandi""")
+    slavic=r'has[łl]o\w{0,2}|hesl[oa]\w{0,2}|lozink[ae]|[šs]ifra|geslo|slaptažodis|парол[ьяюие]|пасс?|пасс?ворд|кодовое\sслово',
+    others=r"""jelsz[óoa]\w{0,4}|şifre\w{0,5}|sifre\w{0,3}|κωδικός|ה?סיסמ[הא]|كلمة\s(?:السر|المرور)|باسورد|رمز\sعبور
+        |(?<![ァ-ヶー])パス(?:ワード)?|暗証番号|密码|密碼|口令|비밀번호|비번|암호|รหสผาน|mật\skhẩu|kata\ssandi|sandi|पासवरड""")
+_TWO_MEANINGS = frozenset('pass passes pas clave parola contra ww hasło hasla senha'.split()) # also of games, music, speech
 _PASS_WORD = rf'(?:{_words(PASS_WORDS)})'
 _NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada broken case changed changing
     closed correct cool dead
@@ -681,20 +702,24 @@ _NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada
     useless vergessen wait weak weg weird what when where who why working wrong yes you your zu""".split())
 
 # %% ../../nbs/exports/pii.ipynb #d4db9f2f
-_IS = "is(?:\\snow)?|was|were|ist|war|lautet|est|était|c'est|es|era|er|är|jest|to|é|è|je|on|это|был|bu|adalah|là"
-_OF_WHAT = "for|to|of|on|für|fürs|zum|vom|von|zur|pour|du|para|del?|de\\sla|da|di|do|od|voor|van|het|till?|от|для|к|i|used"
-_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network)[\s-]?(?:key|schlüssel)|pin
+_IS = "is(?:\\snow)?|was|were|ist|war|lautet|est|était|c'est|es|era|er|är|jest|to|é|è|e|je|on|это|был|bu|adalah|là|היא|है"
+_OF_WHAT = "for|to|of|on|für|fürs|zum|vom|von|zur|pour|du|para|del?|de\\sla|da|di|do|od|na|voor|van|het|till?|от|для|к|i|used"
+_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network|wpa\d?)[\s-]?(?:key|schlüssel|psk)|psk|pin(?:['’]?s)?|otp|2fa|secret
+    |(?:phone|screen|tablet|laptop|handy)\sun?lock
+    |(?:code|clé|clave|chiave|klucz|ключ)\s(?:du\s|del\s|do\s)?(?:wi-?fi|wlan)
     |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
-        |security|otp)[\s-]code|code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room
+        |security|otp|safe|lock|locker|garage|house|building|entry|tresor)[\s-]code(?:['’]s)?
+    |code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room
         |building|garage))"""
+_PICTURES = '\u2190-\u21ff\u2600-\u27bf\U0001f440-\U0001f4aa\U0001f510-\U0001f513' # arrows, hands, keys
 _PASSWORD = re.compile(rf"""
-    (?<![^\W_{EAST}])(?P<word>{_PASS_TOLD})(?![^\W_{EAST}])
-    ["'`*?]{{0,2}} (?:(?:\s(?:{_OF_WHAT})\s[^\n:=>]{{1,30}}?|\s[\w-]{{2,12}}){{1,2}}
-        (?=\s{{0,3}}(?::|=|->|→)|\s(?:{_IS})\s))?
-    (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|→)\s{{0,3}}|\s-\s
+    (?<![^\W_{EAST}])(?P<word>{_PASS_TOLD})(?:(?<=[{EAST}])|(?![^\W_{EAST}]))
+    ["'`*?]{{0,2}} (?:(?:\s(?:{_OF_WHAT})\s[^\n:=>]{{1,30}}?|\s[\w-]{{2,12}}|\s[(\[][^()\[\]\n]{{1,30}}[)\]]){{1,2}}
+        (?=\s{{0,3}}(?::|=|->|→)|\s(?:{_IS}|-)\s))?
+    (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|[{_PICTURES}]{{1,3}})\s{{0,3}}|\s-\s
         |,?\s(?:use|try|type|enter)\s{{1,3}}|,\s{{1,3}}
         |\s{{1,3}}(?:(?:has\s|was\s|is\s|got\s)?(?:been\s)?(?:changed|set|reset)\sto|used\sto\sbe|auf|{_IS})\s{{1,3}}
-        |(?:は|是|은|는)\s?|\s{{1,3}})
+        |(?:は|是|은|는)\s?|\s{{1,3}}|(?<=[{EAST}🔑🔐])(?=[!-~]))
     (?:(?:just|simply|now|einfach)\s)?
     (?P<v>\d{{3,4}}[ -]\d{{3,4}}(?![\w-])|"[^"\n]{{3,80}}"|'[^'\n]{{3,80}}'|`[^`\n]{{3,80}}`
         |[^\s"'`<>]{{3,80}})""", re.I|re.X)
@@ -707,12 +732,19 @@ _PASS_SHELL = re.compile(r"""
         |\bcurl\b[^\n]{0,60}?\s-u\s{0,3}[^\s:]{1,40}:)
     (?P<v>[^\s"'<>]{3,80})""", re.I|re.X)
 _LOGIN = re.compile(r"""
-    \b(?:log-?in|user(?:name)?|creds?|credentials?|acc(?:ount)?|zugang|wi-?fi|wlan|ssid
-        |ftp)[\s:=]{1,3}[\w.@-]{2,30}\s{0,2}[:/|]\s{0,2}
-    (?P<v>(?=\S{0,40}[\d!$%&*+=#^~])(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})""", re.I|re.X)
+    \b(?:log-?in|user(?:name)?|creds?|credentials?|acc(?:ount)?|zugang(?:sdaten)?|identifiants?|acc[eè]so?|accesso|dostęp
+        |inloggegevens|wi-?fi|wlan|ssid
+        |ftp)(?:[\s:=]{1,3}[\w.@-]{2,30}\s{0,2}[:/|]\s{0,2}|\s?[:=]\s?[\w.@-]{2,30}\s{1,2}(?![\w.]{0,20}[:(]))
+    (?P<v>(?=\S{0,40}[\d!$%&*+=#^~])(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
+    |\blog(?:ged)?[\s-]?in\s(?:with|as)\s[\w.@-]{2,30}\s?(?:and|/|,|und|with)\s(?P<w>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
+    |(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,4}\s?[:|/]\s?(?P<z>(?=[^\s/]{0,40}\d)(?=[^\s/]{0,40}[^\W\d])[^\s"'<>/:]{6,80})(?![/:\w])
+    |(?<![\w/.@-])(?:admin(?:istrator)?|root|guest)\s?[:/]\s?(?P<y>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>/:]{6,80})(?![^\s.,!?])
+    |\b(?:user(?:name)?|login|benutzer|usuario)\s?[\s:=]\s?[\w.@-]{2,30}[\s,;/]{1,3}(?:and\s)?(?:pass(?:word|wort)?|pwd?)\s?[\s:=]\s?
+        (?!(?:is|was|and|or|ist)\b)(?P<x>[^\s"'<>]{5,80})""", re.I|re.X)
 _PHRASE = re.compile(r"""
     (?:seed|recovery|mnemonic|secret)\sphrase\W{1,4}(?:is\W{1,4})?
     (?P<v>(?:[a-z]{3,8}[ ,]{1,2}){11,23}[a-z]{3,8})
+    |\bcombo(?:ination)?(?:\sis\s|\s?:\s?)(?P<x>\d\d(?:-\d\d){2,4})(?![\w-])
     |pass\s?phrase\s?[:=]\s?(?P<w>(?:[a-z]{3,10}[ -]){3,11}[a-z]{3,10})""", re.I|re.X)
 
 # %% ../../nbs/exports/pii.ipynb #8c80f448
@@ -725,6 +757,7 @@ _PASS_FIRST = re.compile(rf"""
     |(?<!\S)["'`]?(?P<w>{_STRONG})["'`]?\s(?:is|was|ist|war|es|era|est|è)\s(?:the|my|our|das|mein|mi|la|le|mon|minha
         |a)\s(?:\w{{2,10}}\s)?
         (?:{_PASS_WORD}|log-?in)\b
+    |(?<!\S)["'`]?(?P<y>{_STRONG})["'`]?\s?(?:<[-=]{{1,2}}|[←☜])\s?(?:the\s|my\s|our\s)?(?:wi-?fi\s|wlan\s)?{_PASS_WORD}\b
     |(?<!\S)["'`]?(?P<x>{_STRONG})["'`]?,?\s(?:that|this|it|das|ça|eso)['’\s]?\s?(?:is|ist|s|est|es)?\s(?:the|my
         |our|das|mein|mi|la)\s(?:\w{{2,10}}\s)?
         {_PASS_WORD}\b""", re.I|re.X)
@@ -745,12 +778,27 @@ def _is_pass_near(m):
     "Where is the password, a few words after the word?"
     verb = re.search(rf"\s(?:{_IS}|{_OF_WHAT}|now|jetzt|its|ahora|ora)(?=[\s,]|$)", m['by'], re.I)
     if m['word'].lower() in ('pass','passes','pas','clave','parola','contra','ww'):
-        verb = re.search(r"\s(?:is|was|ist|war|es|era|c'est|est|è|now|jetzt|de|del|du|vom)(?=[\s,]|$)", m['by'], re.I)
+        verb = re.search(r"\s(?:is|was|ist|war|es|era|c'est|est|[eè]|now|jetzt|de|del|du|vom|d[oai]|wi-?fi|wlan)(?=[\s,]|$)", m['by'], re.I)
         if not verb: return False
     if _ABOUT.search(m['by']) or _UNITS.fullmatch(m['v']): return False
     return m.span('v') if verb or len(m['v'])>5 else False
 
 # %% ../../nbs/exports/pii.ipynb #c4f0ed69
+_PINS = 'pin',"pin's",'pins'
+
+def _is_code(word, how, v):
+    "Is it a code of digits? None where the word is none for codes."
+    if word in ('otp','2fa'): return bool(re.fullmatch(r'\d{6,8}|\d{3,4}[ -]\d{3,4}', v))
+    if word in (*_PINS,'passcode') and v.isdigit() and 4<=len(v)<=8: return True
+    if word in _PINS or word.endswith(('code',"code's")) and word!='passcode':
+        return bool(how or word[:6]!='server') and any(map(str.isdigit, v)) and len(v)>3
+
+def _is_watchword(m, v):
+    "Is it a word of the day, or any word? `hasło do wifi: foka` is none."
+    of = m.string[m.end('word'):m.start('how')].strip(' "`*?')
+    other = of and not re.search('(?i)wi-?fi|wlan|net|server|router|konto|acc|login', of)
+    return is_common(plain(v)) or bool(other) and v.islower()
+
 _MINE = re.compile(r"\b(?:my|mein|mi|mon|minha|mijn|mitt|moje|мой|la\smia)\s$", re.I)
 
 # %% ../../nbs/exports/pii.ipynb #e48401a1
@@ -759,6 +807,7 @@ def _is_password(m):
     word,how,v = m['word'].lower(),m['how'].strip(),m['v']
     a,b = m.span('v')
     if not how and word=='pass' and re.search('[`=.(]|^-', v): return False # of a program's options
+    if word=='secret' and not (how[-1:] in (':','=') and re.fullmatch(r'(?=\S*\d)(?=\S*[^\W\d])[^()"\'`]{8,}', v)): return False
     if v[0] in '"\'`': return a+1,b-1
     v = v.rstrip('.,;:!?)*')
     if v.lower() in _NO_PASS or len(v)<3 or '://' in v or re.fullmatch(r'-?\d+\.\d+', v): return False
@@ -770,9 +819,8 @@ def _is_password(m):
     if _MINE.search(_before(m)) and re.search(r'[^\W\d]_[^\W\d]', v): return whole
     sign = re.search(r'[^\W_][!$%&*+=@#^~_|-]{1,3}[^\W_]', v) and (digit or not v.islower() or
         word!='pass' and re.search('[!$%&*+=@#^~|]', v))
-    if word in ('pin','passcode') and v.isdigit() and 4<=len(v)<=8: return whole
-    if word=='pin' or word.endswith('code') and word!='passcode':
-        return whole if (how or word[:6]!='server') and digit and len(v)>3 else False
+    if (code := _is_code(word, how, v)) is not None: return whole if code else False
+    if word in _TWO_MEANINGS and v.isalpha() and _is_watchword(m, v): return False
     if len(v)>=5 and (digit and letter or sign or joined) or len(v)==4 and digit and letter and sign: return whole
     if digit: return whole if how and len(v)>3 and word!='pass' else False
     told = how and not how[-1].isalpha() # by a sign
@@ -1041,7 +1089,7 @@ NEEDS = {k: re.compile(v) for k,v in dict( # name → what must be in a text
 PLAN = [('MENTION', 'any', _MENTION, None), ('URL', 'any', _LINK, None), ('KEY', 'long', _KEY, None),
     ('PASSWORD', 'flag', _PASS_SHELL, _value), ('PASSWORD', 'any', _PHRASE, _either),
     ('PASSWORD', 'any', _PASSWORD, _is_password), ('PASSWORD', 'password', _PASS_FIRST, _either),
-    ('PASSWORD', 'password', _PASS_NEAR, _is_pass_near), ('PASSWORD', 'any', _LOGIN, _value),
+    ('PASSWORD', 'password', _PASS_NEAR, _is_pass_near), ('PASSWORD', 'any', _LOGIN, _either),
     ('WALLET', 'long', _WALLET, None), ('WALLET', 'long', _BASE58, _is_wallet),
     ('KEY', 'long', _KEY_TOLD, _value), ('KEY', 'long', _TOKEN, _is_token),
     ('EMAIL', 'mail', _EMAIL, _is_mail), ('EMAIL', 'mail_of', _MAIL_OF, _is_mail_of),

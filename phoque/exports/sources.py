@@ -4,9 +4,9 @@
 
 # %% ../../nbs/exports/sources.ipynb #0730e96b
 from __future__ import annotations
-import json, re
+import json, re, unicodedata
 from ast import literal_eval
-from datetime import date
+from datetime import date, datetime, timedelta
 from functools import partial
 from html.parser import HTMLParser
 from itertools import islice
@@ -151,9 +151,17 @@ def reader(
     return _inner
 
 # %% ../../nbs/exports/sources.ipynb #f04145c0
+def _fraction(at):
+    "A time of day as a part of the day, as Excel writes it, or None."
+    if isinstance(at, str): at = float(at.replace(',', '.')) if re.fullmatch(r'0([.,]\d+)?', at) else None
+    return at if type(at) in (int,float) and 0<=at<1 else None
+
 def _of_both(day, at):
-    "A day and a time of day, of two columns, as one text; None if there is no day."
+    "A day and a time of day, of two columns, as one text or number of days; None if there is no day."
     if day in (None, ''): return None
+    if (part := _fraction(at)) is not None:
+        if re.fullmatch(r'\d{5}', f'{day}'): return int(day)+part
+        at = f'{datetime(1970, 1, 1)+timedelta(seconds=round(part*86400)):%H:%M:%S}'
     return f"{day:%Y-%m-%d} {at}" if isinstance(day, date) else f"{day} {'' if at is None else at}".strip()
 
 def _at(row, column):
@@ -483,17 +491,28 @@ def column_map(
 # %% ../../nbs/exports/sources.ipynb #26a686b2
 _CALLED = dict( # what columns are called, in the order of preference, without signs between words
     text='''text message content body comment msg messagetext posttext pagetext strcontent textoriginal textdisplay fulltext
-        commenttext''',
+        commenttext nachricht inhalt beitrag kommentar mensaje texto contenido comentario mensagem conteudo contenu commentaire
+        messaggio testo contenuto bericht tekst inhoud wiadomosc tresc сообщение текст mesaj metin 消息 内容 메시지 내용 本文''',
     who='''who author user username sender speaker nick nickname postusername name from by authorname sendername displayname
-        authordisplayname''',
-    author='authorid userid senderid posterid fromid',
-    t='t timestamp time date datetime createdat sentat createdutc sent when posttime dateline createtime publishedat ts',
-    room='room channel channelname channelid chan ch thread match topicid threadid roomid',
-    id='id messageid msgid postid', reply_to='replyto replytoid parentid parent', score='score toxicity', group='group')
+        authordisplayname absender verfasser autor autorin benutzer benutzername nutzer nutzername von remitente usuario
+        nombre expediteur auteur utilisateur pseudo mittente autore utente remetente afzender gebruiker nadawca uzytkownik
+        отправитель автор пользователь имя gonderen kullanıcı 发送者 昵称 보낸사람 사용자 送信者''',
+    author='authorid userid senderid posterid fromid absenderid benutzerid nutzerid autorid',
+    t='''t timestamp time date datetime createdat sentat createdutc sent when posttime dateline createtime publishedat ts
+        zeitstempel zeitpunkt datum zeit uhrzeit gesendetam fechayhora fecha hora dataehora data horodatage heure dataeora
+        ora tijdstip tijd czas датавремя дата время tarih saat 时间 日期 날짜 시간 日時''',
+    room='''room channel channelname channelid chan ch thread match topicid threadid roomid kanal kanalname raum gruppe
+        canal sala grupo salon canale stanza gruppo kanaal kamer канал чат oda 频道 채널''',
+    id='id messageid msgid postid nachrichtid nachrichtenid', reply_to='replyto replytoid parentid parent antwortauf',
+    score='score toxicity', group='group')
+_DAYS = frozenset('date datum fecha data jour дата tarih 日期 날짜'.split()) # columns of a day, and of a time of day
+_HOURS = frozenset('time uhrzeit zeit hora heure ora tijd czas время saat 时间 시간'.split())
 
 _NAMES = frozenset(f"{_CALLED['who']} displayname realname fullname firstname lastname screenname handle login remark".split())
 
-def _bare(column): return re.sub(r'[\W_]', '', column).lower()
+def _bare(column):
+    "A column's name in small letters, without accents, blanks and signs."
+    return unicodedata.normalize('NFC', re.sub(r'[\W_]', '', unicodedata.normalize('NFKD', column))).lower()
 
 # %% ../../nbs/exports/sources.ipynb #8e211a85
 def _is_time(v):
@@ -522,8 +541,8 @@ def find_columns(
     texts = [there[c] for c in _CALLED['text'].split() if c in there] # of which `message` may be its number
     found['text'] = next((c for c in texts if not re.fullmatch(r'\d+', str(row[c]))), found['text'])
     if not found['who']: found |= _speaker_inside(row)
-    if found['t'] and _bare(found['t'])=='date':
-        both = [f"{found['t']}+{c}" for c in row if _bare(c)=='time']
+    if found['t'] and _bare(found['t']) in _DAYS|_HOURS:
+        both = [f'{a}+{b}' for a in row if _bare(a) in _DAYS for b in row if _bare(b) in _HOURS]
         if both and _is_time(_at(row, both[0])): found['t'] = both[0]
     return {k: c for k,c in found.items() if c}
 

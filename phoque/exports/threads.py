@@ -16,7 +16,7 @@ from .sources import MOST_TEXT, YEAR_1
 
 # %% auto #0
 __all__ = ['GONE', 'MOST_FREE', 'NEAR', 'MOST_OPEN', 'RECENT', 'COMMON', 'USUAL', 'MOST_KNOWN', 'MOST_LINKED', 'START', 'Thread',
-           'threads', 'pick_persona', 'turns']
+           'threads', 'pick_persona', 'turns', 'without_labels']
 
 # %% ../../nbs/exports/threads.ipynb #40bbdc43
 class Thread:
@@ -481,3 +481,12 @@ def turns(
         if role=='assistant' and not learnt: res[-1]['weight'] = 0
     while res and not is_learnt(res[-1]): res.pop()
     return res
+
+# %% ../../nbs/exports/threads.ipynb #90480b82
+_LIKE_LABEL = re.compile(r'^(?=(?:[^\S\n]|[*_~`\\])*user_\d+[\s*_~`]*[:：])', re.M|re.I)
+
+def without_labels(
+    text:str, # What one person said
+)->str: # A backslash before each line that begins like a speaker's label
+    "A text that can't be mistaken for what several people said."
+    return _LIKE_LABEL.sub(r'\\', text)
