@@ -2522,7 +2522,7 @@ def chat_format(
     "Name the chat format that a tokenizer speaks."
     known = tok.init_kwargs.get('chat_format')
     if known==OWN and tok.chat_template: return OWN
-    if known in [*FORMATS] and set(FORMATS[known][1])<=tok.get_vocab().keys(): return known
+    if known in [*FORMATS] and None not in map(tok.backend_tokenizer.token_to_id, FORMATS[known][1]): return known
     name = _mistral_format(tok, version, settings)
     if name and (not tok.chat_template or _writes_alike(tok, CHAT_TEMPLATES[name])): return name
     if tok.chat_template: return OWN
@@ -3293,12 +3293,19 @@ def _model_class(config): # transformers' class for the language model
         raise UserError(f"model type {config.model_type!r}", "transformers has no causal language model of it",
             "choose one that has") from None
 
+_BARE = {} # the model last made, by its config: a plan asks for the same one for each kind of machine
+
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
     from transformers import AutoModelForCausalLM
-    name = getattr(config, '_name_or_path', '') or config.model_type
+    text,name = config.get_text_config(),getattr(config, '_name_or_path', '') or config.model_type
+    key = type(text),text.to_json_string()
+    if key in _BARE: return _BARE[key]
     with reading(f"base model {name}: its config.json", 'choose a causal language model'), torch.device('meta'):
-        return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+    _BARE.clear()
+    _BARE[key] = model
+    return model
 
 STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
 
