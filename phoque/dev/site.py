@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from fastcore.foundation import working_directory
 from fastcore.script import call_parse
 from fastcore.xtras import modified_env
+from ..jobs.script import defined_names
 
 # %% auto #0
 __all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE',
@@ -23,8 +24,8 @@ __all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORT
            'compare_notebook', 'write_readme', 'export_project', 'write_generated', 'check_generated', 'api_entry',
            'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser',
            'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
-           'module_names', 'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'run_compare',
-           'packed_versions', 'pack_packages', 'docs_cli']
+           'module_names', 'check_light', 'check_names', 'check_words', 'error_messages', 'check_job', 'run_tests',
+           'run_compare', 'packed_versions', 'pack_packages', 'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -882,6 +883,21 @@ def check_light(
     ok,out = _in_process(_LIGHT, ' '.join(HEAVY), *names, cwd=root)
     if not ok: raise ValueError(f"{out.strip()}: put that inside the functions that use it")
 
+# %% ../../nbs/dev/site.ipynb #670e3523
+def check_names(
+    path:str|Path='.', # A folder of the project
+):
+    "No module defines a top-level name twice."
+    import ast
+    with project(path) as cfg: files = [cfg.lib_path.joinpath(*n.split('.')).with_suffix('.py') for n in module_names(cfg)]
+    for f in files:
+        seen,tree = {},ast.parse(f.read_text())
+        for o in tree.body:
+            if isinstance(o, ast.AugAssign): continue # adds to what is there
+            for n in {*defined_names(o)}:
+                if n in seen: raise ValueError(f"{f.name} defines `{n}` in lines {seen[n]} and {o.lineno}: rename one")
+                seen[n] = o.lineno
+
 # %% ../../nbs/dev/site.ipynb #d6438b21
 SPELT_SO = 'als,ans,docment,docments,generat,meu,ot,serie,sme,tage,te' # Words that codespell takes for slips
 # of other languages, in the exports
@@ -945,7 +961,7 @@ def check_job(
 
 # %% ../../nbs/dev/site.ipynb #610f8020
 PROJECT_CHECKS = { # What is said of the whole project, while its notebooks run
-    'imports': check_light, 'commands on the pages': check_commands, 'spelling': check_words, 'site': build_site}
+    'imports': check_light, 'names': check_names, 'commands on the pages': check_commands, 'spelling': check_words, 'site': build_site}
 
 def _say_result(name, ok, said, secs):
     tail = f'\n{said}' if not ok else f': {said}' if said.startswith('not compared') else ''
