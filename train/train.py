@@ -303,6 +303,13 @@ def _load_splits(
     none = datasets.Dataset.from_dict({}) # the builder can't be asked for an empty one
     return datasets.DatasetDict({s: builder.as_dataset(s) if n else none for s,n in sizes.items()})
 
+def _fetch_chats(repo, revision): # its splits, and the commit that they are from
+    from huggingface_hub import HfApi
+    info = HfApi().dataset_info(repo, revision=revision)
+    if not info.private: log.warning(f"dataset {repo} is public: everyone can read what the model learns from")
+    check_data_files(info)
+    return _load_splits(repo, info.sha),info.sha
+
 def load_chats(
     repo:str, # Hub dataset
     revision:str=None, # Commit; the newest where None
@@ -310,15 +317,10 @@ def load_chats(
 )->tuple: # `DatasetDict` with `train` and perhaps `test`, and the commit it is from
     "Load the conversations, at a commit that is known from then on."
     import datasets
-    from huggingface_hub import HfApi
     from httpx2 import HTTPError
     found = f"dataset {repo}{began}"
     unreadable = ValueError,RuntimeError,ImportError,FileNotFoundError,datasets.exceptions.DatasetsError
-    try:
-        info = HfApi().dataset_info(repo, revision=revision)
-        if not info.private: log.warning(f"dataset {repo} is public: everyone can read what the model learns from")
-        check_data_files(info)
-        ds = _load_splits(repo, info.sha)
+    try: ds,sha = _fetch_chats(repo, revision)
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(f"dataset {repo}{began}", "it is not there, or HF_TOKEN may not see it",
                         "check DATASET_REPO and the token's scopes") from None
@@ -329,7 +331,7 @@ def load_chats(
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), found) from None
     if not len(ds.get('train', [])):
         raise UserError(f"dataset {repo}", f"no split `train` with rows, got {list(ds)}", "push it with phoque_data")
-    return ds,info.sha
+    return ds,sha
 
 def pick_held_out(
     ds, # `DatasetDict`
@@ -4573,6 +4575,11 @@ def step_line(
         if k in m: s += f" · {name} {m[k]:{fmt}}"
     return s
 
+def _held_out_turns(n, micro_batch, ranks): # batches of `n` rows, and which of them this rank takes
+    batches = [range(i, min(i+micro_batch, n)) for i in range(0, n, micro_batch)]
+    rounds = -(-len(batches)//ranks.num_processes) # as many on every rank: they may share the layers
+    return batches,range(ranks.process_index, rounds*ranks.num_processes, ranks.num_processes)
+
 def held_out_loss(
     trainer, # From `make_trainer`
     packed, # Held-out rows, packed
@@ -4582,11 +4589,7 @@ def held_out_loss(
     import torch
     model,here = trainer.model,trainer.accelerator
     nll,n = 0.,0
-    micro_batch = trainer.args.per_device_train_batch_size
-    batches = [range(i, min(i+micro_batch, len(packed))) for i in range(0, len(packed), micro_batch)]
-    ranks = here.num_processes
-    rounds = -(-len(batches)//ranks) # as many on every rank: they may share the layers
-    turns = range(here.process_index, rounds*ranks, ranks)
+    batches,turns = _held_out_turns(len(packed), trainer.args.per_device_train_batch_size, here)
     with (preserve_training_state(model, trainer.processing_class), trainer.compute_loss_context_manager(),
         torch.inference_mode(False), torch.no_grad()):
         for i in turns:
@@ -5753,16 +5756,18 @@ class TrackioTracker:
         server = os.environ.get('TRACKIO_SERVER_URL', '').split('?')[0] # without its token
         self.where = f'the private Space {space}' if space else server or str(trackio.utils.TRACKIO_DIR)
 
-    def send(self,
-        step:int, # Optimizer step
-        metrics:dict, # By name
-    ):
-        "Send a row, unless an earlier job has."
-        if step>=self.first: self.run.log(metrics, step=step)
+@patch
+def send(self:TrackioTracker,
+    step:int, # Optimizer step
+    metrics:dict, # By name
+):
+    "Send a row, unless an earlier job has."
+    if step>=self.first: self.run.log(metrics, step=step)
 
-    def close(self):
-        "Send what is left."
-        self.run.finish()
+@patch
+def close(self:TrackioTracker):
+    "Send what is left."
+    self.run.finish()
 
 @patch
 def track(self:Curve,
