@@ -40,15 +40,14 @@ A job has 4 hours. Another timeout has to be given twice, as the job can't read 
 """
 
 from __future__ import annotations
-import argparse, copy, difflib, errno, fcntl, functools, gc, hashlib, json, logging, math, os, random, re, reprlib, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
+import argparse, copy, difflib, fcntl, functools, gc, hashlib, json, logging, math, os, random, re, reprlib, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
-from functools import cache, lru_cache, wraps
-from html import escape
+from functools import cache, lru_cache
 from itertools import accumulate, chain, takewhile, zip_longest
 from os.path import commonprefix
 from pathlib import Path
@@ -1519,34 +1518,6 @@ def bound_requests(
         c.event_hooks['response'].append(read_whole)
         return c
     set_client_factory(client)
-
-_OF_A_FILE = {getattr(errno, e) for e in
-    'EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENAMETOOLONG EISDIR ENOTDIR ENOENT EEXIST ELOOP'.split()}
-
-@contextmanager
-def command(
-    name:str, # As it is typed, such as `phoque_merge`
-    argv:list=(), # Its arguments
-    errors:tuple=(UserError,), # Exceptions that are said in one line
-):
-    "Run a command's body: a mistake of the user's is one line and exit code 1, without a traceback or a secret."
-    try:
-        try:
-            begin_command(argv)
-            bound_requests(60)
-            yield
-        finally: sys.stdout.flush()
-    except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
-    except KeyboardInterrupt:
-        print(f'{name}: interrupted', file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError: # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as e:
-        if e.errno not in _OF_A_FILE: raise
-        file = printable(masked(e.filename or 'its output'))
-        sys.exit(f'{name}: {file}: {e.strerror}: check the path, who may use it, and the space there')
 
 def _plain_help(
     action, # Option of an `ArgumentParser` made by fastcore

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/jobs/script.ipynb #87a15982
 from __future__ import annotations
-import ast, builtins, os, re, shutil, subprocess, sys
+import ast, builtins, os, re, shutil, subprocess, symtable, sys
 from configparser import ConfigParser
 from pathlib import Path
 from ..core.basics import UserError
@@ -36,13 +36,17 @@ def defined_names(
     if isinstance(node, ast.Name): return [node.id]*isinstance(node.ctx, ast.Store)
     return [n for c in ast.iter_child_nodes(node) for n in defined_names(c)]
 
+# %% ../../nbs/jobs/script.ipynb #334219c9
+def _scopes(table): # its own and those in it, from `symtable`
+    yield table
+    for t in table.get_children(): yield from _scopes(t)
+
 def _reads(
-    node, # A statement
-)->set[str]: # Names and attributes in it, and texts that could be names of attributes
-    nodes = [*ast.walk(node)]
-    names = {getattr(n, 'id', None) or getattr(n, 'attr', None) for n in nodes}
-    texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return {*names, *filter(str.isidentifier, texts)}-{None}
+    node, # A statement or expression
+)->set[str]: # Names of the module or of an import that it reads, those of its annotations included
+    top = symtable.symtable(ast.unparse(node), 'statement', 'exec')
+    names = ((t, s) for t in _scopes(top) for s in t.get_symbols() if s.is_referenced())
+    return {s.get_name() for t,s in names if t is top or s.is_global()}
 
 # %% ../../nbs/jobs/script.ipynb #cc778c14
 def _sister(
