@@ -49,7 +49,7 @@ def _directives(cell)->dict: # Such as {'slow': ['4', 'min']}
 
 def _lacking(dirs:dict)->list: # Packages and programs that a cell needs and that aren't here
     from importlib.util import find_spec
-    return [n for n in dirs.get('needs', ()) if not (find_spec(n) or shutil.which(n))]
+    return [n for n in dirs.get('needs', ()) if not (find_spec(n) or shutil.which(n) or n=='chromium' and find_chromium())]
 
 def _execute(
     fn:str|Path, # The notebook, which stays as it is
@@ -184,13 +184,17 @@ def run_notebooks(
 ):
     "Run notebooks in place and keep their outputs: what a developer does before a commit."
     from execnb.nbio import read_nb
+    failed = []
     for fn in notebooks(names, path):
         flagged = [d for d in map(_directives, read_nb(fn).cells) if flag in d]
         if flag and not flagged: continue
         ok,out = _in_process(_RUN, fn, *flag.split(), cwd=fn.parent, timeout=4*3600 if flag else 1800)
-        if not ok: raise ValueError(f"{fn.name} failed, and stays as it was:\n{out}")
         lack = dict.fromkeys(n for d in flagged for n in _lacking(d))
-        print(f'ran {fn.name}'+f", all but the cells that need {', '.join(lack)}"*bool(lack))
+        if ok: print(f'ran {fn.name}'+f", all but the cells that need {', '.join(lack)}"*bool(lack), flush=True)
+        else:
+            print(f'{fn.name} failed, and stays as it was:\n{out}', flush=True)
+            failed.append(fn.name)
+    if failed: raise ValueError(f"{', '.join(failed)} failed: see above.")
 
 # %% ../../nbs/dev/site.ipynb #1381e372
 _TEST = '''import json, sys
