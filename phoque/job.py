@@ -185,6 +185,14 @@ def _load_splits(
     return datasets.DatasetDict({s: builder.as_dataset(s) if n else none for s,n in sizes.items()})
 
 # %% ../nbs/06_job.ipynb #a0cc9eed
+def _fetch_chats(repo, revision): # its splits, and the commit that they are from
+    from huggingface_hub import HfApi
+    info = HfApi().dataset_info(repo, revision=revision)
+    if not info.private: log.warning(f"dataset {repo} is public: everyone can read what the model learns from")
+    check_data_files(info)
+    return _load_splits(repo, info.sha),info.sha
+
+# %% ../nbs/06_job.ipynb #7a461139
 def load_chats(
     repo:str, # Hub dataset
     revision:str=None, # Commit; the newest where None
@@ -192,15 +200,10 @@ def load_chats(
 )->tuple: # `DatasetDict` with `train` and perhaps `test`, and the commit it is from
     "Load the conversations, at a commit that is known from then on."
     import datasets
-    from huggingface_hub import HfApi
     from httpx2 import HTTPError
     found = f"dataset {repo}{began}"
     unreadable = ValueError,RuntimeError,ImportError,FileNotFoundError,datasets.exceptions.DatasetsError
-    try:
-        info = HfApi().dataset_info(repo, revision=revision)
-        if not info.private: log.warning(f"dataset {repo} is public: everyone can read what the model learns from")
-        check_data_files(info)
-        ds = _load_splits(repo, info.sha)
+    try: ds,sha = _fetch_chats(repo, revision)
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(f"dataset {repo}{began}", "it is not there, or HF_TOKEN may not see it",
                         "check DATASET_REPO and the token's scopes") from None
@@ -211,7 +214,7 @@ def load_chats(
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), found) from None
     if not len(ds.get('train', [])):
         raise UserError(f"dataset {repo}", f"no split `train` with rows, got {list(ds)}", "push it with phoque_data")
-    return ds,info.sha
+    return ds,sha
 
 # %% ../nbs/06_job.ipynb #ed99e5ec
 def pick_held_out(

@@ -219,12 +219,19 @@ def _model_class(config): # transformers' class for the language model
         raise UserError(f"model type {config.model_type!r}", "transformers has no causal language model of it",
             "choose one that has") from None
 
+_BARE = {} # the model last made, by its config: a plan asks for the same one for each kind of machine
+
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
     from transformers import AutoModelForCausalLM
-    name = getattr(config, '_name_or_path', '') or config.model_type
+    text,name = config.get_text_config(),getattr(config, '_name_or_path', '') or config.model_type
+    key = type(text),text.to_json_string()
+    if key in _BARE: return _BARE[key]
     with reading(f"base model {name}: its config.json", 'choose a causal language model'), torch.device('meta'):
-        return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+    _BARE.clear()
+    _BARE[key] = model
+    return model
 
 # %% ../nbs/01_model_qlora.ipynb #e6711b4f
 STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state

@@ -796,6 +796,12 @@ def parse_step(
     if 0<=step<=total and total: return dict(step=step, total=total, loss=float(m[4]))
 
 # %% ../nbs/02_train.ipynb #dccf15fa
+def _held_out_turns(n, micro_batch, ranks): # batches of `n` rows, and which of them this rank takes
+    batches = [range(i, min(i+micro_batch, n)) for i in range(0, n, micro_batch)]
+    rounds = -(-len(batches)//ranks.num_processes) # as many on every rank: they may share the layers
+    return batches,range(ranks.process_index, rounds*ranks.num_processes, ranks.num_processes)
+
+# %% ../nbs/02_train.ipynb #e7d85f4b
 def held_out_loss(
     trainer, # From `make_trainer`
     packed, # Held-out rows, packed
@@ -805,11 +811,7 @@ def held_out_loss(
     import torch
     model,here = trainer.model,trainer.accelerator
     nll,n = 0.,0
-    micro_batch = trainer.args.per_device_train_batch_size
-    batches = [range(i, min(i+micro_batch, len(packed))) for i in range(0, len(packed), micro_batch)]
-    ranks = here.num_processes
-    rounds = -(-len(batches)//ranks) # as many on every rank: they may share the layers
-    turns = range(here.process_index, rounds*ranks, ranks)
+    batches,turns = _held_out_turns(len(packed), trainer.args.per_device_train_batch_size, here)
     with (preserve_training_state(model, trainer.processing_class), trainer.compute_loss_context_manager(),
         torch.inference_mode(False), torch.no_grad()):
         for i in turns:

@@ -40,15 +40,14 @@ A job has 4 hours. Another timeout has to be given twice, as the job can't read 
 """
 
 from __future__ import annotations
-import argparse, copy, difflib, errno, fcntl, functools, gc, hashlib, json, logging, math, os, random, re, reprlib, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
+import argparse, copy, difflib, fcntl, functools, gc, hashlib, json, logging, math, os, random, re, reprlib, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, textwrap, threading, time, traceback, uuid, warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
 from functools import cache, lru_cache, wraps
-from html import escape
 from itertools import accumulate, chain, takewhile, zip_longest
 from os.path import commonprefix
 from pathlib import Path
@@ -303,6 +302,13 @@ def _load_splits(
     none = datasets.Dataset.from_dict({}) # the builder can't be asked for an empty one
     return datasets.DatasetDict({s: builder.as_dataset(s) if n else none for s,n in sizes.items()})
 
+def _fetch_chats(repo, revision): # its splits, and the commit that they are from
+    from huggingface_hub import HfApi
+    info = HfApi().dataset_info(repo, revision=revision)
+    if not info.private: log.warning(f"dataset {repo} is public: everyone can read what the model learns from")
+    check_data_files(info)
+    return _load_splits(repo, info.sha),info.sha
+
 def load_chats(
     repo:str, # Hub dataset
     revision:str=None, # Commit; the newest where None
@@ -310,15 +316,10 @@ def load_chats(
 )->tuple: # `DatasetDict` with `train` and perhaps `test`, and the commit it is from
     "Load the conversations, at a commit that is known from then on."
     import datasets
-    from huggingface_hub import HfApi
     from httpx2 import HTTPError
     found = f"dataset {repo}{began}"
     unreadable = ValueError,RuntimeError,ImportError,FileNotFoundError,datasets.exceptions.DatasetsError
-    try:
-        info = HfApi().dataset_info(repo, revision=revision)
-        if not info.private: log.warning(f"dataset {repo} is public: everyone can read what the model learns from")
-        check_data_files(info)
-        ds = _load_splits(repo, info.sha)
+    try: ds,sha = _fetch_chats(repo, revision)
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(f"dataset {repo}{began}", "it is not there, or HF_TOKEN may not see it",
                         "check DATASET_REPO and the token's scopes") from None
@@ -329,7 +330,7 @@ def load_chats(
     except (HTTPError, OSError) as e: raise hub_problem(hub_answer(e), found) from None
     if not len(ds.get('train', [])):
         raise UserError(f"dataset {repo}", f"no split `train` with rows, got {list(ds)}", "push it with phoque_data")
-    return ds,info.sha
+    return ds,sha
 
 def pick_held_out(
     ds, # `DatasetDict`
@@ -1518,34 +1519,6 @@ def bound_requests(
         return c
     set_client_factory(client)
 
-_OF_A_FILE = {getattr(errno, e) for e in
-    'EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENAMETOOLONG EISDIR ENOTDIR ENOENT EEXIST ELOOP'.split()}
-
-@contextmanager
-def command(
-    name:str, # As it is typed, such as `phoque_merge`
-    argv:list=(), # Its arguments
-    errors:tuple=(UserError,), # Exceptions that are said in one line
-):
-    "Run a command's body: a mistake of the user's is one line and exit code 1, without a traceback or a secret."
-    try:
-        try:
-            begin_command(argv)
-            bound_requests(60)
-            yield
-        finally: sys.stdout.flush()
-    except errors as e: sys.exit(f'{name}: {printable(masked(e))}')
-    except KeyboardInterrupt:
-        print(f'{name}: interrupted', file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError: # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as e:
-        if e.errno not in _OF_A_FILE: raise
-        file = printable(masked(e.filename or 'its output'))
-        sys.exit(f'{name}: {file}: {e.strerror}: check the path, who may use it, and the space there')
-
 def _plain_help(
     action, # Option of an `ArgumentParser` made by fastcore
 )->str: # Its help: the default is said where there is one to say
@@ -2522,7 +2495,7 @@ def chat_format(
     "Name the chat format that a tokenizer speaks."
     known = tok.init_kwargs.get('chat_format')
     if known==OWN and tok.chat_template: return OWN
-    if known in [*FORMATS] and set(FORMATS[known][1])<=tok.get_vocab().keys(): return known
+    if known in [*FORMATS] and None not in map(tok.backend_tokenizer.token_to_id, FORMATS[known][1]): return known
     name = _mistral_format(tok, version, settings)
     if name and (not tok.chat_template or _writes_alike(tok, CHAT_TEMPLATES[name])): return name
     if tok.chat_template: return OWN
@@ -3293,12 +3266,19 @@ def _model_class(config): # transformers' class for the language model
         raise UserError(f"model type {config.model_type!r}", "transformers has no causal language model of it",
             "choose one that has") from None
 
+_BARE = {} # the model last made, by its config: a plan asks for the same one for each kind of machine
+
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
     from transformers import AutoModelForCausalLM
-    name = getattr(config, '_name_or_path', '') or config.model_type
+    text,name = config.get_text_config(),getattr(config, '_name_or_path', '') or config.model_type
+    key = type(text),text.to_json_string()
+    if key in _BARE: return _BARE[key]
     with reading(f"base model {name}: its config.json", 'choose a causal language model'), torch.device('meta'):
-        return AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+    _BARE.clear()
+    _BARE[key] = model
+    return model
 
 STATEFUL = {'linear_attention','conv','hybrid','hybrid_sliding'} # transformers' names for layers that keep a state
 
@@ -4566,6 +4546,11 @@ def step_line(
         if k in m: s += f" · {name} {m[k]:{fmt}}"
     return s
 
+def _held_out_turns(n, micro_batch, ranks): # batches of `n` rows, and which of them this rank takes
+    batches = [range(i, min(i+micro_batch, n)) for i in range(0, n, micro_batch)]
+    rounds = -(-len(batches)//ranks.num_processes) # as many on every rank: they may share the layers
+    return batches,range(ranks.process_index, rounds*ranks.num_processes, ranks.num_processes)
+
 def held_out_loss(
     trainer, # From `make_trainer`
     packed, # Held-out rows, packed
@@ -4575,11 +4560,7 @@ def held_out_loss(
     import torch
     model,here = trainer.model,trainer.accelerator
     nll,n = 0.,0
-    micro_batch = trainer.args.per_device_train_batch_size
-    batches = [range(i, min(i+micro_batch, len(packed))) for i in range(0, len(packed), micro_batch)]
-    ranks = here.num_processes
-    rounds = -(-len(batches)//ranks) # as many on every rank: they may share the layers
-    turns = range(here.process_index, rounds*ranks, ranks)
+    batches,turns = _held_out_turns(len(packed), trainer.args.per_device_train_batch_size, here)
     with (preserve_training_state(model, trainer.processing_class), trainer.compute_loss_context_manager(),
         torch.inference_mode(False), torch.no_grad()):
         for i in turns:
@@ -5746,16 +5727,18 @@ class TrackioTracker:
         server = os.environ.get('TRACKIO_SERVER_URL', '').split('?')[0] # without its token
         self.where = f'the private Space {space}' if space else server or str(trackio.utils.TRACKIO_DIR)
 
-    def send(self,
-        step:int, # Optimizer step
-        metrics:dict, # By name
-    ):
-        "Send a row, unless an earlier job has."
-        if step>=self.first: self.run.log(metrics, step=step)
+@patch
+def send(self:TrackioTracker,
+    step:int, # Optimizer step
+    metrics:dict, # By name
+):
+    "Send a row, unless an earlier job has."
+    if step>=self.first: self.run.log(metrics, step=step)
 
-    def close(self):
-        "Send what is left."
-        self.run.finish()
+@patch
+def close(self:TrackioTracker):
+    "Send what is left."
+    self.run.finish()
 
 @patch
 def track(self:Curve,

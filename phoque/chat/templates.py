@@ -136,7 +136,7 @@ def chat_format(
     "Name the chat format that a tokenizer speaks."
     known = tok.init_kwargs.get('chat_format')
     if known==OWN and tok.chat_template: return OWN
-    if known in [*FORMATS] and set(FORMATS[known][1])<=tok.get_vocab().keys(): return known
+    if known in [*FORMATS] and None not in map(tok.backend_tokenizer.token_to_id, FORMATS[known][1]): return known
     name = _mistral_format(tok, version, settings)
     if name and (not tok.chat_template or _writes_alike(tok, CHAT_TEMPLATES[name])): return name
     if tok.chat_template: return OWN

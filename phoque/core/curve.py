@@ -494,16 +494,19 @@ class TrackioTracker:
         server = os.environ.get('TRACKIO_SERVER_URL', '').split('?')[0] # without its token
         self.where = f'the private Space {space}' if space else server or str(trackio.utils.TRACKIO_DIR)
 
-    def send(self,
-        step:int, # Optimizer step
-        metrics:dict, # By name
-    ):
-        "Send a row, unless an earlier job has."
-        if step>=self.first: self.run.log(metrics, step=step)
+# %% ../../nbs/core/curve.ipynb #aef7423c
+@patch
+def send(self:TrackioTracker,
+    step:int, # Optimizer step
+    metrics:dict, # By name
+):
+    "Send a row, unless an earlier job has."
+    if step>=self.first: self.run.log(metrics, step=step)
 
-    def close(self):
-        "Send what is left."
-        self.run.finish()
+@patch
+def close(self:TrackioTracker):
+    "Send what is left."
+    self.run.finish()
 
 # %% ../../nbs/core/curve.ipynb #f91a7f43
 @patch

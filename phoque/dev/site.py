@@ -15,16 +15,17 @@ from urllib.parse import unquote, urlsplit
 from fastcore.foundation import working_directory
 from fastcore.script import call_parse
 from fastcore.xtras import modified_env
+from ..jobs.script import defined_names
 
 # %% auto #0
-__all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'nbdev_export', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE', 'INTERNAL',
-           'UNFETCHED', 'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text',
+__all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE',
+           'INTERNAL', 'UNFETCHED', 'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text',
            'same_text', 'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook',
            'compare_notebook', 'write_readme', 'export_project', 'write_generated', 'check_generated', 'api_entry',
            'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser',
            'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
-           'module_names', 'check_light', 'check_words', 'error_messages', 'check_job', 'run_tests', 'run_compare',
-           'packed_versions', 'pack_packages', 'docs_cli']
+           'module_names', 'check_light', 'check_names', 'check_words', 'error_messages', 'check_job', 'run_tests',
+           'run_compare', 'packed_versions', 'pack_packages', 'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -48,7 +49,7 @@ def _directives(cell)->dict: # Such as {'slow': ['4', 'min']}
 
 def _lacking(dirs:dict)->list: # Packages and programs that a cell needs and that aren't here
     from importlib.util import find_spec
-    return [n for n in dirs.get('needs', ()) if not (find_spec(n) or shutil.which(n))]
+    return [n for n in dirs.get('needs', ()) if not (find_spec(n) or shutil.which(n) or n=='chromium' and find_chromium())]
 
 def _execute(
     fn:str|Path, # The notebook, which stays as it is
@@ -137,6 +138,11 @@ def run_notebook(
 SECRETS = 'HF_TOKEN', 'WANDB_API_KEY' # Not passed on to a process
 QUIET_THREADS = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE') # Spinning threads slow their neighbours tenfold
 
+def _python(code, *args, **kwargs): # a process without your tokens; kwargs for `Popen`
+    env = QUIET_THREADS | {k:v for k,v in os.environ.items() if k not in (*SECRETS, 'IN_TEST')}
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, errors='replace',
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **kwargs)
+
 def _in_process(
     code:str, # Python source to run
     *args:str, # Its `sys.argv[1:]`
@@ -144,9 +150,7 @@ def _in_process(
     timeout:float=1800, # Seconds until it is ended, with the processes it started
 )->tuple[bool,str]: # Did it exit with 0? What it printed
     "Run Python source in a fresh process that sees no token of yours."
-    env = QUIET_THREADS | {k:v for k,v in os.environ.items() if k not in (*SECRETS, 'IN_TEST')}
-    p = subprocess.Popen([sys.executable, '-c', code, *map(str, args)], cwd=cwd, env=env, text=True, errors='replace',
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    p = _python(code, *args, cwd=cwd, stderr=subprocess.STDOUT, start_new_session=True)
     try: out = p.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
         os.killpg(p.pid, signal.SIGKILL)
@@ -180,13 +184,17 @@ def run_notebooks(
 ):
     "Run notebooks in place and keep their outputs: what a developer does before a commit."
     from execnb.nbio import read_nb
+    failed = []
     for fn in notebooks(names, path):
         flagged = [d for d in map(_directives, read_nb(fn).cells) if flag in d]
         if flag and not flagged: continue
         ok,out = _in_process(_RUN, fn, *flag.split(), cwd=fn.parent, timeout=4*3600 if flag else 1800)
-        if not ok: raise ValueError(f"{fn.name} failed, and stays as it was:\n{out}")
         lack = dict.fromkeys(n for d in flagged for n in _lacking(d))
-        print(f'ran {fn.name}'+f", all but the cells that need {', '.join(lack)}"*bool(lack))
+        if ok: print(f'ran {fn.name}'+f", all but the cells that need {', '.join(lack)}"*bool(lack), flush=True)
+        else:
+            print(f'{fn.name} failed, and stays as it was:\n{out}', flush=True)
+            failed.append(fn.name)
+    if failed: raise ValueError(f"{', '.join(failed)} failed: see above.")
 
 # %% ../../nbs/dev/site.ipynb #1381e372
 _TEST = '''import json, sys
@@ -204,6 +212,55 @@ def test_notebook(
     "Test one notebook in a process of its own."
     fn = Path(fn).resolve()
     return _in_process(_TEST, fn, shown, cwd=fn.parent, timeout=timeout)
+
+# %% ../../nbs/dev/site.ipynb #d51c2a7b
+WARM = 'IPython execnb.shell nbdev.showdoc pandas pyarrow.parquet scipy.optimize torch._inductor.compile_fx'.split()
+
+def _be_test(fn, out): # in a fork: what it prints goes to a file
+    os.setsid()
+    for fd,file in enumerate((os.devnull, out, out)): os.dup2(os.open(file, os.O_RDWR | os.O_APPEND), fd)
+    os.chdir(Path(fn).parent)
+    if 'TRITON_INTERPRET' in Path(fn).read_text():
+        os.execv(sys.executable, [sys.executable, '-c', _TEST, fn, os.devnull])
+    try: _execute(fn)
+    except ValueError as e: sys.exit(str(e))
+
+# %% ../../nbs/dev/site.ipynb #dd582c2e
+def _fork_tests(
+    fns:list[str], # Notebooks
+    n_workers:int, # How many at a time
+    timeout:float, # Seconds that each may take
+    warm:list[str], # Modules to import first
+):
+    "Test each notebook in a fork of this process; print `[name, passed?, what it said, seconds]` when it ends."
+    import gc
+    from importlib import import_module
+    for m in warm: import_module(m)
+    gc.freeze() # what is imported is neither copied nor looked through by a fork
+    waiting,running = [*fns],{}
+    while waiting or running:
+        while waiting and len(running)<n_workers:
+            fn,out = waiting.pop(0),tempfile.mkstemp(prefix='test-')[1]
+            if not (pid := os.fork()): return _be_test(fn, out)
+            running[pid] = fn,Path(out),time.time()
+        time.sleep(.1)
+        for pid in [*running]: _look_after(running, pid, timeout)
+
+# %% ../../nbs/dev/site.ipynb #12dc3b2c
+def _look_after(running, pid, timeout): # says how the test in this process ended, and ends it when its time is up
+    fn,out,start = running[pid]
+    if late := time.time()-start>timeout: os.killpg(pid, signal.SIGKILL)
+    ended,status = os.waitpid(pid, 0 if late else os.WNOHANG)
+    if not ended: return
+    said = out.read_text(errors='replace')+f'\nstopped: longer than {timeout} s'*late
+    print(json.dumps([Path(fn).name, not status, said, time.time()-start]), flush=True)
+    out.unlink()
+    del running[pid]
+
+def _start_tests(fns, n_workers, timeout=900): # a process that prints a line of JSON for each notebook
+    warm = WARM if len(fns)>3 and not shutil.which('nvidia-smi') else []
+    code = 'import json, sys; from phoque.dev.site import _fork_tests; _fork_tests(*json.loads(sys.argv[1]))'
+    return _python(code, json.dumps([[str(fn) for fn in fns], n_workers, timeout, warm]))
 
 # %% ../../nbs/dev/site.ipynb #64e8c9cc
 def _changed(
@@ -816,16 +873,34 @@ def module_names(
 
 HEAVY = 'torch transformers trl peft datasets wandb matplotlib pandas huggingface_hub bitsandbytes nbdev'.split()
 
+_LIGHT = '''import sys
+from importlib import import_module
+for name in sys.argv[2:]:
+    import_module(name)
+    if heavy := sys.modules.keys() & sys.argv[1].split(): sys.exit(f"{name} imports {', '.join(sorted(heavy))}")'''
+
 def check_light(
     path:str|Path='.', # A folder of the project
 ):
     "Importing a module imports nothing heavy."
-    with project(path) as cfg: root,lib,names = cfg.config_path,cfg.lib_name,module_names(cfg)
-    for n in names:
-        code = f'import sys, {lib}.{n}; print(*[m for m in {HEAVY} if m in sys.modules])'
-        ok,out = _in_process(code, cwd=root)
-        if ok and not out.strip(): continue
-        raise ValueError(f"{lib}.{n} imports {out.strip()}: put that inside the functions that use it")
+    with project(path) as cfg: root,names = cfg.config_path,[f'{cfg.lib_name}.{n}' for n in module_names(cfg)]
+    ok,out = _in_process(_LIGHT, ' '.join(HEAVY), *names, cwd=root)
+    if not ok: raise ValueError(f"{out.strip()}: put that inside the functions that use it")
+
+# %% ../../nbs/dev/site.ipynb #670e3523
+def check_names(
+    path:str|Path='.', # A folder of the project
+):
+    "No module defines a top-level name twice."
+    import ast
+    with project(path) as cfg: files = [cfg.lib_path.joinpath(*n.split('.')).with_suffix('.py') for n in module_names(cfg)]
+    for f in files:
+        seen,tree = {},ast.parse(f.read_text())
+        for o in tree.body:
+            if isinstance(o, ast.AugAssign): continue # adds to what is there
+            for n in {*defined_names(o)}:
+                if n in seen: raise ValueError(f"{f.name} defines `{n}` in lines {seen[n]} and {o.lineno}: rename one")
+                seen[n] = o.lineno
 
 # %% ../../nbs/dev/site.ipynb #d6438b21
 SPELT_SO = 'als,ans,docment,docments,generat,meu,ot,serie,sme,tage,te' # Words that codespell takes for slips
@@ -890,18 +965,12 @@ def check_job(
 
 # %% ../../nbs/dev/site.ipynb #610f8020
 PROJECT_CHECKS = { # What is said of the whole project, while its notebooks run
-    'imports': check_light, 'commands on the pages': check_commands, 'spelling': check_words, 'site': build_site}
+    'imports': check_light, 'names': check_names, 'commands on the pages': check_commands, 'spelling': check_words, 'site': build_site}
 
 def _say_result(name, ok, said, secs):
     tail = f'\n{said}' if not ok else f': {said}' if said.startswith('not compared') else ''
     print(f"{'ok    ' if ok else 'FAILED'} {name} ({secs:.0f} s){tail}", flush=True)
     return ok
-
-def _each_notebook(check, fns, n_workers, checks={}, root=None): # checks of the whole project run beside them
-    with ThreadPoolExecutor(n_workers) as pool:
-        running = pool.map(lambda fn: _try(check, fn), fns)
-        results = [_say_result(name, *_try(f, root)) for name,f in checks.items()]
-        return results+[_say_result(fn.name, *res) for fn,res in zip(fns, running)]
 
 def _say_sum(results):
     failed = results.count(False)
@@ -919,7 +988,11 @@ def run_tests(
     checks = {} if names else dict(PROJECT_CHECKS)
     if checks and (root/'train/train.py').exists(): checks['dry run of train/train.py'] = check_job
     results = [] if names else [_say_result('generated files', *_try(check_generated, root))] # alone: it writes modules
-    return _say_sum(results+_each_notebook(test_notebook, notebooks(names, root), n_workers, checks, root))
+    tests = _start_tests(notebooks(names, root), n_workers)
+    results += [_say_result(name, *_try(f, root)) for name,f in checks.items()] # beside the notebooks
+    results += [_say_result(*json.loads(line)) for line in tests.stdout]
+    if tests.wait(): raise ValueError("The tests of the notebooks ended before all had run: see above.")
+    return _say_sum(results)
 
 def run_compare(
     names:str='', # Notebooks; '' for all
@@ -927,7 +1000,10 @@ def run_compare(
     path:str|Path='.', # A folder of the project
 )->int: # How many show something else than what is saved
     "Hold what notebooks show against what is saved in them."
-    return _say_sum(_each_notebook(compare_notebook, notebooks(names, path), n_workers))
+    fns = notebooks(names, path)
+    with ThreadPoolExecutor(n_workers) as pool: # each said as soon as those before it have ended
+        running = pool.map(lambda fn: _try(compare_notebook, fn), fns)
+        return _say_sum([_say_result(fn.name, *res) for fn,res in zip(fns, running)])
 
 # %% ../../nbs/dev/site.ipynb #70295a65
 def _requires(name, seen): # `name` and what it requires, by name, as installed here

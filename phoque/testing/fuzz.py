@@ -432,16 +432,21 @@ class OddHub:
         "The job."
         return self.answer()
 
-    def rerun_job(self, **kwargs):
-        "The job again, which is counted."
-        self.bought += 1
-        return self.answer()
-
-    def list_repo_files(self, *args, **kwargs):
-        "A checkpoint more for each job."
-        return [f'checkpoint-{self.bought*5}/manifest.json', *map(str, _ODD_PARTS)]
-
     list_jobs_hardware = FactsHub.list_jobs_hardware
-    def fetch_job_logs(self, **kwargs):
-        "The log's lines, damaged."
-        return spoil_text(self.r, self.text).split('\n')
+
+# %% ../../nbs/testing/fuzz.ipynb #e2b3b1c3
+@patch
+def rerun_job(self:OddHub, **kwargs):
+    "The job again, which is counted."
+    self.bought += 1
+    return self.answer()
+
+@patch
+def list_repo_files(self:OddHub, *args, **kwargs):
+    "A checkpoint more for each job."
+    return [f'checkpoint-{self.bought*5}/manifest.json', *map(str, _ODD_PARTS)]
+
+@patch
+def fetch_job_logs(self:OddHub, **kwargs):
+    "The log's lines, damaged."
+    return spoil_text(self.r, self.text).split('\n')

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio, contextlib, json, os, random, socket, subprocess, sys, time
 from itertools import count
 from pathlib import Path
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['WORDS', 'made_text', 'serve_texts', 'TextServer', 'TransformersServer']
@@ -46,18 +47,21 @@ class _Texts(asyncio.Protocol):
             status,answer = self.answer(head.split()[1].decode().partition('?')[0], fields, json.loads(rest[:n] or b'{}'))
             body = json.dumps(answer).encode()
             self.transport.write(f'HTTP/1.1 {status} X\r\nRetry-After: 0.1\r\nContent-Length: {len(body)}\r\n\r\n'.encode()+body)
-    def answer(self, path, fields, body):
-        if self.how['key'] and fields.get('authorization')!=f"bearer {self.how['key']}".lower(): return 401,dict(error=dict(message='no key'))
-        if path=='/v1/models': return 200,dict(data=[dict(id=m) for m in self.how['models']])
-        if body.get('model') not in self.how['models']: return 404,dict(error=dict(message=f"no model {body.get('model')}"))
-        if strange := set(self.how['refuses']) & set(body): return 422,dict(detail=f'unexpected fields {sorted(strange)}')
-        number = next(self.numbers)
-        if number==self.how['dies']: os._exit(1)
-        if self.how['busy'] and number%self.how['busy']==0: return 429,{}
-        text,why = made_text(body, self.how['ignores'], number)
-        said = dict(message=dict(role='assistant', content=text)) if path.endswith('/chat/completions') else dict(text=text)
-        about = dict(id=f'text-{number}', object='chat.completion' if 'message' in said else 'text_completion', created=0, model=body['model'])
-        return 200,dict(about, usage=dict(prompt_tokens=1, completion_tokens=1, total_tokens=2), choices=[dict(index=0, finish_reason=why) | said])
+
+# %% ../../nbs/testing/text_server.ipynb #c01f7758
+@patch
+def answer(self:_Texts, path, fields, body):
+    if self.how['key'] and fields.get('authorization')!=f"bearer {self.how['key']}".lower(): return 401,dict(error=dict(message='no key'))
+    if path=='/v1/models': return 200,dict(data=[dict(id=m) for m in self.how['models']])
+    if body.get('model') not in self.how['models']: return 404,dict(error=dict(message=f"no model {body.get('model')}"))
+    if strange := set(self.how['refuses']) & set(body): return 422,dict(detail=f'unexpected fields {sorted(strange)}')
+    number = next(self.numbers)
+    if number==self.how['dies']: os._exit(1)
+    if self.how['busy'] and number%self.how['busy']==0: return 429,{}
+    text,why = made_text(body, self.how['ignores'], number)
+    said = dict(message=dict(role='assistant', content=text)) if path.endswith('/chat/completions') else dict(text=text)
+    about = dict(id=f'text-{number}', object='chat.completion' if 'message' in said else 'text_completion', created=0, model=body['model'])
+    return 200,dict(about, usage=dict(prompt_tokens=1, completion_tokens=1, total_tokens=2), choices=[dict(index=0, finish_reason=why) | said])
 
 # %% ../../nbs/testing/text_server.ipynb #85edecfb
 def serve_texts(
