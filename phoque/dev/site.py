@@ -51,6 +51,7 @@ def _lacking(dirs:dict)->list: # Packages and programs that a cell needs and tha
     from importlib.util import find_spec
     return [n for n in dirs.get('needs', ()) if not (find_spec(n) or shutil.which(n) or n=='chromium' and find_chromium())]
 
+# %% ../../nbs/dev/site.ipynb #4dce28ba
 def _execute(
     fn:str|Path, # The notebook, which stays as it is
     run:tuple=(), # Flags of `tst_flags` whose cells are run as well
@@ -994,6 +995,7 @@ def run_tests(
     if tests.wait(): raise ValueError("The tests of the notebooks ended before all had run: see above.")
     return _say_sum(results)
 
+# %% ../../nbs/dev/site.ipynb #67b044e8
 def run_compare(
     names:str='', # Notebooks; '' for all
     n_workers:int=3, # Notebooks at a time
