@@ -704,7 +704,7 @@ _NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada
 # %% ../../nbs/exports/pii.ipynb #d4db9f2f
 _IS = "is(?:\\snow)?|was|were|ist|war|lautet|est|était|c'est|es|era|er|är|jest|to|é|è|e|je|on|это|был|bu|adalah|là|היא|है"
 _OF_WHAT = "for|to|of|on|für|fürs|zum|vom|von|zur|pour|du|para|del?|de\\sla|da|di|do|od|na|voor|van|het|till?|от|для|к|i|used"
-_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network|wpa\d?)[\s-]?(?:key|schlüssel|psk)|psk|pin(?:['’]?s)?|otp|2fa|secret
+_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network|wpa\d?)[\s-]?(?:key|schlüssel|psk)|psk|pin(?:['’]?s)?|(?:otp|2fa)(?![\s-]code)|secret
     |(?:phone|screen|tablet|laptop|handy)\sun?lock
     |(?:code|clé|clave|chiave|klucz|ключ)\s(?:du\s|del\s|do\s)?(?:wi-?fi|wlan)
     |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
