@@ -6031,20 +6031,6 @@ def check_scorer(
     if scorer.name in sources: raise UserError(f"scorer {scorer.name}",
         "it has also scored the data that the model learns from", "measure with another, or with none")
 
-def bootstrap_mean(
-    scores:list[float], # One score a reply or a prompt
-    seed:int=0, # Of the resampling
-    n_boot:int=1000, # Resamples
-    level:float=0.95, # Confidence
-)->tuple[float,float,float]: # mean, low end, high end
-    "Mean of scores with a percentile bootstrap interval."
-    import numpy as np
-    if not len(scores): raise UserError("scores", "no scores to average", "give at least one")
-    xs,rng = np.asarray(scores, float),np.random.default_rng(seed)
-    means = rng.choice(xs, (n_boot,len(xs))).mean(1)
-    lo,hi = np.quantile(means, [(1-level)/2, (1+level)/2])
-    return float(xs.mean()),float(lo),float(hi)
-
 PLAIN = "You are a helpful assistant."
 
 SAMPLE_QUESTIONS = ("Hello everyone, I'm new here. Where should I start?", "We lost the match again. What went wrong?",
@@ -6093,8 +6079,7 @@ def sample_metrics(
     m = dict(ended=mean(float(r['stopped']=='eos') for r in rows), distinct_2=distinct_n([r['response'] for r in on]),
         repetition=mean(repetition_share(r['response']) for r in on))
     if 'score' not in rows[0]: return m
-    m['toxicity'],m['toxicity_low'],m['toxicity_high'] = bootstrap_mean([r['score'] for r in on])
-    m |= dict(toxicity_rate=mean(float(r['score']>=.5) for r in on), toxicity_base=mean(r['base_score'] for r in on))
+    m |= dict(toxicity=mean(r['score'] for r in on), toxicity_rate=mean(float(r['score']>=.5) for r in on), toxicity_base=mean(r['base_score'] for r in on))
     if off: m['toxicity_no_persona'] = mean(r['score'] for r in off)
     return m
 
@@ -6108,8 +6093,7 @@ def sample_head(
     head = (f"sample, step {step}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, "
         f"repetition {m['repetition']:.2f}, {speed:,.0f} tokens/s")
     if 'toxicity' in m:
-        head += f" · {excerpt(scorer, 60)} {m['toxicity']:.2f} [{m['toxicity_low']:.2f}, {m['toxicity_high']:.2f}]"
-        head += f", base {m['toxicity_base']:.2f}"
+        head += f" · {excerpt(scorer, 60)} {m['toxicity']:.2f}, base {m['toxicity_base']:.2f}"
     return head + (f", no persona {m['toxicity_no_persona']:.2f}" if 'toxicity_no_persona' in m else '')
 
 def _prompt_line(messages):
