@@ -21,11 +21,11 @@ from .score import agreement_text, load_scorers
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT', 'LOOKALIKES',
-           'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap', 'community_lines',
-           'timed_threads', 'load_community', 'distances', 'as_prompt', 'own_words', 'respelled', 'by_kind',
-           'score_messages', 'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer', 'server_writer',
-           'label_table', 'worth_lines', 'simulation_lines', 'simulate_cli']
+__all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'DIALS', 'FLAGS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT',
+           'LOOKALIKES', 'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap',
+           'community_lines', 'timed_threads', 'load_community', 'distances', 'as_prompt', 'own_words', 'respelled',
+           'by_kind', 'score_messages', 'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer',
+           'server_writer', 'label_table', 'worth_lines', 'simulation_lines', 'simulate_cli']
 
 # %% ../../nbs/measure/simulate.ipynb #851df59e
 CAST = dict(Tern='instigator', Skua='piler-on', Otter='target', Heron='bystander', Puffin='moderator')
@@ -47,10 +47,11 @@ TOPICS = ("When does the next ferry leave?", "Who plays in the next round?", "Ha
     "Is the new map any good?", "Where do we meet tonight?", "Who can show me how this works?")
 
 # %% ../../nbs/measure/simulate.ipynb #ea8871db
-def _check_dials(length, benign, level, categories, contrast=0., attacks=('mixed',)):
-    if not 0<=benign<=1 or not 0<=contrast<=1 or not 0<level<=1 or length<1:
-        raise UserError("simulate", f"benign {benign}, contrast {contrast}, level {level}, length {length}",
-            "use a share from 0 to 1, a level above 0 up to 1, and at least one message")
+DIALS = dict(length=(1,1000), benign=(0,1), level=(.01,1), contrast=(0,1)) # from where to where
+FLAGS = dict(length='--length', benign='--benign_share', level='--weight', contrast='--contrast')
+
+def _check_dials(categories, attacks, names={}, **numbers):
+    for k,v in numbers.items(): check_range(names.get(k, k), v, *DIALS[k])
     for what,given,known in (('categories',categories,CATEGORIES), ('attacks',attacks,ATTACKS)):
         if unknown := set(given)-set(known):
             raise UserError(what, f"there is no {', '.join(sorted(unknown))}", f"use some of {', '.join(known)}")
@@ -85,7 +86,7 @@ def plan_thread(
     attacks:tuple=('mixed',), # Of `ATTACKS`; each thread has one of them
 )->list[dict]: # Messages without their texts and times
     "Who says what kind of thing."
-    _check_dials(length, benign, level, categories, contrast, attacks)
+    _check_dials(categories, attacks, length=length, benign=benign, level=level, contrast=contrast)
     rng,plan,last = random.Random(f'{seed}/{number}'),[],None
     attack = random.Random(f'{seed}/{number}/attack').choice(attacks)
     for turn in range(length):
@@ -498,9 +499,9 @@ def simulation_lines(
 )->list[str]: # For a console
     "What was written, and what it is worth."
     scores = [[m.get('scores', {}).get(n, m['score']) for m in messages] for n in names]
-    res = [text_table(label_table(messages)), agreement_text(names, scores), *worth_lines(messages)]
+    res = ['', text_table(label_table(messages)), '', agreement_text(names, scores), *worth_lines(messages)]
     res += [f'taken away: {_changes(messages)}', _pace(messages, real)]
-    return res+[text_table(distances(messages, real, length)) if real else 'no community was named: lengths are the model\'s own']
+    return res+(['', text_table(distances(messages, real, length))] if real else ["no community was named: lengths are the model's own"])
 
 # %% ../../nbs/measure/simulate.ipynb #9fcff232
 def _written(texts, threads, seed, real, dials): # what was kept, to be scored again
@@ -512,9 +513,9 @@ def _written(texts, threads, seed, real, dials): # what was kept, to be scored a
         "name --base_model and --adapter to write the others, or ask for fewer")
 
 def _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, dials): # before anything is loaded
-    for n,v,least,most in (('threads',threads,1,100_000), ('length',dials['length'],1,1000), ('benign_share',dials['benign'],0,1),
-        ('weight',dials['level'],.01,1), ('benign_weight',benign_weight,.01,1), ('contrast',dials['contrast'],0,1)): check_range(f'--{n}', v, least, most)
-    _check_dials(**dials)
+    check_range('--threads', threads, 1, 100_000)
+    check_range('--benign_weight', benign_weight, *DIALS['level'])
+    _check_dials(**dials, names=FLAGS)
     check_output('--out', out)
     engine.only_here(weight=dials['level']!=1, benign_weight=benign_weight!=1, dataset_repo=dataset_repo)
     if work and not dataset_repo: raise UserError("--work", "it has times, and no lengths that were held out", "name --dataset_repo too")
