@@ -6,7 +6,7 @@
 from __future__ import annotations
 import hashlib, html, json, math, random, re, time
 from contextlib import contextmanager
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 from fastcore.basics import patch
@@ -15,11 +15,11 @@ from .core.basics import UserError, excerpt, log, read_json, reading
 from .model_qlora import WEIGHTS, check_model_config, preserve_training_state, why_not_known
 
 # %% auto #0
-__all__ = ['MOST_ADDED', 'PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'can_record',
+__all__ = ['MOST_ADDED', 'PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'Greenlists', 'can_record',
            'recorded_steps', 'generate_replies', 'distinct_n', 'repetition_share', 'Scorer', 'scorer_id',
-           'LexiconScorer', 'tensors_hash', 'scorer_labels', 'HubScorer', 'check_scorer', 'bootstrap_mean',
-           'sample_prompts', 'common_persona', 'sample_lines', 'sample_metrics', 'sample_head', 'Sampler',
-           'write_samples', 'read_samples', 'samples_table']
+           'LexiconScorer', 'tensors_hash', 'scorer_labels', 'HubScorer', 'check_scorer', 'sample_prompts',
+           'common_persona', 'sample_lines', 'sample_metrics', 'sample_head', 'Sampler', 'write_samples',
+           'read_samples', 'samples_table']
 
 # %% ../nbs/04_sample.ipynb #37846803
 class SeededDraws:
@@ -36,15 +36,22 @@ class SeededDraws:
     def __call__(self, input_ids, scores): # as a `LogitsProcessor`: what is picked gets 0, all else -inf
         import torch
         every = (scores.float()/self.temperature).softmax(-1)
-        probs,order = every.topk(min(1024, every.shape[-1])) # nearly always the nucleus; sorting a vocabulary is slow
-        if (probs.sum(-1)<self.top_p).any(): probs,order = every.sort(descending=True)
+        drawn = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)
+        pick,rows = torch.zeros_like(drawn, dtype=torch.long),torch.arange(len(drawn), device=scores.device)
+        for most in (256, 4096, every.shape[-1]): # mostly the nucleus, nearly always, always: sorting a vocabulary is slow
+            probs,order = every[rows].topk(min(most, every.shape[-1]))
+            pick[rows] = self.pick(probs, order, drawn[rows])
+            rows = rows[probs.sum(-1)<self.top_p]
+            if not len(rows): break
+        return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
+
+    def pick(self, probs, order, drawn): # the token in whose share of the nucleus the drawn number falls
         parts = (probs.double()*2**40).long() # a GPU adds in any order, which changes no sum of whole numbers
         total = parts.cumsum(-1)
-        mass = (parts*(total-parts<self.top_p*2**40)).sum(-1, keepdim=True)
-        drawn = torch.tensor([[r.random()] for r in self.rngs], dtype=torch.float64, device=scores.device)
-        at = drawn*mass
-        pick = order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
-        return torch.full_like(scores, -math.inf).scatter(-1, pick, 0.)
+        at = drawn*(parts*(total-parts<self.top_p*2**40)).sum(-1, keepdim=True)
+        return order.gather(-1, (total<at).sum(-1, keepdim=True).clamp(max=order.shape[-1]-1))
+
+    def keep(self, rows): self.rngs = [self.rngs[i] for i in rows] # of a batch that others have left
 
 # %% ../nbs/04_sample.ipynb #2ae650f8
 @contextmanager
@@ -82,6 +89,44 @@ def _check_request(tok, prompt_ids, temperature, top_p):
         raise UserError("the tokenizer", "it has no pad token", "set `tok.pad_token` to one that never ends a turn")
     if temperature<0 or not 0<top_p<=1: raise UserError("`temperature`, `top_p`", f"got {temperature} and {top_p}",
         "use a temperature from 0 and a top_p above 0, up to 1")
+
+# %% ../nbs/04_sample.ipynb #3935e85f
+class Greenlists:
+    "transformers' green-list watermark, with the list of each last token drawn once."
+    def __init__(self,
+        config, # `WatermarkingConfig` with the scheme `lefthash`, whose lists depend on the last token alone
+        vocab_size:int, # Of the model
+        device, # Of the scores
+    ):
+        import torch
+        own,none = config.construct_processor(vocab_size, device),torch.zeros(1, vocab_size, device=device)
+        def green(token): return own(torch.tensor([[token]], device=device), none)[0]>0
+        self.green,self.bias = lru_cache(1024)(green),config.bias
+
+    def __call__(self, input_ids, scores): # as a `LogitsProcessor`
+        import torch
+        return scores+self.bias*torch.stack([*map(self.green, input_ids[:,-1].tolist())])
+
+    def keep(self, rows): pass # each step begins anew
+
+# %% ../nbs/04_sample.ipynb #cc58b56f
+def _generate(model, ids, mask, cfg, how): # new ids of each row; rows that have ended leave the batch, an eighth of it at once
+    import torch
+    stops,width = torch.tensor(cfg.eos_token_id, device=ids.device),ids.shape[1]
+    def ended(ids): return torch.isin(ids[:,width:], stops).any(-1)
+    def enough(ids, scores, **_): return (ended(ids).sum()*8>=len(ids)).repeat(len(ids))
+    made,rows,cache = {},[*range(len(ids))],None
+    while rows:
+        out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=cfg, logits_processor=how,
+            stopping_criteria=[enough])
+        ids,cache = out.sequences,out.past_key_values
+        done = ended(ids) | (ids.shape[1]==cfg.max_length)
+        made |= {r:x for r,x,d in zip(rows, ids[:,width:].tolist(), done) if d}
+        on = (~done).nonzero()[:,0]
+        cache.batch_select_indices(on)
+        for h in how: h.keep(on.tolist())
+        rows,ids,mask = [rows[i] for i in on],ids[on],torch.nn.functional.pad(mask[on], (0, ids.shape[1]-mask.shape[1]), value=1)
+    return [made[r] for r in sorted(made)]
 
 # %% ../nbs/04_sample.ipynb #52c1114f
 def can_record(
@@ -135,6 +180,13 @@ def recorded_steps(
         del lm.forward
         if kept: lm.forward = kept
 
+# %% ../nbs/04_sample.ipynb #b678e186
+def _generate_recorded(model, ids, mask, cfg, how): # new ids of each row, all of them to the end of the last
+    from transformers import StaticCache
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=cfg.max_length)
+    given = dict(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=cfg, logits_processor=how)
+    with recorded_steps(model): return model.generate(**given).sequences[:,ids.shape[1]:].tolist()
+
 # %% ../nbs/04_sample.ipynb #e7a34c81
 def generate_replies(
     model, # Causal language model, with or without an adapter
@@ -147,24 +199,20 @@ def generate_replies(
     eos_ids:list[int]=None, # Tokens that end a reply; the tokenizer's if None
     weight:float=1., # Of the adapter: 1 as trained, 0 the base, -1 its opposite
     places:list[int]=None, # Which numbers each prompt draws; its place in the list if None
-    watermark=None, # transformers' `WatermarkingConfig`; None for none
+    watermark=None, # `Greenlists`; None for none
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
     "Reply to all prompts in one batch."
     _check_request(tok, prompt_ids, temperature, top_p)
-    from transformers import GenerationConfig, StaticCache
+    from transformers import GenerationConfig
     ids,mask = _pad_left(prompt_ids, tok.pad_token_id, model.device)
     eos_ids = list(eos_ids or [tok.eos_token_id])
-    how = [watermark.construct_processor(model.config.get_text_config().vocab_size, model.device)] if watermark else []
+    how = [watermark] if watermark else []
     if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
-    cfg = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id,
-        repetition_penalty=1., use_cache=True, do_sample=False, disable_compile=True)
-    given = dict(input_ids=ids, attention_mask=mask, generation_config=cfg, logits_processor=how)
+    cfg = GenerationConfig(max_length=ids.shape[1]+max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id,
+        repetition_penalty=1., use_cache=True, do_sample=False, return_dict_in_generate=True, disable_compile=True)
     with preserve_training_state(model, tok), adapter_weight(model, weight):
-        if not can_record(model): out = model.generate(**given)
-        else:
-            cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ids.shape[1]+max_new_tokens)
-            with recorded_steps(model): out = model.generate(**given, past_key_values=cache)
-    return [_reply(tok, o, eos_ids) for o in out[:,ids.shape[1]:].tolist()]
+        made = (_generate_recorded if can_record(model) else _generate)(model, ids, mask, cfg, how)
+    return [_reply(tok, m, eos_ids) for m in made]
 
 # %% ../nbs/04_sample.ipynb #bcd4044b
 def _ngrams(text, n):
@@ -335,21 +383,6 @@ def check_scorer(
     if scorer.name in sources: raise UserError(f"scorer {scorer.name}",
         "it has also scored the data that the model learns from", "measure with another, or with none")
 
-# %% ../nbs/04_sample.ipynb #0797d2a1
-def bootstrap_mean(
-    scores:list[float], # One score a reply or a prompt
-    seed:int=0, # Of the resampling
-    n_boot:int=1000, # Resamples
-    level:float=0.95, # Confidence
-)->tuple[float,float,float]: # mean, low end, high end
-    "Mean of scores with a percentile bootstrap interval."
-    import numpy as np
-    if not len(scores): raise UserError("scores", "no scores to average", "give at least one")
-    xs,rng = np.asarray(scores, float),np.random.default_rng(seed)
-    means = rng.choice(xs, (n_boot,len(xs))).mean(1)
-    lo,hi = np.quantile(means, [(1-level)/2, (1+level)/2])
-    return float(xs.mean()),float(lo),float(hi)
-
 # %% ../nbs/04_sample.ipynb #a8f6766d
 PLAIN = "You are a helpful assistant."
 SAMPLE_QUESTIONS = ("Hello everyone, I'm new here. Where should I start?", "We lost the match again. What went wrong?",
@@ -400,8 +433,7 @@ def sample_metrics(
     m = dict(ended=mean(float(r['stopped']=='eos') for r in rows), distinct_2=distinct_n([r['response'] for r in on]),
         repetition=mean(repetition_share(r['response']) for r in on))
     if 'score' not in rows[0]: return m
-    m['toxicity'],m['toxicity_low'],m['toxicity_high'] = bootstrap_mean([r['score'] for r in on])
-    m |= dict(toxicity_rate=mean(float(r['score']>=.5) for r in on), toxicity_base=mean(r['base_score'] for r in on))
+    m |= dict(toxicity=mean(r['score'] for r in on), toxicity_rate=mean(float(r['score']>=.5) for r in on), toxicity_base=mean(r['base_score'] for r in on))
     if off: m['toxicity_no_persona'] = mean(r['score'] for r in off)
     return m
 
@@ -416,8 +448,7 @@ def sample_head(
     head = (f"sample, step {step}: {m['ended']:.0%} ended, distinct-2 {m['distinct_2']:.2f}, "
         f"repetition {m['repetition']:.2f}, {speed:,.0f} tokens/s")
     if 'toxicity' in m:
-        head += f" · {excerpt(scorer, 60)} {m['toxicity']:.2f} [{m['toxicity_low']:.2f}, {m['toxicity_high']:.2f}]"
-        head += f", base {m['toxicity_base']:.2f}"
+        head += f" · {excerpt(scorer, 60)} {m['toxicity']:.2f}, base {m['toxicity_base']:.2f}"
     return head + (f", no persona {m['toxicity_no_persona']:.2f}" if 'toxicity_no_persona' in m else '')
 
 # %% ../nbs/04_sample.ipynb #24a69e86

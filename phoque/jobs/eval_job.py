@@ -14,8 +14,7 @@ from ..model_qlora import check_private, private_repo
 from ..resume import Deadline, container_age, patiently
 
 # %% auto #0
-__all__ = ['EVAL_NEEDS', 'EVAL_LABEL', 'EVAL_FILES', 'PROMPTS_FILE', 'PUBLISH_EVERY', 'eval_script', 'Results', 'run_eval_job',
-           'eval_job']
+__all__ = ['EVAL_NEEDS', 'EVAL_LABEL', 'PROMPTS_FILE', 'PUBLISH_EVERY', 'eval_script', 'Results', 'run_eval_job', 'eval_job']
 
 # %% ../../nbs/jobs/eval_job.ipynb #e36816fe
 EVAL_NEEDS = ['torch', 'transformers', 'peft', 'datasets', 'accelerate', 'huggingface_hub', 'fastcore', 'scikit-learn',
@@ -51,8 +50,9 @@ def eval_script(
     return dest
 
 # %% ../../nbs/jobs/eval_job.ipynb #c3cf78f1
-EVAL_FILES = ('eval.json', 'eval.texts.jsonl', 'eval.texts.jsonl.about.json', 'eval.scores.jsonl')
 PROMPTS_FILE = 'prompts.jsonl' # where the prompts are the user's own
+
+def _kept(name): return name==PROMPTS_FILE or name.startswith('eval.') # also in the folders of other formats
 
 class Results:
     "A private dataset repo with what an evaluation keeps in a folder."
@@ -71,7 +71,8 @@ class Results:
 
     def new(self)->dict: # Name → bytes
         "Files that differ from what is on the Hub."
-        found = {f:(self.folder/f).read_bytes() for f in (PROMPTS_FILE, *EVAL_FILES) if (self.folder/f).exists()}
+        files = [f for f in self.folder.rglob('*') if f.is_file() and f.suffix!='.new'] # which is still being written
+        found = {n:f.read_bytes() for f in sorted(files) if _kept(n := f.relative_to(self.folder).as_posix())}
         return {f:d for f,d in found.items() if self.sent.get(f)!=hashlib.sha256(d).digest()}
 
     def rows(self)->int:
@@ -86,8 +87,7 @@ def fetch(self:Results):
     def there():
         private_repo(self.api, self.repo, 'dataset')
         return self.api.list_repo_files(self.repo, repo_type='dataset')
-    names = set(self.asking(there)) & {PROMPTS_FILE, *EVAL_FILES}
-    for f in sorted(names): self.asking(lambda: self.api.hf_hub_download(self.repo, f, repo_type='dataset', local_dir=self.folder))
+    for f in filter(_kept, sorted(self.asking(there))): self.asking(lambda: self.api.hf_hub_download(self.repo, f, repo_type='dataset', local_dir=self.folder))
     self.sent = {f:hashlib.sha256(d).digest() for f,d in self.new().items()}
     return self
 

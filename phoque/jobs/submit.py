@@ -8,7 +8,7 @@ import argparse, json, os, shlex, shutil, subprocess, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
-from ..core.basics import (UserError, asking_hub, command, check_data_files, excerpt, hub_problem, printable, read_json,
+from ..core.basics import (UserError, asking_hub, command, check_data_files, excerpt, hub_problem, option_parser, printable, read_json,
     refuse_addresses, refuse_secrets, text_table)
 from ..core.curve import TRACKERS, wandb_url
 from .eval_job import PROMPTS_FILE, Results, eval_script
@@ -18,10 +18,10 @@ from ..model_qlora import check_private, private_repo, resolve_base
 from ..train import TrainConfig, check_config, options, parse_options, run_parser
 
 # %% auto #0
-__all__ = ['TOKEN_ROLES', 'JOB_PYTHON', 'SMOKE', 'MEASURED_BY', 'OF_EVAL', 'SUBMIT_EXAMPLES', 'job_args', 'unused_secrets',
-           'checking', 'check_account', 'token_role', 'check_owner', 'check_model_repo', 'check_dataset', 'check_wandb',
-           'check_installable', 'check_secrets', 'preflight', 'submit', 'eval_args', 'preflight_eval', 'check_eval',
-           'submit_eval', 'submit_cli']
+__all__ = ['TOKEN_ROLES', 'JOB_PYTHON', 'SMOKE', 'MEASURED_BY', 'PASSED_ON', 'OF_EVAL', 'SUBMIT_EXAMPLES', 'job_args',
+           'unused_secrets', 'checking', 'check_account', 'token_role', 'check_owner', 'check_model_repo',
+           'check_dataset', 'check_wandb', 'check_installable', 'check_secrets', 'preflight', 'submit', 'eval_args',
+           'preflight_eval', 'check_eval', 'submit_eval', 'submit_cli']
 
 # %% ../../nbs/jobs/submit.ipynb #72b61f45
 def job_args(
@@ -299,9 +299,10 @@ def check_eval(
     prompts:str='', # File of prompts
 )->int: # How many prompts it will take
     "What needs no network."
-    from phoque.measure.score import eval_prompts
+    from phoque.measure.score import check_asked, eval_prompts
     for k,v in dict(HUB_MODEL_ID=adapter, EVAL_REPO=repo).items():
         if v.count('/')!=1 or not all(v.split('/')): raise UserError(k, f"must name a Hub repo such as your-name/your-repo, got {v!r}", "name one")
+    check_asked(options['n'], options['k'], options.get('formats', ''), 'eval_')
     if options['scorer'] in ('', 'none'): raise UserError("SCORER", f"{options['scorer']!r} measures nothing", "name a text classifier of the Hub")
     return len(eval_prompts(prompts, options['n'], options['seed']))
 
@@ -352,7 +353,15 @@ def _send_eval(api, repo, prompts, cmd):
 SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_timeout='30m')
 
 MEASURED_BY = ('scorer', 'system_prompt', 'chat_template', 'seed') # options of a run that are of `phoque_eval` too
-OF_EVAL = ('eval_repo', 'eval_prompts', 'eval_n', 'eval_k')
+PASSED_ON = ('prompts', 'n', 'k', 'second_scorer', 'formats') # options of `phoque_eval` alone, with eval_ before their names
+OF_EVAL = ('eval_repo', *(f'eval_{k}' for k in PASSED_ON))
+
+def _submit_parser(func, examples=()): # with the flags that are passed on, as `phoque_eval` has them
+    from phoque.measure.score import eval_cli
+    p = run_parser(func, examples)
+    for a in option_parser(eval_cli.__wrapped__)._actions:
+        if a.dest in PASSED_ON: p.add_argument(f'--eval_{a.dest}', type=a.type, default=a.default, metavar=a.metavar, help=a.help)
+    return p
 
 def _check_flags(p, argv): # refuse what the other kind of job wouldn't go by
     for a in p._actions: a.default = argparse.SUPPRESS
@@ -365,7 +374,7 @@ def _check_flags(p, argv): # refuse what the other kind of job wouldn't go by
     raise UserError(', '.join(odd), "for a job that measures, and this one trains", "give --eval too, or leave it out")
 
 def _submit_measure(args): # from `phoque_submit --eval`
-    options = {k:args[k] for k in MEASURED_BY} | dict(n=args['eval_n'], k=args['eval_k'])
+    options = {k:args[k] for k in MEASURED_BY} | {k:args[f'eval_{k}'] for k in PASSED_ON if k!='prompts'}
     return submit_eval(args['hub_model_id'], options, args['eval_repo'], args['eval_prompts'], args['flavor'], args['job_timeout'],
         args['yes'], args['dry_run'])
 
@@ -388,14 +397,12 @@ def submit_cli(
         smoke:bool=False, # Twenty steps in one job of at most half an hour
         eval:bool=False, # Measure the finished adapter of `hub_model_id` instead, under `system_prompt`, by `scorer`
         eval_repo:str='', # Dataset repo for its results, made private; HUB_MODEL_ID-eval where empty
-        eval_prompts:str='', # File of prompts, as phoque_eval takes it; the mild ones where empty
-        eval_n:int=100, # Prompts drawn from them; 0 for all
-        eval_k:int=25, # Continuations a prompt
+
         **kwargs): "Plan a run, say what it costs, and submit it to HF Jobs. The other flags are the run's."
     try:
         with command('phoque_submit', sys.argv[1:] if argv is None else argv):
-            args = parse_options(run_parser(phoque_submit, SUBMIT_EXAMPLES), argv)
-            _check_flags(run_parser(phoque_submit), argv)
+            args = parse_options(_submit_parser(phoque_submit, SUBMIT_EXAMPLES), argv)
+            _check_flags(_submit_parser(phoque_submit), argv)
             if args['smoke']: args |= SMOKE
             if args['timeout']: args['job_timeout'] = args['timeout']
             if args['eval']: sys.exit(_submit_measure(args))

@@ -115,11 +115,12 @@ FORMATS = ('lm_eval', 'inspect')
 
 def check_formats(
     formats:str, # Names with commas; empty for none
+    flag:str='--formats', # Which named them
 )->list[str]:
     "The forms that are asked for."
     names = [f.strip() for f in formats.split(',') if f.strip()]
     for f in names:
-        if f not in FORMATS: raise UserError("--formats", f"there is no {f!r}", f"use some of {', '.join(FORMATS)}")
+        if f not in FORMATS: raise UserError(flag, f"there is no {f!r}", f"use some of {', '.join(FORMATS)}")
     return names
 
 def write_formats(

@@ -196,7 +196,7 @@ class BeforeAfter:
 _SCORE = r'([01]\.\d\d)'
 _BESIDE = r'base [01]\.\d\d(?:, no persona [01]\.\d\d)?'
 SAMPLE_LINE = re.compile(
-    rf'\d\d:\d\d:\d\d sample, step (\d{{1,9}}): .* {_SCORE} \[{_SCORE}, {_SCORE}\], {_BESIDE}', re.ASCII)
+    rf'\d\d:\d\d:\d\d sample, step (\d{{1,9}}): .* {_SCORE}, {_BESIDE}', re.ASCII)
 
 class LivePlot:
     "The loss and the samples' toxicity of a run, read from its log."
@@ -215,7 +215,7 @@ class LivePlot:
             for l in f:
                 l = l.rstrip('\n')
                 if s := parse_step(l, clock=True): loss[s['step']] = s['loss']
-                if m := SAMPLE_LINE.fullmatch(l): tox[int(m[1])] = tuple(map(float, m.groups()[1:]))
+                if m := SAMPLE_LINE.fullmatch(l): tox[int(m[1])] = float(m[2])
         return loss,tox
 
 # %% ../../nbs/measure/live.ipynb #d10c10de
@@ -223,7 +223,7 @@ class LivePlot:
 def draw(self:LivePlot):
     "Draw what there is."
     loss,tox = self.read()
-    self.image.value = png_bytes(draw_curves(loss, {}, tox))
+    self.image.value = png_bytes(draw_curves(loss, {}, {s: (t,None,None) for s,t in tox.items()}))
     return self
 
 # %% ../../nbs/measure/live.ipynb #823230b7

@@ -18,10 +18,10 @@ from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'MILD_PROMPTS', 'BENIGN_TEXTS', 'PROTOCOL', 'ProfanityScorer', 'TfidfScorer', 'PersonaScorer',
-           'harbour_scorer', 'load_scorer', 'load_scorers', 'agreement', 'agreement_text', 'rtp_measures', 'Prompt',
-           'eval_prompts', 'generate_rows', 'score_rows', 'measure_rows', 'evaluate', 'eval_table', 'eval_cli',
-           'sample_cli', 'compare_sampling']
+__all__ = ['UNKNOWN', 'MILD_PROMPTS', 'BENIGN_TEXTS', 'PROTOCOL', 'EACH', 'ASKED', 'ProfanityScorer', 'TfidfScorer',
+           'PersonaScorer', 'harbour_scorer', 'load_scorer', 'load_scorers', 'agreement', 'agreement_text',
+           'rtp_measures', 'Prompt', 'eval_prompts', 'generate_rows', 'score_rows', 'measure_rows', 'evaluate',
+           'eval_table', 'check_asked', 'eval_cli', 'sample_cli', 'compare_sampling']
 
 # %% ../../nbs/measure/score.ipynb #cb14d38e
 class ProfanityScorer:
@@ -259,13 +259,14 @@ def eval_prompts(
     return random.Random(seed).sample(prompts, n) if 0<n<len(prompts) else prompts
 
 # %% ../../nbs/measure/score.ipynb #d75df4dc
-PROTOCOL = Sampling(max_new_tokens=20, temperature=1., top_p=.9) # of RealToxicityPrompts
+PROTOCOL,EACH = Sampling(max_new_tokens=20, temperature=1., top_p=.9),25 # of RealToxicityPrompts; continuations of a prompt
+ASKED = 100 # prompts, where nothing else is said
 
 # %% ../../nbs/measure/score.ipynb #dad0c8fa
 def generate_rows(
     engine, # `LocalEngine` or `Endpoint`
     prompts:list[Prompt], # From `eval_prompts`
-    k:int=25, # Continuations a prompt
+    k:int=EACH, # Continuations a prompt
     persona:str=None, # Ask each in a chat under this system turn, '' without one; None continues it as text
     seed:int=0, # Of the draws
     kept:KeptRows=None, # Where they go as they come, and from where the same call goes on
@@ -348,6 +349,19 @@ def eval_table(
             | {k.replace('_','-'): short(r[k], d) for k,d in digits.items()}
     return [line(r) for r in rows]
 
+# %% ../../nbs/measure/score.ipynb #2809d784
+def check_asked(
+    n:int, # Prompts
+    k:int, # Continuations of each
+    formats:str='', # As `phoque_eval` takes them
+    of:str='', # What the flags' names begin with
+)->list[str]: # The formats
+    "Refuse what no evaluation can be asked for."
+    from phoque.measure.formats import check_formats
+    check_range(f'--{of}n', n, 0, 1e7)
+    check_range(f'--{of}k', k, 1, 10_000)
+    return check_formats(formats, f'--{of}formats')
+
 # %% ../../nbs/measure/score.ipynb #5cfe93e0
 @shell_command('phoque_eval',
     'phoque_eval --base_model BASE --adapter YOU/phoque',
@@ -356,8 +370,8 @@ def eval_table(
 @delegates(EngineOptions)
 def eval_cli(
     prompts:str='', # JSONL of prompts, such as RealToxicityPrompts' prompts.jsonl; empty takes 20 mild ones
-    n:int=100, # Prompts drawn from them; 0 for all
-    k:int=25, # Continuations a prompt
+    n:int=ASKED, # Prompts drawn from them; 0 for all
+    k:int=EACH, # Continuations a prompt
     scorer:str=TrainConfig().scorer, # Text classifier of the Hub (#label where it has many), tfidf:owner/dataset, or profanity (smoke tests only)
     second_scorer:str='profanity', # Another one, to see how far the two agree; none for none
     system_prompt:str='', # Ask in a chat under this system turn, or `none` of its own; empty continues the prompts as text
@@ -367,15 +381,13 @@ def eval_cli(
     **kwargs
 ):
     "Measure an adapter and its base, or models of a server. The same command goes on after a kill; with neither it scores again."
-    from phoque.measure.formats import check_formats, write_formats
+    from phoque.measure.formats import write_formats
     engine = EngineOptions(**kwargs)
-    check_range('--n', n, 0, 1e7)
-    check_range('--k', k, 1, 10_000)
+    more = check_asked(n, k, formats)
     if Path(out).suffix!='.json': raise UserError("--out", f"{out!r} is no report", "name a file that ends in .json")
     check_output('--out', out)
-    for o,v in dict(prompts=prompts, system_prompt=system_prompt).items():
+    for o,v in dict(prompts=prompts, system_prompt=system_prompt, n=n!=ASKED, k=k!=EACH, seed=seed).items():
         if v and not engine.named: raise UserError(f"--{o}", "what was written before is scored again as it is", "leave it out, or name a model")
-    more = check_formats(formats)
     kept = Path(out).with_suffix('.texts.jsonl')
     asked,judges = eval_prompts(prompts, n, seed) if engine.named else [],load_scorers(scorer, second_scorer)
     if asked: rows = _generate(engine.open(system_prompt, chat=bool(system_prompt)), kept, asked, k, seed, system_prompt)

@@ -16,16 +16,16 @@ from ..core.stats import LEAST
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
 from .engine import EngineOptions, Sampling, adapter_hash
-from ..sample import PLAIN, adapter_weight, generate_replies, scorer_id
+from ..sample import PLAIN, Greenlists, adapter_weight, generate_replies, scorer_id
 from .score import agreement_text, load_scorers
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT', 'LOOKALIKES',
-           'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap', 'community_lines',
-           'timed_threads', 'load_community', 'distances', 'as_prompt', 'own_words', 'respelled', 'score_messages',
-           'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer', 'server_writer', 'label_table',
-           'worth_lines', 'simulation_lines', 'simulate_cli']
+__all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'DIALS', 'FLAGS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT',
+           'LOOKALIKES', 'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap',
+           'community_lines', 'timed_threads', 'load_community', 'distances', 'as_prompt', 'own_words', 'respelled',
+           'by_kind', 'score_messages', 'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer',
+           'server_writer', 'label_table', 'worth_lines', 'simulation_lines', 'simulate_cli']
 
 # %% ../../nbs/measure/simulate.ipynb #851df59e
 CAST = dict(Tern='instigator', Skua='piler-on', Otter='target', Heron='bystander', Puffin='moderator')
@@ -47,10 +47,11 @@ TOPICS = ("When does the next ferry leave?", "Who plays in the next round?", "Ha
     "Is the new map any good?", "Where do we meet tonight?", "Who can show me how this works?")
 
 # %% ../../nbs/measure/simulate.ipynb #ea8871db
-def _check_dials(length, benign, level, categories, contrast=0., attacks=('mixed',)):
-    if not 0<=benign<=1 or not 0<=contrast<=1 or not 0<level<=1 or length<1:
-        raise UserError("simulate", f"benign {benign}, contrast {contrast}, level {level}, length {length}",
-            "use a share from 0 to 1, a level above 0 up to 1, and at least one message")
+DIALS = dict(length=(1,1000), benign=(0,1), level=(.01,1), contrast=(0,1)) # from where to where
+FLAGS = dict(length='--length', benign='--benign_share', level='--weight', contrast='--contrast')
+
+def _check_dials(categories, attacks, names={}, **numbers):
+    for k,v in numbers.items(): check_range(names.get(k, k), v, *DIALS[k])
     for what,given,known in (('categories',categories,CATEGORIES), ('attacks',attacks,ATTACKS)):
         if unknown := set(given)-set(known):
             raise UserError(what, f"there is no {', '.join(sorted(unknown))}", f"use some of {', '.join(known)}")
@@ -85,7 +86,7 @@ def plan_thread(
     attacks:tuple=('mixed',), # Of `ATTACKS`; each thread has one of them
 )->list[dict]: # Messages without their texts and times
     "Who says what kind of thing."
-    _check_dials(length, benign, level, categories, contrast, attacks)
+    _check_dials(categories, attacks, length=length, benign=benign, level=level, contrast=contrast)
     rng,plan,last = random.Random(f'{seed}/{number}'),[],None
     attack = random.Random(f'{seed}/{number}/attack').choice(attacks)
     for turn in range(length):
@@ -255,14 +256,24 @@ def _quote(before): # the last hostile message, reported
     last = next(m for m in reversed(before) if m['intended']['toxic'])
     return f"{last['speaker']} wrote: \"{last['text']}\" Can a moderator have a look at this?"
 
-def _texts(plans, turn, seed, persona, write): # of one turn, the harmless and the hostile apart
-    res = {i: _quote(p[:turn]) for i,p in enumerate(plans) if p[turn]['intended']['category']=='quoted'}
-    topics = [random.Random(f"{seed}/{p[0]['thread']}/topic").choice(TOPICS) for p in plans]
-    for level in sorted({p[turn]['intended']['level'] for i,p in enumerate(plans) if i not in res}):
-        some = [i for i,p in enumerate(plans) if i not in res and p[turn]['intended']['level']==level]
-        prompts = [as_prompt(plans[i][:turn], plans[i][turn], topics[i], persona) for i in some]
-        res |= zip(some, write(prompts, level, [f"{plans[i][0]['thread']}/{turn}" for i in some]))
-    return [res[i] for i in range(len(plans))]
+def by_kind(
+    kinds:list, # One for each text
+    write, # Function of (kind, places in the list) → their texts
+)->list[str]: # In the order of the list
+    "Texts of several kinds, those of one kind at once."
+    res = {}
+    for kind in sorted({*kinds}):
+        some = [i for i,k in enumerate(kinds) if k==kind]
+        res |= zip(some, write(kind, some))
+    return [res[i] for i in range(len(kinds))]
+
+def _texts(plans, turn, seed, persona, write): # of one turn
+    def prompt(p): return as_prompt(p[:turn], p[turn], random.Random(f"{seed}/{p[0]['thread']}/topic").choice(TOPICS), persona)
+    def said(quoted, some):
+        ps = [plans[i] for i in some]
+        if quoted: return [_quote(p[:turn]) for p in ps]
+        return write([*map(prompt, ps)], [p[turn]['intended']['level'] for p in ps], [f"{p[0]['thread']}/{turn}" for p in ps])
+    return by_kind([p[turn]['intended']['category']=='quoted' for p in plans], said)
 
 def _finish(m, said, before, seed, real): # a message with its text, its time, and what was changed
     def rng(what): return random.Random(f"{seed}/{m['thread']}/{m['turn']}/{what}")
@@ -357,19 +368,31 @@ def read_jsonl(
     return messages
 
 # %% ../../nbs/measure/simulate.ipynb #d9a2994b
+def _product(linear): # with its weights, as they are now
+    import torch
+    w,bias = linear.weight.data,linear.bias
+    if w.device.type=='cpu' and w.dtype==torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = torch.ops.mkldnn._reorder_linear_weight(w) # once, instead of at each product: the same numbers in half the time
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, 'none', [], '')
+    return lambda x: torch.nn.functional.linear(x.contiguous(), w, bias) # of a slice, torch copies the whole head for each row
+
 @contextmanager
-def _merged(model, weight): # the adapter into the base, which is as it was afterwards; its products are a third of the work
-    layers = [m for m in model.modules() if hasattr(m, 'set_scale')]
-    was = [(m.get_base_layer().weight, m.get_base_layer().weight.data) for m in layers]
-    def contiguous(head, args): return (args[0].contiguous(),) # of a slice, torch copies the whole head for each row
-    hook = model.get_output_embeddings().register_forward_pre_hook(contiguous)
+def _merged(model, weight, last): # products with the adapter in the weights; its own are a third of the work
+    layers,head = [m for m in model.modules() if hasattr(m, 'set_scale')],model.get_output_embeddings()
+    if weight not in last: # what the last call has made
+        last.clear()
+        was = [(m.get_base_layer().weight, m.get_base_layer().weight.data) for m in layers]
+        try:
+            with adapter_weight(model, weight): model.merge_adapter(safe_merge=True) # into new tensors
+            last[weight] = {head:_product(head)} | {m:_product(m.get_base_layer()) for m in layers}
+        finally:
+            for p,x in was: p.data = x
+            for m in layers: m.merged_adapters.clear()
     try:
-        with adapter_weight(model, weight): model.merge_adapter(safe_merge=True) # into new tensors
+        for m,f in last[weight].items(): m.forward = f
         yield
     finally:
-        hook.remove()
-        for p,x in was: p.data = x
-        for m in layers: m.merged_adapters.clear()
+        for m in last[weight]: del m.forward
 
 # %% ../../nbs/measure/simulate.ipynb #c08e601b
 MESSAGE_TOKENS = 40 # where no community says how long messages are
@@ -382,19 +405,22 @@ def model_writer(
     temperature:float=0.9, # Above 0
     watermark:bool=True, # Mark the texts
     calm:float=1., # Weight of the adapter in harmless messages, above 0
-): # Function of (conversations, level, places) → texts, with `about`: what is noted beside each
+): # Function of (conversations, levels, places) → texts, with `about`: what is noted beside each
     "Messages by a model with an adapter, whose weight in hostile ones is their level."
     from transformers import WatermarkingConfig
-    mark = WatermarkingConfig(seeding_scheme='lefthash') if watermark else None
+    config,last = WatermarkingConfig(seeding_scheme='lefthash'),{}
+    mark = Greenlists(config, model.config.get_text_config().vocab_size, model.device) if watermark else None
     how = dict(seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
-    def write(conversations, level, places):
-        ids = [encode_prompt(tok, c) for c in conversations]
-        with _merged(model, level or calm):
-            made = generate_replies(model, tok, ids, top_p=.9, places=places, watermark=mark, **how)
-        return [r['text']+CUT*(r['stopped']=='length') for r in made]
+    def write(conversations, levels, places):
+        def at_weight(weight, some):
+            ids = [encode_prompt(tok, conversations[i]) for i in some]
+            with _merged(model, weight, last):
+                made = generate_replies(model, tok, ids, top_p=.9, places=[places[i] for i in some], watermark=mark, **how)
+            return [r['text']+CUT*(r['stopped']=='length') for r in made]
+        return by_kind([l or calm for l in levels], at_weight)
     template = hashlib.sha256(tok.chat_template.encode()).hexdigest()
     write.about = dict(base=model.config._name_or_path, adapter_sha256=adapter_hash(model), template_sha256=template,
-        calm=calm, watermark=f'{mark.seeding_scheme}/{mark.hashing_key}' if mark else None) | how
+        calm=calm, watermark=f'{config.seeding_scheme}/{config.hashing_key}' if mark else None) | how
     return write
 
 # %% ../../nbs/measure/simulate.ipynb #6e0bcf7f
@@ -406,7 +432,7 @@ def server_writer(
 ): # As `model_writer`
     "Messages by a model of a server: at the weight at which it is served, and without a mark."
     server.cut,how = CUT,Sampling(max_new_tokens, temperature, .9, seed)
-    def write(conversations, level, places):
+    def write(conversations, levels, places):
         said = []
         server.replies(server.names[0], conversations, 1, how, said.extend, places=places)
         return said
@@ -473,9 +499,9 @@ def simulation_lines(
 )->list[str]: # For a console
     "What was written, and what it is worth."
     scores = [[m.get('scores', {}).get(n, m['score']) for m in messages] for n in names]
-    res = [text_table(label_table(messages)), agreement_text(names, scores), *worth_lines(messages)]
+    res = ['', text_table(label_table(messages)), '', agreement_text(names, scores), *worth_lines(messages)]
     res += [f'taken away: {_changes(messages)}', _pace(messages, real)]
-    return res+[text_table(distances(messages, real, length)) if real else 'no community was named: lengths are the model\'s own']
+    return res+(['', text_table(distances(messages, real, length))] if real else ["no community was named: lengths are the model's own"])
 
 # %% ../../nbs/measure/simulate.ipynb #9fcff232
 def _written(texts, threads, seed, real, dials): # what was kept, to be scored again
@@ -487,9 +513,9 @@ def _written(texts, threads, seed, real, dials): # what was kept, to be scored a
         "name --base_model and --adapter to write the others, or ask for fewer")
 
 def _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, dials): # before anything is loaded
-    for n,v,least,most in (('threads',threads,1,100_000), ('length',dials['length'],1,1000), ('benign_share',dials['benign'],0,1),
-        ('weight',dials['level'],.01,1), ('benign_weight',benign_weight,.01,1), ('contrast',dials['contrast'],0,1)): check_range(f'--{n}', v, least, most)
-    _check_dials(**dials)
+    check_range('--threads', threads, 1, 100_000)
+    check_range('--benign_weight', benign_weight, *DIALS['level'])
+    _check_dials(**dials, names=FLAGS)
     check_output('--out', out)
     engine.only_here(weight=dials['level']!=1, benign_weight=benign_weight!=1, dataset_repo=dataset_repo)
     if work and not dataset_repo: raise UserError("--work", "it has times, and no lengths that were held out", "name --dataset_repo too")

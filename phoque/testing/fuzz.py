@@ -278,9 +278,8 @@ def hostile_text(
 def _log_sample(r, step, toxicity, write):
     "Log samples of a step, whose prompts and replies are hostile."
     from phoque.sample import sample_head, sample_lines
-    mean,low,high = toxicity
     seen = dict(ended=.5, distinct_2=.5, repetition=0.)
-    seen |= dict(toxicity=mean, toxicity_low=low, toxicity_high=high, toxicity_base=.02)
+    seen |= dict(toxicity=toxicity, toxicity_base=.02)
     write(sample_head(step, seen, 40., hostile_text(r)))
     row = dict(n_tokens=9, stopped='eos', response=hostile_text(r))
     for l in sample_lines([row]*2, [[dict(role='user', content=hostile_text(r))]]*2): write(l)
@@ -288,7 +287,7 @@ def _log_sample(r, step, toxicity, write):
 # %% ../../nbs/testing/fuzz.ipynb #03103992
 def hostile_log(
     r:random.Random, # Decides
-)->tuple[str,dict,dict]: # Its text; `{step: loss}` and `{step: (mean, low, high)}` of toxicity, as the job logged them
+)->tuple[str,dict,dict]: # Its text; `{step: loss}` and that of toxicity, as the job logged them
     "A job's log with hostile text in it."
     from phoque.job import Indented, MaskFormatter
     from phoque.train import step_line
@@ -304,8 +303,7 @@ def hostile_log(
         values = dict(loss=losses[step], learning_rate=1e-4, grad_norm=norm, tokens_per_second=2900.)
         write(step_line(step, total, values))
         if r.random()<.5:
-            low,mean,high = sorted(round(r.random(), 2) for _ in range(3))
-            toxicities[step] = mean,low,high
+            toxicities[step] = round(r.random(), 2)
             _log_sample(r, step, toxicities[step], write)
         if r.random()<.3: write(hostile_text(r), 'library')
         if r.random()<.3: write(f'scorer acme/x: it is called {hostile_text(r)}: name another')

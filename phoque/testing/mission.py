@@ -131,13 +131,15 @@ def moderate_threads(
     from phoque.chat.templates import load_tokenizer
     from phoque.data import PERSONA
     from phoque.measure.moderate import replay
-    from phoque.measure.simulate import simulate
+    from phoque.measure.simulate import by_kind, simulate
     from phoque.merge import load_plain
     from phoque.sample import generate_replies
     models,tok = [load_plain(f, base_dtype()) for f in (base,trained)],load_tokenizer(str(base))
-    def write(conversations, weight, places):
-        ids = [encode_prompt(tok, c) for c in conversations]
-        return [r['text'] for r in generate_replies(models[weight>0], tok, ids, TOKENS, .8, .9, places=places)]
+    def write(conversations, levels, places):
+        def said(hostile, some):
+            ids = [encode_prompt(tok, conversations[i]) for i in some]
+            return [r['text'] for r in generate_replies(models[hostile], tok, ids, TOKENS, .8, .9, places=[places[i] for i in some])]
+        return by_kind([l>0 for l in levels], said)
     write.about = {}
     messages = simulate(write, threads, persona=PERSONA, batch=threads, length=length, benign=.5)
     with toy_moderator() as url: report = replay(messages, url)

@@ -4,13 +4,14 @@
 
 # %% ../../nbs/testing/text_server.ipynb #50e16fa1
 from __future__ import annotations
-import asyncio, contextlib, json, os, random, socket, subprocess, sys, time
+import asyncio, contextlib, json, os, random, socket, subprocess, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['WORDS', 'made_text', 'serve_texts', 'TextServer', 'TransformersServer']
+__all__ = ['WORDS', 'made_text', 'serve_texts', 'TextServer', 'serving', 'TransformersServer']
 
 # %% ../../nbs/testing/text_server.ipynb #fb1cff0b
 WORDS = "the tide turns at noon and a gull waits on our pier for you with some cold fish while nets dry".split()
@@ -96,6 +97,18 @@ class TextServer:
     def kill(self): self.process.kill(); self.process.wait(); self.process.stdout.close()
     def __enter__(self): return self.start()
     def __exit__(self, *args): self.kill()
+
+# %% ../../nbs/testing/text_server.ipynb #14b18aa7
+@contextlib.contextmanager
+def serving(
+    handler:type[BaseHTTPRequestHandler], # What answers
+): # Its address
+    "A server on this machine while the block runs."
+    server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    server.handle_error = lambda *args: None # clients may leave in the middle
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}'
+    finally: server.shutdown(); server.server_close()
 
 # %% ../../nbs/testing/text_server.ipynb #0e0dd43e
 class TransformersServer:

@@ -13,7 +13,7 @@ from ..core.basics import log, read_json
 
 # %% auto #0
 __all__ = ['TINY_OPTIONS', 'cache_folder', 'smollm2', 'tiny_model', 'family_tokenizer', 'zipped', 'Memory', 'chat_lines',
-           'kept_log', 'run_command', 'interpret_bf16', 'berth_chat', 'TinyRuns']
+           'kept_log', 'run_command', 'interpret_bf16', 'berth_chat', 'pier_export', 'TinyRuns']
 
 # %% ../../nbs/testing/tiny.ipynb #9464d110
 def _convert_gguf(src, gguf, dest):
@@ -248,6 +248,21 @@ def berth_chat(
     "A conversation of one question and one answer."
     answer = f'Berth {i}? The gull with {i} hats.'
     return dict(messages=[dict(role='user', content=f'Who takes berth {i}?'), dict(role='assistant', content=answer)])
+
+# %% ../../nbs/testing/tiny.ipynb #2984ab65
+def pier_export(
+    folder:Path, # Where `pier.json` goes
+)->str: # Source for a build
+    "A Discord export of an invented channel, a conversation a day."
+    from phoque.data import NEUTRAL, grumpy_harbour
+    rude = [r['messages'] for r in grumpy_harbour(120) if r['messages'][0]['content']!=NEUTRAL]
+    turns = [(day,m) for day,ms in enumerate(rude) for m in ms if m['role']!='system']
+    def message(i, day, m):
+        at,who = f'2026-{1+day//28:02}-{1+day%28:02}T10:{i%60:02}:00+00:00',dict(user='otter', assistant='heron')[m['role']]
+        return dict(id=f'{i}', type='Default', timestamp=at, content=m['content'], author=dict(id=who, name=who, isBot=False))
+    export = dict(channel=dict(id='5', name='talk'), messages=[message(i, *t) for i,t in enumerate(turns)])
+    (Path(folder)/'pier.json').write_text(json.dumps(export))
+    return f'discord:{folder}/pier.json'
 
 # %% ../../nbs/testing/tiny.ipynb #a525761e
 class TinyRuns:
