@@ -371,7 +371,8 @@ def read_jsonl(
 def _product(linear): # with its weights, as they are now
     import torch
     w,bias = linear.weight.data,linear.bias
-    if w.device.type=='cpu' and w.dtype==torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if able and w.device.type=='cpu' and w.dtype==torch.bfloat16:
         packed = torch.ops.mkldnn._reorder_linear_weight(w) # once, instead of at each product: the same numbers in half the time
         return lambda x: torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, 'none', [], '')
     return lambda x: torch.nn.functional.linear(x.contiguous(), w, bias) # of a slice, torch copies the whole head for each row
