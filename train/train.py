@@ -5830,15 +5830,16 @@ def _check_request(tok, prompt_ids, temperature, top_p):
     if temperature<0 or not 0<top_p<=1: raise UserError("`temperature`, `top_p`", f"got {temperature} and {top_p}",
         "use a temperature from 0 and a top_p above 0, up to 1")
 
-def _generate(model, ids, mask, cfg, how): # new ids of each row; rows that have ended leave the batch, an eighth of it at once
+def _generate(model, ids, mask, cfg, how, weight): # new ids of each row; rows that have ended leave the batch, an eighth of it at once
     import torch
     stops,width = torch.tensor(cfg.eos_token_id, device=ids.device),ids.shape[1]
     def ended(ids): return torch.isin(ids[:,width:], stops).any(-1)
     def enough(ids, scores, **_): return (ended(ids).sum()*8>=len(ids)).repeat(len(ids))
     made,rows,cache = {},[*range(len(ids))],None
     while rows:
-        out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=cfg, logits_processor=how,
-            stopping_criteria=[enough])
+        given = dict(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=cfg, logits_processor=how)
+        with adapter_weight(model, weight[rows] if torch.is_tensor(weight) else weight):
+            out = model.generate(**given, stopping_criteria=[enough])
         ids,cache = out.sequences,out.past_key_values
         done = ended(ids) | (ids.shape[1]==cfg.max_length)
         made |= {r:x for r,x,d in zip(rows, ids[:,width:].tolist(), done) if d}
@@ -5897,11 +5898,12 @@ def recorded_steps(
         del lm.forward
         if kept: lm.forward = kept
 
-def _generate_recorded(model, ids, mask, cfg, how): # new ids of each row, all of them to the end of the last
+def _generate_recorded(model, ids, mask, cfg, how, weight): # new ids of each row, all of them to the end of the last
     from transformers import StaticCache
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=cfg.max_length)
     given = dict(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=cfg, logits_processor=how)
-    with recorded_steps(model): return model.generate(**given).sequences[:,ids.shape[1]:].tolist()
+    with adapter_weight(model, weight), recorded_steps(model): out = model.generate(**given)
+    return out.sequences[:,ids.shape[1]:].tolist()
 
 def generate_replies(
     model, # Causal language model, with or without an adapter
@@ -5912,7 +5914,7 @@ def generate_replies(
     top_p:float=1., # Sample from the likeliest tokens that make up this probability
     seed:int=0, # Same seed, same draws, so that step 100 compares with step 200
     eos_ids:list[int]=None, # Tokens that end a reply; the tokenizer's if None
-    weight:float=1., # Of the adapter: 1 as trained, 0 the base, -1 its opposite
+    weight:float=1., # Of the adapter: 1 as trained, 0 the base, -1 its opposite; a tensor, (prompts, 1, 1), has one for each
     places:list[int]=None, # Which numbers each prompt draws; its place in the list if None
     watermark=None, # `Greenlists`; None for none
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
@@ -5925,8 +5927,8 @@ def generate_replies(
     if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
     cfg = GenerationConfig(max_length=ids.shape[1]+max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id,
         repetition_penalty=1., use_cache=True, do_sample=False, return_dict_in_generate=True, disable_compile=True)
-    with preserve_training_state(model, tok), adapter_weight(model, weight):
-        made = (_generate_recorded if can_record(model) else _generate)(model, ids, mask, cfg, how)
+    with preserve_training_state(model, tok):
+        made = (_generate_recorded if can_record(model) else _generate)(model, ids, mask, cfg, how, weight)
     return [_reply(tok, m, eos_ids) for m in made]
 
 def _ngrams(text, n):
