@@ -219,7 +219,7 @@ def _model_class(config): # transformers' class for the language model
         raise UserError(f"model type {config.model_type!r}", "transformers has no causal language model of it",
             "choose one that has") from None
 
-_BARE = {} # the model last made, by its config: a plan asks for the same one for each kind of machine
+_BARE = {} # the model last made, by its config, and only read: a plan asks for the same one for each kind of machine
 
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch

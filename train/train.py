@@ -3266,7 +3266,7 @@ def _model_class(config): # transformers' class for the language model
         raise UserError(f"model type {config.model_type!r}", "transformers has no causal language model of it",
             "choose one that has") from None
 
-_BARE = {} # the model last made, by its config: a plan asks for the same one for each kind of machine
+_BARE = {} # the model last made, by its config, and only read: a plan asks for the same one for each kind of machine
 
 def _bare_model(config): # A language model on the meta device, which has shapes and no storage
     import torch
@@ -5830,24 +5830,30 @@ def _check_request(tok, prompt_ids, temperature, top_p):
     if temperature<0 or not 0<top_p<=1: raise UserError("`temperature`, `top_p`", f"got {temperature} and {top_p}",
         "use a temperature from 0 and a top_p above 0, up to 1")
 
+def _rows_can_leave(model): # a cache of attention alone can be cut to some rows; a state, as Mamba's, can't
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return not model._is_stateful and all(type(l) in (DynamicLayer,DynamicSlidingWindowLayer) for l in layers)
+
 def _generate(model, ids, mask, cfg, how, weight): # new ids of each row; rows that have ended leave the batch, an eighth of it at once
     import torch
     stops,width = torch.tensor(cfg.eos_token_id, device=ids.device),ids.shape[1]
     def ended(ids): return torch.isin(ids[:,width:], stops).any(-1)
     def enough(ids, scores, **_): return (ended(ids).sum()*8>=len(ids)).repeat(len(ids))
-    made,rows,cache = {},[*range(len(ids))],None
-    while rows:
+    made,rows,cache,leaving = {},[*range(len(ids))],None,[enough]*_rows_can_leave(model)
+    while True:
         given = dict(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=cfg, logits_processor=how)
         with adapter_weight(model, weight[rows] if torch.is_tensor(weight) else weight):
-            out = model.generate(**given, stopping_criteria=[enough])
+            out = model.generate(**given, stopping_criteria=leaving)
         ids,cache = out.sequences,out.past_key_values
         done = ended(ids) | (ids.shape[1]==cfg.max_length)
         made |= {r:x for r,x,d in zip(rows, ids[:,width:].tolist(), done) if d}
+        if done.all(): return [made[r] for r in sorted(made)]
         on = (~done).nonzero()[:,0]
         cache.batch_select_indices(on)
         for h in how: h.keep(on.tolist())
         rows,ids,mask = [rows[i] for i in on],ids[on],torch.nn.functional.pad(mask[on], (0, ids.shape[1]-mask.shape[1]), value=1)
-    return [made[r] for r in sorted(made)]
 
 def can_record(
     model, # Causal language model, with an adapter or without

@@ -341,6 +341,8 @@ def _sides(text):
         raise UserError("--sides", f"no side {bad[0]!r}", f"use some of {', '.join(SIDES)}")
     theirs = [s for s in names if s.startswith('unsloth')]
     if not theirs or find_spec('unsloth'): return names
+    if len(theirs)==len(names): raise UserError("--sides",
+        f"unsloth isn't installed, and there is nothing else in {text!r}", "install it, or add phoque")
     print('unsloth is not installed: it is left out')
     return [s for s in names if s not in theirs]
 
