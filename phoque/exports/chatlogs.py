@@ -347,14 +347,13 @@ def _telegram_room(title, path):
 def _telegram_html(path, bad, clock):
     "Lines of pages of Telegram Desktop."
     book = book_of(bad)
-    topics = {}
     for name,f in texts_in(path, _PAGES, book):
         title,items = telegram_page(f, name)
         if not title: raise UserError(name, "it is no page of a chat of Telegram Desktop's", "give its messages.html")
         room = _telegram_room(title, name if '/' in name else Path(path).absolute().as_posix())
         def say(m):
             if m.get('from')=='Deleted Account': book.note(f"{room} message {m['id']}", 'one of several deleted accounts, perhaps')
-            return _telegram_line(m, book, room, clock, topics.setdefault(room, {}))
+            return _telegram_line(m, book, room, clock, book.topics.setdefault(room, {}))
         yield from lines_of(items, f'{name} message', bad, say)
     book.hear(*clock.said)
 
