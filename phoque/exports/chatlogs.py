@@ -11,7 +11,7 @@ from html import escape, unescape
 from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
-from ..core.basics import UserError
+from ..core.basics import UserError, excerpt
 from .files import MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text, book_of
 from .files import export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in
 from .files import open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
@@ -344,6 +344,18 @@ def _telegram_room(title, path):
     folder = re.search(r'(?:^|/)(chat_\d+)/[^/]*$', path)
     return f'{title}/{folder[1]}' if folder else title
 
+def _one_chat(items, room, name, starts, clock):
+    "Messages of a page, unless one that began a page read before was sent at another time there: that is another chat."
+    first = None
+    for m,fault in items:
+        if at := not fault and m.get('date'):
+            first = first or starts.setdefault((room, m['id']), at)
+            before = starts.get((room, m['id']), at)
+            if before!=at and clock(before)!=clock(at):
+                raise UserError(name, f"its message {m['id']} is another than that of a chat of the same name, {excerpt(room)}",
+                    "give each chat in a folder of its own, called chat_1 and chat_2")
+        yield m,fault
+
 def _telegram_html(path, bad, clock):
     "Lines of pages of Telegram Desktop."
     book = book_of(bad)
@@ -354,7 +366,7 @@ def _telegram_html(path, bad, clock):
         def say(m):
             if m.get('from')=='Deleted Account': book.note(f"{room} message {m['id']}", 'one of several deleted accounts, perhaps')
             return _telegram_line(m, book, room, clock, book.topics.setdefault(room, {}))
-        yield from lines_of(items, f'{name} message', bad, say)
+        yield from lines_of(_one_chat(items, room, name, book.starts, clock), f'{name} message', bad, say)
     book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #6a2a396c

@@ -47,7 +47,7 @@ class Quarantine:
         self.first,self.left = {},{}
         self.noted,self.heard = {},{}
         self.people,self.called,self.met = {},{},{} # filled by `person` and `_read_before` of sources
-        self.topics = {} # room → its messages and the topic of each, by the reader of Telegram's pages
+        self.topics,self.starts = {},{} # of Telegram's pages: each message's topic by rooms, time of each page's first
         self.taken,self.ids = set(),set()
         if self.path: self.path.unlink(missing_ok=True)
 
