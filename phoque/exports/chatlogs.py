@@ -127,6 +127,8 @@ def discord_csv(r, at, **_):
 # %% ../../nbs/exports/chatlogs.ipynb #68bf97ce
 def _discord_html(path, bad, zone='UTC', order='', **_):
     "Lines of a page of DiscordChatExporter's."
+    if not is_discord_page(Beginning(path).text):
+        raise UserError(path.name, "it is no page of DiscordChatExporter's", "give the page of a channel, or its JSON")
     book,clock = book_of(bad),Clock(zone, order)
     def say(m):
         if _NOTICES.fullmatch(m['content']): m['type'] = 'Notice'
