@@ -28,7 +28,7 @@ from ..data import NEUTRAL, NEW, TESTED, TRAINED, data_report, dataset_card, gru
 from ..data import open_dataset, push_dataset, row_features, split_sides, tables, to_dataset
 from .report import ReportPage, redacted_shapes, survey
 from . import chatlogs # registers its readers
-from .files import Quarantine, export_file, file_state, records, whole_file
+from .files import Quarantine, export_file, file_state, in_order, records, whole_file
 from .sources import ONLY_ROOM, SOURCES, column_map, find_kind
 from .threads import pick_persona, threads, turns, without_labels
 from .times import Clock
@@ -119,7 +119,7 @@ def parse_sources(
         for k,f in [_one(kind, path, columns)] if many is None else _known(name, kind, many, columns, others):
             res.setdefault(f.resolve(), (k, str(f), file_state(f)))
     if not res: raise UserError("--source", "no source", "give a file, as in discord:pier.json")
-    return sorted(res.values(), key=lambda p: p[:2])
+    return sorted(res.values(), key=lambda p: (p[0], in_order(p[1])))
 
 # %% ../../nbs/exports/build.ipynb #c5ff1554
 REGULAR = "You are a regular of this community."

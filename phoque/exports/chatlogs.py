@@ -11,7 +11,7 @@ from html import escape, unescape
 from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
-from ..core.basics import UserError
+from ..core.basics import UserError, excerpt
 from .files import MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text, book_of
 from .files import export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in
 from .files import open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
@@ -127,6 +127,8 @@ def discord_csv(r, at, **_):
 # %% ../../nbs/exports/chatlogs.ipynb #68bf97ce
 def _discord_html(path, bad, zone='UTC', order='', **_):
     "Lines of a page of DiscordChatExporter's."
+    if not is_discord_page(Beginning(path).text):
+        raise UserError(path.name, "it is no page of DiscordChatExporter's", "give the page of a channel, or its JSON")
     book,clock = book_of(bad),Clock(zone, order)
     def say(m):
         if _NOTICES.fullmatch(m['content']): m['type'] = 'Notice'
@@ -344,18 +346,29 @@ def _telegram_room(title, path):
     folder = re.search(r'(?:^|/)(chat_\d+)/[^/]*$', path)
     return f'{title}/{folder[1]}' if folder else title
 
+def _one_chat(items, room, name, starts, clock):
+    "Messages of a page, unless one that began a page read before was sent at another time there: that is another chat."
+    first = None
+    for m,fault in items:
+        if at := not fault and m.get('date'):
+            first = first or starts.setdefault((room, m['id']), at)
+            before = starts.get((room, m['id']), at)
+            if before!=at and clock(before)!=clock(at):
+                raise UserError(name, f"its message {m['id']} is another than that of a chat of the same name, {excerpt(room)}",
+                    "give each chat in a folder of its own, called chat_1 and chat_2")
+        yield m,fault
+
 def _telegram_html(path, bad, clock):
     "Lines of pages of Telegram Desktop."
     book = book_of(bad)
-    topics = {}
     for name,f in texts_in(path, _PAGES, book):
         title,items = telegram_page(f, name)
         if not title: raise UserError(name, "it is no page of a chat of Telegram Desktop's", "give its messages.html")
         room = _telegram_room(title, name if '/' in name else Path(path).absolute().as_posix())
         def say(m):
             if m.get('from')=='Deleted Account': book.note(f"{room} message {m['id']}", 'one of several deleted accounts, perhaps')
-            return _telegram_line(m, book, room, clock, topics.setdefault(room, {}))
-        yield from lines_of(items, f'{name} message', bad, say)
+            return _telegram_line(m, book, room, clock, book.topics.setdefault(room, {}))
+        yield from lines_of(_one_chat(items, room, name, book.starts, clock), f'{name} message', bad, say)
     book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #6a2a396c

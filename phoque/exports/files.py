@@ -18,9 +18,9 @@ from ..core.basics import UserError, check_data_files, excerpt
 # %% auto #0
 __all__ = ['MOST_ROW', 'ROW_FAULTS', 'NAME_KIND', 'MOST_UNPACKED', 'MOST_TIMES', 'MOST_WINDOW', 'HEAD', 'TOO_LONG',
            'MOST_COLUMNS', 'EVAL_ONLY', 'refuse', 'Quarantine', 'LeftOut', 'book_of', 'reason_of', 'hash_of',
-           'export_file', 'refuse_bomb', 'whole_file', 'files_in', 'is_packed', 'unpacked', 'legible', 'encoding_of',
-           'foreign', 'as_text', 'open_text', 'text_lines', 'texts_in', 'value_at', 'JsonText', 'lists_in',
-           'json_lines', 'records', 'Beginning', 'file_state']
+           'export_file', 'refuse_bomb', 'whole_file', 'in_order', 'files_in', 'is_packed', 'unpacked', 'legible',
+           'encoding_of', 'foreign', 'as_text', 'open_text', 'text_lines', 'texts_in', 'value_at', 'JsonText',
+           'lists_in', 'json_lines', 'records', 'Beginning', 'file_state']
 
 # %% ../../nbs/exports/files.ipynb #4f7f0f50
 MOST_ROW = 1<<22 # characters of a record, a message or a user
@@ -47,6 +47,7 @@ class Quarantine:
         self.first,self.left = {},{}
         self.noted,self.heard = {},{}
         self.people,self.called,self.met = {},{},{} # filled by `person` and `_read_before` of sources
+        self.topics,self.starts = {},{} # of Telegram's pages: each message's topic by rooms, time of each page's first
         self.taken,self.ids = set(),set()
         if self.path: self.path.unlink(missing_ok=True)
 
@@ -191,19 +192,25 @@ def whole_file(
 # %% ../../nbs/exports/files.ipynb #eda8084d
 HEAD = 1<<16 # bytes that are looked at
 
+def in_order(
+    name:str, # Of a file
+)->tuple: # The same with zeros before its numbers, and the name
+    "A key that sorts messages2.html before messages10.html."
+    return re.sub(r'\d+', lambda m: m[0].zfill(9), name),name
+
 def files_in(
     path:Path, # Folder or zip
-)->list: # Name of each file in it and what opens its bytes, by name
+)->list: # Name of each file in it and what opens its bytes, in order
     "The files of a folder or a zip."
     if path.is_dir():
-        files = [p for p in path.rglob('*') if p.is_file()]
-        return sorted((p.relative_to(path).as_posix(), partial(open, p, 'rb', HEAD)) for p in files)
+        files = [(p.relative_to(path).as_posix(), partial(open, p, 'rb', HEAD)) for p in path.rglob('*') if p.is_file()]
+        return sorted(files, key=lambda f: in_order(f[0]))
     z = zipfile.ZipFile(path)
     files = [e for e in z.infolist() if not e.is_dir() and not e.filename.startswith('__MACOSX/')]
     if any(e.flag_bits & 1 for e in files): raise UserError(path.name, "it is encrypted", "unpack it")
     refuse_bomb(path, sum(e.file_size for e in files), path.stat().st_size)
     files = [(e.filename.replace('\\', '/'), lambda e=e: io.BufferedReader(z.open(e), HEAD)) for e in files]
-    return sorted(files, key=lambda f: f[0])
+    return sorted(files, key=lambda f: in_order(f[0]))
 
 def is_packed(
     path:Path, # Of a file or a folder

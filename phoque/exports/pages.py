@@ -62,14 +62,16 @@ def _own_text(el):
     return '' if el is None else (el.text or '').strip()
 
 # %% ../../nbs/exports/pages.ipynb #2f5e6db2
-def _messages(p, cut, read, name):
-    "Messages that `read` finds in each piece after the first, and what is wrong with them."
+def _messages(p, cut, read, name, before={}):
+    "Messages that `read` finds in each piece after the first, and what is wrong; a bad one clears what was said `before`."
     for p,fault in cut:
         try: found = [] if fault else list(read(p))
         except ROW_FAULTS as e: fault = reason_of(e)
-        if fault: yield p[:1000],fault
+        if fault:
+            before.clear()
+            yield p[:1000],fault
         else: yield from ((m, '') for m in found)
-    if not re.search('</html>|class="?postamble', p):
+    if not re.search('</html>|<[^<>]*class="?postamble', p): # no text has a `<`
         raise UserError(name, "the page ends in the middle", "export it again")
 
 # %% ../../nbs/exports/pages.ipynb #5bf74401
@@ -107,14 +109,17 @@ def _discord_named(found):
 
 # %% ../../nbs/exports/pages.ipynb #dffe1012
 _SCROLL = re.compile(r"'(\d+)'")
+_REPLIED = [f'chatlog__{r}-{x}' for x in ('link','unknown') for r in ('reply','reference')]
+_GONE = '0' # id of a message that was deleted: no message has it
 
 def _discord_message(el, found, author, replied):
     "A message's element as a message of JSON."
     id,named = el.get('data-message-id'),_discord_named(found)
     m = dict(id=id, type='Default', author=author, named=named, content=_discord_words(_first(found, 'chatlog__content')))
     if id: m['timestamp'] = ((int(id)>>22)+1420070400000)/1000 # a snowflake: ms since 2015, as exact as in JSON
-    if replied is not None and (to := _SCROLL.search(replied.get('onclick') or '')):
-        m |= dict(type='Reply', reference=dict(messageId=to[1]))
+    if replied is not None:
+        to = _SCROLL.search(replied.get('onclick') or '')
+        m |= dict(type='Reply', reference=dict(messageId=to[1] if to else _GONE))
     if 'chatlog__system-notification-content' in found: m['type'] = 'Notice'
     if 'chatlog__forwarded-content' in found:
         m['forwardedMessage'] = dict(content=_discord_words(_first(found, 'chatlog__forwarded-content')))
@@ -129,7 +134,7 @@ def _discord_group(group):
     for i,el in enumerate(next(filter(None, kinds), ())):
         found = _by_class(el)
         if not (author := _discord_author(found) or author): raise ValueError("a group of messages without an author")
-        replied = _first(found if i else whole, 'chatlog__reply-link', 'chatlog__reference-link')
+        replied = _first(found if i else whole, *_REPLIED)
         yield shared | _discord_message(el, found, author, replied)
 
 # %% ../../nbs/exports/pages.ipynb #83a3f51f
@@ -141,7 +146,7 @@ def is_discord_page(
     text:str, # How a file begins
 )->bool:
     "Is it DiscordChatExporter's HTML?"
-    return text[:1]=='<' and ('.chatlog__message-group' in text or bool(_GROUP.search(text)))
+    return text.lstrip()[:1]=='<' and ('.chatlog__message-group' in text or bool(_GROUP.search(text)))
 
 def discord_page(
     f, # Text of a page
@@ -158,10 +163,11 @@ def discord_times(
     f, # Text of a page without ids
 ): # Yields texts
     "Times of the groups of a page."
-    for p,_ in pieces(f, _GROUP): yield from re.findall(r'chatlog__timestamp">([^<]+)<', p)
+    for p,_ in pieces(f, _GROUP): yield from re.findall(r'chatlog__timestamp["\']?>([^<]+)<', p)
 
 # %% ../../nbs/exports/pages.ipynb #996de397
 _MESSAGE = re.compile(r'(?=<div\b[^<>]{0,100}\bclass="message (?:default|service)\b)')
+_DAY = re.compile(r'<div class="message service" id="message-\d{1,8}"') # from -1 down
 _HEADER = re.compile(r'class="text bold">\s*(.*?)\s*</div>', re.S)
 _AT = re.compile(r'(\d\d)\.(\d\d)\.(\d{4}) (\d\d:\d\d:\d\d)(?: UTC([+-]\d\d:\d\d))?')
 _VIA = re.compile(r'(.*?) via @(\w+)', re.S)
@@ -170,7 +176,7 @@ def is_telegram_page(
     text:str, # How a file begins
 )->bool:
     "Is it a page of messages of Telegram Desktop?"
-    return text[:1]=='<' and 'class="page_wrap"' in text and 'class="history"' in text
+    return text.lstrip()[:1]=='<' and 'class="page_wrap"' in text and 'class="history"' in text
 
 def _telegram_time(el):
     "When a message was sent, as in ISO 8601."
@@ -179,7 +185,7 @@ def _telegram_time(el):
 
 def _telegram_reply(to):
     "Id of the message that is answered, None for none in this chat."
-    found = re.search(r'#go_to_message(\d+)', _html(to)) if to is not None else None
+    found = re.search(r'#go_to_message(-?\d+)', _html(to)) if to is not None else None
     return int(found[1]) if found else None
 
 # %% ../../nbs/exports/pages.ipynb #eefc32b5
@@ -191,13 +197,13 @@ def _telegram_message(found, before):
     if 'service' in el.get('class').split():
         made = re.search(' created topic «', el.text_content())
         return dict(id=id, type='service', action='topic_created' if made else '')
-    if 'joined' not in el.get('class').split(): before |= {'from': None, 'forwarded_from': None}
+    if 'joined' not in el.get('class').split(): before.clear()
     passed_on = next((x for x in found.get('forwarded', ()) if x in found['body']), None)
     for key,part in (('from', _first(found, 'body')), ('forwarded_from', passed_on)):
-        if part is None: before[key] = None
+        if part is None: before.pop(key, None)
         elif name := _own_text(next((x for x in part if x.get('class')=='from_name'), None)): before[key] = name
-    if not before['from']: raise ValueError("a message without its author")
-    via = _VIA.fullmatch(before['from'] or '') or _VIA.fullmatch(before['forwarded_from'] or '')
+    if 'from' not in before: raise ValueError("a message without its author")
+    via = next(filter(None, map(_VIA.fullmatch, before.values())), None)
     words = _first(found, 'text')
     return dict(id=id, type='message', date=_telegram_time(_first(found, 'date')),
         text='' if words is None else html_text(_html(words)),
@@ -211,7 +217,6 @@ def telegram_page(
     "Messages of an HTML page of Telegram Desktop."
     cut = pieces(f, _MESSAGE)
     head,_ = next(cut, ('',''))
-    title,before = _HEADER.search(head),{'from': None, 'forwarded_from': None}
-    def read(p):
-        return [] if 'id="message-' in p[:200] else [_telegram_message(_by_class(_tree(p)), before)] # a day's id is below 0
-    return unescape(title[1]) if title else '',_messages(head, cut, read, name)
+    title,before = _HEADER.search(head),{}
+    def read(p): return [] if _DAY.match(p) else [_telegram_message(_by_class(_tree(p)), before)]
+    return unescape(title[1]) if title else '',_messages(head, cut, read, name, before)

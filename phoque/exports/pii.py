@@ -18,11 +18,13 @@ __all__ = ['EAST', 'OFTEN', 'AT_WORDS', 'DOT_WORDS', 'PROVIDERS', 'PLATFORMS', '
 # %% ../../nbs/exports/pii.ipynb #3eb53ff0
 _UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e'
     '\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]')
+_BREAK = re.compile('\r\n?|[\x0b\x0c]') # newlines of old Macs, Excel and Word; others are in ftfy
 
 def fix_text(
     text:str, # Any text
 )->str: # Legible Unicode (NFC)
     "Repair wrongly decoded text and drop what can't be seen."
+    text = _BREAK.sub('\n', text)
     if text.isascii() and '&' not in text: return _UNSEEN.sub('', text).strip()
     import ftfy
     if '\u200b' in text: text = _UNSEEN.sub('', text)

@@ -161,7 +161,7 @@ def _of_both(day, at):
     if day in (None, ''): return None
     if (part := _fraction(at)) is not None:
         if re.fullmatch(r'\d{5}', f'{day}'): return int(day)+part
-        at = f'{datetime(1970, 1, 1)+timedelta(seconds=round(part*86400)):%H:%M:%S}'
+        at = f'{datetime(1970, 1, 1)+timedelta(seconds=min(round(part*86400), 86399)):%H:%M:%S}'
     return f"{day:%Y-%m-%d} {at}" if isinstance(day, date) else f"{day} {'' if at is None else at}".strip()
 
 def _at(row, column):

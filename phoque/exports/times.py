@@ -79,13 +79,16 @@ ORDERS = dict(dmy='day first', mdy='month first', ymd='year first')
 _DATE = re.compile(r'(\d{1,4})( ?[./-] ?)(\d{1,2})\2(\d{4}|\d{1,2})(?!\d)')
 _OUR_YEARS = range(1970, 2200)
 _BUDDHIST = 543 # years that Thailand's calendar is ahead; so no year is of both
+_BUDDHIST_YEAR = re.compile(r'(?<!\d)(?<!:\d\d\.)2[5-7]\d\d(?![\d:])') # and no part of a second
+
+def _our_year(y): return y-_BUDDHIST if y-_BUDDHIST in _OUR_YEARS else y
 
 @lru_cache
 def _readings(s):
     "Days that a date of three numbers can be, by the order of its numbers."
     def day(y, mo, d):
         y = int(y)+(2000 if int(y)<70 else 1900)*(len(y)<3)
-        if y-_BUDDHIST in _OUR_YEARS: y -= _BUDDHIST
+        y = _our_year(y)
         return date(y, int(mo), int(d)) if y in _OUR_YEARS else None
     a,sep,b,c = _DATE.match(s).groups()
     ways = dict(ymd=(a,b,c)) if len(a)>2 else dict(dmy=(c,b,a), mdy=(c,a,b))
@@ -185,6 +188,7 @@ def _hour(s, order):
 
 def _in_words(s, order):
     "The time of a text in whatever language, or None."
+    s = _BUDDHIST_YEAR.sub(lambda m: str(_our_year(int(m[0]))), s)
     for f in _FORMATS:
         try: return datetime.strptime(s, f)
         except ValueError: pass
@@ -263,8 +267,6 @@ def look(self:Clock,
     return self
 
 # %% ../../nbs/exports/times.ipynb #278db124
-_BUDDHIST_DAY = re.compile(r'(?<!\d)2[5-7]\d\d ?[./-] ?\d|\d ?[./-] ?\d{1,2} ?[./-] ?2[5-7]\d\d(?!\d)')
-
 @patch
 def moment(self:Clock,
     v, # A time as it is in the file
@@ -274,7 +276,7 @@ def moment(self:Clock,
     self.typed |= isinstance(v, date)
     if self.typed and _serial(v) is not None:
         raise ValueError(f"{v} among dates is a day of Excel's: give its column the format of a date")
-    if isinstance(v, str): self.buddhist |= bool(_BUDDHIST_DAY.search(v))
+    if isinstance(v, str) and not _NUMBER.fullmatch(v): self.buddhist |= bool(_BUDDHIST_YEAR.search(v))
     return _moment(v, self.order)
 
 @patch
