@@ -79,4 +79,4 @@ def going_on(self:KeptRows):
     try: yield
     except UserError as e:
         more = f"; {len(self.rows):,} rows are in {self.path}, and the same command goes on after them"
-        raise UserError(e.what, e.value, e.remedy+more) from None
+        raise UserError(e.what, e.value, e.remedy+more*bool(self.rows)) from None
