@@ -115,6 +115,7 @@ async def ask(self:Asker,
         wait = self.pause*2**(n-1)
         try: status,after,data = await self._send(client, path, body)
         except TimeoutError: problem = f"no answer within {self.timeout:g} s"
+        except UnicodeEncodeError: raise UserError(self.name, "a question holds half a surrogate pair, which can't be sent", "remove it") from None
         except (httpx2.HTTPError, OSError) as e: problem = f"no answer ({type(e).__name__})"
         else:
             if 200<=status<300: return read(data)

@@ -275,6 +275,7 @@ def check_output(
     file = Path(path)
     try:
         fresh = not file.exists()
+        if not (fresh or file.is_file() or file.is_dir()): raise OSError(0, 'it is no file') # a file would take its place
         with open(file, 'a'): pass
         if fresh: file.unlink()
     except OSError as e:

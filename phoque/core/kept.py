@@ -5,6 +5,7 @@
 # %% ../../nbs/core/kept.ipynb #3e1d20ad
 from __future__ import annotations
 import json, os
+from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
 from .basics import UserError, check_output, excerpt, read_json
@@ -70,3 +71,12 @@ def append(self:KeptRows,
     lines = ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows)
     with open(os.open(self.path, os.O_CREAT|os.O_WRONLY|os.O_APPEND, 0o600), 'a', encoding='utf-8') as f: f.write(lines)
     self.rows += rows
+
+@patch
+@contextmanager
+def going_on(self:KeptRows):
+    "Say of an error in the block how much is kept."
+    try: yield
+    except UserError as e:
+        more = f"; {len(self.rows):,} rows are in {self.path}, and the same command goes on after them"
+        raise UserError(e.what, e.value, e.remedy+more*bool(self.rows)) from None

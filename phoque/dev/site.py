@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib, json, math, os, re, shlex, shutil, signal, subprocess, sys, tarfile, tempfile, threading, time, traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -69,7 +69,7 @@ def _execute(
     sys.path.insert(0, str(root))
     with working_directory(fn.parent), modified_env(IN_TEST='1', RUN_FLAGS=' '.join(run)):
         try: shell.run_all(nb, exc_stop=True, preproc=skip)
-        except Exception: raise ValueError(shell.prettytb(fname=fn.name)) from None
+        except (Exception, SystemExit): raise ValueError(shell.prettytb(fname=fn.name)) from None # cells behind an exit never ran
     return old,nb
 
 # %% ../../nbs/dev/site.ipynb #998b9854
@@ -221,7 +221,8 @@ def _be_test(fn, out): # in a fork: what it prints goes to a file
     os.setsid()
     for fd,file in enumerate((os.devnull, out, out)): os.dup2(os.open(file, os.O_RDWR | os.O_APPEND), fd)
     os.chdir(Path(fn).parent)
-    if 'TRITON_INTERPRET' in Path(fn).read_text():
+    torch = sys.modules.get('torch')
+    if 'TRITON_INTERPRET' in Path(fn).read_text() or torch and torch.cuda._is_in_bad_fork(): # CUDA can't begin again
         os.execv(sys.executable, [sys.executable, '-c', _TEST, fn, os.devnull])
     try: _execute(fn)
     except ValueError as e: sys.exit(str(e))
@@ -236,24 +237,37 @@ def _fork_tests(
     "Test each notebook in a fork of this process; print `[name, passed?, what it said, seconds]` when it ends."
     import gc
     from importlib import import_module
-    for m in warm: import_module(m)
+    for m in warm:
+        with suppress(Exception): import_module(m) # the notebooks that need it say why it can't be
     gc.freeze() # what is imported is neither copied nor looked through by a fork
     waiting,running = [*fns],{}
     while waiting or running:
         while waiting and len(running)<n_workers:
-            fn,out = waiting.pop(0),tempfile.mkstemp(prefix='test-')[1]
+            fd,out = tempfile.mkstemp(prefix='test-')
+            os.close(fd)
+            fn = waiting.pop(0)
             if not (pid := os.fork()): return _be_test(fn, out)
             running[pid] = fn,Path(out),time.time()
-        time.sleep(.1)
-        for pid in [*running]: _look_after(running, pid, timeout)
+        try:
+            time.sleep(.1)
+            for pid in [*running]: _look_after(running, pid, timeout)
+        except BaseException: # such as Ctrl-C, which doesn't reach them
+            for pid in running: _end_group(pid)
+            raise
 
 # %% ../../nbs/dev/site.ipynb #12dc3b2c
+def _end_group(pid): # a test with the processes that it has started
+    with suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
+
 def _look_after(running, pid, timeout): # says how the test in this process ended, and ends it when its time is up
     fn,out,start = running[pid]
-    if late := time.time()-start>timeout: os.killpg(pid, signal.SIGKILL)
+    if late := time.time()-start>timeout: _end_group(pid)
     ended,status = os.waitpid(pid, 0 if late else os.WNOHANG)
     if not ended: return
-    said = out.read_text(errors='replace')+f'\nstopped: longer than {timeout} s'*late
+    _end_group(pid) # what it has left running
+    said = out.read_text(errors='replace')
+    if late: said += f'\nstopped: longer than {timeout} s'
+    elif os.WIFSIGNALED(status): said += f'\nended by {signal.Signals(os.WTERMSIG(status)).name}'
     print(json.dumps([Path(fn).name, not status, said, time.time()-start]), flush=True)
     out.unlink()
     del running[pid]

@@ -205,7 +205,7 @@ def read_text(self:Endpoint,
     try:
         first, = read_json(data)['choices']
         text = first['message']['content'] if 'message' in first else first['text']
-    except (UserError, LookupError, TypeError, ValueError): raise UserError(self.name, "its answer isn't one of the OpenAI API", "check the address") from None
+    except (UserError, LookupError, TypeError, ValueError): raise UserError(self.name, f"its answer isn't one of the OpenAI API{self.reason(data)}", "check the address") from None
     why = first.get('finish_reason')
     if why=='content_filter': raise UserError(self.name, "it filters what the model says", "measure the model without the filter")
     if isinstance(text, str): return whole_characters(text).strip()+self.cut*(why=='length')

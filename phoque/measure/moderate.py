@@ -350,10 +350,12 @@ def moderate_cli(
         check_range(f'--{n}', v, least, most)
     if Path(out).suffix!='.html': raise UserError("--out", f"{out!r} is no page", "name a file that ends in .html")
     check_output('--out', out)
+    keep = Path(out).with_suffix('.jsonl')
+    if keep.absolute()==Path(threads).absolute(): raise UserError("--out", f"the answers would go to {threads}", "name another page")
     messages = read_jsonl(threads)
     if not messages: raise UserError("--threads", f"{threads!r} holds no messages", "write some with phoque_simulate")
     ask = HttpModerator(moderator, shape, model, history, key_variable=key_variable, concurrency=concurrency, timeout=timeout)
-    report = replay(messages, ask, threshold, keep=str(Path(out).with_suffix('.jsonl')))
+    report = replay(messages, ask, threshold, keep=str(keep))
     sha = hashlib.sha256(Path(threads).read_bytes()).hexdigest()
     about = dict(moderator=ask.name, shape=shape, model=model, history=history, threshold=threshold, threads=threads,
         threads_sha256=sha, messages=len(messages))

@@ -12,7 +12,7 @@ from ..core.basics import UserError, check_output, check_range, printable, read_
 from ..core.kept import KeptRows, read_rows, write_private
 from ..chat.labels import encode_prompt
 from ..core.stats import MeanInterval, mean_interval
-from .engine import EngineOptions, LocalEngine, Progress, Sampling, said_gaps
+from .engine import EngineOptions, LocalEngine, Progress, Sampling, said_gaps, whole_characters
 from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer
 from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id
 from ..train import TrainConfig
@@ -255,6 +255,8 @@ def eval_prompts(
         try: prompts = [Prompt(t, _kinds(r)) for t,(_,r) in zip(read_prompts(path), records(path, training=False))]
         except OSError as e:
             raise UserError(path, e.strerror, "give a file of prompts, or none for the mild set") from None
+    for i,p in enumerate(prompts, 1):
+        if any(whole_characters(t)!=t for t in (p.text, *p.kinds)): raise UserError(f'{path}, prompt {i:,}', "it holds half a surrogate pair", "remove it")
     if not prompts: raise UserError(path, "it holds no prompts", "give a file of prompts, or none for the mild set")
     return random.Random(seed).sample(prompts, n) if 0<n<len(prompts) else prompts
 
@@ -402,10 +404,7 @@ def _generate(engine, kept, prompts, k, seed, system_prompt): # rows, kept as th
     sha256 = hashlib.sha256('\n'.join(p.text for p in prompts).encode()).hexdigest()
     about = engine.about | PROTOCOL._asdict() | dict(k=k, prompts=len(prompts), prompts_sha256=sha256, system_prompt=system_prompt, seed=seed)
     rows = KeptRows(kept, about)
-    try: return generate_rows(engine, prompts, k, '' if system_prompt else None, seed, rows) # the engine writes the system turn
-    except UserError as e:
-        more = f"; {len(rows.rows):,} rows are in {kept}, and the same command goes on after them"
-        raise UserError(e.what, e.value, e.remedy+more) from None
+    with rows.going_on(): return generate_rows(engine, prompts, k, '' if system_prompt else None, seed, rows) # the engine writes the system turn
 
 # %% ../../nbs/measure/score.ipynb #223d8364
 def _eval_report(rows, judges, about, out): # report and scores to their files, and the text for the console

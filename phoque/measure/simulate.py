@@ -6,7 +6,7 @@
 from __future__ import annotations
 import hashlib, json, random, re
 from bisect import bisect_left, bisect_right
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.meta import delegates
@@ -15,7 +15,7 @@ from ..core.kept import KeptRows, read_rows, write_private
 from ..core.stats import LEAST
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
-from .engine import EngineOptions, Sampling, adapter_hash
+from .engine import EngineOptions, Sampling, adapter_hash, whole_characters
 from ..sample import PLAIN, Greenlists, adapter_weight, generate_replies, scorer_id
 from .score import agreement_text, load_scorers
 from ..train import TrainConfig
@@ -48,13 +48,13 @@ TOPICS = ("When does the next ferry leave?", "Who plays in the next round?", "Ha
 
 # %% ../../nbs/measure/simulate.ipynb #ea8871db
 DIALS = dict(length=(1,1000), benign=(0,1), level=(.01,1), contrast=(0,1)) # from where to where
-FLAGS = dict(length='--length', benign='--benign_share', level='--weight', contrast='--contrast')
+FLAGS = dict(length='--length', benign='--benign_share', level='--weight', contrast='--contrast', categories='--categories', attacks='--attacks')
 
 def _check_dials(categories, attacks, names={}, **numbers):
     for k,v in numbers.items(): check_range(names.get(k, k), v, *DIALS[k])
     for what,given,known in (('categories',categories,CATEGORIES), ('attacks',attacks,ATTACKS)):
         if unknown := set(given)-set(known):
-            raise UserError(what, f"there is no {', '.join(sorted(unknown))}", f"use some of {', '.join(known)}")
+            raise UserError(names.get(what, what), f"there is no {', '.join(map(repr, sorted(unknown)))}", f"use some of {', '.join(known)}")
 
 def _harmless(rng, contrast, turn, begun, attack): # what kind of harmless message; only what was hostile can be answered or quoted
     if not contrast or turn==0 or rng.random()>=contrast: return 'benign'
@@ -331,7 +331,8 @@ def simulate(
         for turn in range(max(map(len, plans))):
             on = [p for p in plans if len(p)>turn]
             there = rows[at:at+len(on)]
-            if len(there)<len(on): _write_turn(on, turn, seed, persona, write, real)
+            if len(there)<len(on):
+                with kept.going_on() if kept else nullcontext(): _write_turn(on, turn, seed, persona, write, real)
             if kept and len(there)<len(on): kept.append(*(p[turn] for p in on[len(there):]))
             for p,m in zip(on, there): p[turn] = m
             at += len(on)
@@ -347,8 +348,9 @@ def check_message(
     meant = m.get('intended') if isinstance(m.get('intended'), dict) else {}
     texts,numbers = (meant.get('category'), m.get('speaker'), m.get('text')),(m.get('thread'), m.get('t'))
     fine = isinstance(meant.get('toxic'), bool) and all(isinstance(v, str) for v in texts)
-    if fine and all(isinstance(n, (int,float)) and abs(n)<1e9 for n in numbers): return
-    raise UserError(what, "no message with thread, t, speaker, text and intended",
+    fine = fine and all(isinstance(n, (int,float)) and abs(n)<1e15 for n in numbers) # a thousand gaps of a clock that was wrong
+    if fine and any(whole_characters(t)!=t for t in texts): raise UserError(what, "it holds half a surrogate pair", "remove it")
+    if not fine: raise UserError(what, "no message with thread, t, speaker, text and intended",
         "give a file that phoque_simulate has written")
 
 # %% ../../nbs/measure/simulate.ipynb #a3faa877
@@ -537,6 +539,8 @@ def _messages(writer, threads, system_prompt, seed, out, drawn, dials): # writte
     persona = '' if system_prompt==NO_SYSTEM else system_prompt # every prompt has a system turn that says what is meant
     return simulate(writer, threads, (), persona, seed, str(texts), real=drawn, **dials)
 
+def _names(text): return tuple(n.strip() for n in text.split(',')) # with commas
+
 def _said(messages, out):
     hostile = sum(m['intended']['toxic'] for m in messages)
     return [f"{len(messages)} messages in {out}, {hostile} of them meant to be hostile"]
@@ -566,8 +570,7 @@ def simulate_cli(
     **kwargs
 ):
     "Write labelled threads among invented people. The same command goes on after a kill; without a base model it scores again."
-    dials = dict(length=length, benign=benign_share, level=weight, categories=tuple(categories.split(',')), contrast=contrast,
-        attacks=tuple(attacks.split(',')))
+    dials = dict(length=length, benign=benign_share, level=weight, categories=_names(categories), contrast=contrast, attacks=_names(attacks))
     engine = EngineOptions(**kwargs)
     _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, dials)
     drawn,kept_back = load_community(dataset_repo, work).halves() if dataset_repo else (None,None)
