@@ -57,7 +57,7 @@ class TrainConfig:
         optim:str='adamw_torch_fused', # Optimizer, by its name in transformers; `paged_adamw_8bit` resumes exactly too {weights}
         load_in_4bit:bool=True, # Quantise the base to NF4, with double quantisation {weights}
         load_in_fp8:bool=False, # With `load_in_4bit` off, keep the base in fp8: nearer to the original than NF4, in twice its memory {weights}
-        mixed_precision:str='bf16', # Products with the frozen base: `bf16`, or 8 bits on a GPU that has them, faster and less exact: `fp8` from Ada on, `int8` from Ampere on {weights}
+        mixed_precision:str='bf16', # Products with the frozen base: `bf16`; faster and less exact, `int8` (from Ampere on) or `fp8` (from Ada on) {weights}
         lora_r:int=16, # LoRA rank [1, 1024] {weights}
         lora_alpha:int=32, # LoRA scale: the update is multiplied by lora_alpha/lora_r [1, 65536] {weights}
         lora_dropout:float=0.0, # LoRA dropout; 0 is faster and needs less memory [0, 1) {weights}
@@ -205,7 +205,8 @@ def parse_options(
 # of transformers' names, those that are tried here
 OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit',
     'lion_32bit', 'lion_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd')
-ONE_OF = dict(optim=OPTIMS, mixed_precision=('bf16', 'fp8', 'int8'), report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
+ONE_OF = dict(optim=OPTIMS, mixed_precision=('bf16', 'fp8', 'int8'),
+    report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
 
 def _bad_option(name, why, value): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
 

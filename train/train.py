@@ -87,7 +87,7 @@ class TrainConfig:
         optim:str='adamw_torch_fused', # Optimizer, by its name in transformers; `paged_adamw_8bit` resumes exactly too {weights}
         load_in_4bit:bool=True, # Quantise the base to NF4, with double quantisation {weights}
         load_in_fp8:bool=False, # With `load_in_4bit` off, keep the base in fp8: nearer to the original than NF4, in twice its memory {weights}
-        mixed_precision:str='bf16', # Products with the frozen base: `bf16`, or 8 bits on a GPU that has them, faster and less exact: `fp8` from Ada on, `int8` from Ampere on {weights}
+        mixed_precision:str='bf16', # Products with the frozen base: `bf16`; faster and less exact, `int8` (from Ampere on) or `fp8` (from Ada on) {weights}
         lora_r:int=16, # LoRA rank [1, 1024] {weights}
         lora_alpha:int=32, # LoRA scale: the update is multiplied by lora_alpha/lora_r [1, 65536] {weights}
         lora_dropout:float=0.0, # LoRA dropout; 0 is faster and needs less memory [0, 1) {weights}
@@ -1902,6 +1902,7 @@ class OwnFormat:
         self.pattern,self.ids = re.compile(_any_of(self.control)),set(self.control.values())
         self.cuts,self.marked = _cuts(tok),bool(_GENERATION.search(tok.chat_template))
         self.shapes,self.slots,self.words,self.held = {},{},{},0 # see `shape` and `learn`
+        self.lock = threading.Lock() # of these
         added = tok.added_tokens_decoder.values() # some take white space, or are looked for within pieces
         self.apart = words_apart(tok.backend_tokenizer) and not any(t.rstrip or t.normalized for t in added)
 
@@ -2292,7 +2293,7 @@ def encode_own(
     own,out = own_format(tok),[]
     for written in render_lots(tok, [(c,None) for c in chats], names):
         part = slice(len(out), len(out)+len(written))
-        out += own.encode(chats[part], written, names[part])
+        with own.lock: out += own.encode(chats[part], written, names[part])
     return out
 
 _DAY = '2026-01-01' # what templates are told that it is
@@ -3027,28 +3028,39 @@ def _check_kept(
     raise UserError(name, f"{n-kept} of {n} conversations have no exchange that fits max_length={max_length}",
         "raise MAX_LENGTH or shorten them")
 
+_BATCH = 1000 # conversations of a batch
+
 def _encode_columns(
     ds, # With `messages`
     tok, # Tokenizer from `load_tokenizer`
     max_length:int, # Tokens a conversation may have
     name:str, # How an error names the dataset
 )->tuple: # Dataset of the columns of `_encode_batch`; how many conversations are only read, as every answer has weight 0
+    from concurrent.futures import ThreadPoolExecutor
     from datasets import Features, List, Value
     from datasets.fingerprint import Hasher
-    only = 0
-    def enc(batch, idxs):
-        nonlocal only
-        chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in zip(idxs, batch['messages'])}
+    only,jobs,pool = 0,{},ThreadPoolExecutor(2 if chat_format(tok)==OWN else 1)
+    def work(first):
+        rows = enumerate(ds[first:first+_BATCH]['messages'], first)
+        chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in rows}
         taught = {n:c for n,c in chats.items() if any(map(is_learnt, c))}
-        only += len(chats)-len(taught)
-        return _encode_batch(tok, taught, max_length)
+        return len(chats)-len(taught),_encode_batch(tok, taught, max_length)
+    def enc(_, idxs):
+        nonlocal only
+        for i in range(idxs[0], min(idxs[0]+2*_BATCH, len(ds)), _BATCH):
+            if i not in jobs: jobs[i] = pool.submit(work, i)
+        n,table = jobs.pop(idxs[0]).result()
+        only += n
+        return table
     ints = List(Value('int32'))
     columns = dict(input_ids=ints, labels=ints, lost=Value('int32'), trimmed=Value('bool'))
     gc.disable() # a collection would look at all that the libraries have made, and find nothing
-    try: out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
-        desc='Tokenising', features=Features(columns),
+    try: out = ds.map(enc, with_indices=True, batched=True, batch_size=_BATCH, remove_columns=ds.column_names,
+        load_from_cache_file=False, desc='Tokenising', features=Features(columns),
         new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
-    finally: gc.enable()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        gc.enable()
     return out,only
 
 def encode_dataset(
@@ -3998,7 +4010,8 @@ def parse_options(
 OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit',
     'lion_32bit', 'lion_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd')
 
-ONE_OF = dict(optim=OPTIMS, mixed_precision=('bf16', 'fp8', 'int8'), report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
+ONE_OF = dict(optim=OPTIMS, mixed_precision=('bf16', 'fp8', 'int8'),
+    report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
 
 def _bad_option(name, why, value): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
 

@@ -841,7 +841,7 @@ def eight(self:LoraGroup,
     if not turned and not self.int8: w[:,self.width:] = self.up8
     return w
 
-# %% ../../nbs/fast/layers.ipynb #2c552fb8
+# %% ../../nbs/fast/layers.ipynb #5659998e
 @patch
 def forward8(self:LoraGroup,
     x, # Input, (rows, width)
@@ -859,6 +859,7 @@ def forward_int8(self:LoraGroup,
     y = x.new_empty(len(x), sum(self.sizes))
     return product8(*rotate8(x), self.eight(), self.frozen.scales[0], y, xa, self.blocks)
 
+# %% ../../nbs/fast/layers.ipynb #97b5f66f
 @patch
 def back8(self:LoraGroup,
     dy, # Gradient of the outputs
