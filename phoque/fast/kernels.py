@@ -711,9 +711,9 @@ def _product8_kernel():
 # %% ../../nbs/fast/kernels.ipynb #a386c583
 @functools.cache
 def _product8_sides():
-    "Tiles for this card: Hopper has 227 KiB for them, an A10G 99."
+    "Tiles for this card: a Hopper has 227 KiB for them, an A10G or an RTX PRO 99."
     import torch
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()>=(9,0)
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0]==9
     return dict(M=128, N=256, num_warps=8, num_stages=3) if hopper else dict(M=128, N=128, num_warps=4, num_stages=3)
 
 def product8(
