@@ -563,10 +563,11 @@ _BLOCKS = frozenset("""p div li ul ol tr table blockquote aside pre hr h1 h2 h3 
 
 class _Html(HTMLParser):
     "Lines of text of HTML."
-    def __init__(self):
+    def __init__(self, keep=False):
         super().__init__()
         self.lines,self.quotes = [],[]
         self.silent,self.pre = 0,0
+        self.keep,self.ended = keep,False # keep blanks and newlines; has a block just ended?
         self.put('')
 
     def put(self, text): self.lines.append(('> ' if self.quotes else '', text))
@@ -575,10 +576,13 @@ class _Html(HTMLParser):
         "Begin a new line, unless this one is empty."
         if self.lines[-1][1].strip(): self.put('')
         else: self.lines[-1] = '> ' if self.quotes else '',self.lines[-1][1]
+        self.ended = True
 
     def handle_data(self, data):
         if self.silent: return
-        if not self.pre: return self.add(re.sub(r'\s+', ' ', data))
+        if not (self.pre or self.keep): return self.add(re.sub(r'\s+', ' ', data))
+        if self.ended and not self.pre: data = data.removeprefix('\n') # the block's own
+        self.ended = False
         first,*more = data.split('\n')
         self.add(first)
         for l in more: self.put(l)
@@ -586,12 +590,12 @@ class _Html(HTMLParser):
 # %% ../../nbs/exports/sources.ipynb #982ab302
 @patch
 def text(self:_Html):
-    "The lines that aren't empty, and all of those of code."
+    "The lines that aren't empty, and all of those of code or where blanks are kept."
     code,res = False,[]
     for quote,l in self.lines:
         if l.strip()=='```': code = not code
-        if code or l.strip(): res.append(quote+(l if code else l.strip()))
-    return '\n'.join(res)
+        if code or self.keep or l.strip(): res.append(quote+(l if code or self.keep else l.strip()))
+    return '\n'.join(res).strip('\n')
 
 # %% ../../nbs/exports/sources.ipynb #22f6c7cc
 @patch
@@ -625,9 +629,10 @@ def handle_endtag(self:_Html, tag):
 # %% ../../nbs/exports/sources.ipynb #c2ce586c
 def html_text(
     s:str, # HTML of one message
+    keep:bool=False, # Keep blanks and newlines as they are, as a page with `white-space: pre-wrap` shows them
 )->str: # Text, with `> ` before the lines of quotes
     "Text of HTML."
-    h = _Html()
+    h = _Html(keep)
     h.feed(s)
     h.close()
     return h.text()
