@@ -79,9 +79,10 @@ def check(self:Quarantine,
     "Stop if too large a share was bad."
     if self.bad<=self.max_bad*self.rows or self.bad==1<self.rows: return
     kind = self.reasons.most_common(1)[0][0]
+    unknown = self.bad*2>self.rows and not kind.startswith('not JSON')
+    remedy = NAME_KIND if unknown else "correct the file or raise --max_bad"
     raise UserError(where, f"{self.bad:,} of {self.rows:,} rows are bad, more than {self.max_bad:.1%} "
-        f"(most often: {kind}, first in {self.first[kind]})", NAME_KIND if self.bad*2>self.rows
-        else "correct the file or raise --max_bad")
+        f"(most often: {kind}, first in {self.first[kind]})", remedy)
 
 # %% ../../nbs/exports/files.ipynb #271d5ef5
 class LeftOut(Exception):
@@ -213,6 +214,7 @@ def _in_tar(path):
     refuse_bomb(path, sum(e.size for e in files), path.stat().st_size)
     return [(e.name.removeprefix('./'), lambda e=e: io.BufferedReader(t.extractfile(e), HEAD)) for e in files]
 
+# %% ../../nbs/exports/files.ipynb #73e6191f
 def files_in(
     path:Path, # Folder, zip or tar
 )->list: # Name of each file in it and what opens its bytes, in order
@@ -244,6 +246,7 @@ class _Joined(io.RawIOBase):
 def _only_file(path):
     "The only file in a zip or a tar, or its files of JSON lines as one."
     files = dict(files_in(path))
+    if 'word/document.xml' in files: raise UserError(path.name, "it is a Word document", "save it as text")
     if 'xl/workbook.xml' in files: raise UserError(path.name, "it is an Excel workbook inside another file", "unpack it")
     if {'users.json','channels.json'}<={n.split('/')[-1] for n in files}:
         raise UserError(path.name, "it looks like a Slack export", f"give it as slack:{path.name}")
@@ -268,6 +271,7 @@ def _expanded(path):
 
 def _is_tar(raw): return raw.peek(512)[257:262]==b'ustar'
 
+# %% ../../nbs/exports/files.ipynb #a5ec9650
 def unpacked(
     path:Path, # Of a file
 )->tuple: # Its bytes, and what they were packed with, '' for nothing
@@ -293,6 +297,7 @@ _BINARY = {b'%PDF': 'a PDF', b'SQLite format 3': 'an SQLite database', b'\xd0\xc
     b'PK\5\6': 'an empty zip',
     b'7z\xbc\xaf': 'a 7-Zip archive', b'Rar!': 'a RAR archive', b'ARROW1': 'an Arrow file', b'\x89PNG': 'a picture',
     b'\xff\xd8\xff': 'a picture', b'GIF8': 'a picture'}
+_UNPACK = "unpack it, and give the files in it"
 
 _NO_UTF8 = re.compile('[\udc80-\udcff]+')
 
@@ -326,8 +331,7 @@ def encoding_of(
     "The encoding of a file that begins so."
     if bom := _signed(head, _BOMS): return bom
     if what := _signed(head, _BINARY):
-        raise UserError(name, f"it is {what}", "unpack it, and give the files in it" if 'archive' in what
-            else "export it as CSV, JSON lines or Parquet")
+        raise UserError(name, f"it is {what}", _UNPACK if 'archive' in what else "export it as CSV, JSON lines or Parquet")
     if how := _signed(head, _PACKED): raise UserError(name, f"it is packed twice, with {how} inside", "unpack it once")
     n,even,odd = len(head)//2,head[::2].count(0),head[1::2].count(0)
     if n>4 and odd>n/3 and not even: return 'utf-16-le'
@@ -593,7 +597,7 @@ def json_lines(
     "Values of lines of JSON."
     for n,s in enumerate(text_lines(f), 1):
         if not s.strip(): continue
-        try: found = (s[:1000],TOO_LONG) if len(s)>MOST_ROW else (json.loads(legible(s)),'')
+        try: found = (s[:1000],TOO_LONG) if len(s)>MOST_ROW else (json.loads(legible(s).rstrip().removesuffix(',')),'')
         except (ValueError, RecursionError) as e: found = s[:1000],f'not JSON ({e})'
         yield n,found
 
@@ -723,16 +727,18 @@ def _ods_rows(f):
 def _ods(path, bad):
     "Place and record of each row of an OpenDocument workbook's first sheet that has some."
     head,n = (),0
+    def named(row): return {h: v for h,v in zip(head, row+[None]*len(head)) if h is not None}
     try:
         with zipfile.ZipFile(path) as z:
             refuse_bomb(path, sum(e.file_size for e in z.infolist()), path.stat().st_size)
             with z.open('content.xml') as f:
                 for n,row,met in _ods_rows(f):
-                    if met: yield f'{path.name} row {n}',{h: v for h,v in zip(head, row+[None]*len(head)) if h is not None}
+                    if met: yield f'{path.name} row {n}',named(row)
                     else: head = _checked_head(row, f'{path.name} row {n}')
     except UserError: raise
     except (*ROW_FAULTS, OSError, MemoryError, SyntaxError, zlib.error, zipfile.BadZipFile) as e: # SyntaxError: of XML
-        raise UserError(f"{path.name} after row {n}", f"it can't be read as ODS ({excerpt(e)})", "save it again") from None
+        raise UserError(f"{path.name} after row {n}", f"it can't be read as ODS ({excerpt(e)})",
+            "save it again") from None
 
 # %% ../../nbs/exports/files.ipynb #98cebf20
 EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'},
@@ -771,6 +777,7 @@ _ELSEWHERE = [
     ("sigtop's text", r'(?s)Conversation: .{1,500}?\n\nFrom: .{1,200}\nType: ', 'export it as JSON, with -f json'),
     ("a log of Pidgin", r'Conversation with \S+ at .* on ', _AS_TABLE),
     ("DiscordChatExporter's text", r'={20,}\s*\n(Guild|Channel):', 'export it as JSON'),
+    ('a part of an archive of Twitter', r'window\.YTD\.', 'remove what stands before its first ['),
     ('XML', r'<\?xml', _AS_TABLE),
     ('a web page with all its files (MHTML)', r'From: <Saved by', 'save it as HTML alone'),
     ('a mailbox', r'From \S+.*\d{4}\r?\n[\w-]+: |(?i:(Return-Path|Received|Delivered-To): )', _AS_TABLE),
