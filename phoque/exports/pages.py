@@ -63,7 +63,7 @@ def _own_text(el):
 
 # %% ../../nbs/exports/pages.ipynb #2f5e6db2
 def _messages(p, cut, read, name, before={}):
-    "Messages in each piece after the first, and what is wrong, as `read` finds them; a bad piece clears what was said `before`."
+    "Messages in each piece after the first, and what is wrong, as `read` finds them; a bad one clears what was `before`."
     for p,fault in cut:
         try: found = [] if fault else list(read(p))
         except ROW_FAULTS as e: fault = reason_of(e)
