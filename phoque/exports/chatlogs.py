@@ -4,7 +4,7 @@
 
 # %% ../../nbs/exports/chatlogs.ipynb #b3cf8888
 from __future__ import annotations
-import re
+import json, re
 from datetime import datetime, timezone
 from functools import partial
 from html import escape, unescape
@@ -24,7 +24,7 @@ from .times import Clock, Days, named_day, seconds
 __all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_line',
            'read_kakao', 'kakao_csv', 'read_messenger', 'read_skype', 'read_signal', 'read_matrix', 'read_google',
            'mattermost', 'read_irc', 'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon',
-           'read_twitch', 'read_livechat', 'read_youtube', 'read_convokit', 'read_oasst']
+           'read_twitch', 'read_livechat', 'read_youtube', 'takeout', 'read_convokit', 'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
 _MESSAGES = r'"messages"\s*:\s*\[' # how the list of messages begins in many exports
@@ -1278,6 +1278,21 @@ def read_youtube(
             say = partial(_youtube_comment, book=book_of(bad)) if api else partial(_ytdlp_line, book=book_of(bad),
                 video=video)
             yield from lines_of(_api_comments(items) if api else items, f'{name} comment', bad, say)
+
+# %% ../../nbs/exports/chatlogs.ipynb #af7319f3
+_TAKEN_OUT = 'Comment','Live Chat'
+
+def _is_takeout(b): return any({f'{k} ID',f'{k} Text'}<=b.row.keys() for k in _TAKEN_OUT)
+
+@source('takeout', '', False, detect=_is_takeout)
+def takeout(r, at, **_):
+    "YouTube comments and live chats of Google Takeout"
+    kind = next(k for k in _TAKEN_OUT if f'{k} Text' in r)
+    text = ''.join(p.get('text') or '' for p in json.loads(f"[{r[f'{kind} Text']}]"))
+    room,by = r.get('Video ID') or r.get('Post ID') or ONLY_ROOM,r['Channel ID']
+    t = seconds(r[f'{kind} Create Timestamp'])
+    return [_said(at.book, 'youtube', room, by, text, t, id=r[f'{kind} ID'], author=by,
+        reply_to=r.get('Parent Comment ID') or None)]
 
 # %% ../../nbs/exports/chatlogs.ipynb #fc51f05d
 def _utterance(r, book):

@@ -721,11 +721,13 @@ def _is_like(x, row):
     return isinstance(x, dict) and len(x.keys() & row.keys())>max(2, len(row)//2)
 
 # %% ../../nbs/exports/sources.ipynb #b9d313b4
+_BOT_COLUMNS = 'isbot','bot','authorisbot','authorbot','userisbot','system','issystem'
+
 def _says_bot(r, who):
-    "Does a column of a row, or of the person in it, say that a bot speaks?"
+    "Does a column of a row, or of the person in it, say that a bot or the program itself speaks?"
     person = _at(r, who.rpartition('.')[0])
     there = {_bare(k): v for x in (r, person) if isinstance(x, dict) for k,v in x.items()}
-    return any(f'{there.get(k)}'.lower() in ('true','1') for k in ('isbot','bot','authorisbot','authorbot','userisbot'))
+    return any(f'{there.get(k)}'.lower() in ('true','1') for k in _BOT_COLUMNS)
 
 # %% ../../nbs/exports/sources.ipynb #3f414cf6
 def _table_line(r, at, columns, html=None, names=(), **_):
@@ -735,7 +737,7 @@ def _table_line(r, at, columns, html=None, names=(), **_):
     if inside := next((k for k,v in r.items() if isinstance(v, list) and v and _is_like(v[0], r)), ''):
         raise ValueError(f"it has rows like itself in `{inside}`, and a table has no place for a tree")
     if text is None: raise LeftOut('no text')
-    if _says_bot(r, columns.get('who', '')): raise LeftOut('a bot')
+    if _says_bot(r, columns.get('who', '')): raise LeftOut('a bot or a notice')
     _refuse_rendered(text)
     text = quotes_apart(_str(text, 'text', MOST_TEXT))
     if html: text = html(text)
