@@ -56,7 +56,7 @@ def _names(source):
 def _kind_of(name):
     "Kind and path of a name; the kind is '' where it isn't given."
     kind,_,path = name.partition(':')
-    if path and kind in SOURCES: return kind,path
+    if path and kind in SOURCES and (Path(path).exists() or not Path(name).exists()): return kind,path
     if not path or kind=='hub' or Path(name).exists(): return '',name
     raise UserError("--source", f"no source {kind!r}", f"use one of {', '.join(SOURCES)}, as in discord:pier.json")
 
@@ -71,19 +71,21 @@ def _many(path):
 # %% ../../nbs/exports/build.ipynb #0fcdd7f5
 def _known(name, kind, files, columns, others):
     "Kind and path of those of many files that a reader knows; the others are named and noted."
-    res,out,why = [],[],{}
+    res,out = [],[]
+    why,sizes = {},{}
     for f in files:
-        k,fault = '','it is empty'
+        k,fault,size = '','it is empty',0
         try:
-            if export_file(f).stat().st_size: k = find_kind(f, columns)
+            if size := export_file(f).stat().st_size: k = find_kind(f, columns)
         except UserError as e: fault = f'{e.value}: {e.remedy}'
         if k and (kind in ('',k) or (kind,k)==('table','messages')): res.append((kind or k, f)); continue
         out.append(f.name)
+        sizes[size] = fault # that of the largest file says most
         why.setdefault(f'it is {k}' if k else fault, []).append(f.name)
     others += out
     said = ', '.join(f'{n:,} as {k}' for k,n in Counter(k for k,_ in res).items())
     if out: said += f'; left out {len(out):,} that are not read: {excerpt(", ".join(out))}'
-    if not res: raise UserError(name, f"no file in it that is read{said}", "name the files, with their kind")
+    if not res: raise UserError(name, f"no file in it that is read{said} ({sizes[max(sizes)]})", "name the files")
     for fault,names in why.items(): log.info(printable(f'{name}: not read, {fault} ({excerpt(", ".join(names))})'))
     log.info(printable(f'{name}: read {said}'))
     return res

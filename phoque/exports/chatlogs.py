@@ -4,7 +4,7 @@
 
 # %% ../../nbs/exports/chatlogs.ipynb #b3cf8888
 from __future__ import annotations
-import re
+import json, re
 from datetime import datetime, timezone
 from functools import partial
 from html import escape, unescape
@@ -12,7 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
 from ..core.basics import UserError, excerpt
-from .files import MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text, book_of
+from .files import HEAD, MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text, book_of
 from .files import export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in
 from .files import open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
 from .pages import discord_page, discord_times, is_discord_page, is_telegram_page, telegram_page
@@ -22,9 +22,9 @@ from .times import Clock, Days, named_day, seconds
 
 # %% auto #0
 __all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_line',
-           'read_kakao', 'kakao_csv', 'read_messenger', 'read_signal', 'read_matrix', 'read_google', 'mattermost',
-           'read_irc', 'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch',
-           'read_livechat', 'read_youtube', 'read_convokit', 'read_oasst']
+           'read_kakao', 'kakao_csv', 'read_messenger', 'read_skype', 'read_signal', 'read_matrix', 'read_google',
+           'mattermost', 'read_irc', 'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon',
+           'read_twitch', 'read_livechat', 'read_youtube', 'takeout', 'read_convokit', 'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
 _MESSAGES = r'"messages"\s*:\s*\[' # how the list of messages begins in many exports
@@ -73,37 +73,52 @@ def _discord_line(m, room, book):
         group=f'discord-{room}-{int(t//86400)}', id=m['id'], reply_to=to, weight=int(not passed_on))
 
 # %% ../../nbs/exports/chatlogs.ipynb #e2261706
+_CHANNEL_FILES = r'(?i)^(?!.*_Files/).*\.(json|html?)$' # in `…_Files` are the pictures and files of a page
+
 def _is_discord(b):
-    "Is it DiscordChatExporter's JSON or HTML?"
+    "Is it DiscordChatExporter's JSON or HTML, or a zip of them?"
     if b.path.is_dir(): return False
-    if is_discord_page(b.text): return True
-    head,_,more = b.text.partition('"messages"')
+    text = b.text or _first_inside(b)
+    if is_discord_page(text): return True
+    head,_,more = text.partition('"messages"')
     return more and re.match(r'\s*\{', head) and all(re.search(rf'"{k}"\s*:\s*\{{', head) for k in ('guild','channel'))
+
+def _first_of(f):
+    "How a text begins, without reading on in it."
+    return f.buffer.peek(HEAD)[:HEAD].decode(f.encoding, 'replace').lstrip('\ufeff')
+
+def _first_inside(b):
+    "How the first page or JSON in a zip begins, or ''."
+    try: return next(_first_of(f) for _,f in texts_in(b.path, _CHANNEL_FILES)) if b.holds(_CHANNEL_FILES) else ''
+    except UserError: return ''
 
 def _anywhere(path):
     "For exports whose rooms have ids: a room may go on in any other file of the kind."
     return ''
 
+# %% ../../nbs/exports/chatlogs.ipynb #854bf800
+def _discord_json(f, name, bad):
+    "Lines of DiscordChatExporter's JSON, or of several where files were joined."
+    for n,(head,items) in enumerate(JsonText(f, name).lists(re.compile(_MESSAGES)), 1):
+        if not (found := _CHANNEL.search(head)):
+            raise UserError(name, "no channel before its messages", "give DiscordChatExporter's JSON")
+        say = partial(_discord_line, room=found[1], book=book_of(bad))
+        for l in lines_of(items, f'{name} message' if n==1 else f'{name} part {n} message', bad, say):
+            yield l | dict(thread=found[1]) if 'Thread' in (found[2] or '') else l
+
 # %% ../../nbs/exports/chatlogs.ipynb #1bbcd89f
 @reader('discord', detect=_is_discord, same=_anywhere)
 def read_discord(
-    path:str, # JSON, HTML or CSV of DiscordChatExporter
+    path:str, # JSON, HTML or CSV of DiscordChatExporter, or a zip of JSON or HTML
     bad=refuse, # Called with place, reason and message
     **opts
 ):
     "DiscordChatExporter's JSON, HTML or CSV"
-    path = export_file(path)
-    if (head := Beginning(path).text.lstrip()) and head[0]!='{':
-        yield from _discord_html(path, bad, **opts) if head[0]=='<' else SOURCES['discord_csv'].read(path, bad, **opts)
-        return
-    with whole_file(path.name), open_text(path) as f:
-        exports = JsonText(f, path.name).lists(re.compile(_MESSAGES)) # several, where files were joined
-        for n,(head,items) in enumerate(exports, 1):
-            if not (found := _CHANNEL.search(head)):
-                raise UserError(path.name, "no channel before its messages", "give DiscordChatExporter's JSON")
-            say = partial(_discord_line, room=found[1], book=book_of(bad))
-            for l in lines_of(items, f'{path.name} message' if n==1 else f'{path.name} part {n} message', bad, say):
-                yield l | dict(thread=found[1]) if 'Thread' in (found[2] or '') else l
+    for name,f in texts_in(path := export_file(path), _CHANNEL_FILES, book_of(bad)):
+        begin = _first_of(f).lstrip()[:1]
+        if begin in ('','{'): yield from _discord_json(f, name, bad)
+        elif begin=='<': yield from _discord_html(f, name, path, bad, **opts)
+        else: yield from SOURCES['discord_csv'].read(path, bad, **opts)
 
 # %% ../../nbs/exports/chatlogs.ipynb #33f70697
 _NOTICES = re.compile(r'(Joined the server|Pinned a message|Started a thread|Changed the channel icon|Left the group'
@@ -125,36 +140,35 @@ def discord_csv(r, at, **_):
         group=f'discord-{at.file}-{int(t//86400)}')]
 
 # %% ../../nbs/exports/chatlogs.ipynb #68bf97ce
-def _discord_html(path, bad, zone='UTC', order='', **_):
-    "Lines of a page of DiscordChatExporter's."
-    if not is_discord_page(Beginning(path).text):
-        raise UserError(path.name, "it is no page of DiscordChatExporter's", "give the page of a channel, or its JSON")
+def _discord_html(f, name, path, bad, zone='UTC', order='', **_):
+    "Lines of a page of DiscordChatExporter's, which is at `path` or in it."
+    if not is_discord_page(_first_of(f)):
+        raise UserError(name, "it is no page of DiscordChatExporter's", "give the page of a channel, or its JSON")
     book,clock = book_of(bad),Clock(zone, order)
     def say(m):
         if _NOTICES.fullmatch(m['content']): m['type'] = 'Notice'
         if isinstance(m['timestamp'], str): m['timestamp'] = clock(m['timestamp'])
         for names in m['named']: book.people.setdefault(hash_of('mentioned', *names), [*names])
         return _discord_line(m, room, book)
-    with whole_file(path.name), open_text(path) as f:
-        room,items = discord_page(f, path.name)
-        first = next(items, None)
-        if first and isinstance(first[0], dict) and 'timestamp' in first[0] and not first[0]['id']:
-            book.hear('the time of the first of several messages for all of them')
-            with open_text(path) as again: clock.look(discord_times(again))
-        yield from lines_of(chain([first] if first else [], items), f'{path.name} message', bad, say)
+    room,items = discord_page(f, name)
+    first = next(items, None)
+    if first and isinstance(first[0], dict) and 'timestamp' in first[0] and not first[0]['id']:
+        book.hear('the time of the first of several messages for all of them')
+        for _,again in texts_in(path, f'^{re.escape(name)}$'): clock.look(discord_times(again))
+    yield from lines_of(chain([first] if first else [], items), f'{name} message', bad, say)
     book.hear(*clock.said)
 
 # %% ../../nbs/exports/chatlogs.ipynb #6642bd12
 _SLACK = re.compile(r'<(?:@(\w+)(?:\|[^<>]*)?|#(\w+)(?:\|([^<>]*))?|!(\w+)(?:\^[^<>|]*)?(?:\|([^<>]*))?'
-    r'|((?:https?|mailto|tel):[^|<>]+)(?:\|[^<>]*)?)>')
+    r'|((?:https?|mailto|tel):[^|<>]+)(?:\|([^<>]*))?)>')
 
 def _slack_text(s, users, channels={}):
     "Text of a Slack message, with names for ids and without its markup of links."
     def put(m):
-        who,chan,name,what,label,link = m.groups()
+        who,chan,name,what,label,link,words = m.groups()
         if who: return f'@{users[who]}' if who in users else m[0]
         if chan: return f'#{name or channels.get(chan, "channel")}'
-        if link: return link.removeprefix('mailto:').removeprefix('tel:')
+        if link: return words if words and words not in link else link.removeprefix('mailto:').removeprefix('tel:')
         return label or f'@{"group" if what=="subteam" else what}' # @here, @channel, @everyone, a date
     s = re.sub(r'^<@\w+(?:\|[^<>]*)?> uploaded a file: <[^<>]*>(?: and commented: )?', '', s) # as before 2018
     s = re.sub(r'::skin-tone-\d:', ':', _SLACK.sub(put, s))
@@ -164,7 +178,7 @@ def _slack_text(s, users, channels={}):
 _SLACK_PIECES = dict(text=lambda e: escape(e['text'], quote=False), plain_text=lambda e: escape(e['text'], quote=False),
     mrkdwn=lambda e: e['text'], user=lambda e: f"<@{e['user_id']}>", channel=lambda e: f"<#{e['channel_id']}>",
     usergroup=lambda e: f"<!subteam^{e['usergroup_id']}>", broadcast=lambda e: f"<!{e['range']}>",
-    link=lambda e: f"<{e['url']}>", emoji=lambda e: f":{e['name']}:",
+    link=lambda e: f"<{e['url']}|{escape(e.get('text') or '', quote=False)}>", emoji=lambda e: f":{e['name']}:",
     date=lambda e: escape(e.get('fallback') or '', quote=False))
 _WORDED = 'rich_text','section','header','context' # blocks with words; the others are pictures and buttons
 
@@ -194,7 +208,7 @@ def _slack_files(files, name):
     "The lists of users, of channels, and the days of a Slack export, each by its name; and names that are there twice."
     lists = [n for n,_ in files if re.fullmatch(_USERS, n)]
     if not lists: raise UserError(name, "no users.json in it, which says who has which name and who is a bot",
-        "give the whole Slack export, or add its users.json beside the channels")
+        "give the export as Slack made it, or make it again")
     top = min(lists, key=lambda n: (n.count('/'), n))
     root,found,twice = top[:top.rfind('/')+1],({},{},{}),[]
     for n,begin in files:
@@ -364,7 +378,11 @@ def _telegram_html(path, bad, clock):
     for name,f in texts_in(path, _PAGES, book):
         title,items = telegram_page(f, name)
         if not title: raise UserError(name, "it is no page of a chat of Telegram Desktop's", "give its messages.html")
-        room = _telegram_room(title, name if '/' in name else Path(path).absolute().as_posix())
+        place = Path(path).absolute()
+        if place.name!=name: place /= name
+        room = _telegram_room(title, place.as_posix())
+        if book.starts.setdefault(room, place.parent)!=place.parent:
+            book.hear('pages of one title in several folders, taken for one chat')
         def say(m):
             if m.get('from')=='Deleted Account': book.note(f"{room} message {m['id']}", 'one of several deleted accounts, perhaps')
             return _telegram_line(m, book, room, clock, book.topics.setdefault(room, {}))
@@ -405,7 +423,11 @@ je hebt dit bericht verwijderd|u hebt dit bericht verwijderd|данное соо
 вы удалили данное сообщение|вы удалили сообщение|це повідомлення було видалено|ви видалили це повідомлення|
 bu mesaj silindi|bu mesajı sildiniz|wiadomość została usunięta|ta wiadomość została usunięta|usunięto tę wiadomość|
 pesan ini telah dihapus|anda menghapus pesan ini|anda telah menghapus pesan ini|det här meddelandet raderades|
-du raderade det här meddelandet|denne besked blev slettet|du slettede denne besked|denne meldingen ble slettet|
+du raderade det här meddelandet|det här meddelandet togs bort|du tog bort det här meddelandet|ez az üzenet törölve lett|
+törölted az üzenetet|esta mensagem foi eliminada|eliminou esta mensagem|táto správa bola odstránená|
+ova poruka je izbrisana|това съобщение беше изтрито|tin nhắn này đã bị xóa|ข้อความนี้ถูกลบแล้ว|
+mesej ini telah dipadamkan|این پیام حذف شد|aquest missatge s'ha suprimit|
+denne besked blev slettet|du slettede denne besked|denne meldingen ble slettet|
 du slettet denne meldingen|tämä viesti poistettiin|poistit tämän viestin|tato zpráva byla odstraněna|
 ezt az üzenetet törölték|törölted ezt az üzenetet|acest mesaj a fost șters|ai șters acest mesaj|
 αυτό το μήνυμα διαγράφηκε|διαγράψατε αυτό το μήνυμα|הודעה זו נמחקה|מחקת הודעה זו|تم حذف هذه الرسالة|حذفت هذه الرسالة|
@@ -434,9 +456,12 @@ def _whatsapp_who(rest):
 # %% ../../nbs/exports/chatlogs.ipynb #e3023e38
 _CHAT_TXT = r'(^|/)(_chat|WhatsApp[^/]*|[^/]*WhatsApp[^/]*)\.txt$'
 
-_SIGNAL_MD = re.compile(r'\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\] ([^:\n]{1,100}): ?(.*)', re.S)
+_SIGNAL_MD = re.compile(r'\[(\d{4}-\d\d-\d\d,? \d\d:\d\d(?::\d\d)?)\] ([^:\n]{1,100}): ?(.*)', re.S)
 
-def _is_signal_md(b): return bool(_SIGNAL_MD.match(b.text)) and '  \n\n[' in b.text
+def _is_signal_md(b):
+    "Does a message end in two blanks, a new line of Markdown, before an empty line, or do most where there is none?"
+    most = 2*b.text.count('  \n[')>b.text.count('\n[')
+    return bool(_SIGNAL_MD.match(b.text)) and ('  \n\n[' in b.text or most)
 
 def _is_whatsapp(b):
     "Whether a message of WhatsApp is in the first lines."
@@ -601,6 +626,41 @@ def read_messenger(
         for p in filter(lambda p: isinstance(p, str), people): book.person(_unmixed(p), _unmixed(p))
         room = hash_of(Path(name).parent, *sorted(map(str, people)))
         yield from lines_of(items, f'{name} message', bad, partial(_messenger_line, book=book, room=room))
+
+# %% ../../nbs/exports/chatlogs.ipynb #28ddf1d9
+_SKYPE = r'"MessageList"\s*:\s*\['
+_SKYPE_FILE = r'^messages\.json$'
+
+def _skype_text(s):
+    "Text of a message, with what it quotes apart."
+    s = re.sub(r'(?s)<legacyquote>.*?</legacyquote>|<e_m\b[^<>]*>', '', s)
+    return html_text(re.sub(r'<(/?)quote\b[^<>]*>', r'<\1blockquote>', s), keep=True)
+
+def _skype_line(m, book):
+    "Line of a message."
+    by,words = m['from'],m.get('content') or ''
+    if by.startswith('28:'): raise LeftOut('a bot')
+    if (m.get('properties') or {}).get('deletetime'): raise LeftOut('a deleted message')
+    if m['messagetype'] not in ('RichText','Text'): raise LeftOut('a picture, a call or a notice')
+    name,quoted = re.sub(r'^\d+:(live:)?', '', by),re.search(r'<quote\b[^<>]* messageid="(\d+)"', words)
+    return _said(book, 'skype', m['conversationid'], m.get('displayName') or name, _skype_text(words),
+        seconds(m['originalarrivaltime']), id=m['id'], reply_to=quoted and quoted[1], author=by, names=[name])
+
+def _is_skype(b):
+    if b.holds(_SKYPE_FILE): return not b.path.is_dir()
+    return re.match(r'\s*\{\s*"userId"\s*:', b.text) and re.search(_SKYPE, b.text)
+
+# %% ../../nbs/exports/chatlogs.ipynb #0f8be898
+@reader('skype', detect=_is_skype, same=_anywhere)
+def read_skype(
+    path:str, # `messages.json` of Skype's export, or the tar with it
+    bad=refuse, # Called with place, reason and message
+    **_
+):
+    "Skype's export, as JSON"
+    say = partial(_skype_line, book=book_of(bad))
+    for n,(name,_,items) in enumerate(lists_in(path, _SKYPE, _SKYPE_FILE, book_of(bad)), 1):
+        yield from lines_of(items, f'{name} message' if n==1 else f'{name} chat {n} message', bad, say)
 
 # %% ../../nbs/exports/chatlogs.ipynb #b191e17a
 def _signal_export(m, at):
@@ -977,7 +1037,7 @@ def _reddit_line(r, at, post=''):
     "Line of a post or a comment."
     text = r['body'] if 'body' in r else '\n\n'.join(filter(None, (r['title'], r.get('selftext'))))
     who = r['author']
-    if who is None or r.get('removed_by_category') or no_words(r.get('selftext') or text)=='removed or deleted':
+    if who in (None, '') or r.get('removed_by_category') or no_words(r.get('selftext') or text)=='removed or deleted':
         raise LeftOut('removed or deleted')
     if _BOT.fullmatch(who) or _I_AM_A_BOT.search(text): raise LeftOut('a bot')
     own = r.get('name') or f"{'t1' if 'body' in r else 't3'}_{r['id']}"
@@ -986,29 +1046,42 @@ def _reddit_line(r, at, post=''):
         id=own, reply_to=r.get('parent_id'), author=r.get('author_fullname') or who)
 
 # %% ../../nbs/exports/chatlogs.ipynb #95432680
+def _inside(m):
+    "What is inside a page of Reddit's, a post or a comment."
+    if 'kind' in m: m = m['data']
+    m = m.get('children') or m.get('comments') or m.get('replies') or ()
+    return [m] if isinstance(m, dict) else [] if isinstance(m, str) else m # answers are a page again
+
+# %% ../../nbs/exports/chatlogs.ipynb #b0df96bf
 def _reddit_lines(r, at):
-    "Lines of a post or a comment, and of the comments that are inside a post."
-    if not r.get('comments'): return [_reddit_line(r, at)]
-    res,left,post = [],[r],r.get('name') or f"t3_{r['id']}"
+    "Lines of a post or a comment, and of the comments that are inside a post or a page."
+    if not _inside(r): return [_reddit_line(r, at)]
+    res,left,post = [],[r],'' if 'kind' in r else r.get('name') or f"t3_{r['id']}"
     while left:
         m = left.pop()
-        left += reversed(m.get('comments') or m.get('replies') or ())
+        kind = m.get('kind')
+        if kind=='more': at.note('comments that the page leaves out')
+        else: left += reversed(_inside(m))
+        if kind in ('Listing','more'): continue
+        if kind: m = m['data']
         try: res.append(_reddit_line(m, at, post))
         except LeftOut as e: at.note(str(e))
         except ROW_FAULTS as e: at.note(f"a comment that can't be read: {reason_of(e)}")
     return res
 
+# %% ../../nbs/exports/chatlogs.ipynb #5d51a967
 def _is_reddit(b):
-    return {'author','created_utc','subreddit'}<=b.row.keys() and ('body' in b.row and 'link_id' in b.row
-        or 'title' in b.row)
+    if b.row.get('kind')=='Listing': return True
+    there = {'author','created_utc'}<=b.row.keys()
+    return there and ({'body','link_id'}<=b.row.keys() or {'title','subreddit'}<=b.row.keys())
 
 @reader('reddit', detect=_is_reddit, same=_anywhere)
 def read_reddit(
-    path:str, # JSON lines of Pushshift or Arctic Shift, packed or not, or a post of BDFR
+    path:str, # JSON lines of Pushshift or Arctic Shift, a post of BDFR, a page's `.json`, or a table of PRAW
     bad=refuse, # Called with place, reason and row
     **_
 ):
-    "Reddit posts and comments, of Pushshift, Arctic Shift or BDFR"
+    "Reddit posts and comments, of Pushshift, Arctic Shift, BDFR, PRAW or a page's `.json`"
     yield from read_records(_reddit_lines, path, bad)
 
 # %% ../../nbs/exports/chatlogs.ipynb #1c49e46d
@@ -1205,6 +1278,21 @@ def read_youtube(
             say = partial(_youtube_comment, book=book_of(bad)) if api else partial(_ytdlp_line, book=book_of(bad),
                 video=video)
             yield from lines_of(_api_comments(items) if api else items, f'{name} comment', bad, say)
+
+# %% ../../nbs/exports/chatlogs.ipynb #af7319f3
+_TAKEN_OUT = 'Comment','Live Chat'
+
+def _is_takeout(b): return any({f'{k} ID',f'{k} Text'}<=b.row.keys() for k in _TAKEN_OUT)
+
+@source('takeout', '', False, detect=_is_takeout)
+def takeout(r, at, **_):
+    "YouTube comments and live chats of Google Takeout"
+    kind = next(k for k in _TAKEN_OUT if f'{k} Text' in r)
+    text = ''.join(p.get('text') or '' for p in json.loads(f"[{r[f'{kind} Text']}]"))
+    room,by = r.get('Video ID') or r.get('Post ID') or ONLY_ROOM,r['Channel ID']
+    t = seconds(r[f'{kind} Create Timestamp'])
+    return [_said(at.book, 'youtube', room, by, text, t, id=r[f'{kind} ID'], author=by,
+        reply_to=r.get('Parent Comment ID') or None)]
 
 # %% ../../nbs/exports/chatlogs.ipynb #fc51f05d
 def _utterance(r, book):

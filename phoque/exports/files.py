@@ -4,7 +4,7 @@
 
 # %% ../../nbs/exports/files.ipynb #f45cad47
 from __future__ import annotations
-import bz2, codecs, csv, gzip, io, json, lzma, re, zipfile, zlib, zstandard
+import bz2, codecs, csv, gzip, io, json, lzma, re, tarfile, zipfile, zlib, zstandard
 from collections import Counter
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -18,7 +18,7 @@ from ..core.basics import UserError, check_data_files, excerpt
 # %% auto #0
 __all__ = ['MOST_ROW', 'ROW_FAULTS', 'NAME_KIND', 'MOST_UNPACKED', 'MOST_TIMES', 'MOST_WINDOW', 'HEAD', 'TOO_LONG',
            'MOST_COLUMNS', 'EVAL_ONLY', 'refuse', 'Quarantine', 'LeftOut', 'book_of', 'reason_of', 'hash_of',
-           'export_file', 'refuse_bomb', 'whole_file', 'in_order', 'files_in', 'is_packed', 'unpacked', 'legible',
+           'export_file', 'refuse_bomb', 'whole_file', 'in_order', 'files_in', 'unpacked', 'is_packed', 'legible',
            'encoding_of', 'foreign', 'as_text', 'open_text', 'text_lines', 'texts_in', 'value_at', 'JsonText',
            'lists_in', 'json_lines', 'records', 'Beginning', 'file_state']
 
@@ -79,9 +79,10 @@ def check(self:Quarantine,
     "Stop if too large a share was bad."
     if self.bad<=self.max_bad*self.rows or self.bad==1<self.rows: return
     kind = self.reasons.most_common(1)[0][0]
+    unknown = self.bad*2>self.rows and not kind.startswith('not JSON')
+    remedy = NAME_KIND if unknown else "correct the file or raise --max_bad"
     raise UserError(where, f"{self.bad:,} of {self.rows:,} rows are bad, more than {self.max_bad:.1%} "
-        f"(most often: {kind}, first in {self.first[kind]})", NAME_KIND if self.bad*2>self.rows
-        else "correct the file or raise --max_bad")
+        f"(most often: {kind}, first in {self.first[kind]})", remedy)
 
 # %% ../../nbs/exports/files.ipynb #271d5ef5
 class LeftOut(Exception):
@@ -177,7 +178,7 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 # %% ../../nbs/exports/files.ipynb #6eb97ba7
-_PACK_FAULTS = zlib.error,lzma.LZMAError,zipfile.BadZipFile,zstandard.ZstdError
+_PACK_FAULTS = zlib.error,lzma.LZMAError,zipfile.BadZipFile,zstandard.ZstdError,tarfile.TarError
 
 @contextmanager
 def whole_file(
@@ -198,25 +199,30 @@ def in_order(
     "A key that sorts messages2.html before messages10.html."
     return re.sub(r'\d+', lambda m: m[0].zfill(9), name),name
 
-def files_in(
-    path:Path, # Folder or zip
-)->list: # Name of each file in it and what opens its bytes, in order
-    "The files of a folder or a zip."
-    if path.is_dir():
-        files = [(p.relative_to(path).as_posix(), partial(open, p, 'rb', HEAD)) for p in path.rglob('*') if p.is_file()]
-        return sorted(files, key=lambda f: in_order(f[0]))
+def _in_zip(path):
+    "The files of a zip."
     z = zipfile.ZipFile(path)
     files = [e for e in z.infolist() if not e.is_dir() and not e.filename.startswith('__MACOSX/')]
     if any(e.flag_bits & 1 for e in files): raise UserError(path.name, "it is encrypted", "unpack it")
     refuse_bomb(path, sum(e.file_size for e in files), path.stat().st_size)
-    files = [(e.filename.replace('\\', '/'), lambda e=e: io.BufferedReader(z.open(e), HEAD)) for e in files]
-    return sorted(files, key=lambda f: in_order(f[0]))
+    return [(e.filename.replace('\\', '/'), lambda e=e: io.BufferedReader(z.open(e), HEAD)) for e in files]
 
-def is_packed(
-    path:Path, # Of a file or a folder
-)->bool: # Are there files in it?
-    "Whether a path is a folder or a zip."
-    return path.is_dir() or zipfile.is_zipfile(export_file(path))
+def _in_tar(path):
+    "The files of a tar, without those in which a Mac keeps its own."
+    t = tarfile.open(path)
+    files = [e for e in t if e.isfile() and not e.name.rpartition('/')[2].startswith('._')]
+    refuse_bomb(path, sum(e.size for e in files), path.stat().st_size)
+    return [(e.name.removeprefix('./'), lambda e=e: io.BufferedReader(t.extractfile(e), HEAD)) for e in files]
+
+# %% ../../nbs/exports/files.ipynb #73e6191f
+def files_in(
+    path:Path, # Folder, zip or tar
+)->list: # Name of each file in it and what opens its bytes, in order
+    "The files of a folder, a zip or a tar."
+    if path.is_dir():
+        files = [(p.relative_to(path).as_posix(), partial(open, p, 'rb', HEAD)) for p in path.rglob('*') if p.is_file()]
+    else: files = (_in_zip if zipfile.is_zipfile(path) else _in_tar)(path)
+    return sorted(files, key=lambda f: in_order(f[0]))
 
 # %% ../../nbs/exports/files.ipynb #d595d4e8
 _PACKED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ\0': 'xz', b'\x28\xb5\x2f\xfd': 'zstd', b'PK\3\4': 'zip'}
@@ -238,8 +244,9 @@ class _Joined(io.RawIOBase):
 
 # %% ../../nbs/exports/files.ipynb #219aa0d9
 def _only_file(path):
-    "The only file in a zip, or its files of JSON lines as one."
+    "The only file in a zip or a tar, or its files of JSON lines as one."
     files = dict(files_in(path))
+    if 'word/document.xml' in files: raise UserError(path.name, "it is a Word document", "save it as text")
     if 'xl/workbook.xml' in files: raise UserError(path.name, "it is an Excel workbook inside another file", "unpack it")
     if {'users.json','channels.json'}<={n.split('/')[-1] for n in files}:
         raise UserError(path.name, "it looks like a Slack export", f"give it as slack:{path.name}")
@@ -248,23 +255,40 @@ def _only_file(path):
     if data and all(re.fullmatch(_LINES, n) for n in data):
         return io.BufferedReader(_Joined(x for n in data for x in (files[n], partial(io.BytesIO, b'\n'))), HEAD)
     some = excerpt(', '.join([*files][:5]))
-    raise UserError(path.name, f"it is a zip of {len(files):,} files ({some})", "unpack it and give the files")
+    what = 'zip' if zipfile.is_zipfile(path) else 'tar'
+    raise UserError(path.name, f"it is a {what} of {len(files):,} files ({some})", "unpack it and give the files")
 
 # %% ../../nbs/exports/files.ipynb #80a7681d
-def unpacked(
-    path:Path, # Of a file
-)->tuple: # Its bytes, and what they were packed with, '' for nothing
-    "The bytes of a file."
+def _expanded(path):
+    "The bytes of a file that is no zip, and what they were packed with, '' for nothing."
     raw = open(path, 'rb', buffering=HEAD)
     how = _signed(raw.peek(8), _PACKED)
-    if not how: return raw,how
-    if how=='zip':
-        raw.close()
-        return _only_file(path),how
+    if how in ('','zip'): return raw,how
     if how=='zstd':
         f = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW).stream_reader(raw, read_across_frames=True)
     else: f = dict(gzip=gzip, bzip2=bz2, xz=lzma)[how].open(raw)
     return io.BufferedReader(_Unpacked(path, raw, f), HEAD),how
+
+def _is_tar(raw): return raw.peek(512)[257:262]==b'ustar'
+
+# %% ../../nbs/exports/files.ipynb #a5ec9650
+def unpacked(
+    path:Path, # Of a file
+)->tuple: # Its bytes, and what they were packed with, '' for nothing
+    "The bytes of a file."
+    raw,how = _expanded(path)
+    if how!='zip' and not _is_tar(raw): return raw,how
+    raw.close()
+    return _only_file(path),'zip' if how=='zip' else 'tar'
+
+def is_packed(
+    path:Path, # Of a file or a folder
+)->bool: # Are there files in it?
+    "Whether a path is a folder, a zip or a tar."
+    if path.is_dir() or zipfile.is_zipfile(export_file(path)): return True
+    with _expanded(path)[0] as raw:
+        try: return _is_tar(raw)
+        except (*_PACK_FAULTS, OSError, EOFError): return False # what reads it says why it can't
 
 # %% ../../nbs/exports/files.ipynb #bd7594f0
 _BOMS = {b'\xef\xbb\xbf': 'utf-8-sig', b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16',
@@ -273,6 +297,7 @@ _BINARY = {b'%PDF': 'a PDF', b'SQLite format 3': 'an SQLite database', b'\xd0\xc
     b'PK\5\6': 'an empty zip',
     b'7z\xbc\xaf': 'a 7-Zip archive', b'Rar!': 'a RAR archive', b'ARROW1': 'an Arrow file', b'\x89PNG': 'a picture',
     b'\xff\xd8\xff': 'a picture', b'GIF8': 'a picture'}
+_UNPACK = "unpack it, and give the files in it"
 
 _NO_UTF8 = re.compile('[\udc80-\udcff]+')
 
@@ -306,7 +331,8 @@ def encoding_of(
     "The encoding of a file that begins so."
     if bom := _signed(head, _BOMS): return bom
     if what := _signed(head, _BINARY):
-        raise UserError(name, f"it is {what}", "export it as CSV, JSON lines or Parquet")
+        raise UserError(name, f"it is {what}", _UNPACK if 'archive' in what else "export it as CSV, JSON lines or Parquet")
+    if how := _signed(head, _PACKED): raise UserError(name, f"it is packed twice, with {how} inside", "unpack it once")
     n,even,odd = len(head)//2,head[::2].count(0),head[1::2].count(0)
     if n>4 and odd>n/3 and not even: return 'utf-16-le'
     if n>4 and even>n/3 and not odd: return 'utf-16-be'
@@ -431,17 +457,17 @@ def _checked_head(head, where):
 def _csv(path, bad):
     "Place and record of each row of a CSV file."
     with open_text(path) as f:
-        lines = text_lines(f)
-        first = next(lines, '')
+        lines,n = text_lines(f),0
+        while (first := next(lines, '')) and not first.strip(): n += 1
         sep,alone = _separator(first)
-        feed,n = _Feed(lines if alone else chain([first], lines)),int(alone)
+        feed,n = _Feed(lines if alone else chain([first], lines)),n+alone
         read = partial(csv.reader, strict=True, delimiter=sep)
         rows = read(feed)
         head,fault = _next_record(rows)
         if head is None: return
         if fault or not head:
-            raise UserError(f"{path.name} line 1", fault or 'it is empty', "let it name the columns")
-        head = _checked_head([*map(legible, head)], f'{path.name} line 1')
+            raise UserError(f"{path.name} line {n+1}", fault or 'it is empty', "let it name the columns")
+        head = _checked_head([*map(legible, head)], f'{path.name} line {n+1}')
         def named(row): return dict(zip(head, map(legible, row)))
         while True:
             n += feed.forget()
@@ -571,7 +597,7 @@ def json_lines(
     "Values of lines of JSON."
     for n,s in enumerate(text_lines(f), 1):
         if not s.strip(): continue
-        try: found = (s[:1000],TOO_LONG) if len(s)>MOST_ROW else (json.loads(legible(s)),'')
+        try: found = (s[:1000],TOO_LONG) if len(s)>MOST_ROW else (json.loads(legible(s).rstrip().removesuffix(',')),'')
         except (ValueError, RecursionError) as e: found = s[:1000],f'not JSON ({e})'
         yield n,found
 
@@ -650,8 +676,9 @@ def _excel(path, bad, hear=lambda said: None):
     n = 0
     try:
         with zipfile.ZipFile(path) as z: refuse_bomb(path, sum(e.file_size for e in z.infolist()), path.stat().st_size)
-        load = partial(openpyxl.load_workbook, path, read_only=True, keep_links=False)
-        book,formulas = load(data_only=True),load() if _has_formulas(path) else {}
+        load = partial(openpyxl.load_workbook, read_only=True, keep_links=False)
+        raw = open(path, 'rb') # of a name, its suffix would be asked for
+        book,formulas = load(raw, data_only=True),load(raw) if _has_formulas(path) else {}
         for k,sheet in enumerate(book.worksheets, 1):
             head,found = (),False
             for n,row,lost in _cells(sheet, formulas and formulas[sheet.title]):
@@ -661,10 +688,56 @@ def _excel(path, bad, hear=lambda said: None):
                 elif head: yield f'{path.name} row {n}',{str(h): v for h,v in zip(head, row) if h is not None}
                 else: head = _checked_head(row, f'{path.name} row {n}')
             if found: break
-        book.close()
+        raw.close()
     except UserError: raise
     except (*ROW_FAULTS, OSError, MemoryError, SyntaxError, zlib.error, zipfile.BadZipFile) as e: # SyntaxError: of XML
         raise UserError(f"{path.name} after row {n}", f"it can't be read as Excel ({excerpt(e)})",
+            "save it again") from None
+
+# %% ../../nbs/exports/files.ipynb #38efaac6
+_TABLE,_OFFICE,_WORDS = (f'{{urn:oasis:names:tc:opendocument:xmlns:{x}:1.0}}' for x in ('table','office','text'))
+
+def _times(el, what): return int(el.get(f'{_TABLE}number-{what}-repeated', 1))
+
+def _ods_row(row):
+    "Cells of a row's element: dates and numbers as the file has them, whatever is shown of them."
+    res = []
+    for c in row.iterchildren(f'{_TABLE}table-cell', f'{_TABLE}covered-table-cell'):
+        v = next((v for k in ('date-value','value','time-value','boolean-value') if (v := c.get(_OFFICE+k))), None)
+        v = v or '\n'.join(''.join(p.itertext()) for p in c.iterchildren(f'{_WORDS}p')) or None
+        res += [v]*min(_times(c, 'columns'), MOST_COLUMNS-len(res))
+    return res
+
+def _ods_rows(f):
+    "Number and cells of the rows of the first sheet that has two."
+    from lxml.etree import iterparse
+    n,met = 0,0
+    for _,el in iterparse(f, tag=(f'{_TABLE}table-row',f'{_TABLE}table'), resolve_entities=False):
+        row = _ods_row(el)
+        if el.tag==f'{_TABLE}table':
+            if met>1: return
+            n,met = 0,0
+        elif any(v is not None for v in row):
+            for i in range(_times(el, 'rows')): yield n+i+1,row,met
+            met += 1
+        if el.tag==f'{_TABLE}table-row': n += _times(el, 'rows')
+        el.clear()
+
+# %% ../../nbs/exports/files.ipynb #c4dfc76c
+def _ods(path, bad):
+    "Place and record of each row of an OpenDocument workbook's first sheet that has some."
+    head,n = (),0
+    def named(row): return {h: v for h,v in zip(head, row+[None]*len(head)) if h is not None}
+    try:
+        with zipfile.ZipFile(path) as z:
+            refuse_bomb(path, sum(e.file_size for e in z.infolist()), path.stat().st_size)
+            with z.open('content.xml') as f:
+                for n,row,met in _ods_rows(f):
+                    if met: yield f'{path.name} row {n}',named(row)
+                    else: head = _checked_head(row, f'{path.name} row {n}')
+    except UserError: raise
+    except (*ROW_FAULTS, OSError, MemoryError, SyntaxError, zlib.error, zipfile.BadZipFile) as e: # SyntaxError: of XML
+        raise UserError(f"{path.name} after row {n}", f"it can't be read as ODS ({excerpt(e)})",
             "save it again") from None
 
 # %% ../../nbs/exports/files.ipynb #98cebf20
@@ -701,7 +774,10 @@ _AS_TABLE = 'make a CSV of it with who, text and t, and give it as table:FILE'
 # no records, how it begins, and what to do
 _ELSEWHERE = [
     ('a web page', r'(?i)<(!doctype html|html)', 'export the chat as JSON, or download what the page leads to'),
+    ("sigtop's text", r'(?s)Conversation: .{1,500}?\n\nFrom: .{1,200}\nType: ', 'export it as JSON, with -f json'),
+    ("a log of Pidgin", r'Conversation with \S+ at .* on ', _AS_TABLE),
     ("DiscordChatExporter's text", r'={20,}\s*\n(Guild|Channel):', 'export it as JSON'),
+    ('a part of an archive of Twitter', r'window\.YTD\.', 'remove what stands before its first ['),
     ('XML', r'<\?xml', _AS_TABLE),
     ('a web page with all its files (MHTML)', r'From: <Saved by', 'save it as HTML alone'),
     ('a mailbox', r'From \S+.*\d{4}\r?\n[\w-]+: |(?i:(Return-Path|Received|Delivered-To): )', _AS_TABLE),
@@ -743,20 +819,21 @@ def _begin(path, raw):
 # %% ../../nbs/exports/files.ipynb #cda3ce25
 _READ = dict(csv=(_csv, 'CSV'), jsonl=(_jsonl, 'JSON lines'), array=(_array, 'one JSON array'),
     objects=(_objects, 'JSON objects over several lines'), held=(_held, 'a list in a JSON object'),
-    parquet=(_parquet, 'Parquet'), xlsx=(_excel, 'an Excel workbook'))
+    parquet=(_parquet, 'Parquet'), xlsx=(_excel, 'an Excel workbook'), ods=(_ods, 'an OpenDocument spreadsheet'))
 _SUFFIXES = dict(csv='csv', tsv='csv', tab='csv', jsonl='jsonl', ndjson='jsonl', json='jsonl', parquet='parquet',
-    xlsx='xlsx', xlsm='xlsx')
+    xlsx='xlsx', xlsm='xlsx', ods='ods')
 
-def _is_excel(path):
-    "Is it an Excel workbook?"
-    if not zipfile.is_zipfile(path): return False
-    with zipfile.ZipFile(path) as z: return 'xl/workbook.xml' in z.namelist()
+def _workbook(path):
+    "What kind of workbook a file is, or ''."
+    if not zipfile.is_zipfile(path): return ''
+    with zipfile.ZipFile(path) as z: names = {*z.namelist()}
+    return 'xlsx' if 'xl/workbook.xml' in names else 'ods' if {'mimetype','content.xml'}<=names else ''
 
 def _form_of(path, raw, named):
     "What a file that is unpacked holds, and what differs from plain UTF-8."
     if raw.peek(4)[:4]==b'PAR1': return 'parquet',[]
     encoding,text = _begin(path, raw)
-    form = _form(path, text, '' if named in ('parquet','xlsx') else named)
+    form = _form(path, text, '' if named in ('parquet','xlsx','ods') else named)
     sep = _separator(text.lstrip().split('\n', 1)[0])[0]
     said = foreign(encoding)
     if form=='csv' and sep!=',': said.append(f'{_SEP_NAMES.get(sep, sep)} between columns')
@@ -770,8 +847,8 @@ def _reader(path):
     path = export_file(path)
     suffixes = [s[1:].lower() for s in reversed(path.suffixes)]
     named = next((_SUFFIXES[s] for s in suffixes if s in _SUFFIXES), '')
-    if _is_excel(path): form,said,how = 'xlsx',[],''
-    else:
+    form,said,how = _workbook(path),[],''
+    if not form:
         raw,how = unpacked(path)
         with raw: form,said = _form_of(path, raw, named)
     if how and form=='parquet':
@@ -795,7 +872,7 @@ def records(
     with whole_file(path if hub else Path(path).name):
         read,source,said = _reader(path)
         book.hear(*said)
-        free = read not in (_csv,_parquet,_excel,_hub) # its rows needn't have the same columns
+        free = read not in (_csv,_parquet,_excel,_ods,_hub) # its rows needn't have the same columns
         rows = _excel(source, put_aside, book.hear) if read is _excel else read(source, put_aside)
         for i,(where,row) in enumerate(rows):
             if row and all(map(eq, row, row.values())):

@@ -141,7 +141,10 @@ NOBODY = Names()
 # %% ../../nbs/exports/names.ipynb #e1824a18
 _ENDINGS = frozenset("""s n en ns es a e i y u o ą ę e ie in om em ou ow owi ovi lle lta lla sta ssa an aan ille
     ilta illa
-    ista issa nak nek val vel nal nel hoz hez l le lt st ga t ot et а у ом ем е ы и ои еи ю я""".split())
+    ista issa nak nek val vel nal nel hoz hez l le lt st ga t ot et ego emu iej а у ом ем е ы и ои еи ю я
+    ую ого ому им ым""".split())
+# of Polish and Czech: the end of a word, and of its name
+_SOFTENED = [('ce','ka'), ('dze','ga'), ('ze','ga'), ('ze','ha'), ('rze','ra'), ('sze','cha')]
 
 @lru_cache(2**16)
 def _meant(raw):
@@ -155,7 +158,8 @@ def _meant(raw):
     for k in range(1, min(most, len(w)-3)+1):
         if w[-k:] not in _ENDINGS: continue
         stem = w[:-k]
-        res += [stem, *(stem+v for v in ('aeo' if w.isascii() else 'аяьи'))]
+        res += [stem, *(stem+v for v in ('aeo' if w.isascii() else ('а','я','ь','и','ая','ии','ыи')))]
+    if most>1: res += [w.removesuffix(a)+b for a,b in _SOFTENED if w.endswith(a)]
     return [x for x in dict.fromkeys(res) if len(x)>2 or x==w]
 
 # %% ../../nbs/exports/names.ipynb #a3c0f803

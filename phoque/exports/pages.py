@@ -63,14 +63,14 @@ def _own_text(el):
 
 # %% ../../nbs/exports/pages.ipynb #2f5e6db2
 def _messages(p, cut, read, name, before={}):
-    "Messages that `read` finds in each piece after the first, and what is wrong; a bad one clears what was said `before`."
+    "Messages in each piece after the first, and what is wrong, as `read` finds them; a bad one clears what was `before`."
     for p,fault in cut:
         try: found = [] if fault else list(read(p))
         except ROW_FAULTS as e: fault = reason_of(e)
         if fault:
             before.clear()
             yield p[:1000],fault
-        else: yield from ((m, '') for m in found)
+        else: yield from found
     if not re.search('</html>|<[^<>]*class="?postamble', p): # no text has a `<`
         raise UserError(name, "the page ends in the middle", "export it again")
 
@@ -87,7 +87,7 @@ def _discord_words(el):
         if x.tag=='img' and re.fullmatch(r'\w+', x.get('alt') or ''): x.set('alt', f":{x.get('alt')}:")
         x.tag = next((_TAG_OF[c] for c in (x.get('class') or '').split() if c in _TAG_OF), x.tag)
     kept = _first(found, 'chatlog__markdown-preserve', 'preserve-whitespace', 'markdown')
-    return html_text(_html(el) if kept is None else _html(kept).replace('\n', '<br>'))
+    return html_text(_html(el)) if kept is None else html_text(_html(kept), keep=True)
 
 # %% ../../nbs/exports/pages.ipynb #6a2d8f01
 _BOT_TAG = 'chatlog__author-tag','chatlog__bot-tag','chatlog__bot-label'
@@ -126,16 +126,18 @@ def _discord_message(el, found, author, replied):
     return m
 
 def _discord_group(group):
-    "Messages of a group."
+    "Messages of a group, and what is wrong with each."
     whole = _by_class(group)
     author,at = _discord_author(whole),_first(whole, 'chatlog__timestamp')
     shared = dict(timestamp=at.text_content().strip()) if at is not None else {}
     kinds = (whole.get(f'chatlog__{c}', ()) for c in ('message-container','message','content'))
     for i,el in enumerate(next(filter(None, kinds), ())):
         found = _by_class(el)
-        if not (author := _discord_author(found) or author): raise ValueError("a group of messages without an author")
-        replied = _first(found if i else whole, *_REPLIED)
-        yield shared | _discord_message(el, found, author, replied)
+        try:
+            if not (author := _discord_author(found) or author): raise ValueError("a message without its author")
+            m = shared | _discord_message(el, found, author, _first(found if i else whole, *_REPLIED))
+        except ROW_FAULTS as e: yield _html(el)[:1000],reason_of(e)
+        else: yield m,''
 
 # %% ../../nbs/exports/pages.ipynb #83a3f51f
 _GROUP = re.compile(r'(?=<div\b[^<>]{0,100}\bclass=["\']?chatlog__message-group\b)')
@@ -206,7 +208,7 @@ def _telegram_message(found, before):
     via = next(filter(None, map(_VIA.fullmatch, before.values())), None)
     words = _first(found, 'text')
     return dict(id=id, type='message', date=_telegram_time(_first(found, 'date')),
-        text='' if words is None else html_text(_html(words)),
+        text='' if words is None else html_text(re.sub(r'\n *', '', _html(words)), keep=True), # its newlines are <br>
         reply_to_message_id=_telegram_reply(_first(found, 'reply_to')), via_bot=via[2] if via else '') | before
 
 # %% ../../nbs/exports/pages.ipynb #a165cc58
@@ -218,5 +220,5 @@ def telegram_page(
     cut = pieces(f, _MESSAGE)
     head,_ = next(cut, ('',''))
     title,before = _HEADER.search(head),{}
-    def read(p): return [] if _DAY.match(p) else [_telegram_message(_by_class(_tree(p)), before)]
+    def read(p): return [] if _DAY.match(p) else [(_telegram_message(_by_class(_tree(p)), before), '')]
     return unescape(title[1]) if title else '',_messages(head, cut, read, name, before)

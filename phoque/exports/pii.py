@@ -331,9 +331,11 @@ def _before(m, n=60):
     "What stands before a match."
     return m.string[max(0, m.start()-n):m.start()]
 
+_MOMENT = re.compile(r'(?:(?:19|20)\d\d([-/.])\d\d\1\d\d|\d\d([-/.])\d\d\2(?:19|20)\d\d)(?!\d)') # begins with a date
+
 def _is_card(m):
     "Is it a card's number, and not a decimal, a list or an article's number?"
-    listed = re.fullmatch(r'\d+[.,]\d{7,}|\d\d?(?:, \d\d?)+', m[0])
+    listed = re.fullmatch(r'\d+[.,]\d{7,}|\d\d?(?:, \d\d?)+', m[0]) or _MOMENT.match(m[0])
     return not listed and _luhn(m[0]) and not _LABELLED.search(_before(m))
 
 # %% ../../nbs/exports/pii.ipynb #560f704c
@@ -511,9 +513,13 @@ def _phone(s, called=False, regions=REGIONS):
     return False
 
 # %% ../../nbs/exports/pii.ipynb #51b058e7
+_MEASURED = re.compile(r"""\s?(?:[kmgt]?i?(?:hz|bits?|bytes?|b/s|bps)|kwh?|mah|rpm|fps|dpi|ppm|hp|xp|px|km/h|mph|[ckm]m
+    |kg|lbs?)(?!\w)""", re.I|re.X)
+
 def _is_phone(m, regions=REGIONS):
     "Is it a phone number, and not said to be something else?"
     before,after = _before(m),m.string[m.end():m.end()+40]
+    if _MEASURED.match(after): return False
     return not _LABELLED.search(before) and _phone(m[1], bool(_CALL.search(before[-40:]) or _CALL_AFTER.match(after)), regions)
 
 # %% ../../nbs/exports/pii.ipynb #61411947
@@ -522,7 +528,7 @@ BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stand
         |b\.(?=\s\d)""",
     de=r"geb(?:oren|urtstag|urtsdatum|\.?\s?datum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\s(?:le|un))?|naissance|anniv(?:ersaire)?",
     es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?|cumplo\saños",
-    pt=r"nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver|faço\sanos",
+    pt=r"nasc\.|nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver|faço\sanos",
     it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno|compio\sgli\sanni",
     nl=r"geboren(?:\sop)?|geboorte\w{1,6}|verjaar\w{0,5}|jarig",
     nordic=r"""född|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag
@@ -536,7 +542,7 @@ BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stand
     el=r"γεννήθηκα|γενέθλι\w{1,3}|γέννηση\w?", he=r"נולדתי|תאריך\sלידה|יום\sה?הולדת\w{0,2}",
     ar=r"(?:ال)?ميلاد\w{0,2}|ولدت|مواليد|متولد|تولد\w{0,2}", hi='जनम(?:द.?न|.?त.थ.)?', th='วนเกด', # without their marks
     id=r"lahir|ulang\stahun|ultah", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
-    east=r"生年月日|誕生日|生まれ|出生日期|出生于|出生|生于|生日|생년월일|생일|태어난")
+    east=r"生年月日|誕生日|生まれ|出生日期|出生于|出生|生于|生日|생년월일|생일|출생일?|태어난")
 
 # %% ../../nbs/exports/pii.ipynb #ca6cb763
 _DAY_OF_YEAR = r"""(?:\d{1,2}\s?[-./]\s?(?:\d{1,2}|[^\W\d_]{3,9}\.?|[IVX]{1,4})\s?[-./]\s?\d{4}(?!\d)
@@ -556,7 +562,7 @@ _DAY = rf"""(?:{_DAY_IN_WORDS}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)
     |(?:\d{{1,2}}/\d{{1,2}}|\d\d[.-]\d\d)(?![\w./:%-]))""" # also 060175, 22/9, 24.12
 
 # %% ../../nbs/exports/pii.ipynb #d9f79d2c
-_BORN = rf"(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?:['’]?s)?(?![^\W_{EAST}])"
+_BORN = rf"(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?:['’]?s)?(?:(?<=[{EAST}])|(?![^\W_{EAST}]))"
 _PARTY = r"""(?:birth\s?day|b['’]?-?day|geburtstag|cumple\w{0,5}|anniv(?:ersaire)?|anivers[áa]rio|niver|compleanno|verjaardag
     |födelsedag|fødselsdag|bursdag|urodziny|narozeniny|szülinap\w{0,4}|день\sрождения|生日|誕生日|생일)"""
 _AGE = r"""(?:turn(?:s|ed|ing)?|werde?|wirst|wird|word|fyller|bliver|blir|täytän|cumpl[oe]|fa(?:ço|z|rei)|compi[oe]|(?:s?kończ[ęy])
@@ -633,11 +639,13 @@ def _is_point(m):
 KEY_FORMATS = { # vendor → what its keys look like
     'GitHub, GitLab': r'gh[pousr]_\w{20,}|github_pat_\w{20,}|gl[a-z]{2,5}-[\w-]{20,}',
     'Amazon, Google': r'A(?:KIA|SIA|BIA|CCA)[A-Z2-7]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}',
-    'OpenAI, Anthropic': r'sk-[\w-]{20,}', 'Stripe and others': r'[a-z]{2,6}_(?:live|test|prod|v1|pat|api)_[\w-]{16,}',
+    'OpenAI, Anthropic': r'sk-[\w-]{20,}',
+    'Stripe and others': r'[a-z]{2,6}_(?:live|test|prod|v1|pat|api)_[A-Za-z\d-]{16,}(?:_[\w-]*)?',
     'Slack, SendGrid': r'xox[a-z][.-][\w.-]{10,}|xapp-[\w-]{10,}|SG\.[\w-]{16,}\.[\w-]{16,}',
     'Twilio, Databricks, Mailgun': r'(?:AC|SK)[0-9a-f]{32}|dapi[0-9a-f]{32}|key-[0-9a-z]{32}',
     'New Relic, Windows': r'NRAK-[A-Z\d]{20,}|[A-Z\d]{5}(?:-[A-Z\d]{5}){4}',
-    'Shopify and others': r'(?!sha|md5)[a-z]{2,10}_(?:[0-9a-f]{64}|[0-9a-f]{40}|[0-9a-f]{32})',
+    'Shopify and others': r'(?!sha|md5)[a-z]{2,10}_(?:[0-9a-f]{64}|[0-9a-f]{40}|[0-9a-f]{32}'
+        r'|(?=[a-zA-Z]{0,20}\d)(?=[a-z\d]{0,20}[A-Z])(?=[A-Z\d]{0,20}[a-z])[A-Za-z\d]{36,80})',
     'age, Alibaba, Mapbox': r'AGE-SECRET-KEY-1[A-Z\d]{40,}|LTAI\w{12,30}|[ps]k\.eyJ[\w-]{20,}\.[\w-]{16,}',
     'Hugging Face, npm, PyPI': r'hf_\w{20,}|npm_\w{30,}|pypi-[\w-]{16,}', 'Twitch': r'oauth:[a-z0-9]{30}',
     'JSON web token': r'eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?',
@@ -706,11 +714,12 @@ _NO_PASS = frozenset("""a all also always and any ask bad bald blocked bloqueada
 # %% ../../nbs/exports/pii.ipynb #d4db9f2f
 _IS = "is(?:\\snow)?|was|were|ist|war|lautet|est|était|c'est|es|era|er|är|jest|to|é|è|e|je|on|это|был|bu|adalah|là|היא|है"
 _OF_WHAT = "for|to|of|on|für|fürs|zum|vom|von|zur|pour|du|para|del?|de\\sla|da|di|do|od|na|voor|van|het|till?|от|для|к|i|used"
-_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network|wpa\d?)[\s-]?(?:key|schlüssel|psk)|psk|pin(?:['’]?s)?|(?:otp|2fa)(?![\s-]code)|secret
+_PASS_TOLD = rf"""(?:{_PASS_WORD}|(?:wi-?fi|wlan|network|wpa\d?)[\s-]?(?:key|schlüssel|psk)|psk|pin(?:['’]?s)?
+    |(?:otp|2fa)(?![\s-](?:\w{{2,12}}[\s-])?code)|secret
     |(?:phone|screen|tablet|laptop|handy)\sun?lock
     |(?:code|clé|clave|chiave|klucz|ключ)\s(?:du\s|del\s|do\s)?(?:wi-?fi|wlan)
     |(?:wi-?fi|wlan|door|gate|room|server|alarm|login|auth|2fa|unlock|lobby|guard|backup|recovery|verification
-        |security|otp|safe|lock|locker|garage|house|building|entry|tresor)[\s-]code(?:['’]s)?
+        |security|otp|safe|lock|locker|garage|house|building|entry|tresor)[\s-]code(?:['’]?s)?
     |code\s(?:to|for|of)\s(?:the|my|our)\s(?:door|gate|wi-?fi|alarm|safe|house|room
         |building|garage))"""
 _PICTURES = '\u2190-\u21ff\u2600-\u27bf\U0001f440-\U0001f4aa\U0001f510-\U0001f513' # arrows, hands, keys
@@ -732,7 +741,7 @@ _PASS_SHELL = re.compile(r"""
         |\bnet\suser\s\S{1,30}\s
         |\b(?:mongo|mongosh|redis-cli)\b[^\n]{0,60}?\s-[pa]\s{0,3}|[A-Z_]{2,20}PASS(?:W(?:OR)?D)?=
         |\bcurl\b[^\n]{0,60}?\s-u\s{0,3}[^\s:]{1,40}:)
-    (?P<v>[^\s"'<>]{3,80})""", re.I|re.X)
+    ["']?(?P<v>[^\s"'<>]{3,80})""", re.I|re.X)
 _LOGIN = re.compile(r"""
     \b(?:log-?in|user(?:name)?|creds?|credentials?|acc(?:ount)?|zugang(?:sdaten)?|identifiants?|acc[eè]so?|accesso|dostęp
         |inloggegevens|wi-?fi|wlan|ssid
@@ -792,7 +801,7 @@ def _is_code(word, how, v):
     "Is it a code of digits? None where the word is none for codes."
     if word in ('otp','2fa'): return bool(re.fullmatch(r'\d{6,8}|\d{3,4}[ -]\d{3,4}', v))
     if word in (*_PINS,'passcode') and v.isdigit() and 4<=len(v)<=8: return True
-    if word in _PINS or word.endswith(('code',"code's")) and word!='passcode':
+    if word in _PINS or word.endswith(('code',"code's",'codes')) and word!='passcode':
         return bool(how or word[:6]!='server') and any(map(str.isdigit, v)) and len(v)>3
 
 def _is_watchword(m, v):

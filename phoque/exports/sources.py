@@ -49,8 +49,8 @@ def _time(t):
 
 def _score(v):
     "A score from 0 to 1, or None where nobody measured."
-    if v in (None, '', -1, '-1'): return None
-    if 0<=(s := float(v))<=1: return s
+    if v in (None, '', -1, '-1') or (s := float(v))!=s: return None
+    if 0<=s<=1: return s
     raise ValueError(f"score {v} is not between 0 and 1")
 
 # %% ../../nbs/exports/sources.ipynb #83a3a160
@@ -303,8 +303,8 @@ def hh(r, at, rejected='', **_):
 
 # %% ../../nbs/exports/sources.ipynb #3d8dde6d
 _ROLES = dict(user='user', human='user', prompter='user', assistant='assistant', gpt='assistant', chatgpt='assistant',
-    bot='assistant', model='assistant', system='system', developer='system', tool='tool', function='tool',
-    function_call='tool', observation='tool', ipython='tool')
+    bot='assistant', chatbot='assistant', model='assistant', system='system', developer='system', tool='tool',
+    function='tool', function_call='tool', observation='tool', ipython='tool')
 
 def _role(m, i):
     "Role of a turn: system, user, assistant or tool."
@@ -393,15 +393,38 @@ def _written_turns(s):
         except (ValueError, SyntaxError): return None
     return v if _are_turns(v := _as_turns(v)) else None
 
+def _plain_turns(v):
+    "A list of turns of one whose entries are pairs, or say who is human."
+    first = v[0] if v and isinstance(v[0], dict) else {}
+    if {'input','output'}<=first.keys(): return [x for m in v for x in _pair(m['input'], m['output'])]
+    if not {'message','is_human'}<=first.keys(): return v
+    return [dict(role='user' if m['is_human'] else 'assistant', content=m['message']) for m in v]
+
 def _as_turns(v):
     "Turns that a column holds: a list, a `Sequence` of `datasets`, or either as text; None of anything else."
     if isinstance(v, str): return _written_turns(v)
-    if isinstance(v, list): return v
+    if isinstance(v, list): return _plain_turns(v)
     if not (isinstance(v, dict) and v.keys() & _ROLE and all(isinstance(x, list) for x in v.values())): return None
     if len({*map(len, v.values())})>1: raise ValueError("its lists of turns have different lengths")
     return [dict(zip(v, turn)) for turn in zip(*v.values())]
 
 # %% ../../nbs/exports/sources.ipynb #094fc8cf
+def _of_parts(r):
+    "Turns of a row of Gemini's, whose texts are in parts."
+    first = r.get('systemInstruction') or r.get('system_instruction') or {}
+    turns = [first | dict(role='system')]*bool(first.get('parts'))+r['contents']
+    def content(m): return [dict(type='text' if 'text' in p else '') | p for p in m['parts']]
+    return [dict(role=m['role'], content=content(m)) for m in turns]
+
+def _in_turn(texts, speakers=None):
+    "Turns of texts of two people, of whom the second is the assistant; None of anything else."
+    if not (isinstance(texts, list) and texts and all(isinstance(s, str) for s in texts)): return None
+    if not isinstance(speakers, list) or len(speakers)!=len(texts): speakers = [i%2 for i in range(len(texts))]
+    both = [*dict.fromkeys(speakers)]
+    if len(both)>2: raise LeftOut('more than two speakers')
+    return [dict(role=('user','assistant')[both.index(w)], content=s) for w,s in zip(speakers, texts)]
+
+# %% ../../nbs/exports/sources.ipynb #bc91f056
 def _find_turns(r):
     "The turns of a row, in whichever shape they are."
     named = [k for k in ('messages','conversations','conversation') if k in r]
@@ -412,14 +435,16 @@ def _find_turns(r):
         if r.get('winner') in ('model_a','model_b'): return r[f"conversation_{r['winner'][-1]}"]
         raise LeftOut('neither answer was chosen')
     if 'chosen' in r: return _chosen(r)
+    if 'preferred_output' in r: return r['input']['messages']+r['preferred_output'] # OpenAI's pairs
+    if 'contents' in r: return _of_parts(r)
     for more,answer in (('input','output'), ('context','response')): # Alpaca, Dolly
         if 'instruction' not in r or answer not in r: continue
         asked = '\n\n'.join(s for s in (r['instruction'], r.get(more)) if s)
         return [x for a,b in r.get('history') or () for x in _pair(a, b)]+_pair(asked, r[answer])
     for a,b in (('prompt','completion'), ('prompt','response'), ('question','answer')):
         if a in r and b in r: return _pair(r[a], r[b])
-    if isinstance(data := r.get('data'), list) and all(isinstance(s, str) for s in data):
-        return [dict(role=('user','assistant')[i%2], content=s) for i,s in enumerate(data)]
+    for k in ('data','dialog','dialogue'): # UltraChat, DailyDialog, SODA
+        if turns := _in_turn(r.get(k), r.get('speakers')): return turns
     raise ValueError(f"no turns in it, but {excerpt(', '.join(map(str, r)))}")
 
 # %% ../../nbs/exports/sources.ipynb #83b2f01d
@@ -442,7 +467,7 @@ def _has_turns(b):
 def _renamed(r, columns):
     "A row with our names of turns, of one with the file's."
     own = {k: columns[k] for k in ('role','content') if k in columns}
-    turns = _as_turns(_at(r, columns['messages']))
+    turns = _in_turn(v := _at(r, columns['messages'])) or _as_turns(v)
     if turns is None: raise ValueError(f"`{columns['messages']}` is no list of turns")
     ms = [m | {k: m.get(c) for k,c in own.items()} for m in turns]
     return r | dict(messages=ms) | ({'system': r.get(columns['system'])} if 'system' in columns else {})
@@ -563,10 +588,11 @@ _BLOCKS = frozenset("""p div li ul ol tr table blockquote aside pre hr h1 h2 h3 
 
 class _Html(HTMLParser):
     "Lines of text of HTML."
-    def __init__(self):
+    def __init__(self, keep=False):
         super().__init__()
         self.lines,self.quotes = [],[]
         self.silent,self.pre = 0,0
+        self.keep,self.ended = keep,False # keep blanks and newlines; has a block just ended?
         self.put('')
 
     def put(self, text): self.lines.append(('> ' if self.quotes else '', text))
@@ -575,23 +601,29 @@ class _Html(HTMLParser):
         "Begin a new line, unless this one is empty."
         if self.lines[-1][1].strip(): self.put('')
         else: self.lines[-1] = '> ' if self.quotes else '',self.lines[-1][1]
+        self.ended = True
 
-    def handle_data(self, data):
-        if self.silent: return
-        if not self.pre: return self.add(re.sub(r'\s+', ' ', data))
-        first,*more = data.split('\n')
-        self.add(first)
-        for l in more: self.put(l)
+
 
 # %% ../../nbs/exports/sources.ipynb #982ab302
 @patch
+def handle_data(self:_Html, data):
+    if self.silent: return
+    if not (self.pre or self.keep): return self.add(re.sub(r'\s+', ' ', data))
+    if self.ended and not self.pre: data = data.removeprefix('\n') # the block's own
+    self.ended = False
+    first,*more = data.split('\n')
+    self.add(first)
+    for l in more: self.put(l)
+
+@patch
 def text(self:_Html):
-    "The lines that aren't empty, and all of those of code."
+    "The lines that aren't empty, and all of those of code or where blanks are kept."
     code,res = False,[]
     for quote,l in self.lines:
         if l.strip()=='```': code = not code
-        if code or l.strip(): res.append(quote+(l if code else l.strip()))
-    return '\n'.join(res)
+        if code or self.keep or l.strip(): res.append(quote+(l if code or self.keep else l.strip()))
+    return '\n'.join(res).strip('\n')
 
 # %% ../../nbs/exports/sources.ipynb #22f6c7cc
 @patch
@@ -625,9 +657,10 @@ def handle_endtag(self:_Html, tag):
 # %% ../../nbs/exports/sources.ipynb #c2ce586c
 def html_text(
     s:str, # HTML of one message
+    keep:bool=False, # Keep blanks and newlines as they are, as a page with `white-space: pre-wrap` shows them
 )->str: # Text, with `> ` before the lines of quotes
     "Text of HTML."
-    h = _Html()
+    h = _Html(keep)
     h.feed(s)
     h.close()
     return h.text()
@@ -687,14 +720,24 @@ def _is_like(x, row):
     "Has a value the columns of its row, as an answer inside a comment has?"
     return isinstance(x, dict) and len(x.keys() & row.keys())>max(2, len(row)//2)
 
+# %% ../../nbs/exports/sources.ipynb #b9d313b4
+_BOT_COLUMNS = 'isbot','bot','authorisbot','authorbot','userisbot','system','issystem'
+
+def _says_bot(r, who):
+    "Does a column of a row, or of the person in it, say that a bot or the program itself speaks?"
+    person = _at(r, who.rpartition('.')[0])
+    there = {_bare(k): v for x in (r, person) if isinstance(x, dict) for k,v in x.items()}
+    return any(f'{there.get(k)}'.lower() in ('true','1') for k in _BOT_COLUMNS)
+
 # %% ../../nbs/exports/sources.ipynb #3f414cf6
 def _table_line(r, at, columns, html=None, names=(), **_):
     "Line of a table's row."
-    g = {k: _at(r, c) for k,c in columns.items()}
+    g = {k: None if (v := _at(r, c))!=v else v for k,c in columns.items()} # pandas writes NaN for nothing
     text = str(g['text']) if isinstance(g['text'], (int,float)) else g['text']
     if inside := next((k for k,v in r.items() if isinstance(v, list) and v and _is_like(v[0], r)), ''):
         raise ValueError(f"it has rows like itself in `{inside}`, and a table has no place for a tree")
     if text is None: raise LeftOut('no text')
+    if _says_bot(r, columns.get('who', '')): raise LeftOut('a bot or a notice')
     _refuse_rendered(text)
     text = quotes_apart(_str(text, 'text', MOST_TEXT))
     if html: text = html(text)
@@ -755,6 +798,18 @@ def read_table(
 # %% ../../nbs/exports/sources.ipynb #085c80a6
 _ASKED_LAST = 'messages','table'
 
+def _refuse_unknown(b):
+    "Say what the first record has, if there is one."
+    if {'ID','Timestamp','Contents'}<=b.row.keys():
+        raise UserError(b.name, "it is what Discord keeps of one person, with nobody else's words",
+            "export channels with DiscordChatExporter")
+    if len(b.row)>1 and all(isinstance(v, (dict,list)) for v in b.row.values()):
+        raise UserError(b.name, f"it is one object of {len(b.row)} entries",
+            "make a list of what is in them, one JSON object a line")
+    if b.row:
+        raise UserError(b.name, f"no reader knows it; it has {excerpt(', '.join(_columns(b.row)), 300)}", NAME_KIND)
+
+# %% ../../nbs/exports/sources.ipynb #9895501d
 def find_kind(
     path:str, # File or folder that is there, or `hub:OWNER/NAME`
     columns:dict={}, # Our names and the file's, from `column_map`
@@ -772,9 +827,5 @@ def find_kind(
         if kind := next((k for k in [*kinds, *_ASKED_LAST] if k in kinds or SOURCES[k].detect(b)), ''): return kind
         if b.path.is_dir(): raise UserError(b.name, "no reader knows this folder", "give files")
         next(records(path, Quarantine(max_bad=.99)), None) # says why it can't be read, or mustn't be
-        if len(b.row)>1 and all(isinstance(v, (dict,list)) for v in b.row.values()):
-            raise UserError(b.name, f"it is one object of {len(b.row)} entries",
-                "make a list of what is in them, one JSON object a line")
-        if b.row:
-            raise UserError(b.name, f"no reader knows it; it has {excerpt(', '.join(_columns(b.row)), 300)}", NAME_KIND)
+        _refuse_unknown(b)
     return 'messages'

@@ -483,7 +483,8 @@ def turns(
     return res
 
 # %% ../../nbs/exports/threads.ipynb #90480b82
-_LIKE_LABEL = re.compile(r'^(?=(?:[^\S\n]|[*_~`\\])*user_\d+[\s*_~`]*[:：])', re.M|re.I)
+_COLON = ':：︰∶꞉﹕ː׃։፡˸⁚' # and what looks like one
+_LIKE_LABEL = re.compile(rf'^(?=(?:\d+[.)])?[^\w\n<]*_*user[_＿]\d+(?:_|[^\w\n>])*[{_COLON}])', re.M|re.I)
 
 def without_labels(
     text:str, # What one person said
