@@ -18,14 +18,14 @@ from fastcore.xtras import modified_env
 from ..jobs.script import defined_names
 
 # %% auto #0
-__all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE',
-           'INTERNAL', 'UNFETCHED', 'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text',
-           'same_text', 'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook',
-           'compare_notebook', 'write_readme', 'export_project', 'write_generated', 'check_generated', 'api_entry',
-           'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser',
-           'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
-           'module_names', 'check_light', 'check_names', 'check_words', 'error_messages', 'check_job', 'run_tests',
-           'run_compare', 'packed_versions', 'pack_packages', 'docs_cli']
+__all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORTS', 'MANY', 'LONGEST', 'LONG', 'ROWS', 'TALL',
+           'PAGE', 'INTERNAL', 'UNFETCHED', 'FETCHING', 'MOST', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS',
+           'project', 'shown_text', 'same_text', 'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks',
+           'test_notebook', 'compare_notebook', 'write_readme', 'export_project', 'write_generated', 'check_generated',
+           'api_entry', 'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site',
+           'in_browser', 'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands',
+           'check_commands', 'module_names', 'check_light', 'check_names', 'check_words', 'error_messages', 'check_job',
+           'run_tests', 'run_compare', 'packed_versions', 'pack_packages', 'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -437,8 +437,11 @@ def _one_each(
 
 # %% ../../nbs/dev/site.ipynb #cac43290
 MANY = 6 # Arguments named beside a function; the rest are in its table
+LONGEST = 120 # Characters of an argument with its default
 
 def _as_code(text): return f"<code>{re.sub(r'[^a-zA-Z0-9 .,:=()]', lambda m: f'&#{ord(m[0])};', text)}</code>"
+
+def _brief(arg): return arg if len(arg)<=LONGEST else arg[:LONGEST-1]+'…'
 
 def _parameter_table(
     dm, # fastcore's `DocmentText` of a function or class
@@ -448,7 +451,7 @@ def _parameter_table(
     if ret.get('docment'):
         rows = [*rows, (f"-> {getattr(ret['anno'], '__name__', ret['anno'])}", ret['docment'])]
     if not any(said for _,said in rows): return ''
-    lines = [f"| {_as_code(p)} | {' '.join((said or '').split()).replace('|', chr(92)+'|')} |" for p,said in rows]
+    lines = [f"| {_as_code(_brief(p))} | {' '.join((said or '').split()).replace('|', chr(92)+'|')} |" for p,said in rows]
     return '\n'.join(['| parameter | meaning |', '|---|---|', *lines])
 
 # %% ../../nbs/dev/site.ipynb #86d91a5a
@@ -464,7 +467,7 @@ def api_entry(
     from nbdev.showdoc import BasicMarkdownRenderer
     r = BasicMarkdownRenderer(sym, name, title_level)
     table,docs = _parameter_table(r.dm),'' if r.docs==FunctionType.__call__.__doc__ else r.docs
-    full = [p for p,_ in r.dm.params]
+    full = [_brief(p) for p,_ in r.dm.params]
     short = [re.split('[:=]', p)[0] for p in full]
     args = (short[:MANY] + ['…']*(len(short)>MANY)) if table else full
     source = NbdevLookup().code(r.fn)
@@ -652,11 +655,14 @@ def _fetched(
     return found + ((d.get('content') or '').lower().split('url=')[1:] if refresh else [])
 
 # %% ../../nbs/dev/site.ipynb #c8d554a3
+MOST = 1_000_000 # Characters of a page's HTML
+
 def _page_faults(page:_Page, text:str)->list[str]:
     "What is wrong in a page by itself."
     bad = [] if page.title else ['no title']
     bad += [f'it fetches {u}' for u in dict.fromkeys(page.fetched) if _remote(u)]
     if 'cell-output-error' in text: bad.append('a saved output is an error')
+    if len(text)>MOST: bad.append(f'{len(text):,} characters')
     if page.blind: bad.append(f'{page.blind} picture(s) without a text: use `#| fig-alt:` or ![text](file)')
     return bad
 
@@ -679,7 +685,7 @@ def _link_fault(
 def check_site(
     site:str|Path, # The folder of the built site
 )->list[str]: # One line a problem; none is good
-    "Titles and picture texts are there, every link inside the site leads somewhere, nothing is fetched from elsewhere."
+    "Pages have titles, picture texts and a bearable size; links inside the site lead somewhere; nothing is fetched from elsewhere."
     site = Path(site).resolve()
     texts = {p:p.read_text() for p in sorted(site.rglob('*.html'))}
     pages = {p:_Page(text) for p,text in texts.items()}
