@@ -75,7 +75,7 @@ def check_machine()->list: # Findings
     gib = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2**30
     free = shutil.disk_usage('.').free/2**30
     return [finding('Python', platform.python_version(), sys.version_info>=(3,11), 'use Python 3.11 or newer'),
-            finding('memory', f'{gib:.0f} GiB', gib>=3, 'the rehearsal needs 3 GiB'),
+            finding('memory', f'{gib:.0f} GiB', gib>=3.6, 'the rehearsal needs 3.6 GiB'),
             finding('disk', f'{free:.0f} GiB free', free>=10, 'the packages and the rehearsal take 10 GiB: free some'),
             check_gpu(torch, bool(shutil.which('nvidia-smi')))]
 
