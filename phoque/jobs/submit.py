@@ -21,7 +21,7 @@ from ..train import TrainConfig, check_config, options, parse_options, run_parse
 __all__ = ['TOKEN_ROLES', 'JOB_PYTHON', 'SMOKE', 'MEASURED_BY', 'PASSED_ON', 'OF_EVAL', 'SUBMIT_EXAMPLES', 'job_args',
            'unused_secrets', 'checking', 'check_account', 'token_role', 'check_owner', 'check_model_repo',
            'check_dataset', 'check_wandb', 'check_installable', 'check_secrets', 'preflight', 'submit', 'eval_args',
-           'preflight_eval', 'check_eval', 'submit_eval', 'submit_cli']
+           'check_eval', 'preflight_eval', 'submit_eval', 'submit_cli']
 
 # %% ../../nbs/jobs/submit.ipynb #72b61f45
 def job_args(
@@ -281,6 +281,26 @@ def eval_args(
     for k,v in env.items(): args += ['-e', f'{k}={v}']
     return [*args, '--secrets', 'HF_TOKEN', str(script or eval_script())]
 
+# %% ../../nbs/jobs/submit.ipynb #24891535
+def check_eval(
+    adapter:str, # Hub repo of the adapter
+    repo:str, # Dataset repo for the results
+    options:dict, # Of `phoque_eval`
+    prompts:str='', # File of prompts
+    flavor:str=JOB_FLAVOR, # Machine
+    timeout:str=JOB_TIMEOUT, # Of the job
+)->tuple[int,float]: # How many prompts it will take; hours of the job at most
+    "What needs no network."
+    from phoque.measure.score import check_asked, eval_prompts
+    refuse_addresses()
+    refuse_secrets(**{k.upper():v for k,v in options.items()}, HUB_MODEL_ID=adapter, EVAL_REPO=repo, flavor=flavor, timeout=timeout)
+    find_flavor(flavor)
+    for k,v in dict(HUB_MODEL_ID=adapter, EVAL_REPO=repo).items():
+        if v.count('/')!=1 or not all(v.split('/')): raise UserError(k, f"must name a Hub repo such as your-name/your-repo, got {v!r}", "name one")
+    check_asked(options['n'], options['k'], options.get('formats', ''), 'eval_')
+    if options['scorer'] in ('', 'none'): raise UserError("SCORER", f"{options['scorer']!r} measures nothing", "name a text classifier of the Hub")
+    return len(eval_prompts(prompts, options['n'], options['seed'])),check_timeout(timeout)
+
 # %% ../../nbs/jobs/submit.ipynb #7b1911cc
 def preflight_eval(
     api, # `HfApi`
@@ -303,26 +323,6 @@ def preflight_eval(
     base = str(config.get('base_model_name_or_path'))
     with checking(f"base model {base}"): base = resolve_base(base, strict=True)['id']
     return _check_rows(token, ('adapter', adapter, 'finished'), ('base model', base, 'of the adapter'), ('results', repo, there))
-
-# %% ../../nbs/jobs/submit.ipynb #24891535
-def check_eval(
-    adapter:str, # Hub repo of the adapter
-    repo:str, # Dataset repo for the results
-    options:dict, # Of `phoque_eval`
-    prompts:str='', # File of prompts
-    flavor:str=JOB_FLAVOR, # Machine
-    timeout:str=JOB_TIMEOUT, # Of the job
-)->tuple[int,float]: # How many prompts it will take; hours of the job at most
-    "What needs no network."
-    from phoque.measure.score import check_asked, eval_prompts
-    refuse_addresses()
-    refuse_secrets(**{k.upper():v for k,v in options.items()}, HUB_MODEL_ID=adapter, EVAL_REPO=repo, flavor=flavor, timeout=timeout)
-    find_flavor(flavor)
-    for k,v in dict(HUB_MODEL_ID=adapter, EVAL_REPO=repo).items():
-        if v.count('/')!=1 or not all(v.split('/')): raise UserError(k, f"must name a Hub repo such as your-name/your-repo, got {v!r}", "name one")
-    check_asked(options['n'], options['k'], options.get('formats', ''), 'eval_')
-    if options['scorer'] in ('', 'none'): raise UserError("SCORER", f"{options['scorer']!r} measures nothing", "name a text classifier of the Hub")
-    return len(eval_prompts(prompts, options['n'], options['seed'])),check_timeout(timeout)
 
 # %% ../../nbs/jobs/submit.ipynb #d19b14a8
 def submit_eval(
