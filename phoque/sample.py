@@ -138,12 +138,12 @@ def _generate(model, ids, mask, cfg, how, weight): # new ids of each row; rows t
 # %% ../nbs/04_sample.ipynb #52c1114f
 def can_record(
     model, # Causal language model, with an adapter or without
-)->bool: # Not in training, whole on a GPU, with layers that see all of a row and ask the CPU for nothing
+)->bool: # Whole on a GPU, with layers that see all of a row and ask the CPU for nothing
     "Can a model's passes over one token a row be recorded?"
     import torch
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
-    if model.training or model.device.type!='cuda' or why_not_known(model): return False
+    if model.device.type!='cuda' or why_not_known(model): return False
     if not all(p.is_cuda and type(p.data) is torch.Tensor for p in model.parameters()): return False # shared out
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=1)
     return all(type(l) is StaticLayer for l in cache.layers)
@@ -218,7 +218,7 @@ def generate_replies(
     if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
     cfg = GenerationConfig(max_length=ids.shape[1]+max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id,
         repetition_penalty=1., use_cache=True, do_sample=False, return_dict_in_generate=True, disable_compile=True)
-    generate = _generate_recorded if can_record(model) else _generate # asked before it is in evaluation mode
+    generate = _generate_recorded if can_record(model) else _generate
     with preserve_training_state(model, tok): made = generate(model, ids, mask, cfg, how, weight)
     return [_reply(tok, m, eos_ids) for m in made]
 

@@ -57,7 +57,7 @@ class TrainConfig:
         optim:str='adamw_torch_fused', # Optimizer, by its name in transformers; `paged_adamw_8bit` resumes exactly too {weights}
         load_in_4bit:bool=True, # Quantise the base to NF4, with double quantisation {weights}
         load_in_fp8:bool=False, # With `load_in_4bit` off, keep the base in fp8: nearer to the original than NF4, in twice its memory {weights}
-        mixed_precision:str='bf16', # Products with the frozen base: `bf16`, or `fp8` on a GPU that has it, faster and less exact {weights}
+        mixed_precision:str='bf16', # Products with the frozen base: `bf16`; faster and less exact, `int8` (from Ampere on) or `fp8` (from Ada on) {weights}
         lora_r:int=16, # LoRA rank [1, 1024] {weights}
         lora_alpha:int=32, # LoRA scale: the update is multiplied by lora_alpha/lora_r [1, 65536] {weights}
         lora_dropout:float=0.0, # LoRA dropout; 0 is faster and needs less memory [0, 1) {weights}
@@ -205,7 +205,8 @@ def parse_options(
 # of transformers' names, those that are tried here
 OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit',
     'lion_32bit', 'lion_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd')
-ONE_OF = dict(optim=OPTIMS, mixed_precision=('bf16', 'fp8'), report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
+ONE_OF = dict(optim=OPTIMS, mixed_precision=('bf16', 'fp8', 'int8'),
+    report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
 
 def _bad_option(name, why, value): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
 
@@ -233,11 +234,12 @@ def _check_repo(name, repo):
         _bad_option(name, "must be a name that the Hub allows "
             "(letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)", repo)
 
-def _check_fp8(c, bad):
-    "Refuse what doesn't go with a base or products in fp8."
+def _check_8bit(c, bad):
+    "Refuse what doesn't go with a base in fp8, or products in 8 bits."
     if c.load_in_fp8 and c.load_in_4bit: bad('load_in_fp8', "needs LOAD_IN_4BIT=0: the base is kept in one of them")
     if c.load_in_fp8 and c.fsdp: bad('load_in_fp8', "must be 0 with FSDP=1")
-    if c.mixed_precision!='fp8': return
+    if c.mixed_precision=='bf16': return
+    if c.mixed_precision=='int8' and c.load_in_fp8: bad('mixed_precision', "must be bf16 or fp8 with LOAD_IN_FP8=1")
     if not c.load_in_4bit and not c.load_in_fp8: bad('mixed_precision', "must be bf16 with a base in bf16 (LOAD_IN_FP8=1 keeps it in fp8)")
     if c.fsdp or c.lora_dropout: bad('mixed_precision', "must be bf16 with FSDP=1 or with LORA_DROPOUT")
 
@@ -253,7 +255,7 @@ def check_config(
         if not getattr(c, k).strip(): bad(k, "must not be empty")
     lora_targets(c.lora_target_modules) # or say that they name nothing
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
-    _check_fp8(c, bad)
+    _check_8bit(c, bad)
     if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
     if c.hub_model_id.lower()==c.base_model.lower():
         bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
@@ -720,7 +722,7 @@ def _set_up_layers(cfg, model, fit, left, shard):
     "A `Stack` where there can be one, which may keep weights in what is `left` of the GPU; else compiled layers."
     import torch
     if cfg.load_in_fp8: base_in_fp8(model)
-    stack = None if shard else fast_layers(model, cfg.max_length, fit.checkpointing, cfg.mixed_precision=='fp8')
+    stack = None if shard else fast_layers(model, cfg.max_length, fit.checkpointing, cfg.mixed_precision)
     if stack: keep_weights(stack, left)
     elif torch.cuda.is_available() and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     return stack

@@ -87,7 +87,7 @@ class TrainConfig:
         optim:str='adamw_torch_fused', # Optimizer, by its name in transformers; `paged_adamw_8bit` resumes exactly too {weights}
         load_in_4bit:bool=True, # Quantise the base to NF4, with double quantisation {weights}
         load_in_fp8:bool=False, # With `load_in_4bit` off, keep the base in fp8: nearer to the original than NF4, in twice its memory {weights}
-        mixed_precision:str='bf16', # Products with the frozen base: `bf16`, or `fp8` on a GPU that has it, faster and less exact {weights}
+        mixed_precision:str='bf16', # Products with the frozen base: `bf16`; faster and less exact, `int8` (from Ampere on) or `fp8` (from Ada on) {weights}
         lora_r:int=16, # LoRA rank [1, 1024] {weights}
         lora_alpha:int=32, # LoRA scale: the update is multiplied by lora_alpha/lora_r [1, 65536] {weights}
         lora_dropout:float=0.0, # LoRA dropout; 0 is faster and needs less memory [0, 1) {weights}
@@ -1902,6 +1902,7 @@ class OwnFormat:
         self.pattern,self.ids = re.compile(_any_of(self.control)),set(self.control.values())
         self.cuts,self.marked = _cuts(tok),bool(_GENERATION.search(tok.chat_template))
         self.shapes,self.slots,self.words,self.held = {},{},{},0 # see `shape` and `learn`
+        self.lock = threading.Lock() # of these
         added = tok.added_tokens_decoder.values() # some take white space, or are looked for within pieces
         self.apart = words_apart(tok.backend_tokenizer) and not any(t.rstrip or t.normalized for t in added)
 
@@ -2292,7 +2293,7 @@ def encode_own(
     own,out = own_format(tok),[]
     for written in render_lots(tok, [(c,None) for c in chats], names):
         part = slice(len(out), len(out)+len(written))
-        out += own.encode(chats[part], written, names[part])
+        with own.lock: out += own.encode(chats[part], written, names[part])
     return out
 
 _DAY = '2026-01-01' # what templates are told that it is
@@ -3027,28 +3028,39 @@ def _check_kept(
     raise UserError(name, f"{n-kept} of {n} conversations have no exchange that fits max_length={max_length}",
         "raise MAX_LENGTH or shorten them")
 
+_BATCH = 1000 # conversations of a batch
+
 def _encode_columns(
     ds, # With `messages`
     tok, # Tokenizer from `load_tokenizer`
     max_length:int, # Tokens a conversation may have
     name:str, # How an error names the dataset
 )->tuple: # Dataset of the columns of `_encode_batch`; how many conversations are only read, as every answer has weight 0
+    from concurrent.futures import ThreadPoolExecutor
     from datasets import Features, List, Value
     from datasets.fingerprint import Hasher
-    only = 0
-    def enc(batch, idxs):
-        nonlocal only
-        chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in zip(idxs, batch['messages'])}
+    only,jobs,pool = 0,{},ThreadPoolExecutor(2 if chat_format(tok)==OWN else 1)
+    def work(first):
+        rows = enumerate(ds[first:first+_BATCH]['messages'], first)
+        chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in rows}
         taught = {n:c for n,c in chats.items() if any(map(is_learnt, c))}
-        only += len(chats)-len(taught)
-        return _encode_batch(tok, taught, max_length)
+        return len(chats)-len(taught),_encode_batch(tok, taught, max_length)
+    def enc(_, idxs):
+        nonlocal only
+        for i in range(idxs[0], min(idxs[0]+2*_BATCH, len(ds)), _BATCH):
+            if i not in jobs: jobs[i] = pool.submit(work, i)
+        n,table = jobs.pop(idxs[0]).result()
+        only += n
+        return table
     ints = List(Value('int32'))
     columns = dict(input_ids=ints, labels=ints, lost=Value('int32'), trimmed=Value('bool'))
     gc.disable() # a collection would look at all that the libraries have made, and find nothing
-    try: out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
-        desc='Tokenising', features=Features(columns),
+    try: out = ds.map(enc, with_indices=True, batched=True, batch_size=_BATCH, remove_columns=ds.column_names,
+        load_from_cache_file=False, desc='Tokenising', features=Features(columns),
         new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
-    finally: gc.enable()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        gc.enable()
     return out,only
 
 def encode_dataset(
@@ -4008,7 +4020,8 @@ def parse_options(
 OPTIMS = ('adamw_torch', 'adamw_torch_fused', 'adamw_8bit', 'adamw_bnb_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit',
     'lion_32bit', 'lion_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'adafactor', 'sgd')
 
-ONE_OF = dict(optim=OPTIMS, mixed_precision=('bf16', 'fp8'), report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
+ONE_OF = dict(optim=OPTIMS, mixed_precision=('bf16', 'fp8', 'int8'),
+    report_to=('wandb', 'trackio', 'tensorboard', 'none'), wandb_log_model=('checkpoint', 'false'))
 
 def _bad_option(name, why, value): raise UserError(name.upper(), f"{why}, got {value!r}", "correct it or unset it")
 
@@ -4035,11 +4048,12 @@ def _check_repo(name, repo):
         _bad_option(name, "must be a name that the Hub allows "
             "(letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)", repo)
 
-def _check_fp8(c, bad):
-    "Refuse what doesn't go with a base or products in fp8."
+def _check_8bit(c, bad):
+    "Refuse what doesn't go with a base in fp8, or products in 8 bits."
     if c.load_in_fp8 and c.load_in_4bit: bad('load_in_fp8', "needs LOAD_IN_4BIT=0: the base is kept in one of them")
     if c.load_in_fp8 and c.fsdp: bad('load_in_fp8', "must be 0 with FSDP=1")
-    if c.mixed_precision!='fp8': return
+    if c.mixed_precision=='bf16': return
+    if c.mixed_precision=='int8' and c.load_in_fp8: bad('mixed_precision', "must be bf16 or fp8 with LOAD_IN_FP8=1")
     if not c.load_in_4bit and not c.load_in_fp8: bad('mixed_precision', "must be bf16 with a base in bf16 (LOAD_IN_FP8=1 keeps it in fp8)")
     if c.fsdp or c.lora_dropout: bad('mixed_precision', "must be bf16 with FSDP=1 or with LORA_DROPOUT")
 
@@ -4054,7 +4068,7 @@ def check_config(
         if not getattr(c, k).strip(): bad(k, "must not be empty")
     lora_targets(c.lora_target_modules) # or say that they name nothing
     if c.fsdp and not c.optim.startswith('adamw_torch'): bad('optim', "must be adamw_torch or adamw_torch_fused with FSDP=1")
-    _check_fp8(c, bad)
+    _check_8bit(c, bad)
     if c.load_best and not c.eval_steps: bad('load_best', "needs EVAL_STEPS above 0, which finds the best adapter")
     if c.hub_model_id.lower()==c.base_model.lower():
         bad('hub_model_id', "must be another repo than BASE_MODEL, which the adapter would replace")
@@ -4498,7 +4512,7 @@ def _set_up_layers(cfg, model, fit, left, shard):
     "A `Stack` where there can be one, which may keep weights in what is `left` of the GPU; else compiled layers."
     import torch
     if cfg.load_in_fp8: base_in_fp8(model)
-    stack = None if shard else fast_layers(model, cfg.max_length, fit.checkpointing, cfg.mixed_precision=='fp8')
+    stack = None if shard else fast_layers(model, cfg.max_length, fit.checkpointing, cfg.mixed_precision)
     if stack: keep_weights(stack, left)
     elif torch.cuda.is_available() and cfg.torch_compile and not shard: compile_layers(model, cfg.activation_memory_budget)
     return stack
@@ -5867,12 +5881,12 @@ def _generate(model, ids, mask, cfg, how, weight): # new ids of each row; rows t
 
 def can_record(
     model, # Causal language model, with an adapter or without
-)->bool: # Not in training, whole on a GPU, with layers that see all of a row and ask the CPU for nothing
+)->bool: # Whole on a GPU, with layers that see all of a row and ask the CPU for nothing
     "Can a model's passes over one token a row be recorded?"
     import torch
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
-    if model.training or model.device.type!='cuda' or why_not_known(model): return False
+    if model.device.type!='cuda' or why_not_known(model): return False
     if not all(p.is_cuda and type(p.data) is torch.Tensor for p in model.parameters()): return False # shared out
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=1)
     return all(type(l) is StaticLayer for l in cache.layers)
@@ -5943,7 +5957,7 @@ def generate_replies(
     if temperature: how.append(SeededDraws(places or range(len(prompt_ids)), temperature, top_p, seed))
     cfg = GenerationConfig(max_length=ids.shape[1]+max_new_tokens, eos_token_id=eos_ids, pad_token_id=tok.pad_token_id,
         repetition_penalty=1., use_cache=True, do_sample=False, return_dict_in_generate=True, disable_compile=True)
-    generate = _generate_recorded if can_record(model) else _generate # asked before it is in evaluation mode
+    generate = _generate_recorded if can_record(model) else _generate
     with preserve_training_state(model, tok): made = generate(model, ids, mask, cfg, how, weight)
     return [_reply(tok, m, eos_ids) for m in made]
 
@@ -6608,7 +6622,7 @@ def check_sharded(
     return f"layers are sharded over {over}: {held}, embedding and head whole on each"
 
 # ------------------------------------------------------------------------------
-# fast.layers: LoRA fused into the base matmul, CUDA graphs, products in fp8, and a loss on supervised tokens only
+# fast.layers: LoRA fused into the base matmul, CUDA graphs, products in fp8 or int8, and a loss on supervised tokens only
 # ------------------------------------------------------------------------------
 
 def _join_weights(
@@ -6629,6 +6643,7 @@ class Nf4Weights:
         weights = [m.base_layer.weight for m in mods]
         self.packed,self.absmax = _join_weights(weights)
         self.rows,self.code,self.device = sum(m.out_features for m in mods),weights[0].quant_state.code,self.packed.device
+        self.scales = None # for int8
 
     def beside(self,
         b, ends, out, # As for `unpack`
@@ -6654,7 +6669,8 @@ class LoraGroup:
     ):
         import torch
         self.frozen = (Fp8Weights if hasattr(mods[0].base_layer, 'scale') else Nf4Weights)(mods)
-        self.kept = self.blocks = None # weights from `keep_weights`; `lora_B` for products in fp8
+        self.kept = self.blocks = None # weights from `keep_weights`; `lora_B` for products in 8 bits
+        self.int8 = False # which of them, from `use_8bit`
         self.width,self.sizes = mods[0].in_features,[m.out_features for m in mods]
         self.ends = [sum(self.sizes[:i+1]) for i in range(len(mods)-1)]
         self.rank,self.scaling = mods[0].r['default'],mods[0].scaling['default']
@@ -6695,7 +6711,7 @@ def forward(self:LoraGroup,
     import torch
     xa = torch.mm(x[:,:self.width], self.a.t())
     if self.blocks is not None:
-        y = self.forward8(x[:,:self.width], xa)
+        y = (self.forward_int8 if self.int8 else self.forward8)(x[:,:self.width], xa)
         return (y if self.bias is None else y.add_(self.bias)),xa
     x[:,self.width:] = xa
     w = self.weight().t()
@@ -6836,9 +6852,9 @@ class Stack:
         for l in self.layers: l.turned = self.ways.index(l.way)
         self.rope = getattr(decoder.config, 'rope_parameters', None) or {}
         self.checkpoint = False # recompute each layer in the backward pass
-        self.fp8 = False # `use_fp8`
+        self.precision = 'bf16' # of products, from `use_8bit`
         self.passes,self.replays = {},{} # how often a shape of batch was seen, and its `Replay`
-        self.kept = [] # of each kind of group, all layers': the weights from `keep_weights`, or `lora_B` alone for fp8
+        self.kept = [] # of each kind of group, all layers': the weights from `keep_weights`, or `lora_B` alone for 8 bits
         self.groups = [g for l in self.layers for g in l.groups]
         self.params = [p for k in ('lora_a','lora_b') for g in self.groups for p in getattr(g, k)]
         self.factor = torch.cat([g.factor.repeat(g.rank*len(g.sizes)) for g in self.groups])
@@ -6854,7 +6870,7 @@ def cast_adapter(self:Stack):
     parts_b = b.split([sum(g.sizes)*g.rank for g in self.groups])
     for g,x,y in zip(self.groups, parts_a, parts_b): g.a,g.b = x.view(g.ranks, g.width),y.view(-1, g.rank)
     if self.kept: self.renew_kept(b.view(len(self.layers), -1))
-    if self.fp8: self.renew_fp8()
+    if self.precision=='fp8': self.renew_fp8()
 
 @patch
 def turn(self:Stack,
@@ -7213,27 +7229,33 @@ def why_not_fast(
     layers = decoder_layers(model.get_base_model())
     return _why_not_projections([l.get_submodule(n) for l in layers for ns in fast_projections(l).values() for n in ns])
 
-FP8_CARD = 8,9 # compute capability of Ada, the first with fp8
+CARD_OF = dict(fp8=(8,9), int8=(8,0)) # the first compute capability with such products: Ada and Ampere
 
-def no_fp8(
+def no_8bit(
+    precision:str, # 'fp8' or 'int8'
     why:str, # What is in the way
 )->UserError:
-    "The error of a run that asks for fp8 where it can't be had."
-    return UserError("MIXED_PRECISION=fp8", f"products in fp8 can't be had here: {why}", "set MIXED_PRECISION=bf16")
+    "The error of a run that asks for products in 8 bits where they can't be had."
+    return UserError(f"MIXED_PRECISION={precision}", f"products in {precision} can't be had here: {why}", "set MIXED_PRECISION=bf16")
 
-def check_fp8_card():
-    "Refuse products in fp8 on a card without them."
+def check_card(
+    precision:str, # As for `no_8bit`
+):
+    "Refuse products in 8 bits on a card without them."
     import torch
-    if not torch.cuda.is_available(): raise no_fp8("there is no CUDA device")
-    if torch.cuda.get_device_capability()<FP8_CARD: raise no_fp8(f"{torch.cuda.get_device_name()} multiplies none")
+    if not torch.cuda.is_available(): raise no_8bit(precision, "there is no CUDA device")
+    if torch.cuda.get_device_capability()<CARD_OF[precision]:
+        raise no_8bit(precision, f"{torch.cuda.get_device_name()} multiplies none")
 
-def why_not_fp8(
+def why_not_8bit(
     model, # As for `why_not_fast`
+    precision:str, # As for `no_8bit`
 )->str: # None if they can
-    "Why a stack's products can't be in fp8: it knows rows of whole blocks."
+    "Why a stack's products can't be in 8 bits: it knows rows of whole blocks."
     layers = [m.base_layer for l in decoder_layers(model.get_base_model()) for m in l.modules() if hasattr(m, 'base_layer')]
-    if odd := next((l for l in layers if l.in_features%64 or l.out_features%16), None):
-        return f"a layer of {odd.in_features} × {odd.out_features} isn't in whole blocks of 64 and 16"
+    rows = dict(fp8=16, int8=64)[precision]
+    if odd := next((l for l in layers if l.in_features%64 or l.out_features%rows), None):
+        return f"a layer of {odd.in_features} × {odd.out_features} isn't in whole blocks of 64 and {rows}"
 
 LAYER_ERROR = .05 # of what a layer adds; bf16 makes about .01
 
@@ -7274,22 +7296,23 @@ def fast_layers(
     model, # From `add_lora`
     max_length:int, # Tokens of a row
     checkpoint:bool=False, # Recompute each layer in the backward pass
-    fp8:bool=False, # Multiply frozen weights in fp8; a `UserError` where that can't be
+    precision:str='bf16', # Of products with frozen weights; a `UserError` where 'fp8' or 'int8' can't be
 )->Stack: # None where it can't be, for a reason that is logged
     "Let a model's layers be a `Stack` in training."
     import torch
-    if fp8: check_fp8_card()
+    eight = precision!='bf16'
+    if eight: check_card(precision)
     if not torch.cuda.is_available(): why = "there is no CUDA device"
     elif torch.cuda.get_device_capability()<(8,0): why = f"{torch.cuda.get_device_name()} is older than Ampere"
     else: why = why_not_fast(model)
-    if fp8: why = why or why_not_fp8(model)
+    if eight: why = why or why_not_8bit(model, precision)
     stack = None if why else Stack(model.get_base_model().get_decoder(), max_length)
     if stack and not (error := max(layer_errors(model, stack)))<LAYER_ERROR:
         stack,why = None,f"a layer of ours is off by {error:.2f} of what transformers' own adds"
-    if fp8 and why: raise no_fp8(why)
-    log.info(f"layers: {'kernels of our own'+', with products in fp8'*fp8 if stack else 'transformers and PEFT, since '+why}")
+    if eight and why: raise no_8bit(precision, why)
+    log.info(f"layers: {'kernels of our own'+f', with products in {precision}'*eight if stack else 'transformers and PEFT, since '+why}")
     if stack: stack.checkpoint = checkpoint
-    if fp8: stack.use_fp8()
+    if eight: stack.use_8bit(precision)
     return stack
 
 def card_room()->float: # GiB; without a GPU, no limit
@@ -7317,7 +7340,7 @@ def keep_weights(
 )->float: # GiB that it takes; 0 where there is no room
     "Unpack the weights once, if the card has room for them."
     import torch
-    if stack.fp8: return stack.keep_fp8(room)
+    if stack.precision!='bf16': return stack.keep_8bit(room)
     size = sum(sum(g.sizes)*(g.width+g.ranks)*2 for g in stack.groups)/2**30
     if size>room: return 0.
     stack.cast_adapter()
@@ -7348,23 +7371,32 @@ def scale_rows(self:Nf4Weights,
     self.scale,self.more = self.absmax.view(self.rows, -1).amax(1, keepdim=True)/448,more
 
 @patch
-def to_fp8(self:Nf4Weights,
-    turned:bool=False, # Columns as rows, for the backward pass
-): # (rows, columns and `more`), or (columns, rows)
-    "Weights in fp8, each row over its scale."
+def rotate(self:Nf4Weights):
+    "Find the scales of weights in int8."
     import torch
     k = self.packed.numel()*2//self.rows
+    none,out = (torch.zeros(self.rows, n, dtype=torch.bfloat16, device=self.device) for n in (1,k+16))
+    self.scales = rotated_scales(self.beside(none, [], out)[:,:k])
+
+@patch
+def in_8bit(self:Nf4Weights,
+    turned:bool=False, # Columns as rows, for the backward pass
+): # (rows, columns and `more`), or (columns, rows)
+    "Weights in fp8, each row over its scale, or in int8."
+    import torch
+    k = self.packed.numel()*2//self.rows
+    if self.scales: return pack8(self.packed, self.absmax, self.code, self.scales[turned], (self.rows,k), turned)
     shape = (k,self.rows) if turned else (self.rows,k+self.more)
     out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=self.device)
     return unpack8(self.packed, self.absmax, self.code, self.scale, out, turned)
 
 @patch
 def eight(self:LoraGroup,
-    turned:bool=False, # As for `to_fp8`
+    turned:bool=False, # As for `in_8bit`
 ):
-    "Frozen weights in fp8, or turned; `lora_B` is beside those that aren't."
-    w = self.kept[turned] if self.kept else self.frozen.to_fp8(turned)
-    if not turned: w[:,self.width:] = self.up8
+    "Frozen weights in 8 bits, or turned; for fp8 `lora_B` is beside those that aren't."
+    w = self.kept[turned] if self.kept else self.frozen.in_8bit(turned)
+    if not turned and not self.int8: w[:,self.width:] = self.up8
     return w
 
 @patch
@@ -7377,30 +7409,43 @@ def forward8(self:LoraGroup,
     return _mm8(*quantise(x, None, xa, self.share), w, self.frozen.scale, y)
 
 @patch
+def forward_int8(self:LoraGroup,
+    x, xa, # As for `forward8`
+): # As from `forward8`
+    "All projections at once, in int8; `lora_B` multiplies in bf16."
+    y = x.new_empty(len(x), sum(self.sizes))
+    return product8(*rotate8(x), self.eight(), self.frozen.scales[0], y, xa, self.blocks)
+
+@patch
 def back8(self:LoraGroup,
     dy, # Gradient of the outputs
 ): # As from `back`
-    "Gradients of the input, in fp8, and of what `lora_A` made of it."
+    "Gradients of the input, in 8 bits, and of what `lora_A` made of it."
     import torch
     d,w = dy.new_empty(len(dy), self.width+self.ranks),self.eight(turned=True)
-    _mm8(*quantise(dy, self.frozen.scale), w, self.ones, d[:,:self.width])
+    dx = d[:,:self.width]
+    if self.int8: product8(*rotate8(dy), w, self.frozen.scales[1], dx)
+    else: _mm8(*quantise(dy, self.frozen.scale), w, self.ones, dx)
     torch.mm(dy, self.blocks, out=d[:,self.width:])
     return d
 
 @patch
-def use_fp8(self:Stack):
-    "Multiply frozen weights in fp8 from here on."
+def use_8bit(self:Stack,
+    precision:str, # 'fp8' or 'int8'
+):
+    "Multiply frozen weights in 8 bits from here on."
     import torch
-    self.fp8 = True
+    self.precision = precision
     kinds = list(zip(*(l.groups for l in self.layers)))
     def room(n, g): return torch.zeros(n, sum(g.sizes), g.ranks, dtype=torch.bfloat16, device=g.frozen.device)
     self.kept,self.scales = [room(len(groups), groups[0]) for groups in kinds],[]
     for groups,kept in zip(kinds, self.kept):
         ones = torch.ones(groups[0].width, 1, device=kept.device)
         for g,w in zip(groups, kept):
-            g.blocks,g.ones = w,ones
-            g.frozen.scale_rows(3*g.ranks)
-        self.scales.append(torch.stack([g.frozen.scale for g in groups]))
+            g.blocks,g.ones,g.int8 = w,ones,precision=='int8'
+            if g.int8: g.frozen.rotate()
+            else: g.frozen.scale_rows(3*g.ranks)
+        if precision=='fp8': self.scales.append(torch.stack([g.frozen.scale for g in groups]))
 
 @patch
 def renew_fp8(self:Stack):
@@ -7414,21 +7459,21 @@ def in_bf16(self:Stack):
     "Multiply in bf16 inside."
     kept = [(g.blocks,g.kept) for g in self.groups]
     try:
-        if self.fp8:
+        if self.precision!='bf16':
             for g in self.groups: g.blocks = g.kept = None
         yield
     finally:
         for g,k in zip(self.groups, kept): g.blocks,g.kept = k
 
 @patch
-def keep_fp8(self:Stack,
+def keep_8bit(self:Stack,
     room:float, # As for `keep_weights`
 )->float: # As from `keep_weights`
-    "Keep the weights in fp8, both ways, if the card has room for them."
+    "Keep the weights in 8 bits, both ways, if the card has room for them."
     size = sum(sum(g.sizes)*g.width*(1 if hasattr(g.frozen, 'w8') else 2) for g in self.groups)/2**30
     if size>room: return 0.
-    for g in self.groups: g.kept = g.frozen.to_fp8(),g.frozen.to_fp8(turned=True)
-    log.info(f"layers: the weights stay in fp8 for both passes, which takes {size:.1f} GiB")
+    for g in self.groups: g.kept = g.frozen.in_8bit(),g.frozen.in_8bit(turned=True)
+    log.info(f"layers: the weights stay in {self.precision} for both passes, which takes {size:.1f} GiB")
     return size
 
 @functools.cache
@@ -7493,7 +7538,7 @@ def beside(self:Fp8Weights,
     return out
 
 @patch
-def to_fp8(self:Fp8Weights,
+def in_8bit(self:Fp8Weights,
     turned:bool=False, # Columns as rows, for the backward pass
 ):
     "Weights in fp8, each row over its scale."
@@ -7628,7 +7673,7 @@ def check_packed(
                         f"(off by {error:.2f} of what enters its head)", "choose another base model")
 
 # ------------------------------------------------------------------------------
-# fast.kernels: Triton kernels: RMSNorm, SwiGLU, RoPE, attention, NF4, fp8, loss
+# fast.kernels: Triton kernels: RMSNorm, SwiGLU, RoPE, attention, NF4, fp8, int8, loss
 # ------------------------------------------------------------------------------
 
 def pow2(
@@ -7875,22 +7920,25 @@ def _attend_kernel():
         here = (r<end)[:,None]
         q = tl.load(qkv + r.to(tl.int64)[:,None]*s + h*D + c, mask=here, other=0.)
         m,l,o = tl.full((N,), -float('inf'), tl.float32),tl.zeros((N,), tl.float32),tl.zeros((N,D), tl.float32)
-        for n in range(first, start+N, M):
-            j = n + tl.arange(0, M)
-            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c
-            ok = (j<end)[:,None]
-            k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
-            causal = (r[:,None]>=j[None,:]) & (j<end)[None,:]
-            if WINDOW: causal = causal & (r[:,None]-j[None,:]<WINDOW)
-            z = tl.dot(q, tl.trans(k))*scale
-            if CAP>0: z = CAP*(2*tl.sigmoid(z*(2/CAP))-1)
-            z = tl.where(causal, z, -float('inf'))
-            top = tl.maximum(m, tl.max(z, 1))
-            base = tl.where(top>-float('inf'), top, 0.) if WINDOW else top
-            e,a = tl.exp2(z-base[:,None]),tl.exp2(m-base)
-            l = l*a + tl.sum(e, 1)
-            o = tl.dot(e.to(tl.bfloat16), v, o*a[:,None])
-            m = top
+        own = start - (start-first)%M
+        for edge in tl.static_range(2): # keys before the tile, which all of its queries see; then those that some do
+            for n in range(own if edge else first, start+N if edge else own, M):
+                j = n + tl.arange(0, M)
+                p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c
+                ok = (j<end)[:,None]
+                k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
+                z = tl.dot(q, tl.trans(k))*scale
+                if CAP>0: z = CAP*(2*tl.sigmoid(z*(2/CAP))-1)
+                if edge or WINDOW:
+                    seen = (r[:,None]>=j[None,:]) & (j<end)[None,:]
+                    if WINDOW: seen = seen & (r[:,None]-j[None,:]<WINDOW)
+                    z = tl.where(seen, z, -float('inf'))
+                top = tl.maximum(m, tl.max(z, 1))
+                base = tl.where(top>-float('inf'), top, 0.) if WINDOW else top
+                e,a = tl.exp2(z-base[:,None]),tl.exp2(m-base)
+                l = l*a + tl.sum(e, 1)
+                o = tl.dot(e.to(tl.bfloat16), v, o*a[:,None])
+                m = top
         if WINDOW: l = tl.where(r<end, l, 1.) # rows beyond the document may see nothing
         tl.store(out + r.to(tl.int64)[:,None]*s_o + h*D + c, o/l[:,None], mask=here)
         tl.store(lse + h.to(tl.int64)*total + r, m+tl.log2(l), mask=r<end)
@@ -7926,32 +7974,36 @@ def _attend_dq_kernel():
         r,c,f = start + tl.arange(0, N),tl.arange(0, D)[None,:],tl.arange(0, D//2)[None,:]
         here = (r<end)[:,None]
         row = r.to(tl.int64)[:,None]
-        own = row*s_d+h*D+c
+        at_d = row*s_d+h*D+c
         g = tl.zeros((N,D), tl.float32)
         for i in range(0, R, RANKS):
             b = i + tl.arange(0, RANKS)
             g = tl.dot(tl.load(d+row*s_d+HQ*D+b[None,:], mask=here, other=0.), tl.load(a+b[:,None]*HQ*D+h*D+c), g)
-        g = (g + tl.load(d+own, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
-        mean = tl.sum(g.to(tl.float32)*tl.load(o+own, mask=here, other=0.).to(tl.float32), 1)
+        g = (g + tl.load(d+at_d, mask=here, other=0.).to(tl.float32)).to(tl.bfloat16)
+        mean = tl.sum(g.to(tl.float32)*tl.load(o+at_d, mask=here, other=0.).to(tl.float32), 1)
         at = h.to(tl.int64)*total+r
-        tl.store(d+own, g, mask=here)
+        tl.store(d+at_d, g, mask=here)
         tl.store(delta+at, mean, mask=r<end)
         q,top = tl.load(qkv+row*s+h*D+c, mask=here, other=0.),tl.load(lse+at, mask=r<end, other=0.)
         dq = tl.zeros((N,D), tl.float32)
         if WINDOW: first = tl.maximum(first, start-WINDOW+1)
-        for n in range(first, start+N, M):
-            j = n + tl.arange(0, M)
-            p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c
-            ok = (j<end)[:,None]
-            k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
-            causal = (r[:,None]>=j[None,:]) & (j<end)[None,:]
-            if WINDOW: causal = causal & (r[:,None]-j[None,:]<WINDOW)
-            z,slope = tl.dot(q, tl.trans(k))*(scale*LOG2E),1.
-            if CAP>0:
-                t = 2*tl.sigmoid(z*(2/CAP))-1
-                z,slope = CAP*t,1-t*t
-            e = tl.where(causal, tl.exp2(z - top[:,None]), 0.)
-            dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])*slope).to(tl.bfloat16), k, dq)
+        own = start - (start-first)%M
+        for edge in tl.static_range(2): # as above
+            for n in range(own if edge else first, start+N if edge else own, M):
+                j = n + tl.arange(0, M)
+                p = qkv + j.to(tl.int64)[:,None]*s + (HQ+h//(HQ//HK))*D + c
+                ok = (j<end)[:,None]
+                k,v = tl.load(p, mask=ok, other=0.),tl.load(p+HK*D, mask=ok, other=0.)
+                z,slope = tl.dot(q, tl.trans(k))*(scale*LOG2E),1.
+                if CAP>0:
+                    t = 2*tl.sigmoid(z*(2/CAP))-1
+                    z,slope = CAP*t,1-t*t
+                e = tl.exp2(z - top[:,None])
+                if edge or WINDOW:
+                    seen = (r[:,None]>=j[None,:]) & (j<end)[None,:]
+                    if WINDOW: seen = seen & (r[:,None]-j[None,:]<WINDOW)
+                    e = tl.where(seen, e, 0.)
+                dq = tl.dot((e*(tl.dot(g, tl.trans(v)) - mean[:,None])*slope).to(tl.bfloat16), k, dq)
         dq *= (scale*tl.load(q_scale+r, mask=r<end, other=0.))[:,None]
         x,y = tl.split(tl.permute(tl.reshape(dq, (N,2,D//2)), (0,2,1))) # halves
         u = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32)
@@ -7978,22 +8030,26 @@ def _attend_dkv_kernel():
         k,v = tl.load(p, mask=here, other=0.),tl.load(p+HK*D, mask=here, other=0.)
         dk,dv = tl.zeros((N,D), tl.float32),tl.zeros((N,D), tl.float32)
         last = tl.minimum(end, start+N+WINDOW-1) if WINDOW else end
-        steps = tl.cdiv(last-start, M)
-        for i in range(0, steps*(HQ//HK)): # one loop, so that loads run ahead from head to head
-            h,r = b*(HQ//HK) + i//steps,start + i%steps*M + tl.arange(0, M)
-            ok = (r<end)[:,None]
-            at = r.to(tl.int64)[:,None]
-            q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
-            top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
-            causal = (r[None,:]>=j[:,None]) & (r<end)[None,:]
-            if WINDOW: causal = causal & (r[None,:]-j[:,None]<WINDOW)
-            z,slope = tl.dot(k, tl.trans(q))*(scale*LOG2E),1.
-            if CAP>0:
-                t = 2*tl.sigmoid(z*(2/CAP))-1
-                z,slope = CAP*t,1-t*t
-            e = tl.where(causal, tl.exp2(z - top[None,:]), 0.)
-            dv = tl.dot(e.to(tl.bfloat16), g, dv)
-            dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])*slope).to(tl.bfloat16), q, dk)
+        for edge in tl.static_range(2): # queries behind the tile, then those that don't see all of it
+            begin = start if edge else start+N
+            steps = tl.cdiv(tl.minimum(last, start+N)-start if edge else tl.maximum(last-begin, 0), M)
+            for i in range(0, steps*(HQ//HK)): # one loop, so that loads run ahead from head to head
+                h,r = b*(HQ//HK) + i//steps,begin + i%steps*M + tl.arange(0, M)
+                ok = (r<end)[:,None]
+                at = r.to(tl.int64)[:,None]
+                q,g = tl.load(qkv+at*s+h*D+c, mask=ok, other=0.),tl.load(d+at*s_d+h*D+c, mask=ok, other=0.)
+                top,mean = tl.load(lse+h*total+r, mask=r<end, other=0.),tl.load(delta+h*total+r, mask=r<end, other=0.)
+                z,slope = tl.dot(k, tl.trans(q))*(scale*LOG2E),1.
+                if CAP>0:
+                    t = 2*tl.sigmoid(z*(2/CAP))-1
+                    z,slope = CAP*t,1-t*t
+                e = tl.exp2(z - top[None,:])
+                if edge or WINDOW:
+                    seen = r[None,:]>=j[:,None]
+                    if WINDOW: seen = seen & (r[None,:]-j[:,None]<WINDOW)
+                    e = tl.where(seen, e, 0.)
+                dv = tl.dot(e.to(tl.bfloat16), g, dv) # behind the document's end g is 0
+                dk = tl.dot((e*(tl.dot(v, tl.trans(g)) - mean[None,:])*slope).to(tl.bfloat16), q, dk)
         x,y = tl.split(tl.permute(tl.reshape(dk*scale, (N,2,D//2)), (0,2,1))) # halves
         u = tl.load(cos+row*D+f, mask=here, other=0.).to(tl.float32)
         v = tl.load(sin+row*D+f, mask=here, other=0.).to(tl.float32)
@@ -8165,6 +8221,147 @@ def unpack8(
     k = packed.numel()*2//rows
     sides = dict(TURNED=turned, ROWS=64, BYTES=64, num_warps=8)
     _unpack8_kernel()[-(-rows//64),-(-k//128)](packed, absmax, code, scale, out, rows, k, out.stride(0), **sides)
+    return out
+
+def rotated_block(
+    n:int, # Columns, in whole blocks of 64
+)->int: # 128 or 64
+    "How many columns are rotated together."
+    return 64 if n%128 else 128
+
+@functools.cache
+def rotation(
+    n:int, # A power of two
+    device, # Where it is wanted
+): # (n, n), bf16: 1 and −1
+    "Hadamard's matrix: symmetric, and √n times an orthogonal one."
+    import torch
+    h = torch.ones(1, 1)
+    while len(h)<n: h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h.to(device, torch.bfloat16)
+
+def rotate(
+    x, # (…, columns), in whole blocks of 64
+): # fp32
+    "Rotate columns, on any machine."
+    n = rotated_block(x.shape[-1])
+    return (x.float().unflatten(-1, (-1,n))@(rotation(n, x.device).float()*n**-.5)).flatten(-2)
+
+@functools.cache
+def _rotate8_kernel():
+    "Rows rotated, each over its scale, in int8; a program takes ROWS rows of up to BLOCKS blocks."
+    import triton, triton.language as tl
+    @triton.jit(do_not_specialize=['rows'])
+    def rotate8(x, turn, q, scale, s, rows, n, ROWS: tl.constexpr, BLOCKS: tl.constexpr, H: tl.constexpr):
+        h,i = tl.arange(0, H),tl.arange(0, ROWS*BLOCKS)
+        r = (tl.program_id(0)*ROWS + i//BLOCKS).to(tl.int64)[:,None]
+        c = (i%BLOCKS)[:,None]*H + h[None,:]
+        ok = (r<rows) & (c<n)
+        v = tl.dot(tl.load(x+r*s+c, mask=ok, other=0.), tl.load(turn+h[:,None]*H+h[None,:]))
+        top = tl.max(tl.reshape(tl.max(tl.abs(v), 1), (ROWS,BLOCKS)), 1)
+        top = tl.maximum(top, 1e-30) # a row may be all zeros
+        v *= tl.reshape(tl.broadcast_to((127/top)[:,None], (ROWS,BLOCKS)), (ROWS*BLOCKS,))[:,None]
+        tl.store(q+r*n+c, (v + tl.where(v<0, -.5, .5)).to(tl.int8), mask=ok)
+        r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
+        tl.store(scale+r, top/127, mask=r<rows)
+    return rotate8
+
+def rotate8(
+    x, # (rows, columns), bf16, columns in whole blocks of 64
+)->tuple: # The rows, rotated and √128 or √64 times as large, in int8; and their scales, (rows, 1)
+    "Rotated rows of int8, each with a scale."
+    import torch
+    (rows,n),H = x.shape,rotated_block(x.shape[1])
+    q = torch.empty(rows, n, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    blocks = pow2(n//H, 1)
+    ROWS = max(1, 64//blocks)
+    sides = dict(ROWS=ROWS, BLOCKS=blocks, H=H, num_warps=max(4, blocks//16))
+    if rows: _rotate8_kernel()[(-(-rows//ROWS),)](x, rotation(H, x.device), q, scale, x.stride(0), rows, n, **sides)
+    return q,scale
+
+def rotated_scales(
+    w, # Weights, (rows, columns), each in whole blocks of 64
+)->tuple: # (rows, 1), and of the columns, (columns, 1)
+    "Scales of weights rotated along their rows, and along their columns."
+    return tuple(rotate(t).abs().amax(1, keepdim=True).clamp(min=1e-30)*(rotated_block(t.shape[1])**.5/127) for t in (w, w.t()))
+
+@functools.cache
+def _pack8_kernel():
+    "NF4 rotated, in int8; a program takes a block of H rows, or 64, and of 64 columns, or H."
+    import triton, triton.language as tl
+    @triton.jit
+    def pack8(packed, absmax, code, turn, scale, out, k, s, TURNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+        r = (tl.program_id(0)*ROWS + tl.arange(0, ROWS)).to(tl.int64)[:,None]
+        b = (tl.program_id(1)*(COLS//2) + tl.arange(0, COLS//2))[None,:]
+        c = (tl.program_id(1)*COLS + tl.arange(0, COLS))[None,:]
+        x = tl.load(packed + r*(k//2)+b).to(tl.int32)
+        by = tl.load(absmax + r*(k//64)+b//32)
+        v = tl.interleave(tl.load(code + (x>>4))*by, tl.load(code + (x&15))*by).to(tl.bfloat16)
+        H: tl.constexpr = ROWS if TURNED else COLS
+        h = tl.arange(0, H)
+        turn = tl.load(turn+h[:,None]*H+h[None,:])
+        v = tl.dot(turn, v)/tl.load(scale+c) if TURNED else tl.dot(v, turn)/tl.load(scale+r)
+        v = (v + tl.where(v<0, -.5, .5)).to(tl.int8)
+        tl.store(out + c.to(tl.int64)*s+r if TURNED else out + r*s+c, v)
+    return pack8
+
+def pack8(
+    packed, absmax, code, # As for `unpack8`
+    scale, # Of the rows, or of the columns, from `rotated_scales`
+    shape:tuple, # Rows and columns of the weights
+    turned:bool=False, # Columns as rows, rotated along the columns
+): # (rows, columns), or (columns, rows)
+    "Rotated weights in int8."
+    import torch
+    (rows,k),H = shape,rotated_block(shape[0 if turned else 1])
+    out = torch.empty((k,rows) if turned else (rows,k), dtype=torch.int8, device=packed.device)
+    ROWS,COLS = (H,64) if turned else (64,H)
+    turn = rotation(H, packed.device)
+    _pack8_kernel()[rows//ROWS,k//COLS](packed, absmax, code, turn, scale, out, k, out.stride(0), TURNED=turned, ROWS=ROWS, COLS=COLS, num_warps=4)
+    return out
+
+@functools.cache
+def _product8_kernel():
+    "Rows of int8 times rows of int8, over their scales, and an adapter's share."
+    import triton, triton.language as tl
+    @triton.jit(do_not_specialize=['rows'])
+    def product8(a, a_scale, b, b_scale, xa, up, out, s, rows, cols, n, H: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr,
+                 M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
+        across = tl.cdiv(cols, N)
+        group,i = tl.program_id(0)//(GROUP*across),tl.program_id(0)%(GROUP*across) # neighbours share what they read
+        high = min(tl.cdiv(rows, M)-group*GROUP, GROUP)
+        r,c = (group*GROUP+i%high)*M + tl.arange(0, M),i//high*N + tl.arange(0, N)
+        at,to = (r%rows).to(tl.int64)[:,None],(c%cols).to(tl.int64)[:,None] # what is beyond the end isn't stored
+        k,j = tl.arange(0, K)[None,:],tl.arange(0, RANKS)[None,:]
+        total = tl.zeros((M,N), tl.int32)
+        for i in range(0, n, K):
+            total = tl.dot(tl.load(a+at*n+i+k), tl.trans(tl.load(b+to*n+i+k)), total, out_dtype=tl.int32)
+        y = total.to(tl.float32)*(tl.load(a_scale+r%rows)/H)[:,None]*tl.load(b_scale+c%cols)[None,:]
+        if R:
+            for i in range(0, R, RANKS): y = tl.dot(tl.load(xa+at*R+i+j), tl.trans(tl.load(up+to*R+i+j)), y)
+        tl.store(out+r.to(tl.int64)[:,None]*s+c[None,:], y, mask=(r<rows)[:,None] & (c<cols)[None,:])
+    return product8
+
+@functools.cache
+def _product8_sides():
+    "Tiles for this card: a Hopper has 227 KiB for them, an A10G or an RTX PRO 99."
+    import torch
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0]==9
+    return dict(M=128, N=256, num_warps=8, num_stages=3) if hopper else dict(M=128, N=128, num_warps=4, num_stages=3)
+
+def product8(
+    a, a_scale, # From `rotate8`, (rows, n)
+    b, b_scale, # From `pack8`, (columns, n), and its scales
+    out, # Buffer, (rows, columns), bf16
+    xa=None, # What `lora_A` made of the rows, (rows, ranks)
+    up=None, # `lora_B`, (columns, ranks)
+): # The buffer
+    "The product of rotated rows, and what an adapter adds."
+    (rows,n),cols,R = a.shape,len(b),0 if xa is None else xa.shape[1]
+    sides = dict(_product8_sides(), H=rotated_block(n), K=min(128, rotated_block(n)), R=R, RANKS=max(16, min(R, 64)), GROUP=8)
+    grid = -(-rows//sides['M'])*-(-cols//sides['N']),
+    if rows: _product8_kernel()[grid](a, a_scale, b, b_scale, xa, up, out, out.stride(0), rows, cols, n, **sides)
     return out
 
 @functools.cache

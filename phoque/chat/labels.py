@@ -190,28 +190,39 @@ def _check_kept(
         "raise MAX_LENGTH or shorten them")
 
 # %% ../../nbs/chat/labels.ipynb #821350f3
+_BATCH = 1000 # conversations of a batch
+
 def _encode_columns(
     ds, # With `messages`
     tok, # Tokenizer from `load_tokenizer`
     max_length:int, # Tokens a conversation may have
     name:str, # How an error names the dataset
 )->tuple: # Dataset of the columns of `_encode_batch`; how many conversations are only read, as every answer has weight 0
+    from concurrent.futures import ThreadPoolExecutor
     from datasets import Features, List, Value
     from datasets.fingerprint import Hasher
-    only = 0
-    def enc(batch, idxs):
-        nonlocal only
-        chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in zip(idxs, batch['messages'])}
+    only,jobs,pool = 0,{},ThreadPoolExecutor(2 if chat_format(tok)==OWN else 1)
+    def work(first):
+        rows = enumerate(ds[first:first+_BATCH]['messages'], first)
+        chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in rows}
         taught = {n:c for n,c in chats.items() if any(map(is_learnt, c))}
-        only += len(chats)-len(taught)
-        return _encode_batch(tok, taught, max_length)
+        return len(chats)-len(taught),_encode_batch(tok, taught, max_length)
+    def enc(_, idxs):
+        nonlocal only
+        for i in range(idxs[0], min(idxs[0]+2*_BATCH, len(ds)), _BATCH):
+            if i not in jobs: jobs[i] = pool.submit(work, i)
+        n,table = jobs.pop(idxs[0]).result()
+        only += n
+        return table
     ints = List(Value('int32'))
     columns = dict(input_ids=ints, labels=ints, lost=Value('int32'), trimmed=Value('bool'))
     gc.disable() # a collection would look at all that the libraries have made, and find nothing
-    try: out = ds.map(enc, with_indices=True, batched=True, remove_columns=ds.column_names, load_from_cache_file=False,
-        desc='Tokenising', features=Features(columns),
+    try: out = ds.map(enc, with_indices=True, batched=True, batch_size=_BATCH, remove_columns=ds.column_names,
+        load_from_cache_file=False, desc='Tokenising', features=Features(columns),
         new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
-    finally: gc.enable()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        gc.enable()
     return out,only
 
 # %% ../../nbs/chat/labels.ipynb #45fbf60f

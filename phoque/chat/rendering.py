@@ -270,6 +270,7 @@ class OwnFormat:
         self.pattern,self.ids = re.compile(_any_of(self.control)),set(self.control.values())
         self.cuts,self.marked = _cuts(tok),bool(_GENERATION.search(tok.chat_template))
         self.shapes,self.slots,self.words,self.held = {},{},{},0 # see `shape` and `learn`
+        self.lock = threading.Lock() # of these
         added = tok.added_tokens_decoder.values() # some take white space, or are looked for within pieces
         self.apart = words_apart(tok.backend_tokenizer) and not any(t.rstrip or t.normalized for t in added)
 
@@ -683,7 +684,7 @@ def encode_own(
     own,out = own_format(tok),[]
     for written in render_lots(tok, [(c,None) for c in chats], names):
         part = slice(len(out), len(out)+len(written))
-        out += own.encode(chats[part], written, names[part])
+        with own.lock: out += own.encode(chats[part], written, names[part])
     return out
 
 # %% ../../nbs/chat/rendering.ipynb #2dbec0f3

@@ -14,9 +14,9 @@ from ..parallel.ranks import Ranks
 from ..train import TrainConfig, collate_packed, make_trainer, pack_dataset
 
 # %% auto #0
-__all__ = ['FP8', 'FP8_BASE', 'SIDES', 'bench_base', 'bench_talk', 'baseline_trainer', 'trl_trainer', 'phoque_trainer',
-           'unsloth_trainer', 'StepClock', 'step_seconds', 'product_speed', 'bench_side', 'own_cards', 'bench_apart',
-           'bench_order', 'bench_table', 'bench_picture', 'bench_cli']
+__all__ = ['MEAN_TOKENS', 'FP8', 'INT8', 'FP8_BASE', 'SIDES', 'bench_base', 'bench_talk', 'baseline_trainer', 'trl_trainer',
+           'phoque_trainer', 'unsloth_trainer', 'StepClock', 'step_seconds', 'product_speed', 'bench_side', 'own_cards',
+           'bench_apart', 'bench_order', 'bench_table', 'bench_picture', 'bench_cli']
 
 # %% ../../nbs/dev/benchmark.ipynb #94dde4ec
 def bench_base(
@@ -38,18 +38,22 @@ def bench_base(
     return dict(id=str(folder), revision=None, auto='AutoModelForCausalLM', note='')
 
 # %% ../../nbs/dev/benchmark.ipynb #4e6fbff4
+MEAN_TOKENS = 187 # of a conversation in chats
+
 def bench_talk(
     n:int, # Conversations
     vocab:int, # Tokens to choose from
     max_length:int=2048, # The longest
     seed:int=0, # Of their lengths and tokens
     supervised:float=1., # Share of each, at its end, that the loss looks at
+    mean:int=MEAN_TOKENS, # Tokens of a conversation, on average
 ): # Dataset of `input_ids` and `labels`
     "Conversations of random tokens, as long as those of chats."
     import numpy as np
     from datasets import Dataset
     r = np.random.default_rng(seed)
-    lengths = np.clip(np.exp(r.normal(4.6, .8, n)).round().astype(int)+50, 60, max_length)
+    lengths = np.clip(np.exp(r.normal(4.6, .8, n)).round().astype(int)+50, 60, None)
+    lengths = np.clip((lengths*(mean/MEAN_TOKENS)).round().astype(int), 2, max_length)
     ids = [r.integers(12, vocab, l).tolist() for l in lengths]
     def labels(i):
         at = round(len(i)*(1-supervised))
@@ -131,10 +135,12 @@ def unsloth_trainer(
     trainer = SFTTrainer(model=model, args=args, train_dataset=talk, processing_class=tok)
     return trainer,rows*len(talk)/len(trainer.train_dataset)
 
-FP8,FP8_BASE = dict(mixed_precision='fp8'),dict(mixed_precision='fp8', load_in_4bit=False, load_in_fp8=True)
+FP8,INT8 = (dict(mixed_precision=p) for p in ('fp8','int8'))
+FP8_BASE = dict(FP8, load_in_4bit=False, load_in_fp8=True)
 SIDES = dict(baseline=baseline_trainer, trl=trl_trainer, unsloth=unsloth_trainer, phoque=phoque_trainer) | {
     'unsloth-unfused':unsloth_trainer, 'unsloth-fp8':partial(unsloth_trainer, fp8=True),
-    'phoque-fp8':partial(phoque_trainer, **FP8), 'phoque-fp8-base':partial(phoque_trainer, **FP8_BASE)}
+    'phoque-fp8':partial(phoque_trainer, **FP8), 'phoque-int8':partial(phoque_trainer, **INT8),
+    'phoque-fp8-base':partial(phoque_trainer, **FP8_BASE)}
 
 # %% ../../nbs/dev/benchmark.ipynb #9e0142b5
 class StepClock:
@@ -223,6 +229,7 @@ def bench_side(
     talk:int=6000, # Conversations
     cap_gib:float=0, # Memory that it may take; 0 for all
     supervised:float=1., # Share of the tokens that the loss looks at
+    mean_tokens:int=MEAN_TOKENS, # Of a conversation
 )->dict: # A row of the table
     "Measure one side in this process, or in this and its other ranks."
     if side.startswith('unsloth'):
@@ -232,7 +239,7 @@ def bench_side(
     from transformers import AutoConfig
     vocab,ranks = AutoConfig.from_pretrained(base['id'], trust_remote_code=False).vocab_size,Ranks()
     if cap_gib: _cap_memory(cap_gib)
-    ds = bench_talk(talk, vocab, max_length, supervised=supervised)
+    ds = bench_talk(talk, vocab, max_length, supervised=supervised, mean=mean_tokens)
     run = dict(side=side, rows=rows, gpus=ranks.world_size)
     with tempfile.TemporaryDirectory() as out:
         try:
@@ -351,12 +358,10 @@ def _numbers(flag, text):
     except ValueError: raise UserError(flag, f"{text!r} are no whole numbers", "give some, with commas between") from None
 
 def _keep(out, seen, **about):
-    "Write the result and its picture, and say what they show."
+    "Write what was measured so far."
     Path(out).mkdir(exist_ok=True)
     result = dict(date=time.strftime('%Y-%m-%d'), versions=_versions(), **about, seen=seen)
     (Path(out)/'benchmark.json').write_text(json.dumps(result, indent=1))
-    bench_picture(seen).savefig(Path(out)/'benchmark.png', dpi=120)
-    print(f"\n{bench_table(seen)}\n\n{about['machine']}; {out}/benchmark.json, {out}/benchmark.png")
 
 # %% ../../nbs/dev/benchmark.ipynb #48fce214
 @shell_command('phoque_bench',
@@ -370,6 +375,7 @@ def bench_cli(
     steps:int=24, # Steps of each run; the first 4 are warm-up
     cap_gib:float=0, # GPU memory that each may take; 0 for all
     supervised:float=1., # Share of the tokens that the loss looks at
+    mean_tokens:int=MEAN_TOKENS, # Of a conversation
     layers:int=SUCCESSOR_SHAPE['num_hidden_layers'], # Of the base model
     out:str='benchmark', # Folder for the result and its picture
 ):
@@ -380,15 +386,17 @@ def bench_cli(
     cards = own_cards(max(g for *_,g in turns))
     quiet_libraries()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores, no GPU'
-    seen,same = [],dict(max_length=max_length, steps=steps, supervised=supervised)
+    seen,same = [],dict(max_length=max_length, steps=steps, supervised=supervised, mean_tokens=mean_tokens)
     with tempfile.TemporaryDirectory() as tmp:
         base = bench_base(f'{tmp}/base', num_hidden_layers=layers)
         for i,(side,r,g) in enumerate(turns, 1):
             mine = cards[-g:] if i==len(turns) else cards[:g]
             try:
                 seen.append(bench_apart(mine, side=side, base=base, rows=r, cap_gib=cap_gib, **same))
+                _keep(out, seen, machine=machine, **same) # each at once, so that nothing is lost
                 print(bench_table(seen[-1:]), flush=True)
             except RuntimeError as e:
                 print(f"{side} with {r} rows on {g} GPU{'s'*(g>1)} failed and is left out: {e}", flush=True)
     if not seen: sys.exit("phoque_bench: no side could be measured: see above")
-    _keep(out, seen, machine=machine, **same)
+    bench_picture(seen).savefig(Path(out)/'benchmark.png', dpi=120)
+    print(f"\n{bench_table(seen)}\n\n{machine}; {out}/benchmark.json, {out}/benchmark.png")

@@ -187,7 +187,7 @@ def measured_speed(
     except UserError: return 0.
     f = find_flavor(flavor)
     if f['gpu'] not in r['machine'] or not _is_known(c) or c.gradient_checkpointing or c.fsdp: return 0.
-    per_gpu,side = {},'phoque'+'-fp8'*(c.mixed_precision=='fp8')+'-base'*c.load_in_fp8
+    per_gpu,side = {},'phoque'+f'-{c.mixed_precision}'*(c.mixed_precision!='bf16')+'-base'*c.load_in_fp8
     for s in r['seen']:
         gpus = s.get('gpus', 1)
         same = s['side']==side and s['fits'] and (s['rows'],r['max_length'])==(micro_batch*gpus,c.max_length)
@@ -198,7 +198,7 @@ def measured_speed(
 FIXED_SECONDS = .011 # of a batch, whatever its size: measured on two H200, with what sending gradients takes
 _MEASURED_TOKENS = 4*2048 # of the batch at which a flavor's speed is given
 _RECOMPUTED = .73 # of the speed, where whole layers are recomputed: reckoned
-_FP8 = 1.35 # times the speed, with products in fp8: measured on an H200, see dev/benchmark
+_FASTER = dict(bf16=1, fp8=1.35, int8=1.17) # times the speed, by products: measured on an H200, see dev/benchmark
 _NO_FP8 = 'A10G','A100'
 
 def times_faster(
@@ -213,7 +213,7 @@ def _speed_share(c, flavor, micro_batch, checkpointing):
     "A machine's speed on a run, as a multiple of the speed that `FLAVORS` has for one of its GPUs."
     f = find_flavor(flavor)
     share = times_faster(f['tokens/s'], micro_batch*c.max_length, f['GPUs'])
-    return share*(_RECOMPUTED if checkpointing else 1)*(_FP8 if c.mixed_precision=='fp8' else 1)
+    return share*(_RECOMPUTED if checkpointing else 1)*_FASTER[c.mixed_precision]
 
 # %% ../../nbs/jobs/plan.ipynb #6add02e3
 def checkpoint_bytes(
