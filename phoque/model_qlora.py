@@ -344,6 +344,11 @@ def _blind(cls): # The same model class, built without a vision tower
         self.model.vision_tower = self.model.multi_modal_projector = None
     return type(cls.__name__, (cls,), dict(__init__=__init__, __module__=cls.__module__))
 
+def _loaded_class(base, cfg): # transformers', without a picture encoder
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    if base['auto']=='AutoModelForCausalLM': return AutoModelForCausalLM
+    return _blind(AutoModelForImageTextToText._model_mapping[type(cfg)])
+
 def _nf4(
     shard:bool, # Will ranks share it? FSDP wants its 4 bits stored in the dtype of the rest
     dtype, # torch's, to compute in
@@ -352,6 +357,15 @@ def _nf4(
     from transformers import BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if shard else torch.uint8)
+
+# %% ../nbs/01_model_qlora.ipynb #8e1b15d5
+def _load_device(cfg, load_in_4bit, shard): # the CPU where there is no GPU, or where the base doesn't fit on it before it is shared
+    import torch
+    if not torch.cuda.is_available(): return 'cpu'
+    if shard:
+        need = memory_plan(cfg, load_in_4bit=load_in_4bit, lora_target_modules=('all-linear',))['load']
+        if need*2**30 > .9*torch.cuda.mem_get_info()[0]: return 'cpu'
+    return torch.cuda.current_device()
 
 # %% ../nbs/01_model_qlora.ipynb #7644641a
 def load_model(
@@ -363,21 +377,15 @@ def load_model(
 ): # Model on the GPU; on the CPU where there is none, or where it is to be shared and doesn't fit before
     "Load a base model for training."
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    cfg,cls = base_config(base),AutoModelForCausalLM
+    cfg,kind = base_config(base),getattr(torch, dtype or base_dtype())
     if load_in_4bit: say_unquantised(cfg)
-    if base['auto']=='AutoModelForImageTextToText': cls = _blind(AutoModelForImageTextToText._model_mapping[type(cfg)])
-    cuda,kind = torch.cuda.is_available(),getattr(torch, dtype or base_dtype())
     if not dtype and kind==torch.float32: log.info("this CPU is slow in bfloat16: the base is computed in float32")
-    if cuda and shard:
-        free = torch.cuda.mem_get_info()[0]
-        cuda = memory_plan(cfg, load_in_4bit=load_in_4bit, lora_target_modules=('all-linear',))['load']*2**30 <= free*.9
     if here := Path(base['id']).is_dir(): check_size(base['id'], cfg)
     with reading(f"base model {base['id']!r}", hub=not here):
-        model,found = cls.from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=kind,
+        model,found = _loaded_class(base, cfg).from_pretrained(base['id'], revision=base['revision'], config=cfg, dtype=kind,
             attn_implementation=attn_implementation, use_safetensors=True, trust_remote_code=False,
             quantization_config=_nf4(shard, kind) if load_in_4bit else None, output_loading_info=True,
-            device_map={'': torch.cuda.current_device() if cuda else 'cpu'})
+            device_map={'': _load_device(cfg, load_in_4bit, shard)})
     _check_weights(model, found, f"base model {base['id']!r}")
     text = model.config.get_text_config()
     text.use_cache = False
@@ -419,6 +427,14 @@ def resolve_targets(
             f"choose from {', '.join(sorted(names)) or 'none'}, or all-linear")
     return tuple(sorted(names if 'all-linear' in targets else targets))
 
+# %% ../nbs/01_model_qlora.ipynb #f079a0de
+def _check_adapted(model, asked): # PEFT takes the names of linear layers for those of a mixture's experts
+    from peft.tuners.lora import LoraLayer
+    others = {n for n,m in model.get_decoder().named_modules() if isinstance(m, LoraLayer)} - asked
+    if others:
+        raise UserError("lora_target_modules", f"PEFT would adapt {min(others)} as well, which stays as it is here",
+            "leave down_proj, gate_proj and up_proj out")
+
 # %% ../nbs/01_model_qlora.ipynb #fd4cfa65
 def add_lora(
     model, # From `load_model`
@@ -431,7 +447,6 @@ def add_lora(
 ): # `PeftModel` whose adapter is fp32 and changes nothing yet
     "Put a fresh adapter on the language model."
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
     from transformers import set_seed
     names = resolve_targets(model, lora_target_modules)
     asked = {n for n in language_layers(model) if n.split('.')[-1] in names}
@@ -441,10 +456,7 @@ def add_lora(
     lora = LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias='none', task_type='CAUSAL_LM',
         target_modules=targets)
     adapted = get_peft_model(model, lora, revision=revision)
-    others = {n for n,m in model.get_decoder().named_modules() if isinstance(m, LoraLayer)} - asked
-    if others: # PEFT takes the names of linear layers for those of a mixture's experts
-        raise UserError("lora_target_modules", f"PEFT would adapt {min(others)} as well, which stays as it is here",
-            "leave down_proj, gate_proj and up_proj out")
+    _check_adapted(model, asked)
     return adapted
 
 # %% ../nbs/01_model_qlora.ipynb #341a9fe2

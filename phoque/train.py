@@ -702,8 +702,8 @@ def fit_card(
     fit = fit_batch(cfg, config, ranks, room)
     as_set = (*share_batch(cfg, ranks), cfg.gradient_checkpointing)
     if fit[:3]!=as_set:
-        step = f"{fit.grad_accum} batch{'es'*(fit.grad_accum>1)}" + " with layers recomputed"*fit.checkpointing
-        log.info(f"memory: {room:.0f} GiB hold {fit.micro_batch} rows at once, so a step is {step}")
+        step = f"micro-batch {fit.micro_batch} × {fit.grad_accum} accumulation" + " with layers recomputed"*fit.checkpointing
+        log.info(f"memory: {step} fits {room:.0f} GiB")
     return fit,room-fit.need
 
 def run_order(

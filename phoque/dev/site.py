@@ -18,14 +18,15 @@ from fastcore.xtras import modified_env
 from ..jobs.script import defined_names
 
 # %% auto #0
-__all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORTS', 'MANY', 'LONG', 'ROWS', 'TALL', 'PAGE',
-           'INTERNAL', 'UNFETCHED', 'FETCHING', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS', 'project', 'shown_text',
-           'same_text', 'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks', 'test_notebook',
-           'compare_notebook', 'write_readme', 'export_project', 'write_generated', 'check_generated', 'api_entry',
-           'close_chapters', 'rank_search', 'check_site', 'build_site', 'find_chromium', 'serve_site', 'in_browser',
-           'page_sizes', 'search_site', 'screenshots', 'page_texts', 'command_help', 'shown_commands', 'check_commands',
-           'module_names', 'check_light', 'check_names', 'check_words', 'error_messages', 'check_job', 'run_tests',
-           'run_compare', 'packed_versions', 'pack_packages', 'docs_cli']
+__all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORTS', 'MANY', 'LONGEST', 'LONG', 'ROWS', 'TALL',
+           'PAGE', 'INTERNAL', 'UNFETCHED', 'FETCHING', 'MOST', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS',
+           'project', 'shown_text', 'same_text', 'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks',
+           'note_run', 'left_to_run', 'test_notebook', 'compare_notebook', 'write_readme', 'export_project',
+           'write_generated', 'check_generated', 'api_entry', 'close_chapters', 'rank_search', 'check_site',
+           'build_site', 'find_chromium', 'serve_site', 'in_browser', 'page_sizes', 'search_site', 'screenshots',
+           'page_texts', 'command_help', 'shown_commands', 'check_commands', 'module_names', 'check_light',
+           'check_names', 'check_words', 'error_messages', 'check_job', 'run_tests', 'run_compare', 'packed_versions',
+           'pack_packages', 'docs_cli']
 
 # %% ../../nbs/dev/site.ipynb #e7430943
 @contextmanager
@@ -134,6 +135,7 @@ def run_notebook(
     if not run: nb.metadata['made_on'] = machine_kind()
     clean_nb(nb, clean_ids=False, allowed_metadata_keys=['made_on'])
     write_nb(nb, fn)
+    for flag in run: note_run(fn, flag)
 
 # %% ../../nbs/dev/site.ipynb #c98de7f1
 SECRETS = 'HF_TOKEN', 'WANDB_API_KEY' # Not passed on to a process
@@ -196,6 +198,39 @@ def run_notebooks(
             print(f'{fn.name} failed, and stays as it was:\n{out}', flush=True)
             failed.append(fn.name)
     if failed: raise ValueError(f"{', '.join(failed)} failed: see above.")
+
+# %% ../../nbs/dev/site.ipynb #ffec2725
+def _made_by(fn, flag): # changes with a notebook's code and flagged outputs, with the modules and with the libraries
+    from execnb.nbio import read_nb
+    with project(fn.parent) as cfg: modules = [p.read_text() for p in sorted(cfg.lib_path.rglob('*.py'))]
+    cells = [(c.source, flag in _directives(c) and c.outputs) for c in read_nb(fn).cells if c.cell_type=='code']
+    return hashlib.sha256(json.dumps([cells, modules, _stamp().partition(':')[2]]).encode()).hexdigest()
+
+def _note(fn, flag): # where the last run of it is noted; ignored by git, and `make clean` removes it
+    with project(fn.parent) as cfg: return cfg.config_path/'build/runs'/f"{flag}-{fn.stem}"
+
+# %% ../../nbs/dev/site.ipynb #4dd52d53
+def note_run(
+    fn:str|Path, # A notebook that was run, and written
+    flag:str, # `slow` or `cuda`
+):
+    "Note by what the outputs of a notebook's flagged cells were made."
+    from execnb.nbio import read_nb
+    fn = Path(fn).resolve()
+    if any(_lacking(d) for d in map(_directives, read_nb(fn).cells) if flag in d): return # passed over
+    _note(fn, flag).parent.mkdir(parents=True, exist_ok=True)
+    _note(fn, flag).write_text(_made_by(fn, flag))
+
+def left_to_run(
+    flag:str, # `slow` or `cuda`
+    path:str|Path='.', # A folder of the project
+)->list[str]: # Names
+    "Notebooks whose flagged outputs weren't made by this code with these libraries."
+    from execnb.nbio import read_nb
+    flagged = [fn for fn in notebooks(path=path) if any(flag in d for d in map(_directives, read_nb(fn).cells))]
+    left = [fn for fn in flagged if not _note(fn, flag).exists() or _note(fn, flag).read_text()!=_made_by(fn, flag)]
+    if done := [fn.stem for fn in flagged if fn not in left]: print(f"run by this code: {', '.join(done)}")
+    return [fn.stem for fn in left]
 
 # %% ../../nbs/dev/site.ipynb #1381e372
 _TEST = '''import json, sys
@@ -437,8 +472,11 @@ def _one_each(
 
 # %% ../../nbs/dev/site.ipynb #cac43290
 MANY = 6 # Arguments named beside a function; the rest are in its table
+LONGEST = 120 # Characters of an argument with its default
 
 def _as_code(text): return f"<code>{re.sub(r'[^a-zA-Z0-9 .,:=()]', lambda m: f'&#{ord(m[0])};', text)}</code>"
+
+def _brief(arg): return arg if len(arg)<=LONGEST else arg[:LONGEST-1]+'…'
 
 def _parameter_table(
     dm, # fastcore's `DocmentText` of a function or class
@@ -448,7 +486,7 @@ def _parameter_table(
     if ret.get('docment'):
         rows = [*rows, (f"-> {getattr(ret['anno'], '__name__', ret['anno'])}", ret['docment'])]
     if not any(said for _,said in rows): return ''
-    lines = [f"| {_as_code(p)} | {' '.join((said or '').split()).replace('|', chr(92)+'|')} |" for p,said in rows]
+    lines = [f"| {_as_code(_brief(p))} | {' '.join((said or '').split()).replace('|', chr(92)+'|')} |" for p,said in rows]
     return '\n'.join(['| parameter | meaning |', '|---|---|', *lines])
 
 # %% ../../nbs/dev/site.ipynb #86d91a5a
@@ -464,7 +502,7 @@ def api_entry(
     from nbdev.showdoc import BasicMarkdownRenderer
     r = BasicMarkdownRenderer(sym, name, title_level)
     table,docs = _parameter_table(r.dm),'' if r.docs==FunctionType.__call__.__doc__ else r.docs
-    full = [p for p,_ in r.dm.params]
+    full = [_brief(p) for p,_ in r.dm.params]
     short = [re.split('[:=]', p)[0] for p in full]
     args = (short[:MANY] + ['…']*(len(short)>MANY)) if table else full
     source = NbdevLookup().code(r.fn)
@@ -652,11 +690,14 @@ def _fetched(
     return found + ((d.get('content') or '').lower().split('url=')[1:] if refresh else [])
 
 # %% ../../nbs/dev/site.ipynb #c8d554a3
+MOST = 1_000_000 # Characters of a page's HTML
+
 def _page_faults(page:_Page, text:str)->list[str]:
     "What is wrong in a page by itself."
     bad = [] if page.title else ['no title']
     bad += [f'it fetches {u}' for u in dict.fromkeys(page.fetched) if _remote(u)]
     if 'cell-output-error' in text: bad.append('a saved output is an error')
+    if len(text)>MOST: bad.append(f'{len(text):,} characters')
     if page.blind: bad.append(f'{page.blind} picture(s) without a text: use `#| fig-alt:` or ![text](file)')
     return bad
 
@@ -679,7 +720,7 @@ def _link_fault(
 def check_site(
     site:str|Path, # The folder of the built site
 )->list[str]: # One line a problem; none is good
-    "Titles and picture texts are there, every link inside the site leads somewhere, nothing is fetched from elsewhere."
+    "Pages have titles, picture texts and a bearable size; links inside the site lead somewhere; nothing is fetched from elsewhere."
     site = Path(site).resolve()
     texts = {p:p.read_text() for p in sorted(site.rglob('*.html'))}
     pages = {p:_Page(text) for p,text in texts.items()}
@@ -1064,6 +1105,11 @@ def pack_packages(
     print(f'{out}: {out.stat().st_size/2**20:.0f} MiB; on the other machine: mkdir site; tar -C site -xzf {out.name}; export PYTHONPATH=$PWD/site:$PWD')
 
 # %% ../../nbs/dev/site.ipynb #67ffc871
+def _run_flagged(names, flag):
+    left = names.split() or left_to_run(flag)
+    if left: run_notebooks(' '.join(left), flag=flag)
+    else: print(f'all cells with the flag {flag} were run by this code: name notebooks to run them again')
+
 def _show_pages():
     "Take the pictures, and name the pages that are tall."
     with project() as cfg: site = cfg.config_path/cfg.doc_path
@@ -1075,7 +1121,7 @@ def _show_pages():
 @call_parse
 def docs_cli(
     outputs:bool=False, # Run notebooks and keep their outputs
-    slow:bool=False, # The same with cells that need minutes
+    slow:bool=False, # The same with cells that need minutes, where they weren't run by this code
     gpu:bool=False, # The same with cells that need a GPU
     pack:str='', # Archive the packages for a GPU machine without a network, in this file
     python:str='3.12', # Its Python
@@ -1093,8 +1139,7 @@ def docs_cli(
         sys.exit("phoque_docs: say what to do: --outputs --slow --gpu --pack --generate --check --site --shots --test --compare")
     try:
         if outputs: run_notebooks(names)
-        if slow: run_notebooks(names, flag='slow')
-        if gpu: run_notebooks(names, flag='cuda')
+        for flag in ['slow']*slow + ['cuda']*gpu: _run_flagged(names, flag)
         if pack: pack_packages(pack, python)
         if generate: write_generated()
         if check: check_generated()

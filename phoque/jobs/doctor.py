@@ -5,18 +5,21 @@
 # %% ../../nbs/jobs/doctor.ipynb #280be49c
 from __future__ import annotations
 import os, platform, re, shutil, sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+import phoque
 from phoque.core.basics import (UserError, excerpt, hub_problem, quiet_libraries, reading, shell_command,
     text_table)
 from ..chat.labels import encode_dataset
 from ..chat.templates import load_tokenizer
 from ..model_qlora import add_lora, audit, base_config, choose_attention, load_model, resolve_base
 from ..job import load_chats
-from .script import job_pins, project_root
+from .script import JOB_NEEDS, job_pins
 from .submit import TOKEN_ROLES, checking, token_role
 
 # %% auto #0
-__all__ = ['finding', 'check_pins', 'check_gpu', 'check_machine', 'check_accounts', 'audit_model', 'audit_dataset', 'doctor_cli']
+__all__ = ['finding', 'own_pins', 'check_pins', 'check_gpu', 'check_machine', 'check_accounts', 'audit_model', 'audit_dataset',
+           'doctor_cli']
 
 # %% ../../nbs/jobs/doctor.ipynb #f6b9de6b
 def finding(
@@ -29,8 +32,15 @@ def finding(
     return dict(check=check, found=found, ok='-' if ok is None else bool(ok), fix='' if ok else fix)
 
 # %% ../../nbs/jobs/doctor.ipynb #9b168ae7
+def own_pins(
+    folder:Path=Path(phoque.__file__).parents[1], # Where the package lies
+)->list[str]: # Requirements such as `trl==1.16.0`
+    "What a job installs: as the clone pins it that `folder` is, or else as the installed phoque requires it."
+    if (folder/'settings.ini').exists(): return job_pins(folder/'settings.ini')
+    return [r for r in requires('phoque') if re.match(r'[\w-]+', r)[0] in JOB_NEEDS]
+
 def check_pins(
-    pins:list[str], # Requirements such as `trl==1.16.0`
+    pins:list[str], # As of `own_pins`
 )->list: # Findings
     "The packages of the job, against its pins."
     from packaging.requirements import Requirement
@@ -54,7 +64,7 @@ def check_gpu(
             'bfloat16 needs an Ampere GPU or newer, and training at least 7 GiB: rent one with phoque_submit')
     if not driver: return finding('GPU', 'none', None, 'rehearse here, train with phoque_submit')
     cuda = torch.version.cuda
-    pin = next(p for p in job_pins(project_root()/'settings.ini') if re.match(r'torch\b', p))
+    pin = next(p for p in own_pins() if re.match(r'torch\b', p))
     why = f'the driver is too old for CUDA {cuda}' if cuda else 'torch was built without CUDA'
     return finding('GPU', why, False, f"pip install --force-reinstall '{pin}', or update the driver")
 
@@ -65,7 +75,7 @@ def check_machine()->list: # Findings
     gib = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2**30
     free = shutil.disk_usage('.').free/2**30
     return [finding('Python', platform.python_version(), sys.version_info>=(3,11), 'use Python 3.11 or newer'),
-            finding('memory', f'{gib:.0f} GiB', gib>=3, 'the rehearsal needs 3 GiB'),
+            finding('memory', f'{gib:.0f} GiB', gib>=3.6, 'the rehearsal needs 3.6 GiB'),
             finding('disk', f'{free:.0f} GiB free', free>=10, 'the packages and the rehearsal take 10 GiB: free some'),
             check_gpu(torch, bool(shutil.which('nvidia-smi')))]
 
@@ -107,7 +117,7 @@ def audit_model(
 def audit_dataset(
     repo:str, # Hub dataset
     tok, # From `load_tokenizer`
-    max_length:int=2048, # Tokens of a row
+    max_length:int=2048, # Tokens of a packed sequence
 )->list: # Findings
     "What would be trained on."
     ds,commit = load_chats(repo)
@@ -122,13 +132,13 @@ def audit_dataset(
 def doctor_cli(
     base_model:str='', # Hub id or folder of a model to audit as well
     dataset_repo:str='', # Hub dataset to audit with it
-    max_length:int=2048, # Tokens of a row
+    max_length:int=2048, # Tokens of a packed sequence
     chat_template:str='', # Name of the model's chat template, where it has several
     system_prompt:str='', # System turn of conversations without one; empty leaves the template's, `none` takes it away
 ):
     "Look at this machine, its packages and accounts, and at a model and a dataset if given, and say what to fix."
     if dataset_repo and not base_model: raise UserError("--dataset_repo", "its tokens are those of a model", "give --base_model too")
-    with checking('packages and accounts'): rows = check_pins(job_pins(project_root()/'settings.ini'))+check_accounts()
+    with checking('packages and accounts'): rows = check_pins(own_pins())+check_accounts()
     with checking('the machine'): rows = check_machine()+rows; quiet_libraries()
     if base_model:
         with checking(f'base model {base_model}'):

@@ -21,7 +21,7 @@ from ..train import TrainConfig, check_config, options, parse_options, run_parse
 __all__ = ['TOKEN_ROLES', 'JOB_PYTHON', 'SMOKE', 'MEASURED_BY', 'PASSED_ON', 'OF_EVAL', 'SUBMIT_EXAMPLES', 'job_args',
            'unused_secrets', 'checking', 'check_account', 'token_role', 'check_owner', 'check_model_repo',
            'check_dataset', 'check_wandb', 'check_installable', 'check_secrets', 'preflight', 'submit', 'eval_args',
-           'preflight_eval', 'check_eval', 'submit_eval', 'submit_cli']
+           'check_eval', 'preflight_eval', 'submit_eval', 'submit_cli']
 
 # %% ../../nbs/jobs/submit.ipynb #72b61f45
 def job_args(
@@ -172,16 +172,30 @@ def check_installable(
         "correct the pin in settings.ini and run `make generate`")
 
 # %% ../../nbs/jobs/submit.ipynb #3c9d50be
-def check_secrets(
-    c:TrainConfig, # The run
-):
-    "The tokens that the job needs are at hand."
+def _check_token():
     from huggingface_hub import get_token
     if not get_token():
         raise UserError("HF_TOKEN", "not set",
             "export a token with write access, from https://huggingface.co/settings/tokens, or run `hf auth login`")
+
+def check_secrets(
+    c:TrainConfig, # The run
+):
+    "The tokens that the job needs are at hand."
+    _check_token()
     if c.report_to=='wandb' and not os.environ.get('WANDB_API_KEY'):
         raise UserError("WANDB_API_KEY", "not set", "export it, or submit with --report_to none")
+
+# %% ../../nbs/jobs/submit.ipynb #0fa63c8a
+def _writer(api): # the account of a token that may write, and its row of the table
+    with checking('the account of HF_TOKEN'): me = check_account(api.whoami())
+    role = token_role(me)
+    if role=='read':
+        raise UserError("HF_TOKEN", "it may only read", f"make one with write access, for the account {me['name']}")
+    return me,('token', me['name'], TOKEN_ROLES.get(role, role))
+
+def _check_rows(*rows): # of a table
+    return [dict(zip(('check', 'which', 'is'), map(printable, r))) for r in rows]
 
 # %% ../../nbs/jobs/submit.ipynb #797669d3
 def preflight(
@@ -191,10 +205,7 @@ def preflight(
     from huggingface_hub import HfApi
     check_secrets(c)
     api = HfApi()
-    with checking('the account of HF_TOKEN'): me = check_account(api.whoami())
-    role = token_role(me)
-    if role=='read':
-        raise UserError("HF_TOKEN", "it may only read", f"make one with write access, for the account {me['name']}")
+    me,token = _writer(api)
     with checking(f"model repo {c.hub_model_id}"): model = check_model_repo(api, me, c.hub_model_id)
     with checking(f"dataset {c.dataset_repo}"):
         ds = api.dataset_info(c.dataset_repo)
@@ -205,13 +216,12 @@ def preflight(
     with checking('packages of train/requirements.txt'):
         packages = check_installable(project_root()/'train/requirements.txt')
     readers = 'private' if ds.private else 'PUBLIC, which anyone may read'
-    rows = [('token', me['name'], TOKEN_ROLES.get(role, role)),
-            ('model repo', c.hub_model_id, model),
-            ('dataset', c.dataset_repo, f"{readers}, {row}"),
-            ('W&B', c.wandb_project if c.report_to=='wandb' else '-', wandb),
-            ('base model', base['id'], (base['revision'] or 'folder')[:8]),
-            ('packages', 'train/requirements.txt', packages)]
-    return [dict(zip(('check', 'which', 'is'), map(printable, r))) for r in rows]
+    return _check_rows(token,
+        ('model repo', c.hub_model_id, model),
+        ('dataset', c.dataset_repo, f"{readers}, {row}"),
+        ('W&B', c.wandb_project if c.report_to=='wandb' else '-', wandb),
+        ('base model', base['id'], (base['revision'] or 'folder')[:8]),
+        ('packages', 'train/requirements.txt', packages))
 
 # %% ../../nbs/jobs/submit.ipynb #10708e6b
 def submit(
@@ -224,11 +234,7 @@ def submit(
 )->int: # The client's exit code; 1 where the answer was no
     "Say what a run takes, ask, and submit it."
     from huggingface_hub import HfApi
-    refuse_addresses()
-    refuse_secrets(**{k.upper():getattr(c, k) for k in options()}, flavor=flavor, script=script)
-    check_config(c)
-    find_flavor(flavor)
-    check_timeout(c.job_timeout or JOB_TIMEOUT)
+    _check_offline(c, flavor, script)
     root,cmd,unused = check_train().parent.parent,job_args(c, flavor, script),unused_secrets(c)
     api = None if dry_run else HfApi()
     rows = preflight(c) if api else []
@@ -237,19 +243,28 @@ def submit(
     unset,env = ''.join(f'{k}= ' for k in unused),os.environ|unused
     print(f"\n{show_plan(plan)}\n\n{unset}hf jobs uv run --detach {shlex.join(cmd)}\n", flush=True)
     if dry_run: return hf_jobs('--dry-run', *cmd, cwd=root, env=env|dict(HF_HUB_OFFLINE='1')).returncode
-    print(text_table(rows), flush=True)
-    if not (yes or _agreed(f"\nSubmit, for {plan['at most']} at most? [y/N] ")):
-        print('not submitted')
-        return 1
+    if not _agreed(rows, plan['at most'], yes): return 1
     with checking(f"model repo {c.hub_model_id}, private and gated"): private_repo(api, c.hub_model_id)
     code = hf_jobs('--detach', *cmd, cwd=root, env=env|dict(HF_HUB_DISABLE_EXPERIMENTAL_WARNING='1')).returncode
     if not code: print('\nto follow it, and to run it again until it is complete: phoque_watch')
     return code
 
 # %% ../../nbs/jobs/submit.ipynb #2cadeda0
-def _agreed(question):
-    try: return input(question).strip().lower() in ('y', 'yes')
-    except (EOFError, KeyboardInterrupt): return False
+def _check_offline(c, flavor, script): # what needs no network
+    refuse_addresses()
+    refuse_secrets(**{k.upper():getattr(c, k) for k in options()}, flavor=flavor, script=script)
+    check_config(c)
+    find_flavor(flavor)
+    check_timeout(c.job_timeout or JOB_TIMEOUT)
+
+def _agreed(rows, most, yes): # after a look at the table; `yes`: without being asked
+    print(text_table(rows), flush=True)
+    if yes: return True
+    try: answer = input(f"\nSubmit, for {most} at most? [y/N] ")
+    except (EOFError, KeyboardInterrupt): answer = ''
+    if answer.strip().lower() in ('y', 'yes'): return True
+    print('not submitted')
+    return False
 
 # %% ../../nbs/jobs/submit.ipynb #574c5630
 def eval_args(
@@ -266,6 +281,26 @@ def eval_args(
     for k,v in env.items(): args += ['-e', f'{k}={v}']
     return [*args, '--secrets', 'HF_TOKEN', str(script or eval_script())]
 
+# %% ../../nbs/jobs/submit.ipynb #24891535
+def check_eval(
+    adapter:str, # Hub repo of the adapter
+    repo:str, # Dataset repo for the results
+    options:dict, # Of `phoque_eval`
+    prompts:str='', # File of prompts
+    flavor:str=JOB_FLAVOR, # Machine
+    timeout:str=JOB_TIMEOUT, # Of the job
+)->tuple[int,float]: # How many prompts it will take; hours of the job at most
+    "What needs no network."
+    from phoque.measure.score import check_asked, eval_prompts
+    refuse_addresses()
+    refuse_secrets(**{k.upper():v for k,v in options.items()}, HUB_MODEL_ID=adapter, EVAL_REPO=repo, flavor=flavor, timeout=timeout)
+    find_flavor(flavor)
+    for k,v in dict(HUB_MODEL_ID=adapter, EVAL_REPO=repo).items():
+        if v.count('/')!=1 or not all(v.split('/')): raise UserError(k, f"must name a Hub repo such as your-name/your-repo, got {v!r}", "name one")
+    check_asked(options['n'], options['k'], options.get('formats', ''), 'eval_')
+    if options['scorer'] in ('', 'none'): raise UserError("SCORER", f"{options['scorer']!r} measures nothing", "name a text classifier of the Hub")
+    return len(eval_prompts(prompts, options['n'], options['seed'])),check_timeout(timeout)
+
 # %% ../../nbs/jobs/submit.ipynb #7b1911cc
 def preflight_eval(
     api, # `HfApi`
@@ -274,8 +309,8 @@ def preflight_eval(
 )->list: # Rows of a table
     "Ask the Hub what the job will ask it; the first thing that is wrong is an error."
     from huggingface_hub.errors import RepositoryNotFoundError
-    with checking('the account of HF_TOKEN'): me = check_account(api.whoami())
-    if token_role(me)=='read': raise UserError("HF_TOKEN", "it may only read", f"make one with write access, for the account {me['name']}")
+    _check_token()
+    me,token = _writer(api)
     with checking(f"adapter {adapter}"):
         if not api.file_exists(adapter, 'adapter_config.json'):
             raise UserError(f"adapter {adapter}", "it holds no finished adapter", "train it to the end, or name another --hub_model_id")
@@ -287,24 +322,7 @@ def preflight_eval(
         except RepositoryNotFoundError: there = check_owner(me, repo) or 'will be made, private'
     base = str(config.get('base_model_name_or_path'))
     with checking(f"base model {base}"): base = resolve_base(base, strict=True)['id']
-    rows = [('token', me['name'], TOKEN_ROLES.get(token_role(me), token_role(me))), ('adapter', adapter, 'finished'),
-        ('base model', base, 'of the adapter'), ('results', repo, there)]
-    return [dict(zip(('check', 'which', 'is'), map(printable, r))) for r in rows]
-
-# %% ../../nbs/jobs/submit.ipynb #24891535
-def check_eval(
-    adapter:str, # Hub repo of the adapter
-    repo:str, # Dataset repo for the results
-    options:dict, # Of `phoque_eval`
-    prompts:str='', # File of prompts
-)->int: # How many prompts it will take
-    "What needs no network."
-    from phoque.measure.score import check_asked, eval_prompts
-    for k,v in dict(HUB_MODEL_ID=adapter, EVAL_REPO=repo).items():
-        if v.count('/')!=1 or not all(v.split('/')): raise UserError(k, f"must name a Hub repo such as your-name/your-repo, got {v!r}", "name one")
-    check_asked(options['n'], options['k'], options.get('formats', ''), 'eval_')
-    if options['scorer'] in ('', 'none'): raise UserError("SCORER", f"{options['scorer']!r} measures nothing", "name a text classifier of the Hub")
-    return len(eval_prompts(prompts, options['n'], options['seed']))
+    return _check_rows(token, ('adapter', adapter, 'finished'), ('base model', base, 'of the adapter'), ('results', repo, there))
 
 # %% ../../nbs/jobs/submit.ipynb #d19b14a8
 def submit_eval(
@@ -319,25 +337,25 @@ def submit_eval(
     script:str='', # As in `eval_args`
 )->int: # The client's exit code; 1 where the answer was no
     "Say what an evaluation costs at most, ask, and submit it."
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     repo,timeout = repo or f'{adapter}-eval',timeout or JOB_TIMEOUT
-    refuse_addresses()
-    refuse_secrets(**{k.upper():v for k,v in options.items()}, HUB_MODEL_ID=adapter, EVAL_REPO=repo, flavor=flavor, timeout=timeout)
-    find_flavor(flavor)
-    n,hours,api = check_eval(adapter, repo, options, prompts),check_timeout(timeout),None if dry_run else HfApi()
+    n,hours = check_eval(adapter, repo, options, prompts, flavor, timeout)
     if prompts: options = options | dict(prompts=PROMPTS_FILE) # under which they will be in the repo
-    if api and not get_token(): raise UserError("HF_TOKEN", "not set", "export a token with write access, from https://huggingface.co/settings/tokens")
-    rows,cmd = preflight_eval(api, adapter, repo) if api else [],eval_args(adapter, repo, options, flavor, timeout, script)
-    price = price_per_hour(flavor, api)
-    most = f'${price*hours:.2f}' if price else 'an unknown price'
+    api = None if dry_run else HfApi()
+    rows = preflight_eval(api, adapter, repo) if api else []
+    cmd = eval_args(adapter, repo, options, flavor, timeout, script)
+    most = _most(flavor, hours, api)
     print(f"\n{n:,} prompts, {options['k']} continuations each of base and adapter, on {flavor}: {hours:g} hours at most, {most}\n\n"
         f"hf jobs uv run --detach {shlex.join(cmd)}\n", flush=True)
     if dry_run: return hf_jobs('--dry-run', *cmd, cwd=project_root(), env=os.environ|dict(HF_HUB_OFFLINE='1')).returncode
-    print(text_table(rows), flush=True)
-    if not (yes or _agreed(f"\nSubmit, for {most} at most? [y/N] ")): return print('not submitted') or 1
+    if not _agreed(rows, most, yes): return 1
     return _send_eval(api, repo, prompts, cmd)
 
 # %% ../../nbs/jobs/submit.ipynb #29af3c20
+def _most(flavor, hours, api): # that a job costs, in words
+    price = price_per_hour(flavor, api)
+    return f'${price*hours:.2f}' if price else 'an unknown price'
+
 def _send_eval(api, repo, prompts, cmd):
     from tempfile import TemporaryDirectory
     with checking(f"dataset repo {repo}, private and gated"), TemporaryDirectory() as tmp:
@@ -355,6 +373,11 @@ SMOKE = dict(max_steps=20, sample_steps=10, save_steps=10, logging_steps=1, job_
 MEASURED_BY = ('scorer', 'system_prompt', 'chat_template', 'seed') # options of a run that are of `phoque_eval` too
 PASSED_ON = ('prompts', 'n', 'k', 'second_scorer', 'formats') # options of `phoque_eval` alone, with eval_ before their names
 OF_EVAL = ('eval_repo', *(f'eval_{k}' for k in PASSED_ON))
+
+# %% ../../nbs/jobs/submit.ipynb #3c320986
+SUBMIT_EXAMPLES = ('phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --smoke',
+    'phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --flavor a100-large --preset 80gb',
+    'phoque_submit --eval --hub_model_id YOU/phoque --eval_prompts prompts.jsonl --eval_n 1000 --flavor l4x1')
 
 def _submit_parser(func, examples=()): # with the flags that are passed on, as `phoque_eval` has them
     from phoque.measure.score import eval_cli
@@ -379,10 +402,6 @@ def _submit_measure(args): # from `phoque_submit --eval`
         args['yes'], args['dry_run'])
 
 # %% ../../nbs/jobs/submit.ipynb #8b346178
-SUBMIT_EXAMPLES = ('phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --smoke',
-    'phoque_submit --dataset_repo YOU/talk --hub_model_id YOU/phoque --flavor a100-large --preset 80gb',
-    'phoque_submit --eval --hub_model_id YOU/phoque --eval_prompts prompts.jsonl --eval_n 1000 --flavor l4x1')
-
 def submit_cli(
     argv:list=None, # Flags; `sys.argv[1:]` where None
 ):

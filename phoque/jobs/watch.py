@@ -54,6 +54,8 @@ def ask_again(
             time.sleep(wait)
 
 # %% ../../nbs/jobs/watch.ipynb #b59379c3
+def _ref(job): return f'{job.owner.name}/{job.id}'
+
 def follow_log(
     api, # `HfApi`
     job, # `JobInfo`
@@ -62,7 +64,7 @@ def follow_log(
 ): # Yields each line once, until the job ends
     "A job's lines as they come, whatever the connection does."
     from httpx2 import HTTPError
-    seen,failed,what = 0,0,f"log of job {job.owner.name}/{job.id}"
+    seen,failed,what = 0,0,f"log of job {_ref(job)}"
     while True:
         try:
             for i,l in enumerate(api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=True)):
@@ -82,13 +84,13 @@ def well_formed(
     parts = [(job.environment,dict), (job.labels,dict), (job.command,list), (job.arguments,list),
         (job.status.message,str)]
     if wrong := [v for v,kind in parts if not isinstance(v, (kind, type(None)))]: raise TypeError(wrong)
-    if not re.fullmatch(r'[\w.-]{1,200}/[\w.-]{1,200}', f'{job.owner.name}/{job.id}'): raise TypeError(job.id)
+    if not re.fullmatch(r'[\w.-]{1,200}/[\w.-]{1,200}', _ref(job)): raise TypeError(job.id)
     return job
 
 def _inspect(api, job, waits, say):
     "The job as the Hub has it now."
     def ask(): return well_formed(api.inspect_job(job_id=job.id, namespace=job.owner.name))
-    return ask_again(ask, f'job {job.owner.name}/{job.id}', waits, say)
+    return ask_again(ask, f'job {_ref(job)}', waits, say)
 
 # %% ../../nbs/jobs/watch.ipynb #193b7dc6
 def ran_seconds(
@@ -225,7 +227,8 @@ class NotebookView(View):
         board:Board=None, # Where to show it; an output of the cell where None
     ):
         self.board,self.live = board or Board(),True
-        self.back,self.status,self.lines,self.loss = 'phoque_watch','',[],{}
+        self.back,self.status = 'phoque_watch',''
+        self.lines,self.loss = [],{}
 
     def width(self):
         "Columns of a line: enough for all that a status has."
@@ -306,8 +309,7 @@ def watch_job(
     show(job)
     for l in follow_log(api, job, waits, view.say):
         if not job.started_at: job = _inspect(api, job, waits, view.say)
-        step = bool(parse_step(l, clock=True))
-        if step: metrics = l
+        if step := bool(parse_step(l, clock=True)): metrics = l
         if not (step and view.live): view.say(l)
         show(job)
     while (job := _inspect(api, job, waits, view.say)).status.stage in ('SCHEDULING', 'RUNNING'): time.sleep(waits[0])
@@ -352,7 +354,7 @@ def _job_cost(api, job, budget_dollars):
 def _check_again(job, full, budget_dollars):
     "Only a job that has ended is run again first, and only if the budget allows it."
     if job.status.stage in ('SCHEDULING', 'RUNNING'):
-        raise UserError(f"job {job.owner.name}/{job.id}", "it has not ended", "follow it without --again")
+        raise UserError(f"job {_ref(job)}", "it has not ended", "follow it without --again")
     if budget_dollars and full>budget_dollars:
         raise UserError("budget_dollars",
             f"a job may cost ${full:.2f} until its timeout, more than the {budget_dollars:g} allowed",
@@ -362,19 +364,26 @@ def _check_again(job, full, budget_dollars):
 def _run_again(api, job, waits, say):
     "Start the same job once more."
     def ask(): return well_formed(api.rerun_job(job_id=job.id, namespace=job.owner.name))
-    return ask_again(ask, f'running job {job.owner.name}/{job.id} again', waits, say)
+    return ask_again(ask, f'running job {_ref(job)} again', waits, say)
 
 def _last_job(job, total):
     "Exit code and line where a run ends with this job; `None, ''` where it asks for another."
     end,why = how_ended(job),f' ({job.status.message})' if job.status.message else ''
     if end=='complete': return 0,f'complete after {total}'
-    if end!='again': return 1,f"job {job.owner.name}/{job.id} ended: {end}{why}; {total}"
+    if end!='again': return 1,f"job {_ref(job)} ended: {end}{why}; {total}"
     return None,''
 
 def _limit(n, dollars, budget_jobs, budget_dollars):
     "The budget that another job would exceed, or ''; `dollars`: with that job at its timeout."
     if n>=budget_jobs: return 'budget_jobs'
     return 'budget_dollars' if budget_dollars and dollars>budget_dollars else ''
+
+def _stopped(job, total, step, before, limit, budgets):
+    "Exit code and line where a run that asks for another job isn't given one; `None, ''` where it is."
+    if step<=before: return 1,f'no progress since step {before}: not run again; {total}'
+    if not limit: return None,''
+    more = watch_command(_ref(job), *budgets, again=True)
+    return RESUBMIT,f"{limit} reached after {total}, at step {step}; to continue: {more}"
 
 # %% ../../nbs/jobs/watch.ipynb #164eb961
 def watch_run(
@@ -392,10 +401,9 @@ def watch_run(
     if again:
         _check_again(job, full, budget_dollars)
         job = _run_again(api, job, waits, view.say)
-    n,spent,before = 1,0.,0
+    n,spent,before = 1,0.,-1
     while True:
-        ref = f'{job.owner.name}/{job.id}'
-        view.back = watch_command(ref, *budgets)
+        view.back = watch_command(_ref(job), *budgets)
         job = watch_job(api, job, view, n, budget_jobs, spent, price, waits)
         spent += ran_seconds(job)/3600*price
         total = f"{n} job{'s'*(n>1)}, about ${spent:.2f}"
@@ -403,10 +411,8 @@ def watch_run(
         code,line = _last_job(job, total)
         if code is None:
             step = published_step(api, job, waits, view.say)
-            if n>1 and step<=before: code,line = 1,f'no progress since step {before}: not run again; {total}'
-            elif limit := _limit(n, spent+full, *budgets):
-                more = watch_command(ref, *budgets, again=True)
-                code,line = RESUBMIT,f"{limit} reached after {total}, at step {step}; to continue: {more}"
+            limit = _limit(n, spent+full, *budgets)
+            code,line = _stopped(job, total, step, before, limit, budgets)
         if line:
             view.say(line)
             return code

@@ -235,6 +235,26 @@ def _measure(base, out, samples, say):
         f"{seen['moderator']['tp']+seen['moderator']['fn']} messages that were meant to be rude")
     return seen
 
+# %% ../../nbs/testing/rehearse.ipynb #edd4e1e5
+def _begin(out, steps, script):
+    if not Path(script).is_file():
+        raise UserError(script, "no such file", "run this in the project's folder, or `make generate` first")
+    check_range('--steps', steps, 8, 10_000)
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # as the job does, for the merge too
+    return fresh_folder(out, REPORTS)
+
+def _subtract(stage, out, base): # with the weight that a sweep chooses
+    quiet_libraries()
+    adapter, = (out/'2-disk/output').glob('*/final')
+    swept = sweep_fluency(base, adapter)
+    weight = choose_weight(swept)
+    stage(STAGES[4], *_merge_command(out/'subtracted', f'--weight={weight:g}', '--no_check'))
+    return dict(swept=swept, weight=weight)
+
+def _used(t0): # time, memory and processor time since then
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    return dict(took=time.time()-t0, gib=own.ru_maxrss/2**20, cpu=own.ru_utime+own.ru_stime)
+
 # %% ../../nbs/testing/rehearse.ipynb #67bfbffb
 def rehearse(
     out:Path='rehearsal', # Folder for everything; a former rehearsal in it is replaced
@@ -246,11 +266,7 @@ def rehearse(
     "Dataset, job, kill, resume, merge, subtraction: every part as its user would start it."
     from phoque.testing.hub import LocalHub
     from phoque.testing.outside import watch_outside
-    if not Path(script).is_file():
-        raise UserError(script, "no such file", "run this in the project's folder, or `make generate` first")
-    check_range('--steps', steps, 8, 10_000)
-    out = fresh_folder(out, REPORTS)
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # as the job does, for the merge too
+    out = _begin(out, steps, script)
     folder,look = smollm2(),Outlook(steps)
     t0,stages = time.time(),[]
     with LocalHub(out/'hub', users=['me']) as hub, watch_outside() as outside:
@@ -259,18 +275,12 @@ def rehearse(
             return _run_stage(name, cmd, env, stages, t0, look, kill_when, say)
         hub.seed_repo(BASE, folder)
         _stages(stage, out, steps, conversations, script)
-        quiet_libraries()
-        adapter, = (out/'2-disk/output').glob('*/final')
-        swept = sweep_fluency(folder, adapter)
-        weight = choose_weight(swept)
-        stage(STAGES[4], *_merge_command(out/'subtracted', f'--weight={weight:g}', '--no_check'))
-        seen = dict(stages=stages, steps=steps, asked=outside.asked(), out=str(out), swept=swept, weight=weight)
-        samples = hub.path(MODEL, 'samples/samples.parquet', 'checkpoints')
+        weighed = _subtract(stage, out, folder)
+        seen = dict(stages=stages, steps=steps, asked=outside.asked(), out=str(out)) | weighed
         _say_stage(STAGES[5], t0, look, say)
-        seen |= _measure(folder, out, samples, say)
+        seen |= _measure(folder, out, hub.path(MODEL, 'samples/samples.parquet', 'checkpoints'), say)
         seen['repos'] = {f'{r}@{branch}': hub.files(r, branch, kind) for r,branch,kind in _REPOS}
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    return seen | dict(took=time.time()-t0, gib=own.ru_maxrss/2**20, cpu=own.ru_utime+own.ru_stime)
+    return seen | _used(t0)
 
 # %% ../../nbs/testing/rehearse.ipynb #c61e272a
 def _trained(seen):
@@ -309,7 +319,8 @@ def where_time_went(
 THEMES = dict( # ink, first job, second job, held out, rest
     light=('#1a202c', ['#c05621','#2b6cb0','#2f855a','#718096']),
     dark=('#e2e8f0', ['#f6ad55','#63b3ed','#68d391','#a0aec0']))
-FIRST,SECOND,HELD,REST = 'C0','C1','C2','C3'
+FIRST,SECOND = 'C0','C1' # the jobs' colours in these
+HELD,REST = 'C2','C3'
 
 def _theme(name):
     "matplotlib's settings for a page."
@@ -681,14 +692,14 @@ def _noted_step(step, batches):
 # %% ../../nbs/testing/rehearse.ipynb #d5065fc9
 def _be_command(env, out, argv, stdin):
     "Become one of phoque's commands."
-    from importlib.metadata import entry_points
+    import runpy
     with tempfile.TemporaryFile('w+') as f:
         f.write(stdin)
         f.seek(0)
         os.dup2(f.fileno(), 0)
     sys.stdin,sys.argv = open(0, closefd=False),argv
     _write_to(out, env)
-    entry_points(group='console_scripts')[argv[0]].load()()
+    runpy.run_path(str(Path(sys.executable).with_name(argv[0])), run_name='__main__')
     sys.exit()
 
 # %% ../../nbs/testing/rehearse.ipynb #1d4bf293

@@ -18,8 +18,8 @@ def _unflagged(
     found = re.match(r'(?:#\|.*\n)*#\|\s*(slow|cuda)\b(.*)', ''.join(lines))
     if found is None or found[1] in os.environ.get('RUN_FLAGS', '').split(): return lines
     target = 'gpu' if found[1]=='cuda' else 'slow'
-    why = f'{found[1]}{found[2].rstrip()}'
-    return [f"print('passed over ({why}): `make {target}` runs it, or delete this cell\\'s flag')\n"]
+    said = f"passed over ({found[1]}{found[2].rstrip()}): `make {target}` runs it, or delete this cell's flag"
+    return [f'print({said!r})\n']
 
 def skip_flagged():
     "Let Run All pass over cells with the flag `slow` or `cuda`, with a line each."

@@ -69,21 +69,30 @@ def _first_tokens(blanks=False): # 4,096 of SmolLM2's, in the order of its merge
     return json.dumps(spec)
 
 # %% ../../nbs/testing/tiny.ipynb #5303f555
+def _random_model(kind): # two layers
+    from transformers import LlamaConfig, LlamaForCausalLM, Mistral3Config, Mistral3ForConditionalGeneration
+    sizes = dict(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
+    if kind=='llama': return LlamaForCausalLM(LlamaConfig(**sizes))
+    text = dict(model_type='ministral3', head_dim=16, **sizes)
+    vision = dict(model_type='pixtral', hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        head_dim=8, image_size=28, patch_size=14)
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=True))
+
 def tiny_model(
     folder:Path, # Made
     seed:int=0, # Of its weights
+    kind:str='llama', # Its structure: `llama`, or `mistral3`, whose language model stands behind a vision tower
 )->str: # The folder: two layers of random weights, the first 4,096 tokens of SmolLM2's tokenizer, plain ChatML
     "A model small enough for a hundred starts."
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(smollm2())
     tok.chat_template = _CHATML
     tok.save_pretrained(folder)
     (Path(folder)/'tokenizer.json').write_text(_first_tokens())
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    _random_model(kind).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
 
 # %% ../../nbs/testing/tiny.ipynb #1141f593
