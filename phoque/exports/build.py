@@ -85,6 +85,7 @@ def _known(name, kind, files, columns, others):
     others += out
     said = ', '.join(f'{n:,} as {k}' for k,n in Counter(k for k,_ in res).items())
     if out: said += f'; left out {len(out):,} that are not read: {excerpt(", ".join(out))}'
+    if not files: raise UserError(name, "it holds no files", "give the folder of an export")
     if not res: raise UserError(name, f"no file in it that is read{said} ({sizes[max(sizes)]})", "name the files")
     for fault,names in why.items(): log.info(printable(f'{name}: not read, {fault} ({excerpt(", ".join(names))})'))
     log.info(printable(f'{name}: read {said}'))
@@ -99,8 +100,8 @@ def _is_whole(path):
 def _one(kind, path, columns):
     "Kind and path of a file or a whole folder, which must be there."
     if not (file := Path(path)).exists() or not (file.is_file() or file.is_dir()):
-        what = SOURCES[kind or 'messages'].doc
-        raise UserError(path, 'this is no file' if file.exists() else 'no such file', f"give {what}")
+        if not file.exists(): raise UserError(path, 'no such file', "check the path")
+        raise UserError(path, 'this is no file', f"give {SOURCES[kind or 'messages'].doc}")
     if not kind and (found := find_kind(path, columns))!='messages': log.info(printable(f'{path}: read as {found}:FILE'))
     return kind or found,file
 
