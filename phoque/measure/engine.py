@@ -12,11 +12,12 @@ from ..chat.templates import NO_SYSTEM
 from ..core.asking import AT_ONCE, Asker
 from ..core.basics import UserError, base_dtype, check_range, excerpt, printable, read_json
 from ..resume import spell_seconds
-from ..sample import adapter_weight, generate_replies, tensors_hash
+from ..sample import adapter_weight, check_context, generate_replies, tensors_hash
 
 # %% auto #0
 __all__ = ['BATCHED', 'SWITCHED_OFF', 'SEEDS', 'TRIED', 'Sampling', 'Progress', 'adapter_hash', 'check_adapted',
-           'load_adapted_model', 'LocalEngine', 'Endpoint', 'whole_characters', 'said_gaps', 'EngineOptions']
+           'load_adapted_model', 'LocalEngine', 'Endpoint', 'whole_characters', 'check_whole', 'said_gaps',
+           'EngineOptions']
 
 # %% ../../nbs/measure/engine.ipynb #8de276b3
 class Sampling(NamedTuple):
@@ -126,8 +127,7 @@ def replies(self:LocalEngine,
 ):
     "Texts in batches of whole prompts, the same wherever it begins."
     ids,step = [self.encode(p) for p in prompts],max(BATCHED//k, 1)
-    longest,most = max(map(len, ids)),self.model.config.get_text_config().max_position_embeddings
-    if longest>most: raise UserError("prompts", f"one has {longest:,} tokens, and the model reads {most:,}", "leave it out")
+    check_context(self.model, ids, how.max_new_tokens) # before the first of them
     places = places or range(k*len(prompts))
     for i in range(done-done%step, len(prompts), step): # the whole batch again: the last digits of a model depend on its batch
         todo,texts = [(x, places[j*k+n]) for j,x in enumerate(ids[i:i+step], i) for n in range(k)],[]
@@ -196,6 +196,13 @@ def whole_characters(
 )->str: # Its halves as U+FFFD, as a tokenizer decodes them; a file can't hold them
     "A text that can be written."
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+def check_whole(
+    what:str, # Where the texts stand, or the option that they are of
+    *texts:str,
+):
+    "Refuse texts with half a character, which no tokenizer reads and no file holds."
+    if any(whole_characters(t)!=t for t in texts): raise UserError(what, "it holds half a surrogate pair", "remove it")
 
 @patch
 def read_text(self:Endpoint,
@@ -305,6 +312,7 @@ def open(self:EngineOptions,
 ): # `LocalEngine` or `Endpoint`
     "Load the model, or find out what the server goes by."
     self.only_here(weight=weight!=1)
+    check_whole('--system_prompt', system_prompt)
     if not self.endpoint:
         m,tok = load_adapted_model(self.base_model, self.adapter, self.chat_template, system_prompt)
         about = dict(base=self.base_model, adapter=self.adapter, chat_template=self.chat_template)

@@ -12,7 +12,7 @@ from ..core.basics import UserError, check_output, check_range, printable, read_
 from ..core.kept import KeptRows, read_rows, write_private
 from ..chat.labels import encode_prompt
 from ..core.stats import MeanInterval, mean_interval
-from .engine import EngineOptions, LocalEngine, Progress, Sampling, said_gaps, whole_characters
+from .engine import EngineOptions, LocalEngine, Progress, Sampling, check_whole, said_gaps
 from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer
 from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id
 from ..train import TrainConfig
@@ -255,8 +255,7 @@ def eval_prompts(
         try: prompts = [Prompt(t, _kinds(r)) for t,(_,r) in zip(read_prompts(path), records(path, training=False))]
         except OSError as e:
             raise UserError(path, e.strerror, "give a file of prompts, or none for the mild set") from None
-    for i,p in enumerate(prompts, 1):
-        if any(whole_characters(t)!=t for t in (p.text, *p.kinds)): raise UserError(f'{path}, prompt {i:,}', "it holds half a surrogate pair", "remove it")
+    for i,p in enumerate(prompts, 1): check_whole(f'{path}, prompt {i:,}', p.text, *p.kinds)
     if not prompts: raise UserError(path, "it holds no prompts", "give a file of prompts, or none for the mild set")
     return random.Random(seed).sample(prompts, n) if 0<n<len(prompts) else prompts
 
@@ -447,6 +446,7 @@ def sample_cli(
     check_range('--max_new_tokens', max_new_tokens, 1, 4096)
     check_range('--temperature', temperature, 0, 10)
     check_range('--weight', weight, -100, 100)
+    check_whole('--question', question)
     engine = EngineOptions(**kwargs).open(system_prompt, draws=temperature>0, weight=weight)
     prompts,said = [[dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)],{n: [] for n in engine.names}
     for n in said: engine.replies(n, prompts, 1, Sampling(max_new_tokens, temperature, .9, seed), said[n].extend)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/measure/simulate.ipynb #6a783493
 from __future__ import annotations
-import hashlib, json, random, re
+import hashlib, json, random, re, sys
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,8 +15,8 @@ from ..core.kept import KeptRows, read_rows, write_private
 from ..core.stats import LEAST
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
-from .engine import EngineOptions, Sampling, adapter_hash, whole_characters
-from ..sample import PLAIN, Greenlists, adapter_weight, generate_replies, scorer_id
+from .engine import EngineOptions, Sampling, adapter_hash, check_whole
+from ..sample import PLAIN, Greenlists, adapter_weight, context_size, generate_replies, scorer_id
 from .score import agreement_text, load_scorers
 from ..train import TrainConfig
 
@@ -349,9 +349,9 @@ def check_message(
     texts,numbers = (meant.get('category'), m.get('speaker'), m.get('text')),(m.get('thread'), m.get('t'))
     fine = isinstance(meant.get('toxic'), bool) and all(isinstance(v, str) for v in texts)
     fine = fine and all(isinstance(n, (int,float)) and abs(n)<1e15 for n in numbers) # a thousand gaps of a clock that was wrong
-    if fine and any(whole_characters(t)!=t for t in texts): raise UserError(what, "it holds half a surrogate pair", "remove it")
     if not fine: raise UserError(what, "no message with thread, t, speaker, text and intended",
         "give a file that phoque_simulate has written")
+    check_whole(what, *texts)
 
 # %% ../../nbs/measure/simulate.ipynb #a3faa877
 def write_jsonl(
@@ -515,21 +515,26 @@ def _written(texts, threads, seed, real, dials): # what was kept, to be scored a
     raise UserError(f"--threads {threads}, --length {dials['length']}", f"{texts} holds {sum(w in there for w in wanted)} of their {len(wanted)} messages",
         "name --base_model and --adapter to write the others, or ask for fewer")
 
-def _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, dials): # before anything is loaded
+def _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, system_prompt, dials): # before anything is loaded
     check_range('--threads', threads, 1, 100_000)
     check_range('--benign_weight', benign_weight, *DIALS['level'])
     _check_dials(**dials, names=FLAGS)
     check_output('--out', out)
+    check_whole('--system_prompt', system_prompt)
     engine.only_here(weight=dials['level']!=1, benign_weight=benign_weight!=1, dataset_repo=dataset_repo)
     if work and not dataset_repo: raise UserError("--work", "it has times, and no lengths that were held out", "name --dataset_repo too")
 
 # %% ../../nbs/measure/simulate.ipynb #e9a77f5f
+def _most_tokens(engine, drawn): # of a message; a prompt holds three of them beside what is asked
+    most,room = drawn.most_tokens(engine.tok) if drawn else MESSAGE_TOKENS,context_size(engine.model)/5
+    if most>room: print(f"messages may have {most:,} tokens in this community, and have {int(room):,} here: the model reads {5*room:,.0f}", file=sys.stderr)
+    return int(min(most, room))
+
 def _writer(engine, seed, drawn, benign_weight): # None where no model is named
     if not engine.named: return None
     opened = engine.open()
     if not engine.endpoint:
-        most = drawn.most_tokens(opened.tok) if drawn else MESSAGE_TOKENS
-        return model_writer(opened.model, opened.tok, seed, most, calm=benign_weight)
+        return model_writer(opened.model, opened.tok, seed, _most_tokens(opened, drawn), calm=benign_weight)
     if len(opened.names)==1: return server_writer(opened, seed)
     raise UserError("--model", f"{len(opened.names)} models", "name the one that writes")
 
@@ -572,7 +577,7 @@ def simulate_cli(
     "Write labelled threads among invented people. The same command goes on after a kill; without a base model it scores again."
     dials = dict(length=length, benign=benign_share, level=weight, categories=_names(categories), contrast=contrast, attacks=_names(attacks))
     engine = EngineOptions(**kwargs)
-    _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, dials)
+    _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, system_prompt, dials)
     drawn,kept_back = load_community(dataset_repo, work).halves() if dataset_repo else (None,None)
     judges = load_scorers(scorer, second_scorer)
     writer = _writer(engine, seed, drawn, benign_weight)
