@@ -4,7 +4,8 @@
 
 # %% ../../nbs/measure/engine.ipynb #2f71befa
 from __future__ import annotations
-import hashlib, math, re, sys, time
+import hashlib, json, math, re, sys, time
+from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch, store_attr
 from ..chat.labels import encode_prompt
@@ -15,7 +16,7 @@ from ..resume import spell_seconds
 from ..sample import adapter_weight, check_context, generate_replies, tensors_hash
 
 # %% auto #0
-__all__ = ['BATCHED', 'SWITCHED_OFF', 'SEEDS', 'TRIED', 'Sampling', 'Progress', 'adapter_hash', 'check_adapted',
+__all__ = ['BATCHED', 'SWITCHED_OFF', 'WAYS', 'SEEDS', 'TRIED', 'Sampling', 'Progress', 'adapter_hash', 'check_adapted',
            'load_adapted_model', 'LocalEngine', 'Endpoint', 'whole_characters', 'check_whole', 'said_gaps',
            'EngineOptions']
 
@@ -139,7 +140,8 @@ def replies(self:LocalEngine,
         for n in range(max(done-i, 0)*k, len(texts), k): keep(texts[n:n+k])
 
 # %% ../../nbs/measure/engine.ipynb #cafd10ae
-SWITCHED_OFF = dict(top_k=-1, min_p=0., repetition_penalty=1.)
+SWITCHED_OFF = dict(top_k=-1, min_p=0., repetition_penalty=1., repeat_penalty=1.) # the last is llama.cpp's name
+WAYS = SWITCHED_OFF, SWITCHED_OFF | dict(top_k=0), {} # of asking; the first that a server takes. llama-cpp-python wants a 0
 SEEDS = 2**31-1 # the largest that all servers take
 
 class Endpoint(Asker):
@@ -160,8 +162,9 @@ class Endpoint(Asker):
         "What a server says about a question that it refuses."
         try: a = read_json(data)
         except UserError: return ''
-        error = a.get('error')
-        told = [error.get('message') if isinstance(error, dict) else error, a.get('detail'), a.get('message')]
+        error,detail = a.get('error'),a.get('detail')
+        if isinstance(detail, list): detail = json.dumps(detail) # FastAPI's: which field, and why not
+        told = [error.get('message') if isinstance(error, dict) else error, detail, a.get('message')]
         return next((f' ({excerpt(t)})' for t in told if isinstance(t, str)), '')
 
 # %% ../../nbs/measure/engine.ipynb #e50b730e
@@ -211,10 +214,14 @@ def read_text(self:Endpoint,
     "The text of an answer."
     try:
         first, = read_json(data)['choices']
-        text = first['message']['content'] if 'message' in first else first['text']
-    except (UserError, LookupError, TypeError, ValueError): raise UserError(self.name, f"its answer isn't one of the OpenAI API{self.reason(data)}", "check the address") from None
+        message = first.get('message') or {}
+        text = message['content'] if message else first['text']
+        reasons = message.get('reasoning_content') or message.get('reasoning')
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(self.name, f"its answer isn't one of the OpenAI API{self.reason(data)}", "check the address") from None
     why = first.get('finish_reason')
     if why=='content_filter': raise UserError(self.name, "it filters what the model says", "measure the model without the filter")
+    if reasons: raise UserError(self.name, "it reasons before it answers", "serve the model without reasoning")
     if isinstance(text, str): return whole_characters(text).strip()+self.cut*(why=='length')
     raise UserError(self.name, f"its answer has a {type(text).__name__} for a text", "serve the model without reasoning and tools")
 
@@ -250,7 +257,8 @@ def settle(self:Endpoint,
         async def text(temperature=2., place=0, declined=(), name=self.names[-1], **more):
             question = self.question(name, prompt, Sampling(24, temperature, 1.), place, **more)
             return await self.ask(client, *question, declined)
-        if await text(declined=(400,422)) is None: self.switched_off = {}
+        for self.switched_off in WAYS:
+            if await text(declined=(400,422,500)*bool(self.switched_off)) is not None: break
         one,again,other = await text(), await text(), await text(place=1)
         greedy = {n: await text(0., name=n) for n in self.names}
         least = dict(top_p=1e-6) | ({} if not self.switched_off else dict(top_k=1, min_p=1.))
@@ -315,7 +323,9 @@ def open(self:EngineOptions,
     check_whole('--system_prompt', system_prompt)
     if not self.endpoint:
         m,tok = load_adapted_model(self.base_model, self.adapter, self.chat_template, system_prompt)
-        about = dict(base=self.base_model, adapter=self.adapter, chat_template=self.chat_template)
+        home = Path(m.config._name_or_path) # a folder, whose name is the commit where it came from the Hub
+        about = dict(base=self.base_model, base_revision=home.name if home.parent.name=='snapshots' else None, adapter=self.adapter,
+            chat_template=self.chat_template, dtype=str(m.dtype).removeprefix('torch.'))
         return LocalEngine(m, tok, dict(base=0., adapter=weight), about)
     server = Endpoint(self.endpoint, self.model, system_prompt, key_variable=self.key_variable, concurrency=self.concurrency)
     server.settle(chat, draws)
