@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from ..core.basics import UserError, check_output, check_range, shell_command, text_table
+from ..core.basics import UserError, check_output, check_range, read_json, shell_command, text_table
 from ..core.kept import KeptRows, read_rows, write_private
 from ..core.stats import LEAST
 from ..chat.labels import encode_prompt
@@ -22,7 +22,7 @@ from ..train import TrainConfig
 
 # %% auto #0
 __all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'DIALS', 'FLAGS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT',
-           'LOOKALIKES', 'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap',
+           'LOOKALIKES', 'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'PARTLY', 'plan_thread', 'Community', 'human_gap',
            'community_lines', 'timed_threads', 'load_community', 'distances', 'as_prompt', 'own_words', 'respelled',
            'by_kind', 'score_messages', 'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer',
            'server_writer', 'label_table', 'worth_lines', 'simulation_lines', 'simulate_cli']
@@ -443,7 +443,7 @@ def server_writer(
     return write
 
 # %% ../../nbs/measure/simulate.ipynb #aa07af24
-TELLS,ASKED = .8,.2 # AUC from which words alone tell; difference of shares from which a writer does what it is asked
+TELLS,PARTLY = .8,.65 # AUC from which two kinds are told apart, and from which they are in part
 
 def _scored_hostile(m): return m['agrees']==m['intended']['toxic']
 
@@ -461,8 +461,7 @@ def worth_lines(
     messages:list[dict], # From `score_messages`
 )->list[str]: # For a console
     "What can be told by these threads, and what can't."
-    from phoque.measure.moderate import simple_judges
-    from statistics import mean
+    from phoque.measure.moderate import _auc, simple_judges
     hostile,res = [m for m in messages if m['intended']['toxic']],[]
     kinds = {c: [m for m in messages if m['intended']['category']==c] for c in ('benign', *CONTRASTS)}
     for kind,others in kinds.items():
@@ -470,15 +469,17 @@ def worth_lines(
         judges = simple_judges([m | dict(hostile=m['intended']['toxic']) for m in hostile+others], 0.) if enough else []
         if others and not judges: res.append(f"hostile and {kind}: too few to say what words alone tell")
         if not judges: continue
-        said = ', '.join(f"{j['judge']} AUC {j['auc']:.2f}" for j in judges)
-        a,b = (mean(map(_scored_hostile, ms)) for ms in (hostile, others))
-        if max(j['auc'] for j in judges)>=TELLS:
-            what = "words alone tell them apart: a moderator that does, too, shows no more than a word list"
-        elif a-b>=ASKED: what = "words alone don't tell them apart, and the scorer does"
-        else: what = (f"nothing tells them apart ({a:.0%} and {b:.0%} score 0.5 or more): "
-            "the writer doesn't do what it is asked, and what is flagged of them says nothing")
-        res.append(f"hostile and {kind}: {said}; {what}")
+        by_score = _auc(*([m['score'] for m in ms] for ms in (hostile, others)))
+        said = ', '.join(f"{n} AUC {auc:.2f}" for n,auc in [*((j['judge'], j['auc']) for j in judges), ('the scorer', by_score)])
+        shares = ' and '.join(f"{sum(map(_scored_hostile, ms))} of {len(ms)}" for ms in (hostile, others))
+        res.append(f"hostile and {kind}: {said}; {shares} score 0.5 or more; {_worth(max(j['auc'] for j in judges), by_score, kind)}")
     return res
+
+def _worth(by_words, by_score, kind): # in words
+    if by_words>=TELLS: return "words alone tell them apart: a moderator that does, too, shows no more than a word list"
+    if by_score>=TELLS: return "words alone don't tell them apart, and the scorer does"
+    if by_score>=PARTLY: return f"the scorer tells them apart in part: a {kind} message that scores 0.5 or more may be hostile, and flagging it is no mistake"
+    return f"nothing tells them apart: the writer doesn't do what it is asked, and what is flagged of the {kind} ones says nothing"
 
 # %% ../../nbs/measure/simulate.ipynb #dac8bccb
 def _changes(messages): # what was taken away, in words
@@ -546,6 +547,11 @@ def _messages(writer, threads, system_prompt, seed, out, drawn, dials): # writte
 
 def _names(text): return tuple(n.strip() for n in text.split(',')) # with commas
 
+def _write_report(out, judges, messages, said): # with what made the messages and the scores
+    about = read_json(Path(f"{Path(out).with_suffix('.texts.jsonl')}.about.json"))
+    about['scorers'] = [dict(name=j.name, version=j.version, sha256=j.weights_hash) for j in judges]
+    write_private(f'{out}.report.json', json.dumps(dict(about=about, labels=label_table(messages), said=said), indent=1))
+
 def _said(messages, out):
     hostile = sum(m['intended']['toxic'] for m in messages)
     return [f"{len(messages)} messages in {out}, {hostile} of them meant to be hostile"]
@@ -571,7 +577,7 @@ def simulate_cli(
     seed:int=0, # Same seed, same threads
     scorer:str=TrainConfig().scorer, # As in phoque_eval
     second_scorer:str='profanity', # As in phoque_eval
-    out:str='threads.jsonl', # JSONL of the messages with their scores; what is written is kept beside it in .texts.jsonl
+    out:str='threads.jsonl', # JSONL of the messages with their scores; beside it are .texts.jsonl, as written, and OUT.report.json
     **kwargs
 ):
     "Write labelled threads among invented people. The same command goes on after a kill; without a base model it scores again."
@@ -583,4 +589,6 @@ def simulate_cli(
     writer = _writer(engine, seed, drawn, benign_weight)
     messages = score_messages(_messages(writer, threads, system_prompt, seed, out, drawn, dials), judges)
     write_jsonl(messages, out)
-    print(*_said(messages, out), *simulation_lines(messages, list(map(scorer_id, judges)), kept_back, length), sep='\n')
+    said = [*_said(messages, out), *simulation_lines(messages, list(map(scorer_id, judges)), kept_back, length)]
+    _write_report(out, judges, messages, said)
+    print(*said, sep='\n')
