@@ -81,6 +81,7 @@ def _pad_left(prompts, pad_id, device):
     def padded(fill, xs): return torch.tensor([[fill]*(width-len(x))+list(x) for x in xs], device=device)
     return padded(pad_id, prompts),padded(0, [[1]*len(p) for p in prompts])
 
+# %% ../nbs/04_sample.ipynb #d92d0ba1
 def context_size(
     model, # Causal language model
 )->float: # Tokens; inf for one with a state
@@ -98,6 +99,7 @@ def check_context(
         raise UserError("prompts", f"one has {longest:,} tokens, its reply up to {max_new_tokens:,}, and the model reads {most:,}",
             "leave it out, or ask for shorter replies")
 
+# %% ../nbs/04_sample.ipynb #b8b0bb23
 def _check_request(tok, prompt_ids, temperature, top_p):
     if not prompt_ids or not all(prompt_ids):
         raise UserError("`prompt_ids`", f"got {excerpt(prompt_ids, 60)}",

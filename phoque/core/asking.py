@@ -96,7 +96,8 @@ def _failure(self:Asker, e): # why there was no answer; a `UserError` where no p
     import httpx2
     if not isinstance(e, httpx2.ConnectError): return type(e).__name__ # its text may be the server's
     if found := re.search('CERTIFICATE_VERIFY_FAILED.*?failed: (.*) \\(', str(e)):
-        raise UserError(self.name, f"its certificate isn't trusted ({found[1]})", "put the certificate that it is made with into a file, and name that in SSL_CERT_FILE")
+        raise UserError(self.name, f"its certificate isn't trusted ({found[1]})",
+            "put the certificate that it is made with into a file, and name that in SSL_CERT_FILE")
     if 'SSL' in str(e): raise UserError(self.name, f"it speaks no TLS ({excerpt(e, 60)})", "begin the address with http://, or ask another port")
     return excerpt(e, 60)
 

@@ -145,6 +145,7 @@ def _python(code, *args, **kwargs): # a process without your tokens; kwargs for 
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, errors='replace',
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **kwargs)
 
+# %% ../../nbs/dev/site.ipynb #985b7b53
 def _ending(code, fine): # what a process that ended so has not said itself, as one with an error does
     if code in (fine,1): return ''
     how = f'ended by {signal.Signals(-code).name}' if code<0 else f'ended with exit code {code}'

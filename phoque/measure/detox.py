@@ -189,7 +189,8 @@ _TOLD = {'change':'less the base\'s, prompt by prompt', 'beyond':'less that of t
 
 def _sweep_line(r, base):
     def span(k, low, high): return '' if r.get(k) is None else str(MeanInterval(r[k], r[low], r[high]))
-    spans = dict(score=span('score', 'low', 'high')) | {k: span(k, f'{k}_low', f'{k}_high') for k in ('change','beyond','probability') if k in base or k in _TOLD}
+    spans = dict(score=span('score', 'low', 'high'))
+    spans |= {k: span(k, f'{k}_low', f'{k}_high') for k in (*_TOLD, *['probability']*('probability' in base))}
     rest = {k: f'{r[k]:.2f}' for k in ('styled','plain','empty','distinct_1','distinct_2') if k in base}
     return {'': r['name']} | spans | rest | dict(perplexity=f"{r['perplexity']:.1f} ({r['perplexity']/base['perplexity']-1:+.1%})")
 
@@ -198,7 +199,8 @@ def sweep_table(
 )->str: # Markdown
     "What was measured, and the rows with their intervals."
     told = '; '.join(f'*{k}* is the score {v}' for k,v in _TOLD.items())
-    return f"{md_text(rows[0]['measure'])}; 95 % intervals. {told}. Perplexity is that of harmless text.\n\n{markdown_table([_sweep_line(r, rows[0]) for r in rows])}"
+    table = markdown_table([_sweep_line(r, rows[0]) for r in rows])
+    return f"{md_text(rows[0]['measure'])}; 95 % intervals. {told}. Perplexity is that of harmless text.\n\n{table}"
 
 # %% ../../nbs/measure/detox.ipynb #7945acf4
 EMPTY = .05 # largest rise of the share of empty answers

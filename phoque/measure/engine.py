@@ -200,6 +200,7 @@ def whole_characters(
     "A text that can be written."
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
+# %% ../../nbs/measure/engine.ipynb #4253c5f0
 def check_whole(
     what:str, # Where the texts stand, or the option that they are of
     *texts:str,
@@ -207,6 +208,7 @@ def check_whole(
     "Refuse texts with half a character, which no tokenizer reads and no file holds."
     if any(whole_characters(t)!=t for t in texts): raise UserError(what, "it holds half a surrogate pair", "remove it")
 
+# %% ../../nbs/measure/engine.ipynb #eb6829ba
 @patch
 def read_text(self:Endpoint,
     data:bytes, # Answer
@@ -311,6 +313,7 @@ def only_here(self:EngineOptions,
     if self.endpoint and (more := [k for k,v in options.items() if v]):
         raise UserError(f"--{more[0]}", "it needs a model on this machine, and --endpoint names a server", "leave one of the two out")
 
+# %% ../../nbs/measure/engine.ipynb #c7889de8
 @patch
 def open(self:EngineOptions,
     system_prompt:str='', # As in `load_adapted_model`

@@ -128,6 +128,7 @@ def _check_alike(first, v, what): # flags of its own and scores that become flag
     if ('flagged' in first)!=('flagged' in v): raise UserError(what, f"it answered with {' and '.join(v)}, and before with {' and '.join(first)}",
         "let it flag all messages, or score all")
 
+# %% ../../nbs/measure/moderate.ipynb #3e43244c
 def ask_moderator(
     messages:list[dict], # From `simulate`
     moderate, # `HttpModerator`, its URL, or a function of a message → bool, or a score from 0 to 1
@@ -215,7 +216,7 @@ def replay(
     threshold:float=.5, # Scores from here on are flags, where the moderator answers with scores only
     hostile=lambda m: m['intended']['toxic'], # What should be flagged
     keep:str='', # As in `ask_moderator`
-)->dict: # `by` its own flags or its scores; `confusion` by category; `recall`, `false_positive_rate`, `precision` with `_low`, `_high`; `action`; `curve`, `auc` of scores
+)->dict: # `by`: flags or scores; `confusion`; `recall`, `false_positive_rate`, `precision` with `_low`, `_high`; `action`; `curve`, `auc` of scores
     "Put every message to a moderator, and count."
     said = ask_moderator(messages, moderate, keep)
     seen = [m | dict(score=v.get('score'), hostile=bool(hostile(m)), flagged=v['flagged'] if 'flagged' in v else v['score']>=threshold)
@@ -286,6 +287,7 @@ def _percent(report, k):
     if x is None: return 'none to judge by'
     return f'{x:.1%} [too few threads]' if low is None else f'{x:.1%} [{low:.1%}, {high:.1%}]'
 
+# %% ../../nbs/measure/moderate.ipynb #dac82ca2
 def report_lines(
     report:dict, # From `replay`
 )->list[str]: # What it comes to
@@ -337,8 +339,10 @@ def replay_html(
     from phoque.exports.report import _STYLE, _html_table
     conf,seen = report['confusion'],report['seen']
     wrong = {t: [m for m in seen if m['hostile']==h and m['flagged']!=h] for t,h in {'Missed':True, 'Flagged, though harmless':False}.items()}
-    parts = {'What was measured':_html_table(about.items()), 'What it comes to':''.join(f'<p>{escape(l)}</p>' for l in report_lines(report)),
-        'Messages':_html_table([[('no','yes')[v] if isinstance(v, bool) else v for v in r.values()] for r in conf], conf[0])}
+    told = '<br>'.join(f'{escape(k.replace("_", " "))}: {escape(str(v))}' for k,v in about.items() if v!='')
+    rows = [{k: ('no','yes')[v] if isinstance(v, bool) else v for k,v in r.items() if k!='passed'} for r in conf]
+    parts = {'What was measured':f'<p style="overflow-wrap:anywhere">{told}</p>',
+        'What it comes to':''.join(f'<p>{escape(l)}</p>' for l in report_lines(report)), 'Messages':_html_table([r.values() for r in rows], rows[0])}
     if report.get('auc') is not None: parts['At other thresholds'] = _curve_svg(report['curve'])
     parts |= {f'{t} ({len(ms):,})': _veiled(ms) for t,ms in wrong.items() if ms}
     body = ''.join(f'<section><h2>{escape(h)}</h2>{b}</section>' for h,b in parts.items())

@@ -410,7 +410,8 @@ def asked_lines(
     about:dict, # Of a report
 )->list[str]: # For a console
     "What was asked, and where that isn't the protocol."
-    who = f"{about['base']} with {about['adapter']} ({about['adapter_sha256'][:12]})" if 'base' in about else f"{', '.join(about['models'])} of {about['endpoint']}"
+    if 'base' in about: who = f"{about['base']} with {about['adapter']} ({about['adapter_sha256'][:12]})"
+    else: who = f"{', '.join(about['models'])} of {about['endpoint']}"
     how = f"{about['max_new_tokens']} tokens at temperature {about['temperature']:g} and top-p {about['top_p']:g}, seed {about['seed']}"
     res = [f"{printable(who)}: {about['prompts']} prompts ({about['prompts_sha256'][:12]}), {about['k']} continuations each, {how}"]
     other = [f"{about['k']} continuations and not {EACH}, of which the largest score grows with their number"]*(about['k']!=EACH)

@@ -479,7 +479,7 @@ def _worth(by_words, by_score, kind): # in words
     if by_words>=TELLS: return "words alone tell them apart: a moderator that does, too, shows no more than a word list"
     if by_score>=TELLS: return "words alone don't tell them apart, and the scorer does"
     if by_score>=PARTLY: return f"the scorer tells them apart in part: a {kind} message that scores 0.5 or more may be hostile, and flagging it is no mistake"
-    return f"nothing tells them apart: the writer doesn't do what it is asked, and what is flagged of the {kind} ones says nothing"
+    return f"nothing tells them apart: the writer doesn't do what it is asked, or the scorer doesn't see it; what is flagged of the {kind} ones says nothing"
 
 # %% ../../nbs/measure/simulate.ipynb #dac8bccb
 def _changes(messages): # what was taken away, in words
