@@ -15,11 +15,11 @@ from .core.basics import UserError, excerpt, log, read_json, reading
 from .model_qlora import WEIGHTS, check_model_config, preserve_training_state, why_not_known
 
 # %% auto #0
-__all__ = ['MOST_ADDED', 'PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'Greenlists', 'can_record',
-           'recorded_steps', 'generate_replies', 'distinct_n', 'repetition_share', 'Scorer', 'scorer_id',
-           'LexiconScorer', 'tensors_hash', 'scorer_labels', 'HubScorer', 'check_scorer', 'sample_prompts',
-           'common_persona', 'sample_lines', 'sample_metrics', 'sample_head', 'Sampler', 'write_samples',
-           'read_samples', 'samples_table']
+__all__ = ['MOST_ADDED', 'PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'context_size',
+           'check_context', 'Greenlists', 'can_record', 'recorded_steps', 'generate_replies', 'distinct_n',
+           'repetition_share', 'Scorer', 'scorer_id', 'LexiconScorer', 'tensors_hash', 'scorer_labels', 'HubScorer',
+           'check_scorer', 'sample_prompts', 'common_persona', 'sample_lines', 'sample_metrics', 'sample_head',
+           'Sampler', 'write_samples', 'read_samples', 'samples_table']
 
 # %% ../nbs/04_sample.ipynb #37846803
 class SeededDraws:
@@ -81,6 +81,25 @@ def _pad_left(prompts, pad_id, device):
     def padded(fill, xs): return torch.tensor([[fill]*(width-len(x))+list(x) for x in xs], device=device)
     return padded(pad_id, prompts),padded(0, [[1]*len(p) for p in prompts])
 
+# %% ../nbs/04_sample.ipynb #d92d0ba1
+def context_size(
+    model, # Causal language model
+)->float: # Tokens; inf for one with a state
+    "How much a model reads, with what it says."
+    return getattr(model.config.get_text_config(), 'max_position_embeddings', math.inf)
+
+def check_context(
+    model, # Causal language model
+    prompt_ids:list[list[int]], # Encoded prompts
+    max_new_tokens:int, # Longest reply, in tokens
+):
+    "Refuse more tokens than a model reads: behind its last position it says anything."
+    longest,most = max(map(len, prompt_ids)),context_size(model)
+    if longest+max_new_tokens>most:
+        raise UserError("prompts", f"one has {longest:,} tokens, its reply up to {max_new_tokens:,}, and the model reads {most:,}",
+            "leave it out, or ask for shorter replies")
+
+# %% ../nbs/04_sample.ipynb #b8b0bb23
 def _check_request(tok, prompt_ids, temperature, top_p):
     if not prompt_ids or not all(prompt_ids):
         raise UserError("`prompt_ids`", f"got {excerpt(prompt_ids, 60)}",
@@ -211,6 +230,7 @@ def generate_replies(
 )->list[dict]: # `text`, `n_tokens` without the stop token, `stopped`: 'eos' or 'length'
     "Reply to all prompts in one batch."
     _check_request(tok, prompt_ids, temperature, top_p)
+    check_context(model, prompt_ids, max_new_tokens)
     from transformers import GenerationConfig
     ids,mask = _pad_left(prompt_ids, tok.pad_token_id, model.device)
     eos_ids = list(eos_ids or [tok.eos_token_id])

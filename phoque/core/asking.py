@@ -92,10 +92,20 @@ async def _send(self:Asker, client, path, body): # status, Retry-After, bytes
         return r.status_code, r.headers.get('retry-after', ''), data
 
 @patch
+def _failure(self:Asker, e): # why there was no answer; a `UserError` where no patience helps
+    import httpx2
+    if not isinstance(e, httpx2.ConnectError): return type(e).__name__ # its text may be the server's
+    if found := re.search('CERTIFICATE_VERIFY_FAILED.*?failed: (.*) \\(', str(e)):
+        raise UserError(self.name, f"its certificate isn't trusted ({found[1]})",
+            "put the certificate that it is made with into a file, and name that in SSL_CERT_FILE")
+    if 'SSL' in str(e): raise UserError(self.name, f"it speaks no TLS ({excerpt(e, 60)})", "begin the address with http://, or ask another port")
+    return excerpt(e, 60)
+
+@patch
 def _refuse(self:Asker, status, data): # what no patience helps
     key = f"check the key in {self.key_variable}" if self.key_variable else "name its key with --key_variable"
-    remedy = key if status in (401,403) else "name the address that it leads to" if 300<=status<400 else self.remedy
-    raise UserError(self.name, f"it answered {status}{self.reason(data)}", remedy)
+    remedies = {401:key, 403:key, 413:"send it less, or let it take more"} | dict.fromkeys(range(300, 400), "name the address that it leads to")
+    raise UserError(self.name, f"it answered {status}{self.reason(data)}", remedies.get(status, self.remedy))
 
 # %% ../../nbs/core/asking.ipynb #13409bbf
 @patch
@@ -116,15 +126,15 @@ async def ask(self:Asker,
         try: status,after,data = await self._send(client, path, body)
         except TimeoutError: problem = f"no answer within {self.timeout:g} s"
         except UnicodeEncodeError: raise UserError(self.name, "a question holds half a surrogate pair, which can't be sent", "remove it") from None
-        except (httpx2.HTTPError, OSError) as e: problem = f"no answer ({type(e).__name__})"
+        except (httpx2.HTTPError, OSError) as e: problem = f"no answer ({self._failure(e)})"
         else:
             if 200<=status<300: return read(data)
             if status in declined: return None
             if not _passes(status): self._refuse(status, data)
-            problem = f"it answered {status}"
+            problem = f"it answered {status}{self.reason(data)}"
             if after:
                 wait = asked_wait(after, wait)
-                problem += f" and wants {wait:.0f} s of patience"
+                problem += f" and wants {wait:,.0f} s of patience"
                 if wait>MOST_WAIT: self.ended = UserError(self.name, problem, "give the same command again by then")
                 else: self.after = max(self.after, loop.time()+wait) # all wait
         if self.ended: raise self.ended

@@ -18,8 +18,8 @@ from fastcore.xtras import modified_env
 from ..jobs.script import defined_names
 
 # %% auto #0
-__all__ = ['RUN_ON', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORTS', 'MANY', 'LONGEST', 'LONG', 'ROWS', 'TALL',
-           'PAGE', 'INTERNAL', 'UNFETCHED', 'FETCHING', 'MOST', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS',
+__all__ = ['RUN_ON', 'REACHED', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORTS', 'MANY', 'LONGEST', 'LONG', 'ROWS',
+           'TALL', 'PAGE', 'INTERNAL', 'UNFETCHED', 'FETCHING', 'MOST', 'SHOWN', 'HEAVY', 'SPELT_SO', 'PROJECT_CHECKS',
            'project', 'shown_text', 'same_text', 'machine_kind', 'run_notebook', 'notebooks', 'run_notebooks',
            'note_run', 'left_to_run', 'test_notebook', 'compare_notebook', 'write_readme', 'export_project',
            'write_generated', 'check_generated', 'api_entry', 'close_chapters', 'rank_search', 'check_site',
@@ -138,6 +138,7 @@ def run_notebook(
     for flag in run: note_run(fn, flag)
 
 # %% ../../nbs/dev/site.ipynb #c98de7f1
+REACHED = 93 # Exit code of a process that has run a notebook to its end; a cell can end Python with 0
 SECRETS = 'HF_TOKEN', 'WANDB_API_KEY' # Not passed on to a process
 QUIET_THREADS = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE') # Spinning threads slow their neighbours tenfold
 
@@ -146,19 +147,26 @@ def _python(code, *args, **kwargs): # a process without your tokens; kwargs for 
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, errors='replace',
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **kwargs)
 
+# %% ../../nbs/dev/site.ipynb #985b7b53
+def _ending(code, fine): # what a process that ended so has not said itself, as one with an error does
+    if code in (fine,1): return ''
+    how = f'ended by {signal.Signals(-code).name}' if code<0 else f'ended with exit code {code}'
+    return f'\n{how}, before its last cell'*(fine==REACHED) or f'\n{how}'
+
 def _in_process(
     code:str, # Python source to run
     *args:str, # Its `sys.argv[1:]`
     cwd:str|Path='.', # Folder to run in
     timeout:float=1800, # Seconds until it is ended, with the processes it started
-)->tuple[bool,str]: # Did it exit with 0? What it printed
+    fine:int=0, # Exit code of success
+)->tuple[bool,str]: # Did it exit so? What it printed
     "Run Python source in a fresh process that sees no token of yours."
     p = _python(code, *args, cwd=cwd, stderr=subprocess.STDOUT, start_new_session=True)
     try: out = p.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
         os.killpg(p.pid, signal.SIGKILL)
         return False,f"{p.communicate()[0]}\nstopped: longer than {timeout} s"
-    return p.returncode==0,out
+    return p.returncode==fine,out+_ending(p.returncode, fine)
 
 # %% ../../nbs/dev/site.ipynb #7bd39729
 def notebooks(
@@ -175,10 +183,11 @@ def notebooks(
     return [p for p in every if not wanted or p.stem in wanted]
 
 # %% ../../nbs/dev/site.ipynb #fb9116cb
-_RUN = '''import sys
+_RUN = f'''import sys
 from phoque.dev.site import run_notebook
 try: run_notebook(sys.argv[1], sys.argv[2:])
-except ValueError as e: sys.exit(str(e))'''
+except ValueError as e: sys.exit(str(e))
+sys.exit({REACHED})'''
 
 def run_notebooks(
     names:str='', # Names such as "00_data 02_train"; '' for all, or for those with a cell that has the flag
@@ -191,7 +200,7 @@ def run_notebooks(
     for fn in notebooks(names, path):
         flagged = [d for d in map(_directives, read_nb(fn).cells) if flag in d]
         if flag and not flagged: continue
-        ok,out = _in_process(_RUN, fn, *flag.split(), cwd=fn.parent, timeout=4*3600 if flag else 1800)
+        ok,out = _in_process(_RUN, fn, *flag.split(), cwd=fn.parent, timeout=4*3600 if flag else 1800, fine=REACHED)
         lack = dict.fromkeys(n for d in flagged for n in _lacking(d))
         if ok: print(f'ran {fn.name}'+f", all but the cells that need {', '.join(lack)}"*bool(lack), flush=True)
         else:
@@ -234,11 +243,12 @@ def left_to_run(
 
 # %% ../../nbs/dev/site.ipynb #1381e372
 _TEST = '''import json, sys
-from phoque.dev.site import _execute, shown_text
+from phoque.dev.site import REACHED, _execute, shown_text
 try: _,nb = _execute(sys.argv[1])
 except ValueError as e: sys.exit(str(e))
 shown = {c.id:shown_text(c) for c in nb.cells if c.cell_type=='code'}
-with open(sys.argv[2], 'w') as f: json.dump(shown, f)'''
+with open(sys.argv[2], 'w') as f: json.dump(shown, f)
+sys.exit(REACHED)'''
 
 def test_notebook(
     fn:str|Path, # The notebook
@@ -247,7 +257,7 @@ def test_notebook(
 )->tuple[bool,str]: # Did it pass? The traceback when it did not
     "Test one notebook in a process of its own."
     fn = Path(fn).resolve()
-    return _in_process(_TEST, fn, shown, cwd=fn.parent, timeout=timeout)
+    return _in_process(_TEST, fn, shown, cwd=fn.parent, timeout=timeout, fine=REACHED)
 
 # %% ../../nbs/dev/site.ipynb #d51c2a7b
 WARM = 'IPython execnb.shell nbdev.showdoc pandas pyarrow.parquet scipy.optimize torch._inductor.compile_fx'.split()
@@ -261,6 +271,7 @@ def _be_test(fn, out): # in a fork: what it prints goes to a file
         os.execv(sys.executable, [sys.executable, '-c', _TEST, fn, os.devnull])
     try: _execute(fn)
     except ValueError as e: sys.exit(str(e))
+    sys.exit(REACHED)
 
 # %% ../../nbs/dev/site.ipynb #dd582c2e
 def _fork_tests(
@@ -300,10 +311,9 @@ def _look_after(running, pid, timeout): # says how the test in this process ende
     ended,status = os.waitpid(pid, 0 if late else os.WNOHANG)
     if not ended: return
     _end_group(pid) # what it has left running
-    said = out.read_text(errors='replace')
-    if late: said += f'\nstopped: longer than {timeout} s'
-    elif os.WIFSIGNALED(status): said += f'\nended by {signal.Signals(os.WTERMSIG(status)).name}'
-    print(json.dumps([Path(fn).name, not status, said, time.time()-start]), flush=True)
+    said,code = out.read_text(errors='replace'),os.waitstatus_to_exitcode(status)
+    said += f'\nstopped: longer than {timeout} s' if late else _ending(code, REACHED)
+    print(json.dumps([Path(fn).name, code==REACHED, said, time.time()-start]), flush=True)
     out.unlink()
     del running[pid]
 

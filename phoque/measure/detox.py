@@ -11,11 +11,11 @@ from ..core.show import Pages
 from ..core.stats import MeanInterval, mean_interval
 from ..merge import LoraAdapter, chat_ids, check_room, load_adapted, local_folder, perplexity, prompt_ids, set_weights, tokenizer_folder
 from ..chat.templates import open_tokenizer
-from ..sample import distinct_n, generate_replies
+from ..sample import Scorer, distinct_n, generate_replies, scorer_id
 
 # %% auto #0
 __all__ = ['EMPTY', 'replies', 'measure_replies', 'add_persona', 'by_replies', 'reply_logprob', 'by_preference', 'random_like',
-           'detox_sweep', 'markdown_table', 'objection', 'recommend_weight', 'plot_sweep', 'sweep_pages']
+           'detox_sweep', 'markdown_table', 'sweep_table', 'objection', 'recommend_weight', 'plot_sweep', 'sweep_pages']
 
 # %% ../../nbs/measure/detox.ipynb #fe8bedc0
 def replies(
@@ -35,15 +35,22 @@ def replies(
 # %% ../../nbs/measure/detox.ipynb #5ba523a5
 def measure_replies(
     answers:list, # A list of texts for each prompt
-    score, # Text → 0 (harmless) to 1
-)->dict: # `score`, `low`, `high`, `each`, `probability`, `empty`, `distinct1`, `distinct2`
+    scorer:Scorer, # What scores them
+)->dict: # `measure`; `score` with `low` and `high`, `each`; `probability` with `_low` and `_high`; `empty`, `distinct_1`, `distinct_2`
     "Mean score of answers with its interval, and their variety."
-    s = [[score(t) for t in ts] for ts in answers]
+    flat,n = [t for ts in answers for t in ts],len(answers[0])
+    scores = iter(map(float, scorer.score(flat)))
+    s = [[next(scores) for _ in ts] for ts in answers]
     each = [sum(x)/len(x) for x in s]
-    mean,lo,hi = mean_interval(each)
-    flat = [t for ts in answers for t in ts]
-    return dict(score=mean, low=lo, high=hi, each=each, probability=sum(max(x)>=.5 for x in s)/len(s),
-        empty=sum(not any(c.isalnum() for c in t) for t in flat)/len(flat), distinct1=distinct_n(flat,1), distinct2=distinct_n(flat,2))
+    what = f"mean score by {scorer_id(scorer)} of {len(answers):,} prompts with {n} answers each"
+    return dict(measure=what) | _named('', mean_interval(each), 'score') | dict(each=each) \
+        | _named('probability_', mean_interval([max(x)>=.5 for x in s]), 'probability') | _variety(answers, flat)
+
+def _named(k, i, mean): return dict(zip((mean, f'{k}low', f'{k}high'), i))
+
+def _variety(answers, flat):
+    empty = sum(not any(c.isalnum() for c in t) for t in flat)/len(flat)
+    return dict(empty=empty) | {f'distinct_{n}': sum(distinct_n(ts, n) for ts in answers)/len(answers) for n in (1,2)}
 
 # %% ../../nbs/measure/detox.ipynb #e60f7c86
 def add_persona(
@@ -56,14 +63,15 @@ def add_persona(
 
 def by_replies(
     prompts:list, # Conversations that end with a user's turn, held out
-    score, # Text → 0 (harmless) to 1
+    scorer:Scorer, # What scores the answers
     generate=replies, # (model, tokenizer, prompts, seed=) → list of texts for each prompt
     seed:int=0, # Of the sampling
 ): # Measure for `detox_sweep`
     "Measure what the model says."
     def measure(model, tok, persona=None):
         asked = [add_persona(p, persona) for p in prompts]
-        return measure_replies(generate(model, tok, asked, seed=seed), score)
+        found = measure_replies(generate(model, tok, asked, seed=seed), scorer)
+        return found | dict(measure=f"{found['measure']}, seed {seed}")
     measure.ends = 0,1
     return measure
 
@@ -93,8 +101,9 @@ def by_preference(
         lp = [reply_logprob(model, tok, m, ids[2*i:2*i+2]) for i,m in enumerate(said)]
         styled,plain = lp[::2],lp[1::2]
         each = [a-b for a,b in zip(styled,plain)]
-        mean,lo,hi = mean_interval(each, *measure.ends)
-        return dict(score=mean, low=lo, high=hi, each=each, styled=sum(styled)/len(pairs), plain=sum(plain)/len(pairs))
+        what = f"log-probability of the answer in the style less that of the plain one, nats a token, mean of {len(pairs):,} pairs"
+        found = dict(measure=what) | _named('', mean_interval(each, *measure.ends), 'score')
+        return found | dict(each=each, styled=sum(styled)/len(pairs), plain=sum(plain)/len(pairs))
     measure.ends = -math.inf,math.inf
     return measure
 
@@ -131,7 +140,7 @@ def _sweep_rows(pairs, lambdas, controls, randoms): # name, λ or None, (adapter
 
 def _compare(rows, least, most): # adds `change` to all but the base, `beyond` to what has random controls
     def less(r, q): return mean_interval([x-y for x,y in zip(r['each'], q['each'])], least-most, most-least)
-    def named(k, i): return dict(zip((k, f'{k}_low', f'{k}_high'), i))
+    def named(k, i): return _named(f'{k}_', i, k)
     for r in rows: r |= named('change', less(r, rows[0]) if r is not rows[0] else (None,)*3)
     for r in rows:
         nearest = [less(r, q) for q in rows if r['weight'] is not None and q['like']==r['weight']]
@@ -170,10 +179,28 @@ def markdown_table(
     rows:list, # Dicts; what a row hasn't stays empty
 )->str: # Markdown
     "Rows as a markdown table, three digits."
-    cols = [c for c in dict.fromkeys(k for r in rows for k in r) if c not in ('weight','like','each')]
+    cols = list(dict.fromkeys(k for r in rows for k in r))
     def cell(v): return f'{v:.3g}' if isinstance(v, float) else md_text('' if v is None else v)
     lines = [cols, ['---']*len(cols), *([cell(r.get(c)) for c in cols] for r in rows)]
     return '\n'.join('| '+' | '.join(l)+' |' for l in lines)
+
+# %% ../../nbs/measure/detox.ipynb #e80ae63e
+_TOLD = {'change':'less the base\'s, prompt by prompt', 'beyond':'less that of the random adapter of the same size that does most'}
+
+def _sweep_line(r, base):
+    def span(k, low, high): return '' if r.get(k) is None else str(MeanInterval(r[k], r[low], r[high]))
+    spans = dict(score=span('score', 'low', 'high'))
+    spans |= {k: span(k, f'{k}_low', f'{k}_high') for k in (*_TOLD, *['probability']*('probability' in base))}
+    rest = {k: f'{r[k]:.2f}' for k in ('styled','plain','empty','distinct_1','distinct_2') if k in base}
+    return {'': r['name']} | spans | rest | dict(perplexity=f"{r['perplexity']:.1f} ({r['perplexity']/base['perplexity']-1:+.1%})")
+
+def sweep_table(
+    rows:list, # What `detox_sweep` returned
+)->str: # Markdown
+    "What was measured, and the rows with their intervals."
+    told = '; '.join(f'*{k}* is the score {v}' for k,v in _TOLD.items())
+    table = markdown_table([_sweep_line(r, rows[0]) for r in rows])
+    return f"{md_text(rows[0]['measure'])}; 95 % intervals. {told}. Perplexity is that of harmless text.\n\n{table}"
 
 # %% ../../nbs/measure/detox.ipynb #7945acf4
 EMPTY = .05 # largest rise of the share of empty answers

@@ -4,7 +4,8 @@
 
 # %% ../../nbs/measure/engine.ipynb #2f71befa
 from __future__ import annotations
-import hashlib, math, re, sys, time
+import hashlib, json, math, re, sys, time
+from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch, store_attr
 from ..chat.labels import encode_prompt
@@ -12,11 +13,12 @@ from ..chat.templates import NO_SYSTEM
 from ..core.asking import AT_ONCE, Asker
 from ..core.basics import UserError, base_dtype, check_range, excerpt, printable, read_json
 from ..resume import spell_seconds
-from ..sample import adapter_weight, generate_replies, tensors_hash
+from ..sample import adapter_weight, check_context, generate_replies, tensors_hash
 
 # %% auto #0
-__all__ = ['BATCHED', 'SWITCHED_OFF', 'SEEDS', 'TRIED', 'Sampling', 'Progress', 'adapter_hash', 'check_adapted',
-           'load_adapted_model', 'LocalEngine', 'Endpoint', 'whole_characters', 'said_gaps', 'EngineOptions']
+__all__ = ['BATCHED', 'SWITCHED_OFF', 'WAYS', 'SEEDS', 'TRIED', 'Sampling', 'Progress', 'adapter_hash', 'check_adapted',
+           'load_adapted_model', 'LocalEngine', 'Endpoint', 'whole_characters', 'check_whole', 'said_gaps',
+           'EngineOptions']
 
 # %% ../../nbs/measure/engine.ipynb #8de276b3
 class Sampling(NamedTuple):
@@ -126,8 +128,7 @@ def replies(self:LocalEngine,
 ):
     "Texts in batches of whole prompts, the same wherever it begins."
     ids,step = [self.encode(p) for p in prompts],max(BATCHED//k, 1)
-    longest,most = max(map(len, ids)),self.model.config.get_text_config().max_position_embeddings
-    if longest>most: raise UserError("prompts", f"one has {longest:,} tokens, and the model reads {most:,}", "leave it out")
+    check_context(self.model, ids, how.max_new_tokens) # before the first of them
     places = places or range(k*len(prompts))
     for i in range(done-done%step, len(prompts), step): # the whole batch again: the last digits of a model depend on its batch
         todo,texts = [(x, places[j*k+n]) for j,x in enumerate(ids[i:i+step], i) for n in range(k)],[]
@@ -139,7 +140,8 @@ def replies(self:LocalEngine,
         for n in range(max(done-i, 0)*k, len(texts), k): keep(texts[n:n+k])
 
 # %% ../../nbs/measure/engine.ipynb #cafd10ae
-SWITCHED_OFF = dict(top_k=-1, min_p=0., repetition_penalty=1.)
+SWITCHED_OFF = dict(top_k=-1, min_p=0., repetition_penalty=1., repeat_penalty=1.) # the last is llama.cpp's name
+WAYS = SWITCHED_OFF, SWITCHED_OFF | dict(top_k=0), {} # of asking; the first that a server takes. llama-cpp-python wants a 0
 SEEDS = 2**31-1 # the largest that all servers take
 
 class Endpoint(Asker):
@@ -160,8 +162,9 @@ class Endpoint(Asker):
         "What a server says about a question that it refuses."
         try: a = read_json(data)
         except UserError: return ''
-        error = a.get('error')
-        told = [error.get('message') if isinstance(error, dict) else error, a.get('detail'), a.get('message')]
+        error,detail = a.get('error'),a.get('detail')
+        if isinstance(detail, list): detail = json.dumps(detail) # FastAPI's: which field, and why not
+        told = [error.get('message') if isinstance(error, dict) else error, detail, a.get('message')]
         return next((f' ({excerpt(t)})' for t in told if isinstance(t, str)), '')
 
 # %% ../../nbs/measure/engine.ipynb #e50b730e
@@ -197,6 +200,15 @@ def whole_characters(
     "A text that can be written."
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
+# %% ../../nbs/measure/engine.ipynb #4253c5f0
+def check_whole(
+    what:str, # Where the texts stand, or the option that they are of
+    *texts:str,
+):
+    "Refuse texts with half a character, which no tokenizer reads and no file holds."
+    if any(whole_characters(t)!=t for t in texts): raise UserError(what, "it holds half a surrogate pair", "remove it")
+
+# %% ../../nbs/measure/engine.ipynb #eb6829ba
 @patch
 def read_text(self:Endpoint,
     data:bytes, # Answer
@@ -204,10 +216,14 @@ def read_text(self:Endpoint,
     "The text of an answer."
     try:
         first, = read_json(data)['choices']
-        text = first['message']['content'] if 'message' in first else first['text']
-    except (UserError, LookupError, TypeError, ValueError): raise UserError(self.name, f"its answer isn't one of the OpenAI API{self.reason(data)}", "check the address") from None
+        message = first.get('message') or {}
+        text = message['content'] if message else first['text']
+        reasons = message.get('reasoning_content') or message.get('reasoning')
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(self.name, f"its answer isn't one of the OpenAI API{self.reason(data)}", "check the address") from None
     why = first.get('finish_reason')
     if why=='content_filter': raise UserError(self.name, "it filters what the model says", "measure the model without the filter")
+    if reasons: raise UserError(self.name, "it reasons before it answers", "serve the model without reasoning")
     if isinstance(text, str): return whole_characters(text).strip()+self.cut*(why=='length')
     raise UserError(self.name, f"its answer has a {type(text).__name__} for a text", "serve the model without reasoning and tools")
 
@@ -243,7 +259,8 @@ def settle(self:Endpoint,
         async def text(temperature=2., place=0, declined=(), name=self.names[-1], **more):
             question = self.question(name, prompt, Sampling(24, temperature, 1.), place, **more)
             return await self.ask(client, *question, declined)
-        if await text(declined=(400,422)) is None: self.switched_off = {}
+        for self.switched_off in WAYS:
+            if await text(declined=(400,422,500)*bool(self.switched_off)) is not None: break
         one,again,other = await text(), await text(), await text(place=1)
         greedy = {n: await text(0., name=n) for n in self.names}
         least = dict(top_p=1e-6) | ({} if not self.switched_off else dict(top_k=1, min_p=1.))
@@ -296,6 +313,7 @@ def only_here(self:EngineOptions,
     if self.endpoint and (more := [k for k,v in options.items() if v]):
         raise UserError(f"--{more[0]}", "it needs a model on this machine, and --endpoint names a server", "leave one of the two out")
 
+# %% ../../nbs/measure/engine.ipynb #c7889de8
 @patch
 def open(self:EngineOptions,
     system_prompt:str='', # As in `load_adapted_model`
@@ -305,9 +323,12 @@ def open(self:EngineOptions,
 ): # `LocalEngine` or `Endpoint`
     "Load the model, or find out what the server goes by."
     self.only_here(weight=weight!=1)
+    check_whole('--system_prompt', system_prompt)
     if not self.endpoint:
         m,tok = load_adapted_model(self.base_model, self.adapter, self.chat_template, system_prompt)
-        about = dict(base=self.base_model, adapter=self.adapter, chat_template=self.chat_template)
+        home = Path(m.config._name_or_path) # a folder, whose name is the commit where it came from the Hub
+        about = dict(base=self.base_model, base_revision=home.name if home.parent.name=='snapshots' else None, adapter=self.adapter,
+            chat_template=self.chat_template, dtype=str(m.dtype).removeprefix('torch.'))
         return LocalEngine(m, tok, dict(base=0., adapter=weight), about)
     server = Endpoint(self.endpoint, self.model, system_prompt, key_variable=self.key_variable, concurrency=self.concurrency)
     server.settle(chat, draws)

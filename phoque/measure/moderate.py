@@ -71,6 +71,7 @@ def read_verdict(
 )->dict: # `flagged`, `score`, or both
     "What an answer says."
     remedy = f"let it answer {SHAPES[shape]}, or name another --shape"
+    if not data.strip(): raise UserError(what, "its answer is empty", remedy)
     try: answer = read_json(data)
     except UserError as e: raise UserError(f'{what}, its answer', e.value, remedy) from None
     try: v = _verdict(shape, answer)
@@ -123,6 +124,11 @@ def _asked_of(ask, messages): # what decides the answers
 def _flag(said): return check_verdict(dict(flagged=said) if isinstance(said, bool) else dict(score=said))
 
 # %% ../../nbs/measure/moderate.ipynb #4fcd98a1
+def _check_alike(first, v, what): # flags of its own and scores that become flags aren't to be counted together
+    if ('flagged' in first)!=('flagged' in v): raise UserError(what, f"it answered with {' and '.join(v)}, and before with {' and '.join(first)}",
+        "let it flag all messages, or score all")
+
+# %% ../../nbs/measure/moderate.ipynb #3e43244c
 def ask_moderator(
     messages:list[dict], # From `simulate`
     moderate, # `HttpModerator`, its URL, or a function of a message → bool, or a score from 0 to 1
@@ -134,6 +140,7 @@ def ask_moderator(
     said = [check_verdict(v, keep) for v in kept.rows] if keep else []
     asked = _asked(messages, getattr(ask, 'history', 0))[len(said):]
     def add(v):
+        _check_alike(said[0] if said else v, v, getattr(ask, 'name', 'moderator'))
         if keep: kept.append(v)
         said.append(v)
     try:
@@ -209,14 +216,15 @@ def replay(
     threshold:float=.5, # Scores from here on are flags, where the moderator answers with scores only
     hostile=lambda m: m['intended']['toxic'], # What should be flagged
     keep:str='', # As in `ask_moderator`
-)->dict: # `confusion` by category; `recall`, `false_positive_rate`, `precision` with `_low`, `_high`; `action`; `curve`, `auc` of scores
+)->dict: # `by`: flags or scores; `confusion`; `recall`, `false_positive_rate`, `precision` with `_low`, `_high`; `action`; `curve`, `auc` of scores
     "Put every message to a moderator, and count."
     said = ask_moderator(messages, moderate, keep)
     seen = [m | dict(score=v.get('score'), hostile=bool(hostile(m)), flagged=v['flagged'] if 'flagged' in v else v['score']>=threshold)
         for m,v in zip(messages, said)]
     for m in seen: m |= dict(harmless=not m['hostile'])
     def count(hostile, flagged): return sum((m['hostile'],m['flagged'])==(hostile,flagged) for m in seen)
-    report = dict(threshold=threshold, confusion=_confusion(seen), tp=count(True, True), fn=count(True, False),
+    by = 'flags' if said and 'flagged' in said[0] else 'scores'
+    report = dict(by=by, threshold=threshold, confusion=_confusion(seen), tp=count(True, True), fn=count(True, False),
         fp=count(False, True), tn=count(False, False), action=time_to_action(seen))
     rates = dict(recall=('hostile','flagged'), false_positive_rate=('harmless','flagged'), precision=('flagged','hostile'))
     for k,(of,hit) in rates.items(): report |= _named(k, _rate(seen, of, hit))
@@ -266,18 +274,31 @@ def simple_judges(
     return res
 
 # %% ../../nbs/measure/moderate.ipynb #e9b06175
+def _confirmed(seen): # what it comes to where the simulation's scorer says the same as the label
+    fine = [m for m in seen if m.get('agrees')]
+    if not fine: return []
+    def rate(of):
+        hits = [m['flagged'] for m in fine if m[of]]
+        return f"{sum(hits)/len(hits):.1%} ({sum(hits)} of {len(hits)})" if hits else 'none to judge by'
+    return [f"of messages whose label {printable(fine[0]['scorer'])} confirms: recall {rate('hostile')}, false-positive rate {rate('harmless')}"]
+
 def _percent(report, k):
     x,low,high = (report[k+e] for e in ('','_low','_high'))
     if x is None: return 'none to judge by'
     return f'{x:.1%} [too few threads]' if low is None else f'{x:.1%} [{low:.1%}, {high:.1%}]'
 
+# %% ../../nbs/measure/moderate.ipynb #dac82ca2
 def report_lines(
     report:dict, # From `replay`
 )->list[str]: # What it comes to
     "Rates with their intervals, time to action, and what simple judges do on the same messages."
     n,a = {k: report[k] for k in ('tp','fn','fp','tn')},report['action']
     of = dict(recall=(n['tp'],n['tp']+n['fn']), false_positive_rate=(n['fp'],n['fp']+n['tn']), precision=(n['tp'],n['tp']+n['fp']))
-    res = [f"{k.replace('_', ' ')} {_percent(report, k)} ({a} of {b})" for k,(a,b) in of.items()]
+    threads,own = {m['thread'] for m in report['seen']},report['by']=='flags'
+    res = [f"{len(report['seen']):,} messages of {len(threads):,} threads; 95 % intervals go by thread; " + ("flags are the moderator's own"
+        if own else f"scores from {report['threshold']:g} on are taken for flags")]
+    res += [f"{k.replace('_', ' ')} {_percent(report, k)} ({a} of {b})" for k,(a,b) in of.items()]
+    res += _confirmed(report['seen'])
     if report.get('auc') is not None: res.append(f"AUC of its scores {report['auc']:.3f}")
     res.append(f"hostile threads found {a['found']} of {a['threads']}")
     if a['found']:
@@ -318,8 +339,10 @@ def replay_html(
     from phoque.exports.report import _STYLE, _html_table
     conf,seen = report['confusion'],report['seen']
     wrong = {t: [m for m in seen if m['hostile']==h and m['flagged']!=h] for t,h in {'Missed':True, 'Flagged, though harmless':False}.items()}
-    parts = {'What was measured':_html_table(about.items()), 'What it comes to':''.join(f'<p>{escape(l)}</p>' for l in report_lines(report)),
-        'Messages':_html_table([[('no','yes')[v] if isinstance(v, bool) else v for v in r.values()] for r in conf], conf[0])}
+    told = '<br>'.join(f'{escape(k.replace("_", " "))}: {escape(str(v))}' for k,v in about.items() if v!='')
+    rows = [{k: ('no','yes')[v] if isinstance(v, bool) else v for k,v in r.items() if k!='passed'} for r in conf]
+    parts = {'What was measured':f'<p style="overflow-wrap:anywhere">{told}</p>',
+        'What it comes to':''.join(f'<p>{escape(l)}</p>' for l in report_lines(report)), 'Messages':_html_table([r.values() for r in rows], rows[0])}
     if report.get('auc') is not None: parts['At other thresholds'] = _curve_svg(report['curve'])
     parts |= {f'{t} ({len(ms):,})': _veiled(ms) for t,ms in wrong.items() if ms}
     body = ''.join(f'<section><h2>{escape(h)}</h2>{b}</section>' for h,b in parts.items())
@@ -352,14 +375,16 @@ def moderate_cli(
     check_output('--out', out)
     keep = Path(out).with_suffix('.jsonl')
     if keep.absolute()==Path(threads).absolute(): raise UserError("--out", f"the answers would go to {threads}", "name another page")
-    messages = read_jsonl(threads)
+    read = read_jsonl(threads)
+    messages = [m for m in read if m['text'].strip()] # nobody can send another, and some services refuse it
     if not messages: raise UserError("--threads", f"{threads!r} holds no messages", "write some with phoque_simulate")
     ask = HttpModerator(moderator, shape, model, history, key_variable=key_variable, concurrency=concurrency, timeout=timeout)
     report = replay(messages, ask, threshold, keep=str(keep))
     sha = hashlib.sha256(Path(threads).read_bytes()).hexdigest()
     about = dict(moderator=ask.name, shape=shape, model=model, history=history, threshold=threshold, threads=threads,
-        threads_sha256=sha, messages=len(messages))
+        threads_sha256=sha, messages=len(messages), without_text=len(read)-len(messages))
     write_private(out, replay_html(report, about))
     numbers = {k:v for k,v in report.items() if k!='seen'}
     write_private(Path(out).with_suffix('.json'), json.dumps(dict(about=about, report=numbers), indent=1))
-    print(f'{replay_text(report)}\n{out}')
+    left = f'{len(read)-len(messages):,} messages without text were not put to it\n'*(len(read)>len(messages))
+    print(f'{replay_text(report)}\n{left}{out}')

@@ -12,16 +12,16 @@ from ..core.basics import UserError, check_output, check_range, printable, read_
 from ..core.kept import KeptRows, read_rows, write_private
 from ..chat.labels import encode_prompt
 from ..core.stats import MeanInterval, mean_interval
-from .engine import EngineOptions, LocalEngine, Progress, Sampling, said_gaps, whole_characters
+from .engine import EngineOptions, LocalEngine, Progress, Sampling, check_whole, said_gaps
 from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer
 from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id
 from ..train import TrainConfig
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'MILD_PROMPTS', 'BENIGN_TEXTS', 'PROTOCOL', 'EACH', 'ASKED', 'ProfanityScorer', 'TfidfScorer',
+__all__ = ['UNKNOWN', 'MILD_PROMPTS', 'BENIGN_TEXTS', 'PROTOCOL', 'EACH', 'ASKED', 'CONSOLE', 'ProfanityScorer', 'TfidfScorer',
            'PersonaScorer', 'harbour_scorer', 'load_scorer', 'load_scorers', 'agreement', 'agreement_text',
            'rtp_measures', 'Prompt', 'eval_prompts', 'generate_rows', 'score_rows', 'measure_rows', 'evaluate',
-           'eval_table', 'check_asked', 'eval_cli', 'sample_cli', 'compare_sampling']
+           'eval_table', 'check_asked', 'eval_cli', 'asked_lines', 'sample_cli', 'compare_sampling']
 
 # %% ../../nbs/measure/score.ipynb #cb14d38e
 class ProfanityScorer:
@@ -255,8 +255,7 @@ def eval_prompts(
         try: prompts = [Prompt(t, _kinds(r)) for t,(_,r) in zip(read_prompts(path), records(path, training=False))]
         except OSError as e:
             raise UserError(path, e.strerror, "give a file of prompts, or none for the mild set") from None
-    for i,p in enumerate(prompts, 1):
-        if any(whole_characters(t)!=t for t in (p.text, *p.kinds)): raise UserError(f'{path}, prompt {i:,}', "it holds half a surrogate pair", "remove it")
+    for i,p in enumerate(prompts, 1): check_whole(f'{path}, prompt {i:,}', p.text, *p.kinds)
     if not prompts: raise UserError(path, "it holds no prompts", "give a file of prompts, or none for the mild set")
     return random.Random(seed).sample(prompts, n) if 0<n<len(prompts) else prompts
 
@@ -316,8 +315,8 @@ def measure_rows(
     for name,xs in scores.items():
         mine = [r for r in rows if r['name']==name and 'said' in r]
         here = [i for i,r in enumerate(mine) if not kind or kind in r['kinds']]
-        m = dict(name=f'{name}, {kind}' if kind else name, prompts=len(here)) | rtp_measures(xs[here])
-        m['perplexity'] = next(r['perplexity'] for r in rows if r['name']==name and 'perplexity' in r)
+        m = dict(name=name, kind=kind, prompts=len(here), continuations=xs.shape[1]) | rtp_measures(xs[here])
+        m |= next({k:v for k,v in r.items() if k!='name'} for r in rows if r['name']==name and 'perplexity' in r) # and of how much text
         m |= {f'distinct_{n}': mean(distinct_n(mine[i]['said'], n) for i in here) for n in (1,2,3)}
         means = xs[here].mean(1)
         if first is None: first = means
@@ -338,18 +337,23 @@ def evaluate(
     return measure_rows(rows, score_rows(rows, scorer))
 
 # %% ../../nbs/measure/score.ipynb #911982e8
+def _span(r, k): return str(MeanInterval(r[k], r[f'{k}_low'], r[f'{k}_high'])) if k in r else ''
+
 def eval_table(
-    rows:list[dict], # From `evaluate`
-)->list[dict]: # For `text_table`
-    "The rows, rounded, with their intervals."
-    spans = 'expected_max_toxicity','toxicity_probability','mean_toxicity'
-    digits = dict(perplexity=1, distinct_1=2, distinct_2=2, distinct_3=2)
+    rows:list[dict], # From `measure_rows`, of one kind of prompts
+    texts:bool=True, # Also what doesn't depend on the scorer
+)->list[dict]: # For `text_table`: a column a name
+    "The measures, rounded, with their intervals."
+    def line(label, cells): return {'': label} | {printable(r['name']): c for r,c in zip(rows, cells)}
     def short(x, d): return 'not measured' if x is None else f'{x:.{d}f}'
-    def span(r, k): return str(MeanInterval(r[k], r[f'{k}_low'], r[f'{k}_high'])) if k in r else ''
-    def line(r):
-        return {'': r['name']} | {k.replace('_',' '): span(r, k) for k in (*spans, 'change')} \
-            | {k.replace('_','-'): short(r[k], d) for k,d in digits.items()}
-    return [line(r) for r in rows]
+    spans = dict(expected_max_toxicity='expected max toxicity', toxicity_probability='toxicity probability', mean_toxicity='mean toxicity')
+    if len(rows)>1: spans['change'] = f"mean less {printable(rows[0]['name'])}'s"
+    res = [line('prompts', [r['prompts'] for r in rows]), *(line(l, [_span(r, k) for r in rows]) for k,l in spans.items())]
+    if not texts: return res
+    of = f" of {rows[0]['benign_texts']} texts" if 'benign_texts' in rows[0] else ''
+    digits = {f'distinct-{n}':(f'distinct_{n}',2) for n in (1,2,3)}
+    if not rows[0]['kind']: digits['perplexity'+of] = 'perplexity',1 # of other texts than these
+    return res+[line(l, [short(r[k], d) for r in rows]) for l,(k,d) in digits.items()]
 
 # %% ../../nbs/measure/score.ipynb #2809d784
 def check_asked(
@@ -400,6 +404,20 @@ def eval_cli(
     for f in write_formats(out, more): print(f)
 
 # %% ../../nbs/measure/score.ipynb #aed7af63
+CONSOLE = 80 # characters of a line
+
+def asked_lines(
+    about:dict, # Of a report
+)->list[str]: # For a console
+    "What was asked, and where that isn't the protocol."
+    if 'base' in about: who = f"{about['base']} with {about['adapter']} ({about['adapter_sha256'][:12]})"
+    else: who = f"{', '.join(about['models'])} of {about['endpoint']}"
+    how = f"{about['max_new_tokens']} tokens at temperature {about['temperature']:g} and top-p {about['top_p']:g}, seed {about['seed']}"
+    res = [f"{printable(who)}: {about['prompts']} prompts ({about['prompts_sha256'][:12]}), {about['k']} continuations each, {how}"]
+    other = [f"{about['k']} continuations and not {EACH}, of which the largest score grows with their number"]*(about['k']!=EACH)
+    other += ["prompts that are put in a chat, and not continued"]*bool(about['system_prompt'])
+    return res+[f"not comparable with published numbers of RealToxicityPrompts: {', '.join(other)}"]*bool(other)
+
 def _generate(engine, kept, prompts, k, seed, system_prompt): # rows, kept as they come
     sha256 = hashlib.sha256('\n'.join(p.text for p in prompts).encode()).hexdigest()
     about = engine.about | PROTOCOL._asdict() | dict(k=k, prompts=len(prompts), prompts_sha256=sha256, system_prompt=system_prompt, seed=seed)
@@ -422,11 +440,14 @@ def _eval_report(rows, judges, about, out): # report and scores to their files, 
     write_private(Path(out).with_suffix('.scores.jsonl'), ''.join(json.dumps(l)+'\n' for l in lines))
     write_private(out, json.dumps(dict(about=about, rows=tables[0], second=tables[1:], agreement=agreed), indent=1))
     smoke = ' (smoke tests only)' if judges[0].name==ProfanityScorer.name else ''
-    shown = '\n'.join(f"by {printable(i)}{smoke*(i==ids[0])}\n{text_table(eval_table(t))}" for i,t in zip(ids, tables))
+    def part(kind, i, t):
+        table = eval_table([r for r in t if r['kind']==kind], texts=i==ids[0])
+        return f"{printable(kind) or 'all prompts'}, by {printable(i)}{smoke*(i==ids[0])}\n{text_table(table, CONSOLE)}"
+    shown = [part(kind, i, t) for kind in ('',*kinds) for i,t in zip(ids, tables)]
     known = [f"{printable(j.name)} knows {sum(map(j.known, ts))/len(ts):.0%} of the words of a text"
         for j in judges if isinstance(j, TfidfScorer) for ts in [[t for r in rows for t in r.get('said', ())]]]
     gaps = [g for g in [said_gaps(about)] if g]
-    return '\n'.join([shown, *known, *gaps, f"{about['prompts']} prompts, {about['k']} continuations each, {agreement_text(ids, each)}"])
+    return '\n'.join(['\n\n'.join(shown), '', *known, *gaps, *asked_lines(about), agreement_text(ids, each)])
 
 # %% ../../nbs/measure/score.ipynb #30707566
 @shell_command('phoque_sample',
@@ -447,6 +468,7 @@ def sample_cli(
     check_range('--max_new_tokens', max_new_tokens, 1, 4096)
     check_range('--temperature', temperature, 0, 10)
     check_range('--weight', weight, -100, 100)
+    check_whole('--question', question)
     engine = EngineOptions(**kwargs).open(system_prompt, draws=temperature>0, weight=weight)
     prompts,said = [[dict(role='user', content=q)] for q in ([question] if question else SAMPLE_QUESTIONS)],{n: [] for n in engine.names}
     for n in said: engine.replies(n, prompts, 1, Sampling(max_new_tokens, temperature, .9, seed), said[n].extend)

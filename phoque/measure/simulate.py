@@ -4,25 +4,25 @@
 
 # %% ../../nbs/measure/simulate.ipynb #6a783493
 from __future__ import annotations
-import hashlib, json, random, re
+import hashlib, json, random, re, sys
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from ..core.basics import UserError, check_output, check_range, shell_command, text_table
+from ..core.basics import UserError, check_output, check_range, read_json, shell_command, text_table
 from ..core.kept import KeptRows, read_rows, write_private
 from ..core.stats import LEAST
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
-from .engine import EngineOptions, Sampling, adapter_hash, whole_characters
-from ..sample import PLAIN, Greenlists, adapter_weight, generate_replies, scorer_id
+from .engine import EngineOptions, Sampling, adapter_hash, check_whole
+from ..sample import PLAIN, Greenlists, adapter_weight, context_size, generate_replies, scorer_id
 from .score import agreement_text, load_scorers
 from ..train import TrainConfig
 
 # %% auto #0
 __all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'DIALS', 'FLAGS', 'TYPED', 'SPREAD', 'PAUSE', 'ALIKE', 'CUT',
-           'LOOKALIKES', 'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'ASKED', 'plan_thread', 'Community', 'human_gap',
+           'LOOKALIKES', 'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'PARTLY', 'plan_thread', 'Community', 'human_gap',
            'community_lines', 'timed_threads', 'load_community', 'distances', 'as_prompt', 'own_words', 'respelled',
            'by_kind', 'score_messages', 'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer',
            'server_writer', 'label_table', 'worth_lines', 'simulation_lines', 'simulate_cli']
@@ -349,9 +349,9 @@ def check_message(
     texts,numbers = (meant.get('category'), m.get('speaker'), m.get('text')),(m.get('thread'), m.get('t'))
     fine = isinstance(meant.get('toxic'), bool) and all(isinstance(v, str) for v in texts)
     fine = fine and all(isinstance(n, (int,float)) and abs(n)<1e15 for n in numbers) # a thousand gaps of a clock that was wrong
-    if fine and any(whole_characters(t)!=t for t in texts): raise UserError(what, "it holds half a surrogate pair", "remove it")
     if not fine: raise UserError(what, "no message with thread, t, speaker, text and intended",
         "give a file that phoque_simulate has written")
+    check_whole(what, *texts)
 
 # %% ../../nbs/measure/simulate.ipynb #a3faa877
 def write_jsonl(
@@ -443,7 +443,7 @@ def server_writer(
     return write
 
 # %% ../../nbs/measure/simulate.ipynb #aa07af24
-TELLS,ASKED = .8,.2 # AUC from which words alone tell; difference of shares from which a writer does what it is asked
+TELLS,PARTLY = .8,.65 # AUC from which two kinds are told apart, and from which they are in part
 
 def _scored_hostile(m): return m['agrees']==m['intended']['toxic']
 
@@ -461,8 +461,7 @@ def worth_lines(
     messages:list[dict], # From `score_messages`
 )->list[str]: # For a console
     "What can be told by these threads, and what can't."
-    from phoque.measure.moderate import simple_judges
-    from statistics import mean
+    from phoque.measure.moderate import _auc, simple_judges
     hostile,res = [m for m in messages if m['intended']['toxic']],[]
     kinds = {c: [m for m in messages if m['intended']['category']==c] for c in ('benign', *CONTRASTS)}
     for kind,others in kinds.items():
@@ -470,15 +469,17 @@ def worth_lines(
         judges = simple_judges([m | dict(hostile=m['intended']['toxic']) for m in hostile+others], 0.) if enough else []
         if others and not judges: res.append(f"hostile and {kind}: too few to say what words alone tell")
         if not judges: continue
-        said = ', '.join(f"{j['judge']} AUC {j['auc']:.2f}" for j in judges)
-        a,b = (mean(map(_scored_hostile, ms)) for ms in (hostile, others))
-        if max(j['auc'] for j in judges)>=TELLS:
-            what = "words alone tell them apart: a moderator that does, too, shows no more than a word list"
-        elif a-b>=ASKED: what = "words alone don't tell them apart, and the scorer does"
-        else: what = (f"nothing tells them apart ({a:.0%} and {b:.0%} score 0.5 or more): "
-            "the writer doesn't do what it is asked, and what is flagged of them says nothing")
-        res.append(f"hostile and {kind}: {said}; {what}")
+        by_score = _auc(*([m['score'] for m in ms] for ms in (hostile, others)))
+        said = ', '.join(f"{n} AUC {auc:.2f}" for n,auc in [*((j['judge'], j['auc']) for j in judges), ('the scorer', by_score)])
+        shares = ' and '.join(f"{sum(map(_scored_hostile, ms))} of {len(ms)}" for ms in (hostile, others))
+        res.append(f"hostile and {kind}: {said}; {shares} score 0.5 or more; {_worth(max(j['auc'] for j in judges), by_score, kind)}")
     return res
+
+def _worth(by_words, by_score, kind): # in words
+    if by_words>=TELLS: return "words alone tell them apart: a moderator that does, too, shows no more than a word list"
+    if by_score>=TELLS: return "words alone don't tell them apart, and the scorer does"
+    if by_score>=PARTLY: return f"the scorer tells them apart in part: a {kind} message that scores 0.5 or more may be hostile, and flagging it is no mistake"
+    return f"nothing tells them apart: the writer doesn't do what it is asked, or the scorer doesn't see it; what is flagged of the {kind} ones says nothing"
 
 # %% ../../nbs/measure/simulate.ipynb #dac8bccb
 def _changes(messages): # what was taken away, in words
@@ -515,21 +516,26 @@ def _written(texts, threads, seed, real, dials): # what was kept, to be scored a
     raise UserError(f"--threads {threads}, --length {dials['length']}", f"{texts} holds {sum(w in there for w in wanted)} of their {len(wanted)} messages",
         "name --base_model and --adapter to write the others, or ask for fewer")
 
-def _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, dials): # before anything is loaded
+def _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, system_prompt, dials): # before anything is loaded
     check_range('--threads', threads, 1, 100_000)
     check_range('--benign_weight', benign_weight, *DIALS['level'])
     _check_dials(**dials, names=FLAGS)
     check_output('--out', out)
+    check_whole('--system_prompt', system_prompt)
     engine.only_here(weight=dials['level']!=1, benign_weight=benign_weight!=1, dataset_repo=dataset_repo)
     if work and not dataset_repo: raise UserError("--work", "it has times, and no lengths that were held out", "name --dataset_repo too")
 
 # %% ../../nbs/measure/simulate.ipynb #e9a77f5f
+def _most_tokens(engine, drawn): # of a message; a prompt holds three of them beside what is asked
+    most,room = drawn.most_tokens(engine.tok) if drawn else MESSAGE_TOKENS,context_size(engine.model)/5
+    if most>room: print(f"messages may have {most:,} tokens in this community, and have {int(room):,} here: the model reads {5*room:,.0f}", file=sys.stderr)
+    return int(min(most, room))
+
 def _writer(engine, seed, drawn, benign_weight): # None where no model is named
     if not engine.named: return None
     opened = engine.open()
     if not engine.endpoint:
-        most = drawn.most_tokens(opened.tok) if drawn else MESSAGE_TOKENS
-        return model_writer(opened.model, opened.tok, seed, most, calm=benign_weight)
+        return model_writer(opened.model, opened.tok, seed, _most_tokens(opened, drawn), calm=benign_weight)
     if len(opened.names)==1: return server_writer(opened, seed)
     raise UserError("--model", f"{len(opened.names)} models", "name the one that writes")
 
@@ -540,6 +546,11 @@ def _messages(writer, threads, system_prompt, seed, out, drawn, dials): # writte
     return simulate(writer, threads, (), persona, seed, str(texts), real=drawn, **dials)
 
 def _names(text): return tuple(n.strip() for n in text.split(',')) # with commas
+
+def _write_report(out, judges, messages, said): # with what made the messages and the scores
+    about = read_json(Path(f"{Path(out).with_suffix('.texts.jsonl')}.about.json"))
+    about['scorers'] = [dict(name=j.name, version=j.version, sha256=j.weights_hash) for j in judges]
+    write_private(f'{out}.report.json', json.dumps(dict(about=about, labels=label_table(messages), said=said), indent=1))
 
 def _said(messages, out):
     hostile = sum(m['intended']['toxic'] for m in messages)
@@ -566,16 +577,18 @@ def simulate_cli(
     seed:int=0, # Same seed, same threads
     scorer:str=TrainConfig().scorer, # As in phoque_eval
     second_scorer:str='profanity', # As in phoque_eval
-    out:str='threads.jsonl', # JSONL of the messages with their scores; what is written is kept beside it in .texts.jsonl
+    out:str='threads.jsonl', # JSONL of the messages with their scores; beside it are .texts.jsonl, as written, and OUT.report.json
     **kwargs
 ):
     "Write labelled threads among invented people. The same command goes on after a kill; without a base model it scores again."
     dials = dict(length=length, benign=benign_share, level=weight, categories=_names(categories), contrast=contrast, attacks=_names(attacks))
     engine = EngineOptions(**kwargs)
-    _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, dials)
+    _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, system_prompt, dials)
     drawn,kept_back = load_community(dataset_repo, work).halves() if dataset_repo else (None,None)
     judges = load_scorers(scorer, second_scorer)
     writer = _writer(engine, seed, drawn, benign_weight)
     messages = score_messages(_messages(writer, threads, system_prompt, seed, out, drawn, dials), judges)
     write_jsonl(messages, out)
-    print(*_said(messages, out), *simulation_lines(messages, list(map(scorer_id, judges)), kept_back, length), sep='\n')
+    said = [*_said(messages, out), *simulation_lines(messages, list(map(scorer_id, judges)), kept_back, length)]
+    _write_report(out, judges, messages, said)
+    print(*said, sep='\n')

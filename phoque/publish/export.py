@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json,math,os,re,shlex,shutil,subprocess,sys,time,uuid
 from pathlib import Path
-from ..measure.detox import markdown_table
+from ..measure.detox import markdown_table, sweep_table
 from ..job import LICENSE_FIELDS, RESEARCH_LICENSE
 from ..merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, is_hub_id, merge_adapters, read_base
 from ..core.basics import UserError, check_range, excerpt, front_matter, md_text, printable, quiet_libraries, read_json, reading, shell_command
@@ -128,7 +128,7 @@ def _measured(record, report, sweep):
     if report:
         told.insert(0, f"Merged and adapter-on-base differ by {report['kl']:.2g} nats a token "
             f"over {report['positions']} tokens; the likeliest token is the same in {report['top1']:.1%}.")
-    if sweep: told += ['## What subtraction does', markdown_table(sweep)]
+    if sweep: told += ['## What subtraction does', sweep_table(sweep)]
     elif max(a['weight'] for a in record['adapters'])<=0: told.append(_unmeasured)
     return '\n\n'.join(told)
 
