@@ -203,7 +203,7 @@ def _encode_columns(
     from datasets.fingerprint import Hasher
     only,jobs,pool = 0,{},ThreadPoolExecutor(2 if chat_format(tok)==OWN else 1)
     def work(first):
-        rows = enumerate(ds[first:first+_BATCH]['messages'], first)
+        rows = enumerate(ds['messages'][first:first+_BATCH], first)
         chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in rows}
         taught = {n:c for n,c in chats.items() if any(map(is_learnt, c))}
         return len(chats)-len(taught),_encode_batch(tok, taught, max_length)
@@ -221,8 +221,8 @@ def _encode_columns(
         load_from_cache_file=False, desc='Tokenising', features=Features(columns),
         new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
     finally:
+        gc.enable() # first, since who is in a hurry interrupts the wait, too
         pool.shutdown(cancel_futures=True)
-        gc.enable()
     return out,only
 
 # %% ../../nbs/chat/labels.ipynb #45fbf60f

@@ -125,7 +125,8 @@ def _ahead(how, lines): # lists of what the process says, one line ahead of who 
         _renderer.finish()
         if out: yield out
     except BaseException:
-        if _renderer.asked and _renderer.asked[-1] is out: _renderer.stop() # nobody waits for the line that it is at
+        with _renderer.lock: # another thread may be asking
+            if _renderer.asked and _renderer.asked[-1] is out: _renderer.stop() # nobody waits for the line that it is at
         raise
 
 # %% ../../nbs/chat/rendering.ipynb #40010d1c
