@@ -385,7 +385,7 @@ def text_lines(
         yield line
 
 # %% ../../nbs/exports/files.ipynb #c11535cd
-_TEXTUAL = r'(?i)\.(txt|json|jsonl|ndjson|csv|tsv|html?|xml|log|md|xlsx|parquet)$'
+_TEXTUAL = r'(?i)\.(txt|json|jsonl|ndjson|csv|tsv|html?|xml|log|md|xlsx|parquet|zip|gz|zst|7z|rar)$'
 
 def texts_in(
     path:str|Path, # File, folder or zip
