@@ -716,6 +716,7 @@ def _ods_row(row):
         res += [v]*min(_times(c, 'columns'), MOST_COLUMNS-len(res))
     return res
 
+# %% ../../nbs/exports/files.ipynb #c3c32b06
 def _ods_rows(f):
     "Number and cells of the rows of the first sheet that has two."
     from lxml.etree import iterparse
