@@ -609,7 +609,6 @@ class _Html(HTMLParser):
         else: self.lines[-1] = '> ' if self.quotes else '',self.lines[-1][1]
         self.ended = True
 
-
 # %% ../../nbs/exports/sources.ipynb #982ab302
 @patch
 def handle_data(self:_Html, data):
