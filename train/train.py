@@ -2256,11 +2256,13 @@ def fill_form(
 @lru_cache(8)
 def _own_format(tok, template, special): return OwnFormat(tok) # made again where one of them has changed
 
+_making = threading.Lock() # else two threads would make one each, and learn all twice
+
 def own_format(
     tok, # Tokenizer from `load_tokenizer`
 )->OwnFormat:
     "How a tokenizer's template writes conversations, as far as it is known by now."
-    return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
+    with _making: return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
 
 @patch
 def encode(self:OwnFormat,
