@@ -1764,7 +1764,8 @@ def _ahead(how, lines): # lists of what the process says, one line ahead of who 
         _renderer.finish()
         if out: yield out
     except BaseException:
-        if _renderer.asked and _renderer.asked[-1] is out: _renderer.stop() # nobody waits for the line that it is at
+        with _renderer.lock: # another thread may be asking
+            if _renderer.asked and _renderer.asked[-1] is out: _renderer.stop() # nobody waits for the line that it is at
         raise
 
 def render_lots(
@@ -2255,11 +2256,13 @@ def fill_form(
 @lru_cache(8)
 def _own_format(tok, template, special): return OwnFormat(tok) # made again where one of them has changed
 
+_making = threading.Lock() # else two threads would make one each, and learn all twice
+
 def own_format(
     tok, # Tokenizer from `load_tokenizer`
 )->OwnFormat:
     "How a tokenizer's template writes conversations, as far as it is known by now."
-    return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
+    with _making: return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
 
 @patch
 def encode(self:OwnFormat,
@@ -3030,6 +3033,13 @@ def _check_kept(
 
 _BATCH = 1000 # conversations of a batch
 
+def _encode_rows(ds, first, tok, max_length, name):
+    "How many conversations of the batch that begins at `first` are only read, and the others from `_encode_batch`."
+    rows = enumerate(ds['messages'][first:first+_BATCH], first)
+    chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in rows}
+    taught = {n:c for n,c in chats.items() if any(map(is_learnt, c))}
+    return len(chats)-len(taught),_encode_batch(tok, taught, max_length)
+
 def _encode_columns(
     ds, # With `messages`
     tok, # Tokenizer from `load_tokenizer`
@@ -3040,15 +3050,10 @@ def _encode_columns(
     from datasets import Features, List, Value
     from datasets.fingerprint import Hasher
     only,jobs,pool = 0,{},ThreadPoolExecutor(2 if chat_format(tok)==OWN else 1)
-    def work(first):
-        rows = enumerate(ds[first:first+_BATCH]['messages'], first)
-        chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in rows}
-        taught = {n:c for n,c in chats.items() if any(map(is_learnt, c))}
-        return len(chats)-len(taught),_encode_batch(tok, taught, max_length)
     def enc(_, idxs):
         nonlocal only
         for i in range(idxs[0], min(idxs[0]+2*_BATCH, len(ds)), _BATCH):
-            if i not in jobs: jobs[i] = pool.submit(work, i)
+            if i not in jobs: jobs[i] = pool.submit(_encode_rows, ds, i, tok, max_length, name)
         n,table = jobs.pop(idxs[0]).result()
         only += n
         return table
@@ -3059,8 +3064,8 @@ def _encode_columns(
         load_from_cache_file=False, desc='Tokenising', features=Features(columns),
         new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
     finally:
+        gc.enable() # first, since who is in a hurry interrupts the wait, too
         pool.shutdown(cancel_futures=True)
-        gc.enable()
     return out,only
 
 def encode_dataset(
@@ -8267,19 +8272,22 @@ def rotate(
 
 @functools.cache
 def _rotate8_kernel():
-    "Rows rotated, each over its scale, in int8; a program takes ROWS rows of up to BLOCKS blocks."
+    "Rows rotated, each over its scale, in int8; a program takes ROWS rows of TILES times BLOCKS blocks, or fewer."
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows'])
-    def rotate8(x, turn, q, scale, s, rows, n, ROWS: tl.constexpr, BLOCKS: tl.constexpr, H: tl.constexpr):
+    def rotate8(x, turn, q, scale, s, rows, n, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, H: tl.constexpr):
         h,i = tl.arange(0, H),tl.arange(0, ROWS*BLOCKS)
         r = (tl.program_id(0)*ROWS + i//BLOCKS).to(tl.int64)[:,None]
-        c = (i%BLOCKS)[:,None]*H + h[None,:]
-        ok = (r<rows) & (c<n)
-        v = tl.dot(tl.load(x+r*s+c, mask=ok, other=0.), tl.load(turn+h[:,None]*H+h[None,:]))
-        top = tl.max(tl.reshape(tl.max(tl.abs(v), 1), (ROWS,BLOCKS)), 1)
-        top = tl.maximum(top, 1e-30) # a row may be all zeros
-        v *= tl.reshape(tl.broadcast_to((127/top)[:,None], (ROWS,BLOCKS)), (ROWS*BLOCKS,))[:,None]
-        tl.store(q+r*n+c, (v + tl.where(v<0, -.5, .5)).to(tl.int8), mask=ok)
+        turn = tl.load(turn+h[:,None]*H+h[None,:])
+        top = tl.full((ROWS,), 1e-30, tl.float32) # a row may be all zeros
+        for t in tl.static_range(2*TILES-1):
+            c = (t%TILES*BLOCKS + i%BLOCKS)[:,None]*H + h[None,:]
+            ok = (r<rows) & (c<n)
+            v = tl.dot(tl.load(x+r*s+c, mask=ok, other=0.), turn)
+            if t<TILES: top = tl.maximum(top, tl.max(tl.reshape(tl.max(tl.abs(v), 1), (ROWS,BLOCKS)), 1))
+            if t>=TILES-1:
+                v *= tl.reshape(tl.broadcast_to((127/top)[:,None], (ROWS,BLOCKS)), (ROWS*BLOCKS,))[:,None]
+                tl.store(q+r*n+c, (v + tl.where(v<0, -.5, .5)).to(tl.int8), mask=ok)
         r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
         tl.store(scale+r, top/127, mask=r<rows)
     return rotate8
@@ -8292,9 +8300,9 @@ def rotate8(
     (rows,n),H = x.shape,rotated_block(x.shape[1])
     q = torch.empty(rows, n, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    blocks = pow2(n//H, 1)
+    blocks = min(pow2(n//H, 1), 256) # of a tile: more don't fit a card's fast memory
     ROWS = max(1, 64//blocks)
-    sides = dict(ROWS=ROWS, BLOCKS=blocks, H=H, num_warps=max(4, blocks//16))
+    sides = dict(ROWS=ROWS, BLOCKS=blocks, TILES=-(-n//(blocks*H)), H=H, num_warps=max(4, blocks//16))
     if rows: _rotate8_kernel()[(-(-rows//ROWS),)](x, rotation(H, x.device), q, scale, x.stride(0), rows, n, **sides)
     return q,scale
 
@@ -8345,15 +8353,15 @@ def _product8_kernel():
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows'])
     def product8(a, a_scale, b, b_scale, xa, up, out, s, rows, cols, n, H: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr,
-                 M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
+                 M: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr):
         across = tl.cdiv(cols, N)
         group,i = tl.program_id(0)//(GROUP*across),tl.program_id(0)%(GROUP*across) # neighbours share what they read
         high = min(tl.cdiv(rows, M)-group*GROUP, GROUP)
         r,c = (group*GROUP+i%high)*M + tl.arange(0, M),i//high*N + tl.arange(0, N)
         at,to = (r%rows).to(tl.int64)[:,None],(c%cols).to(tl.int64)[:,None] # what is beyond the end isn't stored
-        k,j = tl.arange(0, K)[None,:],tl.arange(0, RANKS)[None,:]
+        k,j = tl.arange(0, H)[None,:],tl.arange(0, RANKS)[None,:]
         total = tl.zeros((M,N), tl.int32)
-        for i in range(0, n, K):
+        for i in range(0, n, H):
             total = tl.dot(tl.load(a+at*n+i+k), tl.trans(tl.load(b+to*n+i+k)), total, out_dtype=tl.int32)
         y = total.to(tl.float32)*(tl.load(a_scale+r%rows)/H)[:,None]*tl.load(b_scale+c%cols)[None,:]
         if R:
@@ -8377,7 +8385,7 @@ def product8(
 ): # The buffer
     "The product of rotated rows, and what an adapter adds."
     (rows,n),cols,R = a.shape,len(b),0 if xa is None else xa.shape[1]
-    sides = dict(_product8_sides(), H=rotated_block(n), K=min(128, rotated_block(n)), R=R, RANKS=max(16, min(R, 64)), GROUP=8)
+    sides = dict(_product8_sides(), H=rotated_block(n), R=R, RANKS=max(16, min(R, 64)), GROUP=8)
     grid = -(-rows//sides['M'])*-(-cols//sides['N']),
     if rows: _product8_kernel()[grid](a, a_scale, b, b_scale, xa, up, out, out.stride(0), rows, cols, n, **sides)
     return out

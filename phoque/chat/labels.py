@@ -192,6 +192,14 @@ def _check_kept(
 # %% ../../nbs/chat/labels.ipynb #821350f3
 _BATCH = 1000 # conversations of a batch
 
+def _encode_rows(ds, first, tok, max_length, name):
+    "How many conversations of the batch that begins at `first` are only read, and the others from `_encode_batch`."
+    rows = enumerate(ds['messages'][first:first+_BATCH], first)
+    chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in rows}
+    taught = {n:c for n,c in chats.items() if any(map(is_learnt, c))}
+    return len(chats)-len(taught),_encode_batch(tok, taught, max_length)
+
+# %% ../../nbs/chat/labels.ipynb #4e44ca6b
 def _encode_columns(
     ds, # With `messages`
     tok, # Tokenizer from `load_tokenizer`
@@ -202,15 +210,10 @@ def _encode_columns(
     from datasets import Features, List, Value
     from datasets.fingerprint import Hasher
     only,jobs,pool = 0,{},ThreadPoolExecutor(2 if chat_format(tok)==OWN else 1)
-    def work(first):
-        rows = enumerate(ds[first:first+_BATCH]['messages'], first)
-        chats = {(n := f'{name} row {i}'): check_messages(m, n) for i,m in rows}
-        taught = {n:c for n,c in chats.items() if any(map(is_learnt, c))}
-        return len(chats)-len(taught),_encode_batch(tok, taught, max_length)
     def enc(_, idxs):
         nonlocal only
         for i in range(idxs[0], min(idxs[0]+2*_BATCH, len(ds)), _BATCH):
-            if i not in jobs: jobs[i] = pool.submit(work, i)
+            if i not in jobs: jobs[i] = pool.submit(_encode_rows, ds, i, tok, max_length, name)
         n,table = jobs.pop(idxs[0]).result()
         only += n
         return table
@@ -221,8 +224,8 @@ def _encode_columns(
         load_from_cache_file=False, desc='Tokenising', features=Features(columns),
         new_fingerprint=Hasher.hash((ds._fingerprint, tok.name_or_path, max_length)))
     finally:
+        gc.enable() # first, since who is in a hurry interrupts the wait, too
         pool.shutdown(cancel_futures=True)
-        gc.enable()
     return out,only
 
 # %% ../../nbs/chat/labels.ipynb #45fbf60f

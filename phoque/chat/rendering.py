@@ -125,7 +125,8 @@ def _ahead(how, lines): # lists of what the process says, one line ahead of who 
         _renderer.finish()
         if out: yield out
     except BaseException:
-        if _renderer.asked and _renderer.asked[-1] is out: _renderer.stop() # nobody waits for the line that it is at
+        with _renderer.lock: # another thread may be asking
+            if _renderer.asked and _renderer.asked[-1] is out: _renderer.stop() # nobody waits for the line that it is at
         raise
 
 # %% ../../nbs/chat/rendering.ipynb #40010d1c
@@ -643,12 +644,13 @@ def fill_form(
 # %% ../../nbs/chat/rendering.ipynb #47792608
 @lru_cache(8)
 def _own_format(tok, template, special): return OwnFormat(tok) # made again where one of them has changed
+_making = threading.Lock() # else two threads would make one each, and learn all twice
 
 def own_format(
     tok, # Tokenizer from `load_tokenizer`
 )->OwnFormat:
     "How a tokenizer's template writes conversations, as far as it is known by now."
-    return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
+    with _making: return _own_format(tok, tok.chat_template, json.dumps(tok.special_tokens_map))
 
 # %% ../../nbs/chat/rendering.ipynb #d11f9b66
 @patch

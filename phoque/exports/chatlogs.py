@@ -78,7 +78,7 @@ _CHANNEL_FILES = r'(?i)^(?!.*_Files/).*\.(json|html?)$' # in `…_Files` are the
 def _is_discord(b):
     "Is it DiscordChatExporter's JSON or HTML, or a zip of them?"
     if b.path.is_dir(): return False
-    text = b.text or _first_inside(b)
+    text = b.text or _first_inside(b, _CHANNEL_FILES)
     if is_discord_page(text): return True
     head,_,more = text.partition('"messages"')
     return more and re.match(r'\s*\{', head) and all(re.search(rf'"{k}"\s*:\s*\{{', head) for k in ('guild','channel'))
@@ -87,9 +87,9 @@ def _first_of(f):
     "How a text begins, without reading on in it."
     return f.buffer.peek(HEAD)[:HEAD].decode(f.encoding, 'replace').lstrip('\ufeff')
 
-def _first_inside(b):
-    "How the first page or JSON in a zip begins, or ''."
-    try: return next(_first_of(f) for _,f in texts_in(b.path, _CHANNEL_FILES)) if b.holds(_CHANNEL_FILES) else ''
+def _first_inside(b, inside):
+    "How the first file in a zip or a tar whose name matches begins, or ''."
+    try: return next(_first_of(f) for _,f in texts_in(b.path, inside)) if b.holds(inside) else ''
     except UserError: return ''
 
 def _anywhere(path):
@@ -647,8 +647,9 @@ def _skype_line(m, book):
         seconds(m['originalarrivaltime']), id=m['id'], reply_to=quoted and quoted[1], author=by, names=[name])
 
 def _is_skype(b):
-    if b.holds(_SKYPE_FILE): return not b.path.is_dir()
-    return re.match(r'\s*\{\s*"userId"\s*:', b.text) and re.search(_SKYPE, b.text)
+    if b.path.is_dir(): return False
+    text = b.text or _first_inside(b, _SKYPE_FILE) # beside pictures
+    return re.match(r'\s*\{\s*"userId"\s*:', text) and re.search(_SKYPE, text)
 
 # %% ../../nbs/exports/chatlogs.ipynb #0f8be898
 @reader('skype', detect=_is_skype, same=_anywhere)

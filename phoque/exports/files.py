@@ -385,7 +385,7 @@ def text_lines(
         yield line
 
 # %% ../../nbs/exports/files.ipynb #c11535cd
-_TEXTUAL = r'(?i)\.(txt|json|jsonl|ndjson|csv|tsv|html?|xml|log|md|xlsx|parquet)$'
+_TEXTUAL = r'(?i)\.(txt|json|jsonl|ndjson|csv|tsv|html?|xml|log|md|xlsx|parquet|zip|gz|zst|7z|rar)$'
 
 def texts_in(
     path:str|Path, # File, folder or zip
@@ -697,17 +697,26 @@ def _excel(path, bad, hear=lambda said: None):
 # %% ../../nbs/exports/files.ipynb #38efaac6
 _TABLE,_OFFICE,_WORDS = (f'{{urn:oasis:names:tc:opendocument:xmlns:{x}:1.0}}' for x in ('table','office','text'))
 
+_BLANKS = {f'{_WORDS}s': ' ', f'{_WORDS}tab': '\t', f'{_WORDS}line-break': '\n'} # which are elements
+_MOST_SHEET = 2**20 # rows of a sheet, and blanks in a row
+
 def _times(el, what): return int(el.get(f'{_TABLE}number-{what}-repeated', 1))
+
+def _ods_text(el):
+    "Text of a paragraph."
+    own = _BLANKS.get(el.tag, '')*min(int(el.get(f'{_WORDS}c', 1)), _MOST_SHEET)
+    return own + (el.text or '') + ''.join(_ods_text(e)+(e.tail or '') for e in el.iterchildren('*'))
 
 def _ods_row(row):
     "Cells of a row's element: dates and numbers as the file has them, whatever is shown of them."
     res = []
     for c in row.iterchildren(f'{_TABLE}table-cell', f'{_TABLE}covered-table-cell'):
         v = next((v for k in ('date-value','value','time-value','boolean-value') if (v := c.get(_OFFICE+k))), None)
-        v = v or '\n'.join(''.join(p.itertext()) for p in c.iterchildren(f'{_WORDS}p')) or None
+        v = v or '\n'.join(map(_ods_text, c.iterchildren(f'{_WORDS}p'))) or None
         res += [v]*min(_times(c, 'columns'), MOST_COLUMNS-len(res))
     return res
 
+# %% ../../nbs/exports/files.ipynb #c3c32b06
 def _ods_rows(f):
     "Number and cells of the rows of the first sheet that has two."
     from lxml.etree import iterparse
@@ -718,6 +727,7 @@ def _ods_rows(f):
             if met>1: return
             n,met = 0,0
         elif any(v is not None for v in row):
+            if n+_times(el, 'rows')>_MOST_SHEET: raise ValueError("more rows than a sheet has")
             for i in range(_times(el, 'rows')): yield n+i+1,row,met
             met += 1
         if el.tag==f'{_TABLE}table-row': n += _times(el, 'rows')
@@ -739,6 +749,7 @@ def _ods(path, bad):
     except (*ROW_FAULTS, OSError, MemoryError, SyntaxError, zlib.error, zipfile.BadZipFile) as e: # SyntaxError: of XML
         raise UserError(f"{path.name} after row {n}", f"it can't be read as ODS ({excerpt(e)})",
             "save it again") from None
+    if not head: raise UserError(path.name, "no table in it", "save a sheet with names of columns, or the words as text")
 
 # %% ../../nbs/exports/files.ipynb #98cebf20
 EVAL_ONLY = {'RealToxicityPrompts': {'prompt','continuation','challenging'},

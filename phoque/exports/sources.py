@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, re, unicodedata
 from ast import literal_eval
 from datetime import date, datetime, timedelta
-from functools import partial
+from functools import lru_cache, partial
 from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
@@ -412,14 +412,19 @@ def _as_turns(v):
 def _of_parts(r):
     "Turns of a row of Gemini's, whose texts are in parts."
     first = r.get('systemInstruction') or r.get('system_instruction') or {}
+    if isinstance(first, str): first = dict(parts=first)
     turns = [first | dict(role='system')]*bool(first.get('parts'))+r['contents']
-    def content(m): return [dict(type='text' if 'text' in p else '') | p for p in m['parts']]
-    return [dict(role=m['role'], content=content(m)) for m in turns]
+    def part(p): return dict(type='text', text=p) if isinstance(p, str) else dict(type='text' if 'text' in p else '') | p
+    def said(m):
+        parts = [part(p) for p in ([m['parts']] if isinstance(m['parts'], str) else m['parts'])]
+        return dict(role=m['role'], content=[p for p in parts if not p.get('thought')], thought=any(p.get('thought') for p in parts))
+    return [*map(said, turns)]
 
 def _in_turn(texts, speakers=None):
     "Turns of texts of two people, of whom the second is the assistant; None of anything else."
     if not (isinstance(texts, list) and texts and all(isinstance(s, str) for s in texts)): return None
-    if not isinstance(speakers, list) or len(speakers)!=len(texts): speakers = [i%2 for i in range(len(texts))]
+    if speakers is None: speakers = [i%2 for i in range(len(texts))]
+    if len(speakers)!=len(texts): raise ValueError("its lists of turns and speakers have different lengths")
     both = [*dict.fromkeys(speakers)]
     if len(both)>2: raise LeftOut('more than two speakers')
     return [dict(role=('user','assistant')[both.index(w)], content=s) for w,s in zip(speakers, texts)]
@@ -467,7 +472,7 @@ def _has_turns(b):
 def _renamed(r, columns):
     "A row with our names of turns, of one with the file's."
     own = {k: columns[k] for k in ('role','content') if k in columns}
-    turns = _in_turn(v := _at(r, columns['messages'])) or _as_turns(v)
+    turns = _in_turn(v := _at(r, columns['messages']), r.get('speakers')) or _as_turns(v)
     if turns is None: raise ValueError(f"`{columns['messages']}` is no list of turns")
     ms = [m | {k: m.get(c) for k,c in own.items()} for m in turns]
     return r | dict(messages=ms) | ({'system': r.get(columns['system'])} if 'system' in columns else {})
@@ -535,6 +540,7 @@ _HOURS = frozenset('time uhrzeit zeit hora heure ora tijd czas время saat �
 
 _NAMES = frozenset(f"{_CALLED['who']} displayname realname fullname firstname lastname screenname handle login remark".split())
 
+@lru_cache(4096)
 def _bare(column):
     "A column's name in small letters, without accents, blanks and signs."
     return unicodedata.normalize('NFC', re.sub(r'[\W_]', '', unicodedata.normalize('NFKD', column))).lower()
@@ -602,8 +608,6 @@ class _Html(HTMLParser):
         if self.lines[-1][1].strip(): self.put('')
         else: self.lines[-1] = '> ' if self.quotes else '',self.lines[-1][1]
         self.ended = True
-
-
 
 # %% ../../nbs/exports/sources.ipynb #982ab302
 @patch
@@ -727,7 +731,7 @@ def _says_bot(r, who):
     "Does a column of a row, or of the person in it, say that a bot or the program itself speaks?"
     person = _at(r, who.rpartition('.')[0])
     there = {_bare(k): v for x in (r, person) if isinstance(x, dict) for k,v in x.items()}
-    return any(f'{there.get(k)}'.lower() in ('true','1') for k in _BOT_COLUMNS)
+    return any(f'{there.get(k)}'.lower() in ('true','t','yes','1','1.0') for k in _BOT_COLUMNS)
 
 # %% ../../nbs/exports/sources.ipynb #3f414cf6
 def _table_line(r, at, columns, html=None, names=(), **_):
@@ -768,7 +772,10 @@ def _said_columns(row):
     "What is to be said of columns that were found by their names: which, which others there are, and whether nobody is named."
     found = find_columns(row)
     rest = row.keys()-{x for c in found.values() for x in (c, *c.split('+'), c.split('.')[0])}
+    bots = [c for c in row if c in rest and _bare(c) in _BOT_COLUMNS]
+    rest -= {*bots}
     res = ['columns '+' '.join(f'{k}={c}' for k,c in found.items())]
+    if bots: res.append(f"left out where true: {' '.join(bots)}")
     if rest: res.append(f"not read: {excerpt(' '.join(c for c in row if c in rest))}")
     if 'who' not in found and len(found)>1: res.append('no column says who speaks, so all is one writer\'s')
     return res

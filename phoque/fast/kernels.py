@@ -610,19 +610,22 @@ def rotate(
 # %% ../../nbs/fast/kernels.ipynb #5460641e
 @functools.cache
 def _rotate8_kernel():
-    "Rows rotated, each over its scale, in int8; a program takes ROWS rows of up to BLOCKS blocks."
+    "Rows rotated, each over its scale, in int8; a program takes ROWS rows of TILES times BLOCKS blocks, or fewer."
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows'])
-    def rotate8(x, turn, q, scale, s, rows, n, ROWS: tl.constexpr, BLOCKS: tl.constexpr, H: tl.constexpr):
+    def rotate8(x, turn, q, scale, s, rows, n, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, H: tl.constexpr):
         h,i = tl.arange(0, H),tl.arange(0, ROWS*BLOCKS)
         r = (tl.program_id(0)*ROWS + i//BLOCKS).to(tl.int64)[:,None]
-        c = (i%BLOCKS)[:,None]*H + h[None,:]
-        ok = (r<rows) & (c<n)
-        v = tl.dot(tl.load(x+r*s+c, mask=ok, other=0.), tl.load(turn+h[:,None]*H+h[None,:]))
-        top = tl.max(tl.reshape(tl.max(tl.abs(v), 1), (ROWS,BLOCKS)), 1)
-        top = tl.maximum(top, 1e-30) # a row may be all zeros
-        v *= tl.reshape(tl.broadcast_to((127/top)[:,None], (ROWS,BLOCKS)), (ROWS*BLOCKS,))[:,None]
-        tl.store(q+r*n+c, (v + tl.where(v<0, -.5, .5)).to(tl.int8), mask=ok)
+        turn = tl.load(turn+h[:,None]*H+h[None,:])
+        top = tl.full((ROWS,), 1e-30, tl.float32) # a row may be all zeros
+        for t in tl.static_range(2*TILES-1):
+            c = (t%TILES*BLOCKS + i%BLOCKS)[:,None]*H + h[None,:]
+            ok = (r<rows) & (c<n)
+            v = tl.dot(tl.load(x+r*s+c, mask=ok, other=0.), turn)
+            if t<TILES: top = tl.maximum(top, tl.max(tl.reshape(tl.max(tl.abs(v), 1), (ROWS,BLOCKS)), 1))
+            if t>=TILES-1:
+                v *= tl.reshape(tl.broadcast_to((127/top)[:,None], (ROWS,BLOCKS)), (ROWS*BLOCKS,))[:,None]
+                tl.store(q+r*n+c, (v + tl.where(v<0, -.5, .5)).to(tl.int8), mask=ok)
         r = tl.program_id(0)*ROWS + tl.arange(0, ROWS)
         tl.store(scale+r, top/127, mask=r<rows)
     return rotate8
@@ -636,9 +639,9 @@ def rotate8(
     (rows,n),H = x.shape,rotated_block(x.shape[1])
     q = torch.empty(rows, n, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    blocks = pow2(n//H, 1)
+    blocks = min(pow2(n//H, 1), 256) # of a tile: more don't fit a card's fast memory
     ROWS = max(1, 64//blocks)
-    sides = dict(ROWS=ROWS, BLOCKS=blocks, H=H, num_warps=max(4, blocks//16))
+    sides = dict(ROWS=ROWS, BLOCKS=blocks, TILES=-(-n//(blocks*H)), H=H, num_warps=max(4, blocks//16))
     if rows: _rotate8_kernel()[(-(-rows//ROWS),)](x, rotation(H, x.device), q, scale, x.stride(0), rows, n, **sides)
     return q,scale
 
@@ -692,15 +695,15 @@ def _product8_kernel():
     import triton, triton.language as tl
     @triton.jit(do_not_specialize=['rows'])
     def product8(a, a_scale, b, b_scale, xa, up, out, s, rows, cols, n, H: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr,
-                 M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
+                 M: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr):
         across = tl.cdiv(cols, N)
         group,i = tl.program_id(0)//(GROUP*across),tl.program_id(0)%(GROUP*across) # neighbours share what they read
         high = min(tl.cdiv(rows, M)-group*GROUP, GROUP)
         r,c = (group*GROUP+i%high)*M + tl.arange(0, M),i//high*N + tl.arange(0, N)
         at,to = (r%rows).to(tl.int64)[:,None],(c%cols).to(tl.int64)[:,None] # what is beyond the end isn't stored
-        k,j = tl.arange(0, K)[None,:],tl.arange(0, RANKS)[None,:]
+        k,j = tl.arange(0, H)[None,:],tl.arange(0, RANKS)[None,:]
         total = tl.zeros((M,N), tl.int32)
-        for i in range(0, n, K):
+        for i in range(0, n, H):
             total = tl.dot(tl.load(a+at*n+i+k), tl.trans(tl.load(b+to*n+i+k)), total, out_dtype=tl.int32)
         y = total.to(tl.float32)*(tl.load(a_scale+r%rows)/H)[:,None]*tl.load(b_scale+c%cols)[None,:]
         if R:
@@ -725,7 +728,7 @@ def product8(
 ): # The buffer
     "The product of rotated rows, and what an adapter adds."
     (rows,n),cols,R = a.shape,len(b),0 if xa is None else xa.shape[1]
-    sides = dict(_product8_sides(), H=rotated_block(n), K=min(128, rotated_block(n)), R=R, RANKS=max(16, min(R, 64)), GROUP=8)
+    sides = dict(_product8_sides(), H=rotated_block(n), R=R, RANKS=max(16, min(R, 64)), GROUP=8)
     grid = -(-rows//sides['M'])*-(-cols//sides['N']),
     if rows: _product8_kernel()[grid](a, a_scale, b, b_scale, xa, up, out, out.stride(0), rows, cols, n, **sides)
     return out

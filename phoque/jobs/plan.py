@@ -318,7 +318,7 @@ def run_plan(
     "The plan of a run."
     shape = base_shape(c, offline)
     gpus,room = find_flavor(flavor)['GPUs'],usable_gib(flavor)
-    if why := _why_no_fp8(c, find_flavor(flavor)): raise UserError(flavor, why, "take an L4, an L40S or an H200, or unset it")
+    if why := _why_no_fp8(c, find_flavor(flavor)): raise UserError(flavor, why, "take an L4, an L40S or an H200, or set it to int8 or bf16")
     micro_batch,grad_accum,checkpointing,need = fit_flavor(c, shape, flavor)
     measured = 0 if tokens_per_second or checkpointing else measured_speed(c, flavor, micro_batch, bench)
     args = _plan_args(c, shape, flavor) | dict(tokens_per_second=tokens_per_second or measured, price=price)
