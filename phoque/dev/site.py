@@ -632,7 +632,7 @@ def close_chapters(
     for a,b in chapters:
         text = a+page[a:b].index('</h2>')+len('</h2>')
         used += _height(page[a:b])
-        opened = ' open' if used <= most else ''
+        opened = ' open' if used <= most or not out else ''
         summary = f'<details class="chapter"{opened}><summary>{page[a:text]}</summary>'
         out += [page[at:a], summary, page[text:b], '</details>']
         at = b
