@@ -6734,7 +6734,7 @@ def forward(self:LoraGroup,
     import torch
     xa = torch.mm(x[:,:self.width], self.a.t())
     if self.blocks is not None:
-        y = (self.forward_int8 if self.int8 else self.forward8)(x[:,:self.width], xa)
+        y = (self.forward_int8 if self.int8 else self.forward_fp8)(x[:,:self.width], xa)
         return (y if self.bias is None else y.add_(self.bias)),xa
     x[:,self.width:] = xa
     w = self.weight().t()
@@ -7423,7 +7423,7 @@ def eight(self:LoraGroup,
     return w
 
 @patch
-def forward8(self:LoraGroup,
+def forward_fp8(self:LoraGroup,
     x, # Input, (rows, width)
     xa, # What `lora_A` makes of it
 ): # Outputs, (rows, outputs)
@@ -7433,8 +7433,8 @@ def forward8(self:LoraGroup,
 
 @patch
 def forward_int8(self:LoraGroup,
-    x, xa, # As for `forward8`
-): # As from `forward8`
+    x, xa, # As for `forward_fp8`
+): # As from `forward_fp8`
     "All projections at once, in int8; `lora_B` multiplies in bf16."
     y = x.new_empty(len(x), sum(self.sizes))
     return product8(*rotate8(x), self.eight(), self.frozen.scales[0], y, xa, self.blocks)
