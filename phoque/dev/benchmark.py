@@ -382,6 +382,7 @@ def bench_cli(
     "Measure training speed and memory, all sides in one run."
     import tempfile, torch
     check_range('--steps', steps, 6, 100_000)
+    check_range('--mean_tokens', mean_tokens, 2, max_length)
     turns = bench_order(_sides(sides), _numbers('--rows', rows), _numbers('--gpus', gpus))
     cards = own_cards(max(g for *_,g in turns))
     quiet_libraries()
