@@ -38,8 +38,8 @@ class Asker:
         self.tries,self.pause,self.most = tries,pause,most
         def slashes(m): return '//' if m[0].startswith('//') else ''
         self.name = f"{what} {re.sub(r'//[^/]*@|[?#].*', slashes, printable(url))}" # without password and query
-        self.query_sha256 = hashlib.sha256(url.partition('?')[2].encode()).hexdigest()[:12] # it may choose a model, or hold a key
         self._check()
+        self.query_sha256 = hashlib.sha256(url.partition('?')[2].encode()).hexdigest()[:12] # it may choose a model, or hold a key
 
     def headers(self, key):
         "What sends the key."
@@ -53,7 +53,7 @@ class Asker:
 @patch
 def _check(self:Asker): # what would fail at the first question
     import httpx2
-    try: url = httpx2.URL(self.url if re.match(r'https?://[^/\s]', self.url) else '')
+    try: url = httpx2.URL(self.url if re.match(r'https?://[^/\s]', self.url) and self.url.isprintable() else '')
     except httpx2.InvalidURL: url = httpx2.URL('')
     if not url.host: raise UserError(self.flag, f"{excerpt(repr(self.url), 60)} is no address", "begin it with http:// or https://")
     if (self._key() or url.userinfo) and url.scheme=='http' and url.host not in LOOPBACK:
