@@ -372,7 +372,9 @@ def read_jsonl(
 # %% ../../nbs/measure/simulate.ipynb #d9a2994b
 def _product(linear): # with its weights, as they are now
     import torch
+    from transformers.pytorch_utils import Conv1D
     w,bias = linear.weight.data,linear.bias
+    if isinstance(linear, Conv1D): w = w.T.contiguous() # GPT-2's
     able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if able and w.device.type=='cpu' and w.dtype==torch.bfloat16:
         packed = torch.ops.mkldnn._reorder_linear_weight(w) # once, instead of at each product: the same numbers in half the time
