@@ -38,8 +38,8 @@ class Asker:
         self.tries,self.pause,self.most = tries,pause,most
         def slashes(m): return '//' if m[0].startswith('//') else ''
         self.name = f"{what} {re.sub(r'//[^/]*@|[?#].*', slashes, printable(url))}" # without password and query
-        self.query_sha256 = hashlib.sha256(url.partition('?')[2].encode()).hexdigest()[:12] # it may choose a model, or hold a key
         self._check()
+        self.query_sha256 = hashlib.sha256(url.partition('?')[2].encode()).hexdigest()[:12] # it may choose a model, or hold a key
 
     def headers(self, key):
         "What sends the key."
@@ -53,7 +53,7 @@ class Asker:
 @patch
 def _check(self:Asker): # what would fail at the first question
     import httpx2
-    try: url = httpx2.URL(self.url if re.match(r'https?://[^/\s]', self.url) else '')
+    try: url = httpx2.URL(self.url if re.match(r'https?://[^/\s]', self.url) and self.url.isprintable() else '')
     except httpx2.InvalidURL: url = httpx2.URL('')
     if not url.host: raise UserError(self.flag, f"{excerpt(repr(self.url), 60)} is no address", "begin it with http:// or https://")
     if (self._key() or url.userinfo) and url.scheme=='http' and url.host not in LOOPBACK:
@@ -102,10 +102,10 @@ def _failure(self:Asker, e): # why there was no answer; a `UserError` where no p
     return excerpt(e, 60)
 
 @patch
-def _refuse(self:Asker, status, data): # what no patience helps
+def _refusal(self:Asker, status, data): # what no patience helps
     key = f"check the key in {self.key_variable}" if self.key_variable else "name its key with --key_variable"
     remedies = {401:key, 403:key, 413:"send it less, or let it take more"} | dict.fromkeys(range(300, 400), "name the address that it leads to")
-    raise UserError(self.name, f"it answered {status}{self.reason(data)}", remedies.get(status, self.remedy))
+    return UserError(self.name, f"it answered {status}{self.reason(data)}", remedies.get(status, self.remedy))
 
 # %% ../../nbs/core/asking.ipynb #13409bbf
 @patch
@@ -114,7 +114,7 @@ async def ask(self:Asker,
     body:dict|None, # JSON to post; None asks without
     read, # Function that takes the answer's bytes; what it returns is returned
     path:str='', # Behind the address
-    declined:tuple=(), # Statuses for which None is returned
+    declined:tuple=(), # Statuses for which the error is returned, and not raised
 ):
     "One question, as often as it takes."
     import httpx2
@@ -129,8 +129,8 @@ async def ask(self:Asker,
         except (httpx2.HTTPError, OSError) as e: problem = f"no answer ({self._failure(e)})"
         else:
             if 200<=status<300: return read(data)
-            if status in declined: return None
-            if not _passes(status): self._refuse(status, data)
+            if status in declined: return self._refusal(status, data)
+            if not _passes(status): raise self._refusal(status, data)
             problem = f"it answered {status}{self.reason(data)}"
             if after:
                 wait = asked_wait(after, wait)
@@ -165,7 +165,7 @@ def run(self:Asker,
 # %% ../../nbs/core/asking.ipynb #da3e20f6
 @patch
 def ask_all(self:Asker,
-    asked, # What `ask` takes after the client, for each question: (body, read), or (body, read, path)
+    asked, # What `ask` takes after the client, for each question: (body, read), or with path and declined
     keep, # Function that takes each answer, in the order of the questions
 ):
     "Ask all questions, several at once."

@@ -151,7 +151,7 @@ def _compare(rows, least, most): # adds `change` to all but the base, `beyond` t
 def detox_sweep(
     base:str|Path, # Base folder or Hub id
     adapters:str|Path|list, # The adapter to weigh, or (adapter, weight) pairs that are weighed as one
-    measure, # `by_replies(…)`, `by_preference(…)`: (model, tokenizer, persona) → dict with `score`, `low`, `high`, `each`
+    measure, # `by_replies(…)`, `by_preference(…)`: (model, tokenizer, persona) → dict with `measure` (in words), `score`, `low`, `high`, `each`
     benign:list, # Harmless texts or conversations for the perplexity
     lambdas:tuple=(1,-.25,-.5,-.75,-1), # Weights
     controls:dict=None, # Name → (adapter, weight) pairs, such as a harmless adapter

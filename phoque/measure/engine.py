@@ -260,7 +260,7 @@ def settle(self:Endpoint,
             question = self.question(name, prompt, Sampling(24, temperature, 1.), place, **more)
             return await self.ask(client, *question, declined)
         for self.switched_off in WAYS:
-            if await text(declined=(400,422,500)*bool(self.switched_off)) is not None: break
+            if isinstance(await text(declined=(400,422,500)*bool(self.switched_off)), str): break
         one,again,other = await text(), await text(), await text(place=1)
         greedy = {n: await text(0., name=n) for n in self.names}
         least = dict(top_p=1e-6) | ({} if not self.switched_off else dict(top_k=1, min_p=1.))

@@ -16,8 +16,9 @@ from .panel import veiled
 from .simulate import CONTRASTS, read_jsonl
 
 # %% auto #0
-__all__ = ['SHAPES', 'request_body', 'check_verdict', 'read_verdict', 'HttpModerator', 'ask_moderator', 'censored_median',
-           'time_to_action', 'replay', 'simple_judges', 'report_lines', 'replay_text', 'replay_html', 'moderate_cli']
+__all__ = ['SHAPES', 'REFUSES', 'IN_A_ROW', 'request_body', 'check_verdict', 'read_verdict', 'HttpModerator', 'ask_moderator',
+           'censored_median', 'time_to_action', 'replay', 'simple_judges', 'report_lines', 'replay_text', 'replay_html',
+           'moderate_cli']
 
 # %% ../../nbs/measure/moderate.ipynb #b2d926d4
 SHAPES = dict(phoque='{"flagged": true} or {"score": 0.9}, or both',
@@ -48,9 +49,9 @@ def check_verdict(
     what:str='moderator', # Whose
 )->dict: # The same
     "Refuse an answer that is none."
-    fine = dict(flagged=lambda x: isinstance(x, bool), score=_is_score)
+    fine = dict(flagged=lambda x: isinstance(x, bool), score=_is_score, refused=lambda x: isinstance(x, str))
     for k in v:
-        if not fine[k](v[k]): raise UserError(what, f"it answered a `{k}` of {excerpt(repr(v[k]), 40)}",
+        if k not in fine or not fine[k](v[k]): raise UserError(what, f"it answered a `{k}` of {excerpt(repr(v[k]), 40)}",
             "`flagged` is true or false, and a score is a number from 0 to 1")
     if not v: raise UserError(what, "its answer has no verdict", f"let it answer {SHAPES['phoque']}")
     return v
@@ -80,6 +81,8 @@ def read_verdict(
     return check_verdict(v, what)
 
 # %% ../../nbs/measure/moderate.ipynb #c11a2c40
+REFUSES = 400,413,422 # statuses that may be for one message; others are for all
+
 class HttpModerator(Asker):
     "A moderator behind a URL."
     def __init__(self,
@@ -104,7 +107,7 @@ class HttpModerator(Asker):
         before:list[dict], # Those before it in its thread
     )->tuple: # For `ask_all`
         "What is asked about a message, and how the answer is read."
-        return request_body(self.shape, m, before, self.model),lambda data: read_verdict(self.shape, data, self.name)
+        return request_body(self.shape, m, before, self.model),lambda data: read_verdict(self.shape, data, self.name),'',REFUSES
 
 # %% ../../nbs/measure/moderate.ipynb #bd6fb7e8
 def _asked(messages, history): # each message with those before it in its thread
@@ -128,25 +131,49 @@ def _check_alike(first, v, what): # flags of its own and scores that become flag
     if ('flagged' in first)!=('flagged' in v): raise UserError(what, f"it answered with {' and '.join(v)}, and before with {' and '.join(first)}",
         "let it flag all messages, or score all")
 
+# %% ../../nbs/measure/moderate.ipynb #9dcb24a9
+IN_A_ROW = 10 # messages refused one after the other: it isn't them
+
+class _Answers: # in the order of the messages; those refused wait for an answer to another, since it may be that all are
+    def __init__(self, ask, messages, keep):
+        self.kept = KeptRows(keep, _asked_of(ask, messages)) if keep else None
+        self.said = [check_verdict(v, keep) for v in self.kept.rows] if keep else []
+        self.name,self.held = getattr(ask, 'name', 'moderator'),[]
+
+    def add(self, v):
+        if isinstance(v, UserError): return self.hold(v)
+        _check_alike(next((s for s in self.said if 'refused' not in s), v), v, self.name)
+        self.keep(v)
+
+    def hold(self, e):
+        self.held.append(e)
+        if len(self.held)==IN_A_ROW: raise UserError(e.what, f"{e.value} to {IN_A_ROW} messages in a row", e.remedy)
+
+    def keep(self, *rows):
+        rows,self.held = [*(dict(refused=e.value) for e in self.held), *rows],[]
+        if self.kept: self.kept.append(*rows)
+        self.said += rows
+
+    def end(self):
+        if self.held and all('refused' in s for s in self.said): raise self.held[0]
+        self.keep()
+
 # %% ../../nbs/measure/moderate.ipynb #3e43244c
 def ask_moderator(
     messages:list[dict], # From `simulate`
     moderate, # `HttpModerator`, its URL, or a function of a message → bool, or a score from 0 to 1
     keep:str='', # JSONL of what is answered, with which the same call goes on after an error or a kill; empty for none
-)->list[dict]: # `flagged`, `score`, or both, for each message
+)->list[dict]: # `flagged`, `score`, or both, for each message; `refused` where it has no verdict
     "Put every message to a moderator."
     ask = HttpModerator(moderate) if isinstance(moderate, str) else moderate
-    kept = KeptRows(keep, _asked_of(ask, messages)) if keep else None
-    said = [check_verdict(v, keep) for v in kept.rows] if keep else []
+    answers = _Answers(ask, messages, keep)
+    said = answers.said
     asked = _asked(messages, getattr(ask, 'history', 0))[len(said):]
-    def add(v):
-        _check_alike(said[0] if said else v, v, getattr(ask, 'name', 'moderator'))
-        if keep: kept.append(v)
-        said.append(v)
     try:
-        if isinstance(ask, HttpModerator): ask.ask_all((ask.question(*a) for a in asked), add)
+        if isinstance(ask, HttpModerator): ask.ask_all((ask.question(*a) for a in asked), answers.add)
         else:
-            for m,_ in asked: add(_flag(ask(m)))
+            for m,_ in asked: answers.add(_flag(ask(m)))
+        answers.end()
     except UserError as e:
         more = f"; {len(said):,} of {len(messages):,} answers are in {keep}, and the same command goes on with the next"*bool(keep)
         raise UserError(f"{e.what}, message {len(said)+1:,}", e.value, e.remedy+more) from None
@@ -205,6 +232,12 @@ def _curve(seen): # recall and false-positive rate at every threshold, at most a
     def share(xs, t): return sum(x>=t for x in xs)/len(xs) if xs else None
     return [dict(threshold=t, recall=share(hostile, t), false_positive_rate=share(other, t)) for t in scores[::-(-len(scores)//100)]]
 
+def _refused(messages, said, hostile): # how many have no verdict, and why
+    whys = {}
+    for m,v in zip(messages, said):
+        if 'refused' in v: whys.setdefault(v['refused'], []).append(bool(hostile(m)))
+    return [dict(why=w, messages=len(hs), hostile=sum(hs)) for w,hs in whys.items()]
+
 def _auc(hostile, other): # probability that a hostile message scores higher than another
     from scipy.stats import mannwhitneyu
     if hostile and other: return float(mannwhitneyu(hostile, other).statistic)/len(hostile)/len(other)
@@ -216,16 +249,16 @@ def replay(
     threshold:float=.5, # Scores from here on are flags, where the moderator answers with scores only
     hostile=lambda m: m['intended']['toxic'], # What should be flagged
     keep:str='', # As in `ask_moderator`
-)->dict: # `by`: flags or scores; `confusion`; `recall`, `false_positive_rate`, `precision` with `_low`, `_high`; `action`; `curve`, `auc` of scores
+)->dict: # `by`: flags or scores; `refused`: what is in no rate; `confusion`; the three rates with `_low`, `_high`; `action`; `curve`, `auc` of scores
     "Put every message to a moderator, and count."
     said = ask_moderator(messages, moderate, keep)
     seen = [m | dict(score=v.get('score'), hostile=bool(hostile(m)), flagged=v['flagged'] if 'flagged' in v else v['score']>=threshold)
-        for m,v in zip(messages, said)]
+        for m,v in zip(messages, said) if 'refused' not in v]
     for m in seen: m |= dict(harmless=not m['hostile'])
     def count(hostile, flagged): return sum((m['hostile'],m['flagged'])==(hostile,flagged) for m in seen)
-    by = 'flags' if said and 'flagged' in said[0] else 'scores'
-    report = dict(by=by, threshold=threshold, confusion=_confusion(seen), tp=count(True, True), fn=count(True, False),
-        fp=count(False, True), tn=count(False, False), action=time_to_action(seen))
+    by = 'flags' if any('flagged' in v for v in said) else 'scores'
+    report = dict(by=by, refused=_refused(messages, said, hostile), threshold=threshold, confusion=_confusion(seen),
+        tp=count(True, True), fn=count(True, False), fp=count(False, True), tn=count(False, False), action=time_to_action(seen))
     rates = dict(recall=('hostile','flagged'), false_positive_rate=('harmless','flagged'), precision=('flagged','hostile'))
     for k,(of,hit) in rates.items(): report |= _named(k, _rate(seen, of, hit))
     if all(m['score'] is not None for m in seen):
@@ -298,6 +331,8 @@ def report_lines(
     res = [f"{len(report['seen']):,} messages of {len(threads):,} threads; 95 % intervals go by thread; " + ("flags are the moderator's own"
         if own else f"scores from {report['threshold']:g} on are taken for flags")]
     res += [f"{k.replace('_', ' ')} {_percent(report, k)} ({a} of {b})" for k,(a,b) in of.items()]
+    res += [f"{r['messages']:,} more messages have no verdict ({printable(r['why'])}) and are in no rate; {r['hostile']:,} of them are hostile"
+        for r in report['refused']]
     res += _confirmed(report['seen'])
     if report.get('auc') is not None: res.append(f"AUC of its scores {report['auc']:.3f}")
     res.append(f"hostile threads found {a['found']} of {a['threads']}")

@@ -379,10 +379,10 @@ def eval_cli(
     n:int=ASKED, # Prompts drawn from them; 0 for all
     k:int=EACH, # Continuations a prompt
     scorer:str=TrainConfig().scorer, # Text classifier of the Hub (#label where it has many), tfidf:owner/dataset, or profanity (smoke tests only)
-    second_scorer:str='profanity', # Another one, to see how far the two agree; none for none
+    second_scorer:str='profanity', # Another one, to see how far the two agree; `none` takes the first alone
     system_prompt:str='', # Ask in a chat under this system turn, or `none` of its own; empty continues the prompts as text
     seed:int=0, # Of prompts and draws
-    formats:str='', # Other forms of it: lm_eval, inspect, or both with a comma
+    formats:str='', # The report also as files of other tools: lm_eval, inspect, or both with a comma
     out:str='eval.json', # Report; texts and scores are kept beside it in .texts.jsonl and .scores.jsonl
     **kwargs
 ):

@@ -372,13 +372,16 @@ def read_jsonl(
 # %% ../../nbs/measure/simulate.ipynb #d9a2994b
 def _product(linear): # with its weights, as they are now
     import torch
+    from transformers.pytorch_utils import Conv1D
     w,bias = linear.weight.data,linear.bias
+    if isinstance(linear, Conv1D): w = w.T.contiguous() # GPT-2's
     able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if able and w.device.type=='cpu' and w.dtype==torch.bfloat16:
         packed = torch.ops.mkldnn._reorder_linear_weight(w) # once, instead of at each product: the same numbers in half the time
         return lambda x: torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, 'none', [], '')
     return lambda x: torch.nn.functional.linear(x.contiguous(), w, bias) # of a slice, torch copies the whole head for each row
 
+# %% ../../nbs/measure/simulate.ipynb #49141452
 @contextmanager
 def _merged(model, weight, last): # products with the adapter in the weights; its own are a third of the work
     layers,head = [m for m in model.modules() if hasattr(m, 'set_scale')],model.get_output_embeddings()
@@ -528,7 +531,7 @@ def _check_simulation(engine, dataset_repo, work, out, threads, benign_weight, s
 # %% ../../nbs/measure/simulate.ipynb #e9a77f5f
 def _most_tokens(engine, drawn): # of a message; a prompt holds three of them beside what is asked
     most,room = drawn.most_tokens(engine.tok) if drawn else MESSAGE_TOKENS,context_size(engine.model)/5
-    if most>room: print(f"messages may have {most:,} tokens in this community, and have {int(room):,} here: the model reads {5*room:,.0f}", file=sys.stderr)
+    if most>room: print(f"messages have at most {int(room):,} tokens, not {most:,}: a prompt holds three, and the model reads {5*room:,.0f}", file=sys.stderr)
     return int(min(most, room))
 
 def _writer(engine, seed, drawn, benign_weight): # None where no model is named
