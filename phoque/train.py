@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
-from .core.basics import UserError, log, option_parser, refuse_secrets
+from .core.basics import UserError, check_whole, log, option_parser, refuse_secrets
 from .model_qlora import LORA_TARGETS, SEED_BASE, decoder_layers, lora_targets, memory_plan, preserve_training_state
 from .fast.kernels import TILE, attention_tiles
 from .fast.layers import base_in_fp8, card_room, check_packed, fast_layers, keep_weights, add_supervised_head
@@ -215,6 +215,7 @@ def check_option(
     value, # In its type
 ):
     "Refuse a value outside of an option's range."
+    if isinstance(value, str): check_whole(name.upper(), value)
     if name in ONE_OF and value not in ONE_OF[name]:
         near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
         _bad_option(name, f"must be one of {', '.join(ONE_OF[name])}{near}", value)

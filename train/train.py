@@ -1495,6 +1495,14 @@ def begin_command(
         elif before.startswith('-'): flag = before
         refuse_secrets(**{flag:value})
 
+def check_whole(
+    what:str, # Where the texts stand, or the option that they are of
+    *texts:str,
+):
+    "Refuse texts with half a character, which no tokenizer reads and no file holds."
+    try: '\n'.join(texts).encode()
+    except UnicodeEncodeError: raise UserError(what, "it holds half a surrogate pair", "remove it") from None
+
 def bound_requests(
     seconds:float=120.0, # Of silence; and in all, where the answer is one of the API's
 ):
@@ -2859,6 +2867,7 @@ def load_tokenizer(
     system_prompt:str='', # System turn of conversations without one; '' keeps what the template writes, `none` takes it away
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
+    check_whole('--system_prompt', system_prompt)
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
     version,settings = _read_tekken(folder/'tekken.json')
     tok,named = _read_tokenizer(folder, what)
@@ -4035,6 +4044,7 @@ def check_option(
     value, # In its type
 ):
     "Refuse a value outside of an option's range."
+    if isinstance(value, str): check_whole(name.upper(), value)
     if name in ONE_OF and value not in ONE_OF[name]:
         near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
         _bad_option(name, f"must be one of {', '.join(ONE_OF[name])}{near}", value)
