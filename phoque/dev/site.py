@@ -16,6 +16,7 @@ from fastcore.foundation import working_directory
 from fastcore.script import call_parse
 from fastcore.xtras import modified_env
 from ..jobs.script import defined_names
+from ..testing.slow import library_versions, modules_hash
 
 # %% auto #0
 __all__ = ['RUN_ON', 'REACHED', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORTS', 'MANY', 'LONGEST', 'LONG', 'ROWS',
@@ -48,9 +49,12 @@ def _directives(cell)->dict: # Such as {'slow': ['4', 'min']}
     from nbdev.process import extract_directives
     return extract_directives(cell, remove=False) if cell.cell_type=='code' else {}
 
-def _lacking(dirs:dict)->list: # Packages and programs that a cell needs and that aren't here
+def _is_here(n): # a package, a program, or a variable of the environment
     from importlib.util import find_spec
-    return [n for n in dirs.get('needs', ()) if not (find_spec(n) or shutil.which(n) or n=='chromium' and find_chromium())]
+    return find_spec(n) or shutil.which(n) or os.environ.get(n) or n=='chromium' and find_chromium()
+
+def _lacking(dirs:dict)->list: # What a cell needs and isn't here
+    return [n for n in dirs.get('needs', ()) if not _is_here(n)]
 
 # %% ../../nbs/dev/site.ipynb #4dce28ba
 def _execute(
@@ -100,12 +104,9 @@ def same_text(
 
 # %% ../../nbs/dev/site.ipynb #470843be
 def _stamp()->str: # Where and with what a flagged cell was run, in Markdown
-    import platform
-    from importlib.metadata import version
-    import torch
+    import platform, torch
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores'
-    used = ', '.join(f'{p} {version(p)}' for p in ('torch', 'transformers', 'trl', 'peft', 'bitsandbytes'))
-    return f"{RUN_ON}{time.strftime('%d %B %Y')}: {machine}, Python {platform.python_version()}, {used}*"
+    return f"{RUN_ON}{time.strftime('%d %B %Y')}: {machine}, Python {platform.python_version()}, {library_versions()}*"
 
 def machine_kind()->str: # Such as `x86_64 AVX2, Python 3.11`
     "What decides how sums round, and so what a model says."
@@ -211,7 +212,7 @@ def run_notebooks(
 # %% ../../nbs/dev/site.ipynb #ffec2725
 def _made_by(fn, flag): # changes with a notebook's code and flagged outputs, with the modules and with the libraries
     from execnb.nbio import read_nb
-    with project(fn.parent) as cfg: modules = [p.read_text() for p in sorted(cfg.lib_path.rglob('*.py'))]
+    with project(fn.parent) as cfg: modules = modules_hash(cfg.lib_path)
     cells = [(c.source, flag in _directives(c) and c.outputs) for c in read_nb(fn).cells if c.cell_type=='code']
     return hashlib.sha256(json.dumps([cells, modules, _stamp().partition(':')[2]]).encode()).hexdigest()
 
@@ -558,6 +559,7 @@ def _relink(
     unlinked = lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', m[0])
     text = re.sub(r'^```.*?^```', unlinked, text, flags=re.M|re.S)
     text = re.sub(r'\[(`_[^`]+`)\]\([^)]+\)', r'\1', text)
+    text = re.sub(r'\[(?:[^][]|\[`[^`]+`\]\([^)]+\))+\]\(', unlinked, text)
     text = re.sub(r'^output-file: .*\n', '', text, flags=re.M)
     text = text.replace(f']({base}', f']({up}').replace(f'="{base}', f'="{up}')
     old = '|'.join(map(re.escape, names)) or '$^'
