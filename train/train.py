@@ -4054,7 +4054,11 @@ def check_option(
     low,high = 'at least' if ends.low_in else 'above','at most' if ends.high_in else 'below'
     _bad_option(name, f"must be {low} {ends.low:.10g} and {high} {ends.high:.10g}", value)
 
-def _check_repo(name, repo):
+def check_repo_name(
+    name:str, # Of an option
+    repo:str, # Its value
+):
+    "Refuse what can't be the name of a Hub repo."
     from huggingface_hub.utils import HFValidationError, validate_repo_id
     if not repo: _bad_option(name, "must name a Hub repo such as your-name/your-repo", repo)
     if repo.count('/')!=1: _bad_option(name, "must have the form owner/name", repo)
@@ -4077,7 +4081,7 @@ def check_config(
 )->TrainConfig: # The same
     "Refuse values that would fail, or do nothing, hours later."
     def bad(k, why): _bad_option(k, why, getattr(c, k))
-    for k in ('dataset_repo','hub_model_id'): _check_repo(k, getattr(c, k))
+    for k in ('dataset_repo','hub_model_id'): check_repo_name(k, getattr(c, k))
     for k,v in c.asdict().items(): check_option(k, v)
     for k in ('base_model','output_dir','scorer','wandb_project'):
         if not getattr(c, k).strip(): bad(k, "must not be empty")

@@ -275,6 +275,7 @@ def check_whole(
     try: '\n'.join(texts).encode()
     except UnicodeEncodeError: raise UserError(what, "it holds half a surrogate pair", "remove it") from None
 
+# %% ../../nbs/core/basics.ipynb #f520a24d
 def check_output(
     name:str, # Flag or option
     path:str, # File that it names

@@ -354,6 +354,12 @@ def compare_notebook(
     lines = [f'cell {id} is saved with {was[:300]!r} and shows {now[:300]!r}' for id,was,now in changed]
     return False,'\n'.join([f'{fn.name} shows something else than what is saved: run `make outputs NAMES={fn.stem}` and look', *lines])
 
+# %% ../../nbs/dev/site.ipynb #5b1d0a77
+_LINK = r'\[(`[^`]+`)\]\([^)]+\)' # as nbdev makes it
+_WITHIN = re.compile(rf'\[(?:[^][]|{_LINK})+\]\(') # the text of a link, perhaps with others in it
+
+def _unlinked(m): return re.sub(_LINK, r'\1', m[0])
+
 # %% ../../nbs/dev/site.ipynb #51fbdc1d
 def _output_text(o)->str: # Markdown
     "An output of the index as GitHub shows it."
@@ -378,7 +384,7 @@ def _to_readme(
         out += [_output_text(o) for o in c.get('outputs', [])]
     text = '\n\n'.join(o.strip('\n') for o in out if o)+'\n'
     local = lambda m: f'{m[1]}{nbs.name}/{m[2]}' if (nbs/m[2]).exists() else m[0]
-    return re.sub(r'(\]\(|\b(?:src|href|srcset)=")([^)"#:\s]+)', local, text)
+    return re.sub(r'(\]\(|\b(?:src|href|srcset)=")([^)"#:\s]+)', local, _WITHIN.sub(_unlinked, text))
 
 # %% ../../nbs/dev/site.ipynb #2d1c7b93
 def write_readme(
@@ -556,10 +562,9 @@ def _relink(
     up:str='', # From the page's folder to the site's, such as `../`
 )->str:
     "Links as the site needs them: relative, to pages under their own names."
-    unlinked = lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', m[0])
-    text = re.sub(r'^```.*?^```', unlinked, text, flags=re.M|re.S)
+    text = re.sub(r'^```.*?^```', _unlinked, text, flags=re.M|re.S)
     text = re.sub(r'\[(`_[^`]+`)\]\([^)]+\)', r'\1', text)
-    text = re.sub(r'\[(?:[^][]|\[`[^`]+`\]\([^)]+\))+\]\(', unlinked, text)
+    text = _WITHIN.sub(_unlinked, text)
     text = re.sub(r'^output-file: .*\n', '', text, flags=re.M)
     text = text.replace(f']({base}', f']({up}').replace(f'="{base}', f'="{up}')
     old = '|'.join(map(re.escape, names)) or '$^'

@@ -39,6 +39,7 @@ def modules_hash(
     "What changes with the modules of a package."
     return hashlib.sha256('\0'.join(p.read_text() for p in sorted(Path(folder).rglob('*.py'))).encode()).hexdigest()
 
+# %% ../../nbs/testing/slow.ipynb #d229e5f5
 def _build()->Path: # Ignored by git; `make clean` deletes it
     from phoque.jobs.script import project_root
     return project_root()/'build'
