@@ -143,10 +143,13 @@ REACHED = 93 # Exit code of a process that has run a notebook to its end; a cell
 SECRETS = 'HF_TOKEN', 'WANDB_API_KEY' # Not passed on to a process
 QUIET_THREADS = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE') # Spinning threads slow their neighbours tenfold
 
-def _python(code, *args, **kwargs): # a process without your tokens; kwargs for `Popen`
+def _python(code, *args, stdout=subprocess.PIPE, **kwargs): # a process without your tokens; kwargs for `Popen`
     env = QUIET_THREADS | {k:v for k,v in os.environ.items() if k not in (*SECRETS, 'IN_TEST')}
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, errors='replace',
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **kwargs)
+        stdin=subprocess.DEVNULL, stdout=stdout, **kwargs)
+
+def _end_group(pid): # a process with those that it has started
+    with suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
 
 # %% ../../nbs/dev/site.ipynb #985b7b53
 def _ending(code, fine): # what a process that ended so has not said itself, as one with an error does
@@ -162,12 +165,14 @@ def _in_process(
     fine:int=0, # Exit code of success
 )->tuple[bool,str]: # Did it exit so? What it printed
     "Run Python source in a fresh process that sees no token of yours."
-    p = _python(code, *args, cwd=cwd, stderr=subprocess.STDOUT, start_new_session=True)
-    try: out = p.communicate(timeout=timeout)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(p.pid, signal.SIGKILL)
-        return False,f"{p.communicate()[0]}\nstopped: longer than {timeout} s"
-    return p.returncode==fine,out+_ending(p.returncode, fine)
+    with tempfile.TemporaryFile('w+', errors='replace') as out: # a pipe would be open as long as what it leaves running
+        p,late = _python(code, *args, cwd=cwd, stdout=out, stderr=subprocess.STDOUT, start_new_session=True),''
+        try: p.wait(timeout)
+        except subprocess.TimeoutExpired: late = f'\nstopped: longer than {timeout} s'
+        finally: _end_group(p.pid) # on Ctrl-C too, which doesn't reach it
+        p.wait()
+        out.seek(0)
+        return p.returncode==fine and not late,out.read()+(late or _ending(p.returncode, fine))
 
 # %% ../../nbs/dev/site.ipynb #7bd39729
 def notebooks(
@@ -303,9 +308,6 @@ def _fork_tests(
             raise
 
 # %% ../../nbs/dev/site.ipynb #12dc3b2c
-def _end_group(pid): # a test with the processes that it has started
-    with suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
-
 def _look_after(running, pid, timeout): # says how the test in this process ended, and ends it when its time is up
     fn,out,start = running[pid]
     if late := time.time()-start>timeout: _end_group(pid)
