@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fastcore.basics import patch, store_attr, str2bool
 from fastcore.docments import docments
 from fastcore.meta import delegates
-from .core.basics import UserError, log, option_parser, refuse_secrets
+from .core.basics import UserError, check_whole, log, option_parser, refuse_secrets
 from .model_qlora import LORA_TARGETS, SEED_BASE, decoder_layers, lora_targets, memory_plan, preserve_training_state
 from .fast.kernels import TILE, attention_tiles
 from .fast.layers import base_in_fp8, card_room, check_packed, fast_layers, keep_weights, add_supervised_head
@@ -22,11 +22,12 @@ from .parallel.shard import prepare_sharding, shard_options, sharded_trainer
 __all__ = ['OTHER_NAMES', 'PRESETS', 'BASELINE_TOKENS', 'BASELINE_RATE', 'OPTIMS', 'ONE_OF', 'OPTION_GROUPS', 'TRAIN_EXAMPLES',
            'HEAD_PAIRS', 'STEP_LINE', 'EVAL_START', 'EVAL_ROW', 'TrainConfig', 'options', 'option_part', 'Interval',
            'option_range', 'meant_option', 'check_names', 'env_options', 'preset_options', 'parse_options',
-           'check_option', 'check_config', 'run_parser', 'read_config', 'pack_lengths', 'pack_dataset', 'draw_order',
-           'doc_lengths', 'collate_rows', 'doc_starts', 'stack_inputs', 'collate_packed', 'run_steps', 'share_batch',
-           'run_memory', 'BatchFit', 'fit_batch', 'RowWork', 'row_work', 'deal_rows', 'fill_sizes', 'events_callback',
-           'rate_at', 'set_rate', 'compile_layers', 'BackgroundSaves', 'trainer_args', 'share_stack', 'fit_card',
-           'run_order', 'make_trainer', 'step_line', 'parse_step', 'held_out_loss', 'eval_plan']
+           'check_option', 'check_repo_name', 'check_config', 'run_parser', 'read_config', 'pack_lengths',
+           'pack_dataset', 'draw_order', 'doc_lengths', 'collate_rows', 'doc_starts', 'stack_inputs', 'collate_packed',
+           'run_steps', 'share_batch', 'run_memory', 'BatchFit', 'fit_batch', 'RowWork', 'row_work', 'deal_rows',
+           'fill_sizes', 'events_callback', 'rate_at', 'set_rate', 'compile_layers', 'BackgroundSaves', 'trainer_args',
+           'share_stack', 'fit_card', 'run_order', 'make_trainer', 'step_line', 'parse_step', 'held_out_loss',
+           'eval_plan']
 
 # %% ../nbs/02_train.ipynb #094ed8e2
 class TrainConfig:
@@ -215,6 +216,7 @@ def check_option(
     value, # In its type
 ):
     "Refuse a value outside of an option's range."
+    if isinstance(value, str): check_whole(name.upper(), value)
     if name in ONE_OF and value not in ONE_OF[name]:
         near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
         _bad_option(name, f"must be one of {', '.join(ONE_OF[name])}{near}", value)
@@ -225,7 +227,11 @@ def check_option(
     _bad_option(name, f"must be {low} {ends.low:.10g} and {high} {ends.high:.10g}", value)
 
 # %% ../nbs/02_train.ipynb #5c37271b
-def _check_repo(name, repo):
+def check_repo_name(
+    name:str, # Of an option
+    repo:str, # Its value
+):
+    "Refuse what can't be the name of a Hub repo."
     from huggingface_hub.utils import HFValidationError, validate_repo_id
     if not repo: _bad_option(name, "must name a Hub repo such as your-name/your-repo", repo)
     if repo.count('/')!=1: _bad_option(name, "must have the form owner/name", repo)
@@ -234,6 +240,7 @@ def _check_repo(name, repo):
         _bad_option(name, "must be a name that the Hub allows "
             "(letters of ASCII, digits, - _ and . inside, neither -- nor .., at most 96)", repo)
 
+# %% ../nbs/02_train.ipynb #59b684c4
 def _check_8bit(c, bad):
     "Refuse what doesn't go with a base in fp8, or products in 8 bits."
     if c.load_in_fp8 and c.load_in_4bit: bad('load_in_fp8', "needs LOAD_IN_4BIT=0: the base is kept in one of them")
@@ -249,7 +256,7 @@ def check_config(
 )->TrainConfig: # The same
     "Refuse values that would fail, or do nothing, hours later."
     def bad(k, why): _bad_option(k, why, getattr(c, k))
-    for k in ('dataset_repo','hub_model_id'): _check_repo(k, getattr(c, k))
+    for k in ('dataset_repo','hub_model_id'): check_repo_name(k, getattr(c, k))
     for k,v in c.asdict().items(): check_option(k, v)
     for k in ('base_model','output_dir','scorer','wandb_project'):
         if not getattr(c, k).strip(): bad(k, "must not be empty")

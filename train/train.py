@@ -1495,6 +1495,14 @@ def begin_command(
         elif before.startswith('-'): flag = before
         refuse_secrets(**{flag:value})
 
+def check_whole(
+    what:str, # Where the texts stand, or the option that they are of
+    *texts:str,
+):
+    "Refuse texts with half a character, which no tokenizer reads and no file holds."
+    try: '\n'.join(texts).encode()
+    except UnicodeEncodeError: raise UserError(what, "it holds half a surrogate pair", "remove it") from None
+
 def bound_requests(
     seconds:float=120.0, # Of silence; and in all, where the answer is one of the API's
 ):
@@ -2859,6 +2867,7 @@ def load_tokenizer(
     system_prompt:str='', # System turn of conversations without one; '' keeps what the template writes, `none` takes it away
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
+    check_whole('--system_prompt', system_prompt)
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
     version,settings = _read_tekken(folder/'tekken.json')
     tok,named = _read_tokenizer(folder, what)
@@ -4035,6 +4044,7 @@ def check_option(
     value, # In its type
 ):
     "Refuse a value outside of an option's range."
+    if isinstance(value, str): check_whole(name.upper(), value)
     if name in ONE_OF and value not in ONE_OF[name]:
         near = ''.join(f' ({v}?)' for v in difflib.get_close_matches(str(value), ONE_OF[name], 1))
         _bad_option(name, f"must be one of {', '.join(ONE_OF[name])}{near}", value)
@@ -4044,7 +4054,11 @@ def check_option(
     low,high = 'at least' if ends.low_in else 'above','at most' if ends.high_in else 'below'
     _bad_option(name, f"must be {low} {ends.low:.10g} and {high} {ends.high:.10g}", value)
 
-def _check_repo(name, repo):
+def check_repo_name(
+    name:str, # Of an option
+    repo:str, # Its value
+):
+    "Refuse what can't be the name of a Hub repo."
     from huggingface_hub.utils import HFValidationError, validate_repo_id
     if not repo: _bad_option(name, "must name a Hub repo such as your-name/your-repo", repo)
     if repo.count('/')!=1: _bad_option(name, "must have the form owner/name", repo)
@@ -4067,7 +4081,7 @@ def check_config(
 )->TrainConfig: # The same
     "Refuse values that would fail, or do nothing, hours later."
     def bad(k, why): _bad_option(k, why, getattr(c, k))
-    for k in ('dataset_repo','hub_model_id'): _check_repo(k, getattr(c, k))
+    for k in ('dataset_repo','hub_model_id'): check_repo_name(k, getattr(c, k))
     for k,v in c.asdict().items(): check_option(k, v)
     for k in ('base_model','output_dir','scorer','wandb_project'):
         if not getattr(c, k).strip(): bad(k, "must not be empty")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, math, re, struct
 from importlib import resources
 from pathlib import Path
-from ..core.basics import UserError, asking_hub, excerpt, log, printable, read_json, reading, warn_custom_code
+from ..core.basics import UserError, asking_hub, check_whole, excerpt, log, printable, read_json, reading, warn_custom_code
 from .messages import is_learnt
 from .rendering import ASKED_ELSE, PROBE, answer_end, encode_own, render_chats
 from .rendering import put_before, settle_template, skip_thoughts
@@ -514,6 +514,7 @@ def load_tokenizer(
     system_prompt:str='', # System turn of conversations without one; '' keeps what the template writes, `none` takes it away
 ): # Tokenizer with the training chat template and `pad_token != eos_token`
     "Load a base model's tokenizer the same way whether or not mistral-common is installed."
+    check_whole('--system_prompt', system_prompt)
     folder,what = _tokenizer_folder(path, revision),f"tokenizer {str(path)!r}"
     version,settings = _read_tekken(folder/'tekken.json')
     tok,named = _read_tokenizer(folder, what)

@@ -13,9 +13,9 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['log', 'LEAST_CELL', 'MOST_JSON', 'UserError', 'printable', 'excerpt', 'text_table', 'hub_problem', 'asking_hub',
            'safe_path', 'read_json', 'check_data_files', 'front_matter', 'md_text', 'private_files', 'masked',
-           'refuse_secrets', 'refuse_addresses', 'begin_command', 'check_range', 'check_output', 'bound_requests',
-           'command', 'check_extra', 'option_parser', 'shell_command', 'quiet_libraries', 'base_dtype', 'reading',
-           'warn_custom_code', 'read_header']
+           'refuse_secrets', 'refuse_addresses', 'begin_command', 'check_range', 'check_whole', 'check_output',
+           'bound_requests', 'command', 'check_extra', 'option_parser', 'shell_command', 'quiet_libraries',
+           'base_dtype', 'reading', 'warn_custom_code', 'read_header']
 
 # %% ../../nbs/core/basics.ipynb #dc92069e
 # `datasets` tells a server of its own which data set is loaded, and W&B's client another one of its errors
@@ -267,6 +267,15 @@ def check_range(
     "Refuse a number that nothing can be done with; not a number is none."
     if not least<=n<=most: raise UserError(name, f"{n:,} is out of range", f"give {least:,} to {most:,}")
 
+def check_whole(
+    what:str, # Where the texts stand, or the option that they are of
+    *texts:str,
+):
+    "Refuse texts with half a character, which no tokenizer reads and no file holds."
+    try: '\n'.join(texts).encode()
+    except UnicodeEncodeError: raise UserError(what, "it holds half a surrogate pair", "remove it") from None
+
+# %% ../../nbs/core/basics.ipynb #f520a24d
 def check_output(
     name:str, # Flag or option
     path:str, # File that it names

@@ -16,6 +16,7 @@ from fastcore.foundation import working_directory
 from fastcore.script import call_parse
 from fastcore.xtras import modified_env
 from ..jobs.script import defined_names
+from ..testing.slow import library_versions, modules_hash
 
 # %% auto #0
 __all__ = ['RUN_ON', 'REACHED', 'SECRETS', 'QUIET_THREADS', 'WARM', 'nbdev_export', 'EXPORTS', 'MANY', 'LONGEST', 'LONG', 'ROWS',
@@ -48,9 +49,12 @@ def _directives(cell)->dict: # Such as {'slow': ['4', 'min']}
     from nbdev.process import extract_directives
     return extract_directives(cell, remove=False) if cell.cell_type=='code' else {}
 
-def _lacking(dirs:dict)->list: # Packages and programs that a cell needs and that aren't here
+def _is_here(n): # a package, a program, or a variable of the environment
     from importlib.util import find_spec
-    return [n for n in dirs.get('needs', ()) if not (find_spec(n) or shutil.which(n) or n=='chromium' and find_chromium())]
+    return find_spec(n) or shutil.which(n) or os.environ.get(n) or n=='chromium' and find_chromium()
+
+def _lacking(dirs:dict)->list: # What a cell needs and isn't here
+    return [n for n in dirs.get('needs', ()) if not _is_here(n)]
 
 # %% ../../nbs/dev/site.ipynb #4dce28ba
 def _execute(
@@ -100,12 +104,9 @@ def same_text(
 
 # %% ../../nbs/dev/site.ipynb #470843be
 def _stamp()->str: # Where and with what a flagged cell was run, in Markdown
-    import platform
-    from importlib.metadata import version
-    import torch
+    import platform, torch
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores'
-    used = ', '.join(f'{p} {version(p)}' for p in ('torch', 'transformers', 'trl', 'peft', 'bitsandbytes'))
-    return f"{RUN_ON}{time.strftime('%d %B %Y')}: {machine}, Python {platform.python_version()}, {used}*"
+    return f"{RUN_ON}{time.strftime('%d %B %Y')}: {machine}, Python {platform.python_version()}, {library_versions()}*"
 
 def machine_kind()->str: # Such as `x86_64 AVX2, Python 3.11`
     "What decides how sums round, and so what a model says."
@@ -142,10 +143,13 @@ REACHED = 93 # Exit code of a process that has run a notebook to its end; a cell
 SECRETS = 'HF_TOKEN', 'WANDB_API_KEY' # Not passed on to a process
 QUIET_THREADS = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE') # Spinning threads slow their neighbours tenfold
 
-def _python(code, *args, **kwargs): # a process without your tokens; kwargs for `Popen`
+def _python(code, *args, stdout=subprocess.PIPE, **kwargs): # a process without your tokens; kwargs for `Popen`
     env = QUIET_THREADS | {k:v for k,v in os.environ.items() if k not in (*SECRETS, 'IN_TEST')}
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, text=True, errors='replace',
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **kwargs)
+        stdin=subprocess.DEVNULL, stdout=stdout, **kwargs)
+
+def _end_group(pid): # a process with those that it has started
+    with suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
 
 # %% ../../nbs/dev/site.ipynb #985b7b53
 def _ending(code, fine): # what a process that ended so has not said itself, as one with an error does
@@ -161,12 +165,14 @@ def _in_process(
     fine:int=0, # Exit code of success
 )->tuple[bool,str]: # Did it exit so? What it printed
     "Run Python source in a fresh process that sees no token of yours."
-    p = _python(code, *args, cwd=cwd, stderr=subprocess.STDOUT, start_new_session=True)
-    try: out = p.communicate(timeout=timeout)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(p.pid, signal.SIGKILL)
-        return False,f"{p.communicate()[0]}\nstopped: longer than {timeout} s"
-    return p.returncode==fine,out+_ending(p.returncode, fine)
+    with tempfile.TemporaryFile('w+', errors='replace') as out: # a pipe would be open as long as what it leaves running
+        p,late = _python(code, *args, cwd=cwd, stdout=out, stderr=subprocess.STDOUT, start_new_session=True),''
+        try: p.wait(timeout)
+        except subprocess.TimeoutExpired: late = f'\nstopped: longer than {timeout} s'
+        finally: _end_group(p.pid) # on Ctrl-C too, which doesn't reach it
+        p.wait()
+        out.seek(0)
+        return p.returncode==fine and not late,out.read()+(late or _ending(p.returncode, fine))
 
 # %% ../../nbs/dev/site.ipynb #7bd39729
 def notebooks(
@@ -211,7 +217,7 @@ def run_notebooks(
 # %% ../../nbs/dev/site.ipynb #ffec2725
 def _made_by(fn, flag): # changes with a notebook's code and flagged outputs, with the modules and with the libraries
     from execnb.nbio import read_nb
-    with project(fn.parent) as cfg: modules = [p.read_text() for p in sorted(cfg.lib_path.rglob('*.py'))]
+    with project(fn.parent) as cfg: modules = modules_hash(cfg.lib_path)
     cells = [(c.source, flag in _directives(c) and c.outputs) for c in read_nb(fn).cells if c.cell_type=='code']
     return hashlib.sha256(json.dumps([cells, modules, _stamp().partition(':')[2]]).encode()).hexdigest()
 
@@ -302,9 +308,6 @@ def _fork_tests(
             raise
 
 # %% ../../nbs/dev/site.ipynb #12dc3b2c
-def _end_group(pid): # a test with the processes that it has started
-    with suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
-
 def _look_after(running, pid, timeout): # says how the test in this process ended, and ends it when its time is up
     fn,out,start = running[pid]
     if late := time.time()-start>timeout: _end_group(pid)
@@ -353,6 +356,12 @@ def compare_notebook(
     lines = [f'cell {id} is saved with {was[:300]!r} and shows {now[:300]!r}' for id,was,now in changed]
     return False,'\n'.join([f'{fn.name} shows something else than what is saved: run `make outputs NAMES={fn.stem}` and look', *lines])
 
+# %% ../../nbs/dev/site.ipynb #5b1d0a77
+_LINK = r'\[(`[^`]+`)\]\([^)]+\)' # as nbdev makes it
+_WITHIN = re.compile(rf'\[(?:[^][]|{_LINK})+\]\(') # the text of a link, perhaps with others in it
+
+def _unlinked(m): return re.sub(_LINK, r'\1', m[0])
+
 # %% ../../nbs/dev/site.ipynb #51fbdc1d
 def _output_text(o)->str: # Markdown
     "An output of the index as GitHub shows it."
@@ -377,7 +386,7 @@ def _to_readme(
         out += [_output_text(o) for o in c.get('outputs', [])]
     text = '\n\n'.join(o.strip('\n') for o in out if o)+'\n'
     local = lambda m: f'{m[1]}{nbs.name}/{m[2]}' if (nbs/m[2]).exists() else m[0]
-    return re.sub(r'(\]\(|\b(?:src|href|srcset)=")([^)"#:\s]+)', local, text)
+    return re.sub(r'(\]\(|\b(?:src|href|srcset)=")([^)"#:\s]+)', local, _WITHIN.sub(_unlinked, text))
 
 # %% ../../nbs/dev/site.ipynb #2d1c7b93
 def write_readme(
@@ -555,9 +564,9 @@ def _relink(
     up:str='', # From the page's folder to the site's, such as `../`
 )->str:
     "Links as the site needs them: relative, to pages under their own names."
-    unlinked = lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', m[0])
-    text = re.sub(r'^```.*?^```', unlinked, text, flags=re.M|re.S)
+    text = re.sub(r'^```.*?^```', _unlinked, text, flags=re.M|re.S)
     text = re.sub(r'\[(`_[^`]+`)\]\([^)]+\)', r'\1', text)
+    text = _WITHIN.sub(_unlinked, text)
     text = re.sub(r'^output-file: .*\n', '', text, flags=re.M)
     text = text.replace(f']({base}', f']({up}').replace(f'="{base}', f'="{up}')
     old = '|'.join(map(re.escape, names)) or '$^'

@@ -8,14 +8,14 @@ import argparse, json, os, shlex, shutil, subprocess, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.meta import delegates
-from ..core.basics import (UserError, asking_hub, command, check_data_files, excerpt, hub_problem, option_parser, printable, read_json,
+from ..core.basics import (UserError, asking_hub, command, check_data_files, check_whole, excerpt, hub_problem, option_parser, printable, read_json,
     refuse_addresses, refuse_secrets, text_table)
 from ..core.curve import TRACKERS, wandb_url
 from .eval_job import PROMPTS_FILE, Results, eval_script
 from .plan import STRANGE, check_timeout, find_flavor, price_per_hour, price_today, run_plan, show_plan
 from .script import JOB_FLAVOR, JOB_SECRETS, JOB_TIMEOUT, check_train, hf_jobs, project_root
 from ..model_qlora import check_private, private_repo, resolve_base
-from ..train import TrainConfig, check_config, options, parse_options, run_parser
+from ..train import TrainConfig, check_config, check_repo_name, options, parse_options, run_parser
 
 # %% auto #0
 __all__ = ['TOKEN_ROLES', 'JOB_PYTHON', 'SMOKE', 'MEASURED_BY', 'PASSED_ON', 'OF_EVAL', 'SUBMIT_EXAMPLES', 'job_args',
@@ -55,6 +55,7 @@ def checking(
     every:float=3, # Seconds between two lines
 ):
     "Say what is looked at, for as long as it takes; what the Hub's client raises becomes one line."
+    what = printable(what)
     print(f'checking: {what}', flush=True)
     answered = threading.Event()
     def wait():
@@ -295,8 +296,8 @@ def check_eval(
     refuse_addresses()
     refuse_secrets(**{k.upper():v for k,v in options.items()}, HUB_MODEL_ID=adapter, EVAL_REPO=repo, flavor=flavor, timeout=timeout)
     find_flavor(flavor)
-    for k,v in dict(HUB_MODEL_ID=adapter, EVAL_REPO=repo).items():
-        if v.count('/')!=1 or not all(v.split('/')): raise UserError(k, f"must name a Hub repo such as your-name/your-repo, got {v!r}", "name one")
+    for k,v in dict(hub_model_id=adapter, eval_repo=repo).items(): check_repo_name(k, v)
+    check_whole('SYSTEM_PROMPT', options.get('system_prompt', ''))
     check_asked(options['n'], options['k'], options.get('formats', ''), 'eval_')
     if options['scorer'] in ('', 'none'): raise UserError("SCORER", f"{options['scorer']!r} measures nothing", "name a text classifier of the Hub")
     return len(eval_prompts(prompts, options['n'], options['seed'])),check_timeout(timeout)

@@ -11,14 +11,13 @@ from fastcore.basics import patch, store_attr
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
 from ..core.asking import AT_ONCE, Asker
-from ..core.basics import UserError, base_dtype, check_range, excerpt, printable, read_json
+from ..core.basics import UserError, base_dtype, check_range, check_whole, excerpt, printable, read_json
 from ..resume import spell_seconds
 from ..sample import adapter_weight, check_context, generate_replies, tensors_hash
 
 # %% auto #0
 __all__ = ['BATCHED', 'SWITCHED_OFF', 'WAYS', 'SEEDS', 'TRIED', 'Sampling', 'Progress', 'adapter_hash', 'check_adapted',
-           'load_adapted_model', 'LocalEngine', 'Endpoint', 'whole_characters', 'check_whole', 'said_gaps',
-           'EngineOptions']
+           'load_adapted_model', 'LocalEngine', 'Endpoint', 'whole_characters', 'said_gaps', 'EngineOptions']
 
 # %% ../../nbs/measure/engine.ipynb #8de276b3
 class Sampling(NamedTuple):
@@ -199,14 +198,6 @@ def whole_characters(
 )->str: # Its halves as U+FFFD, as a tokenizer decodes them; a file can't hold them
     "A text that can be written."
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-
-# %% ../../nbs/measure/engine.ipynb #4253c5f0
-def check_whole(
-    what:str, # Where the texts stand, or the option that they are of
-    *texts:str,
-):
-    "Refuse texts with half a character, which no tokenizer reads and no file holds."
-    if any(whole_characters(t)!=t for t in texts): raise UserError(what, "it holds half a surrogate pair", "remove it")
 
 # %% ../../nbs/measure/engine.ipynb #eb6829ba
 @patch

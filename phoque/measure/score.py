@@ -8,11 +8,11 @@ import hashlib, json, random, sys, time
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.meta import delegates
-from ..core.basics import UserError, check_output, check_range, printable, read_json, shell_command
+from ..core.basics import UserError, check_output, check_range, check_whole, printable, read_json, shell_command
 from ..core.kept import KeptRows, read_rows, write_private
 from ..chat.labels import encode_prompt
 from ..core.stats import MeanInterval, mean_interval
-from .engine import EngineOptions, LocalEngine, Progress, Sampling, check_whole, said_gaps
+from .engine import EngineOptions, LocalEngine, Progress, Sampling, said_gaps
 from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer
 from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id
 from ..train import TrainConfig

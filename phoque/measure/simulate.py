@@ -10,12 +10,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from ..core.basics import UserError, check_output, check_range, read_json, shell_command, text_table
+from ..core.basics import UserError, check_output, check_range, check_whole, read_json, shell_command, text_table
 from ..core.kept import KeptRows, read_rows, write_private
 from ..core.stats import LEAST
 from ..chat.labels import encode_prompt
 from ..chat.templates import NO_SYSTEM
-from .engine import EngineOptions, Sampling, adapter_hash, check_whole
+from .engine import EngineOptions, Sampling, adapter_hash
 from ..sample import PLAIN, Greenlists, adapter_weight, context_size, generate_replies, scorer_id
 from .score import agreement_text, load_scorers
 from ..train import TrainConfig

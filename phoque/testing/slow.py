@@ -4,12 +4,12 @@
 
 # %% ../../nbs/testing/slow.ipynb #84f58b6d
 from __future__ import annotations
-import os, re, shutil, subprocess, sys, tempfile
+import hashlib, os, re, shutil, subprocess, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['skip_flagged', 'taught_adapter', 'sampled_run']
+__all__ = ['skip_flagged', 'library_versions', 'modules_hash', 'taught_adapter', 'sampled_run']
 
 # %% ../../nbs/testing/slow.ipynb #787ad01a
 def _unflagged(
@@ -28,17 +28,31 @@ def skip_flagged():
     if _unflagged not in steps: steps.append(_unflagged)
 
 # %% ../../nbs/testing/slow.ipynb #c2a85131
+def library_versions()->str: # Such as `torch 2.11.0, transformers 5.17.0, …`
+    "The versions that decide what a slow lesson shows."
+    from importlib.metadata import version
+    return ', '.join(f'{p} {version(p)}' for p in ('torch', 'transformers', 'trl', 'peft', 'bitsandbytes'))
+
+def modules_hash(
+    folder:str|Path, # Of a package
+)->str:
+    "What changes with the modules of a package."
+    return hashlib.sha256('\0'.join(p.read_text() for p in sorted(Path(folder).rglob('*.py'))).encode()).hexdigest()
+
+# %% ../../nbs/testing/slow.ipynb #d229e5f5
 def _build()->Path: # Ignored by git; `make clean` deletes it
     from phoque.jobs.script import project_root
     return project_root()/'build'
 
 @contextmanager
 def _made_once(out):
-    "A new folder that becomes `out` when the block ends well, or None where `out` is there; for one process at a time."
+    "A new folder that becomes `out` when the block ends well, or None where this code made `out`; for one process at a time."
+    import phoque
     from filelock import FileLock
+    code,made_by = f'{modules_hash(Path(phoque.__file__).parent)}, {library_versions()}',Path(f'{out}.code')
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{out}.lock'):
-        if out.exists():
+        if out.exists() and made_by.exists() and made_by.read_text()==code:
             yield None
             return
         tmp = Path(tempfile.mkdtemp(dir=out.parent))
@@ -46,7 +60,9 @@ def _made_once(out):
         except BaseException:
             shutil.rmtree(tmp)
             raise
+        shutil.rmtree(out, ignore_errors=True)
         tmp.rename(out)
+        made_by.write_text(code)
 
 # %% ../../nbs/testing/slow.ipynb #5c04f78b
 def _teach(who, out):
