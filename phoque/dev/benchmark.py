@@ -387,13 +387,13 @@ def bench_cli(
     cards = own_cards(max(g for *_,g in turns))
     quiet_libraries()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} cores, no GPU'
-    seen,same = [],dict(max_length=max_length, steps=steps, supervised=supervised, mean_tokens=mean_tokens)
+    seen,same = [],dict(max_length=max_length, steps=steps, cap_gib=cap_gib, supervised=supervised, mean_tokens=mean_tokens)
     with tempfile.TemporaryDirectory() as tmp:
         base = bench_base(f'{tmp}/base', num_hidden_layers=layers)
         for i,(side,r,g) in enumerate(turns, 1):
             mine = cards[-g:] if i==len(turns) else cards[:g]
             try:
-                seen.append(bench_apart(mine, side=side, base=base, rows=r, cap_gib=cap_gib, **same))
+                seen.append(bench_apart(mine, side=side, base=base, rows=r, **same))
                 _keep(out, seen, machine=machine, **same) # each at once, so that nothing is lost
                 print(bench_table(seen[-1:]), flush=True)
             except RuntimeError as e:
