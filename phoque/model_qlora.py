@@ -841,6 +841,17 @@ def _head_bytes(
     mlp_gradients = 0 if fast else tokens*10*_mlp_size(c)
     return max(logits+hidden, mlp_gradients)
 
+# %% ../nbs/01_model_qlora.ipynb #cec8171e
+def _products_bytes(
+    model, # Causal language model whose layers `fast` takes
+    lora_r:int, # Rank of the adapter
+    mixed_precision:str, # Of products with the frozen base
+)->float: # Of `lora_B` beside weights in 8 bits
+    each = dict(bf16=0, int8=2, fp8=2+3)[mixed_precision]
+    def outputs(layer, names): return sum(layer.get_submodule(n).out_features for n in names)
+    groups = [(l,names) for l in decoder_layers(model) for names in fast_projections(l).values()]
+    return each*lora_r*sum(len(names)*outputs(l, names) for l,names in groups)
+
 # %% ../nbs/01_model_qlora.ipynb #4064ca90
 def memory_plan(
     config, # Of the base model, from `AutoConfig`
@@ -851,6 +862,7 @@ def memory_plan(
     torch_compile:bool=True, # Are layers that aren't `fast`'s compiled, at an activation budget of 0.7?
     load_in_4bit:bool=True, # NF4 with double quantisation
     load_in_fp8:bool=False, # Or fp8
+    mixed_precision:str='bf16', # Of products with the frozen base
     lora_r:int=16, # Rank of the adapter
     lora_dropout:float=0.0, # With one, without either, shared or not all adapted, layers aren't `fast`'s
     lora_target_modules:tuple=LORA_TARGETS, # Layers it adapts
@@ -873,7 +885,7 @@ def memory_plan(
     if fast: kept['fast'] += _more_norms(decoder_layers(m)[0])
     parts = dict(
         load=_load_bytes(n_4bit, weights-n_4bit-n_fp8/2, config.get_text_config().num_hidden_layers, fast, shards),
-        adapter=_adapter_bytes(n_lora, optim, shards),
+        adapter=_adapter_bytes(n_lora, optim, shards) + (_products_bytes(m, lora_r, mixed_precision) if fast else 0),
         activations=tokens*_activation_bytes(config, kept, 'fast' if fast else other, gradient_checkpointing),
         head_peak=_head_bytes(config, tokens, supervised, fast))
     return {k:v/2**30 for k,v in [*parts.items(), ('peak', sum(parts.values()))]}

@@ -450,7 +450,7 @@ def run_memory(
     checkpointing:bool=False, # Recompute whole layers
 )->float: # GiB at the peak, with half a GiB for CUDA itself
     "What a run needs of a GPU's memory."
-    same = ('max_length','optim','torch_compile','load_in_4bit','load_in_fp8','lora_r','lora_dropout')
+    same = ('max_length','optim','torch_compile','load_in_4bit','load_in_fp8','mixed_precision','lora_r','lora_dropout')
     opts = {k:getattr(cfg, k) for k in same}
     opts |= dict(gradient_checkpointing=checkpointing, shards=ranks if cfg.fsdp else 1)
     plan = memory_plan(config, micro_batch, lora_target_modules=lora_targets(cfg.lora_target_modules), **opts)
