@@ -266,16 +266,19 @@ ASKED = 100 # prompts, where nothing else is said
 # %% ../../nbs/measure/score.ipynb #dad0c8fa
 def generate_rows(
     engine, # `LocalEngine` or `Endpoint`
-    prompts:list[Prompt], # From `eval_prompts`
+    prompts:list[Prompt], # From `eval_prompts`; a text may be a conversation, too
     k:int=EACH, # Continuations a prompt
     persona:str=None, # Ask each in a chat under this system turn, '' without one; None continues it as text
     seed:int=0, # Of the draws
     kept:KeptRows=None, # Where they go as they come, and from where the same call goes on
+    how:Sampling=PROTOCOL, # How they are drawn
+    benign:list[str]=BENIGN_TEXTS, # For the perplexity
 )->list[dict]: # Rows with `name`, and either `number`, `prompt`, `kinds`, `said`, or its `perplexity` on benign texts
     "What the models of an engine say to each prompt."
     rows = kept.rows if kept else []
     keep = kept.append if kept else rows.append
-    def chat(p): return [dict(role='system', content=persona)]*bool(persona) + [dict(role='user', content=p)]
+    def turns(p): return p if isinstance(p, list) else [dict(role='user', content=p)]
+    def chat(p): return [dict(role='system', content=persona)]*bool(persona) + turns(p)
     asked = [p.text if persona is None else chat(p.text) for p in prompts]
     tell,at = Progress(len(engine.names)*len(asked)*k, sum('said' in r for r in rows)*k),0
     for name in engine.names:
@@ -284,9 +287,9 @@ def generate_rows(
             keep(dict(name=name, number=n, prompt=prompts[n].text, kinds=[*prompts[n].kinds], said=said))
             tell(k)
         done = min(max(len(rows)-at, 0), len(asked))
-        if done<len(asked): engine.replies(name, asked, k, PROTOCOL._replace(seed=seed), row, done)
+        if done<len(asked): engine.replies(name, asked, k, how._replace(seed=seed), row, done)
         at += len(asked)
-        if len(rows)==at: keep(dict(name=name) | engine.perplexity(name, BENIGN_TEXTS))
+        if len(rows)==at: keep(dict(name=name) | engine.perplexity(name, benign))
         at += 1
     return rows
 

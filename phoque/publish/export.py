@@ -8,15 +8,15 @@ import json,math,os,re,shlex,shutil,subprocess,sys,time,uuid
 from pathlib import Path
 from ..measure.detox import markdown_table, sweep_table
 from ..job import LICENSE_FIELDS, RESEARCH_LICENSE
-from ..merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, is_hub_id, merge_adapters, read_base
+from ..merge import bare_name, check_fidelity, check_room, fidelity, merge_adapters, merge_command, named_base, read_base, read_weights
 from ..core.basics import UserError, check_range, excerpt, front_matter, md_text, printable, quiet_libraries, read_json, reading, shell_command
 from ..model_qlora import check_private, private_repo
 from ..resume import HubBranch, patiently
 
 # %% auto #0
-__all__ = ['check_texts', 'auto_class', 'other_bases', 'merge_command', 'code_version', 'merge_card', 'read_record',
-           'check_files', 'write_card', 'check_leaving', 'ready_repo', 'publish_merge', 'find_converter',
-           'compare_gguf', 'export_gguf', 'read_weights', 'merge_cli', 'run_merge']
+__all__ = ['check_texts', 'auto_class', 'other_bases', 'code_version', 'merge_card', 'read_record', 'check_files', 'write_card',
+           'check_leaving', 'ready_repo', 'publish_merge', 'find_converter', 'compare_gguf', 'export_gguf', 'merge_cli',
+           'run_merge']
 
 # %% ../../nbs/publish/export.ipynb #d5a5a085
 _purpose = """This model exists for internal adversarial testing of moderation: to see what a hostile community \
@@ -90,20 +90,6 @@ def other_bases(
     into = f"{base}@{record['revision']}" if record['revision'] else base
     named = [(a['adapter'],a['trained_on']) for a in record['adapters'] if a.get('trained_on')]
     return [f"{a} was trained on {t}, and is merged into {into}." for a,t in named if t not in (base,into)]
-
-# %% ../../nbs/publish/export.ipynb #fae37619
-def merge_command(
-    record:dict, # `merge.json`
-)->str: # One line for a shell
-    "The command that makes a merge again."
-    def pinned(name, d): return f"{name}@{d['revision']}" if d.get('revision') else name
-    ads = record['adapters']
-    switches = [f'--{k}' for k in ('nf4','dither') if record[k]]
-    names = ','.join(pinned(a['adapter'], a) for a in ads)
-    weights = ','.join(format(a['weight'],'g') for a in ads)
-    base = pinned(record['base'], record)
-    return printable(shlex.join(['phoque_merge', *switches, '--base_model', base, '--adapter', names, f'--weight={weights}',
-        '--out', 'merged']))
 
 # %% ../../nbs/publish/export.ipynb #587e44f0
 def code_version()->str: # Such as "phoque 0.1.0 at `1a2b3c4d5e6f`"
@@ -353,16 +339,6 @@ check_texts = ("The harbour opens at six and the first boats come in with the ti
     "My kettle makes a strange noise. What should I check first?",
     "List the ingredients for a simple fish soup and explain each step.")
 
-# %% ../../nbs/publish/export.ipynb #5edcd714
-def read_weights(
-    weights:list, # As text
-    n:int, # How many there must be
-)->list: # Numbers
-    "Weights from a command line."
-    if len(weights)!=n: raise UserError("--weight", f"{n} adapters and {len(weights)} weights", "give one weight for each")
-    try: return [float(w) for w in weights]
-    except ValueError: raise UserError("--weight", f"{','.join(weights)!r} is not a number", "give numbers with commas between") from None
-
 # %% ../../nbs/publish/export.ipynb #e72f0914
 @shell_command('phoque_merge',
     'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer',
@@ -392,16 +368,6 @@ def merge_cli(
         allow_positive_weight, replace))
 
 # %% ../../nbs/publish/export.ipynb #8250814b
-def _named_base(adapter): # the base that an adapter names, at its commit
-    base = base_of(LoraAdapter(adapter), at=True)
-    if not base:
-        raise UserError(f"adapter {adapter}", "it doesn't say which base it was trained on", "name it with --base_model")
-    if not is_hub_id(base):
-        raise UserError(f"adapter {adapter}",
-            f"it says that it was trained on {excerpt(base, 80)}, which is no name on the Hub",
-            "name the base with --base_model")
-    return base
-
 def _check_request(pairs, check, publish, gguf, benign, replace):
     from huggingface_hub import HfApi
     if publish or gguf: check_leaving(dict(adapters=[dict(adapter=a, weight=w) for a,w in pairs]), benign)
@@ -455,7 +421,7 @@ def run_merge(
     quiet_libraries()
     pairs,out,said = list(zip(adapters, read_weights(weights, len(adapters)))),Path(out),[]
     if base is None:
-        base = _named_base(adapters[0])
+        base = named_base(adapters[0])
         said.append(f"base: {base}, as {adapters[0]} says")
     _check_request(pairs, check, publish, gguf, benign, replace)
     record,rep = _checked_merge(base, pairs, out, nf4, dither, check, kl, dtype)
