@@ -18,9 +18,9 @@ __all__ = ['LONGEST_NAME', 'MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'MOST_WIL
            'is_hub_id', 'base_of', 'named_base', 'bare_name', 'merge_plan', 'delta_weight', 'check_weight',
            'read_weights', 'dithered', 'nf4_round', 'merge_shard', 'tokenizer_folder', 'side_files',
            'generation_settings', 'stop_ids', 'stop_as_trained', 'read_tokenizer', 'model_class', 'check_fits',
-           'merge_command', 'check_room', 'merge_adapters', 'merge_adapter', 'load_plain', 'set_weights',
-           'load_adapted', 'chat_ids', 'prompt_ids', 'prompt_logits', 'perplexity', 'compare_logits', 'fidelity',
-           'check_fidelity']
+           'adapter_record', 'merge_command', 'check_room', 'merge_adapters', 'merge_adapter', 'load_plain',
+           'set_weights', 'load_adapted', 'chat_ids', 'prompt_ids', 'prompt_logits', 'perplexity', 'compare_logits',
+           'fidelity', 'check_fidelity']
 
 # %% ../nbs/05_merge.ipynb #9410ae60
 _index = "model.safetensors.index.json"
@@ -550,7 +550,11 @@ def _public(src):
 def _revision(folder): # the commit, of what came from the Hub
     return folder.name if folder.parent.name=='snapshots' else None
 
-def _adapter_record(ad, weight):
+def adapter_record(
+    ad:LoraAdapter, # Adapter
+    weight:float, # λ
+)->dict: # `adapter`, `revision`, `weight`, `sha256` of its weights, `datasets`, `trained_on`
+    "What is written down of an adapter."
     import hashlib
     sha = hashlib.sha256((ad.path/'adapter_model.safetensors').read_bytes()).hexdigest()
     base,rev = base_of(ad),ad.config.get('revision')
@@ -561,7 +565,7 @@ def _adapter_record(ad, weight):
 def _record(base, src, ads, norms):
     delta,err = (math.sqrt(sum(o)) for o in zip(*norms))
     return dict(base=_public(base), revision=_revision(src), architecture=model_class(src).__name__,
-        adapters=[_adapter_record(a, w) for a,w in ads],
+        adapters=[adapter_record(a, w) for a,w in ads],
         tensors=len(norms), delta_norm=delta, relative_rounding=err/delta if delta else 0.)
 
 # %% ../nbs/05_merge.ipynb #fae37619

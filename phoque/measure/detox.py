@@ -17,8 +17,8 @@ from ..sample import Scorer, distinct_n, generate_replies, scorer_id
 # %% auto #0
 __all__ = ['EMPTY', 'replies', 'measure_replies', 'measure_scored', 'add_persona', 'by_replies', 'reply_logprob', 'by_preference',
            'manual_texts', 'random_like', 'Variant', 'sweep_variants', 'load_variants', 'compare_rows', 'detox_sweep',
-           'markdown_table', 'sweep_table', 'objection', 'recommend_weight', 'plot_sweep', 'sweep_verdict',
-           'sweep_pages']
+           'markdown_table', 'sweep_line', 'sweep_table', 'objection', 'recommend_weight', 'plot_sweep', 'sweep_svg',
+           'sweep_verdict', 'sweep_pages']
 
 # %% ../../nbs/measure/detox.ipynb #fe8bedc0
 def replies(
@@ -245,7 +245,11 @@ def markdown_table(
 # %% ../../nbs/measure/detox.ipynb #e80ae63e
 _TOLD = {'change':'less the base\'s, prompt by prompt', 'beyond':'less that of the random adapter of the same size that does most'}
 
-def _sweep_line(r, base):
+def sweep_line(
+    r:dict, # A row
+    base:dict, # The first one
+)->dict: # A text a column
+    "A row with its intervals."
     def span(k, low, high): return '' if r.get(k) is None else str(MeanInterval(r[k], r[low], r[high]))
     spans = dict(score=span('score', 'low', 'high'))
     spans |= {k: span(k, f'{k}_low', f'{k}_high') for k in (*_TOLD, *['probability']*('probability' in base))}
@@ -257,7 +261,7 @@ def sweep_table(
 )->str: # Markdown
     "What was measured, and the rows with their intervals."
     told = '; '.join(f'*{k}* is the score {v}' for k,v in _TOLD.items())
-    table = markdown_table([_sweep_line(r, rows[0]) for r in rows])
+    table = markdown_table([sweep_line(r, rows[0]) for r in rows])
     return f"{md_text(rows[0]['measure'])}; 95 % intervals. {told}. Perplexity is that of harmless text.\n\n{table}"
 
 # %% ../../nbs/measure/detox.ipynb #7945acf4
@@ -313,20 +317,24 @@ def plot_sweep(
     return fig
 
 # %% ../../nbs/measure/detox.ipynb #79bbdf67
-def _sweep_svg(ws, at):
-    "Scores with their intervals over λ, the base's as a band; the row `at` is marked. In the colours of the page."
+def sweep_svg(
+    rows:list, # What `detox_sweep` returned
+    at:float=None, # λ that is marked; 0 for the base
+    key:str='score', # What is drawn: `score` with its intervals, or `perplexity`
+)->str: # In the colours of the page
+    "A measure over λ, the base's as a band."
+    ws = [r if key=='score' else r | dict(score=r[key], low=None) for r in _by_weight(rows)]
     first,span = ws[0]['weight'],ws[-1]['weight']-ws[0]['weight']
     low,high = min(_ends(r)[0] for r in ws),max(_ends(r)[1] for r in ws)
     def x(r): return f"{30+400*(r['weight']-first)/span:.1f}"
     def y(score): return 110-90*(score-low)/((high-low) or 1)
-    base = next(r for r in ws if r['weight']==0)
-    bottom,top = map(y, _ends(base))
-    band = f'<rect x="15" width="430" y="{top:.1f}" height="{bottom-top:.1f}" opacity=".15"/>'
+    bottom,top = map(y, _ends(next(r for r in ws if r['weight']==0)))
+    band = f'<rect x="15" width="430" y="{top:.1f}" height="{max(bottom-top, 1):.1f}" opacity=".15"/>'
     def point(r):
         bar = '<path d="M{} {:.1f}V{:.1f}" stroke="currentColor"/>'.format(x(r), *map(y, _ends(r)))
-        mark = f'<circle cx="{x(r)}" cy="{y(r["score"]):.1f}" ' + ('r="7" fill="#c05621"/>' if r is at else 'r="3"/>')
+        mark = f'<circle cx="{x(r)}" cy="{y(r["score"]):.1f}" ' + ('r="7" style="fill:#c05621"/>' if r['weight']==at else 'r="3"/>')
         return f'{bar}{mark}<text x="{x(r)}" y="128" text-anchor="middle" font-size="11">{r["weight"]:g}</text>'
-    look = 'viewBox="0 0 460 135" width="460" fill="currentColor" role="img" aria-label="score over the weight"'
+    look = f'viewBox="0 0 460 135" width="460" fill="currentColor" role="img" aria-label="{key} over the weight"'
     return f'<svg {look}>{band}{"".join(map(point, ws))}</svg>'
 
 # %% ../../nbs/measure/detox.ipynb #14ffff74
@@ -350,6 +358,6 @@ def sweep_pages(
         said = f"λ = {r['weight']:g}: score {MeanInterval(r['score'], r['low'], r['high'])}, base {base['score']:.2f}; "
         if r['weight']: said += f"change {MeanInterval(r['change'], r['change_low'], r['change_high'])}; "
         said += f"perplexity {r['perplexity']:.1f} ({r['perplexity']/base['perplexity']-1:+.1%}): "
-        return f'{_sweep_svg(ws, r)}<div>{said}<b>{sweep_verdict(r, rows, harm)}</b></div>'
+        return f'{sweep_svg(rows, r["weight"])}<div>{said}<b>{sweep_verdict(r, rows, harm)}</b></div>'
     best = recommend_weight(rows, harm)
     return Pages({f"{r['weight']:g}":page(r) for r in ws}, 'λ', start=f'{best or 0:g}', slider=True)
