@@ -26,7 +26,7 @@ from ..train import TrainConfig
 
 # %% auto #0
 __all__ = ['SHOWN', 'asked_prompts', 'SweepEngine', 'seed_name', 'measure_sweep', 'sweep_command', 'advice_lines', 'sweep_text',
-           'sweep_html', 'SweepOptions', 'detox_cli']
+           'sweep_html', 'SweepOptions', 'sweep_report', 'detox_cli']
 
 # %% ../../nbs/measure/sweep.ipynb #3079c887
 def asked_prompts(
@@ -285,8 +285,15 @@ def texts_of(self:SweepOptions,
     if not kept.exists(): raise UserError("--adapter", "it is missing, and nothing was written before", "name one")
     return read_rows(kept, torn=True)
 
-# %% ../../nbs/measure/sweep.ipynb #cdad098e
-def _sweep_report(rows, about, judges, harm, out): # its files, and the text for the console
+# %% ../../nbs/measure/sweep.ipynb #4a727144
+def sweep_report(
+    rows:list[dict], # From `generate_rows`
+    about:dict, # Of the sweep
+    judges:list, # Scorers; the first recommends
+    harm:float, # As `recommend_weight`'s
+    out:str|Path, # Page; scores and numbers go beside it
+)->str: # For the console
+    "Score, measure and write."
     if len(rows)!=len(about['variants'])*about['seeds']*(about['prompts']+1):
         raise UserError("--out", f"of its texts only {len(rows):,} rows are there", "give the command that began them, to write the others")
     ids = [scorer_id(j) for j in judges]
@@ -298,12 +305,13 @@ def _sweep_report(rows, about, judges, harm, out): # its files, and the text for
     kept = [dict(name=n, number=i, scores={j: scores[j][n][i].tolist() for j in ids}) for n in names for i in range(about['prompts'])]
     write_private(Path(out).with_suffix('.scores.jsonl'), ''.join(json.dumps(l)+'\n' for l in kept))
     judged = [dict(name=j.name, version=j.version, sha256=j.weights_hash) for j in judges]
-    numbers = dict(about=about | dict(scorers=judged), harm=harm, recommended=recommend_weight(tables[ids[0]], harm), rows=tables[ids[0]], second=[tables[i] for i in ids[1:]])
+    best = recommend_weight(tables[ids[0]], harm)
+    numbers = dict(about=about | dict(scorers=judged), harm=harm, recommended=best, rows=tables[ids[0]], second=[tables[i] for i in ids[1:]])
     write_private(Path(out).with_suffix('.json'), json.dumps(numbers, indent=1))
     write_private(out, sweep_html(rows, about, scores[ids[0]], tables, [*lines, agreed], harm))
     return '\n'.join([sweep_text(tables), '', agreed, *lines])
 
-# %% ../../nbs/measure/sweep.ipynb #005d4b5d
+# %% ../../nbs/measure/sweep.ipynb #b052ed33
 @shell_command('phoque_detox',
     'phoque_detox --adapter YOU/phoque --prompts held_out.jsonl --out detox.html',
     'phoque_detox --adapter YOU/phoque,YOU/clerk --weight=1,-1 --lambdas=-0.5,-1,-1.5 --out difference.html',
@@ -325,4 +333,4 @@ def detox_cli(
     elif given := options.given(): raise UserError(f"--{given[0]}", "what was written before is scored again as it is", "leave it out, or name an --adapter")
     kept,judges = Path(out).with_suffix('.texts.jsonl'),load_scorers(scorer, second_scorer)
     rows = options.texts_of(kept)
-    print(f"{_sweep_report(rows, read_json(Path(f'{kept}.about.json')), judges, harm, out)}\n{out}")
+    print(f"{sweep_report(rows, read_json(Path(f'{kept}.about.json')), judges, harm, out)}\n{out}")
