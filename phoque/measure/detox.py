@@ -254,6 +254,7 @@ def sweep_line(
     spans = dict(score=span('score', 'low', 'high'))
     spans |= {k: span(k, f'{k}_low', f'{k}_high') for k in (*_TOLD, *['probability']*('probability' in base))}
     rest = {k: f'{r[k]:.2f}' for k in ('styled','plain','empty','distinct_1','distinct_2') if k in base}
+    if 'fluency' in base: rest['fluency'] = 'none' if r['fluency'] is None else f"{r['fluency']:.1f}"
     return {'': r['name']} | spans | rest | dict(perplexity=f"{r['perplexity']:.1f} ({r['perplexity']/base['perplexity']-1:+.1%})")
 
 def sweep_table(
