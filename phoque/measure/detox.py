@@ -327,16 +327,17 @@ def sweep_svg(
     ws = [r if key=='score' else r | dict(score=r[key], low=None) for r in _by_weight(rows)]
     first,span = ws[0]['weight'],ws[-1]['weight']-ws[0]['weight']
     low,high = min(_ends(r)[0] for r in ws),max(_ends(r)[1] for r in ws)
-    def x(r): return f"{30+400*(r['weight']-first)/span:.1f}"
+    def x(r): return f"{55+375*(r['weight']-first)/span:.1f}"
     def y(score): return 110-90*(score-low)/((high-low) or 1)
     bottom,top = map(y, _ends(next(r for r in ws if r['weight']==0)))
-    band = f'<rect x="15" width="430" y="{top:.1f}" height="{max(bottom-top, 1):.1f}" opacity=".15"/>'
+    band = f'<rect x="40" width="405" y="{top:.1f}" height="{max(bottom-top, 1):.1f}" opacity=".15"/>'
+    ends = ''.join(f'<text x="0" y="{y(v)+4:.1f}" font-size="11">{v:.3g}</text>' for v in {low:1, high:1})
     def point(r):
         bar = '<path d="M{} {:.1f}V{:.1f}" stroke="currentColor"/>'.format(x(r), *map(y, _ends(r)))
         mark = f'<circle cx="{x(r)}" cy="{y(r["score"]):.1f}" ' + ('r="7" style="fill:#c05621"/>' if r['weight']==at else 'r="3"/>')
         return f'{bar}{mark}<text x="{x(r)}" y="128" text-anchor="middle" font-size="11">{r["weight"]:g}</text>'
     look = f'viewBox="0 0 460 135" width="460" fill="currentColor" role="img" aria-label="{key} over the weight"'
-    return f'<svg {look}>{band}{"".join(map(point, ws))}</svg>'
+    return f'<svg {look}>{band}{ends}{"".join(map(point, ws))}</svg>'
 
 # %% ../../nbs/measure/detox.ipynb #14ffff74
 def sweep_verdict(

@@ -386,6 +386,7 @@ def about_html(
     told = '<br>'.join(f'{escape(k.replace("_", " "))}: {escape(str(v))}' for k,v in about.items() if v!='')
     return f'<p style="overflow-wrap:anywhere">{told}</p>'
 
+# %% ../../nbs/measure/moderate.ipynb #bdeb31f5
 def replay_html(
     report:dict, # From `replay`
     about:dict, # What was measured, by what

@@ -404,7 +404,7 @@ def eval_cli(
     prompts:str='', # JSONL of prompts, such as RealToxicityPrompts' prompts.jsonl; empty takes 20 mild ones
     n:int=ASKED, # Prompts drawn from them; 0 for all
     k:int=EACH, # Continuations a prompt
-    scorer:str=TrainConfig().scorer, # Text classifier of the Hub (#label where it has many; #insult,threat for several), tfidf:owner/dataset, or profanity (smoke tests only)
+    scorer:str=TrainConfig().scorer, # Text classifier of the Hub (#label, or #insult,threat for several), tfidf:owner/dataset, or profanity (smoke tests only)
     second_scorer:str='profanity', # Others, to see how far they agree with the first; `none` takes the first alone
     system_prompt:str='', # Ask in a chat under this system turn, or `none` of its own; empty continues the prompts as text
     seed:int=0, # Of prompts and draws

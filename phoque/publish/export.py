@@ -8,7 +8,8 @@ import json,math,os,re,shlex,shutil,subprocess,sys,time,uuid
 from pathlib import Path
 from ..measure.detox import markdown_table, sweep_table
 from ..job import LICENSE_FIELDS, RESEARCH_LICENSE
-from ..merge import LoraAdapter, adapter_record, bare_name, check_fidelity, check_room, fidelity, merge_adapters, merge_command, named_base, read_base, read_weights
+from ..merge import (LoraAdapter, adapter_record, bare_name, check_fidelity, check_room, fidelity, merge_adapters, merge_command,
+    named_base, read_base, read_weights)
 from ..core.basics import UserError, check_range, excerpt, front_matter, md_text, printable, quiet_libraries, read_json, reading, shell_command
 from ..model_qlora import check_private, private_repo
 from ..resume import HubBranch, patiently
@@ -381,7 +382,8 @@ def read_sweep(
         measured,at = [(a['sha256'],a['weight']) for a in about['adapters']],[r['weight'] for r in rows if r['weight'] is not None]
         sweep_table(rows)
         of = about['base']
-    except (LookupError, TypeError, ValueError, AttributeError): raise UserError(f"--sweep {path}", "it isn't what phoque_detox writes", "name its .json") from None
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"--sweep {path}", "it isn't what phoque_detox writes", "name its .json") from None
     mine = sorted((adapter_record(LoraAdapter(a), w)['sha256'], w) for a,w in pairs)
     def same(l): return len(mine)==len(measured) and all(s==t and math.isclose(w, l*v) for (s,w),(t,v) in zip(mine, sorted(measured)))
     if of==str(base).partition('@')[0] and any(map(same, at)): return rows
