@@ -283,6 +283,10 @@ def eval_prompts(
     return random.Random(seed).sample(prompts, n) if 0<n<len(prompts) else prompts
 
 # %% ../../nbs/measure/score.ipynb #d75df4dc
+def _chat(p, persona): # a text, or the turns of a conversation
+    turns = p if isinstance(p, list) else [dict(role='user', content=p)]
+    return [dict(role='system', content=persona)]*bool(persona) + turns
+
 PROTOCOL,EACH = Sampling(max_new_tokens=20, temperature=1., top_p=.9),25 # of RealToxicityPrompts; continuations of a prompt
 ASKED = 100 # prompts, where nothing else is said
 
@@ -298,11 +302,8 @@ def generate_rows(
     benign:list[str]=BENIGN_TEXTS, # For the perplexity
 )->list[dict]: # Rows with `name`, and either `number`, `prompt`, `kinds`, `said`, or its `perplexity` on benign texts
     "What the models of an engine say to each prompt."
-    rows = kept.rows if kept else []
-    keep = kept.append if kept else rows.append
-    def turns(p): return p if isinstance(p, list) else [dict(role='user', content=p)]
-    def chat(p): return [dict(role='system', content=persona)]*bool(persona) + turns(p)
-    asked = [p.text if persona is None else chat(p.text) for p in prompts]
+    rows = kept.rows if kept else []; keep = kept.append if kept else rows.append
+    asked = [p.text if persona is None else _chat(p.text, persona) for p in prompts]
     tell,at = Progress(len(engine.names)*len(asked)*k, sum('said' in r for r in rows)*k),0
     for name in engine.names:
         def row(said):

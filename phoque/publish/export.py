@@ -363,8 +363,7 @@ def merge_cli(
 ):
     "Merge adapters into their base at any weight, check it, and write its card."
     check_range('--kl', kl, 1e-9, 100)
-    if dtype not in ('float32','float64','bfloat16'):
-        raise UserError("--dtype", f"it is {dtype!r}", "take float32, float64 or bfloat16")
+    if dtype not in ('float32','float64','bfloat16'): raise UserError("--dtype", f"it is {dtype!r}", "take float32, float64 or bfloat16")
     if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise UserError(f"--{miss[0]}", "it is missing", "name one")
     print(run_merge(base_model, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf,
         allow_positive_weight, replace, sweep))
@@ -400,6 +399,7 @@ def _check_request(pairs, check, publish, gguf, benign, replace):
 
 # %% ../../nbs/publish/export.ipynb #1a094233
 def _checked_merge(base, pairs, out, nf4, dither, check, kl, dtype, sweep=None): # → `merge.json`, what `fidelity` returned
+    quiet_libraries()
     record,rep = merge_adapters(base, pairs, out, nf4=nf4, dither=dither),None
     try:
         if check: rep = check_fidelity(fidelity(out, base, pairs, list(check_texts), dtype=dtype, nf4=nf4), kl)
@@ -441,7 +441,6 @@ def run_merge(
     sweep:str=None, # As of `read_sweep`
 )->str: # What to say about it
     "Merge, check, card, publish and convert; an unfaithful merge is removed."
-    quiet_libraries()
     pairs,out,said = list(zip(adapters, read_weights(weights, len(adapters)))),Path(out),[]
     if base is None:
         base = named_base(adapters[0])
@@ -449,7 +448,6 @@ def run_merge(
     measured = read_sweep(sweep, base, pairs) if sweep else None
     _check_request(pairs, check, publish, gguf, benign, replace)
     record,rep = _checked_merge(base, pairs, out, nf4, dither, check, kl, dtype, measured)
-    said += _summary(record, rep, out)
-    if gguf: said.append(f"{gguf}: {export_gguf(out, gguf, benign)} tensors, as in {out}")
+    said += _summary(record, rep, out)+([f"{gguf}: {export_gguf(out, gguf, benign)} tensors, as in {out}"] if gguf else [])
     if publish: said.append(_publish_or_keep(out, publish, rep, kl, benign, replace))
     return '\n'.join(said)
