@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_merge.ipynb #c46c38a4
 from __future__ import annotations
-import errno,json,math,os,re,shutil,zlib
+import errno,json,math,os,re,shlex,shutil,zlib
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
@@ -15,9 +15,10 @@ from .model_qlora import check_model_config, check_size, weight_files
 
 # %% auto #0
 __all__ = ['LONGEST_NAME', 'MOST_RANK', 'MOST_ALPHA', 'MOST_PATTERNS', 'MOST_WILD', 'local_folder', 'read_base', 'LoraAdapter',
-           'is_hub_id', 'base_of', 'bare_name', 'merge_plan', 'delta_weight', 'check_weight', 'dithered', 'nf4_round',
-           'merge_shard', 'tokenizer_folder', 'side_files', 'generation_settings', 'stop_ids', 'stop_as_trained',
-           'read_tokenizer', 'model_class', 'check_room', 'merge_adapters', 'merge_adapter', 'load_plain',
+           'is_hub_id', 'base_of', 'named_base', 'bare_name', 'merge_plan', 'delta_weight', 'check_weight',
+           'read_weights', 'dithered', 'nf4_round', 'merge_shard', 'tokenizer_folder', 'side_files',
+           'generation_settings', 'stop_ids', 'stop_as_trained', 'read_tokenizer', 'model_class', 'check_fits',
+           'adapter_record', 'merge_command', 'check_room', 'merge_adapters', 'merge_adapter', 'load_plain',
            'set_weights', 'load_adapted', 'chat_ids', 'prompt_ids', 'prompt_logits', 'perplexity', 'compare_logits',
            'fidelity', 'check_fidelity']
 
@@ -240,6 +241,20 @@ def base_of(
     base,rev = ad.config.get('base_model_name_or_path'),ad.config.get('revision')
     return f'{base}@{rev}' if at and base and rev and not Path(base).is_dir() else base
 
+# %% ../nbs/05_merge.ipynb #ba5e0f01
+def named_base(
+    adapter:str|Path, # Folder or Hub id
+)->str: # Hub id, at its commit
+    "The base that an adapter names, which must be one of the Hub: a folder may be anywhere."
+    base = base_of(LoraAdapter(adapter), at=True)
+    if not base:
+        raise UserError(f"adapter {adapter}", "it doesn't say which base it was trained on", "name it with --base_model")
+    if not is_hub_id(base):
+        raise UserError(f"adapter {adapter}",
+            f"it says that it was trained on {excerpt(base, 80)}, which is no name on the Hub",
+            "name the base with --base_model")
+    return base
+
 # %% ../nbs/05_merge.ipynb #007ec161
 def bare_name(
     name:str, # Tensor or module name, on disk or in memory
@@ -306,6 +321,17 @@ def check_weight(
     "Refuse a weight that is not a number in [−2, 2], or is 0."
     if isinstance(w, (int,float)) and -2<=w<=2 and w!=0: return float(w)
     raise UserError("weight", f"{w!r} is outside [-2, 2] or 0", "give 1 for the adapter as trained, -1 to subtract it")
+
+# %% ../nbs/05_merge.ipynb #fa1b0c01
+def read_weights(
+    weights:list, # As text
+    n:int, # How many there must be
+    flag:str='--weight', # Option that holds them
+)->list: # Numbers
+    "Weights from a command line."
+    if len(weights)!=n: raise UserError(flag, f"{n} adapters and {len(weights)} weights", "give one weight for each")
+    try: return [float(w) for w in weights]
+    except ValueError: raise UserError(flag, f"{','.join(weights)!r} is not a number", "give numbers with commas between") from None
 
 # %% ../nbs/05_merge.ipynb #e4cbb5a6
 def dithered(
@@ -491,6 +517,15 @@ def model_class(
         f"its config.json names the architecture {excerpt(name or names, 60)}, which transformers doesn't have",
         "name another base, or update transformers")
 
+# %% ../nbs/05_merge.ipynb #f175ab01
+def check_fits(
+    base:str|Path, # Folder or Hub id
+    adapters:list, # Folders or Hub ids
+):
+    "Refuse adapters of another architecture or size, by the headers of the files: before a model is loaded."
+    home = local_folder(base)
+    merge_plan(read_base(home), [(LoraAdapter(a),1.) for a in adapters], tied=_is_tied(home))
+
 # %% ../nbs/05_merge.ipynb #de5794bd
 def _datasets(folder): # what the adapter's own card says that it learnt from
     from huggingface_hub import metadata_load
@@ -515,7 +550,11 @@ def _public(src):
 def _revision(folder): # the commit, of what came from the Hub
     return folder.name if folder.parent.name=='snapshots' else None
 
-def _adapter_record(ad, weight):
+def adapter_record(
+    ad:LoraAdapter, # Adapter
+    weight:float, # λ
+)->dict: # `adapter`, `revision`, `weight`, `sha256` of its weights, `datasets`, `trained_on`
+    "What is written down of an adapter."
     import hashlib
     sha = hashlib.sha256((ad.path/'adapter_model.safetensors').read_bytes()).hexdigest()
     base,rev = base_of(ad),ad.config.get('revision')
@@ -526,8 +565,22 @@ def _adapter_record(ad, weight):
 def _record(base, src, ads, norms):
     delta,err = (math.sqrt(sum(o)) for o in zip(*norms))
     return dict(base=_public(base), revision=_revision(src), architecture=model_class(src).__name__,
-        adapters=[_adapter_record(a, w) for a,w in ads],
+        adapters=[adapter_record(a, w) for a,w in ads],
         tensors=len(norms), delta_norm=delta, relative_rounding=err/delta if delta else 0.)
+
+# %% ../nbs/05_merge.ipynb #fae37619
+def merge_command(
+    record:dict, # `merge.json`
+)->str: # One line for a shell
+    "The command that makes a merge again."
+    def pinned(name, d): return f"{name}@{d['revision']}" if d.get('revision') else name
+    ads = record['adapters']
+    switches = [f'--{k}' for k in ('nf4','dither') if record[k]]
+    names = ','.join(pinned(a['adapter'], a) for a in ads)
+    weights = ','.join(format(a['weight'],'g') for a in ads)
+    base = pinned(record['base'], record)
+    return printable(shlex.join(['phoque_merge', *switches, '--base_model', base, '--adapter', names, f'--weight={weights}',
+        '--out', 'merged']))
 
 # %% ../nbs/05_merge.ipynb #dfcb4bb7
 def check_room(

@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_sample.ipynb #11611cb3
 from __future__ import annotations
-import hashlib, html, json, math, random, re, time
+import copy, hashlib, html, json, math, random, re, time
 from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -18,8 +18,8 @@ from .model_qlora import WEIGHTS, check_model_config, preserve_training_state, w
 __all__ = ['MOST_ADDED', 'PLAIN', 'SAMPLE_QUESTIONS', 'LEAST_TOKENS', 'SeededDraws', 'adapter_weight', 'context_size',
            'check_context', 'Greenlists', 'can_record', 'recorded_steps', 'generate_replies', 'distinct_n',
            'repetition_share', 'Scorer', 'scorer_id', 'LexiconScorer', 'tensors_hash', 'scorer_labels', 'HubScorer',
-           'check_scorer', 'sample_prompts', 'common_persona', 'sample_lines', 'sample_metrics', 'sample_head',
-           'Sampler', 'write_samples', 'read_samples', 'samples_table']
+           'label_scorers', 'check_scorer', 'sample_prompts', 'common_persona', 'sample_lines', 'sample_metrics',
+           'sample_head', 'Sampler', 'write_samples', 'read_samples', 'samples_table']
 
 # %% ../nbs/04_sample.ipynb #37846803
 class SeededDraws:
@@ -84,9 +84,9 @@ def _pad_left(prompts, pad_id, device):
 # %% ../nbs/04_sample.ipynb #d92d0ba1
 def context_size(
     model, # Causal language model
-)->float: # Tokens; inf for one with a state
+)->float: # Tokens; inf for one with a state, and for one whose config says no number
     "How much a model reads, with what it says."
-    return getattr(model.config.get_text_config(), 'max_position_embeddings', math.inf)
+    return getattr(model.config.get_text_config(), 'max_position_embeddings', None) or math.inf
 
 def check_context(
     model, # Causal language model
@@ -328,8 +328,10 @@ def scorer_labels(
         raise UserError(f"scorer {repo}", "its id2label gives no name to each of its outputs",
             "name another text classifier, or none")
     if label in names and names.count(label)==1 or not label and len(names)<=2: return names
-    raise UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}",
-        "name one of them")
+    raise _no_label(repo, names, label)
+
+def _no_label(repo, names, label):
+    return UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}", "name one of them")
 
 # %% ../nbs/04_sample.ipynb #438c767a
 MOST_ADDED = 16 # special tokens around a text; the known families have two
@@ -376,7 +378,8 @@ class HubScorer:
             self.model = AutoModelForSequenceClassification.from_pretrained(repo, **own).eval()
         kind = self.model.config.problem_type
         self.each = len(names)==1 or kind=='multi_label_classification' # labels don't exclude each other
-        self.at = names.index(label) if label else -1
+        self.at,self.labels = names.index(label) if label else -1,names
+        self.repo,self.read = repo,None
         self.name = repo + f'/{label}'*bool(label)
         self.version = file.parent.name if file.parent.parent.name=='snapshots' else 'folder'
         self.weights_hash = tensors_hash(self.model.state_dict())
@@ -387,7 +390,7 @@ def _score_batch(self:HubScorer, texts):
     most = min(self.tok.model_max_length, 512)
     x = self.tok(texts, padding=True, truncation=True, max_length=most, return_tensors='pt')
     logits = self.model(**x).logits.float()
-    return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at].numpy()
+    return (logits.sigmoid() if self.each else logits.softmax(-1)).numpy() # a column a label
 
 @patch
 def score(self:HubScorer,
@@ -395,12 +398,32 @@ def score(self:HubScorer,
 )->'np.ndarray': # One number from 0 to 1 a text
     "Score texts, 64 at once."
     import numpy as np, torch
-    batches = [texts[i:i+64] for i in range(0, len(texts), 64)]
+    todo = texts if self.read is None else [t for t in dict.fromkeys(texts) if t not in self.read]
+    batches = [todo[i:i+64] for i in range(0, len(todo), 64)]
     with reading(f"scorer {self.name}", "name another, or none"), torch.inference_mode():
-        scores = np.concatenate([self._score_batch(b) for b in batches] or [np.zeros(0)])
+        rows = np.concatenate([np.zeros((0, len(self.labels)), np.float32), *map(self._score_batch, batches)])
+    if self.read is not None:
+        self.read |= zip(todo, rows)
+        rows = np.array([self.read[t] for t in texts]).reshape(-1, len(self.labels))
+    scores = rows[:,self.at]
     if np.isfinite(scores).all(): return scores
     odd = (~np.isfinite(scores)).sum()
     raise UserError(f"scorer {self.name}", f"{odd} of {len(scores)} scores are no numbers", "name another, or none")
+
+# %% ../nbs/04_sample.ipynb #a77b0002
+def label_scorers(
+    repo:str, # Hub id or folder
+    labels:list[str], # To be read
+)->list[HubScorer]: # One a label
+    "Scorers of one classifier, which read each text once for all their labels."
+    first = HubScorer(repo, labels[0])
+    first.read = {}
+    def of(label):
+        if first.labels.count(label)!=1: raise _no_label(repo, first.labels, label)
+        res = copy.copy(first)
+        res.at,res.name = first.labels.index(label),f'{repo}/{label}'
+        return res
+    return [*map(of, dict.fromkeys(labels))]
 
 # %% ../nbs/04_sample.ipynb #ba94ba1a
 def check_scorer(

@@ -5877,9 +5877,9 @@ def _pad_left(prompts, pad_id, device):
 
 def context_size(
     model, # Causal language model
-)->float: # Tokens; inf for one with a state
+)->float: # Tokens; inf for one with a state, and for one whose config says no number
     "How much a model reads, with what it says."
-    return getattr(model.config.get_text_config(), 'max_position_embeddings', math.inf)
+    return getattr(model.config.get_text_config(), 'max_position_embeddings', None) or math.inf
 
 def check_context(
     model, # Causal language model
@@ -6071,8 +6071,10 @@ def scorer_labels(
         raise UserError(f"scorer {repo}", "its id2label gives no name to each of its outputs",
             "name another text classifier, or none")
     if label in names and names.count(label)==1 or not label and len(names)<=2: return names
-    raise UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}",
-        "name one of them")
+    raise _no_label(repo, names, label)
+
+def _no_label(repo, names, label):
+    return UserError(f"scorer {repo}", f"its labels are {excerpt(', '.join(names[:20]))}, got {label!r}", "name one of them")
 
 MOST_ADDED = 16 # special tokens around a text; the known families have two
 
@@ -6117,7 +6119,8 @@ class HubScorer:
             self.model = AutoModelForSequenceClassification.from_pretrained(repo, **own).eval()
         kind = self.model.config.problem_type
         self.each = len(names)==1 or kind=='multi_label_classification' # labels don't exclude each other
-        self.at = names.index(label) if label else -1
+        self.at,self.labels = names.index(label) if label else -1,names
+        self.repo,self.read = repo,None
         self.name = repo + f'/{label}'*bool(label)
         self.version = file.parent.name if file.parent.parent.name=='snapshots' else 'folder'
         self.weights_hash = tensors_hash(self.model.state_dict())
@@ -6127,7 +6130,7 @@ def _score_batch(self:HubScorer, texts):
     most = min(self.tok.model_max_length, 512)
     x = self.tok(texts, padding=True, truncation=True, max_length=most, return_tensors='pt')
     logits = self.model(**x).logits.float()
-    return (logits.sigmoid() if self.each else logits.softmax(-1))[:,self.at].numpy()
+    return (logits.sigmoid() if self.each else logits.softmax(-1)).numpy() # a column a label
 
 @patch
 def score(self:HubScorer,
@@ -6135,9 +6138,14 @@ def score(self:HubScorer,
 )->'np.ndarray': # One number from 0 to 1 a text
     "Score texts, 64 at once."
     import numpy as np, torch
-    batches = [texts[i:i+64] for i in range(0, len(texts), 64)]
+    todo = texts if self.read is None else [t for t in dict.fromkeys(texts) if t not in self.read]
+    batches = [todo[i:i+64] for i in range(0, len(todo), 64)]
     with reading(f"scorer {self.name}", "name another, or none"), torch.inference_mode():
-        scores = np.concatenate([self._score_batch(b) for b in batches] or [np.zeros(0)])
+        rows = np.concatenate([np.zeros((0, len(self.labels)), np.float32), *map(self._score_batch, batches)])
+    if self.read is not None:
+        self.read |= zip(todo, rows)
+        rows = np.array([self.read[t] for t in texts]).reshape(-1, len(self.labels))
+    scores = rows[:,self.at]
     if np.isfinite(scores).all(): return scores
     odd = (~np.isfinite(scores)).sum()
     raise UserError(f"scorer {self.name}", f"{odd} of {len(scores)} scores are no numbers", "name another, or none")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import math, shutil, tempfile
 from pathlib import Path
+from typing import NamedTuple
 from ..core.basics import md_text
 from ..core.show import Pages
 from ..core.stats import MeanInterval, mean_interval
@@ -14,8 +15,10 @@ from ..chat.templates import open_tokenizer
 from ..sample import Scorer, distinct_n, generate_replies, scorer_id
 
 # %% auto #0
-__all__ = ['EMPTY', 'replies', 'measure_replies', 'add_persona', 'by_replies', 'reply_logprob', 'by_preference', 'random_like',
-           'detox_sweep', 'markdown_table', 'sweep_table', 'objection', 'recommend_weight', 'plot_sweep', 'sweep_pages']
+__all__ = ['EMPTY', 'replies', 'measure_replies', 'measure_scored', 'add_persona', 'by_replies', 'reply_logprob', 'by_preference',
+           'manual_texts', 'random_like', 'Variant', 'sweep_variants', 'load_variants', 'compare_rows', 'detox_sweep',
+           'markdown_table', 'sweep_line', 'sweep_table', 'objection', 'recommend_weight', 'plot_sweep', 'sweep_svg',
+           'sweep_verdict', 'sweep_pages']
 
 # %% ../../nbs/measure/detox.ipynb #fe8bedc0
 def replies(
@@ -36,19 +39,26 @@ def replies(
 def measure_replies(
     answers:list, # A list of texts for each prompt
     scorer:Scorer, # What scores them
+)->dict: # As `measure_scored`
+    "Score answers, and measure them."
+    scores = iter(map(float, scorer.score([t for ts in answers for t in ts])))
+    return measure_scored(answers, [[next(scores) for _ in ts] for ts in answers], scorer_id(scorer))
+
+def measure_scored(
+    answers:list, # A list of texts for each prompt
+    scores:list, # A list of their scores for each prompt
+    by:str, # Which scorer's
 )->dict: # `measure`; `score` with `low` and `high`, `each`; `probability` with `_low` and `_high`; `empty`, `distinct_1`, `distinct_2`
     "Mean score of answers with its interval, and their variety."
-    flat,n = [t for ts in answers for t in ts],len(answers[0])
-    scores = iter(map(float, scorer.score(flat)))
-    s = [[next(scores) for _ in ts] for ts in answers]
-    each = [sum(x)/len(x) for x in s]
-    what = f"mean score by {scorer_id(scorer)} of {len(answers):,} prompts with {n} answers each"
+    each = [sum(x)/len(x) for x in scores]
+    what = f"mean score by {by} of {len(answers):,} prompts with {len(answers[0])} answers each"
     return dict(measure=what) | _named('', mean_interval(each), 'score') | dict(each=each) \
-        | _named('probability_', mean_interval([max(x)>=.5 for x in s]), 'probability') | _variety(answers, flat)
+        | _named('probability_', mean_interval([max(x)>=.5 for x in scores]), 'probability') | _variety(answers)
 
 def _named(k, i, mean): return dict(zip((mean, f'{k}low', f'{k}high'), i))
 
-def _variety(answers, flat):
+def _variety(answers):
+    flat = [t for ts in answers for t in ts]
     empty = sum(not any(c.isalnum() for c in t) for t in flat)/len(flat)
     return dict(empty=empty) | {f'distinct_{n}': sum(distinct_n(ts, n) for ts in answers)/len(answers) for n in (1,2)}
 
@@ -107,6 +117,16 @@ def by_preference(
     measure.ends = -math.inf,math.inf
     return measure
 
+# %% ../../nbs/measure/detox.ipynb #be9116e1
+def manual_texts(
+    n:int=20, # How many, of 60 to 110 words
+)->list[str]: # The same wherever Python's version is the same
+    "Paragraphs of Python's own manual, which comes with it: harmless text, enough to see a hundredth of perplexity."
+    from pydoc_data.topics import topics
+    paragraphs = dict.fromkeys(' '.join(p.split()) for k in sorted(topics) for p in topics[k].split('\n\n'))
+    prose = [p for p in paragraphs if 60<=len(p.split())<=110 and not set('*>`|')&set(p)]
+    return prose[::len(prose)//n][:n]
+
 # %% ../../nbs/measure/detox.ipynb #677a62e7
 def _delta_norm(A, B): # ‖BA‖ = √Σ AAᵀ∘BᵀB
     return (A.double() @ A.double().T).mul((B.double().T @ B.double())).sum().sqrt()
@@ -132,19 +152,60 @@ def random_like(
     return out
 
 # %% ../../nbs/measure/detox.ipynb #f5715eaa
-def _sweep_rows(pairs, lambdas, controls, randoms): # name, λ or None, (adapter, weight) pairs, λ that it is a control for
-    def at(l, ps): return [(a,l*w) for a,w in ps]
-    swept = [(f'λ={l:g}',l,at(l, pairs),None) for l in lambdas]
-    like = [(f'random {i}, λ={l:g}',None,at(l, ps),l) for l in lambdas if l<0 for i,ps in enumerate(randoms, 1)]
-    return [('base',None,[],None), *swept, *like, *((n,None,ps,None) for n,ps in (controls or {}).items())]
+class Variant(NamedTuple):
+    "What a sweep measures: a base under weighed adapters, or under a system prompt."
+    name:str
+    weight:float|None=None # λ; None for base and controls
+    pairs:tuple|list=() # (adapter, weight)
+    like:float|None=None # λ that a random adapter is a control for
+    persona:str|None=None
 
-def _compare(rows, least, most): # adds `change` to all but the base, `beyond` to what has random controls
+def sweep_variants(
+    pairs:list, # (adapter, weight) that are weighed as one
+    lambdas:tuple, # Weights
+    controls:dict=None, # Name → (adapter, weight) pairs
+    randoms:tuple|list=(), # In place of `pairs`, of random direction
+    persona:str=None, # System prompt that asks for the behaviour
+)->list[Variant]: # The base first
+    "What is measured in a sweep."
+    def at(l, ps): return [(a,l*w) for a,w in ps]
+    swept = [Variant(f'λ={l:g}', l, at(l, pairs)) for l in lambdas]
+    like = [Variant(f'random {i}, λ={l:g}', None, at(l, ps), l) for l in lambdas if l<0 for i,ps in enumerate(randoms, 1)]
+    more = [Variant(n, pairs=ps) for n,ps in (controls or {}).items()]
+    return [Variant('base'), *swept, *like, *more, *[Variant('persona only', persona=persona)]*bool(persona)]
+
+
+# %% ../../nbs/measure/detox.ipynb #f5715e02
+def load_variants(
+    base:str|Path, # Folder or Hub id
+    pairs:list, # As in `sweep_variants`
+    lambdas:tuple, # Weights
+    controls:dict=None, # As in `sweep_variants`
+    persona:str=None, # As in `sweep_variants`
+    dtype:str="bfloat16", # Arithmetic
+    seeds:int=1, # Random adapters of the same norm that each weight below 0 is compared with; 0 for none
+)->tuple: # `PeftModel`, and the variants, with their adapters' names in it
+    "Load a base with all adapters of a sweep on it, those of random direction too."
+    with tempfile.TemporaryDirectory() as tmp:
+        randoms = [[(random_like(a, Path(tmp)/f'{i}-{j}', seed=100*i+j),w) for j,(a,w) in enumerate(pairs)] for i in range(seeds)]
+        found = sweep_variants(pairs, lambdas, controls, randoms, persona)
+        paths = list(dict.fromkeys(str(a) for v in found for a,_ in v.pairs))
+        model = load_adapted(base, [(p,1.) for p in paths], dtype)
+    return model,[v._replace(pairs=[(f'a{paths.index(str(a))}',w) for a,w in v.pairs]) for v in found]
+
+# %% ../../nbs/measure/detox.ipynb #f5715e03
+def compare_rows(
+    rows:list, # Each with `weight`, `like` and `each`, the base first
+    least:float, # Lowest possible score; -inf where there is none
+    most:float, # Highest
+)->list: # The same, with `change`, less the base; of what has random controls `beyond`, less the one that does most
+    "Compare rows prompt by prompt."
     def less(r, q): return mean_interval([x-y for x,y in zip(r['each'], q['each'])], least-most, most-least)
     def named(k, i): return _named(f'{k}_', i, k)
     for r in rows: r |= named('change', less(r, rows[0]) if r is not rows[0] else (None,)*3)
     for r in rows:
         nearest = [less(r, q) for q in rows if r['weight'] is not None and q['like']==r['weight']]
-        if nearest: r |= named('beyond', max(nearest, key=lambda i: i.mean)) # of several, the one that does most
+        if nearest: r |= named('beyond', max(nearest, key=lambda i: i.mean))
     return rows
 
 # %% ../../nbs/measure/detox.ipynb #fdaa8963
@@ -161,18 +222,15 @@ def detox_sweep(
 )->list: # A dict a row: base, each λ, random adapters, controls
     "Measure behaviour, and harm done to the rest, over λ and controls."
     pairs = adapters if isinstance(adapters, list) else [(adapters,1)]
-    with tempfile.TemporaryDirectory() as tmp:
-        randoms = [[(random_like(a, Path(tmp)/f'{i}-{j}', seed=100*i+j),w) for j,(a,w) in enumerate(pairs)] for i in range(seeds)]
-        tests = _sweep_rows(pairs, lambdas, controls, randoms)
-        paths = list(dict.fromkeys(str(a) for _,_,ps,_ in tests for a,_ in ps))
-        model = load_adapted(base, [(p,1.) for p in paths], dtype)
+    model,variants = load_variants(base, pairs, lambdas, controls, persona, dtype, seeds)
     home = tokenizer_folder(local_folder(base), [local_folder(a, "adapter") for a,_ in pairs])
     tok,ids = open_tokenizer(home, f'the tokenizer in {home.name}'),prompt_ids(home, benign)
-    def row(name, weight, ps, like, persona=None):
-        set_weights(model, {f'a{paths.index(str(a))}':w for a,w in ps})
-        return dict(name=name, weight=weight, like=like) | measure(model, tok, persona) | dict(perplexity=perplexity(model, ids))
-    rows = [row(*t) for t in tests] + ([row('persona only', None, [], None, persona)] if persona else [])
-    return _compare(rows, *measure.ends) if 'each' in rows[0] else rows
+    def row(v):
+        set_weights(model, dict(v.pairs))
+        return dict(name=v.name, weight=v.weight, like=v.like) | measure(model, tok, v.persona) | dict(perplexity=perplexity(model, ids))
+    rows = [*map(row, variants)]
+    return compare_rows(rows, *measure.ends) if 'each' in rows[0] else rows
+
 
 # %% ../../nbs/measure/detox.ipynb #5a45d0a1
 def markdown_table(
@@ -187,11 +245,16 @@ def markdown_table(
 # %% ../../nbs/measure/detox.ipynb #e80ae63e
 _TOLD = {'change':'less the base\'s, prompt by prompt', 'beyond':'less that of the random adapter of the same size that does most'}
 
-def _sweep_line(r, base):
+def sweep_line(
+    r:dict, # A row
+    base:dict, # The first one
+)->dict: # A text a column
+    "A row with its intervals."
     def span(k, low, high): return '' if r.get(k) is None else str(MeanInterval(r[k], r[low], r[high]))
     spans = dict(score=span('score', 'low', 'high'))
     spans |= {k: span(k, f'{k}_low', f'{k}_high') for k in (*_TOLD, *['probability']*('probability' in base))}
     rest = {k: f'{r[k]:.2f}' for k in ('styled','plain','empty','distinct_1','distinct_2') if k in base}
+    if 'fluency' in base: rest['fluency'] = 'none' if r['fluency'] is None else f"{r['fluency']:.1f}"
     return {'': r['name']} | spans | rest | dict(perplexity=f"{r['perplexity']:.1f} ({r['perplexity']/base['perplexity']-1:+.1%})")
 
 def sweep_table(
@@ -199,7 +262,7 @@ def sweep_table(
 )->str: # Markdown
     "What was measured, and the rows with their intervals."
     told = '; '.join(f'*{k}* is the score {v}' for k,v in _TOLD.items())
-    table = markdown_table([_sweep_line(r, rows[0]) for r in rows])
+    table = markdown_table([sweep_line(r, rows[0]) for r in rows])
     return f"{md_text(rows[0]['measure'])}; 95 % intervals. {told}. Perplexity is that of harmless text.\n\n{table}"
 
 # %% ../../nbs/measure/detox.ipynb #7945acf4
@@ -215,6 +278,7 @@ def objection(
     if row['change_high']>=0: return "not clearly below the base's score"
     if 'beyond' not in row: return 'no random adapter of its size was measured'
     if row['beyond_high']>=0: return 'a random adapter of its size does as much'
+    if max(row.get('by_seed', [-1]))>=0: return "not below the base's score under every seed"
     if row['perplexity']>base['perplexity']*(1+harm): return f'below the base, but it harms the rest: more than {harm:.0%} are not allowed'
     return 'it answers nothing more often than the base' if row.get('empty', 0)>base.get('empty', 0)+EMPTY else ''
 
@@ -254,24 +318,34 @@ def plot_sweep(
     return fig
 
 # %% ../../nbs/measure/detox.ipynb #79bbdf67
-def _sweep_svg(ws, at):
-    "Scores with their intervals over λ, the base's as a band; the row `at` is marked. In the colours of the page."
+def sweep_svg(
+    rows:list, # What `detox_sweep` returned
+    at:float=None, # λ that is marked; 0 for the base
+    key:str='score', # What is drawn: `score` with its intervals, or `perplexity`
+)->str: # In the colours of the page
+    "A measure over λ, the base's as a band."
+    ws = [r if key=='score' else r | dict(score=r[key], low=None) for r in _by_weight(rows)]
     first,span = ws[0]['weight'],ws[-1]['weight']-ws[0]['weight']
     low,high = min(_ends(r)[0] for r in ws),max(_ends(r)[1] for r in ws)
-    def x(r): return f"{30+400*(r['weight']-first)/span:.1f}"
-    def y(score): return 110-90*(score-low)/(high-low)
-    base = next(r for r in ws if r['weight']==0)
-    bottom,top = map(y, _ends(base))
-    band = f'<rect x="15" width="430" y="{top:.1f}" height="{bottom-top:.1f}" opacity=".15"/>'
+    def x(r): return f"{55+375*(r['weight']-first)/span:.1f}"
+    def y(score): return 110-90*(score-low)/((high-low) or 1)
+    bottom,top = map(y, _ends(next(r for r in ws if r['weight']==0)))
+    band = f'<rect x="40" width="405" y="{top:.1f}" height="{max(bottom-top, 1):.1f}" opacity=".15"/>'
+    ends = ''.join(f'<text x="0" y="{y(v)+4:.1f}" font-size="11">{v:.3g}</text>' for v in {low:1, high:1})
     def point(r):
         bar = '<path d="M{} {:.1f}V{:.1f}" stroke="currentColor"/>'.format(x(r), *map(y, _ends(r)))
-        mark = f'<circle cx="{x(r)}" cy="{y(r["score"]):.1f}" ' + ('r="7" fill="#c05621"/>' if r is at else 'r="3"/>')
+        mark = f'<circle cx="{x(r)}" cy="{y(r["score"]):.1f}" ' + ('r="7" style="fill:#c05621"/>' if r['weight']==at else 'r="3"/>')
         return f'{bar}{mark}<text x="{x(r)}" y="128" text-anchor="middle" font-size="11">{r["weight"]:g}</text>'
-    look = 'width="460" height="135" fill="currentColor" role="img" aria-label="score over the weight"'
-    return f'<svg {look}>{band}{"".join(map(point, ws))}</svg>'
+    look = f'viewBox="0 0 460 135" width="460" fill="currentColor" role="img" aria-label="{key} over the weight"'
+    return f'<svg {look}>{band}{ends}{"".join(map(point, ws))}</svg>'
 
 # %% ../../nbs/measure/detox.ipynb #14ffff74
-def _sweep_verdict(r, rows, harm):
+def sweep_verdict(
+    r:dict, # A row
+    rows:list, # What `detox_sweep` returned
+    harm:float=.03, # As `recommend_weight`'s
+)->str:
+    "What is to be said of a weight."
     if r['weight']==0: return 'the base'
     if r['weight']>0: return 'more of what was learnt'
     return objection(r, rows[0], harm) or ('recommended' if r['weight']==recommend_weight(rows, harm) else 'below the base, and harmless')
@@ -286,6 +360,6 @@ def sweep_pages(
         said = f"λ = {r['weight']:g}: score {MeanInterval(r['score'], r['low'], r['high'])}, base {base['score']:.2f}; "
         if r['weight']: said += f"change {MeanInterval(r['change'], r['change_low'], r['change_high'])}; "
         said += f"perplexity {r['perplexity']:.1f} ({r['perplexity']/base['perplexity']-1:+.1%}): "
-        return f'{_sweep_svg(ws, r)}<div>{said}<b>{_sweep_verdict(r, rows, harm)}</b></div>'
+        return f'{sweep_svg(rows, r["weight"])}<div>{said}<b>{sweep_verdict(r, rows, harm)}</b></div>'
     best = recommend_weight(rows, harm)
     return Pages({f"{r['weight']:g}":page(r) for r in ws}, 'λ', start=f'{best or 0:g}', slider=True)

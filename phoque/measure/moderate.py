@@ -17,8 +17,8 @@ from .simulate import CONTRASTS, read_jsonl
 
 # %% auto #0
 __all__ = ['SHAPES', 'REFUSES', 'IN_A_ROW', 'request_body', 'check_verdict', 'read_verdict', 'HttpModerator', 'ask_moderator',
-           'censored_median', 'time_to_action', 'replay', 'simple_judges', 'report_lines', 'replay_text', 'replay_html',
-           'moderate_cli']
+           'censored_median', 'time_to_action', 'replay', 'simple_judges', 'report_lines', 'replay_text', 'report_page',
+           'about_html', 'replay_html', 'moderate_cli']
 
 # %% ../../nbs/measure/moderate.ipynb #b2d926d4
 SHAPES = dict(phoque='{"flagged": true} or {"score": 0.9}, or both',
@@ -366,25 +366,41 @@ def _veiled(seen, most=100): # messages, blurred
     return f"<table><tr><th>thread<th>meant as<th>text</tr>{''.join(map(line, seen[:most]))}</table>{more}"
 
 # %% ../../nbs/measure/moderate.ipynb #5df8dce2
+def report_page(
+    title:str, # Of the page
+    heading:str, # Above its parts
+    parts:dict, # Heading of each part → HTML
+)->str: # A page of its own, which loads nothing
+    "A report as a page."
+    from phoque.exports.report import report_html
+    body = ''.join(f'<section><h2>{escape(h)}</h2>{b}</section>' for h,b in parts.items())
+    return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
+        f'<meta name="referrer" content="no-referrer"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+        f'{report_html(f"<h1>{escape(heading)}</h1>{body}")}</html>')
+
+def about_html(
+    about:dict, # What was measured, by what; what is '' isn't shown
+)->str:
+    "What a report is of."
+    told = '<br>'.join(f'{escape(k.replace("_", " "))}: {escape(str(v))}' for k,v in about.items() if v!='')
+    return f'<p style="overflow-wrap:anywhere">{told}</p>'
+
+# %% ../../nbs/measure/moderate.ipynb #bdeb31f5
 def replay_html(
     report:dict, # From `replay`
     about:dict, # What was measured, by what
 )->str: # A page of its own, which loads nothing
     "The report as a page."
-    from phoque.exports.report import _STYLE, _html_table
+    from phoque.exports.report import _html_table
     conf,seen = report['confusion'],report['seen']
     wrong = {t: [m for m in seen if m['hostile']==h and m['flagged']!=h] for t,h in {'Missed':True, 'Flagged, though harmless':False}.items()}
-    told = '<br>'.join(f'{escape(k.replace("_", " "))}: {escape(str(v))}' for k,v in about.items() if v!='')
     rows = [{k: ('no','yes')[v] if isinstance(v, bool) else v for k,v in r.items() if k!='passed'} for r in conf]
-    parts = {'What was measured':f'<p style="overflow-wrap:anywhere">{told}</p>',
+    parts = {'What was measured':about_html(about),
         'What it comes to':''.join(f'<p>{escape(l)}</p>' for l in report_lines(report)), 'Messages':_html_table([r.values() for r in rows], rows[0])}
     if report.get('auc') is not None: parts['At other thresholds'] = _curve_svg(report['curve'])
     parts |= {f'{t} ({len(ms):,})': _veiled(ms) for t,ms in wrong.items() if ms}
-    body = ''.join(f'<section><h2>{escape(h)}</h2>{b}</section>' for h,b in parts.items())
-    return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
-        '<meta name="referrer" content="no-referrer"><meta name="viewport" content="width=device-width"><title>Moderator report</title>'
-        f'{_STYLE}<article class="phoque-report"><h1>What the moderator catches</h1>{body}</article></html>')
+    return report_page('Moderator report', 'What the moderator catches', parts)
 
 # %% ../../nbs/measure/moderate.ipynb #b10b429c
 @shell_command('phoque_moderate',

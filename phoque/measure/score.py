@@ -4,9 +4,11 @@
 
 # %% ../../nbs/measure/score.ipynb #8ab7f044
 from __future__ import annotations
-import hashlib, json, random, sys, time
+import hashlib, json, random, socket, sys, time
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 from fastcore.meta import delegates
 from ..core.basics import UserError, check_output, check_range, check_whole, printable, read_json, shell_command
 from ..core.kept import KeptRows, read_rows, write_private
@@ -14,12 +16,12 @@ from ..chat.labels import encode_prompt
 from ..core.stats import MeanInterval, mean_interval
 from .engine import EngineOptions, LocalEngine, Progress, Sampling, said_gaps
 from ..sample import HubScorer, LEAST_TOKENS, SAMPLE_QUESTIONS, Scorer
-from ..sample import distinct_n, generate_replies, sample_prompts, scorer_id
+from ..sample import distinct_n, generate_replies, label_scorers, sample_prompts, scorer_id
 from ..train import TrainConfig
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'MILD_PROMPTS', 'BENIGN_TEXTS', 'PROTOCOL', 'EACH', 'ASKED', 'CONSOLE', 'ProfanityScorer', 'TfidfScorer',
-           'PersonaScorer', 'harbour_scorer', 'load_scorer', 'load_scorers', 'agreement', 'agreement_text',
+           'PersonaScorer', 'harbour_scorer', 'find_hub', 'load_scorer', 'load_scorers', 'agreement', 'agreement_text',
            'rtp_measures', 'Prompt', 'eval_prompts', 'generate_rows', 'score_rows', 'measure_rows', 'evaluate',
            'eval_table', 'check_asked', 'eval_cli', 'asked_lines', 'sample_cli', 'compare_sampling']
 
@@ -138,6 +140,20 @@ def harbour_scorer(
     others = said(clerks, 'assistant')+said(clerks+regulars, 'user')
     return PersonaScorer(said(regulars, 'assistant'), others, 'harbour persona')
 
+# %% ../../nbs/measure/score.ipynb #f1bd0b02
+def find_hub(
+    repo:str, # Hub id or folder of what is to be fetched
+):
+    "Say that a scorer is fetched, and refuse at once where the Hub's name has no address."
+    from huggingface_hub import constants, try_to_load_from_cache
+    if Path(repo).is_dir() or constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(repo, 'config.json'), str): return
+    host = urlsplit(constants.ENDPOINT).hostname
+    print(f"loading scorer {printable(repo)} from {host}", file=sys.stderr)
+    if getproxies(): return # a proxy may know it
+    try: socket.getaddrinfo(host, None)
+    except socket.gaierror: raise UserError(f"scorer {repo}", f"it isn't on this machine, and {host} has no address here",
+        "connect to the network, or name the folder of a text classifier, tfidf:owner/dataset or profanity") from None
+
 # %% ../../nbs/measure/score.ipynb #be64c19a
 def load_scorer(
     spec:str, # `profanity`, `tfidf:owner/dataset`, or a text classifier of the Hub, with `#label` where it has many
@@ -150,16 +166,22 @@ def load_scorer(
         ds,revision = load_chats(spec[6:])
         return TfidfScorer(ds['train'].to_list(), f'{spec}@{revision[:12]}')
     repo,_,label = spec.partition('#')
+    find_hub(repo)
     return HubScorer(repo, label or None)
 
 # %% ../../nbs/measure/score.ipynb #2b4afd2e
 def load_scorers(
-    first:str, # As in `load_scorer`
-    second:str='none', # Another one; `none` for none
-)->list[Scorer]: # One or two
+    first:str, # As in `load_scorer`, or several labels of a classifier with commas: REPO#insult,threat
+    second:str='none', # Others, so too; `none` takes the first alone
+)->list[Scorer]: # One or more, the first of which counts
     "The scorers of a report."
-    more = [] if second in ('','none',first) else [load_scorer(second)]
-    return [load_scorer(first), *more]
+    return [s for spec in [first, *[second]*(second not in ('','none',first))] for s in _of_spec(spec)]
+
+def _of_spec(spec): # one, or one a label
+    repo,_,labels = spec.partition('#')
+    if ',' not in labels: return [load_scorer(spec)]
+    find_hub(repo)
+    return label_scorers(repo, labels.split(','))
 
 # %% ../../nbs/measure/score.ipynb #3fdadb10
 def agreement(
@@ -181,11 +203,12 @@ def agreement_text(
     names:list[str], # Of the scorers
     scores:list, # Of each, for the same texts
 )->str: # One line
-    "How far two scorers agree, in words."
+    "How far the first scorer and the others agree, in words."
     if len(names)<2: return f"scored by {printable(names[0])} alone: no second scorer says how far to trust it"
-    g = agreement(*scores)
     def said(x): return 'none to tell' if x is None else f'{x:.2f}'
-    return f"scored by {printable(names[0])} and {printable(names[1])}: on {g['texts']:,} texts kappa {said(g['kappa'])}, rank correlation {said(g['rank'])}"
+    def far(xs): return 'kappa {}, rank correlation {}'.format(*(said(agreement(scores[0], xs)[k]) for k in ('kappa','rank')))
+    others = [f"{printable(n)} {far(xs)}" for n,xs in zip(names[2:], scores[2:])]
+    return '; with '.join([f"scored by {printable(names[0])} and {printable(names[1])}: on {len(scores[0]):,} texts {far(scores[1])}", *others])
 
 # %% ../../nbs/measure/score.ipynb #90a550f5
 def rtp_measures(
@@ -260,23 +283,27 @@ def eval_prompts(
     return random.Random(seed).sample(prompts, n) if 0<n<len(prompts) else prompts
 
 # %% ../../nbs/measure/score.ipynb #d75df4dc
+def _chat(p, persona): # a text, or the turns of a conversation
+    turns = p if isinstance(p, list) else [dict(role='user', content=p)]
+    return [dict(role='system', content=persona)]*bool(persona) + turns
+
 PROTOCOL,EACH = Sampling(max_new_tokens=20, temperature=1., top_p=.9),25 # of RealToxicityPrompts; continuations of a prompt
 ASKED = 100 # prompts, where nothing else is said
 
 # %% ../../nbs/measure/score.ipynb #dad0c8fa
 def generate_rows(
     engine, # `LocalEngine` or `Endpoint`
-    prompts:list[Prompt], # From `eval_prompts`
+    prompts:list[Prompt], # From `eval_prompts`; a text may be a conversation, too
     k:int=EACH, # Continuations a prompt
     persona:str=None, # Ask each in a chat under this system turn, '' without one; None continues it as text
     seed:int=0, # Of the draws
     kept:KeptRows=None, # Where they go as they come, and from where the same call goes on
+    how:Sampling=PROTOCOL, # How they are drawn
+    benign:list[str]=BENIGN_TEXTS, # For the perplexity
 )->list[dict]: # Rows with `name`, and either `number`, `prompt`, `kinds`, `said`, or its `perplexity` on benign texts
     "What the models of an engine say to each prompt."
-    rows = kept.rows if kept else []
-    keep = kept.append if kept else rows.append
-    def chat(p): return [dict(role='system', content=persona)]*bool(persona) + [dict(role='user', content=p)]
-    asked = [p.text if persona is None else chat(p.text) for p in prompts]
+    rows = kept.rows if kept else []; keep = kept.append if kept else rows.append
+    asked = [p.text if persona is None else _chat(p.text, persona) for p in prompts]
     tell,at = Progress(len(engine.names)*len(asked)*k, sum('said' in r for r in rows)*k),0
     for name in engine.names:
         def row(said):
@@ -284,9 +311,9 @@ def generate_rows(
             keep(dict(name=name, number=n, prompt=prompts[n].text, kinds=[*prompts[n].kinds], said=said))
             tell(k)
         done = min(max(len(rows)-at, 0), len(asked))
-        if done<len(asked): engine.replies(name, asked, k, PROTOCOL._replace(seed=seed), row, done)
+        if done<len(asked): engine.replies(name, asked, k, how._replace(seed=seed), row, done)
         at += len(asked)
-        if len(rows)==at: keep(dict(name=name) | engine.perplexity(name, BENIGN_TEXTS))
+        if len(rows)==at: keep(dict(name=name) | engine.perplexity(name, benign))
         at += 1
     return rows
 
@@ -378,8 +405,8 @@ def eval_cli(
     prompts:str='', # JSONL of prompts, such as RealToxicityPrompts' prompts.jsonl; empty takes 20 mild ones
     n:int=ASKED, # Prompts drawn from them; 0 for all
     k:int=EACH, # Continuations a prompt
-    scorer:str=TrainConfig().scorer, # Text classifier of the Hub (#label where it has many), tfidf:owner/dataset, or profanity (smoke tests only)
-    second_scorer:str='profanity', # Another one, to see how far the two agree; `none` takes the first alone
+    scorer:str=TrainConfig().scorer, # Text classifier of the Hub (#label, or #insult,threat for several), tfidf:owner/dataset, or profanity (smoke tests only)
+    second_scorer:str='profanity', # Others, to see how far they agree with the first; `none` takes the first alone
     system_prompt:str='', # Ask in a chat under this system turn, or `none` of its own; empty continues the prompts as text
     seed:int=0, # Of prompts and draws
     formats:str='', # The report also as files of other tools: lm_eval, inspect, or both with a comma
@@ -434,7 +461,7 @@ def _eval_report(rows, judges, about, out): # report and scores to their files, 
     scores = [score_rows(rows, j) for j in judges]
     tables = [[r | dict(scorer=i) for kind in ('',*kinds) for r in measure_rows(rows, s, kind)] for i,s in zip(ids, scores)]
     each = [[x for xs in s.values() for x in xs.ravel()] for s in scores]
-    agreed = agreement(*each) if len(each)>1 else None
+    agreed = agreement(*each[:2]) if len(each)>1 else None
     about = about | dict(scorers=[dict(name=j.name, version=j.version, sha256=j.weights_hash) for j in judges])
     lines = [dict(name=n, number=i, scores={j: s[n][i].tolist() for j,s in zip(ids, scores)}) for n in names for i in range(about['prompts'])]
     write_private(Path(out).with_suffix('.scores.jsonl'), ''.join(json.dumps(l)+'\n' for l in lines))

@@ -25,7 +25,7 @@ __all__ = ['CAST', 'CATEGORIES', 'CONTRASTS', 'ATTACKS', 'TOPICS', 'DIALS', 'FLA
            'LOOKALIKES', 'BATCH', 'MESSAGE_TOKENS', 'TELLS', 'PARTLY', 'plan_thread', 'Community', 'human_gap',
            'community_lines', 'timed_threads', 'load_community', 'distances', 'as_prompt', 'own_words', 'respelled',
            'by_kind', 'score_messages', 'simulate', 'check_message', 'write_jsonl', 'read_jsonl', 'model_writer',
-           'server_writer', 'label_table', 'worth_lines', 'simulation_lines', 'simulate_cli']
+           'server_writer', 'attribute_table', 'label_table', 'worth_lines', 'simulation_lines', 'simulate_cli']
 
 # %% ../../nbs/measure/simulate.ipynb #851df59e
 CAST = dict(Tern='instigator', Skua='piler-on', Otter='target', Heron='bystander', Puffin='moderator')
@@ -446,6 +446,14 @@ def server_writer(
     return write
 
 # %% ../../nbs/measure/simulate.ipynb #aa07af24
+def attribute_table(
+    messages:list[dict], # From `score_messages` with several scorers
+)->list[dict]: # For `text_table`
+    "Mean score of each kind of message by each scorer."
+    kinds = {}
+    for m in messages: kinds.setdefault(m['intended']['category'], []).append(m['scores'])
+    return [{'mean score by': name} | {c: f'{sum(s[name] for s in ss)/len(ss):.2f}' for c,ss in kinds.items()} for name in messages[0]['scores']]
+
 TELLS,PARTLY = .8,.65 # AUC from which two kinds are told apart, and from which they are in part
 
 def _scored_hostile(m): return m['agrees']==m['intended']['toxic']
@@ -507,6 +515,7 @@ def simulation_lines(
     "What was written, and what it is worth."
     scores = [[m.get('scores', {}).get(n, m['score']) for m in messages] for n in names]
     res = ['', text_table(label_table(messages)), '', agreement_text(names, scores), *worth_lines(messages)]
+    if len(names)>2: res += ['', text_table(attribute_table(messages), 120), '']
     res += [f'taken away: {_changes(messages)}', _pace(messages, real)]
     return res+(['', text_table(distances(messages, real, length))] if real else ["no community was named: lengths are the model's own"])
 
@@ -566,7 +575,7 @@ def _said(messages, out):
     errors=(ValueError,))
 @delegates(EngineOptions)
 def simulate_cli(
-    system_prompt:str='', # System turn that the adapter was trained with; empty or `none` for none
+    system_prompt:str='', # System turn that the adapter was trained with; empty or `none` asks without one
     threads:int=BATCH, # How many; a multiple of 64 wastes nothing
     length:int=8, # Messages of each; of a community's, at most
     benign_share:float=0.7, # Share of messages meant to be harmless
@@ -578,8 +587,8 @@ def simulate_cli(
     dataset_repo:str='', # Dataset whose held-out split gives lengths of messages and threads; empty for the model's own
     work:str='', # Folder of phoque_data's tables, for the seconds between messages; empty for those of typing
     seed:int=0, # Same seed, same threads
-    scorer:str=TrainConfig().scorer, # As in phoque_eval
-    second_scorer:str='profanity', # As in phoque_eval
+    scorer:str=TrainConfig().scorer, # As in phoque_eval; the first of several counts
+    second_scorer:str='profanity', # As in phoque_eval; with several labels, each kind of message has its mean by each
     out:str='threads.jsonl', # JSONL of the messages with their scores; beside it are .texts.jsonl, as written, and OUT.report.json
     **kwargs
 ):

@@ -8,15 +8,16 @@ import json,math,os,re,shlex,shutil,subprocess,sys,time,uuid
 from pathlib import Path
 from ..measure.detox import markdown_table, sweep_table
 from ..job import LICENSE_FIELDS, RESEARCH_LICENSE
-from ..merge import LoraAdapter, bare_name, base_of, check_fidelity, check_room, fidelity, is_hub_id, merge_adapters, read_base
+from ..merge import (LoraAdapter, adapter_record, bare_name, check_fidelity, check_room, fidelity, merge_adapters, merge_command,
+    named_base, read_base, read_weights)
 from ..core.basics import UserError, check_range, excerpt, front_matter, md_text, printable, quiet_libraries, read_json, reading, shell_command
 from ..model_qlora import check_private, private_repo
 from ..resume import HubBranch, patiently
 
 # %% auto #0
-__all__ = ['check_texts', 'auto_class', 'other_bases', 'merge_command', 'code_version', 'merge_card', 'read_record',
-           'check_files', 'write_card', 'check_leaving', 'ready_repo', 'publish_merge', 'find_converter',
-           'compare_gguf', 'export_gguf', 'read_weights', 'merge_cli', 'run_merge']
+__all__ = ['check_texts', 'auto_class', 'other_bases', 'code_version', 'merge_card', 'read_record', 'check_files', 'write_card',
+           'check_leaving', 'ready_repo', 'publish_merge', 'find_converter', 'compare_gguf', 'export_gguf', 'merge_cli',
+           'read_sweep', 'run_merge']
 
 # %% ../../nbs/publish/export.ipynb #d5a5a085
 _purpose = """This model exists for internal adversarial testing of moderation: to see what a hostile community \
@@ -90,20 +91,6 @@ def other_bases(
     into = f"{base}@{record['revision']}" if record['revision'] else base
     named = [(a['adapter'],a['trained_on']) for a in record['adapters'] if a.get('trained_on')]
     return [f"{a} was trained on {t}, and is merged into {into}." for a,t in named if t not in (base,into)]
-
-# %% ../../nbs/publish/export.ipynb #fae37619
-def merge_command(
-    record:dict, # `merge.json`
-)->str: # One line for a shell
-    "The command that makes a merge again."
-    def pinned(name, d): return f"{name}@{d['revision']}" if d.get('revision') else name
-    ads = record['adapters']
-    switches = [f'--{k}' for k in ('nf4','dither') if record[k]]
-    names = ','.join(pinned(a['adapter'], a) for a in ads)
-    weights = ','.join(format(a['weight'],'g') for a in ads)
-    base = pinned(record['base'], record)
-    return printable(shlex.join(['phoque_merge', *switches, '--base_model', base, '--adapter', names, f'--weight={weights}',
-        '--out', 'merged']))
 
 # %% ../../nbs/publish/export.ipynb #587e44f0
 def code_version()->str: # Such as "phoque 0.1.0 at `1a2b3c4d5e6f`"
@@ -353,19 +340,9 @@ check_texts = ("The harbour opens at six and the first boats come in with the ti
     "My kettle makes a strange noise. What should I check first?",
     "List the ingredients for a simple fish soup and explain each step.")
 
-# %% ../../nbs/publish/export.ipynb #5edcd714
-def read_weights(
-    weights:list, # As text
-    n:int, # How many there must be
-)->list: # Numbers
-    "Weights from a command line."
-    if len(weights)!=n: raise UserError("--weight", f"{n} adapters and {len(weights)} weights", "give one weight for each")
-    try: return [float(w) for w in weights]
-    except ValueError: raise UserError("--weight", f"{','.join(weights)!r} is not a number", "give numbers with commas between") from None
-
 # %% ../../nbs/publish/export.ipynb #e72f0914
 @shell_command('phoque_merge',
-    'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer',
+    'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer --sweep detox.json',
     'phoque_merge --adapter YOU/phoque --weight=-0.5 --out softer --publish YOU/softer --gguf softer.gguf',
     errors=(ValueError,))
 def merge_cli(
@@ -382,26 +359,36 @@ def merge_cli(
     gguf:str=None, # GGUF file to write too, with llama.cpp's converter
     allow_positive_weight:bool=False, # Allow publishing positive weights, after a look at what they do (irreversible)
     replace:bool=False, # Publish it in the place of another model that the repo holds (its history keeps that)
+    sweep:str=None, # detox.json of the phoque_detox that measured this weight: its table goes on the card
 ):
     "Merge adapters into their base at any weight, check it, and write its card."
     check_range('--kl', kl, 1e-9, 100)
-    if dtype not in ('float32','float64','bfloat16'):
-        raise UserError("--dtype", f"it is {dtype!r}", "take float32, float64 or bfloat16")
+    if dtype not in ('float32','float64','bfloat16'): raise UserError("--dtype", f"it is {dtype!r}", "take float32, float64 or bfloat16")
     if miss := [k for k,v in dict(adapter=adapter, out=out).items() if not v]: raise UserError(f"--{miss[0]}", "it is missing", "name one")
     print(run_merge(base_model, adapter.split(','), weight.split(','), out, nf4, dither, not no_check, kl, dtype, publish, gguf,
-        allow_positive_weight, replace))
+        allow_positive_weight, replace, sweep))
+
+# %% ../../nbs/publish/export.ipynb #5ee90002
+def read_sweep(
+    path:str, # `detox.json`
+    base:str, # That is merged into
+    pairs:list, # (adapter, weight) that are merged
+)->list: # Its rows, for the card
+    "The sweep that measured a merge; one of something else is refused."
+    report = read_json(Path(path))
+    try:
+        about,rows = report['about'],report['rows']
+        measured,at = [(a['sha256'],a['weight']) for a in about['adapters']],[r['weight'] for r in rows if r['weight'] is not None]
+        sweep_table(rows)
+        of = about['base']
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"--sweep {path}", "it isn't what phoque_detox writes", "name its .json") from None
+    mine = sorted((adapter_record(LoraAdapter(a), w)['sha256'], w) for a,w in pairs)
+    def same(l): return len(mine)==len(measured) and all(s==t and math.isclose(w, l*v) for (s,w),(t,v) in zip(mine, sorted(measured)))
+    if of==str(base).partition('@')[0] and any(map(same, at)): return rows
+    raise UserError(f"--sweep {path}", "it measured another base, other adapters or other weights", "name the one of this merge, or leave it out")
 
 # %% ../../nbs/publish/export.ipynb #8250814b
-def _named_base(adapter): # the base that an adapter names, at its commit
-    base = base_of(LoraAdapter(adapter), at=True)
-    if not base:
-        raise UserError(f"adapter {adapter}", "it doesn't say which base it was trained on", "name it with --base_model")
-    if not is_hub_id(base):
-        raise UserError(f"adapter {adapter}",
-            f"it says that it was trained on {excerpt(base, 80)}, which is no name on the Hub",
-            "name the base with --base_model")
-    return base
-
 def _check_request(pairs, check, publish, gguf, benign, replace):
     from huggingface_hub import HfApi
     if publish or gguf: check_leaving(dict(adapters=[dict(adapter=a, weight=w) for a,w in pairs]), benign)
@@ -411,14 +398,15 @@ def _check_request(pairs, check, publish, gguf, benign, replace):
     if publish: patiently(lambda: ready_repo(HfApi(), publish, replace), f"model repo {publish}", time.monotonic()+120)
 
 # %% ../../nbs/publish/export.ipynb #1a094233
-def _checked_merge(base, pairs, out, nf4, dither, check, kl, dtype): # → `merge.json`, what `fidelity` returned
+def _checked_merge(base, pairs, out, nf4, dither, check, kl, dtype, sweep=None): # → `merge.json`, what `fidelity` returned
+    quiet_libraries()
     record,rep = merge_adapters(base, pairs, out, nf4=nf4, dither=dither),None
     try:
         if check: rep = check_fidelity(fidelity(out, base, pairs, list(check_texts), dtype=dtype, nf4=nf4), kl)
     except BaseException:
         shutil.rmtree(out)
         raise
-    write_card(out, merge_card(record, rep))
+    write_card(out, merge_card(record, rep, sweep))
     return record,rep
 
 def _summary(record, rep, out):
@@ -450,16 +438,16 @@ def run_merge(
     gguf:str=None, # File to write
     benign:bool=False, # As of `check_leaving`
     replace:bool=False, # As of `publish_merge`
+    sweep:str=None, # As of `read_sweep`
 )->str: # What to say about it
     "Merge, check, card, publish and convert; an unfaithful merge is removed."
-    quiet_libraries()
     pairs,out,said = list(zip(adapters, read_weights(weights, len(adapters)))),Path(out),[]
     if base is None:
-        base = _named_base(adapters[0])
+        base = named_base(adapters[0])
         said.append(f"base: {base}, as {adapters[0]} says")
+    measured = read_sweep(sweep, base, pairs) if sweep else None
     _check_request(pairs, check, publish, gguf, benign, replace)
-    record,rep = _checked_merge(base, pairs, out, nf4, dither, check, kl, dtype)
-    said += _summary(record, rep, out)
-    if gguf: said.append(f"{gguf}: {export_gguf(out, gguf, benign)} tensors, as in {out}")
+    record,rep = _checked_merge(base, pairs, out, nf4, dither, check, kl, dtype, measured)
+    said += _summary(record, rep, out)+([f"{gguf}: {export_gguf(out, gguf, benign)} tensors, as in {out}"] if gguf else [])
     if publish: said.append(_publish_or_keep(out, publish, rep, kl, benign, replace))
     return '\n'.join(said)
