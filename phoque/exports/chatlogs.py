@@ -12,8 +12,8 @@ from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
 from ..core.basics import UserError, excerpt
-from .files import HEAD, MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text, book_of
-from .files import export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in
+from .files import BESIDE, HEAD, MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text
+from .files import book_of, export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in
 from .files import open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
 from .pages import discord_page, discord_times, is_discord_page, is_telegram_page, telegram_page
 from .sources import ONLY_ROOM, SOURCES, html_text, line, lines_of, name_of, no_words, quotes_apart
@@ -75,22 +75,25 @@ def _discord_line(m, room, book):
 # %% ../../nbs/exports/chatlogs.ipynb #e2261706
 _CHANNEL_FILES = r'(?i)^(?!.*_Files/).*\.(json|html?)$' # in `…_Files` are the pictures and files of a page
 
-def _is_discord(b):
-    "Is it DiscordChatExporter's JSON or HTML, or a zip of them?"
-    if b.path.is_dir(): return False
-    text = b.text or _first_inside(b, _CHANNEL_FILES)
+def _is_channel(text):
+    "Does a text begin as a channel's JSON or page?"
     if is_discord_page(text): return True
     head,_,more = text.partition('"messages"')
     return more and re.match(r'\s*\{', head) and all(re.search(rf'"{k}"\s*:\s*\{{', head) for k in ('guild','channel'))
+
+def _is_discord(b):
+    "Is it DiscordChatExporter's JSON or HTML, or a zip with some of them?"
+    if b.path.is_dir(): return False
+    return any(map(_is_channel, [b.text] if b.text else _begins_inside(b, _CHANNEL_FILES)))
 
 def _first_of(f):
     "How a text begins, without reading on in it."
     return f.buffer.peek(HEAD)[:HEAD].decode(f.encoding, 'replace').lstrip('\ufeff')
 
-def _first_inside(b, inside):
-    "How the first file in a zip or a tar whose name matches begins, or ''."
-    try: return next(_first_of(f) for _,f in texts_in(b.path, inside)) if b.holds(inside) else ''
-    except UserError: return ''
+def _begins_inside(b, inside):
+    "How each file in a zip or a tar whose name matches begins."
+    try: yield from (_first_of(f) for _,f in texts_in(b.path, inside)) if b.holds(inside) else ()
+    except UserError: return
 
 def _anywhere(path):
     "For exports whose rooms have ids: a room may go on in any other file of the kind."
@@ -99,12 +102,14 @@ def _anywhere(path):
 # %% ../../nbs/exports/chatlogs.ipynb #854bf800
 def _discord_json(f, name, bad):
     "Lines of DiscordChatExporter's JSON, or of several where files were joined."
+    n = 0
     for n,(head,items) in enumerate(JsonText(f, name).lists(re.compile(_MESSAGES)), 1):
         if not (found := _CHANNEL.search(head)):
             raise UserError(name, "no channel before its messages", "give DiscordChatExporter's JSON")
         say = partial(_discord_line, room=found[1], book=book_of(bad))
         for l in lines_of(items, f'{name} message' if n==1 else f'{name} part {n} message', bad, say):
             yield l | dict(thread=found[1]) if 'Thread' in (found[2] or '') else l
+    if not n: raise UserError(name, "no messages in it", "give DiscordChatExporter's JSON")
 
 # %% ../../nbs/exports/chatlogs.ipynb #1bbcd89f
 @reader('discord', detect=_is_discord, same=_anywhere)
@@ -114,9 +119,11 @@ def read_discord(
     **opts
 ):
     "DiscordChatExporter's JSON, HTML or CSV"
-    for name,f in texts_in(path := export_file(path), _CHANNEL_FILES, book_of(bad)):
+    several = is_packed(path := export_file(path))
+    for name,f in texts_in(path, _CHANNEL_FILES, book_of(bad)):
         begin = _first_of(f).lstrip()[:1]
-        if begin in ('','{'): yield from _discord_json(f, name, bad)
+        if several and not _is_channel(_first_of(f)): book_of(bad).note(name, BESIDE)
+        elif begin in ('','{'): yield from _discord_json(f, name, bad)
         elif begin=='<': yield from _discord_html(f, name, path, bad, **opts)
         else: yield from SOURCES['discord_csv'].read(path, bad, **opts)
 
@@ -648,7 +655,7 @@ def _skype_line(m, book):
 
 def _is_skype(b):
     if b.path.is_dir(): return False
-    text = b.text or _first_inside(b, _SKYPE_FILE) # beside pictures
+    text = b.text or next(_begins_inside(b, _SKYPE_FILE), '') # beside pictures
     return re.match(r'\s*\{\s*"userId"\s*:', text) and re.search(_SKYPE, text)
 
 # %% ../../nbs/exports/chatlogs.ipynb #0f8be898
