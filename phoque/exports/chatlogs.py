@@ -751,13 +751,20 @@ def _replaces(e):
 def _edits(path):
     "Last edit of each event, by its sender."
     res = {}
-    for _,_,items in lists_in(path, _EVENTS, _EXPORT):
+    for _,_,items in _event_lists(path):
         for e,fault in items:
             if fault or not isinstance(e, dict) or not isinstance(e.get('content'),
                 dict) or not (to := _replaces(e)): continue
             key,t = (to, e['sender']),e.get('origin_server_ts', 0)
             if key not in res or res[key][0]<=t: res[key] = t,e['content'].get('m.new_content') or {}
     return {k: v for k,(_,v) in res.items()}
+
+def _event_lists(path, book=None):
+    "Name, what comes before, and events of each list; or of a file of nothing but events, as bots keep them."
+    text = Beginning(path).text
+    if not text or re.search(_EVENTS, text): return (yield from lists_in(path, _EVENTS, _EXPORT, book))
+    for name,f in texts_in(path, book=book):
+        yield name,'',JsonText(f, name).array() if text.lstrip()[0]=='[' else (v for _,v in json_lines(f))
 
 def _answers(content):
     "Id of the event that one replies to, or None."
@@ -788,15 +795,18 @@ def _matrix_line(e, book, room, edits, names):
         id=e['event_id'], reply_to=to, author=e['sender'], names=[e['sender'], e['sender'].lstrip('@').split(':')[0]])
 
 # %% ../../nbs/exports/chatlogs.ipynb #e5f3ac6d
-@reader('matrix', detect=lambda b: '"m.room.' in b.text and re.search(_EVENTS, b.text) or b.holds(_EXPORT), same=_anywhere)
+def _is_matrix(b):
+    return '"m.room.' in b.text and (re.search(_EVENTS, b.text) or {'sender','event_id'}<=b.row.keys()) or b.holds(_EXPORT)
+
+@reader('matrix', detect=_is_matrix, same=_anywhere)
 def read_matrix(
-    path:str, # JSON of a room, exported by Element, or its zip
+    path:str, # JSON of a room, exported by Element, or its zip; or an event a line
     bad=refuse, # Called with place, reason and event
     **_
 ):
     "Matrix room, as JSON of Element"
     book,edits,names = book_of(bad),_edits(path),{}
-    for name,head,items in lists_in(path, _EVENTS, _EXPORT, book):
+    for name,head,items in _event_lists(path, book):
         say = partial(_matrix_line, book=book, room=_field(head, 'room_name') or ONLY_ROOM, edits=edits,
             names=names)
         yield from lines_of(items, f'{name} event', bad, say)
