@@ -23,8 +23,9 @@ from .times import Clock, Days, named_day, seconds
 # %% auto #0
 __all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_line',
            'read_kakao', 'kakao_csv', 'read_messenger', 'read_skype', 'read_signal', 'read_matrix', 'read_google',
-           'mattermost', 'read_irc', 'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon',
-           'read_twitch', 'read_livechat', 'read_youtube', 'takeout', 'read_convokit', 'read_oasst']
+           'mattermost', 'rocketchat', 'teams', 'read_zulip', 'read_snapchat', 'read_irc', 'read_minecraft',
+           'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch', 'read_livechat',
+           'read_youtube', 'takeout', 'read_convokit', 'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
 _MESSAGES = r'"messages"\s*:\s*\[' # how the list of messages begins in many exports
@@ -864,6 +865,90 @@ def mattermost(r, at, **_):
         try: res.append(_mattermost_line(m, at, room, res[0]['id']))
         except LeftOut as e: at.note(str(e))
     return res
+
+# %% ../../nbs/exports/chatlogs.ipynb #92b31de9
+def _is_rocketchat(b): return {'msg','ts'}<=b.row.keys() and ('username' in b.row or 'username' in (b.row.get('u') or ()))
+
+@source('rocketchat', '', False, detect=_is_rocketchat)
+def rocketchat(r, at, **_):
+    "Rocket.Chat, as JSON of a room or of its database"
+    for p in r.get('mentions') or (): at.book.person(p['_id'], p.get('username'), p.get('name'))
+    if r.get('t') or r.get('type'): raise LeftOut('a notice')
+    if r.get('bot'): raise LeftOut('a bot')
+    u = r.get('u') or dict(username=r['username'])
+    return [_said(at.book, 'rocketchat', r.get('rid') or ONLY_ROOM, u['username'], r.get('msg') or '', seconds(r['ts']),
+        id=r.get('_id'), reply_to=r.get('tmid'), author=u.get('_id') or u['username'], names=[u.get('name')])]
+
+# %% ../../nbs/exports/chatlogs.ipynb #a47ce554
+@source('teams', '', False, need=('messageType','createdDateTime','body'))
+def teams(r, at, **_):
+    "Microsoft Teams, as JSON of Graph"
+    who = r.get('from') or {}
+    for m in r.get('mentions') or ():
+        if p := (m.get('mentioned') or {}).get('user'): at.book.person(p['id'], p.get('displayName'))
+    if r.get('deletedDateTime'): raise LeftOut('a deleted message')
+    if r['messageType']!='message': raise LeftOut('a notice')
+    if who.get('application') or not who.get('user'): raise LeftOut('a bot')
+    by,words = who['user'],r['body'].get('content') or ''
+    quoted = [a['id'] for a in r.get('attachments') or () if a.get('contentType')=='messageReference']
+    return [_said(at.book, 'teams', r.get('chatId') or (r.get('channelIdentity') or {}).get('channelId') or ONLY_ROOM,
+        by.get('displayName') or by['id'], html_text(words) if r['body'].get('contentType')=='html' else words,
+        seconds(r['createdDateTime']), id=r['id'], reply_to=r.get('replyToId') or next(iter(quoted), None), author=by['id'])]
+
+# %% ../../nbs/exports/chatlogs.ipynb #18743a82
+_ZULIP = [{'sender_full_name','display_recipient','content','timestamp'}, {'sender','recipient','subject','date_sent'}]
+
+def _zulip_people(path, book):
+    "People of an export, and the numbers of its bots."
+    realm,bots = Path(path).with_name('realm.json'),set()
+    if not realm.exists(): book.hear('no realm.json beside it, which says who has which name and who is a bot')
+    for _,_,items in lists_in(realm, r'"zerver_userprofile"\s*:\s*\[') if realm.exists() else ():
+        for u,_ in items:
+            book.person(u['id'], u.get('full_name'))
+            if u.get('is_bot'): bots.add(u['id'])
+    return bots
+
+def _zulip_line(r, at, bots):
+    "Line of a message of the API or of an export."
+    for name in re.findall(r'@_?\*\*([^*|\n]{1,100})(?:\|\d+)?\*\*', r['content']): at.book.person(name, name)
+    if r.get('client')=='Internal' or r.get('sender') in bots or '-bot@' in (r.get('sender_email') or ''): raise LeftOut('a bot')
+    whole = 'sender' in r # as in an export, in Markdown
+    room,by = (r['recipient'],r['sender']) if whole else (r['display_recipient'],r['sender_id'])
+    if isinstance(room, list): room = hash_of(*sorted(p['id'] for p in room)) # people who talk alone
+    text = r['content'] if whole or r.get('content_type')=='text/x-markdown' else html_text(r['content'])
+    return [_said(at.book, 'zulip', f"{room}/{r.get('subject') or ''}", r.get('sender_full_name'), text,
+        seconds(r['date_sent' if whole else 'timestamp']), id=r['id'], author=by)]
+
+# %% ../../nbs/exports/chatlogs.ipynb #24634464
+@reader('zulip', detect=lambda b: any(keys<=b.row.keys() for keys in _ZULIP))
+def read_zulip(
+    path:str, # `messages-000001.json` of an export, or what the API gives
+    bad=refuse, # Called with place, reason and message
+    **_
+):
+    "Zulip's export, or messages of its API"
+    whole = 'sender' in Beginning(path).row
+    yield from read_records(partial(_zulip_line, bots=_zulip_people(path, book_of(bad)) if whole else ()), path, bad)
+
+# %% ../../nbs/exports/chatlogs.ipynb #0b2adcee
+_SNAPS = r'"(?:[^"\\]|\\.)+"\s*:\s*\[(?=\s*\{\s*"(?:From|To)"\s*:)'
+_SNAPCHAT = r'(^|/)chat_history\.json$'
+
+def _snap_line(m, book, n):
+    "Line of a message of the list of this number."
+    if m.get('Media Type')!='TEXT': raise LeftOut('a picture, a call or a notice')
+    room = n if 'Conversation Title' in m else m.get('From') or m['To'] # an older export's list is of what came, or was sent
+    return _said(book, 'snapchat', room, m.get('From') or 'me', unescape(m.get('Content') or m.get('Text') or ''), seconds(m['Created']))
+
+@reader('snapchat', detect=lambda b: re.search(_SNAPS, b.text) and '"Media Type"' in b.text or b.holds(_SNAPCHAT))
+def read_snapchat(
+    path:str, # `chat_history.json`, or the zip with it
+    bad=refuse, # Called with place, reason and message
+    **_
+):
+    "Snapchat's `chat_history.json`"
+    for n,(name,_,items) in enumerate(lists_in(path, _SNAPS, _SNAPCHAT, book_of(bad)), 1):
+        yield from lines_of(items, f'{name} chat {n} message', bad, partial(_snap_line, book=book_of(bad), n=n))
 
 # %% ../../nbs/exports/chatlogs.ipynb #4ce3ed77
 def _log_lines(path, book):
