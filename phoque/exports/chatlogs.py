@@ -22,10 +22,10 @@ from .times import Clock, Days, named_day, seconds
 
 # %% auto #0
 __all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_line',
-           'read_kakao', 'kakao_csv', 'read_messenger', 'read_skype', 'read_signal', 'read_matrix', 'read_google',
-           'mattermost', 'rocketchat', 'teams', 'read_zulip', 'read_snapchat', 'read_irc', 'read_minecraft',
-           'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch', 'read_livechat',
-           'read_youtube', 'takeout', 'read_convokit', 'read_oasst']
+           'read_kakao', 'kakao_csv', 'read_messenger', 'read_skype', 'read_signal', 'signal_backup', 'read_matrix',
+           'read_google', 'mattermost', 'rocketchat', 'teams', 'read_zulip', 'read_snapchat', 'read_irc',
+           'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch',
+           'read_livechat', 'read_youtube', 'takeout', 'read_convokit', 'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
 _MESSAGES = r'"messages"\s*:\s*\[' # how the list of messages begins in many exports
@@ -271,6 +271,30 @@ def _is_slack(b):
     def has(p): return any(re.fullmatch(p, n) for n in b.names)
     return has(f'(?:[^/]+/)?{_DAYS}') and (has(_USERS) or has(f'(?:[^/]+/)?{_CHANNELS}'))
 
+# %% ../../nbs/exports/chatlogs.ipynb #96f6382b
+def _slack_people(users, bad):
+    "Users and bots of these lists, and a place for channels."
+    about = SimpleNamespace(users={}, bots={'USLACKBOT'}, channels={}, book=book_of(bad))
+    for id,names,is_bot in _entries(users, bad, _slack_user):
+        about.users[id] = names[0] if is_bot else about.book.person(id, *names)
+        if is_bot: about.bots.add(id)
+    return about
+
+def _with_answers(items):
+    "Messages, each before those that are inside it."
+    for m,fault in items:
+        yield m,fault
+        for a in isinstance(m, dict) and m.get('slackdump_thread_replies') or (): yield a,''
+
+def _slack_dump(path, bad):
+    "Lines of a channel or a thread of slackdump's."
+    users = path.with_name('users.json')
+    if not users.exists(): book_of(bad).hear('no users.json beside it, which says who has which name and who is a bot')
+    about = _slack_people({users.name: partial(open, users, 'rb')} if users.exists() else {}, bad)
+    for name,head,items in lists_in(path, _MESSAGES):
+        say = partial(_slack_line, room=_field(head, 'channel_id') or ONLY_ROOM, about=about)
+        yield from lines_of(_with_answers(items), f'{name} message', bad, say)
+
 # %% ../../nbs/exports/chatlogs.ipynb #211b0896
 @reader('slack', detect=_is_slack)
 def read_slack(
@@ -281,6 +305,7 @@ def read_slack(
     "Slack export, zipped or not"
     path,book = Path(path),book_of(bad)
     if not is_packed(path):
+        if Beginning(path).text.lstrip().startswith('{'): return (yield from _slack_dump(path, bad))
         raise UserError(path.name, "it is no zip and no folder", "give the whole Slack export, whose users.json "
             f"has the names and the bots; or table:{path.name}, which takes notices and bots for people's words")
     with whole_file(path.name):
@@ -288,10 +313,7 @@ def read_slack(
         for name in twice:
             book.rows += 1
             bad(name, 'there is another entry of this name', None)
-        about = SimpleNamespace(users={}, bots={'USLACKBOT'}, book=book)
-        for id,names,is_bot in _entries(users, bad, _slack_user):
-            about.users[id] = names[0] if is_bot else book.person(id, *names)
-            if is_bot: about.bots.add(id)
+        about = _slack_people(users, bad)
         about.channels = dict(_entries(channels, bad, _slack_channel))
         for name,begin in sorted(days.items()):
             say = partial(_slack_line, room=name.rpartition('/')[0], about=about)
@@ -419,6 +441,7 @@ def _many_lined(f, head):
 
 # %% ../../nbs/exports/chatlogs.ipynb #d3adef2e
 _OMITTED = re.compile(r'<[^<>\n]{5,60}>\.?')
+_POLL = re.compile(r'\w{3,20}:\n[^\n]+(\n\w{3,20}: [^\n]+ \(\d+ \w+\)){2,}\s*') # what it asks, and votes for each answer
 _ATTACHED = re.compile(r'[^\n/]{0,120}\.\w{2,5} \([^()\n]{3,40}\)(\n|$)')
 _EDITED = re.compile(r'(?<=[\s\u200e])<(\w[^<>\n]{8,60})>$')
 # what Android writes for a message that was deleted, or isn't there yet, in lower case
@@ -446,6 +469,7 @@ ezt az üzenetet törölték|törölted ezt az üzenetet|acest mesaj a fost ște
 def _whatsapp_text(text, iphone, note):
     "What a person typed of a message."
     if m := _ATTACHED.match(text.lstrip('\u200e')): text = text.lstrip('\u200e')[m.end():]
+    if _POLL.fullmatch(text): raise LeftOut('a poll')
     if text.startswith('\u200e') or _OMITTED.fullmatch(text.strip()): raise LeftOut('a picture, a call or a notice')
     if iphone: text = re.sub(r' ?\u200e<[^\n]*>$', '', text, flags=re.M)
     if text.strip().rstrip('.。').casefold() in _DELETED: raise LeftOut('a deleted message')
@@ -740,6 +764,25 @@ def read_signal(
         yield from lines_of(_many_lined(f, _SIGNAL_MD), f'{name} message', bad, partial(_signal_page, book=book, clock=clock))
     book.hear(*clock.said)
 
+# %% ../../nbs/exports/chatlogs.ipynb #8349968b
+def _signal_names(p):
+    "What the person of a recipient is called."
+    c = p.get('contact') or {}
+    whole = [' '.join(n for k in ('Given','Family') if (n := c.get(f'{of}{k}Name'))) for of in ('profile','system')]
+    return ['me' if 'self' in p else '', *whole, *(v for k,v in c.items() if k in ('username','e164') or k.endswith('Name'))]
+
+@source('signal_backup', '', False, detect=lambda b: {'version','backupTimeMs'}<=b.row.keys())
+def signal_backup(r, at, **_):
+    "Signal's export in plain text, as JSON lines"
+    def of(id): return f'{at.file} {id}'
+    if p := r.get('recipient'): at.book.person(of(p['id']), *map(str, _signal_names(p)))
+    if not (m := r.get('chatItem')): raise LeftOut('no message')
+    if 'remoteDeletedMessage' in m: raise LeftOut('a deleted message')
+    if 'updateMessage' in m: raise LeftOut('a call or a notice')
+    words = m.get('standardMessage') or {}
+    return [_said(at.book, 'signal', m['chatId'], '', (words.get('text') or {}).get('body') or '', int(m['dateSent'])/1000,
+        id=m['dateSent'], reply_to=(words.get('quote') or {}).get('targetSentTimestamp'), author=of(m['authorId']))]
+
 # %% ../../nbs/exports/chatlogs.ipynb #122df8a6
 _EVENTS = r'"(messages|chunk)"\s*:\s*\['
 _EXPORT = r'(^|/)(export|matrix[^/]*)\.json$'
@@ -969,6 +1012,7 @@ def _is_game(b): return any(map(_GAME.match, _first_lines(b)))
 # %% ../../nbs/exports/chatlogs.ipynb #5a04e728
 _AT = r'\[?(?:(\d{4}[-/]\d\d[-/]\d\d|[A-Z][a-z]{2} [ \d]\d)[ T])?(\d\d:\d\d(?::\d\d)?(?:\.\d+)?)(Z|[+-]\d\d:?\d\d)?\]?'
 _IRC = re.compile(_AT+r'([ \t]+)(.*)', re.S)
+_KONVERSATION = re.compile(r'\[([^\W\d][^][\n]{5,40} [^][\n]*)\] \[(\d\d?:\d\d:\d\d(?: ?[AP]M)?)(?: [^][\n]{1,8})?()\]([ \t]+)(.*)', re.S)
 _SAYS = re.compile(r'<[ ~&@%+!]?([^\s<>-][^\s<>]{0,63})>[ \t](.*)', re.S)
 _ACTS = re.compile(r'(?:\*|-\*-|Action:)[ \t]([^\s*:]{1,64}) (.*)', re.S)
 _TABBED = re.compile(r'[ ~&@%+]?(?!(?:-->|<--|--|-!-|=!=|\*)\t)([^\s<>]{1,64})\t(.*)', re.S)
@@ -980,14 +1024,16 @@ _COMES = re.compile(r'(?i)\(?[^ ]*[!@][^ ]*\)? ?(has )?(joined|left|quit|parted)
     r'|has (joined|left|quit)(?= [#&(]|$)|is now known as|sets mode'
     r'|(gives|removes) (channel|voice|half)|was kicked|(has )?(changes|changed) (the )?topic')
 _NOBODY = 'Now','Topic','You','Users','Disconnected' # HexChat's own lines begin like `/me`
-_RENAMES = re.compile(r'(?:Nick change: )?([^\s*]+) (?:is now known as|->) (\S+)')
+_RENAMES = re.compile(r'(?:Nick change: )?([^\s*]+) (?:is now known as|->) (\S+?)\.?(?!\S)')
 _LEAVES,_JOINS = (re.compile(rf'\W*(?:{a}: (\S+)|([^\s*]+)\s(?:[(\[][^)\]]*[)\]] )?(?:has )?{b}\b)')
     for a,b in (('(?:Quits|Parts)', '(?:[Qq]uit|[Ll]eft|[Pp]arted)'), ('Joins', '[Jj]oined')))
 
 # %% ../../nbs/exports/chatlogs.ipynb #99f0447e
+def _dated(s): return _IRC.match(s) or _KONVERSATION.match(s)
+
 def _irc_parts(s):
     "What a line is (said, acted or a notice), its nickname and text, and its day, time and zone."
-    m = _IRC.match(s)
+    m = _dated(s)
     if not m: return 'a line of another form','',s,None,None,None
     *when,sep,rest = m.groups()
     if x := _SAYS.match(rest): return 'said',*x.groups(),*when
@@ -1011,7 +1057,7 @@ def _network(path):
 
 def _begin_day(said, days):
     "Go to the day that a line of a log says before its time, which may have no year."
-    if said[0].isdigit(): return days.begin(said)
+    if said[0].isdigit() or re.search(r'\d{4}', said): return days.begin(said)
     d = days.clock.moment(f'{said} {days.day.year}').date()
     days.begin(d.replace(year=d.year+1) if (days.day-d).days>180 else d, days.why and 'days without a year, counted from 1970')
 
@@ -1040,16 +1086,16 @@ def _irc_line(s, book, room, days, known):
 def _is_irc(b):
     "Whether most of the first lines are those of an IRC log."
     first = _first_lines(b)
-    if not first or '\t' in first[0] and not _IRC.match(first[0]): return False # a header of columns
+    if not first or '\t' in first[0] and not _dated(first[0]): return False # a header of columns
     if _is_line(b) or _is_whatsapp(b) or _is_minecraft(b) or _is_game(b): return False
-    known = [s for s in first if _IRC.match(s) and _irc_parts(s)[0]!='a line of another form' or _DAY.match(s)]
+    known = [s for s in first if _dated(s) and _irc_parts(s)[0]!='a line of another form' or _DAY.match(s)]
     return len(known)*2>len(first) and any(_irc_parts(s)[0] in ('said','acted') or re.search(r'<\S+>|\*\*\*|-!-', s)
         for s in known)
 
 # %% ../../nbs/exports/chatlogs.ipynb #677d79a8
 @reader('irc', detect=_is_irc, same=_network)
 def read_irc(
-    path:str, # Log of ZNC, energymech, irssi, WeeChat, HexChat, mIRC or The Lounge
+    path:str, # Log of ZNC, energymech, irssi, WeeChat, HexChat, mIRC, Konversation or The Lounge
     bad=refuse, # Called with place, reason and line
     zone:str='UTC', # Zone of the program that wrote it
     **_

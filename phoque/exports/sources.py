@@ -314,13 +314,18 @@ def _role(m, i):
     but = f', but {excerpt(said)}' if said else ''
     raise ValueError(f"messages[{i}] has no role of system, user, assistant{but}")
 
+_TEXT_PARTS = 'text','input_text','output_text'
+
 def _content(m):
     "Text of a turn, of which the parts are joined; None if it has none."
     text = m.get('content') if m.get('content') is not None else m.get('value')
-    if not isinstance(text, list): return text
-    parts = [dict(type='text', text=p) if isinstance(p, str) else p for p in text]
+    return _joined(text) if isinstance(text, list) else text
+
+def _joined(parts):
+    "Text of parts, of which one without a type is a text where it has one."
+    parts = [dict(text=p) if isinstance(p, str) else p for p in parts]
     for p in parts:
-        if p.get('type') not in ('text','input_text','output_text'): raise LeftOut('a part that is no text')
+        if p.get('type', 'text' if 'text' in p else '') not in _TEXT_PARTS: raise LeftOut('a part that is no text')
     return '\n'.join(p['text'] for p in parts)
 
 # %% ../../nbs/exports/sources.ipynb #ddbb3c60
@@ -396,6 +401,9 @@ def _written_turns(s):
 def _plain_turns(v):
     "A list of turns of one whose entries are pairs, or say who is human."
     first = v[0] if v and isinstance(v[0], dict) else {}
+    if {'sender','text'}<=first.keys() and first['sender'] in _ROLES: # Claude's export
+        if any(not m['text'] for m in v): raise LeftOut('a turn without text')
+        return [dict(role=m['sender'], content=m['text']) for m in v]
     if {'input','output'}<=first.keys(): return [x for m in v for x in _pair(m['input'], m['output'])]
     if not {'message','is_human'}<=first.keys(): return v
     return [dict(role='user' if m['is_human'] else 'assistant', content=m['message']) for m in v]
@@ -414,11 +422,34 @@ def _of_parts(r):
     first = r.get('systemInstruction') or r.get('system_instruction') or {}
     if isinstance(first, str): first = dict(parts=first)
     turns = [first | dict(role='system')]*bool(first.get('parts'))+r['contents']
-    def part(p): return dict(type='text', text=p) if isinstance(p, str) else dict(type='text' if 'text' in p else '') | p
     def said(m):
-        parts = [part(p) for p in ([m['parts']] if isinstance(m['parts'], str) else m['parts'])]
+        parts = [dict(text=p) if isinstance(p, str) else p for p in ([m['parts']] if isinstance(m['parts'], str) else m['parts'])]
         return dict(role=m['role'], content=[p for p in parts if not p.get('thought')], thought=any(p.get('thought') for p in parts))
     return [*map(said, turns)]
+
+_THOUGHTS = 'thoughts','reasoning_recap' # kinds of content
+
+def _shown(mapping, at):
+    "Messages on the way from the first one to the one at `at`."
+    way = []
+    for _ in mapping:
+        if not at: break
+        way.append(mapping[at].get('message'))
+        at = mapping[at].get('parent')
+    return [m for m in reversed(way) if m and not (m.get('metadata') or {}).get('is_visually_hidden_from_conversation')]
+
+def _of_chatgpt(r):
+    "Turns of a conversation of ChatGPT's export, which is a tree: those on the way to the answer that was shown last."
+    turns,thought = [],False
+    for m in _shown(r['mapping'], r['current_node']):
+        role,content = m['author']['role'],m.get('content') or {}
+        parts = [p for p in content.get('parts') or () if p!='']
+        called = role=='assistant' and m.get('recipient', 'all')!='all'
+        if content.get('content_type') in _THOUGHTS: thought = True
+        elif called or parts or role=='tool':
+            turns.append(dict(role=role, content=parts, thought=thought, weight=m.get('weight', 1), tool_calls=called))
+            thought = False
+    return turns
 
 def _in_turn(texts, speakers=None):
     "Turns of texts of two people, of whom the second is the assistant; None of anything else."
@@ -432,7 +463,8 @@ def _in_turn(texts, speakers=None):
 # %% ../../nbs/exports/sources.ipynb #bc91f056
 def _find_turns(r):
     "The turns of a row, in whichever shape they are."
-    named = [k for k in ('messages','conversations','conversation') if k in r]
+    if 'mapping' in r and 'current_node' in r: return _of_chatgpt(r)
+    named = [k for k in ('messages','conversations','conversation','chat_messages') if k in r]
     for k in named:
         if turns := _as_turns(r[k]): return turns
     if named and r[named[0]] in (None, []): raise LeftOut(f'no `{named[0]}` in it')
@@ -456,6 +488,7 @@ def _find_turns(r):
 def _system_first(r, ms, note):
     "System turn of a row, and its other turns."
     own = r.get('system') or r.get('system_prompt')
+    if isinstance(own, list): own = _joined(own) # as of Bedrock
     first,rest = ('',ms) if ms[0][0]!='system' else (ms[0][1],ms[1:]) # role, text and weight of each
     if not isinstance(own, str) or not own.strip(): return first,rest
     if first and first!=own: note('`system` beside a system turn')
@@ -810,6 +843,8 @@ def _refuse_unknown(b):
     if {'ID','Timestamp','Contents'}<=b.row.keys():
         raise UserError(b.name, "it is what Discord keeps of one person, with nobody else's words",
             "export channels with DiscordChatExporter")
+    if any(re.match(r'\D?\d{1,4}[-./:]\d', f'{c}') and _is_time(c) for c in b.row):
+        raise UserError(b.name, "its first line is a row, and no names of columns", "write a line with the names above it, as in t,who,text")
     if len(b.row)>1 and all(isinstance(v, (dict,list)) for v in b.row.values()):
         raise UserError(b.name, f"it is one object of {len(b.row)} entries",
             "make a list of what is in them, one JSON object a line")
