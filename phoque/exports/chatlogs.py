@@ -1085,7 +1085,7 @@ def _irc_line(s, book, room, days, known):
 
 def _is_irc(b):
     "Whether most of the first lines are those of an IRC log."
-    first = _first_lines(b)
+    first = [_CODES.sub('', s) for s in _first_lines(b)]
     if not first or '\t' in first[0] and not _dated(first[0]): return False # a header of columns
     if _is_line(b) or _is_whatsapp(b) or _is_minecraft(b) or _is_game(b): return False
     known = [s for s in first if _dated(s) and _irc_parts(s)[0]!='a line of another form' or _DAY.match(s)]
