@@ -423,7 +423,7 @@ def _telegram_html(path, bad, clock):
 _MARKED = '[\u200e\u200f\u202a-\u202e]*'
 _STAMP = '(?![\\d-]+T)\\d{1,4}S\\d{1,2}S\\d{1,4}(?!\\d)[^\n<>\t\\]]{1,22}?\\d\\d[^\\d\\]\n<>:*\t-]{0,12}?'.replace('S',
     '[ \u200f]?[./年月년월-][ \u200f]?')
-_WHATSAPP = re.compile(rf'{_MARKED}(?:\[({_STAMP})\](?! ?[<*]) ?|({_STAMP}) [-–] )({_MARKED}.*)', re.S)
+_WHATSAPP = re.compile(rf'{_MARKED}(?:\[({_STAMP})\](?!\[| ?[<*]) ?|({_STAMP}) [-–] )({_MARKED}.*)', re.S)
 _NAMED = re.compile(r'([^:\n]{1,100}?) ?:(?: (.*)|(?=\n|$)(.*))', re.S)
 
 def _many_lined(f, head):

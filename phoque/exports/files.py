@@ -614,9 +614,9 @@ def _as_row(v):
 
 def _json_rows(values, unit='row'):
     "What reads rows of a file: `values` gives numbers and values of a text of JSON."
-    def read(path, bad):
+    def read(path, bad, hear=lambda said: None):
         with open_text(path) as f:
-            for n,(v,fault) in values(f, path.name):
+            for n,(v,fault) in values(f, path.name, hear):
                 if isinstance(row := _as_row(v), dict) and not fault: yield f'{path.name} {unit} {n}',row
                 else: bad(f'{path.name} {unit} {n}', fault or 'not a JSON object', v)
     return read
@@ -625,15 +625,17 @@ def _json_rows(values, unit='row'):
 _HELD = re.compile(r'\s*\{(?:[^][{}]*"(data|rows|items|examples|train|results|value)"|\s*"(comments|posts|zerver_message)"'
     r'|[^][{}]*"messages"(?!\s*:\s*\[\s*\{[^{}]*"role"\s*:))\s*:\s*\[(?=\s*\{)') # a list of turns is a row itself
 
-def _of_held(f, name):
-    "Values of a list in an object."
+def _of_held(f, name, hear):
+    "Values of a list in an object, of which another list is named."
     j = JsonText(f, name)
     j.after(_HELD)
-    return enumerate(j.values(), 1)
+    yield from enumerate(j.values(), 1)
+    j.more()
+    if more := re.findall(r'"(\w+)"\s*:\s*\[\s*\{', j.buf): hear(f'not read beside the rows: {excerpt(" ".join(more))}')
 
-_jsonl = _json_rows(lambda f, name: json_lines(f), 'line')
-_array = _json_rows(lambda f, name: enumerate(JsonText(f, name).array(), 1))
-_objects = _json_rows(lambda f, name: enumerate(JsonText(f, name).values(bare=True), 1))
+_jsonl = _json_rows(lambda f, *_: json_lines(f), 'line')
+_array = _json_rows(lambda f, name, _: enumerate(JsonText(f, name).array(), 1))
+_objects = _json_rows(lambda f, name, _: enumerate(JsonText(f, name).values(bare=True), 1))
 _held = _json_rows(_of_held)
 
 # %% ../../nbs/exports/files.ipynb #4f3dffc3
@@ -891,7 +893,7 @@ def records(
         read,source,said = _reader(path)
         book.hear(*said)
         free = read not in (_csv,_parquet,_excel,_ods,_hub) # its rows needn't have the same columns
-        rows = _excel(source, put_aside, book.hear) if read is _excel else read(source, put_aside)
+        rows = read(source, put_aside, book.hear) if read in (_excel,_held) else read(source, put_aside)
         for i,(where,row) in enumerate(rows):
             if row and all(map(eq, row, row.values())):
                 book.rows += 1

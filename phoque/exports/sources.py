@@ -404,7 +404,8 @@ def _plain_turns(v):
     if {'sender','text'}<=first.keys() and first['sender'] in _ROLES: # Claude's export
         if any(not m['text'] for m in v): raise LeftOut('a turn without text')
         return [dict(role=m['sender'], content=m['text']) for m in v]
-    if {'input','output'}<=first.keys(): return [x for m in v for x in _pair(m['input'], m['output'])]
+    for a,b in (('input','output'), ('human','assistant')):
+        if {a,b}<=first.keys(): return [x for m in v for x in _pair(m[a], m[b])]
     if not {'message','is_human'}<=first.keys(): return v
     return [dict(role='user' if m['is_human'] else 'assistant', content=m['message']) for m in v]
 
@@ -461,6 +462,10 @@ def _in_turn(texts, speakers=None):
     return [dict(role=('user','assistant')[both.index(w)], content=s) for w,s in zip(speakers, texts)]
 
 # %% ../../nbs/exports/sources.ipynb #bc91f056
+_PAIRS = ('prompt','completion'),('prompt','response'),('question','answer'),('query','response'),('input','output'),('input','target')
+
+def _before(r): return [x for a,b in r.get('history') or () for x in _pair(a, b)] # what was asked and answered before
+
 def _find_turns(r):
     "The turns of a row, in whichever shape they are."
     if 'mapping' in r and 'current_node' in r: return _of_chatgpt(r)
@@ -476,10 +481,9 @@ def _find_turns(r):
     if 'contents' in r: return _of_parts(r)
     for more,answer in (('input','output'), ('context','response')): # Alpaca, Dolly
         if 'instruction' not in r or answer not in r: continue
-        asked = '\n\n'.join(s for s in (r['instruction'], r.get(more)) if s)
-        return [x for a,b in r.get('history') or () for x in _pair(a, b)]+_pair(asked, r[answer])
-    for a,b in (('prompt','completion'), ('prompt','response'), ('question','answer')):
-        if a in r and b in r: return _pair(r[a], r[b])
+        return _before(r)+_pair('\n\n'.join(s for s in (r['instruction'], r.get(more)) if s), r[answer])
+    for a,b in _PAIRS:
+        if a in r and b in r: return _before(r)+_pair(r[a], r[b])
     for k in ('data','dialog','dialogue'): # UltraChat, DailyDialog, SODA
         if turns := _in_turn(r.get(k), r.get('speakers')): return turns
     raise ValueError(f"no turns in it, but {excerpt(', '.join(map(str, r)))}")
@@ -514,9 +518,10 @@ def _renamed(r, columns):
 def chats(r, at, columns=None, **_):
     "Conversations of one's own or of `hub:OWNER/NAME`, as `messages`, ShareGPT, Alpaca or pairs"
     if columns: r = _renamed(r, columns)
-    if r.get('label') is False: raise LeftOut('`label` is false')
+    if f"{r.get('label')}".lower()=='false': raise LeftOut('`label` is false')
+    if any(r.get(k) for k in ('image','images','videos','audios')): raise LeftOut('an answer to a picture or a sound')
     ms = read_turns(_find_turns(r), at.note)
-    for k in ('tools','functions','images'):
+    for k in ('tools','functions'):
         if r.get(k): at.note(f'`{k}` of a row')
     s,by = _score(r.get('toxicity_score')),r.get('label_source')
     if s is not None and not by: raise ValueError("a toxicity_score, but no label_source to say who measured it")
@@ -744,11 +749,12 @@ def _id(v):
     return re.sub(r'^(\d+)\.0$', r'\1', str(v)) if isinstance(v, (str,float)) else v
 
 _RENDERED = re.compile(r"""\s*(<s>\s*)?(\#{3}\s*(Human|User|Instruction|System)\s*: | \[INST\] | <start_of_turn>
-    | <\|(im_start|start_header_id|user|system)\|>)""", re.X)
+    | <\|(im_start|start_header_id|user|system)\|>
+    | (user|human)\s*:\s.{1,9999}?\n\s*(assistant|ai|bot|gpt)\s*:\s)""", re.X | re.S | re.I)
 
 def _refuse_rendered(text):
     if isinstance(text, str) and _RENDERED.match(text):
-        raise ValueError("it is a whole conversation that a chat template wrote: give its turns as `messages`")
+        raise ValueError("it is a whole conversation in one text: give its turns as `messages`")
 
 # %% ../../nbs/exports/sources.ipynb #62e444f6
 _LOOKED_AT = 200 # rows
