@@ -494,6 +494,7 @@ def _phone(s, called=False, regions=REGIONS):
     first,*rest = re.findall(r'\d+', s)
     if re.fullmatch(r'\d\d?([./])\d\d?\1\d{4}|\d{4}-\d\d-\d\d', s): return False
     if s[0]=='+' or s.startswith('00'): return _abroad(s, called)
+    if not called and re.fullmatch(r'\d{1,3}-\d{1,3}([ ,;]+\d{1,3}-\d{1,3})+', s): return False # scores
     single = any(len(g)==1 for g in (rest[:-1] if called else rest)) # an extension may be one digit
     if len(first)==1 and first not in '18' or single or _DATE.match(s): return False
     if not called:
@@ -526,12 +527,12 @@ def _is_phone(m, regions=REGIONS):
 BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stands for a blank
     en=r"""(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth[\s-]?days?|b['’]?-?days?|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:[\s_]?date)?
         |b\.(?=\s\d)""",
-    de=r"geb(?:oren|urtstag|urtsdatum|\.?\s?datum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\s(?:le|un))?|naissance|anniv(?:ersaire)?",
-    es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?|cumplo\saños",
-    pt=r"nasc\.|nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver|faço\sanos",
-    it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno|compio\sgli\sanni",
+    de=r"geb(?:oren|urtstag|urtsdatum|\.?\s?datum|\.)?(?:\sam)?", fr=r"née?s?(?:\(e\))?(?:\s(?:le|un))?|naquit|naissance|anniv(?:ersaire)?",
+    es=r"nac(?:[ií]|iste|i[oó]|imos|ieron|id[oa]s?)(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?|cumplo\saños",
+    pt=r"nasc\.|nasc(?:i|eu|este|emos|eram|id[oa]s?|imento)(?:\sem)?|anivers[áa]rio|niver|faço\sanos",
+    it=r"nat[oaie]\sil|nat[oaie]|nac(?:qui|que)|(?:data\sdi\s)?nascita|compleanno|compio\sgli\sanni",
     nl=r"geboren(?:\sop)?|geboorte\w{1,6}|verjaar\w{0,5}|jarig",
-    nordic=r"""född|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag
+    nordic=r"""föd(?:d|da|des)|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag
         |dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur|bursdag\w{0,3}|afmæli\w{0,4}""",
     pl=r"urodz\w{2,10}|ur\.", cz=r"naro[zd]en\w{0,5}|nar\.",
     south=r"""rođen\w{0,4}|datum\srođenja|rojen\w?|rojstni\sdan|роден\w?|рожден\sден|născut\w?|data\snașterii
@@ -539,7 +540,7 @@ BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stand
     baltic=r"sünd\w{1,6}|sünni\w{2,6}|gim\w{1,4}|gimtadien\w{1,3}|dzim\w{1,7}",
     tr=r"doğum\s?(?:tarih\w{0,4}|gün\w{0,4})|doğdu\w{1,3}", hu=r"szület\w{1,8}|szülin\w{1,8}",
     ru=r"роди\w{1,5}|(?:дата\s|д(?:ень|ня)\s)?рождения|народ(?:ження|и\w{1,4})|д\.\s?р\.|др|днюх\w|уродини",
-    el=r"γεννήθηκα|γενέθλι\w{1,3}|γέννηση\w?", he=r"נולדתי|תאריך\sלידה|יום\sה?הולדת\w{0,2}",
+    el=r"γεννήθηκ\w{1,3}|γενέθλι\w{1,3}|γέννηση\w?", he=r"נולדתי|תאריך\sלידה|יום\sה?הולדת\w{0,2}",
     ar=r"(?:ال)?ميلاد\w{0,2}|ولدت|مواليد|متولد|تولد\w{0,2}", hi='जनम(?:द.?न|.?त.थ.)?', th='วนเกด', # without their marks
     id=r"lahir|ulang\stahun|ultah", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
     east=r"生年月日|誕生日|生まれ|出生日期|出生于|出生|生于|生日|생년월일|생일|출생일?|태어난")
@@ -574,7 +575,7 @@ _BIRTH = re.compile(rf"""
     |{_BORN}(?:[\s:=,!?–-]{{1,3}}(?:[^\W\d_]{{1,12}}['’]?|(?:19|20)\d\d|\d\d?(?=\s(?:day|week|tag|woche))))
         {{0,5}}[\s:=,!?(–-]{{1,3}}(?P<u>{_DAY_IN_WORDS})
     |(?P<w>{_DAY_IN_WORDS}|{_DAY}(?=\s(?:is|ist|es|est|é|è|är|er|to)\s))\s?(?:{_WITHIN}\s){{0,3}}{_PARTY}(?![^\W_{EAST}])
-    |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b
+    |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag|auf\sdie\swelt|zur\swelt)\b
     |\b(?:{_AGE}\s(?:gli\s)?\d{{1,3}}(?:\s[^\W\d_]{{1,9}}){{0,4}}[\s(]{{1,2}}|be\s\d{{1,3}}\son\s(?:the\s)?)(?P<t>{_DAY})
     |\b{_AGE}\s(?:{_WITHIN}\s){{0,2}}(?P<s>{_DAY_IN_WORDS})\s\d{{1,3}}(?![\w:.,/])
     |(?P<o>{_DAY_IN_WORDS})\s{_AGE}\s(?:{_WITHIN}\s)?\d{{1,3}}(?![\w:.,/])
@@ -902,11 +903,11 @@ ID_WORDS = dict( # language → what an id is called; \s stands for a blank
 # %% ../../nbs/exports/pii.ipynb #1ec4cfcf
 _ID_IS = r"""(?:is|ist|es|est|e|är|on|er|to|je|jest|numbers?|nummer|numéro|número|numero|numer|номер|番号|num
         |numara\w{0,4}|nem?
-    |no|nr|n[°º]|№|my|mine|mein|mitt|mit|meu|meul|dela|lautet|é|è|号码?|번호|は|是|은|는|steht\sda|letra)"""
+    |no|nr|n[°º]|№|серия|my|mine|mein|mitt|mit|meu|meul|dela|lautet|é|è|号码?|번호|は|是|은|는|steht\sda|letra)"""
 _ID_NAMED = re.compile(rf"""
     (?<![^\W_])(?:{_words(ID_WORDS)})(?![^\W_])
     (?:[\s:=\#.-]{{1,3}}{_ID_IS}){{0,4}} ["'”]?[\s:=\#.-]{{1,4}}["'“]?
-    (?P<v>(?:[a-z]{{1,3}}[ .-]?)?\d[a-z\d]*(?:[ ./-](?:[a-z]{{0,2}}\d[a-z\d]*|[a-z](?![^\W_]))){{0,6}}
+    (?P<v>(?:[a-z]{{1,3}}[ .-]?)?\d[a-z\d]*(?:(?:[ ./-]|\s(?:no|№|номер)\s?)(?:[a-z]{{0,2}}\d[a-z\d]*|[a-z](?![^\W_]))){{0,6}}
         |[a-z]{{1,6}}\d[a-z\d]{{3,16}})(?![^\W_])""", re.I|re.X)
 
 def _is_named_id(m):
@@ -971,7 +972,7 @@ _STREET_GER = re.compile(rf"""
         |ring|damm
             |ufer|chaussee|pfad|graben|twiete|straat|laan|gracht|plein|singel|dijk|kade|steeg|baan|hof|pad|dreef
                 |gata?n?|väg(?:en)?|stigen
-            |gränd|torget|plass(?:en)?|svingen|bakken|kroken|tunet|grenda|gjerdet|engen|vei(?:en)?|gate|gade|vej
+            |gränd|bron|kajen|brinken|torget|plass(?:en)?|svingen|bakken|kroken|tunet|grenda|gjerdet|engen|vei(?:en)?|gate|gade|vej
         |stræde|katu|tie|kuja|polku|bulevardi))
         |(?:{_UP}[\s-]){{1,3}}(?-i:Stra(?:ß|ss)e|Str\.|Weg|Gasse|Platz|Allee|Ring|Damm|Ufer|Chaussee|Steig|Pfad
             |Deich|Kai)
