@@ -797,10 +797,11 @@ def _edits(path):
     res = {}
     for _,_,items in _event_lists(path):
         for e,fault in items:
-            if fault or not isinstance(e, dict) or not isinstance(e.get('content'),
-                dict) or not (to := _replaces(e)): continue
-            key,t = (to, e['sender']),e.get('origin_server_ts', 0)
-            if key not in res or res[key][0]<=t: res[key] = t,e['content'].get('m.new_content') or {}
+            try:
+                if fault or not (to := _replaces(e)): continue
+                key,t = (to, e['sender']),e.get('origin_server_ts', 0)
+                if key not in res or res[key][0]<=t: res[key] = t,e['content'].get('m.new_content') or {}
+            except ROW_FAULTS: pass # reading it puts it aside
     return {k: v for k,(_,v) in res.items()}
 
 def _event_lists(path, book=None):
@@ -947,8 +948,10 @@ def _zulip_people(path, book):
     if not realm.exists(): book.hear('no realm.json beside it, which says who has which name and who is a bot')
     for _,_,items in lists_in(realm, r'"zerver_userprofile"\s*:\s*\[') if realm.exists() else ():
         for u,_ in items:
-            book.person(u['id'], u.get('full_name'))
-            if u.get('is_bot'): bots.add(u['id'])
+            try:
+                book.person(u['id'], u.get('full_name'))
+                if u.get('is_bot'): bots.add(u['id'])
+            except ROW_FAULTS as e: book.note(realm.name, f"a person who can't be read: {reason_of(e)}")
     return bots
 
 def _zulip_line(r, at, bots):
