@@ -283,8 +283,10 @@ def _slack_people(users, bad):
 def _with_answers(items):
     "Messages, each before those that are inside it."
     for m,fault in items:
-        yield m,fault
-        for a in isinstance(m, dict) and m.get('slackdump_thread_replies') or (): yield a,''
+        answers = m.get('slackdump_thread_replies') or [] if isinstance(m, dict) else []
+        is_list = isinstance(answers, list)
+        yield m,fault or ('' if is_list else 'its answers are no list')
+        for a in answers if is_list else (): yield a,''
 
 def _slack_dump(path, bad):
     "Lines of a channel or a thread of slackdump's."
