@@ -569,7 +569,8 @@ _CALLED = dict( # what columns are called, in the order of preference, without s
     t='''t timestamp time date datetime createdat sentat createdutc sent when posttime dateline createtime publishedat ts
         zeitstempel zeitpunkt datum zeit uhrzeit gesendetam fechayhora fecha hora dataehora data horodatage heure dataeora
         ora tijdstip tijd czas датавремя дата время tarih saat 时间 日期 날짜 시간 日時''',
-    room='''room channel channelname channelid chan ch thread match topicid threadid roomid kanal kanalname raum gruppe
+    room='''room channel channelname channelid chan ch thread match topicid threadid roomid conversationid chat chatid dialogid
+        dialogueid matchid gameid kanal kanalname raum gruppe
         canal sala grupo salon canale stanza gruppo kanaal kamer канал чат oda 频道 채널''',
     id='id messageid msgid postid nachrichtid nachrichtenid', reply_to='replyto replytoid parentid parent antwortauf',
     score='score toxicity', group='group')
