@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from ..core.basics import UserError, excerpt
 from .files import BESIDE, HEAD, MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text
-from .files import book_of, export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in
-from .files import open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
+from .files import book_of, export_file, files_in, foreign, hash_of, is_packed, json_lines, legible
+from .files import lists_in, open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
 from .pages import discord_page, discord_times, is_discord_page, is_telegram_page, telegram_page
 from .sources import ONLY_ROOM, SOURCES, html_text, line, lines_of, name_of, no_words, quotes_apart
 from .sources import read_records, read_turns, reader, source
@@ -443,7 +443,7 @@ def _many_lined(f, head):
 
 # %% ../../nbs/exports/chatlogs.ipynb #d3adef2e
 _OMITTED = re.compile(r'<[^<>\n]{5,60}>\.?')
-_POLL = re.compile(r'\w{3,20}:\n[^\n]+(\n\w{3,20}: [^\n]+ \(\d+ \w+\)){2,}\s*') # what it asks, and votes for each answer
+_POLL = re.compile(r'\w{3,20}:\n[^\n]+(\n\w{3,20}: [^\n]+ \(\d+ \w+\)){2,}\s*') # question, votes for each answer
 _ATTACHED = re.compile(r'[^\n/]{0,120}\.\w{2,5} \([^()\n]{3,40}\)(\n|$)')
 _EDITED = re.compile(r'(?<=[\s\u200e])<(\w[^<>\n]{8,60})>$')
 # what Android writes for a message that was deleted, or isn't there yet, in lower case
@@ -771,7 +771,8 @@ def _signal_names(p):
     "What the person of a recipient is called."
     c = p.get('contact') or {}
     whole = [' '.join(n for k in ('Given','Family') if (n := c.get(f'{of}{k}Name'))) for of in ('profile','system')]
-    return ['me' if 'self' in p else '', *whole, *(v for k,v in c.items() if k in ('username','e164') or k.endswith('Name'))]
+    parts = [v for k,v in c.items() if k in ('username','e164') or k.endswith('Name')]
+    return ['me' if 'self' in p else '', *whole, *parts]
 
 @source('signal_backup', '', False, detect=lambda b: {'version','backupTimeMs'}<=b.row.keys())
 def signal_backup(r, at, **_):
@@ -781,9 +782,9 @@ def signal_backup(r, at, **_):
     if not (m := r.get('chatItem')): raise LeftOut('no message')
     if 'remoteDeletedMessage' in m: raise LeftOut('a deleted message')
     if 'updateMessage' in m: raise LeftOut('a call or a notice')
-    words = m.get('standardMessage') or {}
-    return [_said(at.book, 'signal', m['chatId'], '', (words.get('text') or {}).get('body') or '', int(m['dateSent'])/1000,
-        id=m['dateSent'], reply_to=(words.get('quote') or {}).get('targetSentTimestamp'), author=of(m['authorId']))]
+    words,t = m.get('standardMessage') or {},m['dateSent']
+    text,to = (words.get('text') or {}).get('body') or '',(words.get('quote') or {}).get('targetSentTimestamp')
+    return [_said(at.book, 'signal', m['chatId'], '', text, int(t)/1000, id=t, reply_to=to, author=of(m['authorId']))]
 
 # %% ../../nbs/exports/chatlogs.ipynb #122df8a6
 _EVENTS = r'"(messages|chunk)"\s*:\s*\['
@@ -806,6 +807,7 @@ def _edits(path):
             except ROW_FAULTS: pass # reading it puts it aside
     return {k: v for k,(_,v) in res.items()}
 
+# %% ../../nbs/exports/chatlogs.ipynb #a992378d
 def _event_lists(path, book=None):
     "Name, what comes before, and events of each list; or of a file of nothing but events, as bots keep them."
     text = Beginning(path).text
@@ -843,7 +845,8 @@ def _matrix_line(e, book, room, edits, names):
 
 # %% ../../nbs/exports/chatlogs.ipynb #e5f3ac6d
 def _is_matrix(b):
-    return '"m.room.' in b.text and (re.search(_EVENTS, b.text) or {'sender','event_id'}<=b.row.keys()) or b.holds(_EXPORT)
+    if '"m.room.' in b.text and ({'sender','event_id'}<=b.row.keys() or re.search(_EVENTS, b.text)): return True
+    return b.holds(_EXPORT)
 
 @reader('matrix', detect=_is_matrix, same=_anywhere)
 def read_matrix(
@@ -913,7 +916,8 @@ def mattermost(r, at, **_):
     return res
 
 # %% ../../nbs/exports/chatlogs.ipynb #92b31de9
-def _is_rocketchat(b): return {'msg','ts'}<=b.row.keys() and ('username' in b.row or 'username' in (b.row.get('u') or ()))
+def _is_rocketchat(b):
+    return {'msg','ts'}<=b.row.keys() and any('username' in x for x in (b.row, b.row.get('u') or ()))
 
 @source('rocketchat', '', False, detect=_is_rocketchat)
 def rocketchat(r, at, **_):
@@ -936,10 +940,11 @@ def teams(r, at, **_):
     if r['messageType']!='message': raise LeftOut('a notice')
     if who.get('application') or not who.get('user'): raise LeftOut('a bot')
     by,words = who['user'],r['body'].get('content') or ''
+    if r['body'].get('contentType')=='html': words = html_text(words)
     quoted = [a['id'] for a in r.get('attachments') or () if a.get('contentType')=='messageReference']
-    return [_said(at.book, 'teams', r.get('chatId') or (r.get('channelIdentity') or {}).get('channelId') or ONLY_ROOM,
-        by.get('displayName') or by['id'], html_text(words) if r['body'].get('contentType')=='html' else words,
-        seconds(r['createdDateTime']), id=r['id'], reply_to=r.get('replyToId') or next(iter(quoted), None), author=by['id'])]
+    room,to = r.get('chatId') or (r.get('channelIdentity') or {}).get('channelId'),r.get('replyToId')
+    return [_said(at.book, 'teams', room or ONLY_ROOM, by.get('displayName') or by['id'], words,
+        seconds(r['createdDateTime']), id=r['id'], reply_to=to or next(iter(quoted), None), author=by['id'])]
 
 # %% ../../nbs/exports/chatlogs.ipynb #18743a82
 _ZULIP = [{'sender_full_name','display_recipient','content','timestamp'}, {'sender','recipient','subject','date_sent'}]
@@ -959,8 +964,9 @@ def _zulip_people(path, book):
 def _zulip_line(r, at, bots):
     "Line of a message of the API or of an export."
     for name in re.findall(r'@_?\*\*([^*|\n]{1,100})(?:\|\d+)?\*\*', r['content']): at.book.person(name, name)
-    if r.get('client')=='Internal' or r.get('sender') in bots or '-bot@' in (r.get('sender_email') or ''): raise LeftOut('a bot')
     whole = 'sender' in r # as in an export, in Markdown
+    is_bot = r['sender'] in bots if whole else r.get('client')=='Internal' or '-bot@' in (r.get('sender_email') or '')
+    if is_bot: raise LeftOut('a bot')
     room,by = (r['recipient'],r['sender']) if whole else (r['display_recipient'],r['sender_id'])
     if isinstance(room, list): room = hash_of(*sorted(p['id'] for p in room)) # people who talk alone
     text = r['content'] if whole or r.get('content_type')=='text/x-markdown' else html_text(r['content'])
@@ -985,8 +991,9 @@ _SNAPCHAT = r'(^|/)chat_history\.json$'
 def _snap_line(m, book, n):
     "Line of a message of the list of this number."
     if m.get('Media Type')!='TEXT': raise LeftOut('a picture, a call or a notice')
-    room = n if 'Conversation Title' in m else m.get('From') or m['To'] # an older export's list is of what came, or was sent
-    return _said(book, 'snapchat', room, m.get('From') or 'me', unescape(m.get('Content') or m.get('Text') or ''), seconds(m['Created']))
+    room = n if 'Conversation Title' in m else m.get('From') or m['To'] # older lists are of what came, or was sent
+    text = unescape(m.get('Content') or m.get('Text') or '')
+    return _said(book, 'snapchat', room, m.get('From') or 'me', text, seconds(m['Created']))
 
 @reader('snapchat', detect=lambda b: re.search(_SNAPS, b.text) and '"Media Type"' in b.text or b.holds(_SNAPCHAT))
 def read_snapchat(
@@ -1017,7 +1024,8 @@ def _is_game(b): return any(map(_GAME.match, _first_lines(b)))
 # %% ../../nbs/exports/chatlogs.ipynb #5a04e728
 _AT = r'\[?(?:(\d{4}[-/]\d\d[-/]\d\d|[A-Z][a-z]{2} [ \d]\d)[ T])?(\d\d:\d\d(?::\d\d)?(?:\.\d+)?)(Z|[+-]\d\d:?\d\d)?\]?'
 _IRC = re.compile(_AT+r'([ \t]+)(.*)', re.S)
-_KONVERSATION = re.compile(r'\[([^\W\d][^][\n]{5,40} [^][\n]*)\] \[(\d\d?:\d\d:\d\d(?: ?[AP]M)?)(?: [^][\n]{1,8})?()\]([ \t]+)(.*)', re.S)
+_KONVERSATION = re.compile(r'\[([^\W\d][^][\n]{5,40} [^][\n]*)\] '
+    r'\[(\d\d?:\d\d:\d\d(?: ?[AP]M)?)(?: [^][\n]{1,8})?()\]([ \t]+)(.*)', re.S)
 _SAYS = re.compile(r'<[ ~&@%+!]?([^\s<>-][^\s<>]{0,63})>[ \t](.*)', re.S)
 _ACTS = re.compile(r'(?:\*|-\*-|Action:)[ \t]([^\s*:]{1,64}) (.*)', re.S)
 _TABBED = re.compile(r'[ ~&@%+]?(?!(?:-->|<--|--|-!-|=!=|\*)\t)([^\s<>]{1,64})\t(.*)', re.S)

@@ -622,8 +622,8 @@ def _json_rows(values, unit='row'):
     return read
 
 # %% ../../nbs/exports/files.ipynb #63431c11
-_HELD = re.compile(r'\s*\{(?:[^][{}]*"(data|rows|items|examples|train|results|value)"|\s*"(comments|posts|zerver_message)"'
-    r'|[^][{}]*"messages"(?!\s*:\s*\[\s*\{[^{}]*"role"\s*:))\s*:\s*\[(?=\s*\{)') # a list of turns is a row itself
+_HELD = re.compile(r'\s*\{(?:[^][{}]*"(data|rows|items|examples|train|results|value)"'
+    r'|\s*"(comments|posts|zerver_message)"|[^][{}]*"messages"(?!\s*:\s*\[\s*\{[^{}]*"role"\s*:))\s*:\s*\[(?=\s*\{)') # a list of turns is a row itself
 
 def _of_held(f, name, hear):
     "Values of a list in an object, of which another list is named."

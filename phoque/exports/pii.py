@@ -454,6 +454,7 @@ _PHONE = re.compile(rf"""
     ((?:\+|\()?\d(?:[\s().\-/\u2010-\u2015]{{0,3}}\d){{6,14}}) (?:\s?(?:x|ext\.?)\s?\d{{1,5}})?
     (?![^\W{EAST}]|-\d)""", re.X)
 _THOUSANDS = re.compile(r"\d{1,3}([ .\u00a0])\d{3}(?:\1\d{3})*")
+_SCORES = re.compile(r'\d{1,3}-\d{1,3}([ ,;]+\d{1,3}-\d{1,3})+') # 21-19 25-23
 _DATE = re.compile(r"\d{4}([-./])\d\d?\1\d\d?(?!\1?\d)|\d\d?([-./])\d\d?\2(?:\d\d|\d{4})(?!\2?\d)")
 
 # %% ../../nbs/exports/pii.ipynb #21c678b9
@@ -494,11 +495,10 @@ def _phone(s, called=False, regions=REGIONS):
     first,*rest = re.findall(r'\d+', s)
     if re.fullmatch(r'\d\d?([./])\d\d?\1\d{4}|\d{4}-\d\d-\d\d', s): return False
     if s[0]=='+' or s.startswith('00'): return _abroad(s, called)
-    if not called and re.fullmatch(r'\d{1,3}-\d{1,3}([ ,;]+\d{1,3}-\d{1,3})+', s): return False # scores
     single = any(len(g)==1 for g in (rest[:-1] if called else rest)) # an extension may be one digit
     if len(first)==1 and first not in '18' or single or _DATE.match(s): return False
     if not called:
-        if '/' in s and s[0] not in '0(': return False # a part of a whole
+        if '/' in s and s[0] not in '0(' or _SCORES.fullmatch(s): return False # a part of a whole, a result
         if '.' in s and (len(rest)==1 or ' ' in s): return False # decimals
         if first[0]!='0' and (not rest or _THOUSANDS.fullmatch(s)): return False
     digits = ''.join([first,*rest])
@@ -527,8 +527,10 @@ def _is_phone(m, regions=REGIONS):
 BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stands for a blank
     en=r"""(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth[\s-]?days?|b['’]?-?days?|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:[\s_]?date)?
         |b\.(?=\s\d)""",
-    de=r"geb(?:oren|urtstag|urtsdatum|\.?\s?datum|\.)?(?:\sam)?", fr=r"née?s?(?:\(e\))?(?:\s(?:le|un))?|naquit|naissance|anniv(?:ersaire)?",
-    es=r"nac(?:[ií]|iste|i[oó]|imos|ieron|id[oa]s?)(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?|cumplo\saños",
+    de=r"geb(?:oren|urtstag|urtsdatum|\.?\s?datum|\.)?(?:\sam)?", 
+    fr=r"née?s?(?:\(e\))?(?:\s(?:le|un))?|naquit|naissance|anniv(?:ersaire)?",
+    es=r"""nac(?:[ií]|iste|i[oó]|imos|ieron|id[oa]s?)(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?
+        |cumplo\saños""",
     pt=r"nasc\.|nasc(?:i|eu|este|emos|eram|id[oa]s?|imento)(?:\sem)?|anivers[áa]rio|niver|faço\sanos",
     it=r"nat[oaie]\sil|nat[oaie]|nac(?:qui|que)|(?:data\sdi\s)?nascita|compleanno|compio\sgli\sanni",
     nl=r"geboren(?:\sop)?|geboorte\w{1,6}|verjaar\w{0,5}|jarig",
@@ -972,7 +974,8 @@ _STREET_GER = re.compile(rf"""
         |ring|damm
             |ufer|chaussee|pfad|graben|twiete|straat|laan|gracht|plein|singel|dijk|kade|steeg|baan|hof|pad|dreef
                 |gata?n?|väg(?:en)?|stigen
-            |gränd|bron|kajen|brinken|torget|plass(?:en)?|svingen|bakken|kroken|tunet|grenda|gjerdet|engen|vei(?:en)?|gate|gade|vej
+            |gränd|bron|kajen|brinken|torget
+            |plass(?:en)?|svingen|bakken|kroken|tunet|grenda|gjerdet|engen|vei(?:en)?|gate|gade|vej
         |stræde|katu|tie|kuja|polku|bulevardi))
         |(?:{_UP}[\s-]){{1,3}}(?-i:Stra(?:ß|ss)e|Str\.|Weg|Gasse|Platz|Allee|Ring|Damm|Ufer|Chaussee|Steig|Pfad
             |Deich|Kai)

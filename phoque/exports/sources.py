@@ -384,6 +384,12 @@ def _chosen(r):
         raise ValueError("`chosen` is a text without `prompt`; hh-rlhf is given as hh:FILE")
     return _pair(asked, said) if asked and (isinstance(said, str) or _role(said[0], 0)=='assistant') else said
 
+# %% ../../nbs/exports/sources.ipynb #3f756544
+def _of_claude(v):
+    "Turns of Claude's export; a file alone has no text."
+    if any(not m['text'] for m in v): raise LeftOut('a turn without text')
+    return [dict(role=m['sender'], content=m['text']) for m in v]
+
 # %% ../../nbs/exports/sources.ipynb #dc7a21f0
 _ROLE = {'role','from'}
 
@@ -401,9 +407,7 @@ def _written_turns(s):
 def _plain_turns(v):
     "A list of turns of one whose entries are pairs, or say who is human."
     first = v[0] if v and isinstance(v[0], dict) else {}
-    if {'sender','text'}<=first.keys() and first['sender'] in _ROLES: # Claude's export
-        if any(not m['text'] for m in v): raise LeftOut('a turn without text')
-        return [dict(role=m['sender'], content=m['text']) for m in v]
+    if 'text' in first and first.get('sender') in ('human','assistant'): return _of_claude(v)
     for a,b in (('input','output'), ('human','assistant')):
         if {a,b}<=first.keys(): return [x for m in v for x in _pair(m[a], m[b])]
     if not {'message','is_human'}<=first.keys(): return v
@@ -424,10 +428,12 @@ def _of_parts(r):
     if isinstance(first, str): first = dict(parts=first)
     turns = [first | dict(role='system')]*bool(first.get('parts'))+r['contents']
     def said(m):
-        parts = [dict(text=p) if isinstance(p, str) else p for p in ([m['parts']] if isinstance(m['parts'], str) else m['parts'])]
-        return dict(role=m['role'], content=[p for p in parts if not p.get('thought')], thought=any(p.get('thought') for p in parts))
+        parts = [m['parts']] if isinstance(m['parts'], str) else m['parts']
+        thought = [isinstance(p, dict) and p.get('thought') for p in parts]
+        return dict(role=m['role'], content=[p for p,t in zip(parts, thought) if not t], thought=any(thought))
     return [*map(said, turns)]
 
+# %% ../../nbs/exports/sources.ipynb #1e042c3b
 _THOUGHTS = 'thoughts','reasoning_recap' # kinds of content
 
 def _shown(mapping, at):
@@ -452,6 +458,7 @@ def _of_chatgpt(r):
             thought = False
     return turns
 
+# %% ../../nbs/exports/sources.ipynb #8c95416e
 def _in_turn(texts, speakers=None):
     "Turns of texts of two people, of whom the second is the assistant; None of anything else."
     if not (isinstance(texts, list) and texts and all(isinstance(s, str) for s in texts)): return None
@@ -462,7 +469,8 @@ def _in_turn(texts, speakers=None):
     return [dict(role=('user','assistant')[both.index(w)], content=s) for w,s in zip(speakers, texts)]
 
 # %% ../../nbs/exports/sources.ipynb #bc91f056
-_PAIRS = ('prompt','completion'),('prompt','response'),('question','answer'),('query','response'),('input','output'),('input','target')
+_PAIRS = [('prompt','completion'), ('prompt','response'), ('question','answer'), ('query','response'),
+    ('input','output'), ('input','target')]
 
 def _before(r): return [x for a,b in r.get('history') or () for x in _pair(a, b)] # what was asked and answered before
 
@@ -521,8 +529,7 @@ def chats(r, at, columns=None, **_):
     if f"{r.get('label')}".lower()=='false': raise LeftOut('`label` is false')
     if any(r.get(k) for k in ('image','images','videos','audios')): raise LeftOut('an answer to a picture or a sound')
     ms = read_turns(_find_turns(r), at.note)
-    for k in ('tools','functions'):
-        if r.get(k): at.note(f'`{k}` of a row')
+    for k in filter(r.get, ('tools','functions')): at.note(f'`{k}` of a row')
     s,by = _score(r.get('toxicity_score')),r.get('label_source')
     if s is not None and not by: raise ValueError("a toxicity_score, but no label_source to say who measured it")
     system,ms = _system_first(r, ms, at.note)
@@ -569,8 +576,8 @@ _CALLED = dict( # what columns are called, in the order of preference, without s
     t='''t timestamp time date datetime createdat sentat createdutc sent when posttime dateline createtime publishedat ts
         zeitstempel zeitpunkt datum zeit uhrzeit gesendetam fechayhora fecha hora dataehora data horodatage heure dataeora
         ora tijdstip tijd czas датавремя дата время tarih saat 时间 日期 날짜 시간 日時''',
-    room='''room channel channelname channelid chan ch thread match topicid threadid roomid conversationid chat chatid dialogid
-        dialogueid matchid gameid kanal kanalname raum gruppe
+    room='''room channel channelname channelid chan ch thread match topicid threadid roomid conversationid chat chatid
+        dialogid dialogueid matchid gameid kanal kanalname raum gruppe
         canal sala grupo salon canale stanza gruppo kanaal kamer канал чат oda 频道 채널''',
     id='id messageid msgid postid nachrichtid nachrichtenid', reply_to='replyto replytoid parentid parent antwortauf',
     score='score toxicity', group='group')
@@ -851,7 +858,8 @@ def _refuse_unknown(b):
         raise UserError(b.name, "it is what Discord keeps of one person, with nobody else's words",
             "export channels with DiscordChatExporter")
     if any(re.match(r'\D?\d{1,4}[-./:]\d', f'{c}') and _is_time(c) for c in b.row):
-        raise UserError(b.name, "its first line is a row, and no names of columns", "write a line with the names above it, as in t,who,text")
+        raise UserError(b.name, "its first line is a row, and no names of columns",
+            "write a line with the names above it, as in t,who,text")
     if len(b.row)>1 and all(isinstance(v, (dict,list)) for v in b.row.values()):
         raise UserError(b.name, f"it is one object of {len(b.row)} entries",
             "make a list of what is in them, one JSON object a line")
