@@ -8,13 +8,13 @@ import json, re
 from datetime import datetime, timezone
 from functools import partial
 from html import escape, unescape
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from types import SimpleNamespace
 from ..core.basics import UserError, excerpt
-from .files import HEAD, MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text, book_of
-from .files import export_file, files_in, foreign, hash_of, is_packed, json_lines, legible, lists_in
-from .files import open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
+from .files import BESIDE, HEAD, MOST_ROW, ROW_FAULTS, TOO_LONG, Beginning, JsonText, LeftOut, as_text
+from .files import book_of, export_file, files_in, foreign, hash_of, is_packed, json_lines, legible
+from .files import lists_in, open_text, reason_of, records, refuse, text_lines, texts_in, value_at, whole_file
 from .pages import discord_page, discord_times, is_discord_page, is_telegram_page, telegram_page
 from .sources import ONLY_ROOM, SOURCES, html_text, line, lines_of, name_of, no_words, quotes_apart
 from .sources import read_records, read_turns, reader, source
@@ -22,9 +22,10 @@ from .times import Clock, Days, named_day, seconds
 
 # %% auto #0
 __all__ = ['PASSED_ON', 'MOST_DEEP', 'read_discord', 'discord_csv', 'read_slack', 'read_telegram', 'read_whatsapp', 'read_line',
-           'read_kakao', 'kakao_csv', 'read_messenger', 'read_skype', 'read_signal', 'read_matrix', 'read_google',
-           'mattermost', 'read_irc', 'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon',
-           'read_twitch', 'read_livechat', 'read_youtube', 'takeout', 'read_convokit', 'read_oasst']
+           'read_kakao', 'kakao_csv', 'read_messenger', 'read_skype', 'read_signal', 'signal_backup', 'read_matrix',
+           'read_google', 'mattermost', 'rocketchat', 'teams', 'read_zulip', 'read_snapchat', 'read_irc',
+           'read_minecraft', 'read_game', 'read_reddit', 'read_discourse', 'read_mastodon', 'read_twitch',
+           'read_livechat', 'read_youtube', 'takeout', 'read_convokit', 'read_oasst']
 
 # %% ../../nbs/exports/chatlogs.ipynb #0330460f
 _MESSAGES = r'"messages"\s*:\s*\[' # how the list of messages begins in many exports
@@ -75,22 +76,25 @@ def _discord_line(m, room, book):
 # %% ../../nbs/exports/chatlogs.ipynb #e2261706
 _CHANNEL_FILES = r'(?i)^(?!.*_Files/).*\.(json|html?)$' # in `…_Files` are the pictures and files of a page
 
-def _is_discord(b):
-    "Is it DiscordChatExporter's JSON or HTML, or a zip of them?"
-    if b.path.is_dir(): return False
-    text = b.text or _first_inside(b, _CHANNEL_FILES)
+def _is_channel(text):
+    "Does a text begin as a channel's JSON or page?"
     if is_discord_page(text): return True
     head,_,more = text.partition('"messages"')
     return more and re.match(r'\s*\{', head) and all(re.search(rf'"{k}"\s*:\s*\{{', head) for k in ('guild','channel'))
+
+def _is_discord(b):
+    "Is it DiscordChatExporter's JSON or HTML, or a zip with some of them?"
+    if b.path.is_dir(): return False
+    return any(map(_is_channel, [b.text] if b.text else _begins_inside(b, _CHANNEL_FILES)))
 
 def _first_of(f):
     "How a text begins, without reading on in it."
     return f.buffer.peek(HEAD)[:HEAD].decode(f.encoding, 'replace').lstrip('\ufeff')
 
-def _first_inside(b, inside):
-    "How the first file in a zip or a tar whose name matches begins, or ''."
-    try: return next(_first_of(f) for _,f in texts_in(b.path, inside)) if b.holds(inside) else ''
-    except UserError: return ''
+def _begins_inside(b, inside):
+    "How the first hundred files in a zip or a tar whose names match begin."
+    try: yield from (_first_of(f) for _,f in islice(texts_in(b.path, inside), 100)) if b.holds(inside) else ()
+    except UserError: return
 
 def _anywhere(path):
     "For exports whose rooms have ids: a room may go on in any other file of the kind."
@@ -99,12 +103,14 @@ def _anywhere(path):
 # %% ../../nbs/exports/chatlogs.ipynb #854bf800
 def _discord_json(f, name, bad):
     "Lines of DiscordChatExporter's JSON, or of several where files were joined."
+    n = 0
     for n,(head,items) in enumerate(JsonText(f, name).lists(re.compile(_MESSAGES)), 1):
         if not (found := _CHANNEL.search(head)):
             raise UserError(name, "no channel before its messages", "give DiscordChatExporter's JSON")
         say = partial(_discord_line, room=found[1], book=book_of(bad))
         for l in lines_of(items, f'{name} message' if n==1 else f'{name} part {n} message', bad, say):
             yield l | dict(thread=found[1]) if 'Thread' in (found[2] or '') else l
+    if not n: raise UserError(name, "no messages in it", "give DiscordChatExporter's JSON")
 
 # %% ../../nbs/exports/chatlogs.ipynb #1bbcd89f
 @reader('discord', detect=_is_discord, same=_anywhere)
@@ -114,9 +120,11 @@ def read_discord(
     **opts
 ):
     "DiscordChatExporter's JSON, HTML or CSV"
-    for name,f in texts_in(path := export_file(path), _CHANNEL_FILES, book_of(bad)):
+    several = is_packed(path := export_file(path))
+    for name,f in texts_in(path, _CHANNEL_FILES, book_of(bad)):
         begin = _first_of(f).lstrip()[:1]
-        if begin in ('','{'): yield from _discord_json(f, name, bad)
+        if several and not _is_channel(_first_of(f)): book_of(bad).note(name, BESIDE)
+        elif begin in ('','{'): yield from _discord_json(f, name, bad)
         elif begin=='<': yield from _discord_html(f, name, path, bad, **opts)
         else: yield from SOURCES['discord_csv'].read(path, bad, **opts)
 
@@ -263,6 +271,32 @@ def _is_slack(b):
     def has(p): return any(re.fullmatch(p, n) for n in b.names)
     return has(f'(?:[^/]+/)?{_DAYS}') and (has(_USERS) or has(f'(?:[^/]+/)?{_CHANNELS}'))
 
+# %% ../../nbs/exports/chatlogs.ipynb #96f6382b
+def _slack_people(users, bad):
+    "Users and bots of these lists, and a place for channels."
+    about = SimpleNamespace(users={}, bots={'USLACKBOT'}, channels={}, book=book_of(bad))
+    for id,names,is_bot in _entries(users, bad, _slack_user):
+        about.users[id] = names[0] if is_bot else about.book.person(id, *names)
+        if is_bot: about.bots.add(id)
+    return about
+
+def _with_answers(items):
+    "Messages, each before those that are inside it."
+    for m,fault in items:
+        answers = m.get('slackdump_thread_replies') or [] if isinstance(m, dict) else []
+        is_list = isinstance(answers, list)
+        yield m,fault or ('' if is_list else 'its answers are no list')
+        for a in answers if is_list else (): yield a,''
+
+def _slack_dump(path, bad):
+    "Lines of a channel or a thread of slackdump's."
+    users = path.with_name('users.json')
+    if not users.exists(): book_of(bad).hear('no users.json beside it, which says who has which name and who is a bot')
+    about = _slack_people({users.name: partial(open, users, 'rb')} if users.exists() else {}, bad)
+    for name,head,items in lists_in(path, _MESSAGES):
+        say = partial(_slack_line, room=_field(head, 'channel_id') or ONLY_ROOM, about=about)
+        yield from lines_of(_with_answers(items), f'{name} message', bad, say)
+
 # %% ../../nbs/exports/chatlogs.ipynb #211b0896
 @reader('slack', detect=_is_slack)
 def read_slack(
@@ -273,6 +307,7 @@ def read_slack(
     "Slack export, zipped or not"
     path,book = Path(path),book_of(bad)
     if not is_packed(path):
+        if Beginning(path).text.lstrip().startswith('{'): return (yield from _slack_dump(path, bad))
         raise UserError(path.name, "it is no zip and no folder", "give the whole Slack export, whose users.json "
             f"has the names and the bots; or table:{path.name}, which takes notices and bots for people's words")
     with whole_file(path.name):
@@ -280,10 +315,7 @@ def read_slack(
         for name in twice:
             book.rows += 1
             bad(name, 'there is another entry of this name', None)
-        about = SimpleNamespace(users={}, bots={'USLACKBOT'}, book=book)
-        for id,names,is_bot in _entries(users, bad, _slack_user):
-            about.users[id] = names[0] if is_bot else book.person(id, *names)
-            if is_bot: about.bots.add(id)
+        about = _slack_people(users, bad)
         about.channels = dict(_entries(channels, bad, _slack_channel))
         for name,begin in sorted(days.items()):
             say = partial(_slack_line, room=name.rpartition('/')[0], about=about)
@@ -393,7 +425,7 @@ def _telegram_html(path, bad, clock):
 _MARKED = '[\u200e\u200f\u202a-\u202e]*'
 _STAMP = '(?![\\d-]+T)\\d{1,4}S\\d{1,2}S\\d{1,4}(?!\\d)[^\n<>\t\\]]{1,22}?\\d\\d[^\\d\\]\n<>:*\t-]{0,12}?'.replace('S',
     '[ \u200f]?[./年月년월-][ \u200f]?')
-_WHATSAPP = re.compile(rf'{_MARKED}(?:\[({_STAMP})\](?! ?[<*]) ?|({_STAMP}) [-–] )({_MARKED}.*)', re.S)
+_WHATSAPP = re.compile(rf'{_MARKED}(?:\[({_STAMP})\](?!\[| ?[<*]) ?|({_STAMP}) [-–] )({_MARKED}.*)', re.S)
 _NAMED = re.compile(r'([^:\n]{1,100}?) ?:(?: (.*)|(?=\n|$)(.*))', re.S)
 
 def _many_lined(f, head):
@@ -411,6 +443,7 @@ def _many_lined(f, head):
 
 # %% ../../nbs/exports/chatlogs.ipynb #d3adef2e
 _OMITTED = re.compile(r'<[^<>\n]{5,60}>\.?')
+_POLL = re.compile(r'\w{3,20}:\n[^\n]+(\n\w{3,20}: [^\n]+ \(\d+ \w+\)){2,}\s*') # question, votes for each answer
 _ATTACHED = re.compile(r'[^\n/]{0,120}\.\w{2,5} \([^()\n]{3,40}\)(\n|$)')
 _EDITED = re.compile(r'(?<=[\s\u200e])<(\w[^<>\n]{8,60})>$')
 # what Android writes for a message that was deleted, or isn't there yet, in lower case
@@ -438,6 +471,7 @@ ezt az üzenetet törölték|törölted ezt az üzenetet|acest mesaj a fost ște
 def _whatsapp_text(text, iphone, note):
     "What a person typed of a message."
     if m := _ATTACHED.match(text.lstrip('\u200e')): text = text.lstrip('\u200e')[m.end():]
+    if _POLL.fullmatch(text): raise LeftOut('a poll')
     if text.startswith('\u200e') or _OMITTED.fullmatch(text.strip()): raise LeftOut('a picture, a call or a notice')
     if iphone: text = re.sub(r' ?\u200e<[^\n]*>$', '', text, flags=re.M)
     if text.strip().rstrip('.。').casefold() in _DELETED: raise LeftOut('a deleted message')
@@ -648,7 +682,7 @@ def _skype_line(m, book):
 
 def _is_skype(b):
     if b.path.is_dir(): return False
-    text = b.text or _first_inside(b, _SKYPE_FILE) # beside pictures
+    text = b.text or next(_begins_inside(b, _SKYPE_FILE), '') # beside pictures
     return re.match(r'\s*\{\s*"userId"\s*:', text) and re.search(_SKYPE, text)
 
 # %% ../../nbs/exports/chatlogs.ipynb #0f8be898
@@ -732,6 +766,26 @@ def read_signal(
         yield from lines_of(_many_lined(f, _SIGNAL_MD), f'{name} message', bad, partial(_signal_page, book=book, clock=clock))
     book.hear(*clock.said)
 
+# %% ../../nbs/exports/chatlogs.ipynb #8349968b
+def _signal_names(p):
+    "What the person of a recipient is called."
+    c = p.get('contact') or {}
+    whole = [' '.join(n for k in ('Given','Family') if (n := c.get(f'{of}{k}Name'))) for of in ('profile','system')]
+    parts = [v for k,v in c.items() if k in ('username','e164') or k.endswith('Name')]
+    return ['me' if 'self' in p else '', *whole, *parts]
+
+@source('signal_backup', '', False, detect=lambda b: {'version','backupTimeMs'}<=b.row.keys())
+def signal_backup(r, at, **_):
+    "Signal's export in plain text, as JSON lines"
+    def of(id): return f'{at.file} {id}'
+    if p := r.get('recipient'): at.book.person(of(p['id']), *map(str, _signal_names(p)))
+    if not (m := r.get('chatItem')): raise LeftOut('no message')
+    if 'remoteDeletedMessage' in m: raise LeftOut('a deleted message')
+    if 'updateMessage' in m: raise LeftOut('a call or a notice')
+    words,t = m.get('standardMessage') or {},m['dateSent']
+    text,to = (words.get('text') or {}).get('body') or '',(words.get('quote') or {}).get('targetSentTimestamp')
+    return [_said(at.book, 'signal', m['chatId'], '', text, int(t)/1000, id=t, reply_to=to, author=of(m['authorId']))]
+
 # %% ../../nbs/exports/chatlogs.ipynb #122df8a6
 _EVENTS = r'"(messages|chunk)"\s*:\s*\['
 _EXPORT = r'(^|/)(export|matrix[^/]*)\.json$'
@@ -744,13 +798,22 @@ def _replaces(e):
 def _edits(path):
     "Last edit of each event, by its sender."
     res = {}
-    for _,_,items in lists_in(path, _EVENTS, _EXPORT):
+    for _,_,items in _event_lists(path):
         for e,fault in items:
-            if fault or not isinstance(e, dict) or not isinstance(e.get('content'),
-                dict) or not (to := _replaces(e)): continue
-            key,t = (to, e['sender']),e.get('origin_server_ts', 0)
-            if key not in res or res[key][0]<=t: res[key] = t,e['content'].get('m.new_content') or {}
+            try:
+                if fault or not (to := _replaces(e)): continue
+                key,t = (to, e['sender']),e.get('origin_server_ts', 0)
+                if key not in res or res[key][0]<=t: res[key] = t,e['content'].get('m.new_content') or {}
+            except ROW_FAULTS: pass # reading it puts it aside
     return {k: v for k,(_,v) in res.items()}
+
+# %% ../../nbs/exports/chatlogs.ipynb #a992378d
+def _event_lists(path, book=None):
+    "Name, what comes before, and events of each list; or of a file of nothing but events, as bots keep them."
+    text = Beginning(path).text
+    if not text or re.search(_EVENTS, text): return (yield from lists_in(path, _EVENTS, _EXPORT, book))
+    for name,f in texts_in(path, book=book):
+        yield name,'',JsonText(f, name).array() if text.lstrip()[0]=='[' else (v for _,v in json_lines(f))
 
 def _answers(content):
     "Id of the event that one replies to, or None."
@@ -781,15 +844,19 @@ def _matrix_line(e, book, room, edits, names):
         id=e['event_id'], reply_to=to, author=e['sender'], names=[e['sender'], e['sender'].lstrip('@').split(':')[0]])
 
 # %% ../../nbs/exports/chatlogs.ipynb #e5f3ac6d
-@reader('matrix', detect=lambda b: '"m.room.' in b.text and re.search(_EVENTS, b.text) or b.holds(_EXPORT), same=_anywhere)
+def _is_matrix(b):
+    if '"m.room.' in b.text and ({'sender','event_id'}<=b.row.keys() or re.search(_EVENTS, b.text)): return True
+    return b.holds(_EXPORT)
+
+@reader('matrix', detect=_is_matrix, same=_anywhere)
 def read_matrix(
-    path:str, # JSON of a room, exported by Element, or its zip
+    path:str, # JSON of a room, exported by Element, or its zip; or an event a line
     bad=refuse, # Called with place, reason and event
     **_
 ):
     "Matrix room, as JSON of Element"
     book,edits,names = book_of(bad),_edits(path),{}
-    for name,head,items in lists_in(path, _EVENTS, _EXPORT, book):
+    for name,head,items in _event_lists(path, book):
         say = partial(_matrix_line, book=book, room=_field(head, 'room_name') or ONLY_ROOM, edits=edits,
             names=names)
         yield from lines_of(items, f'{name} event', bad, say)
@@ -848,6 +915,96 @@ def mattermost(r, at, **_):
         except LeftOut as e: at.note(str(e))
     return res
 
+# %% ../../nbs/exports/chatlogs.ipynb #92b31de9
+def _is_rocketchat(b):
+    return {'msg','ts'}<=b.row.keys() and any('username' in x for x in (b.row, b.row.get('u') or ()))
+
+@source('rocketchat', '', False, detect=_is_rocketchat)
+def rocketchat(r, at, **_):
+    "Rocket.Chat, as JSON of a room or of its database"
+    for p in r.get('mentions') or (): at.book.person(p['_id'], p.get('username'), p.get('name'))
+    if r.get('t') or r.get('type'): raise LeftOut('a notice')
+    if r.get('bot'): raise LeftOut('a bot')
+    u = r.get('u') or dict(username=r['username'])
+    return [_said(at.book, 'rocketchat', r.get('rid') or ONLY_ROOM, u['username'], r.get('msg') or '', seconds(r['ts']),
+        id=r.get('_id'), reply_to=r.get('tmid'), author=u.get('_id') or u['username'], names=[u.get('name')])]
+
+# %% ../../nbs/exports/chatlogs.ipynb #a47ce554
+@source('teams', '', False, need=('messageType','createdDateTime','body'))
+def teams(r, at, **_):
+    "Microsoft Teams, as JSON of Graph"
+    who = r.get('from') or {}
+    for m in r.get('mentions') or ():
+        if p := (m.get('mentioned') or {}).get('user'): at.book.person(p['id'], p.get('displayName'))
+    if r.get('deletedDateTime'): raise LeftOut('a deleted message')
+    if r['messageType']!='message': raise LeftOut('a notice')
+    if who.get('application') or not who.get('user'): raise LeftOut('a bot')
+    by,words = who['user'],r['body'].get('content') or ''
+    if r['body'].get('contentType')=='html': words = html_text(words)
+    quoted = [a['id'] for a in r.get('attachments') or () if a.get('contentType')=='messageReference']
+    room,to = r.get('chatId') or (r.get('channelIdentity') or {}).get('channelId'),r.get('replyToId')
+    return [_said(at.book, 'teams', room or ONLY_ROOM, by.get('displayName') or by['id'], words,
+        seconds(r['createdDateTime']), id=r['id'], reply_to=to or next(iter(quoted), None), author=by['id'])]
+
+# %% ../../nbs/exports/chatlogs.ipynb #18743a82
+_ZULIP = [{'sender_full_name','display_recipient','content','timestamp'}, {'sender','recipient','subject','date_sent'}]
+
+def _zulip_people(path, book):
+    "People of an export, and the numbers of its bots."
+    realm,bots = Path(path).with_name('realm.json'),set()
+    if not realm.exists(): book.hear('no realm.json beside it, which says who has which name and who is a bot')
+    for _,_,items in lists_in(realm, r'"zerver_userprofile"\s*:\s*\[') if realm.exists() else ():
+        for u,_ in items:
+            try:
+                book.person(u['id'], u.get('full_name'))
+                if u.get('is_bot'): bots.add(u['id'])
+            except ROW_FAULTS as e: book.note(realm.name, f"a person who can't be read: {reason_of(e)}")
+    return bots
+
+def _zulip_line(r, at, bots):
+    "Line of a message of the API or of an export."
+    for name in re.findall(r'@_?\*\*([^*|\n]{1,100})(?:\|\d+)?\*\*', r['content']): at.book.person(name, name)
+    whole = 'sender' in r # as in an export, in Markdown
+    is_bot = r['sender'] in bots if whole else r.get('client')=='Internal' or '-bot@' in (r.get('sender_email') or '')
+    if is_bot: raise LeftOut('a bot')
+    room,by = (r['recipient'],r['sender']) if whole else (r['display_recipient'],r['sender_id'])
+    if isinstance(room, list): room = hash_of(*sorted(p['id'] for p in room)) # people who talk alone
+    text = r['content'] if whole or r.get('content_type')=='text/x-markdown' else html_text(r['content'])
+    return [_said(at.book, 'zulip', f"{room}/{r.get('subject') or ''}", r.get('sender_full_name'), text,
+        seconds(r['date_sent' if whole else 'timestamp']), id=r['id'], author=by)]
+
+# %% ../../nbs/exports/chatlogs.ipynb #24634464
+@reader('zulip', detect=lambda b: any(keys<=b.row.keys() for keys in _ZULIP))
+def read_zulip(
+    path:str, # `messages-000001.json` of an export, or what the API gives
+    bad=refuse, # Called with place, reason and message
+    **_
+):
+    "Zulip's export, or messages of its API"
+    whole = 'sender' in Beginning(path).row
+    yield from read_records(partial(_zulip_line, bots=_zulip_people(path, book_of(bad)) if whole else ()), path, bad)
+
+# %% ../../nbs/exports/chatlogs.ipynb #0b2adcee
+_SNAPS = r'"(?:[^"\\]|\\.)+"\s*:\s*\[(?=\s*\{\s*"(?:From|To)"\s*:)'
+_SNAPCHAT = r'(^|/)chat_history\.json$'
+
+def _snap_line(m, book, n):
+    "Line of a message of the list of this number."
+    if m.get('Media Type')!='TEXT': raise LeftOut('a picture, a call or a notice')
+    room = n if 'Conversation Title' in m else m.get('From') or m['To'] # older lists are of what came, or was sent
+    text = unescape(m.get('Content') or m.get('Text') or '')
+    return _said(book, 'snapchat', room, m.get('From') or 'me', text, seconds(m['Created']))
+
+@reader('snapchat', detect=lambda b: re.search(_SNAPS, b.text) and '"Media Type"' in b.text or b.holds(_SNAPCHAT))
+def read_snapchat(
+    path:str, # `chat_history.json`, or the zip with it
+    bad=refuse, # Called with place, reason and message
+    **_
+):
+    "Snapchat's `chat_history.json`"
+    for n,(name,_,items) in enumerate(lists_in(path, _SNAPS, _SNAPCHAT, book_of(bad)), 1):
+        yield from lines_of(items, f'{name} chat {n} message', bad, partial(_snap_line, book=book_of(bad), n=n))
+
 # %% ../../nbs/exports/chatlogs.ipynb #4ce3ed77
 def _log_lines(path, book):
     "Lines of a log without their ends, each with no fault, except for those that are too long."
@@ -867,6 +1024,8 @@ def _is_game(b): return any(map(_GAME.match, _first_lines(b)))
 # %% ../../nbs/exports/chatlogs.ipynb #5a04e728
 _AT = r'\[?(?:(\d{4}[-/]\d\d[-/]\d\d|[A-Z][a-z]{2} [ \d]\d)[ T])?(\d\d:\d\d(?::\d\d)?(?:\.\d+)?)(Z|[+-]\d\d:?\d\d)?\]?'
 _IRC = re.compile(_AT+r'([ \t]+)(.*)', re.S)
+_KONVERSATION = re.compile(r'\[([^\W\d][^][\n]{5,40} [^][\n]*)\] '
+    r'\[(\d\d?:\d\d:\d\d(?: ?[AP]M)?)(?: [^][\n]{1,8})?()\]([ \t]+)(.*)', re.S)
 _SAYS = re.compile(r'<[ ~&@%+!]?([^\s<>-][^\s<>]{0,63})>[ \t](.*)', re.S)
 _ACTS = re.compile(r'(?:\*|-\*-|Action:)[ \t]([^\s*:]{1,64}) (.*)', re.S)
 _TABBED = re.compile(r'[ ~&@%+]?(?!(?:-->|<--|--|-!-|=!=|\*)\t)([^\s<>]{1,64})\t(.*)', re.S)
@@ -878,14 +1037,16 @@ _COMES = re.compile(r'(?i)\(?[^ ]*[!@][^ ]*\)? ?(has )?(joined|left|quit|parted)
     r'|has (joined|left|quit)(?= [#&(]|$)|is now known as|sets mode'
     r'|(gives|removes) (channel|voice|half)|was kicked|(has )?(changes|changed) (the )?topic')
 _NOBODY = 'Now','Topic','You','Users','Disconnected' # HexChat's own lines begin like `/me`
-_RENAMES = re.compile(r'(?:Nick change: )?([^\s*]+) (?:is now known as|->) (\S+)')
+_RENAMES = re.compile(r'(?:Nick change: )?([^\s*]+) (?:is now known as|->) (\S+?)\.?(?!\S)')
 _LEAVES,_JOINS = (re.compile(rf'\W*(?:{a}: (\S+)|([^\s*]+)\s(?:[(\[][^)\]]*[)\]] )?(?:has )?{b}\b)')
     for a,b in (('(?:Quits|Parts)', '(?:[Qq]uit|[Ll]eft|[Pp]arted)'), ('Joins', '[Jj]oined')))
 
 # %% ../../nbs/exports/chatlogs.ipynb #99f0447e
+def _dated(s): return _IRC.match(s) or _KONVERSATION.match(s)
+
 def _irc_parts(s):
     "What a line is (said, acted or a notice), its nickname and text, and its day, time and zone."
-    m = _IRC.match(s)
+    m = _dated(s)
     if not m: return 'a line of another form','',s,None,None,None
     *when,sep,rest = m.groups()
     if x := _SAYS.match(rest): return 'said',*x.groups(),*when
@@ -909,7 +1070,7 @@ def _network(path):
 
 def _begin_day(said, days):
     "Go to the day that a line of a log says before its time, which may have no year."
-    if said[0].isdigit(): return days.begin(said)
+    if said[0].isdigit() or re.search(r'\d{4}', said): return days.begin(said)
     d = days.clock.moment(f'{said} {days.day.year}').date()
     days.begin(d.replace(year=d.year+1) if (days.day-d).days>180 else d, days.why and 'days without a year, counted from 1970')
 
@@ -937,17 +1098,17 @@ def _irc_line(s, book, room, days, known):
 
 def _is_irc(b):
     "Whether most of the first lines are those of an IRC log."
-    first = _first_lines(b)
-    if not first or '\t' in first[0] and not _IRC.match(first[0]): return False # a header of columns
+    first = [_CODES.sub('', s) for s in _first_lines(b)]
+    if not first or '\t' in first[0] and not _dated(first[0]): return False # a header of columns
     if _is_line(b) or _is_whatsapp(b) or _is_minecraft(b) or _is_game(b): return False
-    known = [s for s in first if _IRC.match(s) and _irc_parts(s)[0]!='a line of another form' or _DAY.match(s)]
+    known = [s for s in first if _dated(s) and _irc_parts(s)[0]!='a line of another form' or _DAY.match(s)]
     return len(known)*2>len(first) and any(_irc_parts(s)[0] in ('said','acted') or re.search(r'<\S+>|\*\*\*|-!-', s)
         for s in known)
 
 # %% ../../nbs/exports/chatlogs.ipynb #677d79a8
 @reader('irc', detect=_is_irc, same=_network)
 def read_irc(
-    path:str, # Log of ZNC, energymech, irssi, WeeChat, HexChat, mIRC or The Lounge
+    path:str, # Log of ZNC, energymech, irssi, WeeChat, HexChat, mIRC, Konversation or The Lounge
     bad=refuse, # Called with place, reason and line
     zone:str='UTC', # Zone of the program that wrote it
     **_

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..core.basics import UserError, check_data_files, excerpt
 
 # %% auto #0
-__all__ = ['MOST_ROW', 'ROW_FAULTS', 'NAME_KIND', 'MOST_UNPACKED', 'MOST_TIMES', 'MOST_WINDOW', 'HEAD', 'TOO_LONG',
+__all__ = ['MOST_ROW', 'ROW_FAULTS', 'NAME_KIND', 'MOST_UNPACKED', 'MOST_TIMES', 'MOST_WINDOW', 'HEAD', 'TOO_LONG', 'BESIDE',
            'MOST_COLUMNS', 'EVAL_ONLY', 'refuse', 'Quarantine', 'LeftOut', 'book_of', 'reason_of', 'hash_of',
            'export_file', 'refuse_bomb', 'whole_file', 'in_order', 'files_in', 'unpacked', 'is_packed', 'legible',
            'encoding_of', 'foreign', 'as_text', 'open_text', 'text_lines', 'texts_in', 'value_at', 'JsonText',
@@ -192,6 +192,7 @@ def whole_file(
 
 # %% ../../nbs/exports/files.ipynb #eda8084d
 HEAD = 1<<16 # bytes that are looked at
+_ZSTD = b'\x28\xb5\x2f\xfd' # how such a file begins
 
 def in_order(
     name:str, # Of a file
@@ -209,6 +210,8 @@ def _in_zip(path):
 
 def _in_tar(path):
     "The files of a tar, without those in which a Mac keeps its own."
+    with open(path, 'rb') as f:
+        if f.read(4)==_ZSTD: raise UserError(path.name, "it is a tar inside zstd", "unpack it, as with tar --zstd -xf")
     t = tarfile.open(path)
     files = [e for e in t if e.isfile() and not e.name.rpartition('/')[2].startswith('._')]
     refuse_bomb(path, sum(e.size for e in files), path.stat().st_size)
@@ -225,7 +228,7 @@ def files_in(
     return sorted(files, key=lambda f: in_order(f[0]))
 
 # %% ../../nbs/exports/files.ipynb #d595d4e8
-_PACKED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ\0': 'xz', b'\x28\xb5\x2f\xfd': 'zstd', b'PK\3\4': 'zip'}
+_PACKED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ\0': 'xz', _ZSTD: 'zstd', b'PK\3\4': 'zip'}
 _LINES,_READ_ME = r'(?i).*\.(jsonl|ndjson)',r'(?i)(.*/)?[^/]*(readme|licen[cs]e)[^/]*'
 
 def _signed(head, signs):
@@ -386,6 +389,7 @@ def text_lines(
 
 # %% ../../nbs/exports/files.ipynb #c11535cd
 _TEXTUAL = r'(?i)\.(txt|json|jsonl|ndjson|csv|tsv|html?|xml|log|md|xlsx|parquet|zip|gz|zst|7z|rar)$'
+BESIDE = 'a file beside the chat, not read'
 
 def texts_in(
     path:str|Path, # File, folder or zip
@@ -399,7 +403,7 @@ def texts_in(
         found = [f for f in files if re.search(inside, f[0])]
         if not found and not path.is_dir(): files = found = [(path.name, lambda: unpacked(export_file(path))[0])]
     for f in files if book else ():
-        if f not in found and re.search(_TEXTUAL, f[0]): book.note(f[0], 'a file beside the chat, not read')
+        if f not in found and re.search(_TEXTUAL, f[0]): book.note(f[0], BESIDE)
     for name,begin in found:
         with whole_file(name), begin() as raw, as_text(raw, name) as f:
             if book: book.hear(*foreign(f.encoding))
@@ -574,10 +578,7 @@ def lists(self:JsonText,
     begin:re.Pattern, # What comes before a list, with its bracket
 ): # Yields what comes before each list, and its values
     "The lists of a text, one after another."
-    if (head := self.after(begin)) is None: raise UserError(self.name, "no list of messages in it", "export it again")
-    while head is not None:
-        yield head,self.values()
-        head = self.after(begin)
+    while (head := self.after(begin)) is not None: yield head,self.values()
 
 # %% ../../nbs/exports/files.ipynb #09732cc7
 def lists_in(
@@ -586,9 +587,14 @@ def lists_in(
     inside:str='', # As in `texts_in`
     book:Quarantine=None, # As in `texts_in`
 ): # Yields the file's name, what comes before each list, and its values
-    "The lists of JSON files."
+    "The lists of JSON files; of several files those without one are noted."
+    met = {}
     for name,f in texts_in(path, inside, book):
-        for head,values in JsonText(f, name).lists(re.compile(begin)): yield name,head,values
+        met[name] = 0
+        for met[name],(head,values) in enumerate(JsonText(f, name).lists(re.compile(begin)), 1): yield name,head,values
+    if met and not any(met.values()): raise UserError(next(iter(met)), "no list of messages in it", "export it again")
+    for name,n in met.items():
+        if book and not n: book.note(name, BESIDE)
 
 # %% ../../nbs/exports/files.ipynb #6352db7e
 def json_lines(
@@ -608,25 +614,28 @@ def _as_row(v):
 
 def _json_rows(values, unit='row'):
     "What reads rows of a file: `values` gives numbers and values of a text of JSON."
-    def read(path, bad):
+    def read(path, bad, hear=lambda said: None):
         with open_text(path) as f:
-            for n,(v,fault) in values(f, path.name):
+            for n,(v,fault) in values(f, path.name, hear):
                 if isinstance(row := _as_row(v), dict) and not fault: yield f'{path.name} {unit} {n}',row
                 else: bad(f'{path.name} {unit} {n}', fault or 'not a JSON object', v)
     return read
 
 # %% ../../nbs/exports/files.ipynb #63431c11
-_HELD = re.compile(r'\s*\{(?:[^][{}]*"(data|rows|items|examples|train|results|value)"|\s*"(comments|posts)")\s*:\s*\[(?=\s*\{)')
+_HELD = re.compile(r'\s*\{(?:[^][{}]*"(data|rows|items|examples|train|results|value)"'
+    r'|\s*"(comments|posts|zerver_message)"|[^][{}]*"messages"(?!\s*:\s*\[\s*\{[^{}]*"role"\s*:))\s*:\s*\[(?=\s*\{)') # a list of turns is a row itself
 
-def _of_held(f, name):
-    "Values of a list in an object."
+def _of_held(f, name, hear):
+    "Values of a list in an object, of which another list is named."
     j = JsonText(f, name)
     j.after(_HELD)
-    return enumerate(j.values(), 1)
+    yield from enumerate(j.values(), 1)
+    j.more()
+    if more := re.findall(r'"(\w+)"\s*:\s*\[\s*\{', j.buf): hear(f'not read beside the rows: {excerpt(" ".join(more))}')
 
-_jsonl = _json_rows(lambda f, name: json_lines(f), 'line')
-_array = _json_rows(lambda f, name: enumerate(JsonText(f, name).array(), 1))
-_objects = _json_rows(lambda f, name: enumerate(JsonText(f, name).values(bare=True), 1))
+_jsonl = _json_rows(lambda f, *_: json_lines(f), 'line')
+_array = _json_rows(lambda f, name, _: enumerate(JsonText(f, name).array(), 1))
+_objects = _json_rows(lambda f, name, _: enumerate(JsonText(f, name).values(bare=True), 1))
 _held = _json_rows(_of_held)
 
 # %% ../../nbs/exports/files.ipynb #4f3dffc3
@@ -884,7 +893,7 @@ def records(
         read,source,said = _reader(path)
         book.hear(*said)
         free = read not in (_csv,_parquet,_excel,_ods,_hub) # its rows needn't have the same columns
-        rows = _excel(source, put_aside, book.hear) if read is _excel else read(source, put_aside)
+        rows = read(source, put_aside, book.hear) if read in (_excel,_held) else read(source, put_aside)
         for i,(where,row) in enumerate(rows):
             if row and all(map(eq, row, row.values())):
                 book.rows += 1

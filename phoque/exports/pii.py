@@ -454,6 +454,7 @@ _PHONE = re.compile(rf"""
     ((?:\+|\()?\d(?:[\s().\-/\u2010-\u2015]{{0,3}}\d){{6,14}}) (?:\s?(?:x|ext\.?)\s?\d{{1,5}})?
     (?![^\W{EAST}]|-\d)""", re.X)
 _THOUSANDS = re.compile(r"\d{1,3}([ .\u00a0])\d{3}(?:\1\d{3})*")
+_SCORES = re.compile(r'\d{1,3}-\d{1,3}([ ,;]+\d{1,3}-\d{1,3})+') # 21-19 25-23
 _DATE = re.compile(r"\d{4}([-./])\d\d?\1\d\d?(?!\1?\d)|\d\d?([-./])\d\d?\2(?:\d\d|\d{4})(?!\2?\d)")
 
 # %% ../../nbs/exports/pii.ipynb #21c678b9
@@ -497,7 +498,7 @@ def _phone(s, called=False, regions=REGIONS):
     single = any(len(g)==1 for g in (rest[:-1] if called else rest)) # an extension may be one digit
     if len(first)==1 and first not in '18' or single or _DATE.match(s): return False
     if not called:
-        if '/' in s and s[0] not in '0(': return False # a part of a whole
+        if '/' in s and s[0] not in '0(' or _SCORES.fullmatch(s): return False # a part of a whole, a result
         if '.' in s and (len(rest)==1 or ' ' in s): return False # decimals
         if first[0]!='0' and (not rest or _THOUSANDS.fullmatch(s)): return False
     digits = ''.join([first,*rest])
@@ -526,20 +527,22 @@ def _is_phone(m, regions=REGIONS):
 BIRTH_WORDS = dict( # language → what is said beside a date of birth; \s stands for a blank
     en=r"""(?:i\swas\s)?born(?:\son)?|(?:my\s)?birth[\s-]?days?|b['’]?-?days?|d\.?o\.?b\.?|(?:date\sof\s)?birth(?:[\s_]?date)?
         |b\.(?=\s\d)""",
-    de=r"geb(?:oren|urtstag|urtsdatum|\.?\s?datum|\.)?(?:\sam)?", fr=r"née?(?:\(e\))?(?:\s(?:le|un))?|naissance|anniv(?:ersaire)?",
-    es=r"nac[ií](?:do|da)?(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?|cumplo\saños",
-    pt=r"nasc\.|nasci(?:do|da|mento)?(?:\sem)?|anivers[áa]rio|niver|faço\sanos",
-    it=r"nat[oa]\sil|nat[oa]|(?:data\sdi\s)?nascita|compleanno|compio\sgli\sanni",
+    de=r"geb(?:oren|urtstag|urtsdatum|\.?\s?datum|\.)?(?:\sam)?", 
+    fr=r"née?s?(?:\(e\))?(?:\s(?:le|un))?|naquit|naissance|anniv(?:ersaire)?",
+    es=r"""nac(?:[ií]|iste|i[oó]|imos|ieron|id[oa]s?)(?:\sel)?|(?:fecha\sde\s)?nac(?:imiento|\.)|cumple(?:años)?
+        |cumplo\saños""",
+    pt=r"nasc\.?|nasc(?:i|eu|este|emos|eram|id[oa]s?|imento)(?:\sem)?|anivers[áa]rio|niver|faço\sanos",
+    it=r"nat[oaie]\sil|nat[oaie]|nac(?:qui|que)|(?:data\sdi\s)?nascita|compleanno|compio\sgli\sanni",
     nl=r"geboren(?:\sop)?|geboorte\w{1,6}|verjaar\w{0,5}|jarig",
-    nordic=r"""född|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag
+    nordic=r"""föd(?:d|da|des)|fyller(?:\s\d{1,3})?\sår|føds\.?\s?dato|födelse(?:dag|datum)\w{0,2}|født|fødsels(?:dag
         |dato)\w{0,3}|fødd|syntynyt|synnyin|syntymä(?:aika|päivä)\w{0,3}|fæddur|bursdag\w{0,3}|afmæli\w{0,4}""",
     pl=r"urodz\w{2,10}|ur\.", cz=r"naro[zd]en\w{0,5}|nar\.",
     south=r"""rođen\w{0,4}|datum\srođenja|rojen\w?|rojstni\sdan|роден\w?|рожден\sден|născut\w?|data\snașterii
         |ziua\sde\snaștere""",
     baltic=r"sünd\w{1,6}|sünni\w{2,6}|gim\w{1,4}|gimtadien\w{1,3}|dzim\w{1,7}",
-    tr=r"doğum\s?(?:tarih\w{0,4}|gün\w{0,4})|doğdu\w{1,3}", hu=r"szület\w{1,8}|szülin\w{1,8}",
-    ru=r"роди\w{1,5}|(?:дата\s|д(?:ень|ня)\s)?рождения|народ(?:ження|и\w{1,4})|д\.\s?р\.|др|днюх\w|уродини",
-    el=r"γεννήθηκα|γενέθλι\w{1,3}|γέννηση\w?", he=r"נולדתי|תאריך\sלידה|יום\sה?הולדת\w{0,2}",
+    tr=r"doğum\s?(?:tarih\w{0,4}|gün\w{0,4})|doğumum|doğdu\w{1,3}", hu=r"szület\w{1,8}|szülin\w{1,8}",
+    ru=r"роди\w{1,5}|рожд[её]н\w{0,2}|(?:дата\s|д(?:ень|ня)\s)?рождения|народ(?:ження|и\w{1,4})|д\.\s?р\.|др|днюх\w|уродини",
+    el=r"γεννήθηκ\w{1,3}|γενέθλι\w{1,3}|γέννηση\w?", he=r"נולדתי|תאריך\sלידה|יום\sה?הולדת\w{0,2}",
     ar=r"(?:ال)?ميلاد\w{0,2}|ولدت|مواليد|متولد|تولد\w{0,2}", hi='जनम(?:द.?न|.?त.थ.)?', th='วนเกด', # without their marks
     id=r"lahir|ulang\stahun|ultah", vi=r"sinh\s(?:ngày|nhật)|ngày\ssinh",
     east=r"生年月日|誕生日|生まれ|出生日期|出生于|出生|生于|生日|생년월일|생일|출생일?|태어난")
@@ -563,10 +566,11 @@ _DAY = rf"""(?:{_DAY_IN_WORDS}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)
 
 # %% ../../nbs/exports/pii.ipynb #d9f79d2c
 _BORN = rf"(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?:['’]?s)?(?:(?<=[{EAST}])|(?![^\W_{EAST}]))"
-_PARTY = r"""(?:birth\s?day|b['’]?-?day|geburtstag|cumple\w{0,5}|anniv(?:ersaire)?|anivers[áa]rio|niver|compleanno|verjaardag
+_PARTY = r"""(?:birth\s?(?:day|date)|d\.?o\.?b|date\sof\sbirth|b['’]?-?day|geburts(?:tag|datum)|cumple\w{0,5}|anniv(?:ersaire)?|anivers[áa]rio|niver|compleanno|verjaardag
     |födelsedag|fødselsdag|bursdag|urodziny|narozeniny|szülinap\w{0,4}|день\sрождения|生日|誕生日|생일)"""
-_AGE = r"""(?:turn(?:s|ed|ing)?|werde?|wirst|wird|word|fyller|bliver|blir|täytän|cumpl[oe]|fa(?:ço|z|rei)|compi[oe]|(?:s?kończ[ęy])
+_AGE = r"""(?:turn(?:s|ed|ing)?|werde?|wirst|wird|word|fyller|bliver|blir|täytän|cumpl[oe]|fa(?:ço|z|rei)|compi[oe]|cumpl(?:í|iste|ió)|(?:s?kończ[ęy])
     |(?:j['’])?aur(?:ai|a)|будет|исполн\w{2,5})"""
+_FEAST = r"(?:celebrat\w{1,4}|fêt\w{1,4}|feier\w{0,3}|celebr\w{1,4}|festegg\w{1,4})\s(?:my|mes|mein\w{0,2}|mis|i\smiei|meus)"
 _WITHIN = r"(?:[^\W\d_]{1,2}['’])?[^\W\d_]{1,5}" # a short word between two others
 _BIRTH = re.compile(rf"""
     {_BORN}[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
@@ -574,15 +578,18 @@ _BIRTH = re.compile(rf"""
     |{_BORN}(?:[\s:=,!?–-]{{1,3}}(?:[^\W\d_]{{1,12}}['’]?|(?:19|20)\d\d|\d\d?(?=\s(?:day|week|tag|woche))))
         {{0,5}}[\s:=,!?(–-]{{1,3}}(?P<u>{_DAY_IN_WORDS})
     |(?P<w>{_DAY_IN_WORDS}|{_DAY}(?=\s(?:is|ist|es|est|é|è|är|er|to)\s))\s?(?:{_WITHIN}\s){{0,3}}{_PARTY}(?![^\W_{EAST}])
-    |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag)\b
-    |\b(?:{_AGE}\s(?:gli\s)?\d{{1,3}}(?:\s[^\W\d_]{{1,9}}){{0,4}}[\s(]{{1,2}}|be\s\d{{1,3}}\son\s(?:the\s)?)(?P<t>{_DAY})
+    |\bam\s(?P<x>{_DAY})\s(?:geboren|geburtstag|auf\sdie\swelt|zur\swelt)\b
+    |{_BORN}\W{{0,3}}(?:mine|meiner|meins|le\smien|el\smío|il\smio|o\smeu)\W{{1,3}}(?P<n>{_DAY})
+    |\b(?P<p>{_DAY_IN_WORDS})\s(?:baby|babies|kid)\b(?!\sshower)
+    |\b(?:(?:{_AGE}\s(?:gli\s)?|{_FEAST}\s)\d{{1,3}}(?:th|st|nd|rd|\.)?(?:\s[^\W\d_]{{1,9}}){{0,4}}[\s(]{{1,2}}
+        |(?:[^\W\d_]{{2,4}}\s)?\d{{1,3}}\s(?:лет\s|год\w?\s)?(?:исполн\w{{2,6}}|будет)\s|be\s\d{{1,3}}\son\s(?:the\s)?)(?P<t>{_DAY})
     |\b{_AGE}\s(?:{_WITHIN}\s){{0,2}}(?P<s>{_DAY_IN_WORDS})\s\d{{1,3}}(?![\w:.,/])
     |(?P<o>{_DAY_IN_WORDS})\s{_AGE}\s(?:{_WITHIN}\s)?\d{{1,3}}(?![\w:.,/])
     |\b(?:ich\sbin|ik\sben|i['’]?m|je\ssuis|soy|sono)\s(?:vom|van|from|de[l]?|du)\s(?P<r>{_DAY_OF_YEAR})
     |(?:生日|誕生日|생일)[\s:은는は이]{{0,3}}(?P<q>(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01]))(?!\d)
     |(?P<z>{_DAY_OF_YEAR})(?:-?[áaeé]n)?\s?(?:(?:in|à|a|en|i|w|v|в)\s[^\W\d_]{{2,20}}\s)?(?:geboren|doğum\w{{0,4}}
         |szület\w{{1,6}}|syntynyt
-        |生まれ|出生|생|г\.?\s?р\.?|рожд\w{{2,5}}|bab(?:y|ies)\b|kid\b)""",
+        |に?生まれ|出生|생|에?\s?태어|г\.?\s?р\.?|рожд\w{{2,5}}|bab(?:y|ies)\b|kid\b)""",
     re.I|re.X)
 
 # %% ../../nbs/exports/pii.ipynb #68e60cbf
@@ -601,7 +608,7 @@ def _is_date(s):
 
 def _is_birth(m):
     "Where is the date?"
-    v = next(k for k in 'vwxyzutsrqo' if m[k])
+    v = next(k for k in 'vwxyzutsrqopn' if m[k])
     return m.span(v) if _is_date(m[v]) else False
 
 # %% ../../nbs/exports/pii.ipynb #ca1093b4
@@ -726,7 +733,7 @@ _PICTURES = '\u2190-\u21ff\u2600-\u27bf\U0001f440-\U0001f4aa\U0001f510-\U0001f51
 _PASSWORD = re.compile(rf"""
     (?<![^\W_{EAST}])(?P<word>{_PASS_TOLD})(?:(?<=[{EAST}])|(?![^\W_{EAST}]))
     ["'`*?]{{0,2}} (?:(?:\s(?:{_OF_WHAT})\s[^\n:=>]{{1,30}}?|\s[\w-]{{2,12}}|\s[(\[][^()\[\]\n]{{1,30}}[)\]]){{1,2}}
-        (?=\s{{0,3}}(?::|=|->|→)|\s(?:{_IS}|-)\s))?
+        (?=\s{{0,3}}(?::|=|->|→)|\s(?:{_IS}|-)\s|\s"[^"\n]{{3,40}}"))?
     (?P<how>\s{{0,3}}(?:(?:is|ist)\s?)?(?::=|[:=]>?|-+>|[{_PICTURES}]{{1,3}})\s{{0,3}}|\s-\s
         |,?\s(?:use|try|type|enter)\s{{1,3}}|,\s{{1,3}}
         |\s{{1,3}}(?:(?:has\s|was\s|is\s|got\s)?(?:been\s)?(?:changed|set|reset)\sto|used\sto\sbe|auf|{_IS})\s{{1,3}}
@@ -741,12 +748,13 @@ _PASS_SHELL = re.compile(r"""
         |\bnet\suser\s\S{1,30}\s
         |\b(?:mongo|mongosh|redis-cli)\b[^\n]{0,60}?\s-[pa]\s{0,3}|[A-Z_]{2,20}PASS(?:W(?:OR)?D)?=
         |\bcurl\b[^\n]{0,60}?\s-u\s{0,3}[^\s:]{1,40}:)
-    ["']?(?P<v>[^\s"'<>]{3,80})""", re.I|re.X)
+    ["']?(?P<v>[^\s"'<>]{3,80})|<(?:pass(?:word|wd)?|pwd)>(?P<w>[^\s<>]{3,80})</""", re.I|re.X)
 _LOGIN = re.compile(r"""
     \b(?:log-?in|user(?:name)?|creds?|credentials?|acc(?:ount)?|zugang(?:sdaten)?|identifiants?|acc[eè]so?|accesso|dostęp
         |inloggegevens|wi-?fi|wlan|ssid
         |ftp)(?:[\s:=]{1,3}[\w.@-]{2,30}\s{0,2}[:/|]\s{0,2}|\s?[:=]\s?[\w.@-]{2,30}\s{1,2}(?![\w.]{0,20}[:(]))
     (?P<v>(?=\S{0,40}[\d!$%&*+=#^~])(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
+    |\bu\s?[:=]\s?[\w.@-]{2,30}[\s,;/|]{1,3}p\s?[:=]\s?(?P<u>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
     |\blog(?:ged)?[\s-]?in\s(?:with|as)\s[\w.@-]{2,30}\s?(?:and|/|,|und|with)\s(?P<w>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>]{5,80})
     |(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,4}\s?[:|/]\s?(?P<z>(?=[^\s/]{0,40}\d)(?=[^\s/]{0,40}[^\W\d])[^\s"'<>/:]{6,80})(?![/:\w])
     |(?<![\w/.@-])(?:admin(?:istrator)?|root|guest)\s?[:/]\s?(?P<y>(?=\S{0,40}\d)(?=\S{0,40}[^\W\d])[^\s"'<>/:]{6,80})(?![^\s.,!?])
@@ -755,6 +763,7 @@ _LOGIN = re.compile(r"""
 _PHRASE = re.compile(r"""
     (?:seed|recovery|mnemonic|secret)\sphrase\W{1,4}(?:is\W{1,4})?
     (?P<v>(?:[a-z]{3,8}[ ,]{1,2}){11,23}[a-z]{3,8})
+    |\bpin(?:-?code)?\s(?:for|für|fürs|du|del?|van|voor|от|do)\s(?:[^\W\d_]{2,14}\s){1,2}(?P<y>\d{4,8})(?!\d)
     |\bcombo(?:ination)?(?:\sis\s|\s?:\s?)(?P<x>\d\d(?:-\d\d){2,4})(?![\w-])
     |pass\s?phrase\s?[:=]\s?(?P<w>(?:[a-z]{3,10}[ -]){3,11}[a-z]{3,10})""", re.I|re.X)
 
@@ -831,6 +840,7 @@ def _is_password(m):
     sign = re.search(r'[^\W_][!$%&*+=@#^~_|-]{1,3}[^\W_]', v) and (digit or not v.islower() or
         word!='pass' and re.search('[!$%&*+=@#^~|]', v))
     if (code := _is_code(word, how, v)) is not None: return whole if code else False
+    if word in _TWO_MEANINGS and how.isalpha() and re.fullmatch(r'\d[\d.,]*[^\W\d]{1,3}', v): return False # 2320m
     if word in _TWO_MEANINGS and v.isalpha() and _is_watchword(m, v): return False
     if len(v)>=5 and (digit and letter or sign or joined) or len(v)==4 and digit and letter and sign: return whole
     if digit: return whole if how and len(v)>3 and word!='pass' else False
@@ -902,11 +912,11 @@ ID_WORDS = dict( # language → what an id is called; \s stands for a blank
 # %% ../../nbs/exports/pii.ipynb #1ec4cfcf
 _ID_IS = r"""(?:is|ist|es|est|e|är|on|er|to|je|jest|numbers?|nummer|numéro|número|numero|numer|номер|番号|num
         |numara\w{0,4}|nem?
-    |no|nr|n[°º]|№|my|mine|mein|mitt|mit|meu|meul|dela|lautet|é|è|号码?|번호|は|是|은|는|steht\sda|letra)"""
+    |no|nr|n[°º]|№|серия|my|mine|mein|mitt|mit|meu|meul|dela|lautet|é|è|号码?|번호|は|是|은|는|steht\sda|letra)"""
 _ID_NAMED = re.compile(rf"""
     (?<![^\W_])(?:{_words(ID_WORDS)})(?![^\W_])
     (?:[\s:=\#.-]{{1,3}}{_ID_IS}){{0,4}} ["'”]?[\s:=\#.-]{{1,4}}["'“]?
-    (?P<v>(?:[a-z]{{1,3}}[ .-]?)?\d[a-z\d]*(?:[ ./-](?:[a-z]{{0,2}}\d[a-z\d]*|[a-z](?![^\W_]))){{0,6}}
+    (?P<v>(?:(?!(?:war|was|had|has|for|the|got|era)\s)[a-z]{{1,3}}[ .-]?)?\d[a-z\d]*(?:(?:[ ./-]|\s(?:no|№|номер)\s?)(?:[a-z]{{0,2}}\d[a-z\d]*|[a-z](?![^\W_]))){{0,6}}
         |[a-z]{{1,6}}\d[a-z\d]{{3,16}})(?![^\W_])""", re.I|re.X)
 
 def _is_named_id(m):
@@ -971,7 +981,8 @@ _STREET_GER = re.compile(rf"""
         |ring|damm
             |ufer|chaussee|pfad|graben|twiete|straat|laan|gracht|plein|singel|dijk|kade|steeg|baan|hof|pad|dreef
                 |gata?n?|väg(?:en)?|stigen
-            |gränd|torget|plass(?:en)?|svingen|bakken|kroken|tunet|grenda|gjerdet|engen|vei(?:en)?|gate|gade|vej
+            |gränd|bron|kajen|brinken|torget
+            |plass(?:en)?|svingen|bakken|kroken|tunet|grenda|gjerdet|engen|vei(?:en)?|gate|gade|vej
         |stræde|katu|tie|kuja|polku|bulevardi))
         |(?:{_UP}[\s-]){{1,3}}(?-i:Stra(?:ß|ss)e|Str\.|Weg|Gasse|Platz|Allee|Ring|Damm|Ufer|Chaussee|Steig|Pfad
             |Deich|Kai)
@@ -1093,12 +1104,12 @@ _POST_TOLD = re.compile(rf"""\b(?:post\s?code|zip\s?code|plz|postleitzahl|code\s
 # %% ../../nbs/exports/pii.ipynb #a664652f
 NEEDS = {k: re.compile(v) for k,v in dict( # name → what must be in a text
     any='', digit=r'\d', digits=r'(?:\d\D{0,3}){5}\d', long=r'\S{16}|\.(?:eth|sol|near)\b',
-    password=f'(?ix){_PASS_WORD}', flag='-|net user|PASS', iban='[A-Za-z]{2}[0-9]{2}',
+    password=f'(?ix){_PASS_WORD}', flag='-|net user|PASS|</p', iban='[A-Za-z]{2}[0-9]{2}',
     place=r'\d[.,]\d{3}|///|\+|UTM', point=r'[.,]\d{3}|°|\d [NS](?!\w)', folder=r'[\\/]\w+[\\/]',
     mail_of='(?i)mail|hotm|outl|cloud|yahoo', url=r'(?i)\S\.\S|\s\.\s|dot|www',
     mail=rf'(?i)@|-at-|(?<![^\W_])(?:{_ATS})(?![^\W_])|[\[({{<]\s?a\s?[\])}}>]|(?:mail|hoo)\.').items()}
 PLAN = [('MENTION', 'any', _MENTION, None), ('URL', 'any', _LINK, None), ('KEY', 'long', _KEY, None),
-    ('PASSWORD', 'flag', _PASS_SHELL, _value), ('PASSWORD', 'any', _PHRASE, _either),
+    ('PASSWORD', 'flag', _PASS_SHELL, _either), ('PASSWORD', 'any', _PHRASE, _either),
     ('PASSWORD', 'any', _PASSWORD, _is_password), ('PASSWORD', 'password', _PASS_FIRST, _either),
     ('PASSWORD', 'password', _PASS_NEAR, _is_pass_near), ('PASSWORD', 'any', _LOGIN, _either),
     ('WALLET', 'long', _WALLET, None), ('WALLET', 'long', _BASE58, _is_wallet),

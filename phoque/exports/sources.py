@@ -314,13 +314,18 @@ def _role(m, i):
     but = f', but {excerpt(said)}' if said else ''
     raise ValueError(f"messages[{i}] has no role of system, user, assistant{but}")
 
+_TEXT_PARTS = 'text','input_text','output_text'
+
 def _content(m):
     "Text of a turn, of which the parts are joined; None if it has none."
     text = m.get('content') if m.get('content') is not None else m.get('value')
-    if not isinstance(text, list): return text
-    parts = [dict(type='text', text=p) if isinstance(p, str) else p for p in text]
+    return _joined(text) if isinstance(text, list) else text
+
+def _joined(parts):
+    "Text of parts, of which one without a type is a text where it has one."
+    parts = [dict(text=p) if isinstance(p, str) else p for p in parts]
     for p in parts:
-        if p.get('type') not in ('text','input_text','output_text'): raise LeftOut('a part that is no text')
+        if p.get('type', 'text' if 'text' in p else '') not in _TEXT_PARTS: raise LeftOut('a part that is no text')
     return '\n'.join(p['text'] for p in parts)
 
 # %% ../../nbs/exports/sources.ipynb #ddbb3c60
@@ -379,6 +384,12 @@ def _chosen(r):
         raise ValueError("`chosen` is a text without `prompt`; hh-rlhf is given as hh:FILE")
     return _pair(asked, said) if asked and (isinstance(said, str) or _role(said[0], 0)=='assistant') else said
 
+# %% ../../nbs/exports/sources.ipynb #3f756544
+def _of_claude(v):
+    "Turns of Claude's export; a file alone has no text."
+    if any(not m['text'] for m in v): raise LeftOut('a turn without text')
+    return [dict(role=m['sender'], content=m['text']) for m in v]
+
 # %% ../../nbs/exports/sources.ipynb #dc7a21f0
 _ROLE = {'role','from'}
 
@@ -396,7 +407,9 @@ def _written_turns(s):
 def _plain_turns(v):
     "A list of turns of one whose entries are pairs, or say who is human."
     first = v[0] if v and isinstance(v[0], dict) else {}
-    if {'input','output'}<=first.keys(): return [x for m in v for x in _pair(m['input'], m['output'])]
+    if 'text' in first and first.get('sender') in ('human','assistant'): return _of_claude(v)
+    for a,b in (('input','output'), ('human','assistant')):
+        if {a,b}<=first.keys(): return [x for m in v for x in _pair(m[a], m[b])]
     if not {'message','is_human'}<=first.keys(): return v
     return [dict(role='user' if m['is_human'] else 'assistant', content=m['message']) for m in v]
 
@@ -414,12 +427,38 @@ def _of_parts(r):
     first = r.get('systemInstruction') or r.get('system_instruction') or {}
     if isinstance(first, str): first = dict(parts=first)
     turns = [first | dict(role='system')]*bool(first.get('parts'))+r['contents']
-    def part(p): return dict(type='text', text=p) if isinstance(p, str) else dict(type='text' if 'text' in p else '') | p
     def said(m):
-        parts = [part(p) for p in ([m['parts']] if isinstance(m['parts'], str) else m['parts'])]
-        return dict(role=m['role'], content=[p for p in parts if not p.get('thought')], thought=any(p.get('thought') for p in parts))
+        parts = [m['parts']] if isinstance(m['parts'], str) else m['parts']
+        thought = [isinstance(p, dict) and p.get('thought') for p in parts]
+        return dict(role=m['role'], content=[p for p,t in zip(parts, thought) if not t], thought=any(thought))
     return [*map(said, turns)]
 
+# %% ../../nbs/exports/sources.ipynb #1e042c3b
+_THOUGHTS = 'thoughts','reasoning_recap' # kinds of content
+
+def _shown(mapping, at):
+    "Messages on the way from the first one to the one at `at`."
+    way = []
+    for _ in mapping:
+        if not at: break
+        way.append(mapping[at].get('message'))
+        at = mapping[at].get('parent')
+    return [m for m in reversed(way) if m and not (m.get('metadata') or {}).get('is_visually_hidden_from_conversation')]
+
+def _of_chatgpt(r):
+    "Turns of a conversation of ChatGPT's export, which is a tree: those on the way to the answer that was shown last."
+    turns,thought = [],False
+    for m in _shown(r['mapping'], r['current_node']):
+        role,content = m['author']['role'],m.get('content') or {}
+        parts = [p for p in content.get('parts') or () if p!='']
+        called = role=='assistant' and m.get('recipient', 'all')!='all'
+        if content.get('content_type') in _THOUGHTS: thought = True
+        elif called or parts or role=='tool':
+            turns.append(dict(role=role, content=parts, thought=thought, weight=m.get('weight', 1), tool_calls=called))
+            thought = False
+    return turns
+
+# %% ../../nbs/exports/sources.ipynb #8c95416e
 def _in_turn(texts, speakers=None):
     "Turns of texts of two people, of whom the second is the assistant; None of anything else."
     if not (isinstance(texts, list) and texts and all(isinstance(s, str) for s in texts)): return None
@@ -430,9 +469,15 @@ def _in_turn(texts, speakers=None):
     return [dict(role=('user','assistant')[both.index(w)], content=s) for w,s in zip(speakers, texts)]
 
 # %% ../../nbs/exports/sources.ipynb #bc91f056
+_PAIRS = [('prompt','completion'), ('prompt','response'), ('question','answer'), ('query','response'),
+    ('input','output'), ('input','target')]
+
+def _before(r): return [x for a,b in r.get('history') or () for x in _pair(a, b)] # what was asked and answered before
+
 def _find_turns(r):
     "The turns of a row, in whichever shape they are."
-    named = [k for k in ('messages','conversations','conversation') if k in r]
+    if 'mapping' in r and 'current_node' in r: return _of_chatgpt(r)
+    named = [k for k in ('messages','conversations','conversation','chat_messages') if k in r]
     for k in named:
         if turns := _as_turns(r[k]): return turns
     if named and r[named[0]] in (None, []): raise LeftOut(f'no `{named[0]}` in it')
@@ -444,10 +489,9 @@ def _find_turns(r):
     if 'contents' in r: return _of_parts(r)
     for more,answer in (('input','output'), ('context','response')): # Alpaca, Dolly
         if 'instruction' not in r or answer not in r: continue
-        asked = '\n\n'.join(s for s in (r['instruction'], r.get(more)) if s)
-        return [x for a,b in r.get('history') or () for x in _pair(a, b)]+_pair(asked, r[answer])
-    for a,b in (('prompt','completion'), ('prompt','response'), ('question','answer')):
-        if a in r and b in r: return _pair(r[a], r[b])
+        return _before(r)+_pair('\n\n'.join(s for s in (r['instruction'], r.get(more)) if s), r[answer])
+    for a,b in _PAIRS:
+        if a in r and b in r: return _before(r)+_pair(r[a], r[b])
     for k in ('data','dialog','dialogue'): # UltraChat, DailyDialog, SODA
         if turns := _in_turn(r.get(k), r.get('speakers')): return turns
     raise ValueError(f"no turns in it, but {excerpt(', '.join(map(str, r)))}")
@@ -456,6 +500,7 @@ def _find_turns(r):
 def _system_first(r, ms, note):
     "System turn of a row, and its other turns."
     own = r.get('system') or r.get('system_prompt')
+    if isinstance(own, list): own = _joined(own) # as of Bedrock
     first,rest = ('',ms) if ms[0][0]!='system' else (ms[0][1],ms[1:]) # role, text and weight of each
     if not isinstance(own, str) or not own.strip(): return first,rest
     if first and first!=own: note('`system` beside a system turn')
@@ -481,10 +526,10 @@ def _renamed(r, columns):
 def chats(r, at, columns=None, **_):
     "Conversations of one's own or of `hub:OWNER/NAME`, as `messages`, ShareGPT, Alpaca or pairs"
     if columns: r = _renamed(r, columns)
-    if r.get('label') is False: raise LeftOut('`label` is false')
+    if f"{r.get('label')}".lower()=='false': raise LeftOut('`label` is false')
+    if any(r.get(k) for k in ('image','images','videos','audios')): raise LeftOut('an answer to a picture or a sound')
     ms = read_turns(_find_turns(r), at.note)
-    for k in ('tools','functions','images'):
-        if r.get(k): at.note(f'`{k}` of a row')
+    for k in filter(r.get, ('tools','functions')): at.note(f'`{k}` of a row')
     s,by = _score(r.get('toxicity_score')),r.get('label_source')
     if s is not None and not by: raise ValueError("a toxicity_score, but no label_source to say who measured it")
     system,ms = _system_first(r, ms, at.note)
@@ -531,7 +576,8 @@ _CALLED = dict( # what columns are called, in the order of preference, without s
     t='''t timestamp time date datetime createdat sentat createdutc sent when posttime dateline createtime publishedat ts
         zeitstempel zeitpunkt datum zeit uhrzeit gesendetam fechayhora fecha hora dataehora data horodatage heure dataeora
         ora tijdstip tijd czas датавремя дата время tarih saat 时间 日期 날짜 시간 日時''',
-    room='''room channel channelname channelid chan ch thread match topicid threadid roomid kanal kanalname raum gruppe
+    room='''room channel channelname channelid chan ch thread match topicid threadid roomid conversationid chat chatid
+        dialogid dialogueid matchid gameid kanal kanalname raum gruppe
         canal sala grupo salon canale stanza gruppo kanaal kamer канал чат oda 频道 채널''',
     id='id messageid msgid postid nachrichtid nachrichtenid', reply_to='replyto replytoid parentid parent antwortauf',
     score='score toxicity', group='group')
@@ -711,11 +757,12 @@ def _id(v):
     return re.sub(r'^(\d+)\.0$', r'\1', str(v)) if isinstance(v, (str,float)) else v
 
 _RENDERED = re.compile(r"""\s*(<s>\s*)?(\#{3}\s*(Human|User|Instruction|System)\s*: | \[INST\] | <start_of_turn>
-    | <\|(im_start|start_header_id|user|system)\|>)""", re.X)
+    | <\|(im_start|start_header_id|user|system)\|>
+    | (user|human)\s*:\s.{1,9999}?\n\s*(assistant|ai|bot|gpt)\s*:\s)""", re.X | re.S | re.I)
 
 def _refuse_rendered(text):
     if isinstance(text, str) and _RENDERED.match(text):
-        raise ValueError("it is a whole conversation that a chat template wrote: give its turns as `messages`")
+        raise ValueError("it is a whole conversation in one text: give its turns as `messages`")
 
 # %% ../../nbs/exports/sources.ipynb #62e444f6
 _LOOKED_AT = 200 # rows
@@ -810,6 +857,9 @@ def _refuse_unknown(b):
     if {'ID','Timestamp','Contents'}<=b.row.keys():
         raise UserError(b.name, "it is what Discord keeps of one person, with nobody else's words",
             "export channels with DiscordChatExporter")
+    if any(re.match(r'\D?\d{1,4}[-./:]\d', f'{c}') and _is_time(c) for c in b.row):
+        raise UserError(b.name, "its first line is a row, and no names of columns",
+            "write a line with the names above it, as in t,who,text")
     if len(b.row)>1 and all(isinstance(v, (dict,list)) for v in b.row.values()):
         raise UserError(b.name, f"it is one object of {len(b.row)} entries",
             "make a list of what is in them, one JSON object a line")
