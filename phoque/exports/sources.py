@@ -9,7 +9,7 @@ from ast import literal_eval
 from datetime import date, datetime, timedelta
 from functools import lru_cache, partial
 from html.parser import HTMLParser
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
 from fastcore.basics import patch
@@ -22,7 +22,7 @@ from .times import Clock, needs_look, seconds
 __all__ = ['MOST_TEXT', 'MOST_NAME', 'MOST_WHO', 'YEAR_1', 'YEAR_10000', 'SOURCES', 'ONLY_ROOM', 'COLUMNS', 'TURNS', 'name_of',
            'line', 'no_words', 'unlearnable', 'reader', 'read_records', 'source', 'lines_of', 'jigsaw', 'civil',
            'conda', 'gosuai', 'hh', 'read_turns', 'chats', 'column_map', 'find_columns', 'html_text', 'is_html',
-           'is_wrapped', 'text_of', 'quotes_apart', 'read_table', 'find_kind']
+           'is_wrapped', 'text_of', 'quotes_apart', 'read_table', 'read_turn_rows', 'find_kind']
 
 # %% ../../nbs/exports/sources.ipynb #21a24a92
 MOST_TEXT,MOST_NAME,MOST_WHO = 100_000,1000,100 # characters of a line; of a room or an id; of a speaker
@@ -849,8 +849,57 @@ def read_table(
     yield from read_records(partial(_table_line, columns=columns, html=html, names=names), path, bad,
         when=columns.get('t', ''), zone=zone, said=said)
 
+# %% ../../nbs/exports/sources.ipynb #b26a159e
+_TURN_AT = 'turn turnid turnindex turnnumber turnidx index idx messageindex messageidx order position step'.split()
+_TURN_OF = [*_CALLED['room'].split(), *'conversation dialog dialogue conv convid session sessionid sample sampleid'.split()]
+
+def _turn_columns(row):
+    "Columns of the conversation, the role, the text and the number of a turn, of a table with a turn a row; or None."
+    there = {_bare(c): c for c in row if not isinstance(row[c], (dict,list))}
+    def column(*names): return next((there[n] for n in names if n in there), None)
+    role,text = next(((there[a],there[b]) for a,b in (('role','content'), ('role','text'), ('role','message'), ('from','value'))
+        if {a,b}<=there.keys()), (None,None))
+    if role is None or str(row[role]).strip().lower() not in _ROLES or not (of := column(*_TURN_OF)): return None
+    return SimpleNamespace(of=of, role=role, text=text, at=column(*_TURN_AT))
+
+# %% ../../nbs/exports/sources.ipynb #edce00d7
+def _of_rows(rows, cols):
+    "A row of `messages`, of the rows of its turns."
+    rows = sorted(rows, key=lambda r: float(r[cols.at])) if cols.at else rows
+    rest = {k:v for k,v in rows[0].items() if k not in vars(cols).values()}
+    return rest | dict(id=rows[0][cols.of], messages=[r | dict(role=r[cols.role], content=r[cols.text]) for r in rows])
+
+@reader('turns', detect=lambda b: b.row and _turn_columns(b.row), pass_on=True)
+def read_turn_rows(
+    path:str, # CSV, JSON, Excel or Parquet, or `hub:OWNER/NAME`
+    bad=refuse, # Called with place, reason and row
+    **_
+):
+    "Chat data with a turn a row: of which conversation, which role, what, and its number where there is one"
+    book,met,cols = book_of(bad),set(),None
+    about = SimpleNamespace(file=Path(path).name, book=book)
+    def conversation(found):
+        nonlocal cols
+        cols = cols or _turn_columns(found[1])
+        return found[1].get(cols.of)
+    for n,(of,found) in enumerate(groupby(records(path, bad), conversation)):
+        (places,rows),again = zip(*found),hash(of) in met
+        met.add(hash(of))
+        about.note = partial(book.note, places[0])
+        try:
+            if of in (None, ''): raise ValueError(f"no `{cols.of}`")
+            if again: raise ValueError(f"its conversation ended before: sort the rows by `{cols.of}`")
+            lines = _learnable(chats(_of_rows(rows, cols), about), places[0], book)
+        except LeftOut as e:
+            for p in places: book.leave_out(p, str(e))
+        except ROW_FAULTS as e:
+            for p,r in zip(places, rows): bad(p, reason_of(e), r)
+        else:
+            book.kept += len(rows)-1
+            yield from (l | dict(whole=n) for l in lines)
+
 # %% ../../nbs/exports/sources.ipynb #085c80a6
-_ASKED_LAST = 'messages','table'
+_ASKED_LAST = 'messages','turns','table'
 
 def _refuse_unknown(b):
     "Say what the first record has, if there is one."
