@@ -27,7 +27,7 @@ def veiled(
     return f'{BLUR}<label class="phoque-veil {html.escape(name)}">{box}</label>'
 
 # %% ../../nbs/measure/panel.ipynb #f689c12e
-SLIDER = tuple(i/4 for i in range(-4, 5)) # of the slider: -1 subtracts the adapter, 0 is the base, 1 as trained
+SLIDER = -1., -.5, -.25, -.1, 0., .25, .5, .75, 1. # of the slider: -1 subtracts the adapter, 0 is the base, 1 as trained
 
 class Asked(NamedTuple):
     "What a panel is asked."
