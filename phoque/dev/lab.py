@@ -59,7 +59,7 @@ def lab_server(
     "Serve a folder on 127.0.0.1 for the length of a `with`."
     port,token = _free_port(),secrets.token_hex(16)
     options = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
-        f'--ServerApp.root_dir={folder}', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None',
+        f'--ServerApp.root_dir={folder}', '--LabApp.expose_app_in_browser=True',
         '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate',
         '--ContentsManager.pre_save_hook=phoque.dev.lab.keep_saved']
     p = subprocess.Popen([*command, *options], env=os.environ|dict(JUPYTER_TOKEN=token)|env,
