@@ -68,6 +68,7 @@ def _add_inputs(self:Panel, w, question):
     self.pages = Pages({f'{x:g}':'' for x in SLIDER}, 'adapter', start='1', slider=True, values=list(SLIDER))
     self.weight = self.pages.at
     self.weight.add_class('phoque-weight')
+    self.weight.style.description_width,self.weight.layout.width = '6.5em','53em' # as the question's
     self.base = w.HTML()
     for o in (self.base, *self.pages.leaves): o.layout = w.Layout(width='26em', min_height='6em')
     self.box = w.VBox([self.prompt, w.HBox([self.temperature, self.seed, self.persona]), self.weight,
