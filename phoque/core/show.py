@@ -86,6 +86,7 @@ class Pages:
     ):
         import ipywidgets as w
         self.names,self.html = list(pages),list(pages.values())
+        self.before = f'{name} '*slider # what a slider's name needs to be understood alone
         options = list(zip(self.names, values or self.names))
         kind,more = (w.SelectionSlider,dict(continuous_update=True)) if slider else (w.Dropdown,{})
         wide = w.Layout(width='32em' if slider else 'max-content')
@@ -120,7 +121,7 @@ def __repr__(self:Pages):
 def _repr_html_(self:Pages): # with nobody to turn them, each is behind its name
     def fold(i, name, page):
         is_open = ' open'*(i==self.at.index)
-        return f'<details{is_open}><summary>{escape(name)}</summary>{page}</details>'
+        return f'<details{is_open}><summary>{escape(self.before+name)}</summary>{page}</details>'
     return ''.join(map(fold, range(len(self.names)), self.names, self.html))
 
 # %% ../../nbs/core/show.ipynb #9fa1abb9

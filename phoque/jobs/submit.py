@@ -121,9 +121,9 @@ def check_dataset(
     import datasets
     from httpx2 import HTTPError
     try: row = next(iter(datasets.load_dataset(repo, split='train', streaming=True, revision=revision)), None)
-    except (HTTPError, OSError) as e: raise hub_problem(e, f"dataset {repo}") from None
-    except (RuntimeError, *STRANGE, datasets.exceptions.DatasetsError):
+    except (RuntimeError, *STRANGE, datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError):
         raise UserError(f"dataset {repo}", "no split `train` that can be read", "push it with phoque_data") from None
+    except (HTTPError, OSError) as e: raise hub_problem(e, f"dataset {repo}") from None
     turns = (row or {}).get('messages')
     if not isinstance(turns, list) or not any(isinstance(m, dict) and m.get('role')=='assistant' for m in turns):
         raise UserError(f"dataset {repo}", "its first row has no assistant turn in `messages`",

@@ -97,7 +97,9 @@ class LiveRun:
         self.loss,self.held,self.score = {},{},{} # by step
         self.step,self.rows = 0,[]
         self.start,self.done = time.monotonic(),None # its end, once there is one
+        self.measuring,self.asked = False,0. # seconds of all measurements
         self.trainer = make_trainer(cfg, model, tok, packed, self)
+        self.trainer.args.save_strategy = 'no' # a run in a notebook writes no checkpoint
 
     def __repr__(self):
         def newest(d): return next(reversed(d.values()))
@@ -116,15 +118,21 @@ def title(self:LiveRun)->str:
     "How far it is."
     n,took = self.cfg.max_steps,(self.done or time.monotonic())-self.start
     if self.done: return f"{'done' if self.step==n else f'stopped at step {self.step} of {n}'} after {about(took)}"
-    left = f', about {about(took/self.step*(n-self.step))} left' if self.step else ''
-    return f'step {self.step} of {n}{left}'
+    doing = ', asking the questions'*self.measuring
+    if not self.step: return f'step 0 of {n}{doing}'
+    steps,todo = (took-self.asked)/self.step*(n-self.step),2+(n-1)//self.every-len(self.held) # measurements: at 0, `every`, the end
+    return f'step {self.step} of {n}{doing}, about {about(steps+todo*self.asked/max(len(self.held), 1))} left'
 
 @patch
 def measure(self:LiveRun, model, step):
     "Ask the questions, and measure the held-out loss."
-    self.held[step] = held_out_loss(self.trainer, self.held_rows)
+    start,self.measuring = time.monotonic(),True
+    self.board.show(self)
+    held = held_out_loss(self.trainer, self.held_rows)
     self.rows += self.sampler(model, self.trainer.processing_class, step)
+    self.held[step],self.measuring = held,False
     self.score[step] = mean_interval([r['score'] for r in self.rows if r['step']==step and r['persona']])
+    self.asked += time.monotonic()-start
 
 # %% ../../nbs/measure/live.ipynb #1815470a
 @patch
@@ -144,7 +152,6 @@ def on_log(self:LiveRun, step, logs):
 def train(self:LiveRun)->'LiveRun': # Itself
     "Measure, train to the end, and draw all the while."
     self.start,self.done = time.monotonic(),None
-    self.board.show(self)
     try:
         self.measure(self.trainer.model, 0)
         self.board.show(self)

@@ -27,7 +27,7 @@ def veiled(
     return f'{BLUR}<label class="phoque-veil {html.escape(name)}">{box}</label>'
 
 # %% ../../nbs/measure/panel.ipynb #f689c12e
-SLIDER = tuple(i/4 for i in range(-4, 5)) # of the slider: -1 subtracts the adapter, 0 is the base, 1 as trained
+SLIDER = -1., -.5, -.25, -.1, 0., .25, .5, .75, 1. # of the slider: -1 subtracts the adapter, 0 is the base, 1 as trained
 
 class Asked(NamedTuple):
     "What a panel is asked."
@@ -68,6 +68,7 @@ def _add_inputs(self:Panel, w, question):
     self.pages = Pages({f'{x:g}':'' for x in SLIDER}, 'adapter', start='1', slider=True, values=list(SLIDER))
     self.weight = self.pages.at
     self.weight.add_class('phoque-weight')
+    self.weight.style.description_width,self.weight.layout.width = '6.5em','53em' # as the question's
     self.base = w.HTML()
     for o in (self.base, *self.pages.leaves): o.layout = w.Layout(width='26em', min_height='6em')
     self.box = w.VBox([self.prompt, w.HBox([self.temperature, self.seed, self.persona]), self.weight,

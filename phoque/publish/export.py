@@ -6,11 +6,12 @@
 from __future__ import annotations
 import json,math,os,re,shlex,shutil,subprocess,sys,time,uuid
 from pathlib import Path
-from ..measure.detox import markdown_table, sweep_table
+from ..measure.detox import sweep_table
 from ..job import LICENSE_FIELDS, RESEARCH_LICENSE
 from ..merge import (LoraAdapter, adapter_record, bare_name, check_fidelity, check_room, fidelity, merge_adapters, merge_command,
     named_base, read_base, read_weights)
-from ..core.basics import UserError, check_range, excerpt, front_matter, md_text, printable, quiet_libraries, read_json, reading, shell_command
+from ..core.basics import (UserError, check_range, excerpt, front_matter, md_text, printable, quiet_libraries, read_json,
+    reading, shell_command, text_table)
 from ..model_qlora import check_private, private_repo
 from ..resume import HubBranch, patiently
 
@@ -415,7 +416,7 @@ def _summary(record, rep, out):
     if record['stops_at']!=record['base_stops_at']:
         now,was = (' or '.join(map(str, record[k])) for k in ('stops_at','base_stops_at'))
         said.append(f"it stops at token {now}, as its tokenizer does; the base stopped at {was or 'none'}")
-    return said + ([markdown_table([rep])] if rep else [])
+    return said + ([text_table([{k: f'{v:.3g}' if isinstance(v, float) else v for k,v in rep.items()}])] if rep else [])
 
 def _publish_or_keep(out, repo_id, rep, kl, benign, replace):
     try: return publish_merge(out, repo_id, rep, kl=kl, benign=benign, replace=replace)

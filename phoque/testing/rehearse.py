@@ -470,7 +470,9 @@ h1{margin:0}h2{margin:2.2rem 0 .3rem}.soft{color:var(--soft);font-size:.92rem;ma
 figure{margin:0}figure:first-child{grid-row:span 2}img{width:100%;max-width:40rem}figcaption{color:var(--soft);font-size:.92rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;margin:.5rem 0 1rem}
 td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
-td.s{white-space:nowrap}td.n{text-align:right;font-variant-numeric:tabular-nums}
+td.s{white-space:nowrap}.n{text-align:right;font-variant-numeric:tabular-nums}
+.facts>:last-child:nth-child(odd){grid-column:1/-1}
+@media(max-width:30rem){table{font-size:.8rem}td,th{padding-right:.35rem}td.s{white-space:normal}}
 dt{font-weight:600;margin-top:.5rem}dd{margin:0;overflow-wrap:anywhere}
 pre{overflow:auto;padding:.7rem;background:var(--card);font-size:.8rem}summary{cursor:pointer}
 """.strip()
@@ -485,7 +487,7 @@ def html_table(
         if isinstance(v,(int,float)): return f'<td class=n>{v:,}</td>'
         return f"<td{' class=s'*(len(str(v))<25)}>{escape(str(v))}</td>" # short ones aren't broken
     def line(cells): return f"<tr>{''.join(cells)}</tr>"
-    head = line(f'<th>{escape(k)}</th>' for k in rows[0])
+    head = line(f"<th{' class=n'*isinstance(v,(int,float))}>{escape(k)}</th>" for k,v in rows[0].items())
     return '<div class=scroll><table>' + head + ''.join(line(map(cell, r.values())) for r in rows) + '</table></div>'
 
 # %% ../../nbs/testing/rehearse.ipynb #3d9d4d16
@@ -531,9 +533,10 @@ def _models_table(seen):
 def _replies(seen, n=4):
     "What the models say, one below the other, as a phone shows it."
     from html import escape
-    for i,q in enumerate(seen['asked_last'][:n]):
+    places = {q:i for i,q in reversed([*enumerate(seen['asked_last'])])} # each question once
+    for q,i in sorted(places.items(), key=lambda p: p[1])[:n]:
         said = ''.join(f"<dt>{k}</dt><dd>{escape(a[i])}</dd>" for k,a in seen['answers'].items())
-        yield f"<div class=said>…<br><b>{escape(q)}</b><dl>{said}</dl></div>"
+        yield f"<div class=said><b>{escape(q)}</b><dl>{said}</dl></div>"
 
 def _thread(seen):
     "One simulated thread, and what the moderator did."
@@ -563,7 +566,8 @@ def _report_parts(seen):
     yield "<h2>Three models</h2>" + _models_table(seen)
     yield (f"<p class=soft>Same prompts, same random numbers; differences are taken prompt by prompt. Scorer: {escape(seen['scorer'])}. "
         "The weight is chosen by the perplexity alone, before any reply is scored.</p>")
-    yield "<h2>What they say</h2>" + ''.join(_replies(seen))
+    yield "<h2>What they say</h2><p class=soft>To the last message of a conversation; what was said before it is left out here.</p>"
+    yield from _replies(seen)
     yield "<h2>A thread, and a toy moderator</h2>" + _thread(seen)
     yield f"<p class=soft>Written by the trained model and the base. {escape(_moderated(seen))}</p>"
     swept = [dict(weight=r['weight'], perplexity=f"{r['perplexity']:.0f}") for r in seen['swept']]

@@ -21,7 +21,8 @@ def _convert_gguf(src, gguf, dest):
     import shutil, tempfile, torch
     from phoque.core.basics import quiet_libraries
     quiet_libraries()
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, modeling_gguf_pytorch_utils
+    modeling_gguf_pytorch_utils.tqdm = lambda tensors, desc: tensors # `quiet_libraries` doesn't reach this bar
     tmp = Path(tempfile.mkdtemp(dir=dest.parent))
     tok = AutoTokenizer.from_pretrained(src, gguf_file=gguf)
     loaded = AutoModelForCausalLM.from_pretrained(src, gguf_file=gguf, dtype=torch.bfloat16)
