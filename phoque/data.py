@@ -11,7 +11,7 @@ from statistics import mean
 from types import SimpleNamespace
 from fastcore.basics import patch
 from .chat.messages import is_learnt, messages_fault, short_repr
-from .core.basics import UserError, front_matter, md_text, printable
+from .core.basics import UserError, front_matter, md_text, printable, text_table
 
 # %% auto #0
 __all__ = ['EXCLAIMS', 'ADJS', 'NOUNS', 'PERCHES', 'GRUMBLES', 'MARKS', 'PLACES', 'WHO', 'HOURS', 'DAYS', 'NUMBERS', 'TALK',
@@ -328,6 +328,10 @@ def _table(cols, show):
     lines += [[k, *(cols[h][k] for h in heads)] for k in cols[heads[0]]]
     return '\n'.join(f"| {' | '.join(map(str, l))} |" for l in lines)
 
+def _aligned(cols, show):
+    "The same for a terminal."
+    return text_table([{'':k} | {h:c[k] for h,c in cols.items()} for k in next(iter(cols.values()))])
+
 # %% ../nbs/00_data.ipynb #c5462ff6
 def _tally(d, n):
     "Add a split to the counts `n`; yields groups and turns as hashes."
@@ -362,9 +366,9 @@ class DataReport:
         self.run,self.lens,self.scores = run,Counter(),Counter()
         self.stats = {k: self._stats(d) for k,d in ds.items()}
 
-    def __repr__(self): return self._tables(printable)
-    def _repr_markdown_(self): return self._tables(md_text)
-    def _tables(self, show): return '\n\n'.join([_table(self.stats, show), *self._run_tables(show)])
+    def __repr__(self): return self._tables(printable, _aligned)
+    def _repr_markdown_(self): return self._tables(md_text, _table)
+    def _tables(self, show, table): return '\n\n'.join([table(self.stats, show), *self._run_tables(show, table)])
 
 # %% ../nbs/00_data.ipynb #00135293
 def _rank(lens, q):
@@ -399,6 +403,7 @@ def _stats(self:DataReport, d):
 @patch
 def _run_tables(self:DataReport,
     show, # Makes names and reasons fit to be looked at: `printable` or `md_text`
+    table, # Makes a table: `_aligned` or `_table`
 ):
     "Tables of how a run came to its rows."
     r = self.run
@@ -407,7 +412,7 @@ def _run_tables(self:DataReport,
     def each(d, say): return ', '.join(f'{show(k)}{say(v)}' for k,v in d.items())
     left = {s['step']: s['by_source'] | dict(lines=s['lines']) for s in r['steps']}
     rows = {c: {k: f'{v.get(c, 0):,}' for k,v in left.items()} for c in [*r['sources'],'lines']}
-    yield "Conversations left after each step, by source\n\n"+_table(rows, show)
+    yield "Conversations left after each step, by source\n\n"+table(rows, show)
     yield "What cleaning found (counts, never the values): "+counts(r['found'])
     yield "Left out: "+counts(r['left_out'])
     def read(v): return f": {v['rows']:,} rows in {v['files']:,} files, {v['kept']:,} kept, {v['bad']:,} could not be read"

@@ -156,7 +156,7 @@ class StepClock:
         self.graphs.append(counters['stats']['unique_graphs'])
 
     def seconds(self,
-        warm:int, # First steps, which don't count
+        warm:int, # Steps of warm-up
     )->list: # Of each of the others
         "Read the clock."
         import torch
@@ -168,7 +168,7 @@ class StepClock:
 # %% ../../nbs/dev/benchmark.ipynb #ca933f03
 def step_seconds(
     trainer, # Any side's
-    warm:int=4, # First steps, which don't count
+    warm:int=4, # Steps of warm-up
 )->tuple: # Seconds of each of the others, and how many graphs and kernels were compiled in them
     "Train, and time the steps."
     import torch

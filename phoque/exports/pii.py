@@ -566,8 +566,8 @@ _DAY = rf"""(?:{_DAY_IN_WORDS}|\d{{1,4}}[-./]\d{{1,2}}[-./]\d{{1,4}}(?!\d)
 
 # %% ../../nbs/exports/pii.ipynb #d9f79d2c
 _BORN = rf"(?<![^\W_{EAST}])(?:{_words(BIRTH_WORDS)})(?:['’]?s)?(?:(?<=[{EAST}])|(?![^\W_{EAST}]))"
-_PARTY = r"""(?:birth\s?(?:day|date)|d\.?o\.?b|date\sof\sbirth|b['’]?-?day|geburts(?:tag|datum)|cumple\w{0,5}|anniv(?:ersaire)?|anivers[áa]rio|niver|compleanno|verjaardag
-    |födelsedag|fødselsdag|bursdag|urodziny|narozeniny|szülinap\w{0,4}|день\sрождения|生日|誕生日|생일)"""
+_PARTY = r"""(?:birth\s?(?:day|date)|d\.?o\.?b|date\sof\sbirth|b['’]?-?day|geburts(?:tag|datum)|cumple\w{0,5}|anniv(?:ersaire)?
+    |anivers[áa]rio|niver|compleanno|verjaardag|födelsedag|fødselsdag|bursdag|urodziny|narozeniny|szülinap\w{0,4}|день\sрождения|生日|誕生日|생일)"""
 _AGE = r"""(?:turn(?:s|ed|ing)?|werde?|wirst|wird|word|fyller|bliver|blir|täytän|cumpl[oe]|fa(?:ço|z|rei)|compi[oe]|cumpl(?:í|iste|ió)|(?:s?kończ[ęy])
     |(?:j['’])?aur(?:ai|a)|будет|исполн\w{2,5})"""
 _FEAST = r"(?:celebrat\w{1,4}|fêt\w{1,4}|feier\w{0,3}|celebr\w{1,4}|festegg\w{1,4})\s(?:my|mes|mein\w{0,2}|mis|i\smiei|meus)"
@@ -916,7 +916,8 @@ _ID_IS = r"""(?:is|ist|es|est|e|är|on|er|to|je|jest|numbers?|nummer|numéro|nú
 _ID_NAMED = re.compile(rf"""
     (?<![^\W_])(?:{_words(ID_WORDS)})(?![^\W_])
     (?:[\s:=\#.-]{{1,3}}{_ID_IS}){{0,4}} ["'”]?[\s:=\#.-]{{1,4}}["'“]?
-    (?P<v>(?:(?!(?:war|was|had|has|for|the|got|era)\s)[a-z]{{1,3}}[ .-]?)?\d[a-z\d]*(?:(?:[ ./-]|\s(?:no|№|номер)\s?)(?:[a-z]{{0,2}}\d[a-z\d]*|[a-z](?![^\W_]))){{0,6}}
+    (?P<v>(?:(?!(?:war|was|had|has|for|the|got|era)\s)[a-z]{{1,3}}[ .-]?)?\d[a-z\d]*
+        (?:(?:[ ./-]|\s(?:no|№|номер)\s?)(?:[a-z]{{0,2}}\d[a-z\d]*|[a-z](?![^\W_]))){{0,6}}
         |[a-z]{{1,6}}\d[a-z\d]{{3,16}})(?![^\W_])""", re.I|re.X)
 
 def _is_named_id(m):

@@ -181,7 +181,7 @@ def _came(self:ReportPage):
         {s[0]: sum(x['by_source'].values()) for s,x in zip(steps, r['steps'])}, 'Conversations left after each step')
     yield 'Left out', _html_table(out, ['why','how many'])
     shapes = getattr(self.seen, 'shapes', {})
-    yield 'Found and mended', _html_table([[k, f'{n:,}', ' · '.join(dict.fromkeys(shapes.get(k, ())))] for k,n in r['found'].items() if n],
+    yield 'Replaced and mended in the text', _html_table([[k, f'{n:,}', ' · '.join(dict.fromkeys(shapes.get(k, ())))] for k,n in r['found'].items() if n],
         ['what','how many','of this shape'])
     yield 'Languages', _html_table([[k, f'{n:,}'] for k,n in r['langs'].items()])
     yield 'Settings', _html_table([[k, f'{v}'] for k,v in r['settings'].items()])
