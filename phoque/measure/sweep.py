@@ -368,6 +368,13 @@ def _fluency(folder, rows, path):
     with kept.going_on(): return fluency_rows(rows, load_plain(home, base_dtype()), open_tokenizer(home, f'tokenizer of {folder}'), kept)
 
 # %% ../../nbs/measure/sweep.ipynb #de850ad4
+def _begin(options, out): # what can be refused before a scorer is fetched
+    check_output('--out', out)
+    if options.adapter: options.check(); options.read()
+    elif given := options.given(): raise UserError(f"--{given[0]}", "what was written before is scored again as it is", "leave it out, or name an --adapter")
+    elif not Path(out).with_suffix('.texts.jsonl').exists(): raise UserError("--adapter", "it is missing, and nothing was written before", "name one")
+
+# %% ../../nbs/measure/sweep.ipynb #38ef7fdd
 @shell_command('phoque_detox',
     'phoque_detox --adapter YOU/phoque --prompts held_out.jsonl --out detox.html',
     'phoque_detox --adapter YOU/phoque,YOU/clerk --weight=1,-1 --lambdas=-0.5,-1,-1.5 --out difference.html',
@@ -385,12 +392,8 @@ def detox_cli(
     options = SweepOptions(**kwargs)
     check_range('--harm', harm, 0, 10)
     if Path(out).suffix!='.html': raise UserError("--out", f"{out!r} is no page", "name a file that ends in .html")
-    check_output('--out', out)
-    if options.adapter: options.check(); options.read()
-    elif given := options.given(): raise UserError(f"--{given[0]}", "what was written before is scored again as it is", "leave it out, or name an --adapter")
-    kept = Path(out).with_suffix('.texts.jsonl')
-    if not options.adapter and not kept.exists(): raise UserError("--adapter", "it is missing, and nothing was written before", "name one")
-    judges = load_scorers(scorer, second_scorer)
+    _begin(options, out)
+    kept,judges = Path(out).with_suffix('.texts.jsonl'),load_scorers(scorer, second_scorer)
     rows = options.texts_of(kept)
     fluent = _fluency(fluency_model, rows, Path(out).with_suffix('.fluency.jsonl')) if fluency_model else ()
     print(f"{sweep_report(rows, read_json(Path(f'{kept}.about.json')), judges, harm, out, fluent)}\n{out}")
