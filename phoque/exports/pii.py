@@ -572,6 +572,8 @@ _AGE = r"""(?:turn(?:s|ed|ing)?|werde?|wirst|wird|word|fyller|bliver|blir|täyt�
     |(?:j['’])?aur(?:ai|a)|будет|исполн\w{2,5})"""
 _FEAST = r"(?:celebrat\w{1,4}|fêt\w{1,4}|feier\w{0,3}|celebr\w{1,4}|festegg\w{1,4})\s(?:my|mes|mein\w{0,2}|mis|i\smiei|meus)"
 _WITHIN = r"(?:[^\W\d_]{1,2}['’])?[^\W\d_]{1,5}" # a short word between two others
+
+# %% ../../nbs/exports/pii.ipynb #4e132a7d
 _BIRTH = re.compile(rf"""
     {_BORN}[^\d\n]{{0,40}}?(?P<y>{_DAY_OF_YEAR})
     |{_BORN}["']?[\s:=-]{{0,3}}["']?(?:(?:{_WITHIN}|-)\s{{1,2}}|[はは는은이가是]\s?){{0,3}}(?P<v>{_DAY})

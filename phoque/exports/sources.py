@@ -869,6 +869,18 @@ def _of_rows(rows, cols):
     rest = {k:v for k,v in rows[0].items() if k not in vars(cols).values()}
     return rest | dict(id=rows[0][cols.of], messages=[r | dict(role=r[cols.role], content=r[cols.text]) for r in rows])
 
+def _conversations(path, bad):
+    "Id, places and rows of each conversation, and the columns; of what stands together."
+    cols = None
+    def conversation(found):
+        nonlocal cols
+        cols = cols or _turn_columns(found[1])
+        if not cols: raise UserError(Path(path).name, "no columns of a conversation, of `role` and of `content`",
+            "name its kind, as in messages:FILE")
+        return '' if (of := found[1].get(cols.of)) is None else f'{of}'
+    for of,found in groupby(records(path, bad), conversation): yield of,*zip(*found),cols
+
+# %% ../../nbs/exports/sources.ipynb #4e90ee00
 @reader('turns', detect=lambda b: b.row and _turn_columns(b.row), pass_on=True)
 def read_turn_rows(
     path:str, # CSV, JSON, Excel or Parquet, or `hub:OWNER/NAME`
@@ -876,19 +888,13 @@ def read_turn_rows(
     **_
 ):
     "Chat data with a turn a row: of which conversation, which role, what, and its number where there is one"
-    book,met,cols = book_of(bad),set(),None
-    about = SimpleNamespace(file=Path(path).name, book=book)
-    def conversation(found):
-        nonlocal cols
-        cols = cols or _turn_columns(found[1])
-        return found[1].get(cols.of)
-    for n,(of,found) in enumerate(groupby(records(path, bad), conversation)):
-        (places,rows),again = zip(*found),hash(of) in met
-        met.add(hash(of))
-        about.note = partial(book.note, places[0])
+    book,met = book_of(bad),set()
+    for n,(of,places,rows,cols) in enumerate(_conversations(path, bad)):
+        about = SimpleNamespace(file=Path(path).name, book=book, note=partial(book.note, places[0]))
         try:
-            if of in (None, ''): raise ValueError(f"no `{cols.of}`")
-            if again: raise ValueError(f"its conversation ended before: sort the rows by `{cols.of}`")
+            if not of: raise ValueError(f"no `{cols.of}`")
+            if hash(of) in met: raise ValueError(f"its conversation ended before: sort the rows by `{cols.of}`")
+            met.add(hash(of))
             lines = _learnable(chats(_of_rows(rows, cols), about), places[0], book)
         except LeftOut as e:
             for p in places: book.leave_out(p, str(e))

@@ -101,11 +101,13 @@ def measure_sweep(
     res = []
     for v in about['variants']:
         names = [seed_name(v['name'], s) for s in range(about['seeds'])]
-        texts,numbers = _joined([[r['said'] for r in rows if r['name']==n and 'said' in r] for n in names]),_joined([scores[n].tolist() for n in names])
+        texts = _joined([[r['said'] for r in rows if r['name']==n and 'said' in r] for n in names])
+        numbers = _joined([scores[n].tolist() for n in names])
         whole = next(r for r in rows if r['name']==names[0] and 'perplexity' in r)
         means = [float(scores[n].mean()) for n in names]
         if fluency: whole = whole | dict(fluency=answers_perplexity(fluency, names))
-        res.append(v | measure_scored(texts, numbers, by) | dict(means=means) | {k: whole[k] for k in ('perplexity','fluency') if k in whole})
+        more = {k: whole[k] for k in ('perplexity','fluency') if k in whole}
+        res.append(v | measure_scored(texts, numbers, by) | dict(means=means) | more)
     for r in res: r['by_seed'] = [a-b for a,b in zip(r['means'], res[0]['means'])]
     return compare_rows(res, 0, 1)
 
@@ -145,7 +147,8 @@ def sweep_command(
 )->str: # One line for a shell
     "The merge that makes a weight of a sweep."
     ads = [a | dict(weight=weight*a['weight']) for a in about['adapters']]
-    made = merge_command(dict(base=about['base'], revision=about['base_revision'], adapters=ads, nf4=False, dither=False))
+    made = merge_command(dict(base=about['base'], revision=about['base_revision'], adapters=ads, nf4=False,
+        dither=False))
     return made+(f' --sweep {shlex.quote(printable(report))}' if report else '')
 
 # %% ../../nbs/measure/sweep.ipynb #660167f9
@@ -164,7 +167,8 @@ def advice_lines(
     (first,rows),*others = tables.items()
     below = sorted((r for r in rows if (r['weight'] or 0)<0), key=lambda r: -r['weight'])
     res,best = [f"λ={r['weight']:g}: {sweep_verdict(r, rows, harm)}" for r in below],recommend_weight(rows, harm)
-    if best is None: return [*res, "no weight is recommended: something speaks against each", _sight(len(rows[0]['each']))]
+    if best is None:
+        return [*res, "no weight is recommended: something speaks against each", _sight(len(rows[0]['each']))]
     r = next(r for r in rows if r['weight']==best)
     def told(k): return MeanInterval(r[k], r[f'{k}_low'], r[f'{k}_high'])
     seeds = ', '.join(f'{c:+.3f}' for c in r['by_seed'])
@@ -181,7 +185,8 @@ def sweep_text(
 )->str: # For a console
     "The rows of each scorer; those of random adapters are in `beyond`."
     def line(r, base):
-        cells = {'':r['name'], 'score':f"{r['score']:.2f}"} | {k: sweep_line(r, base).get(k, '') for k in ('change','beyond','empty')}
+        cells = {'':r['name'], 'score':f"{r['score']:.2f}"}
+        cells |= {k: sweep_line(r, base).get(k, '') for k in ('change','beyond','empty')}
         if 'fluency' in base: cells['fluency'] = sweep_line(r, base)['fluency']
         return cells | dict(perplexity=f"{r['perplexity']:.1f}" if r is base else _percent(r, base))
     def table(rows): return text_table([line(r, rows[0]) for r in rows if r['like'] is None], CONSOLE)
@@ -257,14 +262,17 @@ class SweepOptions:
 @patch
 def given(self:SweepOptions)->list[str]:
     "The options that aren't at their default."
-    return [k for k,p in inspect.signature(SweepOptions.__init__).parameters.items() if k!='self' and getattr(self, k)!=p.default]
+    options = inspect.signature(SweepOptions.__init__).parameters
+    return [k for k,p in options.items() if k!='self' and getattr(self, k)!=p.default]
 
 @patch
 def check(self:SweepOptions):
     "Refuse what no sweep can be made of, before anything is fetched."
-    for k,least,most in (('n',0,1e7), ('k',1,10_000), ('seeds',2,100), ('randoms',1,20)): check_range(f'--{k}', getattr(self, k), least, most)
+    for k,least,most in (('n',0,1e7), ('k',1,10_000), ('seeds',2,100), ('randoms',1,20)):
+        check_range(f'--{k}', getattr(self, k), least, most)
     for k in ('system_prompt','persona'): check_whole(f'--{k}', getattr(self, k))
-    if len({*self.names})<len(self.names): raise UserError("--adapter", "one is named twice", "name it once, with its weight")
+    if len({*self.names})<len(self.names):
+        raise UserError("--adapter", "one is named twice", "name it once, with its weight")
     self.pairs = [*zip(self.names, read_weights(self.weight.split(','), len(self.names)))]
     for a in filter(None, [*self.names, self.harmless]):
         if not is_hub_id(a): local_folder(a, 'adapter')
@@ -272,18 +280,22 @@ def check(self:SweepOptions):
     self.at = [*dict.fromkeys(read_weights(lambdas, len(lambdas), '--lambdas'))]
     for l in self.at:
         for _,w in self.pairs: check_weight(l*w)
-    if min(self.at)>=0: raise UserError("--lambdas", "none is below 0, and only those can be recommended", "give some, such as --lambdas=-0.5,-1")
+    if min(self.at)>=0:
+        raise UserError("--lambdas", "none is below 0, and only those can be recommended",
+            "give some, such as --lambdas=-0.5,-1")
 
 # %% ../../nbs/measure/sweep.ipynb #53ff8d28
 @patch
 def read(self:SweepOptions):
     "Read prompts and harmless texts."
     self.asked = asked_prompts(self.prompts, self.n, self.seed)
-    if len(self.asked)<LEAST: raise UserError("--prompts", f"{len(self.asked)} prompts are too few to tell anything", f"give {LEAST} or more")
+    if len(self.asked)<LEAST:
+        raise UserError("--prompts", f"{len(self.asked)} prompts are too few to tell anything", f"give {LEAST} or more")
     talk = {isinstance(p.text, list) for p in self.asked}=={True}
     self.chat = talk or bool(self.system_prompt)
     if self.persona and not self.chat:
-        raise UserError("--persona", "it is a system turn, and prompts are continued as text", "give conversations, or --system_prompt too")
+        raise UserError("--persona", "it is a system turn, and prompts are continued as text",
+            "give conversations, or --system_prompt too")
     self.texts = [p.text for p in eval_prompts(self.benign)] if self.benign else manual_texts()
 
 def _sha256(texts): return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
@@ -299,7 +311,8 @@ def about(self:SweepOptions, home, variants, dtype):
     base,revision = _typed(self.base_model, home)
     ads = [LoraAdapter(a) for a in self.names]
     written = [adapter_record(a, w) for a,(_,w) in zip(ads, self.pairs)]
-    adapters = [dict(zip(('adapter','revision'), _typed(a.src, a.path))) | {k:r[k] for k in ('weight','sha256')} for a,r in zip(ads, written)]
+    adapters = [dict(zip(('adapter','revision'), _typed(a.src, a.path))) | {k:r[k] for k in ('weight','sha256')}
+        for a,r in zip(ads, written)]
     more = {k: getattr(self, k) for k in ('seeds','k','randoms','harmless','persona','system_prompt','chat_template','seed')}
     return dict(base=base, base_revision=revision, adapters=adapters, dtype=dtype) | more | dict(
         variants=[dict(name=v.name, weight=v.weight, like=v.like) for v in variants], max_new_tokens=PROTOCOL.max_new_tokens,
@@ -331,7 +344,9 @@ def texts_of(self:SweepOptions,
     if self.names:
         engine = self.open()
         rows = KeptRows(kept, engine.about)
-        with rows.going_on(): return generate_rows(engine, self.asked, self.k, '' if self.chat else None, self.seed, rows, benign=self.texts)
+        system = '' if self.chat else None
+        with rows.going_on():
+            return generate_rows(engine, self.asked, self.k, system, self.seed, rows, benign=self.texts)
     return read_rows(kept, torn=True)
 
 # %% ../../nbs/measure/sweep.ipynb #c0f1e019
@@ -355,7 +370,8 @@ def sweep_report(
     write_private(Path(out).with_suffix('.scores.jsonl'), ''.join(json.dumps(l)+'\n' for l in kept))
     judged = [dict(name=j.name, version=j.version, sha256=j.weights_hash) for j in judges]
     best = recommend_weight(tables[ids[0]], harm)
-    numbers = dict(about=about | dict(scorers=judged), harm=harm, recommended=best, rows=tables[ids[0]], second=[tables[i] for i in ids[1:]])
+    numbers = dict(about=about | dict(scorers=judged), harm=harm, recommended=best, rows=tables[ids[0]],
+        second=[tables[i] for i in ids[1:]])
     write_private(Path(out).with_suffix('.json'), json.dumps(numbers, indent=1))
     write_private(out, sweep_html(rows, about, scores[ids[0]], tables, [*lines, agreed], harm))
     return '\n'.join([sweep_text(tables), '', agreed, *lines])
@@ -371,8 +387,10 @@ def _fluency(folder, rows, path):
 def _begin(options, out): # what can be refused before a scorer is fetched
     check_output('--out', out)
     if options.adapter: options.check(); options.read()
-    elif given := options.given(): raise UserError(f"--{given[0]}", "what was written before is scored again as it is", "leave it out, or name an --adapter")
-    elif not Path(out).with_suffix('.texts.jsonl').exists(): raise UserError("--adapter", "it is missing, and nothing was written before", "name one")
+    elif given := options.given():
+        raise UserError(f"--{given[0]}", "what was written before is scored again as it is", "leave it out, or name an --adapter")
+    elif not Path(out).with_suffix('.texts.jsonl').exists():
+        raise UserError("--adapter", "it is missing, and nothing was written before", "name one")
 
 # %% ../../nbs/measure/sweep.ipynb #38ef7fdd
 @shell_command('phoque_detox',
