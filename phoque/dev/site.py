@@ -980,7 +980,7 @@ def check_names(
 # %% ../../nbs/dev/site.ipynb #d6438b21
 SPELT_SO = 'als,ans,autor,docment,docments,generat,meu,ot,serie,sme,tage,te,tekst' # Words that codespell takes for slips
 # of other languages, in the exports
-SPELT_SO += ',adres,adresse,bu,calle,carrer,ist,ser,valeu,mot,nd,numer,ore,paket,passord,quater,registre,singel,unter,vor,whats'
+SPELT_SO += ',adres,adresse,bu,dezember,meus,mis,calle,carrer,ist,ser,valeu,mot,nd,numer,ore,paket,passord,quater,registre,singel,unter,vor,whats'
 
 def check_words(
     path:str|Path='.', # A folder of the project

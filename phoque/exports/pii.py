@@ -355,6 +355,7 @@ def _is_platform(m): return m[0][0]=='<' or _no_label(m)
 
 # %% ../../nbs/exports/pii.ipynb #0fd4833c
 _IBAN = re.compile(r"(?:(?<![^\W_])|(?<=iban))(?=(?P<v>[a-z]{2}\d\d(?:[\s._/-]{0,3}[a-z\d]){11,30}))", re.I)
+_GROUPED = re.compile(r"[A-Z]{2}\d\d(?: [A-Z\d]{4}){3,7}(?: (?=[A-Z]?\d)[A-Z\d]{1,3})?(?![A-Z\d]| \d{4}\b)")
 _MAC = re.compile(r"""
     (?<![\w:.-])(?:
         [\da-f]{2}(?P<by>[:_-])(?:[\da-f]{2}(?P=by)){4}(?:[\da-f]{2}(?P=by)[\da-f]{2}(?P=by))?[\da-f]{2}
@@ -377,7 +378,8 @@ def _is_iban(m):
         if iban.is_valid(s[:n], check_country=False):
             i,j = m.start(),m.start()+ends[n-1]
             return False if re.match(r'[^\W_]', m.string[j:j+1]) else (i, j)
-    return False
+    typed = _GROUPED.match(m.string, m.start()) # with a wrong digit it is somebody's, too
+    return typed.span() if typed and sum(map(str.isdigit, typed[0]))>=12 else False
 
 def _is_mac(m):
     "Is it a MAC address? Digits alone and bare ones need a word that says so."
@@ -444,7 +446,7 @@ CALL_WORDS = dict( # language → what is said before a number; \s stands for a 
         |gọi|sđt|תתקשר\w?|טלפון|โทร|تلفون|هاتف|جوال""")
 
 # %% ../../nbs/exports/pii.ipynb #90bce5e7
-_CALL = re.compile(rf"\b(?:{_words(CALL_WORDS)})\b|電話|携帯|連絡|电话|手机|同号|联系|전화|번호|연락처", re.I|re.X)
+_CALL = re.compile(rf"\b(?:{_words(CALL_WORDS)})\b|\bmy\s\#|電話|携帯|連絡|电话|手机|同号|联系|전화|번호|연락처", re.I|re.X)
 _CALL_AFTER = re.compile(rf"""
     \W{{0,3}}(?:(?:is|ist|es|est|é|on|via|auf|per|en|sur)\s){{1,2}}(?:(?:my|the|her|his|our|mein\w?|mi|mon|meu)\s)?
         (?:(?:new|work|old|neue)\s)?(?:{_words(CALL_WORDS)}|telegram)\b
@@ -588,6 +590,8 @@ _BIRTH = re.compile(rf"""
     |\b{_AGE}\s(?:{_WITHIN}\s){{0,2}}(?P<s>{_DAY_IN_WORDS})\s\d{{1,3}}(?![\w:.,/])
     |(?P<o>{_DAY_IN_WORDS})\s{_AGE}\s(?:{_WITHIN}\s)?\d{{1,3}}(?![\w:.,/])
     |\b(?:ich\sbin|ik\sben|i['’]?m|je\ssuis|soy|sono)\s(?:vom|van|from|de[l]?|du)\s(?P<r>{_DAY_OF_YEAR})
+    |(?P<k>{_DAY_OF_YEAR}),?\s(?:(?:is|was|that['’]?s|ist|war|es|fue|est|è|era|foi|é|är|er)\s)?(?:when|the\sday|der\stag|cuando
+        |el\sd[ií]a|quand|le\sjour|quando|il\sgiorno|o\sdia|toen|dagen|kiedy|когда)\b[^\d.!?\n]{{0,24}}?{_BORN}
     |(?:生日|誕生日|생일)[\s:은는は이]{{0,3}}(?P<q>(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01]))(?!\d)
     |(?P<z>{_DAY_OF_YEAR})(?:-?[áaeé]n)?\s?(?:(?:in|à|a|en|i|w|v|в)\s[^\W\d_]{{2,20}}\s)?(?:geboren|doğum\w{{0,4}}
         |szület\w{{1,6}}|syntynyt
@@ -610,7 +614,7 @@ def _is_date(s):
 
 def _is_birth(m):
     "Where is the date?"
-    v = next(k for k in 'vwxyzutsrqopn' if m[k])
+    v = next(k for k in 'vwxyzutsrqopnk' if m[k])
     return m.span(v) if _is_date(m[v]) else False
 
 # %% ../../nbs/exports/pii.ipynb #ca1093b4
@@ -647,8 +651,8 @@ def _is_point(m):
 # %% ../../nbs/exports/pii.ipynb #83edb165
 KEY_FORMATS = { # vendor → what its keys look like
     'GitHub, GitLab': r'gh[pousr]_\w{20,}|github_pat_\w{20,}|gl[a-z]{2,5}-[\w-]{20,}',
-    'Amazon, Google': r'A(?:KIA|SIA|BIA|CCA)[A-Z2-7]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}',
-    'OpenAI, Anthropic': r'sk-[\w-]{20,}',
+    'Amazon, Google': r'A(?:KIA|SIA|BIA|CCA)[A-Z\d]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}',
+    'OpenAI, Anthropic, Square': r'sk-[\w-]{20,}|sq0[a-z]{3}-[\w-]{20,}',
     'Stripe and others': r'[a-z]{2,6}_(?:live|test|prod|v1|pat|api)_[A-Za-z\d-]{16,}(?:_[\w-]*)?',
     'Slack, SendGrid': r'xox[a-z][.-][\w.-]{10,}|xapp-[\w-]{10,}|SG\.[\w-]{16,}\.[\w-]{16,}',
     'Twilio, Databricks, Mailgun': r'(?:AC|SK)[0-9a-f]{32}|dapi[0-9a-f]{32}|key-[0-9a-z]{32}',
@@ -1012,7 +1016,7 @@ _STREET_NAMED = re.compile(rf"""
             |площа){_NO}{_NR}\.?{_TAIL}""", re.X)
 
 # %% ../../nbs/exports/pii.ipynb #f9068595
-_OF = r"""(?:d(?:e\s(?:la|las|los|l['’])?|el\s|es\s|[aou]s?\s|e\sl['’]|['’]|e[il]\s|ell[ao]\s)\s?|l[ae]s?\s
+_OF = r"""(?:d(?:e\s(?:la|las|los|l['’])?|el\s|es\s|[aou]s?\s|e\sl['’]|['’]|e[il]\s|ell[aeo]\s|egli\s|ell['’])\s?|l[ae]s?\s
         |l['’]|aux?\s|à\sla\s)"""
 _STREET_FR = re.compile(rf"""
     (?<![\w.:/-])\d{{1,4}}(?:\s?(?:bis|ter|quater|[a-d]))?,?\s
@@ -1096,7 +1100,7 @@ _STREET_TOLD = re.compile(rf"""
         |come\s(?:over|to)
         |casa|chez))\b[^\n.\d]{{0,20}}? (?:[:=@,]\s?["']?|\s(?:at|in|im|to|is|an|en|es|à|au|na|nach|off|it|am|auf|dem
         |der)\s|\n|\s)
-    (?P<v>\d{{1,5}}[A-Za-z]?(?:[/-]\d{{1,4}})?,?\s(?!{_SPAN}\b)(?:{_UP}\s){{0,2}}{_UP}(?:\s[a-z]{{3,14}}(?=,))?{_TAIL}
+    (?P<v>(?!\d\d?\.?\s[^\W\d_]{{3,12}}\s(?:1[5-9]|20)\d\d\b)\d{{1,5}}[A-Za-z]?(?:[/-]\d{{1,4}})?,?\s(?!{_SPAN}\b)(?:{_UP}\s){{0,2}}{_UP}(?:\s[a-z]{{3,14}}(?=,))?{_TAIL}
         |{_HOUSE}(?(sure)(?!\s{_SPAN}\b)|(?=\s*(?:[,.;!?\n<"'}}]|$))){_TAIL})""", re.X|re.I)
 
 # %% ../../nbs/exports/pii.ipynb #df88171a
@@ -1138,7 +1142,7 @@ PLAN += [('MAC', 'digit', _MAC, _is_mac), ('IP', 'digit', _IP6, _is_ip6), ('IP',
 _HINT = re.compile(r"""
     [@\#\d] | :// | /// | [\\/]\w+[\\/] | \w\.\w | <[@!\#a:/i] | :: | [\[({<]\s?(?:dot|\.|at|:)\s?[\])}>] | :\s?/ 
         | [\w:][\s.]{2}
-    | [_=:][^\W_]{20} | -dot-
+    | [_=:][^\W_]{20} | -dot- | \bA(?:KI|SI|BI|CC)A[A-Z]
     """, re.X) # one of these is in whatever is found, or a word of these, in small letters:
 _HINT_WORD = re.compile(rf"""
     (?:{_PASS_TOLD}|{_WHERE}|{_DOTS}|{PROVIDERS}|www|net\suser)(?![^\W_{EAST}]) | _dot_ | u/""", re.X)
