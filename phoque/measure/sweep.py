@@ -83,7 +83,7 @@ def replies(self:SweepEngine, name, prompts, k, how, keep, done=0, places=None):
 
 @patch
 def perplexity(self:SweepEngine, name, texts):
-    "As `LocalEngine.perplexity`; it is the same under each seed."
+    "As that of `LocalEngine`; it is the same under each seed."
     v,_ = self.variants[name]
     set_weights(self.model, dict(v.pairs))
     if v.name not in self.measured: self.measured[v.name] = LocalEngine.perplexity(self, name, texts)
