@@ -1100,7 +1100,8 @@ _STREET_TOLD = re.compile(rf"""
         |come\s(?:over|to)
         |casa|chez))\b[^\n.\d]{{0,20}}? (?:[:=@,]\s?["']?|\s(?:at|in|im|to|is|an|en|es|à|au|na|nach|off|it|am|auf|dem
         |der)\s|\n|\s)
-    (?P<v>(?!\d\d?\.?\s[^\W\d_]{{3,12}}\s(?:1[5-9]|20)\d\d\b)\d{{1,5}}[A-Za-z]?(?:[/-]\d{{1,4}})?,?\s(?!{_SPAN}\b)(?:{_UP}\s){{0,2}}{_UP}(?:\s[a-z]{{3,14}}(?=,))?{_TAIL}
+    (?!\d\d?\.?\s[^\W\d_]{{3,12}}\s(?:1[5-9]|20)\d\d\b) # a date
+    (?P<v>\d{{1,5}}[A-Za-z]?(?:[/-]\d{{1,4}})?,?\s(?!{_SPAN}\b)(?:{_UP}\s){{0,2}}{_UP}(?:\s[a-z]{{3,14}}(?=,))?{_TAIL}
         |{_HOUSE}(?(sure)(?!\s{_SPAN}\b)|(?=\s*(?:[,.;!?\n<"'}}]|$))){_TAIL})""", re.X|re.I)
 
 # %% ../../nbs/exports/pii.ipynb #df88171a
